@@ -1,0 +1,80 @@
+# fluxkiln: from a FLUX.1 checkpoint to a verified bundle. `make` alone lists what there is; logic is Python.
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV := .venv
+TPU_MLIR := $(or $(FLUXKILN_TPU_MLIR),.venv-tpu-mlir)
+VENV_MADE := $(VENV)/made-from.sha256
+TPU_MLIR_MADE := $(TPU_MLIR)/fluxkiln.json
+BIN := $(VENV)/bin
+
+# A Python >= 3.11 that runs: shims of version managers exist for versions that do not.
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+NEED_PYTHON = @test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 found; install one or name it: make PYTHON=..." >&2; exit 5; }
+
+option = $(if $($(1)),--$(2) '$($(1))')
+OPTIONS = $(call option,MODEL,model) $(call option,SIZE,size) $(call option,TOKENS,tokens) $(call option,SCHEME,scheme) \
+	$(call option,VAE,vae) $(call option,LORA,lora) $(call option,JOBS,jobs)
+
+.PHONY: help env env-tpu-mlir envs bm1684x cpu report bench test check format clean distclean
+
+help:  ## this list
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 15
+	@echo
+	@echo "Variables: MODEL (preset, folder or Hugging Face id), SIZE=1024x1024, TOKENS, SCHEME, VAE=kl|tiny, LORA, JOBS"
+
+bm1684x: envs  ## checkpoint -> verified BM1684X bundle, environments included
+	@$(BIN)/fluxkiln build bm1684x $(OPTIONS)
+
+cpu: env  ## checkpoint -> verified ONNX Runtime bundle
+	@$(BIN)/fluxkiln build cpu $(OPTIONS)
+
+report: env  ## write the report of a build again: TARGET=bm1684x
+	@$(BIN)/fluxkiln report $(or $(TARGET),bm1684x) $(OPTIONS)
+
+bench: envs  ## measure the figures that the README quotes
+	@$(BIN)/python -m bench $(BENCH)
+
+test: envs  ## all tests: real compiler, real simulator; PYTEST='-k name' picks some
+	@$(BIN)/python -m pytest $(PYTEST)
+
+check: env  ## ruff, formatting, mypy
+	@$(BIN)/ruff check
+	@$(BIN)/ruff format --check
+	@$(BIN)/mypy
+
+format: env  ## let ruff put right what it can
+	@$(BIN)/ruff check --fix
+	@$(BIN)/ruff format
+
+clean:  ## remove builds and caches
+	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
+
+distclean: clean  ## remove the environments too
+	@rm -rf $(VENV) .venv-tpu-mlir
+
+env: $(VENV_MADE)  ## the main environment
+env-tpu-mlir: $(TPU_MLIR_MADE)  ## TPU-MLIR's own Python 3.10 environment
+
+# Both at once: installing is mostly unpacking.
+envs:
+	@$(MAKE) --silent --jobs=2 env env-tpu-mlir
+
+# Made again when the content of these files changes, not when a checkout touches them. The bytecode is written here,
+# by all cores: pip does it on one, and where PYTHONDONTWRITEBYTECODE is set nobody would.
+$(VENV_MADE): pyproject.toml constraints.txt
+	$(NEED_PYTHON)
+	@if sha256sum --check --status $@ 2>/dev/null; then touch $@; exit; fi; set -e; \
+	echo "main environment: making it in $(VENV) with $(PYTHON)" >&2; \
+	test -e $@ || { rm -rf $(VENV); $(PYTHON) -m venv $(VENV); }; \
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e '.[dev]'; \
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true; \
+	sha256sum $^ > $@; \
+	echo "main environment: ready" >&2
+
+$(TPU_MLIR_MADE): $(wildcard fluxkiln/compile/*tpu-mlir* fluxkiln/compile/tpu_mlir_*.py fluxkiln/compile/tpu_mlir_stubs/*)
+	$(NEED_PYTHON)
+	@$(PYTHON) -m fluxkiln.compile.tpu_mlir_env

@@ -1,0 +1,1 @@
+"""Typed artifacts, manifests, content-addressed store."""

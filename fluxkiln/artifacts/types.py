@@ -1,0 +1,85 @@
+"""The frozen values that stages hand to one another.
+
+This module and `fluxkiln.errors` import nothing else of the package.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+GraphFormat = Literal["onnx17", "onnx23", "pt2", "torchscript"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Name, static shape and torch dtype name (`float32`, `int64`, ...) of a graph input or output."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """Where a checkpoint tensor lies: a byte range of a safetensors file, little-endian, row-major.
+
+    `offset` counts from the start of the file, header included; `dtype` is safetensors' own code (`BF16`, `F32`, ...).
+    """
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Transform:
+    """One step from checkpoint tensors to a slot.
+
+    `transpose`: swap the two axes of a matrix. `slice`: keep `[start, stop)` of axis `dim`. `concat`: join all sources
+    along `dim` (always first). `scale`: multiply by `factor`.
+    """
+
+    op: Literal["transpose", "slice", "concat", "scale"]
+    dim: int = 0
+    start: int = 0
+    stop: int = 0
+    factor: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class SlotBinding:
+    """How one slot of a template is filled: checkpoint tensor names, then transforms in order."""
+
+    slot: str
+    sources: tuple[str, ...]
+    transforms: tuple[Transform, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """How every slot of one part is filled from one component of a checkpoint."""
+
+    part: str
+    component: str
+    slots: tuple[SlotBinding, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """The graph of a kind for given shapes: activations and weights are both named inputs, no weight data inside.
+
+    `slots` are the graph inputs that stand for weights, in graph order after `inputs`.
+    """
+
+    kind: str
+    format: GraphFormat
+    path: Path
+    digest: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    slots: tuple[TensorSpec, ...]

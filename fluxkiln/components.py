@@ -1,0 +1,168 @@
+"""The component list: what FLUX.1 is made of, which parts each component is cut into, and the names of their tensors.
+
+Shape suffix legend used across the package:
+    B = batch (always 1), S = image tokens, T = text tokens, J = T + S (joint sequence, text first),
+    D = transformer width, H = attention heads, K = head width, C = latent channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fluxkiln.errors import ShapeError, UsageError
+
+Component = Literal["text_encoder", "text_encoder_2", "transformer", "vae"]
+Variant = Literal["dev", "schnell"]
+
+COMPONENTS: tuple[Component, ...] = ("text_encoder", "text_encoder_2", "transformer", "vae")
+MAX_TOKENS: Mapping[Variant, int] = {"dev": 512, "schnell": 256}
+CLIP_TOKENS = 77
+SIZE_MULTIPLE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of part: compiled once, cast for every part of the kind.
+
+    `residual` maps an output to the input it is a residual update of; parity is judged on their difference.
+    """
+
+    name: str
+    component: Component
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    residual: tuple[tuple[str, str], ...] = ()
+
+
+_ROTARY = ("rotary_cos", "rotary_sin")
+
+KINDS: Mapping[str, Kind] = {
+    kind.name: kind
+    for kind in (
+        Kind("clip", "text_encoder", ("input_ids",), ("last_hidden_state",)),
+        Kind("t5_embed", "text_encoder_2", ("input_ids",), ("hidden_states_out",)),
+        Kind(
+            "t5_block",
+            "text_encoder_2",
+            ("hidden_states", "position_bias"),
+            ("hidden_states_out",),
+            residual=(("hidden_states_out", "hidden_states"),),
+        ),
+        Kind("t5_final", "text_encoder_2", ("hidden_states",), ("last_hidden_state",)),
+        Kind(
+            "head",
+            "transformer",
+            ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance"),
+            ("hidden_states_out", "encoder_hidden_states_out", "temb"),
+        ),
+        Kind(
+            "double",
+            "transformer",
+            ("hidden_states", "encoder_hidden_states", "temb", *_ROTARY),
+            ("hidden_states_out", "encoder_hidden_states_out"),
+            residual=(
+                ("hidden_states_out", "hidden_states"),
+                ("encoder_hidden_states_out", "encoder_hidden_states"),
+            ),
+        ),
+        Kind(
+            "single",
+            "transformer",
+            ("hidden_states", "temb", *_ROTARY),
+            ("hidden_states_out",),
+            residual=(("hidden_states_out", "hidden_states"),),
+        ),
+        Kind("tail", "transformer", ("hidden_states", "temb"), ("sample",)),
+        Kind("vae_decoder", "vae", ("latents",), ("image",)),
+        Kind("tiny_vae_decoder", "vae", ("latents",), ("image",)),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One unit of compilation. `prefix` is where its tensors start in the component's state dict."""
+
+    name: str
+    kind: str
+    prefix: str = ""
+
+    @property
+    def component(self) -> Component:
+        return KINDS[self.kind].component
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """Static shapes of a build.
+
+    Raises:
+        ShapeError: a side is no positive multiple of 16, or there are no tokens.
+    """
+
+    height: int
+    width: int
+    tokens: int
+
+    def __post_init__(self) -> None:
+        for name, value in (("height", self.height), ("width", self.width)):
+            if value <= 0 or value % SIZE_MULTIPLE:
+                lower = max(SIZE_MULTIPLE, value - value % SIZE_MULTIPLE)
+                raise ShapeError(
+                    f"{name} {value} is not a positive multiple of {SIZE_MULTIPLE}; the nearest legal values are "
+                    f"{lower} and {lower + SIZE_MULTIPLE}"
+                )
+        if self.tokens <= 0:
+            raise ShapeError(f"{self.tokens} text tokens: at least 1 is needed, 512 is FLUX.1-dev's own number")
+
+    @property
+    def image_tokens(self) -> int:
+        return (self.height // SIZE_MULTIPLE) * (self.width // SIZE_MULTIPLE)
+
+    @property
+    def joint_tokens(self) -> int:
+        return self.tokens + self.image_tokens
+
+    @property
+    def latent_hw(self) -> tuple[int, int]:
+        """Height and width of the unpacked latents; the VAE enlarges them 8 times."""
+        return self.height // 8, self.width // 8
+
+    def check_variant(self, variant: Variant) -> None:
+        """Raise ShapeError when `variant` cannot take this many text tokens."""
+        limit = MAX_TOKENS[variant]
+        if self.tokens > limit:
+            raise ShapeError(
+                f"{self.tokens} text tokens: FLUX.1-{variant} was trained with at most {limit}; use TOKENS={limit}"
+            )
+
+
+def list_parts(configs: Mapping[str, Mapping[str, Any]], vae: Literal["kl", "tiny"] = "kl") -> tuple[Part, ...]:
+    """All parts of a pipeline in the order they run.
+
+    Args:
+        configs: each component's `config.json`, keyed by its folder name.
+        vae: `kl` for the checkpoint's own decoder, `tiny` for taef1.
+    """
+    parts = [Part("clip", "clip"), Part("t5_embed", "t5_embed")]
+    for i in range(int(configs["text_encoder_2"]["num_layers"])):
+        parts.append(Part(f"t5_block.{i:02d}", "t5_block", f"encoder.block.{i}."))
+    parts += [Part("t5_final", "t5_final", "encoder.final_layer_norm."), Part("head", "head")]
+    for i in range(int(configs["transformer"]["num_layers"])):
+        parts.append(Part(f"double.{i:02d}", "double", f"transformer_blocks.{i}."))
+    for i in range(int(configs["transformer"]["num_single_layers"])):
+        parts.append(Part(f"single.{i:02d}", "single", f"single_transformer_blocks.{i}."))
+    parts.append(Part("tail", "tail"))
+    vae_kind = "vae_decoder" if vae == "kl" else "tiny_vae_decoder"
+    parts.append(Part(vae_kind, vae_kind, "decoder."))
+    return tuple(parts)
+
+
+def find_part(parts: tuple[Part, ...], name: str) -> Part:
+    """The part called `name`; UsageError with the legal names otherwise."""
+    for part in parts:
+        if part.name == name:
+            return part
+    raise UsageError(f"no part is called {name!r}; this model has {', '.join(part.name for part in parts)}")

@@ -1,0 +1,1 @@
+"""Checkpoint -> template graphs (ONNX, PT) and weight bindings."""

@@ -1,0 +1,1 @@
+"""Reversible, version-checked rewrites of diffusers and transformers modules."""

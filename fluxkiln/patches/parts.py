@@ -1,0 +1,136 @@
+"""From a kind and the checkpoint's configs to the wrapper module of that kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from fluxkiln.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
+
+Configs = Mapping[str, Mapping[str, Any]]
+
+
+def build_part(kind: str, configs: Configs) -> Module:
+    """The wrapper module of `kind` on the meta device, in eval mode: shapes and structure, no weight memory.
+
+    Args:
+        kind: a name of `fluxkiln.components.KINDS`.
+        configs: each component's `config.json`, keyed by its folder name; `vae_tiny` for the tiny decoder.
+
+    Raises:
+        UsageError: no such kind. CheckpointError: a structure the parts do not cover.
+    """
+    import torch
+
+    builders = {
+        "clip": _clip,
+        "t5_embed": _t5,
+        "t5_block": _t5,
+        "t5_final": _t5,
+        "head": _transformer,
+        "double": _transformer,
+        "single": _transformer,
+        "tail": _transformer,
+        "vae_decoder": _vae,
+        "tiny_vae_decoder": _tiny_vae,
+    }
+    if kind not in builders:
+        raise UsageError(f"no kind of part is called {kind!r}; there are {', '.join(builders)}")
+    with torch.device("meta"):
+        module = builders[kind](kind, configs)
+    return module.eval().requires_grad_(False)
+
+
+def load_part(kind: str, configs: Configs, weights: Mapping[str, Tensor]) -> Module:
+    """The wrapper module of `kind` with real weights, keyed by `slot_name`; for eager execution.
+
+    Raises:
+        CheckpointError: a weight is missing or one too many.
+    """
+    module = build_part(kind, configs)
+    names = {name: slot_name(name) for name, _ in module.named_parameters()}
+    missing = sorted(set(names.values()) ^ set(weights))
+    if missing:
+        raise CheckpointError(f"part of kind {kind}: weight {missing[0]} is missing or unexpected")
+    state = {name: weights[slot] for name, slot in names.items()}
+    buffers = {name: _real_buffer(name, buffer) for name, buffer in module.named_buffers()}
+    module.load_state_dict({**state, **buffers}, strict=False, assign=True)
+    return module
+
+
+def slot_name(parameter: str) -> str:
+    """A parameter's name inside the part, as the checkpoint has it after the part's prefix."""
+    return parameter.removeprefix("block.")
+
+
+def _real_buffer(name: str, buffer: Tensor) -> Tensor:
+    import torch
+
+    return torch.zeros(buffer.shape, dtype=buffer.dtype)  # position ids: the parts do not read them
+
+
+def _clip(kind: str, configs: Configs) -> Module:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from fluxkiln.patches.text import ClipPart
+
+    return ClipPart(CLIPTextModel(CLIPTextConfig(**configs["text_encoder"])))
+
+
+def _t5(kind: str, configs: Configs) -> Module:
+    from transformers import T5Config, T5EncoderModel
+
+    from fluxkiln.patches.text import T5BlockPart, T5EmbedPart, T5FinalPart
+
+    # block 0 owns the position bias table; block 1 is what the kind looks like
+    model = T5EncoderModel(T5Config(**{**configs["text_encoder_2"], "num_layers": 2}))
+    if kind == "t5_embed":
+        return T5EmbedPart(model)
+    if kind == "t5_final":
+        return T5FinalPart(model.encoder.final_layer_norm)
+    return T5BlockPart(model.encoder.block[1])
+
+
+def _transformer(kind: str, configs: Configs) -> Module:
+    from diffusers import FluxTransformer2DModel
+
+    from fluxkiln.patches.transformer import DoublePart, HeadPart, SinglePart, TailPart
+
+    config = {**configs["transformer"], "num_layers": 1, "num_single_layers": 1}
+    model: Any = FluxTransformer2DModel.from_config(config)
+    if kind == "head":
+        return HeadPart(model)
+    if kind == "double":
+        return DoublePart(model.transformer_blocks[0])
+    if kind == "single":
+        return SinglePart(model.single_transformer_blocks[0])
+    return TailPart(model)
+
+
+def _vae(kind: str, configs: Configs) -> Module:
+    from diffusers import AutoencoderKL
+
+    from fluxkiln.patches.vae import VaeDecoderPart
+
+    model: Any = AutoencoderKL.from_config(dict(configs["vae"]))
+    if model.post_quant_conv is not None:
+        raise CheckpointError(
+            "the VAE has a post_quant_conv, which FLUX.1's has not: set use_post_quant_conv to false in "
+            "vae/config.json or use FLUX.1's own VAE"
+        )
+    return VaeDecoderPart(model.decoder)
+
+
+def _tiny_vae(kind: str, configs: Configs) -> Module:
+    from diffusers import AutoencoderTiny
+
+    from fluxkiln.patches.vae import VaeDecoderPart
+
+    if "vae_tiny" not in configs:
+        raise CheckpointError("the checkpoint has no folder vae_tiny: put taef1 (AutoencoderTiny) there, or use VAE=kl")
+    model: Any = AutoencoderTiny.from_config(dict(configs["vae_tiny"]))
+    return VaeDecoderPart(model.decoder)

@@ -1,0 +1,270 @@
+"""The transformer as parts: head, double, single, tail, with RoPE computed on the host.
+
+Stands for `FluxTransformer2DModel.forward` and what it calls (checked with diffusers 0.42.1). A part takes cos and sin
+as inputs, so the float64 sinusoids of `FluxPosEmbed` never reach a compiler. The block forwards are re-stated for the
+compiler: RMSNorm and RoPE act on each stream before the streams are joined, the values are joined before the head axis
+is split off, the projection behind the single block's concatenation becomes one matmul per input, and the softmax scale
+lies in the RMSNorm weights of q and k. Each of them saves a pass over memory on the chip and none changes the result
+beyond float rounding. They can go when a compiler finds them by itself.
+
+Shape suffix legend: see `fluxkiln.components`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fluxkiln.patches.registry import Patch
+
+_FLUX = "diffusers.models.transformers.transformer_flux"
+_CHECKED = "diffusers 0.42.1"
+
+
+def _rotate(x_BLHK: Tensor, cos_LK: Tensor, sin_LK: Tensor) -> Tensor:
+    """Rotary embedding of interleaved pairs, in the form TPU-MLIR fuses to `top.Rope`.
+
+    Source: `diffusers.models.embeddings.apply_rotary_emb` with use_real_unbind_dim=-1, sequence_dim=1.
+    """
+    real, imag = x_BLHK.reshape(*x_BLHK.shape[:-1], -1, 2).unbind(-1)
+    rotated_BLHK = torch.stack([-imag, real], dim=-1).flatten(3)
+    return x_BLHK * cos_LK[None, :, None, :] + rotated_BLHK * sin_LK[None, :, None, :]
+
+
+def _head_norm(norm: Any, x_BLHK: Tensor) -> Tensor:
+    """RMSNorm of q or k over the head width, with K^-1/4 in its weight: K^-1/2, the softmax scale, in all."""
+    factor = float(norm.normalized_shape[0]) ** -0.25
+    return F.rms_norm(x_BLHK, norm.normalized_shape, norm.weight * factor, norm.eps)
+
+
+def _attend(query_BLHK: Tensor, key_BLHK: Tensor, value_BLD: Tensor, head_dim: int) -> Tensor:
+    """Softmax attention over already scaled q and k; returns [B, L, D].
+
+    Matmul, softmax, matmul is the form TPU-MLIR tiles without writing the L x L scores to memory.
+    """
+    value_BHLK = value_BLD.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+    scores_BHLL = query_BLHK.transpose(1, 2) @ key_BLHK.permute(0, 2, 3, 1)
+    return (scores_BHLL.softmax(dim=-1) @ value_BHLK).transpose(1, 2).flatten(2)
+
+
+def _feed_forward(ff: Any, x_BLD: Tensor) -> Tensor:
+    """`diffusers.models.attention.FeedForward` with tanh GELU in two halves of the inner width, summed at the end."""
+    proj, out = ff.net[0].proj, ff.net[2]
+    half = proj.weight.shape[0] // 2
+
+    def branch(rows: slice, bias: Tensor | None) -> Tensor:
+        inner = F.gelu(F.linear(x_BLD, proj.weight[rows], proj.bias[rows]), approximate="tanh")
+        return F.linear(inner, out.weight[:, rows], bias)
+
+    return branch(slice(0, half), out.bias) + branch(slice(half, None), None)
+
+
+class HeadPart(nn.Module):
+    """Embedders of `FluxTransformer2DModel.forward`, up to the first block.
+
+    Inputs: hidden_states [1, S, 4C], encoder_hidden_states [1, T, joint], pooled_projections [1, pooled],
+    timestep [1] in 0..1 and, for guidance-distilled models, guidance [1], as the pipeline hands them over.
+    Outputs: hidden_states [1, S, D], encoder_hidden_states [1, T, D], temb [1, D].
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.x_embedder = model.x_embedder
+        self.context_embedder = model.context_embedder
+        self.time_text_embed = model.time_text_embed
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        timestep: Tensor,
+        guidance: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        times = (timestep * 1000,) if guidance is None else (timestep * 1000, guidance * 1000)
+        temb = self.time_text_embed(*times, pooled_projections)
+        return self.x_embedder(hidden_states), self.context_embedder(encoder_hidden_states), temb
+
+
+class DoublePart(nn.Module):
+    """`FluxTransformerBlock.forward`.
+
+    Inputs: hidden_states [1, S, D], encoder_hidden_states [1, T, D], temb [1, D], rotary_cos, rotary_sin [J, K].
+    Outputs: hidden_states [1, S, D], encoder_hidden_states [1, T, D].
+    """
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        rotary_cos: Tensor,
+        rotary_sin: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        block, attn = self.block, self.block.attn
+        text = encoder_hidden_states.shape[1]
+        image_norm, gate, shift_mlp, scale_mlp, gate_mlp = block.norm1(hidden_states, emb=temb)
+        text_norm, c_gate, c_shift_mlp, c_scale_mlp, c_gate_mlp = block.norm1_context(encoder_hidden_states, emb=temb)
+
+        def heads(x_BLD: Tensor, norm: Any, rows: slice) -> Tensor:
+            x_BLHK = _head_norm(norm, x_BLD.unflatten(-1, (-1, attn.head_dim)))
+            return _rotate(x_BLHK, rotary_cos[rows], rotary_sin[rows])
+
+        of_text, of_image = slice(0, text), slice(text, None)
+        query = torch.cat(
+            [
+                heads(attn.add_q_proj(text_norm), attn.norm_added_q, of_text),
+                heads(attn.to_q(image_norm), attn.norm_q, of_image),
+            ],
+            dim=1,
+        )
+        key = torch.cat(
+            [
+                heads(attn.add_k_proj(text_norm), attn.norm_added_k, of_text),
+                heads(attn.to_k(image_norm), attn.norm_k, of_image),
+            ],
+            dim=1,
+        )
+        value = torch.cat([attn.add_v_proj(text_norm), attn.to_v(image_norm)], dim=1)
+        joint = _attend(query, key, value, attn.head_dim)
+
+        hidden_states = hidden_states + gate.unsqueeze(1) * attn.to_out[0](joint[:, text:])
+        image_norm = block.norm2(hidden_states) * (1 + scale_mlp[:, None]) + shift_mlp[:, None]
+        hidden_states = hidden_states + gate_mlp.unsqueeze(1) * _feed_forward(block.ff, image_norm)
+
+        encoder_hidden_states = encoder_hidden_states + c_gate.unsqueeze(1) * attn.to_add_out(joint[:, :text])
+        text_norm = block.norm2_context(encoder_hidden_states) * (1 + c_scale_mlp[:, None]) + c_shift_mlp[:, None]
+        text_ff = _feed_forward(block.ff_context, text_norm)
+        return hidden_states, encoder_hidden_states + c_gate_mlp.unsqueeze(1) * text_ff
+
+
+class SinglePart(nn.Module):
+    """`FluxSingleTransformerBlock.forward` on the joint sequence, text first.
+
+    Inputs: hidden_states [1, J, D], temb [1, D], rotary_cos, rotary_sin [J, K]. Output: hidden_states [1, J, D].
+    """
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, hidden_states: Tensor, temb: Tensor, rotary_cos: Tensor, rotary_sin: Tensor) -> Tensor:
+        block, attn = self.block, self.block.attn
+        normed, gate = block.norm(hidden_states, emb=temb)
+
+        def heads(projection: nn.Module, norm: Any) -> Tensor:
+            x_BLHK = _head_norm(norm, projection(normed).unflatten(-1, (-1, attn.head_dim)))
+            return _rotate(x_BLHK, rotary_cos, rotary_sin)
+
+        query, key = heads(attn.to_q, attn.norm_q), heads(attn.to_k, attn.norm_k)
+        attended = _attend(query, key, attn.to_v(normed), attn.head_dim)
+        mlp = F.gelu(block.proj_mlp(normed), approximate="tanh")
+        width, weight = attended.shape[-1], block.proj_out.weight
+        update = F.linear(attended, weight[:, :width], block.proj_out.bias) + F.linear(mlp, weight[:, width:])
+        return hidden_states + gate.unsqueeze(1) * update
+
+
+class TailPart(nn.Module):
+    """`norm_out` and `proj_out` of `FluxTransformer2DModel.forward`, on the image tokens.
+
+    Inputs: hidden_states [1, S, D], temb [1, D]. Output: sample [1, S, 4C].
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.norm_out = model.norm_out
+        self.proj_out = model.proj_out
+
+    def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
+        output: Tensor = self.proj_out(self.norm_out(hidden_states, temb))
+        return output
+
+
+PATCHES = (
+    Patch(
+        name="head",
+        replaces={
+            f"{_FLUX}.FluxTransformer2DModel.forward": {
+                "c99bfbbf7bf8622f7ed42c0135fbf36b2ec055f495971a74ea18871dd2a11d2c": _CHECKED
+            }
+        },
+        reason="one kind of part; timestep and guidance are scaled by 1000 inside, as upstream does",
+        until="never: it is where the model is cut",
+        kinds=("head",),
+    ),
+    Patch(
+        name="host_rotary",
+        replaces={
+            f"{_FLUX}.FluxPosEmbed.forward": {
+                "86699659bfe2af8b6cdd8ff35311182f017b665e7685ecbca1201914ea23a8d8": _CHECKED
+            },
+            "diffusers.pipelines.flux.pipeline_flux.FluxPipeline._prepare_latent_image_ids": {
+                "89cd51a34241bd30f63b534a65dc2805acfb5420b50de0d58688d7704ed2f2f6": _CHECKED
+            },
+            "diffusers.models.embeddings.apply_rotary_emb": {
+                "a25267d425f8c5eaa84151b6914e988cdd0ad0b857bb74495477a3644c819164": _CHECKED
+            },
+        },
+        reason="float64 sinusoids of the positions are constants per size: computed once on the host, passed in",
+        until="never: no accelerator computes float64",
+        kinds=("double", "single"),
+    ),
+    Patch(
+        name="double_block",
+        replaces={
+            f"{_FLUX}.FluxTransformerBlock.forward": {
+                "0b184cbe172708b6f072a779e13866a44ef5a8ee706fcd3e6887923b11c00785": _CHECKED
+            },
+            f"{_FLUX}.FluxAttnProcessor.__call__": {
+                "d5b36134887ebe450b6c15f200bf33f781ba8258201d25caceb16bb9bc07d2c9": _CHECKED
+            },
+            "diffusers.models.attention.FeedForward.forward": {
+                "dae2c9f53987c25ad38cacbeafb54bd72d4b780ab9772413b559a0a94c3c7058": _CHECKED
+            },
+            "diffusers.models.normalization.AdaLayerNormZero.forward": {
+                "93374820c014f8127713d1ba0a6be6bba27e7040238781fd56e42e87bb5366cb": _CHECKED
+            },
+        },
+        reason="norm and RoPE per stream, values joined before the head split, feed-forward in two halves",
+        until="TPU-MLIR schedules the upstream form as fast",
+        kinds=("double",),
+    ),
+    Patch(
+        name="single_block",
+        replaces={
+            f"{_FLUX}.FluxSingleTransformerBlock.forward": {
+                "57350a6dab842b40e0d677b9c42794c17e45907ad45991d36dba69d89096a37b": _CHECKED
+            },
+            f"{_FLUX}.FluxAttnProcessor.__call__": {
+                "d5b36134887ebe450b6c15f200bf33f781ba8258201d25caceb16bb9bc07d2c9": _CHECKED
+            },
+            "diffusers.models.normalization.AdaLayerNormZeroSingle.forward": {
+                "d48dfb2b1e75e64f48dbe314db50f716acbd81946ad08387b858d08f47bba077": _CHECKED
+            },
+        },
+        reason="joint sequence in and out; one output matmul per input instead of a concatenation",
+        until="TPU-MLIR schedules the upstream form as fast",
+        kinds=("single",),
+    ),
+    Patch(
+        name="tail",
+        replaces={
+            f"{_FLUX}.FluxTransformer2DModel.forward": {
+                "c99bfbbf7bf8622f7ed42c0135fbf36b2ec055f495971a74ea18871dd2a11d2c": _CHECKED
+            },
+            "diffusers.models.normalization.AdaLayerNormContinuous.forward": {
+                "da3e50ebcd024fc2040e7e4afc211c8717142198b743486e507c0770fa4b2909": _CHECKED
+            },
+        },
+        reason="one kind of part",
+        until="never: it is where the model is cut",
+        kinds=("tail",),
+    ),
+)

@@ -1,0 +1,1 @@
+"""Weights -> 4-bit codes and scales; schemes as data."""

@@ -1,0 +1,1 @@
+"""Reference recording, metrics, parity ladder, reports."""

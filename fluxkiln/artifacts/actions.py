@@ -1,0 +1,268 @@
+"""The action cache: what was built from what. It decides what is skipped; that a path exists never does.
+
+One JSON file per action, `actions/<hex of the key>.json`, written by rename after its blobs are on disk: a killed
+process leaves the whole record or none, two processes cannot corrupt each other's, and `grep` finds everything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fluxkiln.artifacts.canonical import Json, digest_json, plain_json
+from fluxkiln.artifacts.files import disk_full_named
+from fluxkiln.artifacts.locks import waiting_lock
+from fluxkiln.artifacts.store import Blob, Store, manifest_blobs, read_object
+from fluxkiln.errors import FluxkilnError, IntegrityError
+
+SCHEMA = "fluxkiln.action/1"
+PACKAGE = Path(__file__).parents[1]
+
+Producer = Callable[[Path], tuple[Mapping[str, Path], Mapping[str, Json]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """One step of a build and everything its result depends on.
+
+    Args:
+        stage: `template`, `mould`, `cast`, ...
+        what: for people ("double.03 W4BF16"); not part of the key.
+        code_version: `stage_code_version` of the code that runs it.
+        inputs: name -> digest of what it reads.
+        settings: normalised flags: defaults filled in, no paths, nothing that does not change the result.
+        tools: name -> version of what it calls.
+    """
+
+    stage: str
+    what: str
+    code_version: str
+    inputs: Mapping[str, str]
+    settings: Mapping[str, Json] = field(default_factory=dict)
+    tools: Mapping[str, str] = field(default_factory=dict)
+
+    def ingredients(self) -> dict[str, Json]:
+        """What the key is made of."""
+        return {
+            "schema": SCHEMA,
+            "stage": self.stage,
+            "code_version": self.code_version,
+            "inputs": self.inputs,
+            "settings": self.settings,
+            "tools": self.tools,
+        }
+
+    @property
+    def key(self) -> str:
+        """`sha256:<hex>` over the ingredients."""
+        return digest_json(self.ingredients())
+
+
+@dataclass(frozen=True, slots=True)
+class ActionResult:
+    """Named blobs and a few facts; `hit` says that nothing had to run for them."""
+
+    key: str
+    outputs: Mapping[str, Blob]
+    facts: Mapping[str, Json]
+    hit: bool
+
+
+@dataclass(slots=True)
+class ActionCache:
+    """Records of actions in a store, and counts of how many were found and how many had to run."""
+
+    store: Store
+    counts: dict[str, list[int]] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def lookup(self, key: str) -> ActionResult | None:
+        """The recorded result, or None: no record, a damaged one, or a blob of it is missing or has another size."""
+        try:
+            data = self._path(key).read_bytes()
+        except FileNotFoundError:
+            return None
+        try:
+            outputs, facts = _parse_record(data, key)
+            complete = all(self.store.has(blob) for blob in outputs.values())
+        except IntegrityError:
+            return None
+        return ActionResult(key, outputs, facts, hit=True) if complete else None
+
+    def record(self, action: Action, outputs: Mapping[str, Blob], facts: Mapping[str, Json]) -> ActionResult:
+        """Record the result of `action`; its blobs are in the store already.
+
+        Raises:
+            IntegrityError: one of them is not.
+        """
+        for name, blob in outputs.items():
+            if not self.store.has(blob):
+                raise IntegrityError(f"{action.what}: output {name} ({blob.digest}) is not in the store; add it first")
+        key = action.key
+        record: dict[str, Json] = {
+            **action.ingredients(),
+            "key": key,
+            "what": action.what,
+            "outputs": {name: {"digest": blob.digest, "size": blob.size} for name, blob in outputs.items()},
+            "facts": plain_json(facts),
+        }
+        self.store.prepare()
+        self.store.write_record(f"actions/{self._path(key).name}", record)
+        # As a later lookup will read it: lists where the producer had tuples.
+        return ActionResult(key, dict(outputs), {name: plain_json(fact) for name, fact in facts.items()}, hit=False)
+
+    def forget(self, key: str) -> None:
+        """Drop a record, so that its action runs again; its blobs stay."""
+        self._path(key).unlink(missing_ok=True)
+
+    def records(self) -> Iterator[Mapping[str, Json]]:
+        """All readable records: ingredients, `what`, `outputs`, `facts`."""
+        folder = self.store.root / "actions"
+        for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
+            try:
+                record = read_object(path.read_bytes(), str(path))
+                _parse_record_object(record, "sha256:" + path.stem)
+            except (IntegrityError, FileNotFoundError):
+                continue
+            yield record
+
+    def reachable(self) -> frozenset[str]:
+        """Digests that a record or a tag needs: what a garbage collection must keep."""
+        keep: set[str] = set()
+        for record in self.records():
+            outputs, _ = _parse_record_object(record, str(record["key"]))
+            keep.update(blob.digest for blob in outputs.values())
+        for digest in self.store.tags().values():
+            keep.add(digest)
+            manifest = read_object(self.store.read(digest), f"manifest {digest}")
+            keep.update(blob.digest for blob in manifest_blobs(manifest, digest))
+        return frozenset(keep)
+
+    def count(self, stage: str, hit: bool) -> None:
+        """Add one to the hits or the misses of `stage`."""
+        with self._lock:
+            self.counts.setdefault(stage, [0, 0])[0 if hit else 1] += 1
+
+    @property
+    def hits(self) -> int:
+        return sum(hits for hits, _ in self.counts.values())
+
+    @property
+    def misses(self) -> int:
+        return sum(misses for _, misses in self.counts.values())
+
+    def summary(self) -> dict[str, Json]:
+        """Hits and misses, in all and per stage, for `--json`: no misses of `mould` means that no compiler ran."""
+        stages: dict[str, Json] = {s: {"hits": h, "misses": m} for s, (h, m) in sorted(self.counts.items())}
+        return {"hits": self.hits, "misses": self.misses, "stages": stages}
+
+    def _path(self, key: str) -> Path:
+        return self.store.root / "actions" / (self.store.path(key).name + ".json")
+
+
+def run_action(cache: ActionCache, action: Action, producer: Producer) -> ActionResult:
+    """The result of `action`: from the cache, or by running `producer` once, whatever else asks for it meanwhile.
+
+    Args:
+        producer: works in the empty folder it is given and returns name -> file and facts. Files in that folder are
+            moved into the store, others copied. The folder is removed afterwards: logs that must outlive a failure
+            belong elsewhere.
+
+    Raises:
+        ResourceError: the disk is full.
+        FluxkilnError: the producer names a file that it did not write; or what the producer raises. Nothing is
+            recorded then.
+    """
+    key = action.key
+    result = cache.lookup(key)
+    if result is None:
+        cache.store.prepare()
+        hex_key = key.removeprefix("sha256:")
+        with disk_full_named(cache.store.root), waiting_lock(cache.store.root / "locks" / f"{hex_key}.lock"):
+            # Another process may have finished it while this one waited.
+            result = cache.lookup(key) or _produce(cache, action, producer)
+    cache.count(action.stage, result.hit)
+    return result
+
+
+def _produce(cache: ActionCache, action: Action, producer: Producer) -> ActionResult:
+    with cache.store.workdir(action.what) as workdir:
+        files, facts = producer(workdir)
+        for name, path in files.items():
+            if not path.is_file():
+                raise FluxkilnError(
+                    f"{action.what}: the {action.stage} stage names {path.name} as its output {name} but wrote no such "
+                    "file; see its log"
+                )
+        outputs = {
+            name: cache.store.add_file(path, move=path.resolve().is_relative_to(workdir.resolve()))
+            for name, path in files.items()
+        }
+        return cache.record(action, outputs, facts)
+
+
+def stage_code_version(*sources: str | Path) -> str:
+    """A digest over source files, so that a changed patch invalidates the templates made with it.
+
+    Args:
+        sources: modules or packages of fluxkiln by dotted name (nothing is imported), or paths. Every file of a
+            package counts, TOML and templates included; bytecode, hidden files and editors' backups do not.
+
+    Raises:
+        FluxkilnError: there is no such module or path.
+    """
+    digest = hashlib.sha256()
+    for label, path in sorted(_source_files(sources)):
+        digest.update(f"{label}\0".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return "sha256:" + digest.hexdigest()
+
+
+def _source_files(sources: tuple[str | Path, ...]) -> set[tuple[str, Path]]:
+    found = set()
+    for source in sources:
+        base = source if isinstance(source, Path) else _module_path(source)
+        if base.is_file():
+            found.add((_label(base, base.parent), base))
+            continue
+        if not base.is_dir():
+            raise FluxkilnError(f"no source {source!r} to take the version of; name a module of fluxkiln or a path")
+        for folder, folders, names in os.walk(base):
+            folders[:] = [name for name in folders if name != "__pycache__" and not name.startswith(".")]
+            for name in names:
+                if not (name.startswith((".", "#")) or name.endswith((".pyc", "~"))):
+                    path = Path(folder, name)
+                    found.add((_label(path, base.parent), path))
+    return found
+
+
+def _label(path: Path, base: Path) -> str:
+    # Relative, so that the version is the same wherever the package is installed.
+    return path.relative_to(PACKAGE.parent if path.is_relative_to(PACKAGE) else base).as_posix()
+
+
+def _module_path(name: str) -> Path:
+    path = PACKAGE.parent.joinpath(*name.split("."))
+    return path if path.is_dir() else path.with_suffix(".py")
+
+
+def _parse_record(data: bytes, key: str) -> tuple[dict[str, Blob], Mapping[str, Json]]:
+    return _parse_record_object(read_object(data, f"action {key}"), key)
+
+
+def _parse_record_object(record: Mapping[str, Json], key: str) -> tuple[dict[str, Blob], Mapping[str, Json]]:
+    outputs, facts = record.get("outputs"), record.get("facts")
+    if record.get("key") != key or not isinstance(outputs, dict) or not isinstance(facts, dict):
+        raise IntegrityError(f"action {key} is damaged: its record does not have that key, outputs and facts")
+    blobs = {}
+    for name, entry in outputs.items():
+        digest, size = (entry.get("digest"), entry.get("size")) if isinstance(entry, dict) else (None, None)
+        if not (isinstance(digest, str) and re.fullmatch(r"sha256:[0-9a-f]{64}", digest) and isinstance(size, int)):
+            raise IntegrityError(f"action {key} is damaged: output {name} has no digest and size")
+        blobs[name] = Blob(digest, size)
+    return blobs, facts

@@ -1,0 +1,278 @@
+"""Bundles: the folder that a runtime loads, written whole or not at all, `manifest.json` last.
+
+A new bundle is assembled beside the old one; two renames swap them. States a `kill -9` can leave, and what the next
+`write_bundle` or `heal_bundle` makes of them:
+
+    NAME                    .NAME.*.partial   the old bundle counts; the new one is removed
+             .NAME.old      .NAME.*.partial   killed between the renames: the old bundle gets its name back
+    NAME     .NAME.old                        the new bundle counts; the old one is removed
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
+
+from fluxkiln.artifacts.canonical import Json, plain_json
+from fluxkiln.artifacts.files import (
+    PARTIAL_SUFFIX,
+    copy_hashing,
+    digest_file,
+    disk_full_named,
+    fresh_name,
+    partial_directory,
+    partial_file,
+    publish,
+    remove_unheld,
+    reserve,
+    sync_directory,
+    write_durably,
+)
+from fluxkiln.artifacts.locks import waiting_lock
+from fluxkiln.artifacts.manifest import SCHEMA_VERSION, Manifest, Role, manifest_from_json, parse_manifest
+from fluxkiln.artifacts.paths import BUILD_FILE, MANIFEST_FILE, resolve_inside, validate_manifest_paths
+from fluxkiln.artifacts.store import Blob, Store
+from fluxkiln.errors import IntegrityError, UsageError
+
+MAX_MANIFEST_BYTES = 16 << 20
+_UNREAD = Blob("sha256:" + "0" * 64, 0)
+
+# First rule that fits decides; a caller's `roles` come before all of them.
+_LICENCE_NAMES = ("license", "licence", "notice")
+_ROLE_BY_SUFFIX: Mapping[str, Role] = {
+    ".bmodel": "binary",
+    ".neff": "binary",
+    ".onnx": "binary",
+    ".safetensors": "weights",
+    ".data": "weights",
+    ".npz": "constants",
+    ".npy": "constants",
+    ".md": "doc",
+    ".html": "doc",
+}
+
+
+def write_bundle(
+    destination: Path,
+    files: Mapping[str, Blob | Path],
+    manifest: Mapping[str, Json],
+    store: Store,
+    *,
+    roles: Mapping[str, Role] | None = None,
+    build: Mapping[str, Json] | None = None,
+) -> Manifest:
+    """Write the bundle `destination`, replacing one that is there.
+
+    Args:
+        files: path in the bundle -> blob of `store`, or a file to copy.
+        manifest: the keys of `Manifest` but for `schema_version` and `files`, which are filled in here.
+        roles: path -> role where the name does not tell (see `role_of`).
+        build: time, host, durations: written to `build.json`, which no digest covers.
+
+    Raises:
+        IntegrityError: a blob is missing or damaged, a path or the manifest is not legal. `destination` is unchanged.
+        UsageError: `destination` is something else than a bundle.
+        ResourceError: the disk is full. `destination` is unchanged.
+    """
+    validate_manifest_paths(files)
+    # Refuse a wrong manifest before gigabytes are copied; digests of plain files are not known yet.
+    known = {path: source if isinstance(source, Blob) else _UNREAD for path, source in files.items()}
+    _complete(manifest, known, roles or {})
+    parent = destination.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with disk_full_named(parent), waiting_lock(parent / f".{destination.name}.lock"):
+        _heal(destination)
+        _check_replaceable(destination)
+        with partial_directory(parent, f".{destination.name}") as folder:
+            entries = {}
+            for path, source in sorted(files.items()):
+                target = resolve_inside(folder, path)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                entries[path] = _place(source, target, store)
+            complete = _complete(manifest, entries, roles or {})
+            if build is not None:
+                write_durably(folder / BUILD_FILE, _pretty(build))
+            write_durably(folder / MANIFEST_FILE, complete.to_bytes())
+            try:
+                _swap(folder, destination)
+            finally:
+                _heal(destination)
+    return complete
+
+
+def bundle_is_current(
+    destination: Path,
+    files: Mapping[str, Blob | Path],
+    manifest: Mapping[str, Json],
+    *,
+    roles: Mapping[str, Role] | None = None,
+) -> bool:
+    """Whether `write_bundle` would write the manifest that is there, and all its files have their sizes.
+
+    Blobs are not read and neither are the bundle's files: this is the test of a build in which nothing changed.
+    """
+    entries = {
+        path: source if isinstance(source, Blob) else Blob(*digest_file(source)) for path, source in files.items()
+    }
+    complete = _complete(manifest, entries, roles or {})
+    try:
+        if (destination / MANIFEST_FILE).read_bytes() != complete.to_bytes():
+            return False
+        return all(os.stat(destination / f.path, follow_symlinks=False).st_size == f.size for f in complete.files)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def read_manifest(bundle: Path) -> Manifest:
+    """The manifest of a bundle.
+
+    Raises:
+        UsageError: there is no bundle, or its schema version is not known here.
+        IntegrityError: the manifest is damaged.
+    """
+    path = bundle / MANIFEST_FILE
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_MANIFEST_BYTES + 1)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UsageError(
+            f"{bundle} is no bundle: it has no {MANIFEST_FILE}; give the folder that a build wrote"
+        ) from error
+    if len(data) > MAX_MANIFEST_BYTES:
+        raise IntegrityError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes, which no manifest is; fetch it again")
+    return parse_manifest(data, str(path))
+
+
+def verify_bundle(bundle: Path) -> Manifest:
+    """Compare every file with the manifest.
+
+    Raises:
+        IntegrityError: names the first bad file and lists all: missing, of another size or digest, a symbolic link
+            or other special file, or one that the manifest does not name.
+        UsageError: as `read_manifest`.
+    """
+    manifest = read_manifest(bundle)
+    listed = {file.path: file for file in manifest.files}
+    faults = []
+    present = _walk(bundle)
+    for path, entry in listed.items():
+        if path not in present:
+            faults.append(f"{path}: missing")
+        elif not present[path]:
+            faults.append(f"{path}: not a regular file")
+        else:
+            digest, size = digest_file(resolve_inside(bundle, path))
+            if size != entry.size:
+                faults.append(f"{path}: {size} bytes, the manifest says {entry.size}")
+            elif digest != entry.digest:
+                faults.append(f"{path}: {digest}, the manifest says {entry.digest}")
+    faults += [f"{path}: not named by the manifest" for path in sorted(present) if path not in listed]
+    if faults:
+        more = f"; {len(faults) - 1} more: {'; '.join(faults[1:])}" if faults[1:] else ""
+        raise IntegrityError(
+            f"{bundle}: {faults[0]}{more}. A bundle holds what its manifest says and nothing else: build or fetch it "
+            "again"
+        )
+    return manifest
+
+
+def heal_bundle(destination: Path) -> None:
+    """Bring `destination` back to one whole bundle, or none, after a process was killed while it wrote it."""
+    if destination.parent.is_dir():
+        with disk_full_named(destination.parent), waiting_lock(destination.parent / f".{destination.name}.lock"):
+            _heal(destination)
+
+
+def role_of(path: str) -> Role:
+    """The role that a file's name and folder tell."""
+    pure = PurePosixPath(path)
+    if pure.name.lower().startswith(_LICENCE_NAMES):
+        return "licence"
+    if pure.suffix in _ROLE_BY_SUFFIX:
+        return _ROLE_BY_SUFFIX[pure.suffix]
+    return "tokenizer" if any(name.startswith("tokenizer") for name in pure.parts) else "config"
+
+
+def _complete(manifest: Mapping[str, Json], entries: Mapping[str, Blob], roles: Mapping[str, Role]) -> Manifest:
+    listed: list[Json] = [
+        {
+            "path": path,
+            "role": roles.get(path) or role_of(path),
+            "sha256": entries[path].digest.removeprefix("sha256:"),
+            "size": entries[path].size,
+        }
+        for path in sorted(entries)
+    ]
+    return manifest_from_json({**manifest, "schema_version": SCHEMA_VERSION, "files": listed}, "the new manifest")
+
+
+def _place(source: Blob | Path, target: Path, store: Store) -> Blob:
+    if isinstance(source, Blob):
+        store.export(source.digest, target)
+        found = os.stat(target).st_size
+        if found != source.size:
+            raise IntegrityError(f"blob {source.digest} has {found} bytes, {source.size} were expected; build it again")
+        return source
+    with source.open("rb") as reader:
+        size = os.fstat(reader.fileno()).st_size
+        with disk_full_named(target.parent, size), partial_file(target.parent, "." + target.name) as (partial, file):
+            reserve(file, size)
+            blob = Blob(*copy_hashing(reader, file))
+            publish(file, partial, target)
+    return blob
+
+
+def _old(destination: Path) -> Path:
+    return destination.parent / f".{destination.name}.old"
+
+
+def _swap(folder: Path, destination: Path) -> None:
+    old = _old(destination)
+    if destination.exists():
+        os.rename(destination, old)
+    os.rename(folder, destination)
+    sync_directory(destination.parent)
+
+
+def _heal(destination: Path) -> None:
+    old = _old(destination)
+    if old.exists():
+        if destination.exists():
+            # Under a name that never counts, or half of it could be taken for a bundle.
+            doomed = old.with_name(fresh_name(f".{destination.name}") + PARTIAL_SUFFIX)
+            os.rename(old, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+        else:
+            os.rename(old, destination)
+            sync_directory(destination.parent)
+    remove_unheld(destination.parent, prefix=f".{destination.name}.")
+
+
+def _check_replaceable(destination: Path) -> None:
+    if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
+        raise UsageError(f"{destination} is no folder; a bundle replaces a bundle or nothing: give another destination")
+    if destination.is_dir() and any(destination.iterdir()) and not (destination / MANIFEST_FILE).is_file():
+        raise UsageError(
+            f"{destination} holds files but no {MANIFEST_FILE}, so it is no bundle and is not replaced; remove it or "
+            "give another destination"
+        )
+
+
+def _walk(bundle: Path) -> dict[str, bool]:
+    """Path -> whether it is a regular file, for everything in the bundle that is no folder."""
+    found = {}
+    for folder, folders, names in os.walk(bundle):
+        for name in [*names, *(name for name in folders if Path(folder, name).is_symlink())]:
+            path = Path(folder, name)
+            relative = path.relative_to(bundle).as_posix()
+            if relative not in (MANIFEST_FILE, BUILD_FILE):
+                found[relative] = stat.S_ISREG(path.lstat().st_mode)
+    return found
+
+
+def _pretty(value: Mapping[str, Json]) -> bytes:
+    return json.dumps(plain_json(value), indent=1, ensure_ascii=False).encode() + b"\n"

@@ -1,0 +1,70 @@
+"""JSON in one spelling, so that equal values have equal digests, and JSON that is read without leniency."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from typing import NoReturn, TypeAlias
+
+from fluxkiln.errors import IntegrityError
+
+Json: TypeAlias = "bool | int | float | str | list[Json] | tuple[Json, ...] | Mapping[str, Json] | None"
+
+
+def canonical_json(value: Json) -> bytes:
+    """UTF-8 JSON with sorted keys and no spaces: the same bytes whatever the order of the mappings was.
+
+    Raises:
+        TypeError: something in `value` is no JSON (a path, a set, a key that is not a string).
+        ValueError: a NaN or an infinity.
+    """
+    plain = plain_json(value)
+    return json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def digest_json(value: Json) -> str:
+    """`sha256:<hex>` of the canonical JSON of `value`."""
+    return "sha256:" + hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def plain_json(value: Json, where: str = "value") -> Json:
+    """A copy made of dicts and lists only, with sorted keys; TypeError or ValueError names what is no JSON."""
+    if isinstance(value, Mapping):
+        for key in value:
+            # json.dumps would turn 1 into "1": two different mappings, one digest.
+            if not isinstance(key, str):
+                raise TypeError(f"{where} has the key {key!r}; keys must be strings")
+        return {key: plain_json(value[key], f"{where}.{key}") for key in sorted(value)}
+    if isinstance(value, list | tuple):
+        return [plain_json(item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where} is {value}; JSON has finite numbers only")
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"{where} is a {type(value).__name__}; only JSON values are allowed")
+
+
+def parse_json(data: bytes, where: str) -> Json:
+    """Parse `data`; duplicate keys, NaN and anything that is not UTF-8 JSON raise IntegrityError.
+
+    Python's own parser takes the last of two equal keys, so two readers could see two different files.
+    """
+
+    def unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise ValueError(f"key {twice!r} appears twice")
+        return found
+
+    def no_constant(text: str) -> NoReturn:
+        raise ValueError(f"{text} is not JSON")
+
+    try:
+        parsed: Json = json.loads(data, object_pairs_hook=unique, parse_constant=no_constant)
+    except (ValueError, RecursionError) as error:
+        raise IntegrityError(f"{where} is not valid JSON ({error}); fetch or build it again") from error
+    return parsed

@@ -1,0 +1,211 @@
+"""Durable file operations: what is visible under its final name is whole, also after `kill -9` or a power cut."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import io
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+from fluxkiln.errors import ResourceError
+
+CHUNK = 1 << 20
+PARTIAL_SUFFIX = ".partial"
+# linux/fs.h, _IOW(0x94, 9, int): share the source's extents (btrfs, XFS, bcachefs).
+FICLONE = 0x40049409
+
+CopyMethod = Literal["reflink", "copy"]
+
+
+@contextmanager
+def disk_full_named(directory: Path, needed: int | None = None) -> Iterator[None]:
+    """Turn "no space left" and "quota exceeded" into a ResourceError that says how much is needed and free.
+
+    Wrap it around the context managers that clean up, so that `free` is counted after the cleaning.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        while not directory.exists():
+            directory = directory.parent
+        stat = os.statvfs(directory)
+        wanted = "more room is needed" if needed is None else f"{needed} bytes are needed"
+        raise ResourceError(
+            f"{directory}: {os.strerror(error.errno)}: {wanted}, {stat.f_bavail * stat.f_frsize} bytes are free; make "
+            "room or put the store and the build on a larger disk. Nothing half-written was left"
+        ) from error
+
+
+def fresh_name(label: str) -> str:
+    """A name no one else uses; time and process are for the reader, the random part makes it unique."""
+    return f"{label}.{time.strftime('%Y%m%dT%H%M%S')}.{os.getpid()}.{os.urandom(4).hex()}"
+
+
+def same_inode(fd: int, path: Path) -> bool:
+    """Whether `path` still names the open file `fd`."""
+    try:
+        there = os.stat(path, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    here = os.fstat(fd)
+    return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
+
+
+@contextmanager
+def partial_file(directory: Path, label: str) -> Iterator[tuple[Path, BinaryIO]]:
+    """A new file that is gone at the end unless it was renamed.
+
+    It is locked while it is open: `remove_unheld` tells a dead process's leftover from a file being written.
+    """
+    while True:
+        path = directory / (fresh_name(label) + PARTIAL_SUFFIX)
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "r+b")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not same_inode(file.fileno(), path):
+                continue  # cleaned away between creation and lock
+            yield path, file
+            return
+        finally:
+            with suppress(FileNotFoundError):
+                if same_inode(file.fileno(), path):
+                    os.unlink(path)
+            # A full disk can show up once more here, when buffers are flushed for a file already given up.
+            with suppress(OSError):
+                file.close()
+
+
+@contextmanager
+def partial_directory(parent: Path, label: str) -> Iterator[Path]:
+    """A new folder that is gone at the end unless it was renamed; locked like `partial_file`."""
+    while True:
+        path = parent / (fresh_name(label) + PARTIAL_SUFFIX)
+        os.mkdir(path)
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            if not same_inode(fd, path):
+                continue
+            yield path
+            return
+        finally:
+            if same_inode(fd, path):
+                shutil.rmtree(path, ignore_errors=True)
+            os.close(fd)
+
+
+def remove_unheld(directory: Path, prefix: str = "") -> tuple[str, ...]:
+    """Remove the `.partial` files and folders in `directory` that no living process holds; return their names."""
+    removed = []
+    try:
+        names = sorted(os.listdir(directory))
+    except FileNotFoundError:
+        return ()
+    for name in names:
+        if not (name.startswith(prefix) and name.endswith(PARTIAL_SUFFIX)):
+            continue
+        path = directory / name
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+            removed.append(name)
+        except OSError:
+            continue  # held by a living process, or a file system that cannot say
+        finally:
+            os.close(fd)
+    return tuple(removed)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make renames in `directory` survive a power cut."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_durably(path: Path, data: bytes, partials: Path | None = None) -> None:
+    """Replace `path` with `data` at once: readers see the old bytes or the new ones, never a part.
+
+    Args:
+        partials: folder of the same file system for the file while it is incomplete; by default that of `path`.
+
+    Raises:
+        ResourceError: the disk is full.
+    """
+    folder = partials or path.parent
+    with disk_full_named(folder, len(data)), partial_file(folder, "." + path.name) as (partial, file):
+        file.write(data)
+        publish(file, partial, path)
+
+
+def publish(file: BinaryIO, partial: Path, final: Path, mode: int | None = None) -> None:
+    """Flush `file`, sync it and rename it to `final`."""
+    file.flush()
+    if mode is not None:
+        os.fchmod(file.fileno(), mode)
+    os.fsync(file.fileno())
+    os.replace(partial, final)
+    sync_directory(final.parent)
+
+
+def reserve(file: BinaryIO, size: int) -> None:
+    """Claim `size` bytes on disk before the first is written, so that a full disk shows at once."""
+    try:
+        if size:
+            os.posix_fallocate(file.fileno(), 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # the file system cannot reserve
+            raise
+
+
+def copy_hashing(source: io.BufferedReader | io.BytesIO, target: BinaryIO) -> tuple[str, int]:
+    """Copy to the end of `source`; return `sha256:<hex>` and number of the bytes that were written."""
+    digest = hashlib.sha256()
+    size = 0
+    buffer = memoryview(bytearray(CHUNK))
+    while count := source.readinto(buffer):
+        digest.update(buffer[:count])
+        target.write(buffer[:count])
+        size += count
+    # The source may have shrunk since its size was reserved.
+    target.truncate(size)
+    return "sha256:" + digest.hexdigest(), size
+
+
+def digest_file(path: Path) -> tuple[str, int]:
+    """`sha256:<hex>` and size of a file; a symbolic link is refused by the system."""
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+        return "sha256:" + found, os.fstat(file.fileno()).st_size
+
+
+def clone(source: io.BufferedReader, target: BinaryIO) -> bool:
+    """Make `target` share the extents of `source`; False where the file system cannot."""
+    try:
+        fcntl.ioctl(target, FICLONE, source.fileno())
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.ENOTTY, errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EPERM):
+            return False
+        raise
+    return True

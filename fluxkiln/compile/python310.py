@@ -63,7 +63,7 @@ def _patch_release(python: Path) -> int:
 
 
 def _probe(python: str) -> Path | None:
-    """The interpreter behind `python` when that runs and is a complete 3.10; pyenv has shims for inactive versions too."""
+    """The interpreter behind `python` if it runs and is a complete 3.10; pyenv has shims for inactive versions too."""
     answer = _answer([python, "-I", "-c", _PROBE])
     major, minor, executable = (answer or "0 0 -").split(" ", 2)
     return Path(executable) if (major, minor) == ("3", "10") else None

@@ -255,7 +255,7 @@ def _environment_key() -> str:
     """Digest of everything that decides what the environment is and how it was checked."""
     digest = hashlib.sha256()
     for path in (_LOCK_FILE, _CHECK, *sorted(_STUBS.rglob("*.py"))):
-        digest.update(path.relative_to(_HERE).as_posix().encode() + b"\0" + path.read_bytes())
+        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()
 
 

@@ -24,5 +24,7 @@ def tensor(values: Any) -> _Tensor:
 
 
 def __getattr__(name: str) -> Any:
+    if name.startswith("__"):  # what the import machinery itself asks for
+        raise AttributeError(name)
     # Code that probes for torch catches ImportError.
     raise ImportError(f"torch.{name} is not available: compiler processes run without torch")

@@ -1,0 +1,231 @@
+"""A FLUX.1 checkpoint in the diffusers folder layout, opened in place: configs and tensor positions, no weight data."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fluxkiln.artifacts.types import TensorRef
+from fluxkiln.components import COMPONENTS, Variant
+from fluxkiln.errors import CheckpointError
+from fluxkiln.export.safetensors_header import read_header
+
+if TYPE_CHECKING:
+    import numpy as np
+
+PIPELINE_CLASS = "FluxPipeline"
+COMPONENT_CLASSES: Mapping[str, str] = {
+    "text_encoder": "CLIPTextModel",
+    "text_encoder_2": "T5EncoderModel",
+    "transformer": "FluxTransformer2DModel",
+    "vae": "AutoencoderKL",
+    "vae_tiny": "AutoencoderTiny",
+}
+# Written by transformers and by diffusers, in this order.
+WEIGHT_STEMS = ("model", "diffusion_pytorch_model")
+_CONFIG_INTEGERS: Mapping[str, tuple[str, ...]] = {
+    "text_encoder_2": ("num_layers",),
+    "transformer": ("num_layers", "num_single_layers"),
+}
+_REMEDY = "give a folder that FluxPipeline.save_pretrained wrote, a Hugging Face id, or a synthetic preset"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Configs and tensor positions of a FLUX.1 checkpoint.
+
+    `configs` and `tensors` are keyed by component, and by `vae_tiny` where the folder has a tiny VAE; `configs` has
+    `scheduler` as well. Tensors are keyed by their name in the module's `state_dict()`, which is also `TensorRef.name`;
+    files are resolved, symlinks of the Hugging Face cache included. `sidecars` are the small files a bundle copies:
+    tokenizers and scheduler, by their path below `root`.
+    """
+
+    root: Path
+    name: str
+    variant: Variant
+    configs: Mapping[str, Mapping[str, Any]]
+    tensors: Mapping[str, Mapping[str, TensorRef]]
+    sidecars: Mapping[str, Path]
+    licence: Path | None
+
+
+def open_checkpoint(root: Path, components: Collection[str] = COMPONENTS) -> Checkpoint:
+    """Read `model_index.json`, each component's `config.json` and safetensors headers; no weight data, no torch.
+
+    Args:
+        root: a folder in the diffusers layout.
+        components: those that must be there; others are not looked at. Without `transformer` the variant is `schnell`.
+
+    Raises:
+        CheckpointError: no FLUX.1 checkpoint, or a damaged one; the message names the file and the tensor.
+    """
+    if root.is_file():
+        raise CheckpointError(
+            f"{root} is a file, a checkpoint is a folder in the diffusers layout; convert a single file with "
+            f"FluxPipeline.from_single_file(...).save_pretrained(...)"
+        )
+    if not root.is_dir():
+        raise CheckpointError(f"{root} does not exist; {_REMEDY}")
+    root = root.absolute()
+    index = _read_json(root, "model_index.json")
+    if index.get("_class_name") != PIPELINE_CLASS:
+        raise CheckpointError(
+            f"{root / 'model_index.json'} is for {index.get('_class_name')!r}, fluxkiln compiles {PIPELINE_CLASS}; "
+            f"{_REMEDY}"
+        )
+    configs: dict[str, Mapping[str, Any]] = {}
+    tensors: dict[str, Mapping[str, TensorRef]] = {}
+    for component in components:
+        entry = index.get(component)
+        if not isinstance(entry, list) or entry[-1:] != [COMPONENT_CLASSES[component]]:
+            raise CheckpointError(
+                f"{root / 'model_index.json'} has {entry!r} as {component}, FLUX.1 has {COMPONENT_CLASSES[component]}; "
+                f"{_REMEDY}"
+            )
+        configs[component] = _read_config(root, component)
+        tensors[component] = _read_component(root, component)
+    if (root / "vae_tiny").is_dir():
+        configs["vae_tiny"] = _read_config(root, "vae_tiny")
+        tensors["vae_tiny"] = _read_component(root, "vae_tiny")
+    configs["scheduler"] = _read_json(root, "scheduler/scheduler_config.json")
+    guidance = configs.get("transformer", {}).get("guidance_embeds", False)
+    return Checkpoint(
+        root=root,
+        name=_name(root),
+        variant="dev" if guidance else "schnell",
+        configs=configs,
+        tensors=tensors,
+        sidecars=_find_sidecars(root),
+        licence=_find_licence(root),
+    )
+
+
+def read_tensor(ref: TensorRef) -> np.ndarray[Any, Any]:
+    """The tensor's values as a fresh array of its own dtype; BF16 as `ml_dtypes.bfloat16`.
+
+    Raises:
+        CheckpointError: the file ends before the tensor does, or the dtype has no numpy equivalent.
+    """
+    import ml_dtypes
+    import numpy as np
+
+    dtypes: dict[str, Any] = {
+        "BF16": ml_dtypes.bfloat16,
+        "F8_E4M3": ml_dtypes.float8_e4m3fn,
+        "F8_E5M2": ml_dtypes.float8_e5m2,
+        "BOOL": np.bool_,
+    }
+    dtype = dtypes.get(ref.dtype) or np.dtype(f"<{ref.dtype[0].lower()}{int(ref.dtype[1:]) // 8}")
+    array = np.empty(ref.shape, dtype)
+    # readinto, not mmap: mapped pages count as resident memory of the process.
+    with ref.file.open("rb", buffering=0) as stream:
+        stream.seek(ref.offset)
+        view = array.reshape(-1).view(np.uint8).data
+        while len(view):
+            count = stream.readinto(view)
+            if not count:
+                raise CheckpointError(f"{ref.file} ends inside {ref.name}; it was truncated: copy or fetch it again")
+            view = view[count:]
+    return array
+
+
+def _read_json(root: Path, relative: str) -> dict[str, Any]:
+    path = root / relative
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{root} is no diffusers checkpoint: {relative} is missing; {_REMEDY}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}; {_REMEDY}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no JSON ({error}); copy or fetch it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, not an object; copy or fetch it again")
+    return value
+
+
+def _read_config(root: Path, component: str) -> dict[str, Any]:
+    config = _read_json(root, f"{component}/config.json")
+    for key in _CONFIG_INTEGERS.get(component, ()):
+        if type(config.get(key)) is not int or config[key] < 1:
+            raise CheckpointError(
+                f"{root / component / 'config.json'} has {key} = {config.get(key)!r}, it must be a whole number; "
+                f"copy or fetch it again"
+            )
+    return config
+
+
+def _read_component(root: Path, component: str) -> dict[str, TensorRef]:
+    folder = root / component
+    indexes = [path for stem in WEIGHT_STEMS if (path := folder / f"{stem}.safetensors.index.json").exists()]
+    singles = [path for stem in WEIGHT_STEMS if (path := folder / f"{stem}.safetensors").exists()]
+    found = indexes + singles
+    if len(found) > 1:
+        names = " and ".join(path.name for path in found)
+        raise CheckpointError(f"{folder} holds {names}, one of them must be the weights; remove the other")
+    if not found:
+        wanted = " or ".join(f"{stem}.safetensors[.index.json]" for stem in WEIGHT_STEMS)
+        raise CheckpointError(f"{folder} has no weights: {wanted} is missing; {_REMEDY}")
+    refs = _read_sharded(folder, indexes[0]) if indexes else read_header(singles[0].resolve())
+    return _state_dict_names(component, refs)
+
+
+def _read_sharded(folder: Path, index_path: Path) -> dict[str, TensorRef]:
+    weight_map = _read_json(folder, index_path.name).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise CheckpointError(f"{index_path} has no weight_map from tensor to shard; copy or fetch it again")
+    refs: dict[str, TensorRef] = {}
+    for shard in sorted(set(weight_map.values())):
+        # An index names neighbours of itself, never files elsewhere.
+        if Path(shard).name != shard:
+            raise CheckpointError(f"{index_path} names the shard {shard!r}; shards lie in the folder of their index")
+        if not (folder / shard).exists():
+            raise CheckpointError(f"shard {shard} is missing in {folder}, {index_path.name} names it; fetch it")
+        header = read_header((folder / shard).resolve())
+        expected = {name for name, owner in weight_map.items() if owner == shard}
+        for name in sorted(expected ^ header.keys()):
+            owner, other = (index_path.name, shard) if name in expected else (shard, index_path.name)
+            raise CheckpointError(
+                f"{folder}: {owner} lists {name} for {shard}, {other} does not: index and shard are of different "
+                f"checkpoints; fetch both again"
+            )
+        refs |= header
+    return refs
+
+
+def _state_dict_names(component: str, refs: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
+    """Rename tensors to what the pinned transformers calls them; files hold the names of older releases."""
+    from dataclasses import replace
+
+    if component == "text_encoder":
+        refs = {name.removeprefix("text_model."): ref for name, ref in refs.items()}
+        refs = {name: ref for name, ref in refs.items() if name != "embeddings.position_ids"}
+    elif component == "text_encoder_2":
+        # Two names of one tied matrix.
+        tied = refs.get("shared.weight", refs.get("encoder.embed_tokens.weight"))
+        refs = {name: ref for name, ref in refs.items() if name != "encoder.embed_tokens.weight"}
+        if tied is not None:
+            refs["shared.weight"] = tied
+    return {name: ref if ref.name == name else replace(ref, name=name) for name, ref in refs.items()}
+
+
+def _name(root: Path) -> str:
+    """`org/name` for a snapshot in the Hugging Face cache, otherwise the folder's name."""
+    repository = root.parent.parent.name
+    if root.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/", 1)
+    return root.name
+
+
+def _find_sidecars(root: Path) -> dict[str, Path]:
+    folders = (root / name for name in ("scheduler", "tokenizer", "tokenizer_2"))
+    files = (file for folder in folders if folder.is_dir() for file in folder.iterdir() if file.is_file())
+    return {str(file.relative_to(root)): file.resolve() for file in sorted(files)}
+
+
+def _find_licence(root: Path) -> Path | None:
+    names = sorted(path for path in root.iterdir() if path.is_file() and path.stem.lower() in ("license", "licence"))
+    return names[0].resolve() if names else None

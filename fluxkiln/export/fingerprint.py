@@ -1,0 +1,219 @@
+"""Content keys of checkpoint tensors, remembered by file, and the search for NaN and Inf.
+
+Every byte is hashed once; later calls answer from a memo while the file's size, times and inode stay the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fluxkiln.artifacts.types import TensorRef
+from fluxkiln.errors import CheckpointError
+from fluxkiln.export.safetensors_header import ITEM_BYTES
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from fluxkiln.export.checkpoint import Checkpoint
+
+Progress = Callable[[int, int], None]
+
+_CHUNK_BYTES = 8 << 20
+# A file written this recently could change again with its times unchanged (2 s: the coarsest clock of a file system).
+_SETTLE_NS = 2_000_000_000
+_MEMO_FORMAT = 1
+_EXPONENT_MASKS = {"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F800000)}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFacts:
+    """What one pass over a tensor's bytes tells: its digest, and the flat index of the first NaN or Inf, or -1."""
+
+    sha256: str
+    first_nonfinite: int
+
+
+class DigestMemo:
+    """Facts of tensors that were read before, kept in a JSON file; a damaged or lost file costs time only."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._files: dict[str, dict[str, Any]] = {}
+        self._changed = False
+        # A memo that cannot be read is an empty memo.
+        with suppress(OSError, ValueError):
+            stored = json.loads(path.read_bytes())
+            if isinstance(stored, dict) and stored.get("format") == _MEMO_FORMAT:
+                self._files = stored["files"]
+
+    def lookup(self, ref: TensorRef, state: list[int]) -> TensorFacts | None:
+        """The facts of `ref` if they were recorded for this very state of its file."""
+        entry = self._files.get(str(ref.file))
+        facts = entry["tensors"].get(_memo_key(ref)) if entry and entry["state"] == state else None
+        return TensorFacts(*facts) if facts else None
+
+    def record(self, ref: TensorRef, state: list[int], facts: TensorFacts) -> None:
+        """Remember the facts of `ref`, unless its file is so new that it may still change unnoticed."""
+        if time.time_ns() - max(state[1:3]) < _SETTLE_NS:
+            return
+        entry = self._files.get(str(ref.file))
+        if entry is None or entry["state"] != state:
+            entry = self._files[str(ref.file)] = {"state": state, "tensors": {}}
+        entry["tensors"][_memo_key(ref)] = [facts.sha256, facts.first_nonfinite]
+        self._changed = True
+
+    def save(self) -> None:
+        """Write the memo if it changed; of two writers the last wins, and no reader sees half a file."""
+        if not self._changed:
+            return
+        self._files = {file: entry for file, entry in self._files.items() if os.path.exists(file)}
+        partial = self._path.with_name(f"{self._path.name}.{os.getpid()}.partial")
+        # A memo that cannot be written costs time at the next call, nothing else.
+        with suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                partial.write_text(json.dumps({"format": _MEMO_FORMAT, "files": self._files}))
+                os.replace(partial, self._path)
+            finally:
+                partial.unlink(missing_ok=True)
+        self._changed = False
+
+
+def digest_tensors(
+    refs: Iterable[TensorRef], memo: DigestMemo | None = None, progress: Progress | None = None
+) -> dict[str, str]:
+    """sha256 of each tensor's dtype, shape and bytes, by tensor name.
+
+    Args:
+        refs: tensors of one component (names are unique there).
+        memo: answers for files that did not change; new facts are added and saved.
+        progress: called with bytes done and bytes in all.
+
+    Raises:
+        CheckpointError: a file is shorter than its header said, or changes while it is read.
+    """
+    return {ref.name: facts.sha256 for ref, facts in _read_facts(refs, memo, progress).items()}
+
+
+def scan_finite(refs: Iterable[TensorRef], memo: DigestMemo | None = None, progress: Progress | None = None) -> None:
+    """Raise CheckpointError at the first tensor with a NaN or Inf, with its name and index; arguments as above."""
+    for ref, facts in _read_facts(refs, memo, progress).items():
+        if facts.first_nonfinite >= 0:
+            index, rest = [], facts.first_nonfinite
+            for size in reversed(ref.shape):
+                index.append(rest % size)
+                rest //= size
+            raise CheckpointError(
+                f"{ref.name} in {ref.file} is NaN or Inf at {index[::-1]}, weights must be finite; the checkpoint is "
+                f"damaged or its training diverged: fetch it again or use another"
+            )
+
+
+def fingerprint(checkpoint: Checkpoint, memo: DigestMemo | None = None, progress: Progress | None = None) -> str:
+    """sha256 over all that determines what a checkpoint computes: configs, tokenizers, scheduler, every tensor.
+
+    It does not depend on where the folder lies nor on how tensors are spread over shards.
+    """
+    digest = hashlib.sha256()
+    for component in sorted(checkpoint.configs):
+        config = json.dumps(checkpoint.configs[component], sort_keys=True)
+        digest.update(f"config {component} {config}\n".encode())
+    for name, path in sorted(checkpoint.sidecars.items()):
+        digest.update(f"file {name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    all_refs = [ref for refs in checkpoint.tensors.values() for ref in refs.values()]
+    facts = _read_facts(all_refs, memo, progress)
+    for component in sorted(checkpoint.tensors):
+        for name, ref in sorted(checkpoint.tensors[component].items()):
+            digest.update(f"tensor {component} {name} {facts[ref].sha256}\n".encode())
+    return digest.hexdigest()
+
+
+def _memo_key(ref: TensorRef) -> str:
+    return f"{ref.offset} {ref.dtype} {','.join(map(str, ref.shape))}"
+
+
+def _file_state(stat: os.stat_result) -> list[int]:
+    # ctime as well: copying tools restore mtime, nobody sets ctime.
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
+
+
+def _read_facts(
+    refs: Iterable[TensorRef], memo: DigestMemo | None, progress: Progress | None
+) -> dict[TensorRef, TensorFacts]:
+    by_file: dict[Path, list[TensorRef]] = {}
+    for ref in refs:
+        by_file.setdefault(ref.file, []).append(ref)
+    facts: dict[TensorRef, TensorFacts] = {}
+    for file, members in by_file.items():
+        try:
+            state = _file_state(file.stat())
+            for ref in members:
+                if memo and (known := memo.lookup(ref, state)):
+                    facts[ref] = known
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error.strerror}; fetch it again") from error
+    total = sum(ref.nbytes for members in by_file.values() for ref in members if ref not in facts)
+    done = 0
+    for file, members in by_file.items():
+        unknown = sorted((ref for ref in members if ref not in facts), key=lambda ref: ref.offset)
+        if not unknown:
+            continue
+        with file.open("rb", buffering=0) as stream:
+            state = _file_state(os.fstat(stream.fileno()))
+            for ref in unknown:
+                facts[ref] = _read_one(stream, ref)
+                done += ref.nbytes
+                if progress:
+                    progress(done, total)
+            if state != _file_state(os.fstat(stream.fileno())):
+                raise CheckpointError(f"{file} changed while it was read; start again when nothing writes to it")
+        if memo:
+            for ref in unknown:
+                memo.record(ref, state, facts[ref])
+    if memo:
+        memo.save()
+    return facts
+
+
+def _read_one(stream: FileIO, ref: TensorRef) -> TensorFacts:
+    import numpy as np
+
+    digest = hashlib.sha256(f"{ref.dtype} {list(ref.shape)}\n".encode())
+    chunk = np.empty(min(_CHUNK_BYTES, ref.nbytes), np.uint8)
+    first_nonfinite, done = -1, 0
+    stream.seek(ref.offset)
+    while done < ref.nbytes:
+        view = chunk[: ref.nbytes - done]
+        filled = 0
+        while filled < view.nbytes:
+            count = stream.readinto(view.data[filled:])
+            if not count:
+                raise CheckpointError(f"{ref.file} ends inside {ref.name}; it was truncated: copy or fetch it again")
+            filled += count
+        digest.update(view.data)
+        if first_nonfinite < 0:
+            index = _first_nonfinite(view, ref.dtype)
+            first_nonfinite = index + done // ITEM_BYTES[ref.dtype] if index >= 0 else -1
+        done += view.nbytes
+    return TensorFacts(digest.hexdigest(), first_nonfinite)
+
+
+def _first_nonfinite(raw: np.ndarray[Any, Any], dtype: str) -> int:
+    """Flat index of the first value whose exponent bits are all ones, or -1."""
+    if dtype not in _EXPONENT_MASKS:
+        return -1
+    import numpy as np
+
+    code, mask = _EXPONENT_MASKS[dtype]
+    bits = raw.view(code)
+    hits = (bits & bits.dtype.type(mask)) == mask
+    return int(np.argmax(hits)) if hits.any() else -1

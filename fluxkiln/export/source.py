@@ -1,0 +1,108 @@
+"""What `MODEL=` may be: a folder, a synthetic preset, or a Hugging Face id; each ends as a folder on this machine."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from fluxkiln.errors import CheckpointError, ResourceError, UsageError
+from fluxkiln.export.synth_presets import GENERATOR, PRESETS, Preset
+
+Progress = Callable[[int, int], None]
+
+# The diffusers layout without the single-file copies of the same weights that FLUX.1's repositories also hold.
+HUB_PATTERNS = (
+    "model_index.json",
+    "LICENSE*",
+    "scheduler/*",
+    "tokenizer/*",
+    "tokenizer_2/*",
+    *(
+        f"{component}/{pattern}"
+        for component in ("text_encoder", "text_encoder_2", "transformer", "vae", "vae_tiny")
+        for pattern in ("config.json", "*.safetensors", "*.safetensors.index.json")
+    ),
+)
+_HUB_ID = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
+
+
+def resolve_model(spec: str, cache_dir: Path, progress: Progress | None = None) -> Path:
+    """The folder of the checkpoint that `spec` names; made or fetched first where it is not there yet.
+
+    Args:
+        spec: a preset, the path of a folder, or `org/name` with an optional `@revision`. A folder of that name wins
+            over a Hugging Face id, a preset over a folder (write `./tiny-dev` for the folder).
+        cache_dir: where synthetic checkpoints are kept. Downloads go to the Hugging Face cache.
+        progress: called with bytes of a synthetic checkpoint written and to be written.
+
+    Raises:
+        UsageError: none of the three.
+        CheckpointError: the download failed; one sentence says why, and never shows a token.
+        ResourceError: the disk is full.
+    """
+    if spec in PRESETS:
+        return _synthesize_once(PRESETS[spec], cache_dir, progress)
+    path = Path(spec).expanduser()
+    if path.exists():
+        return path
+    match = _HUB_ID.fullmatch(spec)
+    if match is None:
+        raise UsageError(
+            f"{spec!r} is no model: neither an existing folder, nor a Hugging Face id (org/name), nor a synthetic "
+            f"preset ({', '.join(PRESETS)})"
+        )
+    return _download(match["repository"], match["revision"])
+
+
+def generator_digest(preset: Preset) -> str:
+    """Short key of what `synthesize` writes for `preset` with its default seed."""
+    return hashlib.sha256(json.dumps([GENERATOR, asdict(preset)], sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _synthesize_once(preset: Preset, cache_dir: Path, progress: Progress | None) -> Path:
+    from fluxkiln.export.synth import synthesize
+
+    # The folder's own name is the model's name.
+    folder = cache_dir / "synth" / generator_digest(preset) / preset.name
+    if (folder / "model_index.json").is_file():
+        return folder
+    try:
+        return synthesize(preset.name, folder, progress=progress)
+    except UsageError:
+        # Another process may have finished the same folder meanwhile.
+        if (folder / "model_index.json").is_file():
+            return folder
+        raise
+
+
+def _download(repository: str, revision: str | None) -> Path:
+    from huggingface_hub import errors, snapshot_download
+
+    name = f"{repository}@{revision}" if revision else repository
+    page = f"https://huggingface.co/{repository}"
+    try:
+        folder = snapshot_download(repository, revision=revision, allow_patterns=list(HUB_PATTERNS))
+    except errors.GatedRepoError:
+        reason = f"is gated: accept its licence at {page}, then log in with `hf auth login`"
+    except errors.RevisionNotFoundError:
+        reason = f"has no such revision; branches and tags are listed at {page}/tree/main"
+    except errors.RepositoryNotFoundError:
+        reason = f"does not exist or is private; check the name at {page}, and `hf auth whoami`"
+    except errors.HFValidationError:
+        reason = "is no valid Hugging Face id; write org/name, with @revision if needed"
+    except Exception as error:  # whatever the hub's HTTP library raises
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ResourceError(f"the disk is full while fetching {name}; free some space, or set HF_HOME") from None
+        # Its text may hold request headers or signed addresses: name the kind only.
+        reason = (
+            f"is not in the local cache and cannot be fetched ({type(error).__name__}); connect to the network, "
+            f"or give a folder or a synthetic preset"
+        )
+    else:
+        return Path(folder)
+    raise CheckpointError(f"{name} {reason}")

@@ -45,9 +45,11 @@ def _take(path: Path, wait: bool) -> int:
 def _release(fd: int, path: Path) -> None:
     if fd not in _held:  # a forked child left the block; the lock is the parent's
         return
-    # Unlink while it is still held: whoever waits on this inode sees that the name is gone and tries again.
+    # Unlink while it is still held: whoever waits on this inode sees that the name is gone and tries again. Another
+    # process's lock may have that name by now, when someone removed the folder and built anew.
     with suppress(FileNotFoundError):
-        os.unlink(path)
+        if same_inode(fd, path):
+            os.unlink(path)
     _held.discard(fd)
     os.close(fd)
 

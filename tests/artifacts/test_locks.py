@@ -63,6 +63,17 @@ def test_error_inside_frees_the_lock(tmp_path):
     take(tmp_path / "l")
 
 
+def test_lock_of_another_at_the_same_place_is_left_alone(tmp_path):
+    path = tmp_path / "l"
+    with build_lock(path, "it"):
+        path.unlink()  # as `rm -r build` does
+        with build_lock(path, "again"):
+            path.rename(tmp_path / "aside")
+            path.write_text("third")
+        assert path.read_text() == "third"
+    assert path.read_text() == "third"
+
+
 def test_holder_that_has_not_written_its_name_yet(tmp_path):
     with waiting_lock(tmp_path / "l"), pytest.raises(ResourceError, match="has just started"):
         take(tmp_path / "l")

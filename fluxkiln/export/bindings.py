@@ -1,0 +1,111 @@
+"""From a part and a template's slots to a binding, and from a binding to weights, read in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from fluxkiln.artifacts.types import Binding, SlotBinding, TensorRef, TensorSpec, Transform
+from fluxkiln.components import Part
+from fluxkiln.errors import CheckpointError
+from fluxkiln.export.checkpoint import Checkpoint, read_tensor
+from fluxkiln.export.graph import slot_transforms
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# slot -> weight in torch's own layout
+WeightReader = Callable[[str], "NDArray[Any]"]
+
+
+def bind_part(part: Part, slots: tuple[TensorSpec, ...], checkpoint: Checkpoint) -> Binding:
+    """How every slot of `part` is filled from `checkpoint`.
+
+    Raises:
+        CheckpointError: a tensor the part needs is missing or has another shape than the slot.
+    """
+    component = tensors_of(part)
+    tensors = checkpoint.tensors[component]
+    bindings = []
+    for spec in slots:
+        base, transforms = slot_transforms(spec.name)
+        ref = tensors.get(part.prefix + base)
+        if ref is None:
+            raise CheckpointError(
+                f"{component} of {checkpoint.root} has no tensor {part.prefix + base}, which part {part.name} needs; "
+                "fetch the checkpoint again or give one in the diffusers layout"
+            )
+        shape = transformed_shape(ref.shape, transforms)
+        if shape != spec.shape:
+            raise CheckpointError(
+                f"tensor {ref.name} of {component} has shape {list(ref.shape)}, which gives {list(shape)} where part "
+                f"{part.name} needs {list(spec.shape)}; its config.json belongs to another checkpoint"
+            )
+        bindings.append(SlotBinding(spec.name, (ref.name,), transforms))
+    return Binding(part.name, component, tuple(bindings))
+
+
+def tensors_of(part: Part) -> str:
+    """The key of `Checkpoint.tensors` and `Checkpoint.configs` where the part's weights are."""
+    return "vae_tiny" if part.kind == "tiny_vae_decoder" else part.component
+
+
+def transformed_shape(shape: tuple[int, ...], transforms: tuple[Transform, ...]) -> tuple[int, ...]:
+    """The shape after the transforms."""
+    for step in transforms:
+        if step.op == "transpose":
+            shape = shape[::-1]
+        elif step.op == "slice":
+            shape = (*shape[: step.dim], step.stop - step.start, *shape[step.dim + 1 :])
+    return shape
+
+
+def binding_refs(binding: Binding, checkpoint: Checkpoint) -> tuple[TensorRef, ...]:
+    """The checkpoint tensors a binding reads, each once, in order of first use."""
+    tensors = checkpoint.tensors[binding.component]
+    names = dict.fromkeys(source for slot in binding.slots for source in slot.sources)
+    return tuple(tensors[name] for name in names)
+
+
+def weight_reader(binding: Binding, checkpoint: Checkpoint) -> WeightReader:
+    """slot -> its weight in torch's layout: all transforms but a last transpose, which is the graph's own layout.
+
+    The array keeps the checkpoint's dtype (bfloat16 as `ml_dtypes.bfloat16`) unless a transform computes.
+    """
+    tensors = checkpoint.tensors[binding.component]
+    slots = {slot.slot: slot for slot in binding.slots}
+
+    def read(slot: str) -> NDArray[Any]:
+        bound = slots[slot]
+        transforms = bound.transforms
+        if transforms and transforms[-1].op == "transpose":
+            transforms = transforms[:-1]
+        return apply_transforms(read_tensor(tensors[bound.sources[0]]), transforms)
+
+    return read
+
+
+def apply_transforms(weight: NDArray[Any], transforms: tuple[Transform, ...]) -> NDArray[Any]:
+    """The weight after the transforms, contiguous; a factor makes it float32."""
+    import numpy as np
+
+    for step in transforms:
+        if step.op == "transpose":
+            weight = weight.T
+        elif step.op == "slice":
+            weight = weight[(slice(None),) * step.dim + (slice(step.start, step.stop),)]
+        elif step.op == "scale":
+            weight = weight.astype(np.float32) * np.float32(step.factor)
+    return np.ascontiguousarray(weight)
+
+
+def part_state(part: Part, checkpoint: Checkpoint) -> Mapping[str, NDArray[Any]]:
+    """All tensors of a part by their name after its prefix, float32: what `patches.parts.load_part` takes."""
+    import numpy as np
+
+    tensors = checkpoint.tensors[tensors_of(part)]
+    return {
+        name.removeprefix(part.prefix): read_tensor(ref).astype(np.float32)
+        for name, ref in tensors.items()
+        if name.startswith(part.prefix)
+    }

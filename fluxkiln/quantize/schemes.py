@@ -1,0 +1,102 @@
+"""Schemes as data: how the weights of a part are stored and what its arithmetic runs in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from fluxkiln.components import KINDS
+from fluxkiln.errors import SchemeError
+
+Arithmetic = Literal["F32", "F16", "BF16"]
+GROUP_SIZES = (32, 64, 128)
+DEFAULT_GROUP_SIZE = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """How one part is stored and computed.
+
+    Attributes:
+        arithmetic: what activations are computed in, and what unquantized weights are stored in.
+        weight_bits: 4, 8, or 0 for weights that are not quantized.
+        group_size: input channels that share a scale; 0 without quantization.
+    """
+
+    arithmetic: Arithmetic
+    weight_bits: int = 0
+    group_size: int = 0
+
+    def __post_init__(self) -> None:
+        if self.weight_bits not in (0, 4, 8):
+            raise SchemeError(f"{self.weight_bits}-bit weights: 4, 8 and unquantized are supported")
+        if self.weight_bits == 4 and self.group_size not in GROUP_SIZES:
+            raise SchemeError(f"group size {self.group_size}: {', '.join(map(str, GROUP_SIZES))} are supported")
+
+    @property
+    def name(self) -> str:
+        if not self.weight_bits:
+            return self.arithmetic
+        group = "" if self.group_size in (0, DEFAULT_GROUP_SIZE) else f"-g{self.group_size}"
+        return f"W{self.weight_bits}{self.arithmetic}{group}"
+
+
+_NAMED: Mapping[str, Scheme] = {
+    "F32": Scheme("F32"),
+    "F16": Scheme("F16"),
+    "BF16": Scheme("BF16"),
+    "W8BF16": Scheme("BF16", weight_bits=8),
+    "W4BF16": Scheme("BF16", weight_bits=4, group_size=DEFAULT_GROUP_SIZE),
+}
+SCHEME_NAMES = (*_NAMED, *(f"W4BF16-g{size}" for size in GROUP_SIZES if size != DEFAULT_GROUP_SIZE))
+
+
+def parse_scheme(text: str) -> Scheme:
+    """`W4BF16-g128` -> Scheme; SchemeError with the legal names otherwise."""
+    match = re.fullmatch(r"(?i)([a-z0-9]+?)(?:-g(\d+))?", text.strip())
+    scheme = _NAMED.get(match.group(1).upper()) if match else None
+    if match is None or scheme is None:
+        raise SchemeError(f"no scheme is called {text!r}; there are {', '.join(SCHEME_NAMES)}")
+    if match.group(2) is None:
+        return scheme
+    if scheme.weight_bits != 4:
+        raise SchemeError(f"scheme {text!r}: only W4BF16 has groups; there are {', '.join(SCHEME_NAMES)}")
+    return replace(scheme, group_size=int(match.group(2)))
+
+
+# T5's residual stream leaves the range of F16, so its blocks never run in it
+_F16_OVERFLOWS = ("t5_block", "t5_final")
+
+
+def part_schemes(blocks: Scheme) -> dict[str, Scheme]:
+    """The scheme of every kind when the blocks are to be stored as `blocks`.
+
+    The repeated blocks carry the weight and take `blocks`. What exists once stays unquantized: it is small, and errors
+    there (the time embedding above all) reach every block.
+    """
+    once = {"clip": "F16", "t5_embed": "F16", "t5_final": "BF16", "head": "BF16", "tail": "BF16"}
+    schemes = {}
+    for kind in KINDS:
+        if blocks.arithmetic == "F32":
+            schemes[kind] = _NAMED["F32"]
+        elif kind in _F16_OVERFLOWS and blocks.arithmetic == "F16":
+            schemes[kind] = _NAMED["BF16"]
+        elif kind in ("t5_block", "double", "single"):
+            schemes[kind] = blocks
+        elif blocks.arithmetic == "F16":
+            schemes[kind] = _NAMED["F16"]
+        else:
+            schemes[kind] = _NAMED[once.get(kind, "BF16")]
+    return schemes
+
+
+def check_groups(scheme: Scheme, slot: str, in_features: int) -> None:
+    """Raise SchemeError when a weight's input width is no multiple of the group size."""
+    if scheme.weight_bits == 4 and in_features % scheme.group_size:
+        legal = [str(size) for size in GROUP_SIZES if in_features % size == 0]
+        remedy = f"use {' or '.join(f'W4BF16-g{size}' for size in legal)}" if legal else "use BF16 or W8BF16"
+        raise SchemeError(
+            f"group size {scheme.group_size} does not divide the {in_features} input channels of {slot}; {remedy}"
+        )

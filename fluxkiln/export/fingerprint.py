@@ -50,9 +50,9 @@ class DigestMemo:
         self._files: dict[str, dict[str, Any]] = {}
         self._changed = False
         # A memo that cannot be read is an empty memo.
-        with suppress(OSError, ValueError):
+        with suppress(OSError, ValueError, KeyError):
             stored = json.loads(path.read_bytes())
-            if isinstance(stored, dict) and stored.get("format") == _MEMO_FORMAT:
+            if isinstance(stored, dict) and stored.get("format") == _MEMO_FORMAT and isinstance(stored["files"], dict):
                 self._files = stored["files"]
 
     def lookup(self, ref: TensorRef, state: list[int]) -> TensorFacts | None:

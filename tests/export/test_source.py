@@ -1,0 +1,134 @@
+"""MODEL=: folders, presets and Hugging Face ids."""
+
+from __future__ import annotations
+
+import multiprocessing
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from huggingface_hub import errors
+
+from fluxkiln.errors import CheckpointError, ResourceError, UsageError
+from fluxkiln.export.checkpoint import open_checkpoint
+from fluxkiln.export.source import generator_digest, resolve_model
+from fluxkiln.export.synth import PRESETS, synthesize
+
+
+def test_a_folder_is_itself(tmp_path):
+    assert resolve_model(str(tmp_path), tmp_path / "cache") == tmp_path
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_preset_is_made_once(tmp_path, monkeypatch):
+    folder = resolve_model("tiny-dev", tmp_path)
+    assert folder.is_relative_to(tmp_path / "synth")
+    assert open_checkpoint(folder).name == "tiny-dev"
+    monkeypatch.setattr("fluxkiln.export.synth.synthesize", None)
+    assert resolve_model("tiny-dev", tmp_path) == folder
+
+
+def test_a_preset_is_made_again_when_its_data_change():
+    preset = PRESETS["tiny-dev"]
+    assert generator_digest(preset) != generator_digest(replace(preset, configs={**preset.configs, "vae": {}}))
+
+
+def test_a_preset_made_by_another_process_meanwhile(tmp_path, monkeypatch):
+    def lose_the_race(name, destination, progress=None):
+        synthesize(name, destination)
+        return synthesize(name, destination)
+
+    monkeypatch.setattr("fluxkiln.export.synth.synthesize", lose_the_race)
+    assert open_checkpoint(resolve_model("tiny-dev", tmp_path)).variant == "dev"
+
+
+def test_two_processes_at_once(tmp_path):
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        first, second = pool.starmap(resolve_model, [("tiny-dev", tmp_path)] * 2)
+    assert first == second
+    assert [path.name for path in first.parent.iterdir()] == ["tiny-dev"]
+    open_checkpoint(first)
+
+
+@pytest.mark.parametrize("spec", ["tiny_dev", "./nowhere", "/nowhere", "a/b/c", "org/name@", "org /name"])
+def test_neither_of_the_three(tmp_path, monkeypatch, spec):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"neither an existing folder.*tiny-dev, tiny-schnell, wide-dev, full-dev"):
+        resolve_model(spec, tmp_path)
+
+
+def test_download_is_cut_to_the_diffusers_layout(tmp_path, monkeypatch):
+    asked = {}
+
+    def fake(repository, revision, allow_patterns):
+        asked.update(repository=repository, revision=revision, patterns=allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fake)
+    assert resolve_model("some-org/FLUX.1-x@refs/pr/7", tmp_path) == tmp_path
+    assert (asked["repository"], asked["revision"]) == ("some-org/FLUX.1-x", "refs/pr/7")
+    from huggingface_hub.utils import filter_repo_objects
+
+    repository = synthesize("tiny-dev", tmp_path / "m")
+    files = [str(path.relative_to(repository)) for path in repository.rglob("*") if path.is_file()]
+    kept = set(filter_repo_objects([*files, "flux1-dev.safetensors"], allow_patterns=asked["patterns"]))
+    assert kept == set(files)
+
+
+class FakeResponse:
+    """What huggingface_hub's errors ask of a response."""
+
+    def __init__(self) -> None:
+        self.headers = {"authorization": "Bearer hf_secret"}
+        self.request = None
+        self.status_code = 403
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (errors.GatedRepoError("hf_secret", response=FakeResponse()), "is gated: accept its licence at https://"),
+        (errors.RevisionNotFoundError("hf_secret", response=FakeResponse()), "has no such revision"),
+        (errors.RepositoryNotFoundError("hf_secret", response=FakeResponse()), "does not exist or is private"),
+        (errors.HfHubHTTPError("hf_secret", response=FakeResponse()), r"cannot be fetched \(HfHubHTTPError\)"),
+        (errors.LocalEntryNotFoundError("hf_secret"), r"not in the local cache .*\(LocalEntryNotFoundError\)"),
+        (errors.HFValidationError("hf_secret"), "is no valid Hugging Face id"),
+        (TimeoutError("hf_secret"), r"cannot be fetched \(TimeoutError\); connect to the network"),
+    ],
+)
+def test_download_errors_are_one_sentence_without_the_token(tmp_path, monkeypatch, error, message):
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        resolve_model("org/name@rev", tmp_path)
+    assert "hf_secret" not in str(caught.value)
+    assert str(caught.value).startswith("org/name@rev ")
+    assert "\n" not in str(caught.value)
+
+
+def test_full_disk_while_fetching(tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(ResourceError, match="the disk is full while fetching org/name; free some space"):
+        resolve_model("org/name", tmp_path)
+
+
+def test_the_real_hub_library_offline(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(CheckpointError, match="some-org/some-model is not in the local cache"):
+        resolve_model("some-org/some-model", tmp_path)
+
+
+def test_a_preset_wins_over_a_folder_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("tiny-dev").mkdir()
+    assert resolve_model("tiny-dev", tmp_path / "cache") != Path("tiny-dev")
+    assert resolve_model("./tiny-dev", tmp_path / "cache") == Path("tiny-dev")
+    shutil.rmtree(tmp_path / "cache")

@@ -37,9 +37,11 @@ _STUBS = _HERE / "tpu_mlir_stubs"
 _CHECK = _HERE / "tpu_mlir_check.py"
 _PACKAGE = Path("lib/python3.10/site-packages/tpu_mlir")
 _BUNDLED_GLIBC = ("libc.so.6", "libm.so.6", "libpthread.so.0")
+_SIMULATOR = "libcmodel.so"
 _NATIVE_TOOLS = ("model_tool", "tpuc-opt", "tpuc-tool")
 _NEEDED_BYTES = 2_500_000_000
 _CHECK_CHIP = "bm1684x"
+_LAYOUT = 2  # raised when what is done to the environment after the install changes
 _CHECK_REL_L2 = 1e-5
 
 Progress = Callable[[str], None]
@@ -50,13 +52,15 @@ class TpuMlirEnv:
     """A finished environment.
 
     `python` is its interpreter, `package_root` the installed `tpu_mlir` folder, `stub` what compiler processes get on
-    PYTHONPATH first, `check_rel_l2` the error of the self-check's matmul.
+    PYTHONPATH first, `simulators` a folder per chip with that chip's `libcmodel.so`, `check_rel_l2` the error of the
+    self-check's matmul.
     """
 
     python: Path
     package_root: Path
     version: str
     stub: Path
+    simulators: Path
     check_rel_l2: float
 
 
@@ -73,17 +77,16 @@ def default_tpu_mlir_root() -> Path:
 
 
 def find_tpu_mlir(root: Path) -> TpuMlirEnv | None:
-    """The environment in `root` when it is finished and current; None otherwise. Reads one small file."""
+    """The environment in `root` when it is finished and current; None otherwise. Starts nothing."""
     try:
         stamp = json.loads((root / STAMP).read_text(encoding="utf-8"))
         current = stamp["key"] == _environment_key()
         check_rel_l2 = float(stamp["check"]["rel_l2"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    python = root / "bin" / "python"
-    if not current or not python.exists():
+    if not current or not (root / "bin" / "python").exists():
         return None
-    return TpuMlirEnv(python, root / _PACKAGE, TPU_MLIR_VERSION, _STUBS, check_rel_l2)
+    return _describe(root, check_rel_l2)
 
 
 def ensure_tpu_mlir(root: Path, progress: Progress) -> TpuMlirEnv:
@@ -125,15 +128,24 @@ def tool_argv(env: TpuMlirEnv, tool: str) -> list[str]:
     raise ToolchainError(f"TPU-MLIR {env.version} in {env.package_root} has no tool {tool!r}")
 
 
-def tpu_mlir_environ(env: TpuMlirEnv, base: Mapping[str, str] | None = None) -> dict[str, str]:
+def tpu_mlir_environ(env: TpuMlirEnv, chip: str = "bm1684x", base: Mapping[str, str] | None = None) -> dict[str, str]:
     """The process environment for tools, as `tpu_mlir/__init__.py` sets it up, without the caller's Python settings.
 
     Args:
+        chip: whose simulator the process gets. TPU-MLIR itself re-points one link inside its installation at the chip
+            that ran last, so two chips at once, or one after the other, would get one another's.
         base: what to start from; `os.environ` by default.
+
+    Raises:
+        ToolchainError: there is no simulator for `chip`.
     """
+    simulator = env.simulators / chip
+    if not (simulator / _SIMULATOR).exists():
+        known = sorted(path.parent.name for path in env.simulators.glob(f"*/{_SIMULATOR}"))
+        raise ToolchainError(f"TPU-MLIR {env.version} has no simulator for chip {chip!r}; it has {', '.join(known)}")
     package = env.package_root
     ppl = package / "cross_toolchains" / "ppl_compile"
-    inherited = dict(os.environ if base is None else base)
+    inherited = os.environ if base is None else base
     kept = {
         name: value
         for name, value in inherited.items()
@@ -141,7 +153,7 @@ def tpu_mlir_environ(env: TpuMlirEnv, base: Mapping[str, str] | None = None) -> 
     }
     # The tools start one another by `#!/usr/bin/env python3`: this environment's must come first.
     path = [env.python.parent, package / "bin", package / "python" / "tools"]
-    libraries = [package / "lib", package / "lib" / "capi", package / "lib" / "third_party"]
+    libraries = [simulator, package / "lib", package / "lib" / "capi", package / "lib" / "third_party"]
     modules = [env.stub, package, package / "python", package / "customlayer" / "python"]
     return {
         **kept,
@@ -209,7 +221,8 @@ def _make(root: Path, python310: Path, progress: Progress) -> TpuMlirEnv:
     host = (os.confstr("CS_GNU_LIBC_VERSION") or "").removeprefix("glibc ")
     bundled = bundled_glibc(root / _PACKAGE)
     removed = remove_bundled_glibc(root / _PACKAGE, host)
-    env = TpuMlirEnv(python, root / _PACKAGE, TPU_MLIR_VERSION, _STUBS, float("nan"))
+    _link_simulators(root)
+    env = _describe(root, float("nan"))
     progress(f"TPU-MLIR {TPU_MLIR_VERSION}: self-check, one matmul compiled and run on the simulator")
     check = check_tpu_mlir(env, root / "self-check")
     stamp = {
@@ -223,7 +236,20 @@ def _make(root: Path, python310: Path, progress: Progress) -> TpuMlirEnv:
     unfinished.write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
     unfinished.replace(root / STAMP)
     progress(f"TPU-MLIR {TPU_MLIR_VERSION}: ready, self-check relative L2 {check['rel_l2']:.1e}")
-    return TpuMlirEnv(python, env.package_root, env.version, env.stub, check["rel_l2"])
+    return _describe(root, check["rel_l2"])
+
+
+def _describe(root: Path, check_rel_l2: float) -> TpuMlirEnv:
+    python, simulators = root / "bin" / "python", root / "simulators"
+    return TpuMlirEnv(python, root / _PACKAGE, TPU_MLIR_VERSION, _STUBS, simulators, check_rel_l2)
+
+
+def _link_simulators(root: Path) -> None:
+    """Give every chip a folder in which its simulator has the name that the runtime loads, `libcmodel.so`."""
+    for library in (root / _PACKAGE / "lib").glob("libcmodel_*.so"):
+        folder = root / "simulators" / library.stem.removeprefix("libcmodel_")
+        folder.mkdir(parents=True)
+        (folder / _SIMULATOR).symlink_to(os.path.relpath(library, folder))
 
 
 def check_tpu_mlir(env: TpuMlirEnv, work: Path) -> dict[str, float]:
@@ -240,7 +266,13 @@ def check_tpu_mlir(env: TpuMlirEnv, work: Path) -> dict[str, float]:
     argv = [str(env.python), str(_CHECK), _CHECK_CHIP, str(result)]
     for tool in ("model_transform", "model_deploy"):
         argv += ["--", *tool_argv(env, tool)]
-    _run(argv, work / "check.log", work, tpu_mlir_environ(env), "its self-check could not compile and run one matmul")
+    _run(
+        argv,
+        work / "check.log",
+        work,
+        tpu_mlir_environ(env, _CHECK_CHIP),
+        "its self-check could not compile and run one matmul",
+    )
     numbers: dict[str, float] = json.loads(result.read_text(encoding="utf-8"))
     if not numbers["rel_l2"] <= _CHECK_REL_L2:
         raise ToolchainError(
@@ -253,7 +285,7 @@ def check_tpu_mlir(env: TpuMlirEnv, work: Path) -> dict[str, float]:
 
 def _environment_key() -> str:
     """Digest of everything that decides what the environment is and how it was checked."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(f"layout {_LAYOUT}".encode())
     for path in (_LOCK_FILE, _CHECK, *sorted(_STUBS.rglob("*.py"))):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()

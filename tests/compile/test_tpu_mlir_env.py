@@ -33,10 +33,12 @@ from fluxkiln.errors import ResourceError, ToolchainError
 
 
 @pytest.fixture
-def env() -> TpuMlirEnv:
-    """Paths only; nothing lies there."""
+def env(tmp_path: Path) -> TpuMlirEnv:
+    """Paths only, and a file in a simulator's place."""
+    (tmp_path / "bm1684x").mkdir()
+    (tmp_path / "bm1684x/libcmodel.so").touch()
     root = Path("/nowhere")
-    return TpuMlirEnv(root / "bin/python", root / "tpu_mlir", TPU_MLIR_VERSION, Path("/stubs"), 0.0)
+    return TpuMlirEnv(root / "bin/python", root / "tpu_mlir", TPU_MLIR_VERSION, Path("/stubs"), tmp_path, 0.0)
 
 
 def write_finished(root: Path, key: str | None = None) -> Path:
@@ -147,7 +149,7 @@ def test_environ_keeps_the_callers_python_out(env):
         "LANG": "C.UTF-8",
     }
     before = dict(base)
-    environ = tpu_mlir_environ(env, base)
+    environ = tpu_mlir_environ(env, base=base)
     assert base == before
     assert environ["LANG"] == "C.UTF-8"
     assert not {"PYTHONHOME", "VIRTUAL_ENV", "LD_PRELOAD"} & environ.keys()
@@ -155,9 +157,14 @@ def test_environ_keeps_the_callers_python_out(env):
     assert environ["PYTHONPATH"].startswith("/stubs:/nowhere/tpu_mlir:")
     assert environ["PATH"].split(":")[0] == "/nowhere/bin"
     assert environ["PATH"].endswith(":/usr/bin")
-    assert environ["LD_LIBRARY_PATH"].startswith("/nowhere/tpu_mlir/lib:")
+    assert environ["LD_LIBRARY_PATH"].startswith(f"{env.simulators}/bm1684x:/nowhere/tpu_mlir/lib:")
     assert environ["LD_LIBRARY_PATH"].endswith(":/my/libraries")
-    assert tpu_mlir_environ(env, {"OMP_NUM_THREADS": "1"})["OMP_NUM_THREADS"] == "1"
+    assert tpu_mlir_environ(env, base={"OMP_NUM_THREADS": "1"})["OMP_NUM_THREADS"] == "1"
+
+
+def test_chip_without_a_simulator_is_refused(env):
+    with pytest.raises(ToolchainError, match=r"no simulator for chip 'bm1999'; it has bm1684x"):
+        tpu_mlir_environ(env, "bm1999")
 
 
 def write_third_party(package: Path, banner: str) -> Path:
@@ -227,6 +234,19 @@ def test_self_check_compiles_and_simulates(tpu_mlir, tmp_path):
     numbers = check_tpu_mlir(tpu_mlir, tmp_path / "check")
     assert 0 < numbers["rel_l2"] <= 1e-6
     assert (tmp_path / "check/check.bmodel").is_file()
+
+
+@pytest.mark.tpu_mlir
+def test_process_gets_the_simulator_of_its_chip(tpu_mlir):
+    """Whatever chip ran last: TPU-MLIR re-points a link of its own at that."""
+    code = (
+        "import ctypes\nctypes.CDLL('libcmodel.so')\n"
+        "print(next(line.split('/')[-1] for line in open('/proc/self/maps') if 'libcmodel' in line))"
+    )
+    for chip in ("bm1684x", "bm1688"):
+        environ = tpu_mlir_environ(tpu_mlir, chip)
+        done = subprocess.run([tpu_mlir.python, "-c", code], env=environ, capture_output=True, text=True, check=True)
+        assert done.stdout.split() == [f"libcmodel_{chip}.so"]
 
 
 @pytest.mark.tpu_mlir

@@ -1,0 +1,225 @@
+"""The ladder's rows: every output of every part at every rung, compared, judged, and raised about once at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fluxkiln.errors import ParityError, UsageError
+from fluxkiln.verify.gates import (
+    GATES,
+    PIPELINE,
+    RUNG_ORDER,
+    RUNGS,
+    Gate,
+    Verdict,
+    first_bad_rung,
+    judge_row,
+)
+from fluxkiln.verify.metrics import AnyArray, Metrics, compare, compare_images, explain_mismatch, failed_metrics
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One output of one part at one rung and one denoising step.
+
+    `vs_reference` compares with the recorded reference, `vs_previous` with the rung called `previous`, the last one
+    that was climbed before this. `step` is -1 for what runs once per image (encoders, VAE, the final image).
+    """
+
+    part: str
+    kind: str
+    output: str
+    step: int
+    rung: str
+    scheme: str
+    vs_reference: Metrics
+    previous: str
+    vs_previous: Metrics
+    verdicts: tuple[Verdict, ...] = ()
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Judged, and every gate held. A row that was never judged has not passed."""
+        return bool(self.verdicts) and all(verdict.passed for verdict in self.verdicts)
+
+    @property
+    def worst(self) -> Verdict | None:
+        """The verdict that uses most of its allowance; `finite` counts only when it failed."""
+        candidates = [verdict for verdict in self.verdicts if verdict.gate.metric != "finite" or not verdict.passed]
+        return max(candidates, key=lambda verdict: (not verdict.passed, verdict.excess), default=None)
+
+
+class Ladder:
+    """Collects rows; a missed gate is remembered, not raised, until `raise_if_failed`."""
+
+    def __init__(self, gates: Sequence[Gate] = GATES) -> None:
+        self.gates = tuple(gates)
+        self.rows: list[Row] = []
+
+    def climb(
+        self,
+        part: str,
+        kind: str,
+        output: str,
+        step: int,
+        reference: AnyArray,
+        base: AnyArray | None,
+        rungs: Iterable[tuple[str, AnyArray]],
+        scheme: str = "F32",
+    ) -> tuple[Row, ...]:
+        """Compare one output at every rung with the reference and with the rung before it.
+
+        Args:
+            reference: what diffusers computed; every rung's array has its shape.
+            base: the residual input this output updates (KINDS[kind].residual), None when there is none.
+            rungs: (name, array), bottom to top; a generator keeps no more than two arrays alive.
+            scheme: the part's scheme. Rungs below `dequantized` do not depend on it.
+
+        Returns:
+            One judged row per rung. Arrays that cannot be compared, because of their shape or because of NaN, make
+            rows that fail; a reference that is itself NaN makes a failing row of the rung `reference`.
+
+        Raises:
+            UsageError: an unknown rung, or rungs out of order.
+        """
+        return self._climb((part, kind, output, step, scheme), reference, base, rungs, compare)
+
+    def climb_image(
+        self, step: int, reference: AnyArray, rungs: Iterable[tuple[str, AnyArray]], scheme: str
+    ) -> tuple[Row, ...]:
+        """Compare the pipeline's final image, [height, width, 3], uint8 or float in 0..1, at every rung given."""
+
+        def measure(actual: AnyArray, expected: AnyArray, base: AnyArray | None) -> Metrics:
+            return compare_images(actual, expected)
+
+        return self._climb((PIPELINE, PIPELINE, "image", step, scheme), reference, None, rungs, measure)
+
+    def climb_latents(
+        self, step: int, reference: AnyArray, rungs: Iterable[tuple[str, AnyArray]], scheme: str
+    ) -> tuple[Row, ...]:
+        """Compare the pipeline's final latents at every rung given."""
+        return self._climb((PIPELINE, PIPELINE, "latents", step, scheme), reference, None, rungs, compare)
+
+    def raise_if_failed(self, report: Path | str) -> None:
+        """Raise one ParityError that names the first bad rung and where the report lies, if any row failed.
+
+        Call it after the report has been written. A ladder without rows fails too: it has shown nothing.
+        """
+        message = explain_failure(self.rows)
+        if message:
+            raise ParityError(f"{message}; all rows: {report}")
+
+    def _climb(
+        self,
+        key: tuple[str, str, str, int, str],
+        reference: AnyArray,
+        base: AnyArray | None,
+        rungs: Iterable[tuple[str, AnyArray]],
+        measure: Callable[[AnyArray, AnyArray, AnyArray | None], Metrics],
+    ) -> tuple[Row, ...]:
+        failed = failed_metrics(has_delta=base is not None)
+        made: list[Row] = []
+
+        def add(rung: str, vs_reference: Metrics, previous: str, vs_previous: Metrics, note: str) -> None:
+            row = Row(*key[:4], rung, key[4], vs_reference, previous, vs_previous, note=note)
+            made.append(replace(row, verdicts=judge_row(row, self.gates)))
+
+        if not np.isfinite(reference).all():
+            add("reference", failed, "reference", failed, "NaN or infinity in the reference itself")
+        last, below_name, below = "reference", "reference", reference
+        for rung, actual in rungs:
+            _check_order(rung, last)
+            last = rung
+            mismatch = explain_mismatch(actual, reference, base)
+            if mismatch:
+                add(rung, failed, below_name, failed, mismatch)
+                continue
+            vs_reference = measure(actual, reference, base)
+            vs_previous = vs_reference if below is reference else measure(actual, below, base)
+            if vs_reference.finite:
+                add(rung, vs_reference, below_name, vs_previous, "")
+                below_name, below = rung, actual  # a rung that cannot be compared is skipped, not inherited
+            else:
+                add(rung, vs_reference, below_name, vs_previous, "NaN or infinity on one side")
+        self.rows += made
+        return tuple(made)
+
+
+def explain_failure(rows: Sequence[Row]) -> str:
+    """One sentence on how much failed and where to look first; empty when nothing failed."""
+    failed = [row for row in rows if not row.passed]
+    if not failed:
+        return name_culprit(rows)
+    bad, parts = {row.part for row in failed}, {row.part for row in rows}
+    return f"parity failed in {len(failed)} of {len(rows)} rows, {len(bad)} of {len(parts)} parts; {name_culprit(rows)}"
+
+
+def name_culprit(rows: Sequence[Row]) -> str:
+    """The lowest bad rung, the part that misses it most, the gate missed and its reason; empty when nothing failed."""
+    if not rows:
+        return "no row was compared, so nothing is proven: at least one part has to climb the ladder"
+    first = first_bad_rung(rows)
+    if not first:
+        return ""
+    lowest = min(first.values(), key=RUNG_ORDER.__getitem__)
+    row = max((row for row in rows if row.rung == lowest and not row.passed), key=_severity)
+    worst = row.worst
+    claim = f"{worst.claim} ({worst.gate.reason})" if worst else "it was never judged"
+    where = row.output if row.step < 0 else f"{row.output}, step {row.step}"
+    note = f"; {row.note}" if row.note else ""
+    suspect = RUNGS[RUNG_ORDER[lowest]].suspect
+    return f"first bad rung: {lowest}, worst in {row.part} ({where}, {row.scheme}): {claim}{note}; look at {suspect}"
+
+
+def row_to_dict(row: Row, gates: Sequence[Gate] = GATES) -> dict[str, Any]:
+    """`row` as report.json holds it: metrics that do not apply are left out, verdicts name their gate by number."""
+    return {
+        "part": row.part,
+        "kind": row.kind,
+        "output": row.output,
+        "step": row.step,
+        "rung": row.rung,
+        "scheme": row.scheme,
+        "passed": row.passed,
+        "vs_reference": _metrics_to_dict(row.vs_reference),
+        "previous": row.previous,
+        "vs_previous": _metrics_to_dict(row.vs_previous),
+        "verdicts": [verdict_to_dict(verdict, gates) for verdict in row.verdicts],
+        "note": row.note,
+    }
+
+
+def verdict_to_dict(verdict: Verdict, gates: Sequence[Gate] = GATES) -> dict[str, Any]:
+    """`gate` is the number of the gate in the report's table, -1 for the rule that every row needs one."""
+    gate = verdict.gate
+    return {
+        "gate": gates.index(gate) if gate in gates else -1,
+        "metric": gate.metric,
+        "against": gate.against,
+        "value": verdict.value,
+        "bound": gate.bound,
+        "excess": verdict.excess,
+        "passed": verdict.passed,
+    }
+
+
+def _metrics_to_dict(metrics: Metrics) -> dict[str, Any]:
+    values = {name: getattr(metrics, name) for name in Metrics.__dataclass_fields__}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _severity(row: Row) -> float:
+    return row.worst.excess if row.worst else float("inf")
+
+
+def _check_order(rung: str, below: str) -> None:
+    if rung not in RUNG_ORDER or rung == "reference":
+        raise UsageError(f"no rung is called {rung!r}; above the reference there are {', '.join(list(RUNG_ORDER)[1:])}")
+    if RUNG_ORDER[rung] <= RUNG_ORDER[below]:
+        raise UsageError(f"rung {rung} was given after {below}; the order is {', '.join(RUNG_ORDER)}")

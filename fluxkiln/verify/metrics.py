@@ -1,0 +1,214 @@
+"""How far one array is from another: pure functions, float64 throughout.
+
+A comparison that contains NaN or infinity anywhere yields NaN in every number and `finite = False`; since no
+comparison with NaN is true, such a result passes no gate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fluxkiln.errors import ParityError
+
+# Elements converted to float64 at a time: three such pieces and their difference stay within 32 MB.
+CHUNK = 1 << 20
+
+AnyArray = NDArray[np.generic]
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """The distance of an actual array from the expected one.
+
+    cosine: of the two arrays as flat vectors; 1 when both are zero, 0 when only one is.
+    relative_l2: ||actual - expected|| / ||expected||; infinite when only `expected` is zero.
+    max_abs: the largest |actual - expected|. It is the same number for the delta, so it is there once.
+    worst_channel: over the channels (last axis), the largest error norm divided by the root mean square of the
+        channels' expected norms (of the delta, when there is a base). One wrong scale or one bias put in the wrong
+        place moves a single channel, which the norms over the whole array dilute.
+    delta_cosine, delta_relative_l2: the same for actual - base against expected - base; None without a base.
+    psnr (dB), ssim: of images only, None otherwise.
+    """
+
+    cosine: float
+    relative_l2: float
+    max_abs: float
+    worst_channel: float
+    finite: bool
+    delta_cosine: float | None = None
+    delta_relative_l2: float | None = None
+    psnr: float | None = None
+    ssim: float | None = None
+
+
+def explain_mismatch(actual: AnyArray, expected: AnyArray, base: AnyArray | None = None) -> str | None:
+    """The sentence that says why these arrays cannot be compared, or None when they can."""
+    if actual.shape != expected.shape:
+        return (
+            f"actual has shape {actual.shape}, expected has {expected.shape}: parity compares arrays of one shape; "
+            "undo padding and layout changes before the comparison"
+        )
+    if base is not None and base.shape != expected.shape:
+        return (
+            f"the residual input has shape {base.shape}, expected has {expected.shape}: "
+            "a delta needs the input that this output updates"
+        )
+    if expected.size == 0:
+        return f"shape {expected.shape} holds no element: an empty comparison proves nothing"
+    return None
+
+
+def compare(actual: AnyArray, expected: AnyArray, base: AnyArray | None = None) -> Metrics:
+    """Compare an output with the expected one, and what both add to the residual input `base`.
+
+    Args:
+        actual, expected: any shape, any real dtype; memory-mapped arrays are read once, piece by piece.
+        base: the residual input both outputs update, of the same shape, or None.
+
+    Raises:
+        ParityError: the shapes differ or the arrays are empty; the message names both shapes.
+    """
+    mismatch = explain_mismatch(actual, expected, base)
+    if mismatch:
+        raise ParityError(mismatch)
+    channels = expected.shape[-1] if expected.ndim else 1
+    whole, delta = _Sums(), _Sums()
+    error_C, size_C = np.zeros(channels), np.zeros(channels)
+    max_abs = 0.0
+    with np.errstate(invalid="ignore", over="ignore"):
+        for a, e, b in _chunks(actual, expected, base, channels):
+            difference = a - e
+            whole.add(a, e, difference)
+            max_abs = max(max_abs, float(np.abs(difference).max()))
+            if b is not None:
+                a, e = a - b, e - b
+                delta.add(a, e, difference)
+            error_C += np.square(difference).sum(axis=0)
+            size_C += np.square(e).sum(axis=0)
+    finite = whole.finite and (base is None or delta.finite)
+    if not finite:
+        return _not_finite(has_delta=base is not None)
+    return Metrics(
+        cosine=whole.cosine,
+        relative_l2=whole.relative_l2,
+        max_abs=max_abs,
+        worst_channel=_ratio(math.sqrt(error_C.max()), math.sqrt(size_C.mean())),
+        finite=True,
+        delta_cosine=None if base is None else delta.cosine,
+        delta_relative_l2=None if base is None else delta.relative_l2,
+    )
+
+
+def compare_images(actual: AnyArray, expected: AnyArray) -> Metrics:
+    """Compare two images, with PSNR and SSIM besides the metrics of `compare`.
+
+    Args:
+        actual, expected: [height, width, channels], both uint8 in 0..255 or both float in 0..1, at least 7 x 7.
+
+    Raises:
+        ParityError: shapes or value ranges differ, or the image is too small for SSIM's 7 x 7 window.
+    """
+    from skimage.metrics import structural_similarity
+
+    metrics = compare(actual, expected)
+    if expected.ndim != 3 or min(expected.shape[:2]) < 7:
+        raise ParityError(f"an image of shape {expected.shape}: SSIM needs [height, width, channels], at least 7 x 7")
+    if (actual.dtype == np.uint8) != (expected.dtype == np.uint8):
+        raise ParityError(
+            f"images of dtypes {actual.dtype} and {expected.dtype}: one counts to 255, the other to 1; "
+            "give both as uint8 or both as float in 0..1"
+        )
+    if not metrics.finite:
+        return _not_finite(has_delta=False, is_image=True)
+    peak = 255.0 if expected.dtype == np.uint8 else 1.0
+    a, e = actual.astype(np.float64), expected.astype(np.float64)
+    mean_square = float(np.square(a - e).mean())
+    return Metrics(
+        cosine=metrics.cosine,
+        relative_l2=metrics.relative_l2,
+        max_abs=metrics.max_abs,
+        worst_channel=metrics.worst_channel,
+        finite=True,
+        # scikit-image's own PSNR divides by zero for identical images.
+        psnr=math.inf if mean_square == 0.0 else 10.0 * math.log10(peak**2 / mean_square),
+        ssim=float(structural_similarity(e, a, data_range=peak, channel_axis=-1)),
+    )
+
+
+def failed_metrics(has_delta: bool) -> Metrics:
+    """The metrics of a comparison that could not be made: NaN everywhere, passes no gate."""
+    return _not_finite(has_delta)
+
+
+@dataclass(slots=True)
+class _Sums:
+    """Running sums over the pieces of one comparison."""
+
+    dot: float = 0.0
+    actual: float = 0.0
+    expected: float = 0.0
+    error: float = 0.0
+
+    def add(self, actual: FloatArray, expected: FloatArray, difference: FloatArray) -> None:
+        self.dot += float(np.vdot(actual, expected))
+        self.actual += float(np.vdot(actual, actual))
+        self.expected += float(np.vdot(expected, expected))
+        self.error += float(np.vdot(difference, difference))
+
+    @property
+    def finite(self) -> bool:
+        # A NaN or infinity in any element makes one of the sums of squares NaN or infinite.
+        return math.isfinite(self.dot) and math.isfinite(self.actual + self.expected + self.error)
+
+    @property
+    def cosine(self) -> float:
+        if self.actual == 0.0 or self.expected == 0.0:
+            return 1.0 if self.actual == self.expected else 0.0
+        return max(-1.0, min(1.0, self.dot / (math.sqrt(self.actual) * math.sqrt(self.expected))))
+
+    @property
+    def relative_l2(self) -> float:
+        return _ratio(math.sqrt(self.error), math.sqrt(self.expected))
+
+
+def _ratio(error: float, size: float) -> float:
+    if size > 0.0:
+        return error / size
+    return 0.0 if error == 0.0 else math.inf
+
+
+def _chunks(
+    actual: AnyArray, expected: AnyArray, base: AnyArray | None, channels: int
+) -> Iterator[tuple[FloatArray, FloatArray, FloatArray | None]]:
+    """Pieces of the arrays as float64 [rows, channels]."""
+    actual_RC, expected_RC = actual.reshape(-1, channels), expected.reshape(-1, channels)
+    base_RC = None if base is None else base.reshape(-1, channels)
+    step = max(1, CHUNK // channels)
+    for start in range(0, len(expected_RC), step):
+        piece = slice(start, start + step)
+        yield (
+            actual_RC[piece].astype(np.float64),
+            expected_RC[piece].astype(np.float64),
+            None if base_RC is None else base_RC[piece].astype(np.float64),
+        )
+
+
+def _not_finite(has_delta: bool, is_image: bool = False) -> Metrics:
+    delta, image = (math.nan if has_delta else None), (math.nan if is_image else None)
+    return Metrics(
+        math.nan,
+        math.nan,
+        math.nan,
+        math.nan,
+        False,
+        delta_cosine=delta,
+        delta_relative_l2=delta,
+        psnr=image,
+        ssim=image,
+    )

@@ -1,0 +1,142 @@
+import math
+from dataclasses import replace
+
+import pytest
+
+from fluxkiln.components import KINDS
+from fluxkiln.verify.gates import (
+    GATES,
+    HIGHER_IS_BETTER,
+    PIPELINE,
+    RUNGS,
+    UNCOVERED,
+    Gate,
+    first_bad_rung,
+    judge,
+    judge_row,
+)
+from fluxkiln.verify.ladder import Row
+from fluxkiln.verify.metrics import Metrics
+
+GOOD = Metrics(1.0, 0.0, 0.0, 0.0, True, 1.0, 0.0, math.inf, 1.0)
+
+
+def row(kind, rung, scheme, output="hidden_states_out", vs_reference=GOOD, vs_previous=GOOD):
+    made = Row(f"{kind}.00", kind, output, 0, rung, scheme, vs_reference, "patched", vs_previous)
+    return replace(made, verdicts=judge_row(made))
+
+
+def missed(judged):
+    return [(verdict.gate.metric, verdict.gate.against) for verdict in judged.verdicts if not verdict.passed]
+
+
+# The bounds that were required; a change that loosens one must fail here.
+REQUIRED = [
+    ("double", "patched", "W4BF16", "hidden_states_out", "relative_l2", 1e-6),
+    ("clip", "onnxruntime", "F16", "last_hidden_state", "relative_l2", 5e-6),
+    ("single", "simulator", "F32", "hidden_states_out", "relative_l2", 1e-6),
+    ("clip", "simulator", "F16", "last_hidden_state", "relative_l2", 2e-3),
+    ("tail", "simulator", "BF16", "sample", "relative_l2", 6e-3),
+    ("head", "simulator", "BF16", "hidden_states_out", "relative_l2", 6e-3),
+    ("head", "simulator", "BF16", "temb", "relative_l2", 1e-2),
+    ("double", "simulator", "F32", "hidden_states_out", "delta_cosine", 0.999),
+    ("double", "simulator", "F16", "hidden_states_out", "delta_cosine", 0.999),
+    ("double", "simulator", "BF16", "encoder_hidden_states_out", "delta_cosine", 0.999),
+    ("single", "simulator", "W4BF16", "hidden_states_out", "delta_cosine", 0.99),
+    ("t5_block", "simulator", "W4BF16", "hidden_states_out", "delta_cosine", 0.99),
+]
+
+
+@pytest.mark.parametrize(("kind", "rung", "scheme", "output", "metric", "bound"), REQUIRED)
+def test_required_bounds(kind, rung, scheme, output, metric, bound):
+    away = -1 if metric in HIGHER_IS_BETTER else 1
+    at_bound = row(kind, rung, scheme, output, vs_reference=replace(GOOD, **{metric: bound}))
+    beyond = row(kind, rung, scheme, output, vs_reference=replace(GOOD, **{metric: bound + away * bound * 1e-3}))
+    assert at_bound.passed
+    assert missed(beyond) == [(metric, "reference")]
+
+
+def test_w4_is_held_to_bf16_noise_against_the_rung_before():
+    noisy = row("single", "simulator", "W4BF16", vs_previous=replace(GOOD, relative_l2=6.1e-3))
+    assert missed(noisy) == [("relative_l2", "previous")]
+
+
+def test_every_part_is_covered_at_every_rung():
+    for kind in KINDS.values():
+        for output in kind.outputs:
+            for scheme in ("F32", "F16", "BF16", "W8BF16", "W4BF16"):
+                for rung in RUNGS[1:]:
+                    judged = row(kind.name, rung.name, scheme, output)
+                    assert judged.passed, (kind.name, rung.name, scheme, output, missed(judged))
+
+
+@pytest.mark.parametrize("output", ["latents", "image"])
+def test_pipeline_is_covered(output):
+    for scheme in ("F32", "F16", "BF16", "W8BF16", "W4BF16"):
+        for rung in ("patched", "onnxruntime", "simulator"):
+            assert row(PIPELINE, rung, scheme, output).passed
+
+
+@pytest.mark.parametrize(
+    ("kind", "rung", "scheme"), [("double", "simulator", "W3BF16"), ("doubel", "simulator", "BF16")]
+)
+def test_a_row_without_a_gate_fails(kind, rung, scheme):
+    judged = row(kind, rung, scheme)
+    assert not judged.passed
+    assert judged.worst.gate is UNCOVERED
+
+
+def test_a_missing_delta_fails_its_gate():
+    judged = row("double", "simulator", "BF16", vs_reference=replace(GOOD, delta_cosine=None, delta_relative_l2=None))
+    assert missed(judged) == [("delta_cosine", "reference")]
+
+
+def test_nan_passes_nothing():
+    nan = Metrics(*[math.nan] * 4, False, *[math.nan] * 4)
+    for gate in GATES:
+        if gate.metric != "finite":
+            assert not gate.holds(getattr(nan, gate.metric)), gate
+    judged = row("double", "simulator", "BF16", vs_reference=nan, vs_previous=nan)
+    assert not any(verdict.passed for verdict in judged.verdicts)
+    assert all(verdict.excess == math.inf for verdict in judged.verdicts if verdict.gate.metric != "finite")
+
+
+def test_the_first_match_counts():
+    judged = row("head", "simulator", "BF16", "temb")
+    bounds = [verdict.gate.bound for verdict in judged.verdicts if verdict.gate.metric == "relative_l2"]
+    assert bounds == [1e-2]
+
+
+def test_excess_is_one_at_the_bound_and_grows_beyond():
+    for gate in GATES:
+        if gate.metric == "finite":
+            continue
+        worse = gate.bound - 1e-3 if gate.metric in HIGHER_IS_BETTER else gate.bound * 1.1
+        assert gate.excess(gate.bound) == pytest.approx(1.0)
+        assert gate.excess(worse) > 1.0
+        assert not gate.holds(worse)
+        assert gate.holds(gate.bound)
+
+
+def test_every_gate_has_a_reason_and_a_known_metric():
+    for gate in GATES:
+        assert len(gate.reason) > 10
+        assert gate.metric in Metrics.__dataclass_fields__
+        assert set(gate.rung.split("|")) <= {rung.name for rung in RUNGS} | {"*"}
+
+
+def test_first_bad_rung_is_the_lowest():
+    bad = replace(GOOD, relative_l2=1.0)
+    rows = [
+        row("single", "simulator", "BF16", vs_reference=bad),
+        row("single", "onnxruntime", "BF16", vs_reference=bad),
+    ]
+    assert first_bad_rung(rows) == {"single.00": "onnxruntime"}
+    assert first_bad_rung([row("single", "simulator", "BF16")]) == {}
+
+
+def test_judge_lists_all_rows_and_takes_another_table():
+    gates = (Gate("*", "*", "*", "*", "max_abs", 0.5, "reference", "for this test only"),)
+    rows = [row("single", "patched", "F32"), row("single", "patched", "F32", vs_reference=replace(GOOD, max_abs=1.0))]
+    assert [verdict.passed for verdict in judge(rows, gates)] == [True, False]
+    assert "max_abs 1 against reference, must be <= 0.5" in judge(rows, gates)[1].claim

@@ -28,7 +28,7 @@ import numpy as np
 
 from fluxkiln.errors import UsageError
 from fluxkiln.verify.charts import Measure, depth_chart, ladder_panels
-from fluxkiln.verify.gates import GATES, GROUP_NAMES, RUNG_ORDER, RUNGS, Gate, first_bad_rung
+from fluxkiln.verify.gates import GATES, GROUP_NAMES, PIPELINE, RUNG_ORDER, RUNGS, Gate, first_bad_rung
 from fluxkiln.verify.ladder import Row, name_culprit, row_to_dict, verdict_to_dict
 from fluxkiln.verify.metrics import AnyArray
 
@@ -191,7 +191,8 @@ def _summarise(rows: Sequence[Row], gates: Sequence[Gate]) -> dict[str, Any]:
     return {
         "rows": len(rows),
         "failed": sum(not row.passed for row in rows),
-        "parts": len({row.part for row in rows}),
+        "parts": len({row.part for row in rows} - {PIPELINE}),
+        "pipeline": any(row.part == PIPELINE for row in rows),
         "rungs": rungs,
         "first_bad": first_bad_rung(rows),
     }

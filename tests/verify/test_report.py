@@ -88,6 +88,8 @@ def test_verdict_in_words(good, bad):
     }  # fmt: skip
     assert bad["verdict"]["headline"] == f"2 of {count - 1} comparisons missed a gate, in 2 of 13 parts."
     assert bad["verdict"]["failure"].startswith("first bad rung: onnxruntime, worst in clip")
+    assert (good["summary"]["parts"], good["summary"]["pipeline"]) == (13, True)
+    assert (bad["summary"]["parts"], bad["summary"]["pipeline"]) == (13, False)
     assert bad["summary"]["first_bad"] == {"clip": "onnxruntime", "double.01": "simulator"}
     assert build_report([], facts())["verdict"] == {
         "passed": False,

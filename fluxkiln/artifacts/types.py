@@ -5,11 +5,19 @@ This module and `fluxkiln.errors` import nothing else of the package.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 GraphFormat = Literal["onnx17", "onnx23", "pt2", "torchscript"]
+
+# Executes one part: its name and inputs by the kind's input names (float32, token ids int64) -> outputs by the kind's
+# output names, float32. Guidance is left out where the model takes none.
+PartRunner = Callable[[str, "Mapping[str, NDArray[Any]]"], "dict[str, NDArray[Any]]"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.artifacts.types import Binding, SlotBinding, TensorRef, TensorSpec, Transform
@@ -12,6 +12,7 @@ from fluxkiln.export.checkpoint import Checkpoint, read_tensor
 from fluxkiln.export.graph import slot_transforms
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
 # slot -> weight in torch's own layout
@@ -31,10 +32,7 @@ def bind_part(part: Part, slots: tuple[TensorSpec, ...], checkpoint: Checkpoint)
         base, transforms = slot_transforms(spec.name)
         ref = tensors.get(part.prefix + base)
         if ref is None:
-            raise CheckpointError(
-                f"{component} of {checkpoint.root} has no tensor {part.prefix + base}, which part {part.name} needs; "
-                "fetch the checkpoint again or give one in the diffusers layout"
-            )
+            raise _missing(part, base, checkpoint)
         shape = transformed_shape(ref.shape, transforms)
         if shape != spec.shape:
             raise CheckpointError(
@@ -99,13 +97,30 @@ def apply_transforms(weight: NDArray[Any], transforms: tuple[Transform, ...]) ->
     return np.ascontiguousarray(weight)
 
 
-def part_state(part: Part, checkpoint: Checkpoint) -> Mapping[str, NDArray[Any]]:
-    """All tensors of a part by their name after its prefix, float32: what `patches.parts.load_part` takes."""
+def part_state(part: Part, slots: Iterable[str], checkpoint: Checkpoint) -> dict[str, NDArray[np.float32]]:
+    """The weights of a part in float32, by slot: what `patches.parts.load_part` takes.
+
+    Args:
+        slots: the weights the part holds, see `patches.parts.part_slots`; nothing else is read.
+
+    Raises:
+        CheckpointError: a tensor the part needs is missing.
+    """
     import numpy as np
 
-    tensors = checkpoint.tensors[tensors_of(part)]
-    return {
-        name.removeprefix(part.prefix): read_tensor(ref).astype(np.float32)
-        for name, ref in tensors.items()
-        if name.startswith(part.prefix)
-    }
+    component = tensors_of(part)
+    tensors = checkpoint.tensors[component]
+    state = {}
+    for slot in slots:
+        ref = tensors.get(part.prefix + slot)
+        if ref is None:
+            raise _missing(part, slot, checkpoint)
+        state[slot] = read_tensor(ref).astype(np.float32)
+    return state
+
+
+def _missing(part: Part, slot: str, checkpoint: Checkpoint) -> CheckpointError:
+    return CheckpointError(
+        f"{tensors_of(part)} of {checkpoint.root} has no tensor {part.prefix + slot}, which part {part.name} needs; "
+        "fetch the checkpoint again or give one in the diffusers layout"
+    )

@@ -45,6 +45,14 @@ def build_part(kind: str, configs: Configs) -> Module:
     return module.eval().requires_grad_(False)
 
 
+def part_slots(kind: str, configs: Configs) -> tuple[str, ...]:
+    """The weights a part of `kind` holds, as the checkpoint names them after the part's prefix; errors as build_part.
+
+    T5's block 0 has one tensor more in the checkpoint, the position bias table, which no part holds.
+    """
+    return tuple(slot_name(name) for name, _ in build_part(kind, configs).named_parameters())
+
+
 def load_part(kind: str, configs: Configs, weights: Mapping[str, Tensor]) -> Module:
     """The wrapper module of `kind` with real weights, keyed by `slot_name`; for eager execution.
 
@@ -86,6 +94,11 @@ def _t5(kind: str, configs: Configs) -> Module:
 
     from fluxkiln.patches.text import T5BlockPart, T5EmbedPart, T5FinalPart
 
+    activation = configs["text_encoder_2"].get("feed_forward_proj")
+    if activation != "gated-gelu":
+        raise CheckpointError(
+            f"text_encoder_2 has feed_forward_proj {activation!r}, FLUX.1's T5 v1.1 has 'gated-gelu'; use FLUX.1's own"
+        )
     # block 0 owns the position bias table; block 1 is what the kind looks like
     model = T5EncoderModel(T5Config(**{**configs["text_encoder_2"], "num_layers": 2}))
     if kind == "t5_embed":

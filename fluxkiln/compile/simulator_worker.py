@@ -1,0 +1,91 @@
+"""Runs inside TPU-MLIR's Python 3.10 environment: bmodels on the simulator, lowered graphs in the interpreter.
+
+One JSON request a line on stdin, one JSON answer a line on the stream that was stdout (the libraries print on stdout
+themselves, so their prints are sent to stderr). Requests:
+    {"file": path, "net": name or "", "inputs": npz, "outputs": npz}
+A `.bmodel` runs on the chip's simulator, a `.mlir` in the compiler's interpreter. Answers: {"ok": true, "seconds": s}
+or {"ok": false, "error": text}. Inputs are float32 or integers; outputs are written as float32.
+"""
+
+import json
+import os
+import sys
+import time
+
+import numpy as np
+
+_models = {}
+
+
+def main():
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        request = json.loads(line)
+        started = time.perf_counter()
+        try:
+            inputs = dict(np.load(request["inputs"]))
+            run = run_bmodel if request["file"].endswith(".bmodel") else run_lowered
+            outputs = run(request["file"], request["net"], inputs)
+            np.savez(request["outputs"], **outputs)
+            answer = {"ok": True, "seconds": time.perf_counter() - started}
+        except Exception as error:  # whatever the libraries raise belongs into the answer
+            answer = {"ok": False, "error": "{}: {}".format(type(error).__name__, error)}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def run_bmodel(file, name, inputs):
+    import pyruntime_bm
+
+    if file not in _models:
+        _models.clear()  # the simulated device memory is one chip's
+        _models[file] = pyruntime_bm.Model(file, 0, "")
+    model = _models[file]
+    if name and name not in model.networks:
+        raise KeyError("no net {!r}, there are {}".format(name, ", ".join(model.networks)))
+    net = model.Net(name or model.networks[0])
+    for tensor in net.inputs:
+        data = inputs[tensor.name]
+        if tuple(tensor.data.shape) != data.shape:
+            raise ValueError("input {} has shape {}, not {}".format(tensor.name, data.shape, tensor.data.shape))
+        tensor.data[:] = narrow(data, tensor.dtype)
+    net.forward()
+    return {tensor.name: widen(tensor.data, tensor.dtype) for tensor in net.outputs}
+
+
+def run_lowered(file, name, inputs):
+    import pymlir
+
+    pymlir.set_mem_mode("value_mem")
+    module = pymlir.module()
+    folder = os.getcwd()
+    os.chdir(os.path.dirname(file))  # the graph names its weight file without a folder
+    try:
+        module.load(file)
+    finally:
+        os.chdir(folder)
+    for tensor in module.input_names:
+        module.set_tensor(tensor, inputs[tensor].astype(np.float32), inputs[tensor].shape)
+    module.invoke(True)
+    tensors = module.get_all_tensor()
+    return {tensor: np.array(tensors[tensor], dtype=np.float32) for tensor in module.output_names}
+
+
+def narrow(data, dtype):
+    if dtype == "bf16":  # to nearest, ties to even
+        bits = np.ascontiguousarray(data, np.float32).view(np.uint32)
+        return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    if dtype == "f16":
+        return data.astype(np.float16)
+    return data.astype({"f32": np.float32, "i32": np.int32, "si32": np.int32, "ui32": np.uint32}[dtype])
+
+
+def widen(data, dtype):
+    if dtype == "bf16":
+        return (np.array(data).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return np.array(data).astype(np.float32)
+
+
+if __name__ == "__main__":
+    main()

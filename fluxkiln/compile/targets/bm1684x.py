@@ -1,0 +1,16 @@
+"""Sophgo BM1684X, through TPU-MLIR."""
+
+from fluxkiln.compile.target import Target
+
+TARGET = Target(
+    name="bm1684x",
+    toolchain="tpu_mlir",
+    chip="bm1684x",
+    graph_format="onnx17",
+    schemes=("W4BF16", "W8BF16", "BF16", "F16", "F32"),
+    cast_kinds=("t5_block", "double", "single", "tail"),
+    narrow_inputs=("t5_block", "t5_final", "double", "single", "tail"),
+    narrow_outputs=("t5_block", "head", "double", "single"),
+    # a SE7-32 core module with its NPU memory set to 7615 MB and 2360 MB each for the VPU and VPP parts
+    device_bytes=(7615 + 2360 + 2360) << 20,
+)

@@ -1,0 +1,66 @@
+"""One dataclass of settings for a build, filled from flags and Make variables; what it does not say the model decides."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from fluxkiln.errors import ShapeError, UsageError
+
+DEFAULT_MODEL = "tiny-dev"
+DEFAULT_PROMPT = "a small kiln by a river, warm light in its window, evening"
+STORE_VARIABLE = "FLUXKILN_STORE"
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a user asks for.
+
+    Attributes:
+        model: a synthetic preset, a folder, or a Hugging Face id.
+        size: width and height of the image; None for the model's default.
+        tokens: text tokens; None for the model's default.
+        scheme: how the blocks are stored; None for the target's default.
+        vae: the checkpoint's own decoder, or taef1.
+        jobs: compilers at once; None for one per core.
+        build_dir: where bundles and reports go; store: the content-addressed store.
+        seed, steps, prompt: of the recorded reference run.
+        verify: climb the parity ladder.
+    """
+
+    target: str
+    model: str = DEFAULT_MODEL
+    size: tuple[int, int] | None = None
+    tokens: int | None = None
+    scheme: str | None = None
+    vae: Literal["kl", "tiny"] = "kl"
+    jobs: int | None = None
+    build_dir: Path = Path("build")
+    store: Path | None = None
+    seed: int = 0
+    steps: int = 2
+    prompt: str = DEFAULT_PROMPT
+    verify: bool = True
+
+    def __post_init__(self) -> None:
+        if self.vae not in ("kl", "tiny"):
+            raise UsageError(f"no VAE is called {self.vae!r}; there are kl (the checkpoint's own) and tiny (taef1)")
+        for name, value in (("jobs", self.jobs), ("tokens", self.tokens), ("steps", self.steps)):
+            if value is not None and value < 1:
+                raise UsageError(f"{name} {value}: at least 1 is needed")
+
+    @property
+    def store_path(self) -> Path:
+        return self.store or Path(os.environ.get(STORE_VARIABLE) or self.build_dir / "store")
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`1024x768` -> (width, height), `1024` -> a square; whether they are legal is for `Shapes` to say."""
+    match = re.fullmatch(r"(\d{1,6})(?:[xX*](\d{1,6}))?", text.strip())
+    if match is None:
+        raise ShapeError(f"size {text!r} is not WIDTHxHEIGHT in pixels; 1024x1024 is FLUX.1's own")
+    width = int(match.group(1))
+    return width, int(match.group(2) or width)

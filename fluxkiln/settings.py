@@ -1,4 +1,4 @@
-"""One dataclass of settings for a build, filled from flags and Make variables; what it does not say the model decides."""
+"""One dataclass of settings for a build, from flags and Make variables; what it leaves open the model decides."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def _attend(query_BLHK: Tensor, key_BLHK: Tensor, value_BLD: Tensor, head_dim: i
 
     Matmul, softmax, matmul is the form TPU-MLIR tiles without writing the L x L scores to memory.
     """
-    value_BHLK = value_BLD.unflatten(-1, (-1, head_dim)).transpose(1, 2)
+    value_BHLK = torch.unflatten(value_BLD, -1, (-1, head_dim)).transpose(1, 2)
     scores_BHLL = query_BLHK.transpose(1, 2) @ key_BLHK.permute(0, 2, 3, 1)
     return (scores_BHLL.softmax(dim=-1) @ value_BHLK).transpose(1, 2).flatten(2)
 
@@ -114,7 +114,7 @@ class DoublePart(nn.Module):
         text_norm, c_gate, c_shift_mlp, c_scale_mlp, c_gate_mlp = block.norm1_context(encoder_hidden_states, emb=temb)
 
         def heads(x_BLD: Tensor, norm: Any, rows: slice) -> Tensor:
-            x_BLHK = _head_norm(norm, x_BLD.unflatten(-1, (-1, attn.head_dim)))
+            x_BLHK = _head_norm(norm, torch.unflatten(x_BLD, -1, (-1, attn.head_dim)))
             return _rotate(x_BLHK, rotary_cos[rows], rotary_sin[rows])
 
         of_text, of_image = slice(0, text), slice(text, None)
@@ -168,7 +168,8 @@ class SinglePart(nn.Module):
         mlp = F.gelu(block.proj_mlp(normed), approximate="tanh")
         width, weight = attended.shape[-1], block.proj_out.weight
         update = F.linear(attended, weight[:, :width], block.proj_out.bias) + F.linear(mlp, weight[:, width:])
-        return hidden_states + gate.unsqueeze(1) * update
+        output: Tensor = hidden_states + gate.unsqueeze(1) * update
+        return output
 
 
 class TailPart(nn.Module):

@@ -1,0 +1,159 @@
+"""Where each kind of part is seen in diffusers' and transformers' own modules, and what upstream calls its tensors.
+
+Forward hooks only (checked with diffusers 0.42.1 and transformers 5.23.0): nothing upstream is replaced.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from fluxkiln.components import KINDS, Part
+from fluxkiln.errors import PatchError
+
+# (part, inputs, outputs): one call of a part, tensors by the names its kind declares
+Put = Callable[[Part, Mapping[str, Any], Mapping[str, Any]], None]
+# what upstream's forward was given, by its own argument names, and what it returned
+See = Callable[[Mapping[str, Any], Any], None]
+
+
+def observe_part(pipe: Any, part: Part, put: Put) -> None:
+    """Have `put` called each time `part` runs in `pipe`, a `diffusers.FluxPipeline`. Tensors are not to be kept.
+
+    Raises, while `pipe` runs:
+        PatchError: upstream gives its modules other arguments than this was written for.
+    """
+    _OBSERVERS[part.kind](pipe, part, put)
+
+
+def _watch(module: Any, see: See) -> None:
+    signature = inspect.signature(module.forward)
+
+    def hook(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        try:
+            see(signature.bind(*args, **kwargs).arguments, output)
+        except KeyError as error:
+            raise PatchError(
+                f"{type(module).__name__}.forward was called without {error}; install the versions pinned in "
+                "constraints.txt"
+            ) from error
+
+    module.register_forward_hook(hook, with_kwargs=True)
+
+
+def _module_of(pipe: Any, part: Part) -> Any:
+    return getattr(pipe, part.component).get_submodule(part.prefix.rstrip("."))
+
+
+def _observe_clip(pipe: Any, part: Part, put: Put) -> None:
+    def see(call: Mapping[str, Any], output: Any) -> None:
+        put(part, {"input_ids": call["input_ids"]}, {"last_hidden_state": output.last_hidden_state})
+
+    _watch(pipe.text_encoder, see)
+
+
+def _observe_t5_embed(pipe: Any, part: Part, put: Put) -> None:
+    def see(call: Mapping[str, Any], output: Any) -> None:
+        put(part, {"input_ids": call["input"]}, {"hidden_states_out": output})
+
+    _watch(pipe.text_encoder_2.encoder.embed_tokens, see)
+
+
+def _observe_t5_block(pipe: Any, part: Part, put: Put) -> None:
+    def see(call: Mapping[str, Any], output: Any) -> None:
+        # block 0 is given no bias, it computes and returns it; the others return the one they were given
+        inputs = {"hidden_states": call["hidden_states"], "position_bias": output[1]}
+        put(part, inputs, {"hidden_states_out": output[0]})
+
+    _watch(_module_of(pipe, part), see)
+
+
+def _observe_t5_final(pipe: Any, part: Part, put: Put) -> None:
+    def see(call: Mapping[str, Any], output: Any) -> None:
+        put(part, {"hidden_states": call["hidden_states"]}, {"last_hidden_state": output})
+
+    _watch(_module_of(pipe, part), see)
+
+
+def _keep(kept: dict[str, Any], name: str, module: Any, args: Any, output: Any) -> None:
+    kept[name] = output
+
+
+def _observe_head(pipe: Any, part: Part, put: Put) -> None:
+    model = pipe.transformer
+    outputs: dict[str, Any] = {}
+    embedders = {
+        "hidden_states_out": model.x_embedder,
+        "encoder_hidden_states_out": model.context_embedder,
+        "temb": model.time_text_embed,
+    }
+    for name, module in embedders.items():
+        module.register_forward_hook(partial(_keep, outputs, name))
+
+    def see(call: Mapping[str, Any], _: Any) -> None:
+        inputs = {name: call[name] for name in KINDS["head"].inputs if call.get(name) is not None}
+        put(part, inputs, outputs)
+        outputs.clear()
+
+    _watch(model, see)
+
+
+def _block_inputs(call: Mapping[str, Any]) -> dict[str, Any]:
+    cos, sin = call["image_rotary_emb"]
+    return {"temb": call["temb"], "rotary_cos": cos, "rotary_sin": sin}
+
+
+def _observe_double(pipe: Any, part: Part, put: Put) -> None:
+    def see(call: Mapping[str, Any], output: Any) -> None:
+        streams = {name: call[name] for name in ("hidden_states", "encoder_hidden_states")}
+        outputs = {"hidden_states_out": output[1], "encoder_hidden_states_out": output[0]}
+        put(part, {**streams, **_block_inputs(call)}, outputs)
+
+    _watch(_module_of(pipe, part), see)
+
+
+def _observe_single(pipe: Any, part: Part, put: Put) -> None:
+    import torch
+
+    def see(call: Mapping[str, Any], output: Any) -> None:
+        joint = torch.cat([call["encoder_hidden_states"], call["hidden_states"]], dim=1)
+        outputs = {"hidden_states_out": torch.cat(output, dim=1)}
+        put(part, {"hidden_states": joint, **_block_inputs(call)}, outputs)
+
+    _watch(_module_of(pipe, part), see)
+
+
+def _observe_tail(pipe: Any, part: Part, put: Put) -> None:
+    inputs: dict[str, Any] = {}
+
+    def see_norm(call: Mapping[str, Any], _: Any) -> None:
+        inputs.update(hidden_states=call["x"], temb=call["conditioning_embedding"])
+
+    def see_projection(_: Mapping[str, Any], output: Any) -> None:
+        put(part, inputs, {"sample": output})
+        inputs.clear()
+
+    _watch(pipe.transformer.norm_out, see_norm)
+    _watch(pipe.transformer.proj_out, see_projection)
+
+
+def _observe_vae(pipe: Any, part: Part, put: Put) -> None:
+    decoder = _module_of(pipe, part)
+    first = next(iter(inspect.signature(decoder.forward).parameters))
+    _watch(decoder, lambda call, output: put(part, {"latents": call[first]}, {"image": output}))
+
+
+_OBSERVERS: Mapping[str, Callable[[Any, Part, Put], None]] = {
+    "clip": _observe_clip,
+    "t5_embed": _observe_t5_embed,
+    "t5_block": _observe_t5_block,
+    "t5_final": _observe_t5_final,
+    "head": _observe_head,
+    "double": _observe_double,
+    "single": _observe_single,
+    "tail": _observe_tail,
+    "vae_decoder": _observe_vae,
+    "tiny_vae_decoder": _observe_vae,
+}

@@ -1,0 +1,257 @@
+"""One run of the unmodified diffusers pipeline, recorded: what every part was given and what it made of it.
+
+A recording is a folder: `tensors/<sha256>.npy`, so that an output which is the next part's input is stored once, and
+`recording.json`, written last, which says what is what.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fluxkiln.components import KINDS, Part, Shapes
+from fluxkiln.errors import CheckpointError, IntegrityError, PatchError, ResourceError, UsageError
+from fluxkiln.verify.observe import observe_part
+from fluxkiln.verify.pipeline import GUIDANCE_SCALE, PROMPT, OnStep, Rendering, quiet, render
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+FORMAT = 1
+INDEX = "recording.json"
+RENDERED = ("latents", "image", "prompt_embeds", "pooled_prompt_embeds")
+
+# {"inputs": {name: file}, "outputs": {name: file}}, files below the recording's folder
+Files = Mapping[str, Mapping[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """A recorded reference run. Arrays are read when asked for; float32, token ids int64.
+
+    `calls` has one entry for each time a part ran: `steps` of them for the transformer, one for the rest.
+    """
+
+    root: Path
+    shapes: Shapes
+    steps: int
+    seed: int
+    prompt: str
+    guidance_scale: float
+    seconds: Mapping[str, float]
+    kinds: Mapping[str, str]
+    calls: Mapping[str, tuple[Files, ...]]
+    rendered: Mapping[str, str]
+
+    def inputs(self, part: str, step: int = 0) -> dict[str, NDArray[Any]]:
+        """What `part` was given in `step`, by its kind's input names; guidance only where the model takes it."""
+        return self._read_all(part, step, "inputs")
+
+    def outputs(self, part: str, step: int = 0) -> dict[str, NDArray[Any]]:
+        """What `part` made of it, by its kind's output names."""
+        return self._read_all(part, step, "outputs")
+
+    @property
+    def latents(self) -> NDArray[Any]:
+        """Packed latents after the last step, [1, S, 4C]."""
+        return self._read(self.rendered["latents"])
+
+    @property
+    def image(self) -> NDArray[Any]:
+        """The image, [height, width, 3] in 0..1."""
+        return self._read(self.rendered["image"])
+
+    @property
+    def prompt_embeds(self) -> NDArray[Any]:
+        """T5's output as the pipeline used it, [1, T, joint]."""
+        return self._read(self.rendered["prompt_embeds"])
+
+    @property
+    def pooled_prompt_embeds(self) -> NDArray[Any]:
+        """CLIP's pooled output, [1, pooled]."""
+        return self._read(self.rendered["pooled_prompt_embeds"])
+
+    def _read_all(self, part: str, step: int, side: str) -> dict[str, NDArray[Any]]:
+        if part not in self.calls:
+            raise UsageError(f"no part called {part!r} was recorded; there are {', '.join(self.calls)}")
+        if not 0 <= step < len(self.calls[part]):
+            raise UsageError(f"step {step} of {part} was not recorded; it ran {len(self.calls[part])} times")
+        return {name: self._read(file) for name, file in self.calls[part][step][side].items()}
+
+    def _read(self, file: str) -> NDArray[Any]:
+        import numpy as np
+
+        try:
+            array: NDArray[Any] = np.load(self.root / file, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise IntegrityError(f"{self.root / file} cannot be read ({error}); record the reference again") from error
+        return array
+
+
+def record_reference(
+    root: Path,
+    parts: tuple[Part, ...],
+    shapes: Shapes,
+    destination: Path,
+    *,
+    steps: int = 2,
+    seed: int = 0,
+    prompt: str = PROMPT,
+    guidance_scale: float = GUIDANCE_SCALE,
+    on_step: OnStep | None = None,
+) -> Recording:
+    """Run `diffusers.FluxPipeline` as published, in float32, and keep what goes in and out of every part.
+
+    The models are in memory whole, in float32. Arrays are written as they appear, none is kept.
+
+    Args:
+        root: a checkpoint folder.
+        parts: the parts to record; which VAE runs is seen from them: the checkpoint's own, or `vae_tiny`.
+        destination: a folder, made if it is not there; an older recording in it is replaced.
+
+    Raises:
+        CheckpointError: the tiny VAE is asked for and not there.
+        ResourceError: the disk is full.
+        PatchError: a part was not called, or not in the way this was written for; diffusers changed.
+    """
+    start = time.perf_counter()
+    _make_room(destination)
+    pipe = _load_pipeline(root, tiny=any(part.kind == "tiny_vae_decoder" for part in parts))
+    recorder = _Recorder(destination)
+    for part in parts:
+        observe_part(pipe, part, recorder.put)
+    loaded = time.perf_counter()
+    made = render(pipe, shapes, steps, seed, prompt, guidance_scale, on_step)
+    for part in parts:
+        expected = steps if part.component == "transformer" else 1
+        if len(recorder.calls.get(part.name, ())) != expected:
+            raise PatchError(
+                f"part {part.name} ran {len(recorder.calls.get(part.name, ()))} times in the reference, {expected} "
+                "were expected; install the versions pinned in constraints.txt"
+            )
+    index = {
+        "format": FORMAT,
+        "shapes": {"height": shapes.height, "width": shapes.width, "tokens": shapes.tokens},
+        "steps": steps,
+        "seed": seed,
+        "prompt": prompt,
+        "guidance_scale": guidance_scale,
+        "seconds": {"load": loaded - start, "run": made.seconds},
+        "kinds": {part.name: part.kind for part in parts},
+        "calls": {part.name: recorder.calls[part.name] for part in parts},
+        "rendered": _write_rendering(made, recorder),
+    }
+    unfinished = destination / f"{INDEX}.partial"
+    unfinished.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(destination / INDEX)
+    return read_recording(destination)
+
+
+def read_recording(path: Path) -> Recording:
+    """Open the recording in the folder `path`.
+
+    Raises:
+        IntegrityError: there is none, or it was not finished.
+    """
+    try:
+        index = json.loads((path / INDEX).read_bytes())
+        if index["format"] != FORMAT:
+            raise IntegrityError(f"{path / INDEX} has format {index['format']}, this is {FORMAT}; record it again")
+        return Recording(
+            root=path,
+            shapes=Shapes(**index["shapes"]),
+            steps=index["steps"],
+            seed=index["seed"],
+            prompt=index["prompt"],
+            guidance_scale=index["guidance_scale"],
+            seconds=index["seconds"],
+            kinds=index["kinds"],
+            calls={part: tuple(calls) for part, calls in index["calls"].items()},
+            rendered={name: index["rendered"][name] for name in RENDERED},
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise IntegrityError(f"{path} holds no finished recording ({error}); record the reference again") from error
+
+
+@dataclass(slots=True)
+class _Recorder:
+    root: Path
+    calls: dict[str, list[Files]] = field(default_factory=dict)
+
+    def put(self, part: Part, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
+        kind = KINDS[part.kind]
+        if not inputs.keys() <= set(kind.inputs) or outputs.keys() != set(kind.outputs):
+            raise PatchError(
+                f"kind {part.kind} was recorded with {', '.join([*inputs, *outputs])}; it is declared with "
+                f"{', '.join([*kind.inputs, *kind.outputs])}"
+            )
+        files = {
+            "inputs": {name: self.store(inputs[name]) for name in kind.inputs if name in inputs},
+            "outputs": {name: self.store(outputs[name]) for name in kind.outputs},
+        }
+        self.calls.setdefault(part.name, []).append(files)
+
+    def store(self, tensor: Any) -> str:
+        """Write a tensor or array under its digest; returns the file's path below the folder."""
+        import numpy as np
+
+        array = np.ascontiguousarray(tensor if isinstance(tensor, np.ndarray) else tensor.detach().cpu().numpy())
+        if array.dtype != np.int64:
+            array = array.astype(np.float32, copy=False)
+        file = f"tensors/{_digest(array)}.npy"
+        path = self.root / file
+        if path.exists():
+            return file
+        unfinished = path.with_suffix(".partial")
+        try:
+            with unfinished.open("wb") as stream:
+                np.save(stream, array, allow_pickle=False)
+            unfinished.replace(path)
+        except OSError as error:
+            unfinished.unlink(missing_ok=True)
+            raise ResourceError(
+                f"{path} cannot be written: {error.strerror}; a recording holds every part's inputs and outputs in "
+                "float32: free some space or choose another folder"
+            ) from error
+        return file
+
+
+def _make_room(destination: Path) -> None:
+    """An empty `tensors` folder, and no recording.json while it fills."""
+    index, tensors = destination / INDEX, destination / "tensors"
+    if index.exists():
+        index.unlink()
+        shutil.rmtree(tensors, ignore_errors=True)
+    tensors.mkdir(parents=True, exist_ok=True)
+
+
+def _digest(array: NDArray[np.generic]) -> str:
+    digest = hashlib.sha256(f"{array.dtype.str} {array.shape}\n".encode())
+    digest.update(array.reshape(-1).view("u1").data)
+    return digest.hexdigest()
+
+
+def _write_rendering(made: Rendering, recorder: _Recorder) -> dict[str, str]:
+    return {name: recorder.store(getattr(made, name)) for name in RENDERED}
+
+
+def _load_pipeline(root: Path, tiny: bool) -> Any:
+    with quiet():
+        import torch
+        from diffusers import AutoencoderTiny, FluxPipeline
+
+        given = {}
+        if tiny:
+            if not (root / "vae_tiny").is_dir():
+                raise CheckpointError(
+                    f"{root} has no folder vae_tiny: put taef1 (AutoencoderTiny) there, or use VAE=kl"
+                )
+            given["vae"] = AutoencoderTiny.from_pretrained(root / "vae_tiny", dtype=torch.float32)
+        return FluxPipeline.from_pretrained(root, dtype=torch.float32, **given)

@@ -1,0 +1,160 @@
+"""What stands in FluxPipeline where the torch models were: modules that call a part runner, part by part.
+
+They have what `diffusers.FluxPipeline` (checked with 0.42.1) reads of its components, and no weights. Between parts
+arrays stay numpy; torch tensors are only what the pipeline gives and takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fluxkiln.components import Component, Part
+from fluxkiln.verify.pipeline import Configs, PartChain, PooledRow
+
+AnyArray = NDArray[Any]
+
+
+class _StandIn(nn.Module):
+    """A component without parameters: float32, on the CPU."""
+
+    dtype = torch.float32
+    device = torch.device("cpu")
+
+    def __init__(self, component: Component, chain: PartChain, config: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.chain = chain
+        self.parts = chain.parts_of(component)
+        self.config = SimpleNamespace(**config)
+
+    def parts_of_kind(self, kind: str) -> tuple[Part, ...]:
+        return tuple(part for part in self.parts if part.kind == kind)
+
+    def run_kind(self, kind: str, **inputs: AnyArray) -> dict[str, AnyArray]:
+        """Run the only part of `kind`."""
+        (part,) = self.parts_of_kind(kind)
+        return self.chain.run(part, inputs)
+
+
+class TextEncoder(_StandIn):
+    """CLIP: one part; the pooled row is picked here."""
+
+    def __init__(self, chain: PartChain, config: Mapping[str, Any], pooled_row: PooledRow) -> None:
+        super().__init__("text_encoder", chain, config)
+        self.pooled_row: Callable[[AnyArray], int] = lambda input_ids: pooled_row(input_ids, config)
+
+    def forward(self, input_ids: Tensor, **_: Any) -> SimpleNamespace:
+        ids = input_ids.numpy()
+        hidden = _tensor(self.run_kind("clip", input_ids=ids)["last_hidden_state"])
+        return SimpleNamespace(last_hidden_state=hidden, pooler_output=hidden[:, self.pooled_row(ids)])
+
+
+class TextEncoder2(_StandIn):
+    """T5: embedding, blocks, final norm."""
+
+    def __init__(self, chain: PartChain, config: Mapping[str, Any], position_bias: AnyArray) -> None:
+        super().__init__("text_encoder_2", chain, config)
+        self.position_bias = position_bias
+
+    def forward(self, input_ids: Tensor, **_: Any) -> tuple[Tensor]:
+        hidden = self.run_kind("t5_embed", input_ids=input_ids.numpy())["hidden_states_out"]
+        for part in self.parts_of_kind("t5_block"):
+            inputs = {"hidden_states": hidden, "position_bias": self.position_bias}
+            hidden = self.chain.run(part, inputs)["hidden_states_out"]
+        return (_tensor(self.run_kind("t5_final", hidden_states=hidden)["last_hidden_state"]),)
+
+
+class Transformer(_StandIn):
+    """Head, double blocks, single blocks on the joint sequence, tail on the image tokens."""
+
+    def __init__(self, chain: PartChain, config: Mapping[str, Any], rotary: Mapping[str, AnyArray]) -> None:
+        defaults = {"guidance_embeds": False}
+        super().__init__("transformer", chain, {**defaults, **config})
+        self.rotary = dict(rotary)
+
+    @contextmanager
+    def cache_context(self, name: str) -> Iterator[None]:
+        """Diffusers marks its calls for caches of block outputs, of which there are none here."""
+        yield
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        pooled_projections: Tensor,
+        timestep: Tensor,
+        guidance: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor]:
+        # img_ids and txt_ids are among the rest: their embedding is in `rotary`
+        given = {
+            "hidden_states": hidden_states.numpy(),
+            "encoder_hidden_states": encoder_hidden_states.numpy(),
+            "pooled_projections": pooled_projections.numpy(),
+            "timestep": timestep.numpy(),
+            **({} if guidance is None else {"guidance": guidance.numpy()}),
+        }
+        head = self.run_kind("head", **given)
+        image, text, temb = head["hidden_states_out"], head["encoder_hidden_states_out"], head["temb"]
+        shared = {"temb": temb, **self.rotary}
+        for part in self.parts_of_kind("double"):
+            out = self.chain.run(part, {"hidden_states": image, "encoder_hidden_states": text, **shared})
+            image, text = out["hidden_states_out"], out["encoder_hidden_states_out"]
+        joint = np.concatenate([text, image], axis=1)
+        for part in self.parts_of_kind("single"):
+            joint = self.chain.run(part, {"hidden_states": joint, **shared})["hidden_states_out"]
+        image = np.ascontiguousarray(joint[:, text.shape[1] :])
+        return (_tensor(self.run_kind("tail", hidden_states=image, temb=temb)["sample"]),)
+
+
+class Vae(_StandIn):
+    """Either decoder; the pipeline has undone scaling and shift."""
+
+    def __init__(self, chain: PartChain, config: Mapping[str, Any]) -> None:
+        (part,) = chain.parts_of("vae")
+        if part.kind == "tiny_vae_decoder":
+            # AutoencoderTiny registers the first itself; the others are its defaults
+            tiny = {"block_out_channels": config["decoder_block_out_channels"], "scaling_factor": 1.0}
+            config = {**tiny, "shift_factor": 0.0, **config}
+        super().__init__("vae", chain, config)
+        self.part = part
+
+    def decode(self, latents: Tensor, **_: Any) -> tuple[Tensor]:
+        return (_tensor(self.chain.run(self.part, {"latents": latents.numpy()})["image"]),)
+
+
+def build_pipeline(
+    root: Path,
+    configs: Configs,
+    chain: PartChain,
+    host_constants: Mapping[str, AnyArray],
+    pooled_row: PooledRow,
+) -> Any:
+    """A `diffusers.FluxPipeline` with the folder's tokenizers and scheduler, and stand-ins for its models."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
+    from transformers import CLIPTokenizer, T5TokenizerFast
+
+    rotary = {name: host_constants[name] for name in ("rotary_cos", "rotary_sin")}
+    vae = "vae_tiny" if chain.parts_of("vae")[0].kind == "tiny_vae_decoder" else "vae"
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(root / "scheduler"),
+        tokenizer=CLIPTokenizer.from_pretrained(root / "tokenizer"),
+        tokenizer_2=T5TokenizerFast.from_pretrained(root / "tokenizer_2"),
+        text_encoder=TextEncoder(chain, configs["text_encoder"], pooled_row),
+        text_encoder_2=TextEncoder2(chain, configs["text_encoder_2"], host_constants["position_bias"]),
+        transformer=Transformer(chain, configs["transformer"], rotary),
+        vae=Vae(chain, configs[vae]),
+    )
+
+
+def _tensor(array: AnyArray) -> Tensor:
+    # a copy: a runner's array may be read-only or not aligned
+    return torch.from_numpy(np.array(array, dtype=np.float32))

@@ -15,7 +15,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 NEED_PYTHON = @test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 found; install one or name it: make PYTHON=..." >&2; exit 5; }
 
-option = $(if $($(1)),--$(2) '$($(1))')
+option = $(if $($(1)),--$(2)='$(subst ','\'',$($(1)))')
 OPTIONS = $(call option,MODEL,model) $(call option,SIZE,size) $(call option,TOKENS,tokens) $(call option,SCHEME,scheme) \
 	$(call option,VAE,vae) $(call option,LORA,lora) $(call option,JOBS,jobs)
 

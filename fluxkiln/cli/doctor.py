@@ -1,0 +1,57 @@
+"""`fluxkiln doctor`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import click
+
+from fluxkiln.cli.output import Output, json_option
+from fluxkiln.errors import ToolchainError, UsageError
+
+
+@click.command()
+@click.argument("target", required=False)
+@json_option
+@click.pass_obj
+def doctor(output: Output, target: str | None) -> None:
+    """Show every tool, its version, and what is missing for which target.
+
+    With TARGET, exit with 5 when something that it needs is missing.
+    """
+    from fluxkiln.compile.doctor import ALL_TARGETS, examine, missing_for
+
+    if target is not None and target not in ALL_TARGETS:
+        raise UsageError(f"no target is called {target!r}; doctor knows {', '.join(ALL_TARGETS)}")
+    statuses = examine()
+    missing = {name: [status.name for status in missing_for(name, statuses)] for name in ALL_TARGETS}
+    output.document({"tools": [asdict(status) for status in statuses], "missing": missing})
+    shown = [status for status in statuses if target is None or target in status.needed_for]
+    output.table(
+        ("tool", "state", "version", "needed for"),
+        [
+            (
+                status.name,
+                "ok" if status.found else "missing" if status.needed_for else "absent",
+                status.version,
+                "every target" if status.needed_for == ALL_TARGETS else ", ".join(status.needed_for) or "-",
+            )
+            for status in shown
+        ],
+    )
+    if remedies := [status for status in shown if not status.found]:
+        output.line()
+        output.facts({status.name: status.remedy for status in remedies})
+    output.line()
+    output.facts({name: _readiness(name, names) for name, names in missing.items() if target in (None, name)})
+    if target is not None and missing[target]:
+        first = missing_for(target, statuses)[0]
+        raise ToolchainError(f"{target} lacks {', '.join(missing[target])}; {first.name}: {first.remedy}")
+
+
+def _readiness(target: str, missing: list[str]) -> str:
+    from fluxkiln.compile.targets import target_names
+
+    if missing:
+        return f"not ready: {', '.join(missing)} missing"
+    return f"ready: fluxkiln build {target}" if target in target_names() else "its tools are there; no builds yet"

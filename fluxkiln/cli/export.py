@@ -1,0 +1,200 @@
+"""`fluxkiln export`: templates and bindings as files, for other compilers and for reading."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import click
+
+from fluxkiln.artifacts.types import GraphFormat, Template
+from fluxkiln.cli.options import build_dir_option, check_size, size_option, tokens_option, vae_option
+from fluxkiln.cli.output import Output, count_text, json_option, seconds_text, size_text
+from fluxkiln.cli.progress import open_progress
+from fluxkiln.cli.synth import count_bytes
+from fluxkiln.components import KINDS, Part, Shapes, list_parts
+from fluxkiln.errors import CheckpointError, UsageError
+from fluxkiln.progress import Progress
+from fluxkiln.settings import Settings
+
+if TYPE_CHECKING:
+    from fluxkiln.export.checkpoint import Checkpoint
+
+FORMATS: tuple[GraphFormat, ...] = get_args(GraphFormat)
+SCHEMA = "fluxkiln.export/1"
+INDEX = "export.json"
+
+
+@click.command()
+@click.argument("model")
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--kind", "kinds", multiple=True, metavar="KIND", help="Only this kind of part; may be repeated.")
+@click.option(
+    "--format",
+    "formats",
+    multiple=True,
+    metavar="|".join(FORMATS),
+    help="May be repeated. Default: onnx23, the one ONNX Runtime runs.",
+)
+@size_option
+@tokens_option
+@vae_option
+@build_dir_option
+@json_option
+@click.pass_obj
+def export(
+    output: Output,
+    model: str,
+    directory: Path,
+    kinds: tuple[str, ...],
+    formats: tuple[str, ...],
+    size: str | None,
+    tokens: int | None,
+    vae: Any,
+    build_dir: Path,
+) -> None:
+    """Write the template of every kind of part, and how each part fills its slots.
+
+    MODEL is a synthetic preset, a folder or a Hugging Face id. DIR, empty or not there yet, gets FORMAT/KIND.onnx
+    (.pt2, .pt) and export.json: inputs, outputs and slots of each template, and for each part the checkpoint tensors
+    and transforms that fill the slots.
+    """
+    from fluxkiln.build import default_size, default_tokens
+    from fluxkiln.export.checkpoint import open_checkpoint
+    from fluxkiln.export.source import resolve_model
+
+    chosen_formats = parse_formats(formats)
+    settings = Settings(target="", model=model, size=check_size(size), tokens=tokens, vae=vae, build_dir=build_dir)
+    check_kinds(kinds, settings.vae)
+    _check_empty(directory)
+    started = time.perf_counter()
+    with open_progress() as progress:
+        root = resolve_model(model, build_dir / "models", count_bytes(progress, "synthesize"))
+        checkpoint = open_checkpoint(root)
+        width, height = settings.size or default_size(checkpoint)
+        shapes = Shapes(height, width, tokens or default_tokens(checkpoint))
+        shapes.check_variant(checkpoint.variant)
+        if settings.vae == "tiny" and "vae_tiny" not in checkpoint.tensors:
+            raise CheckpointError(
+                f"{checkpoint.name} has no folder vae_tiny, --vae tiny needs it; save taef1 there with "
+                "AutoencoderTiny.save_pretrained, or leave --vae out"
+            )
+        parts = [part for part in list_parts(checkpoint.configs, settings.vae) if not kinds or part.kind in kinds]
+        index = write_export(checkpoint, parts, shapes, chosen_formats, directory, progress)
+    seconds = time.perf_counter() - started
+    output.document({**index, "directory": str(directory), "seconds": round(seconds, 3)})
+    output.table(
+        ("template", "inputs", "slots", "parts", "size"),
+        [
+            (
+                template["file"],
+                ", ".join(f"{spec['name']} {'x'.join(map(str, spec['shape']))}" for spec in template["inputs"]),
+                str(len(template["slots"])),
+                str(sum(part["kind"] == template["kind"] for part in index["parts"])),
+                size_text(template["size"]),
+            )
+            for template in index["templates"]
+        ],
+        numbers=("slots", "parts", "size"),
+    )
+    output.line(
+        f"\n{directory}: {count_text(len(index['templates']), 'template')} and {INDEX} in {seconds_text(seconds)}"
+    )
+
+
+def parse_formats(names: Sequence[str]) -> tuple[GraphFormat, ...]:
+    """Graph formats, each once; UsageError with the legal names for an unknown one."""
+    chosen: list[GraphFormat] = []
+    for name in names or ("onnx23",):
+        known = [one for one in FORMATS if one == name]
+        if not known:
+            raise UsageError(f"no graph format is called {name!r}; there are {', '.join(FORMATS)}")
+        chosen += [one for one in known if one not in chosen]
+    return tuple(chosen)
+
+
+def check_kinds(names: Sequence[str], vae: str) -> None:
+    """Raise UsageError for a kind that does not exist, or not with this VAE."""
+    other = "vae_decoder" if vae == "tiny" else "tiny_vae_decoder"
+    for name in names:
+        if name not in KINDS:
+            raise UsageError(f"no kind of part is called {name!r}; there are {', '.join(KINDS)}")
+        if name == other:
+            raise UsageError(
+                f"kind {name} is not there with --vae {vae}; use --vae {'kl' if vae == 'tiny' else 'tiny'}"
+            )
+
+
+def write_export(
+    checkpoint: Checkpoint,
+    parts: Sequence[Part],
+    shapes: Shapes,
+    formats: Sequence[GraphFormat],
+    destination: Path,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Write templates and index beside `destination` and rename the folder at the end; return the index.
+
+    Raises: as `export_template` and `bind_part`.
+    """
+    from fluxkiln.artifacts.files import disk_full_named, partial_directory
+    from fluxkiln.export.bindings import bind_part
+    from fluxkiln.export.trace import export_template
+
+    kinds = tuple(dict.fromkeys(part.kind for part in parts))
+    templates: list[dict[str, Any]] = []
+    bindings: dict[str, dict[str, Any]] = {part.name: {} for part in parts}
+    parent = destination.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with disk_full_named(parent), partial_directory(parent, f".{destination.name}") as folder:
+        for graph_format in formats:
+            (folder / graph_format).mkdir()
+            progress.stage(graph_format, len(kinds))
+            for kind in kinds:
+                started = time.perf_counter()
+                template = export_template(kind, checkpoint.configs, shapes, graph_format, folder / graph_format)
+                templates.append(_describe(template))
+                for part in (part for part in parts if part.kind == kind):
+                    slots = bind_part(part, template.slots, checkpoint).slots
+                    bindings[part.name][graph_format] = [asdict(slot) for slot in slots]
+                progress.done(graph_format, kind, f"traced in {time.perf_counter() - started:.1f} s")
+        index = {
+            "schema": SCHEMA,
+            "model": checkpoint.name,
+            "variant": checkpoint.variant,
+            "shapes": asdict(shapes),
+            "templates": templates,
+            "parts": [
+                {
+                    "name": part.name,
+                    "kind": part.kind,
+                    "component": part.component,
+                    "bindings": bindings[part.name],
+                }
+                for part in parts
+            ],
+        }
+        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        os.rename(folder, destination)
+    return index
+
+
+def _describe(template: Template) -> dict[str, Any]:
+    return {
+        "kind": template.kind,
+        "format": template.format,
+        "file": f"{template.format}/{template.path.name}",
+        "digest": template.digest,
+        "size": template.path.stat().st_size,
+        **{name: [asdict(spec) for spec in getattr(template, name)] for name in ("inputs", "outputs", "slots")},
+    }
+
+
+def _check_empty(directory: Path) -> None:
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UsageError(f"{directory} is not empty; give a folder that does not exist yet, or remove it first")

@@ -1,0 +1,160 @@
+"""The command `fluxkiln`: the list of its commands, each imported when it is called, and the one place errors end."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import os
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import click
+
+import fluxkiln
+from fluxkiln.cli.output import Output
+from fluxkiln.cli.usage import NamedCommands, explain_usage
+from fluxkiln.errors import FluxkilnError, ResourceError, UsageError
+
+TRACEBACK_VARIABLE = "FLUXKILN_TRACEBACK"
+INTERRUPTED = "interrupted; finished work is kept, the same command resumes"
+# 128 + SIGINT, as shells count it.
+INTERRUPTED_CODE = 130
+
+# Command -> module of this package, and what `--help` says about it without importing that.
+COMMANDS: Mapping[str, tuple[str, str]] = {
+    "build": ("build", "Build a verified bundle for TARGET, from checkpoint to report."),
+    "plan": ("build", "Show the jobs of a build and their memory; build nothing."),
+    "doctor": ("doctor", "Show every tool, its version, and what is missing for which target."),
+    "synth": ("synth", "Write a synthetic checkpoint: FLUX.1's architecture, random weights."),
+    "export": ("export", "Write the template of every kind of part, and how each part fills its slots."),
+    "patches": ("patches", "List what is rewritten in diffusers and transformers, and whether it still fits."),
+    "inspect": ("bundle", "Show what a bundle is made of."),
+    "report": ("bundle", "Write a build's report.html again from its report.json."),
+    "verify": ("bundle", "Compare every file of a bundle with the digest its manifest gives."),
+    "cache": ("cache", "Look into the store that builds share."),
+}
+
+
+class Commands(NamedCommands):
+    """A group whose commands are imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"fluxkiln.cli.{COMMANDS[cmd_name][0]}")
+        command = getattr(module, cmd_name)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
+
+
+@click.group(
+    cls=Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
+    epilog="`fluxkiln COMMAND --help` says more. Every command takes --json: one JSON document on stdout. "
+    "Exit codes: 0 ok, 1 failure, 2 usage, 3 parity failed, 4 integrity, 5 missing toolchain.",
+)
+@click.version_option(fluxkiln.__version__, prog_name="fluxkiln")
+def fluxkiln_command() -> None:
+    """From a FLUX.1 checkpoint to accelerator artifacts: compile each kind of block once, cast every block's weights
+    into it, prove each step against diffusers.
+
+    Start with `fluxkiln build cpu`: it makes a small synthetic checkpoint and needs no network.
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; this is where every error becomes a sentence."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments is None:
+        _quieten_libraries()
+    output = Output(as_json="--json" in given)
+    try:
+        try:
+            code = fluxkiln_command.main(given, prog_name="fluxkiln", standalone_mode=False, obj=output)
+        finally:
+            # A closed pipe shows here, not when the interpreter ends.
+            sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except FluxkilnError as error:
+        return _fail(output, type(error).__name__, str(error), error.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return error.exit_code
+    except click.ClickException as error:
+        return _fail(output, "UsageError", explain_usage(error), UsageError.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        return _fail(output, "Interrupted", INTERRUPTED, INTERRUPTED_CODE)
+    except BrokenPipeError:
+        # Nobody reads on; what is left in the buffer must not complain at the end either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _fail(output, ResourceError.__name__, _disk_full(error), ResourceError.exit_code)
+        if error.filename is None:
+            return _bug(output, error)
+        return _fail(output, type(error).__name__, _explain_file(error), FluxkilnError.exit_code)
+    except Exception as error:
+        return _bug(output, error)
+
+
+def _quieten_libraries() -> None:
+    """Their warnings are for who calls them from Python; -W and these variables bring them back."""
+    for variable in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(variable, "error")
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+
+
+def _fail(output: Output, kind: str, message: str, code: int) -> int:
+    output.error(kind, message, code)
+    return code
+
+
+def _disk_full(error: OSError) -> str:
+    where = f" ({error.filename})" if error.filename else ""
+    return (
+        f"the disk is full{where}; free some space or name a folder on a larger one (--build-dir, --store), then run "
+        "the same command: finished work is kept"
+    )
+
+
+def _explain_file(error: OSError) -> str:
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        remedy = "give a folder that you may read and write, or change its permissions"
+    elif error.errno in (errno.ENOTDIR, errno.EEXIST):
+        remedy = "a folder is needed there: give another path, or move away what is in its place"
+    else:
+        remedy = "check the path and run the same command again"
+    return f"{error.filename}: {error.strerror}; {remedy}"
+
+
+def _bug(output: Output, error: BaseException) -> int:
+    """Not the user's doing: one sentence, and the traceback where it can be fetched from."""
+    text = "".join(traceback.format_exception(error))
+    if os.environ.get(TRACEBACK_VARIABLE):
+        click.echo(text, err=True, nl=False)
+        where = "traceback above"
+    else:
+        name = f"fluxkiln-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}.txt"
+        try:
+            path = Path(tempfile.gettempdir(), name)
+            path.write_text(text, encoding="utf-8")
+            where = f"traceback in {path}, or shown with {TRACEBACK_VARIABLE}=1"
+        except OSError:
+            where = f"{TRACEBACK_VARIABLE}=1 shows the traceback"
+    first = next(iter(str(error).splitlines()), "")
+    message = f"a bug in fluxkiln: {type(error).__name__}{': ' if first else ''}{first} ({where}); please report it"
+    return _fail(output, "Bug", message, 1)

@@ -1,0 +1,130 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from fluxkiln.components import Shapes
+from fluxkiln.errors import UsageError
+from fluxkiln.settings import DEFAULT_MODEL, Settings, parse_size
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+# A target's name -> settings from the options of the command line.
+SettingsFor = Callable[[str], Settings]
+
+BUILD_DIR = Path("build")
+
+size_option = click.option(
+    "--size", metavar="WxH", help="Image size in pixels, multiples of 16. Default: the model's own, 1024x1024."
+)
+tokens_option = click.option(
+    "--tokens", type=int, metavar="N", help="Text tokens. Default: the most the model takes (dev 512, schnell 256)."
+)
+vae_option = click.option("--vae", metavar="kl|tiny", default="kl", help="The checkpoint's own decoder, or taef1.")
+build_dir_option = click.option(
+    "--build-dir", type=click.Path(path_type=Path), default=BUILD_DIR, help="Where builds go. Default: ./build."
+)
+store_option = click.option(
+    "--store",
+    type=click.Path(path_type=Path),
+    help="The store that builds share. Default: $FLUXKILN_STORE, or `store` in the build folder.",
+)
+
+
+def settings_options(command: _F) -> _F:
+    """Adds the options of a build and hands them over as `settings_for`, a function from a target's name."""
+
+    @functools.wraps(command)
+    def wrapped(
+        *args: Any,
+        model: str,
+        size: str | None,
+        tokens: int | None,
+        scheme: str | None,
+        vae: Any,
+        jobs: int | None,
+        build_dir: Path,
+        store: Path | None,
+        seed: int,
+        steps: int,
+        prompt: str | None,
+        no_verify: bool,
+        lora: str | None,
+        **kwargs: Any,
+    ) -> Any:
+        def settings_for(target: str) -> Settings:
+            from fluxkiln.compile.targets import find_target
+
+            found = find_target(target)
+            refuse_lora(lora)
+            settings = Settings(
+                target=target,
+                model=model,
+                size=check_size(size),
+                tokens=tokens,
+                scheme=scheme,
+                vae=vae,
+                jobs=jobs,
+                build_dir=build_dir,
+                store=store,
+                seed=seed,
+                steps=steps,
+                verify=not no_verify,
+                **({"prompt": prompt} if prompt else {}),
+            )
+            found.scheme(scheme)
+            return settings
+
+        return command(*args, settings_for=settings_for, **kwargs)
+
+    options = (
+        click.option(
+            "--model",
+            default=DEFAULT_MODEL,
+            help=f"A synthetic preset, a folder or a Hugging Face id. Default: {DEFAULT_MODEL}.",
+        ),
+        size_option,
+        tokens_option,
+        click.option("--scheme", help="How the blocks' weights are stored, W4BF16 or BF16 say. Default: the target's."),
+        vae_option,
+        click.option("--jobs", type=int, metavar="N", help="Compilers at once. Default: one per core."),
+        build_dir_option,
+        store_option,
+        click.option(
+            "--seed", type=int, metavar="N", default=0, help="Seed of the reference run, and of which casts are proven."
+        ),
+        click.option(
+            "--steps", type=int, metavar="N", default=2, help="Denoising steps of the reference run. Default: 2."
+        ),
+        click.option("--prompt", help="What the reference run draws."),
+        click.option("--no-verify", is_flag=True, help="Build without climbing the parity ladder."),
+        # A Make variable already: refused in words, not ignored.
+        click.option("--lora", hidden=True),
+    )
+    for option in reversed(options):
+        wrapped = option(wrapped)
+    return wrapped  # type: ignore[return-value]
+
+
+def check_size(text: str | None) -> tuple[int, int] | None:
+    """Width and height of `--size`; ShapeError at once when the model cannot take them."""
+    if text is None:
+        return None
+    width, height = parse_size(text)
+    Shapes(height, width, tokens=1)
+    return width, height
+
+
+def refuse_lora(lora: str | None) -> None:
+    """Raise UsageError when a LoRA is asked for."""
+    if lora:
+        raise UsageError(
+            f"--lora {lora}: LoRA is not supported yet; fuse it first with diffusers' fuse_lora and save_pretrained, "
+            "and give that folder as the model"
+        )

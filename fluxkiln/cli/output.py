@@ -1,0 +1,135 @@
+"""What a command says: one JSON document, or tables and lines for people; everything else goes to stderr."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TextIO, TypeVar
+
+import click
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_STYLES = {"ok": "green", "yes": "green", "passed": "green", "missing": "red", "changed": "red", "failed": "red"}
+
+
+@dataclass(slots=True)
+class Output:
+    """Where a command's answer goes. With `as_json`, stdout carries exactly one document and tables are not drawn."""
+
+    as_json: bool = False
+    written: bool = False
+
+    def document(self, value: Any) -> None:
+        """The answer for programs; says nothing without --json."""
+        if self.as_json:
+            click.echo(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False))
+            self.written = True
+
+    def line(self, text: str = "") -> None:
+        """A line for people."""
+        if not self.as_json:
+            click.echo(text)
+
+    def facts(self, facts: Mapping[str, str]) -> None:
+        """Name and value, one pair a line, values aligned; pairs without a value are left out."""
+        width = max((len(name) for name, value in facts.items() if value), default=0)
+        for name, value in facts.items():
+            if value:
+                self.line(f"{name:<{width}}  {value}")
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[str] = ()) -> None:
+        """A table for people: drawn on a terminal, aligned text elsewhere. `numbers` names columns set to the right."""
+        if self.as_json:
+            return
+        if fancy(sys.stdout):
+            _draw(columns, rows, numbers)
+        else:
+            for line in plain_table(columns, rows, numbers):
+                click.echo(line)
+
+    def error(self, kind: str, message: str, code: int) -> None:
+        """A sentence on stderr, and with --json a document unless there is one already."""
+        click.echo(f"error: {message}", err=True)
+        if not self.written:
+            self.document({"error": {"kind": kind, "message": message, "exit_code": code}})
+
+
+def json_option(command: _F) -> _F:
+    """Adds --json. `main` has seen it already: errors found while the command line is read are told as JSON too."""
+    return click.option(
+        "--json", is_flag=True, expose_value=False, help="Print one JSON document on stdout instead of text."
+    )(command)
+
+
+def fancy(stream: TextIO) -> bool:
+    """Whether colours, boxes and moving bars are welcome on `stream`."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[str] = ()) -> list[str]:
+    """Aligned text, two spaces between columns; the first line holds the columns' names."""
+    lines = [list(columns), *([" ".join(cell.split()) for cell in row] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    return [
+        "  ".join(
+            cell.rjust(width) if column in numbers else cell.ljust(width)
+            for cell, width, column in zip(line, widths, columns, strict=True)
+        ).rstrip()
+        for line in lines
+    ]
+
+
+def size_text(count: int | float) -> str:
+    """1234567 -> `1.23 MB`."""
+    number = float(count)
+    for unit in ("B", "kB", "MB"):
+        if number < 999.5:
+            return f"{number:.3g} {unit}"
+        number /= 1000.0
+    return f"{number:.1f} GB"
+
+
+def seconds_text(seconds: float) -> str:
+    """75 -> `1 min 15 s`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def count_text(count: int, noun: str, plural: str = "") -> str:
+    """`1 part`, `2 parts`."""
+    return f"{count} {noun if count == 1 else plural or noun + 's'}"
+
+
+def _draw(columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[str]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold", show_edge=False)
+    for i, column in enumerate(columns):
+        # The first column names things: it is the last to be broken over lines.
+        table.add_column(column, justify="right" if column in numbers else "left", no_wrap=i == 0, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell, style=_STYLES.get(cell, "")) for cell in row))
+    Console(highlight=False).print(table)
+
+
+def _finite(value: Any) -> Any:
+    """JSON's own types; NaN and infinity, which it has no number for, become strings."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value if value is None or isinstance(value, str | int | float | bool) else str(value)

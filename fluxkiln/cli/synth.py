@@ -1,0 +1,67 @@
+"""`fluxkiln synth`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import click
+
+from fluxkiln.cli.output import Output, json_option, seconds_text, size_text
+from fluxkiln.cli.progress import open_progress
+from fluxkiln.progress import Progress
+
+STEP_BYTES = 1_000_000_000
+
+
+@click.command()
+@click.argument("preset")
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--components", metavar="A,B", help="Only these, transformer,vae say. Default: all of them.")
+@click.option("--seed", type=int, default=0, help="Another seed gives other weights.")
+@json_option
+@click.pass_obj
+def synth(output: Output, preset: str, directory: Path, components: str | None, seed: int) -> None:
+    """Write a synthetic checkpoint: FLUX.1's architecture, random weights.
+
+    PRESET is tiny-dev, tiny-schnell, wide-dev (true width, two blocks) or full-dev (all blocks, 34 GB). DIR must be
+    empty or not exist yet; it is there whole at the end or not at all.
+    """
+    from fluxkiln.export.synth import find_preset, parse_components, synthesize, synthesized_bytes
+
+    names = parse_components(
+        None if components is None else [name for name in components.replace(",", " ").split() if name]
+    )
+    total = synthesized_bytes(find_preset(preset), names)
+    started = time.perf_counter()
+    with open_progress() as progress:
+        synthesize(preset, directory, names, seed, count_bytes(progress, "synthesize"))
+    seconds = time.perf_counter() - started
+    output.document(
+        {
+            "model": str(directory),
+            "preset": preset,
+            "seed": seed,
+            "components": names,
+            "bytes": total,
+            "seconds": round(seconds, 3),
+        }
+    )
+    output.line(f"{directory}: {preset}, {size_text(total)} of random weights in {seconds_text(seconds)}")
+
+
+def count_bytes(progress: Progress, stage: str) -> Callable[[int, int], None]:
+    """Bytes written and to be written, as a stage of gigabytes."""
+    shown = 0
+
+    def report(written: int, total: int) -> None:
+        nonlocal shown
+        steps = max(1, total // STEP_BYTES)
+        if not shown:
+            progress.stage(stage, steps)
+        for _ in range(shown, written * steps // max(total, 1)):
+            shown += 1
+            progress.done(stage, size_text(written), "written" if written == total else f"of {size_text(total)}")
+
+    return report

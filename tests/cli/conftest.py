@@ -1,0 +1,89 @@
+"""The command line run in this process, and a small bundle with its report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fluxkiln.artifacts.bundle import write_bundle
+from fluxkiln.artifacts.store import Store, open_store
+from fluxkiln.cli.main import main
+from fluxkiln.verify.report import build_report, write_report
+
+
+@dataclass(frozen=True)
+class Run:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> Any:
+        """stdout as the one JSON document that it must be."""
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def fluxkiln(capsys, monkeypatch, tmp_path):
+    """Run a command in an empty folder."""
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    monkeypatch.delenv("FLUXKILN_STORE", raising=False)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+
+    def run(*arguments: object) -> Run:
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Run(code, captured.out, captured.err)
+
+    return run
+
+
+def _part(name: str, kind: str, scheme: str) -> dict:
+    spec = {"name": "hidden_states", "shape": [1, 16, 64], "dtype": "bfloat16"}
+    digest = "sha256:" + hashlib.sha256(name.encode()).hexdigest()
+    return {
+        "name": name, "kind": kind, "scheme": scheme, "file": "transformer.bmodel", "net": name.replace(".", "_"),
+        "inputs": [spec], "outputs": [spec], "digest": digest, "size": 1500,
+    }  # fmt: skip
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return open_store(tmp_path / "store")
+
+
+@pytest.fixture
+def built(tmp_path, store) -> Path:
+    """A build's folder: `bundle`, `report.json` and `report.html`."""
+    folder = tmp_path / "build" / "bm1684x" / "tiny-dev"
+    files = {
+        "transformer.bmodel": store.add_bytes(b"net" * 1000),
+        "tokenizer/vocab.json": store.add_bytes(b"{}"),
+        "LICENSE": store.add_bytes(b"licence text"),
+    }
+    manifest = {
+        "name": "tiny-dev",
+        "target": "bm1684x",
+        "variant": "dev",
+        "shapes": {"height": 64, "width": 128, "tokens": 32},
+        "checkpoint": {"source": "tiny-dev", "fingerprint": "sha256:" + "ab" * 32},
+        "licence": {"spdx": "Apache-2.0", "file": "LICENSE"},
+        "settings": {"vae": "kl"},
+        "parity": {"passed": True, "rows": 12, "rungs": ["patched"]},
+        "tools": {"tpu_mlir": "1.30.2"},
+        "parts": [
+            _part("double.00", "double", "W4BF16"),
+            _part("double.01", "double", "W4BF16"),
+            _part("tail", "tail", "BF16"),
+        ],
+    }
+    write_bundle(folder / "bundle", files, manifest, store)
+    write_report(folder, build_report([], {"title": "tiny-dev", "target": "bm1684x"}))
+    return folder

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from fluxkiln.compile.tpu_mlir_env import TpuMlirEnv, default_tpu_mlir_root, find_tpu_mlir
+from fluxkiln.components import Shapes, list_parts
+from fluxkiln.export.checkpoint import Checkpoint, open_checkpoint
+from fluxkiln.verify.record import Recording, record_reference
 
 REGISTRY_VARIABLE = "FLUXKILN_TEST_REGISTRY"
 
@@ -40,3 +46,33 @@ def tpu_mlir() -> TpuMlirEnv:
     env = find_tpu_mlir(default_tpu_mlir_root())
     assert env is not None, "the test lacks the marker tpu_mlir"
     return env
+
+
+TINY_SHAPES = Shapes(height=64, width=64, tokens=32)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Checkpoint]:
+    """preset -> its synthetic checkpoint, made once a session. Not to be written to."""
+    from fluxkiln.export.synth import synthesize
+
+    @functools.cache
+    def make(preset: str = "tiny-dev") -> Checkpoint:
+        return open_checkpoint(synthesize(preset, tmp_path_factory.mktemp("checkpoints") / preset))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_recording(
+    tiny_checkpoint: Callable[..., Checkpoint], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Recording]:
+    """(preset, vae, shapes) -> the recorded reference run of two steps, made once a session."""
+
+    @functools.cache
+    def make(preset: str = "tiny-dev", vae: Literal["kl", "tiny"] = "kl", shapes: Shapes = TINY_SHAPES) -> Recording:
+        checkpoint = tiny_checkpoint(preset)
+        parts = list_parts(checkpoint.configs, vae)
+        return record_reference(checkpoint.root, parts, shapes, tmp_path_factory.mktemp("recording"))
+
+    return make

@@ -11,12 +11,16 @@ import hashlib
 import importlib
 import importlib.metadata
 import inspect
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from fluxkiln.errors import PatchError, UsageError
+
+# every thread sees a replaced attribute, so they take turns; one thread that nests a patch is refused by its digest
+_IN_PLACE = threading.RLock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,12 +147,14 @@ def check_patches(patches: Iterable[Patch]) -> None:
 def apply_patches(patches: Iterable[Patch]) -> Iterator[None]:
     """Check the patches, put their replacements in place, and put the very same objects back on the way out.
 
+    Other threads that apply patches wait meanwhile.
+
     Raises:
         PatchError: an upstream function is not the one the patch was checked against.
     """
     patches = tuple(patches)
-    check_patches(patches)
-    with ExitStack() as stack:
+    with _IN_PLACE, ExitStack() as stack:
+        check_patches(patches)
         for patch in patches:
             for dotted, function in (patch.replacement or {}).items():
                 owner, name = _locate(dotted)

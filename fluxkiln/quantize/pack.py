@@ -1,16 +1,16 @@
-"""Weights to 4-bit codes, scales and zero points, the way TPU-MLIR 1.30.2's W4BF16 rounds.
+"""Weights to 4-bit or 8-bit codes, scales and zero points, the way TPU-MLIR 1.30.2's W4BF16 and W8BF16 round.
 
-Rounding is half away from zero on float32. Per group of `group_size` input channels: scale = max(max - min, 1e-5) / 15,
-zero point = clip(round(-min / scale), 0, 15), code = clip(round(w / scale) + zero point, 0, 15). The scale is stored in
-bfloat16 but the codes are computed with the float32 one.
+Rounding is half away from zero on float32, L = 15 or 255. Per group of `group_size` input channels:
+scale = max(max - min, 1e-5) / L, zero point = clip(round(-min / scale), 0, L), code = clip(round(w / scale) + zero
+point, 0, L). The scale is stored in bfloat16 but the codes are computed with the float32 one.
 
-Source: found by matching the compiler's output byte for byte; `tests/compile/test_mould.py` holds it to that.
+Source: found by matching the compiler's output byte for byte; `tests/quantize/test_pack.py` holds it to that.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import ml_dtypes
 import numba
@@ -19,15 +19,13 @@ from numpy.typing import NDArray
 
 from fluxkiln.errors import SchemeError
 
-LEVELS = 15
-
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """A 4-bit weight.
+    """A 4-bit or 8-bit weight.
 
     Attributes:
-        codes_OI: [O, I // 2] uint8, two codes a byte, low nibble = even input channel.
+        codes_OI: uint8; 4 bits: [O, I // 2], two codes a byte, low nibble = even input channel; 8 bits: [O, I].
         scales_OG: [O, I // group_size] bfloat16 bits as uint16.
         zeros_OG: [O, I // group_size] uint8.
     """
@@ -35,6 +33,7 @@ class PackedWeight:
     codes_OI: NDArray[np.uint8]
     scales_OG: NDArray[np.uint16]
     zeros_OG: NDArray[np.uint8]
+    bits: Literal[4, 8] = 4
 
 
 def pack_int4(weight_OI: NDArray[Any], group_size: int) -> PackedWeight:
@@ -49,24 +48,36 @@ def pack_int4(weight_OI: NDArray[Any], group_size: int) -> PackedWeight:
 
     Source: the module docstring.
     """
+    return _pack(weight_OI, group_size, 4)
+
+
+def pack_int8(weight_OI: NDArray[Any], group_size: int) -> PackedWeight:
+    """`pack_int4` with 8-bit codes, one a byte."""
+    return _pack(weight_OI, group_size, 8)
+
+
+def _pack(weight_OI: NDArray[Any], group_size: int, bits: Literal[4, 8]) -> PackedWeight:
     rows, columns = weight_OI.shape
-    if columns % group_size or group_size % 2:
+    if group_size <= 0 or columns % group_size or group_size % 2:
         raise SchemeError(f"group size {group_size} does not divide {columns} input channels; use another group size")
-    codes = np.empty((rows, columns // 2), np.uint8)
+    codes = np.empty((rows, columns * bits // 8), np.uint8)
     scales = np.empty((rows, columns // group_size), np.uint16)
     zeros = np.empty((rows, columns // group_size), np.uint8)
-    bits = weight_OI.dtype == ml_dtypes.bfloat16
-    source = weight_OI.view(np.uint16) if bits else np.ascontiguousarray(weight_OI, np.float32)
-    _pack_rows(source, bits, group_size, codes, scales, zeros)
-    return PackedWeight(codes, scales, zeros)
+    narrow = weight_OI.dtype == ml_dtypes.bfloat16
+    source = np.ascontiguousarray(weight_OI, None if narrow else np.float32)
+    _pack_rows(source.view(np.uint16) if narrow else source, narrow, bits, codes, scales, zeros)
+    return PackedWeight(codes, scales, zeros, bits)
 
 
 def dequantize(packed: PackedWeight, group_size: int) -> NDArray[np.float32]:
     """(code - zero point) * scale as float32 [O, I]: what the chip multiplies with."""
     rows = packed.codes_OI.shape[0]
-    codes = np.empty((rows, packed.codes_OI.shape[1] * 2), np.float32)
-    codes[:, 0::2] = packed.codes_OI & 15
-    codes[:, 1::2] = packed.codes_OI >> 4
+    if packed.bits == 8:
+        codes = packed.codes_OI.astype(np.float32)
+    else:
+        codes = np.empty((rows, packed.codes_OI.shape[1] * 2), np.float32)
+        codes[:, 0::2] = packed.codes_OI & 15
+        codes[:, 1::2] = packed.codes_OI >> 4
     grouped = codes.reshape(rows, -1, group_size)
     grouped -= packed.zeros_OG[:, :, None]
     grouped *= bf16_to_float32(packed.scales_OG)[:, :, None]
@@ -85,46 +96,83 @@ def to_bf16_bits(values: NDArray[Any]) -> NDArray[np.uint16]:
     return np.ascontiguousarray(values, np.float32).astype(ml_dtypes.bfloat16).view(np.uint16)
 
 
-@numba.njit(cache=True, inline="always")
-def _round_away(value: float) -> float:
-    """Half away from zero. floor(|x| + 0.5) is wrong just below a half (0.49999997 + 0.5 rounds to 1)."""
-    magnitude = np.float32(abs(value))
-    whole = np.float32(np.floor(magnitude))
-    if magnitude - whole >= np.float32(0.5):
+# The kernels below are written for LLVM to vectorise: loops over whole axes of 2-D arrays (an offset index would bring
+# Python's negative-index check back), and truncation instead of floor.
+
+
+@numba.njit(cache=True, nogil=True, inline="always")  # type: ignore[untyped-decorator]
+def _round_away(value: Any, limit: Any) -> Any:
+    """Half away from zero, of float32, after clipping to +-limit: what is beyond ends in the same code anyway."""
+    clipped = min(max(value, -limit), limit)
+    whole = np.float32(np.int32(clipped))
+    rest = clipped - whole  # exact, so no value just below a half is taken for one
+    if rest >= np.float32(0.5):
         whole += np.float32(1.0)
-    return whole if value >= 0 else -whole
+    if rest <= np.float32(-0.5):
+        whole -= np.float32(1.0)
+    return whole
 
 
-@numba.njit(cache=True, nogil=True)
-def _pack_rows(source, bits, group_size, codes, scales, zeros):  # type: ignore[no-untyped-def]
+# weights have no NaN, and the sign of a zero does not survive the rounding: these two flags change no bit
+@numba.njit(cache=True, nogil=True, fastmath={"nnan", "nsz"})  # type: ignore[untyped-decorator]
+def _ranges(values_GI: Any, low_G: Any, high_G: Any) -> None:
+    for group in range(values_GI.shape[0]):
+        low = values_GI[group, 0]
+        high = values_GI[group, 0]
+        for i in range(values_GI.shape[1]):
+            low = min(low, values_GI[group, i])
+            high = max(high, values_GI[group, i])
+        low_G[group] = low
+        high_G[group] = high
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _codes(values_GI: Any, scale_G: Any, zero_G: Any, top: Any, codes_GI: Any) -> None:
+    limit = np.float32(2.0) * top
+    for group in range(values_GI.shape[0]):
+        scale = scale_G[group]
+        zero = zero_G[group]
+        for i in range(values_GI.shape[1]):
+            # a division: multiplying by the reciprocal rounds differently
+            code = _round_away(values_GI[group, i] / scale, limit) + zero
+            codes_GI[group, i] = np.uint8(min(max(code, np.float32(0.0)), top))
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _pack_rows(source: Any, narrow: Any, bits: Any, codes: Any, scales: Any, zeros: Any) -> None:
     rows, columns = source.shape
-    wide = np.empty(group_size, np.uint32)
-    group = wide.view(np.float32)
+    groups = scales.shape[1]
+    words = np.empty(columns, np.uint32)
+    values = words.view(np.float32)
+    values_GI = values.reshape(groups, columns // groups)
+    bytes_I = np.empty(columns, np.uint8)
+    codes_GI = bytes_I.reshape(groups, columns // groups)
+    pairs = bytes_I.view(np.uint16)
+    low = np.empty(groups, np.float32)
+    high, scale, zero = np.empty_like(low), np.empty_like(low), np.empty_like(low)
+    scale_words = scale.view(np.uint32)
+    top = np.float32((1 << bits) - 1)
     for row in range(rows):
-        for index in range(columns // group_size):
-            start = index * group_size
-            if bits:
-                for i in range(group_size):
-                    wide[i] = np.uint32(source[row, start + i]) << np.uint32(16)
-            else:
-                for i in range(group_size):
-                    group[i] = source[row, start + i]
-            low = group[0]
-            high = group[0]
-            for i in range(1, group_size):
-                low = min(low, group[i])
-                high = max(high, group[i])
-            scale = max(high - low, np.float32(1e-5)) / np.float32(LEVELS)
-            zero = min(max(_round_away(-low / scale), np.float32(0)), np.float32(LEVELS))
-            for i in range(0, group_size, 2):
-                even = min(max(_round_away(group[i] / scale) + zero, np.float32(0)), np.float32(LEVELS))
-                odd = min(max(_round_away(group[i + 1] / scale) + zero, np.float32(0)), np.float32(LEVELS))
-                codes[row, (start + i) // 2] = np.uint8(even) | (np.uint8(odd) << np.uint8(4))
-            zeros[row, index] = np.uint8(zero)
+        if narrow:
+            for i in range(columns):
+                words[i] = np.uint32(source[row, i]) << np.uint32(16)
+        else:
+            for i in range(columns):
+                values[i] = source[row, i]
+        _ranges(values_GI, low, high)
+        for group in range(groups):
+            scale[group] = max(high[group] - low[group], np.float32(1e-5)) / top
+            zero[group] = max(_round_away(-low[group] / scale[group], top), np.float32(0.0))
+        _codes(values_GI, scale, zero, top, codes_GI)
+        if bits == 4:
+            for i in range(columns // 2):
+                codes[row, i] = np.uint8(pairs[i] | (pairs[i] >> np.uint16(4)))
+        else:
+            for i in range(columns):
+                codes[row, i] = bytes_I[i]
+        for group in range(groups):
+            zeros[row, group] = np.uint8(zero[group])
             # bfloat16 of the scale, to nearest, ties to even
-            wide[0] = np.uint32(0)
-            group[0] = scale
-            word = wide[0]
-            scales[row, index] = np.uint16(
-                (word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-            )
+            word = scale_words[group]
+            odd = (word >> np.uint32(16)) & np.uint32(1)
+            scales[row, group] = np.uint16((word + np.uint32(0x7FFF) + odd) >> np.uint32(16))

@@ -22,7 +22,7 @@ class Scheme:
     Attributes:
         arithmetic: what activations are computed in, and what unquantized weights are stored in.
         weight_bits: 4, 8, or 0 for weights that are not quantized.
-        group_size: input channels that share a scale; 0 without quantization.
+        group_size: input channels that share a scale; 0 without quantization. The compiler's 8 bits have groups too.
     """
 
     arithmetic: Arithmetic
@@ -32,7 +32,7 @@ class Scheme:
     def __post_init__(self) -> None:
         if self.weight_bits not in (0, 4, 8):
             raise SchemeError(f"{self.weight_bits}-bit weights: 4, 8 and unquantized are supported")
-        if self.weight_bits == 4 and self.group_size not in GROUP_SIZES:
+        if self.weight_bits and self.group_size not in GROUP_SIZES:
             raise SchemeError(f"group size {self.group_size}: {', '.join(map(str, GROUP_SIZES))} are supported")
 
     @property
@@ -47,7 +47,7 @@ _NAMED: Mapping[str, Scheme] = {
     "F32": Scheme("F32"),
     "F16": Scheme("F16"),
     "BF16": Scheme("BF16"),
-    "W8BF16": Scheme("BF16", weight_bits=8),
+    "W8BF16": Scheme("BF16", weight_bits=8, group_size=DEFAULT_GROUP_SIZE),
     "W4BF16": Scheme("BF16", weight_bits=4, group_size=DEFAULT_GROUP_SIZE),
 }
 SCHEME_NAMES = (*_NAMED, *(f"W4BF16-g{size}" for size in GROUP_SIZES if size != DEFAULT_GROUP_SIZE))
@@ -94,9 +94,9 @@ def part_schemes(blocks: Scheme) -> dict[str, Scheme]:
 
 def check_groups(scheme: Scheme, slot: str, in_features: int) -> None:
     """Raise SchemeError when a weight's input width is no multiple of the group size."""
-    if scheme.weight_bits == 4 and in_features % scheme.group_size:
-        legal = [str(size) for size in GROUP_SIZES if in_features % size == 0]
-        remedy = f"use {' or '.join(f'W4BF16-g{size}' for size in legal)}" if legal else "use BF16 or W8BF16"
+    if scheme.weight_bits and in_features % scheme.group_size:
+        legal = [size for size in GROUP_SIZES if in_features % size == 0]
+        remedy = f"use {' or '.join(replace(_NAMED['W4BF16'], group_size=size).name for size in legal) or 'BF16'}"
         raise SchemeError(
             f"group size {scheme.group_size} does not divide the {in_features} input channels of {slot}; {remedy}"
         )

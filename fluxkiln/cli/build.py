@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from fluxkiln.cli.options import SettingsFor, settings_options
-from fluxkiln.cli.output import Output, count_text, json_option, seconds_text
+from fluxkiln.cli.output import Output, count_text, json_option, seconds_text, size_text
 from fluxkiln.cli.progress import open_progress
 
 if TYPE_CHECKING:
@@ -35,6 +35,32 @@ def build(output: Output, settings_for: SettingsFor, target: str) -> None:
     _show(output, result)
 
 
+@click.command()
+@click.argument("target")
+@settings_options
+@json_option
+@click.pass_obj
+def plan(output: Output, settings_for: SettingsFor, target: str) -> None:
+    """Show the jobs of a build and their memory; build nothing.
+
+    What the store holds already is marked. With --json, the list can feed another scheduler.
+    """
+    settings = settings_for(target)
+    from fluxkiln.build import plan as make_plan
+
+    planned = make_plan(settings)
+    output.document(planned)
+    jobs = planned["jobs"]
+    columns = list(dict.fromkeys(key for job in jobs for key in job))
+    output.table(
+        [column.replace("_", " ") for column in columns],
+        [[_cell(column, job.get(column)) for column in columns] for job in jobs],
+        numbers=[column.replace("_", " ") for column in columns if _is_bytes(column)],
+    )
+    output.line()
+    output.facts({name.replace("_", " "): _cell(name, value) for name, value in planned.get("totals", {}).items()})
+
+
 def _show(output: Output, result: BuildResult) -> None:
     if result.nothing_to_do:
         output.line("nothing to do: this very build is finished")
@@ -56,3 +82,13 @@ def _show(output: Output, result: BuildResult) -> None:
 
 def _compiler(runs: int) -> str:
     return f"ran {count_text(runs, 'time')}" if runs else "not started: all of it was in the store"
+
+
+def _is_bytes(name: str) -> bool:
+    return name.split("_")[-1] in ("memory", "bytes", "size")
+
+
+def _cell(name: str, value: Any) -> str:
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: ""}[value]
+    return size_text(value) if _is_bytes(name) and isinstance(value, int | float) else str(value)

@@ -40,7 +40,9 @@ def fails_with(monkeypatch, error: BaseException) -> None:
     monkeypatch.setattr("fluxkiln.compile.doctor.examine", examine)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["build", "--help"], ["build", "nope"], ["cache", "ls"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["build", "--help"], ["build", "nope"], ["cache", "ls"]], ids=" ".join
+)
 def test_starts_without_heavy_modules(arguments):
     assert heavy_modules_after(*arguments) == set()
 

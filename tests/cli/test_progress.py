@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import io
+import sys
+import threading
+
+import pytest
+
+from fluxkiln.cli.progress import LineProgress, RichProgress, StageTally, open_progress
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def stream() -> io.StringIO:
+    return io.StringIO()
+
+
+@pytest.fixture
+def lines(stream, clock) -> LineProgress:
+    return LineProgress(stream, clock, interval=5.0)
+
+
+def test_few_lines_while_a_stage_runs_and_one_at_its_end(lines, stream, clock):
+    lines.stage("compile", 20)
+    for i in range(20):
+        clock.now += 2.0
+        lines.done("compile", f"double.{i:02d}", "compiled in 2.0 s")
+    assert stream.getvalue().splitlines() == [
+        "compile: 3/20, double.02 compiled in 2.0 s, about 34 s left",
+        "compile: 6/20, double.05 compiled in 2.0 s, about 28 s left",
+        "compile: 9/20, double.08 compiled in 2.0 s, about 22 s left",
+        "compile: 12/20, double.11 compiled in 2.0 s, about 16 s left",
+        "compile: 15/20, double.14 compiled in 2.0 s, about 10 s left",
+        "compile: 18/20, double.17 compiled in 2.0 s, about 4.0 s left",
+        "compile: 20 done in 40 s",
+    ]
+
+
+def test_jobs_from_the_store_are_counted(lines, stream):
+    lines.stage("cast", 2)
+    lines.done("cast", "tail", "from the store")
+    lines.done("cast", "head", "cast in 0.1 s")
+    lines.stage("mould", 2)
+    lines.done("mould", "tail", "from the store")
+    lines.done("mould", "head", "from the store")
+    assert stream.getvalue() == (
+        "cast: 2 done in 0.0 s, 1 from the store\nmould: 2 done in 0.0 s, all from the store\n"
+    )
+
+
+def test_one_job_is_told_as_it_is(lines, stream):
+    lines.done("bundle", "build/cpu/tiny-dev", "18 MB")
+    lines.note("a word")
+    assert stream.getvalue() == "bundle: build/cpu/tiny-dev 18 MB\na word\n"
+
+
+def test_a_stage_may_grow(lines, stream, clock):
+    lines.stage("compile", 1)
+    lines.stage("compile", 2)
+    lines.done("compile", "head", "compiled")
+    assert stream.getvalue() == ""
+    lines.done("compile", "tail", "compiled")
+    assert stream.getvalue() == "compile: 2 done in 0.0 s\n"
+
+
+def test_stored_jobs_do_not_spoil_the_estimate():
+    tally = StageTally("compile", 60, 0.0)
+    for _ in range(30):
+        tally.finish("from the store", 0.1)
+    assert tally.remaining(0.1) is None
+    tally.finish("compiled in 10 s", 10.1)
+    assert tally.remaining(10.1) is None
+    tally.finish("compiled in 10 s", 20.1)
+    assert tally.remaining(20.1) == pytest.approx(28 * 10.0)
+    assert tally.remaining(25.1) == pytest.approx(28 * 10.0 - 5.0)
+
+
+def test_estimate_follows_the_last_jobs():
+    tally = StageTally("compile", 100, 0.0)
+    for i in range(10):
+        tally.finish("compiled", (i + 1) * 100.0)
+    for i in range(10):
+        tally.finish("compiled", 1000.0 + i + 1)
+    assert tally.remaining(1010.0) == pytest.approx(80.0)
+    tally.total = tally.done
+    assert tally.remaining(1010.0) is None
+
+
+@pytest.mark.parametrize("make", [LineProgress, RichProgress])
+def test_many_threads_lose_no_job(make, stream):
+    progress = make(stream)
+    progress.stage("cast", 8 * 200)
+
+    def work() -> None:
+        for i in range(200):
+            progress.done("cast", f"single.{i}", "cast")
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if isinstance(progress, RichProgress):
+        progress.__exit__()
+    assert "1600/1600" in stream.getvalue() or "1600 done in" in stream.getvalue()
+
+
+def test_bars_show_the_stage_and_take_names_as_text(stream):
+    with RichProgress(stream) as progress:
+        progress.stage("compile", 2)
+        progress.stage("compile", 3)
+        progress.done("compile", "[red]head", "compiled in 2.0 s")
+        progress.note("t5_block: [bytes] unknown")
+        progress.done("unannounced", "x", "done")
+    shown = stream.getvalue()
+    assert "1/3" in shown
+    assert "[red]head compiled" in shown
+    assert "[bytes] unknown" in shown
+    assert "unannounced" in shown
+
+
+def test_rich_is_not_imported_before_there_is_something_to_draw(monkeypatch, stream):
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    with RichProgress(stream):
+        pass
+    with pytest.raises(ImportError), RichProgress(stream) as progress:
+        progress.stage("compile", 1)
+
+
+def test_lines_where_stderr_is_no_terminal(monkeypatch, stream):
+    monkeypatch.setattr(sys, "stderr", stream)
+    with open_progress() as progress:
+        assert isinstance(progress, LineProgress)
+    stream.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setenv("TERM", "xterm")
+    with open_progress() as progress:
+        assert isinstance(progress, RichProgress)

@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
 
 def patched_runner(
-    checkpoint: Checkpoint, parts: tuple[Part, ...], graph_format: GraphFormat = "onnx17", keep: int = 2
+    checkpoint: Checkpoint, parts: tuple[Part, ...], graph_format: GraphFormat = "onnx17", keep: int = 1
 ) -> PartRunner:
     """Run parts in float32 from the very modules a template of `graph_format` is traced from, patches applied.
 
-    Weights are read when a part is first run and at most `keep` parts stay in memory: two of FLUX.1's are 2.7 GB.
+    Weights are read when a part is run and the last `keep` parts stay in memory: a double block of FLUX.1 is 1.4 GB.
+    One is enough for a replay part by part, and no number short of all helps a pipeline, which runs them in turn.
 
     Returns:
         A runner. It raises UsageError for a part that is not in `parts`, PatchError when upstream changed and

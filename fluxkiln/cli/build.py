@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fluxkiln.cli.options import SettingsFor, settings_options
-from fluxkiln.cli.output import Output, count_text, json_option, seconds_text, size_text
+from fluxkiln.cli.output import Output, count_text, json_option, parity_text, path_text, seconds_text, size_text
 from fluxkiln.cli.progress import open_progress
 
 if TYPE_CHECKING:
@@ -64,15 +64,12 @@ def plan(output: Output, settings_for: SettingsFor, target: str) -> None:
 def _show(output: Output, result: BuildResult) -> None:
     if result.nothing_to_do:
         output.line("nothing to do: this very build is finished")
-    parity, parts = result.parity, Counter(result.parts.values())
-    compared = (
-        f"{count_text(parity.get('rows', 0), 'comparison')} on {count_text(len(parity.get('rungs', ())), 'rung')}"
-    )
+    parts = Counter(result.parts.values())
     output.facts(
         {
-            "bundle": str(result.bundle),
-            "report": str(result.report or ""),
-            "parity": f"{compared}, all within their gates" if parity.get("verified") else "not verified",
+            "bundle": path_text(result.bundle),
+            "report": path_text(result.report) if result.report else "",
+            "parity": parity_text(result.parity),
             "parts": "; ".join(f"{count} {made}" for made, count in parts.most_common()),
             "compiler": "" if result.nothing_to_do or not parts else _compiler(result.compiler_runs),
             "time": seconds_text(result.seconds),

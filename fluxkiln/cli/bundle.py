@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fluxkiln.cli.options import SettingsFor, settings_options
-from fluxkiln.cli.output import Output, count_text, json_option, size_text
+from fluxkiln.cli.output import Output, count_text, json_option, parity_text, path_text, size_text
 from fluxkiln.errors import IntegrityError, UsageError
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def inspect(output: Output, bundle: Path, all_parts: bool, all_files: bool) -> N
             "shapes": f"{shapes.width}x{shapes.height}, {count_text(shapes.tokens, 'token')}",
             "size": f"{size_text(described['size'])} in {count_text(len(manifest.files), 'file')}",
             "licence": f"{manifest.licence.spdx}, text in {manifest.licence.file}",
-            "parity": _shown(manifest.parity),
+            "parity": parity_text(manifest.parity),
             "settings": _shown(manifest.settings),
             "tools": ", ".join(f"{name} {version}" for name, version in manifest.tools.items()),
         }
@@ -82,7 +82,7 @@ def report(output: Output, settings_for: SettingsFor, where: Path) -> None:
     write_durably(source.with_name(PAGE), page.encode())
     verdict = document.get("verdict") or {}
     output.document({"report": str(source), "html": str(source.with_name(PAGE)), "verdict": verdict})
-    output.line(f"{source.with_name(PAGE)}: {verdict.get('headline', 'written')}")
+    output.line(f"{path_text(source.with_name(PAGE))}: {verdict.get('headline', 'written')}")
 
 
 @click.command()

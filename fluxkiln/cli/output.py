@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 import click
@@ -102,6 +103,22 @@ def seconds_text(seconds: float) -> str:
         return f"{whole} s"
     minutes, rest = divmod(whole, 60)
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def path_text(path: Path) -> str:
+    """As seen from the current folder where it lies below it."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
+
+
+def parity_text(parity: Mapping[str, Any]) -> str:
+    """The parity summary of a build in a few words."""
+    if not parity.get("verified", parity.get("rows")):
+        return "not verified"
+    rungs = f" on {count_text(len(parity['rungs']), 'rung')}" if parity.get("rungs") else ""
+    if parity.get("passed"):
+        return f"passed: {count_text(parity.get('rows', 0), 'comparison')}{rungs}, all within their gates"
+    return f"failed: {parity.get('failed_rows', 'some')} of {count_text(parity.get('rows', 0), 'comparison')}{rungs}"
 
 
 def count_text(count: int, noun: str, plural: str = "") -> str:

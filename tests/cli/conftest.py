@@ -76,7 +76,7 @@ def built(tmp_path, store) -> Path:
         "checkpoint": {"source": "tiny-dev", "fingerprint": "sha256:" + "ab" * 32},
         "licence": {"spdx": "Apache-2.0", "file": "LICENSE"},
         "settings": {"vae": "kl"},
-        "parity": {"passed": True, "rows": 12, "rungs": ["patched"]},
+        "parity": {"verified": True, "passed": True, "rows": 12, "rungs": ["patched"]},
         "tools": {"tpu_mlir": "1.30.2"},
         "parts": [
             _part("double.00", "double", "W4BF16"),

@@ -5,7 +5,16 @@ import io
 import pytest
 
 from fluxkiln.cli import output as output_module
-from fluxkiln.cli.output import Output, count_text, fancy, plain_table, seconds_text, size_text
+from fluxkiln.cli.output import (
+    Output,
+    count_text,
+    fancy,
+    parity_text,
+    path_text,
+    plain_table,
+    seconds_text,
+    size_text,
+)
 
 
 class Terminal(io.StringIO):
@@ -35,6 +44,28 @@ def test_seconds_text(seconds, text):
 
 def test_count_text():
     assert [count_text(n, "part") for n in (0, 1, 2)] == ["0 parts", "1 part", "2 parts"]
+
+
+@pytest.mark.parametrize(
+    ("parity", "text"),
+    [
+        ({"verified": False}, "not verified"),
+        ({}, "not verified"),
+        (
+            {"verified": True, "passed": False, "rows": 9, "failed_rows": 2, "rungs": ["a"]},
+            "failed: 2 of 9 comparisons on 1 rung",
+        ),
+        ({"passed": True, "rows": 1}, "passed: 1 comparison, all within their gates"),
+    ],
+)
+def test_parity_text(parity, text):
+    assert parity_text(parity) == text
+
+
+def test_path_text(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert path_text(tmp_path / "build" / "x") == "build/x"
+    assert path_text(tmp_path.parent) == str(tmp_path.parent)
 
 
 def test_document_has_no_numbers_that_json_lacks(capsys):

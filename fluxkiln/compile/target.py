@@ -7,7 +7,7 @@ from typing import Literal
 
 from fluxkiln.artifacts.types import GraphFormat
 from fluxkiln.errors import SchemeError
-from fluxkiln.quantize.schemes import Scheme, parse_scheme
+from fluxkiln.quantize.schemes import Scheme, parse_schemes
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +34,14 @@ class Target:
     narrow_outputs: tuple[str, ...] = ()
     device_bytes: int = 0
 
-    def scheme(self, name: str | None) -> Scheme:
-        """The block scheme called `name`, or the default; SchemeError when the target has none such."""
-        scheme = parse_scheme(name or self.schemes[0])
-        if scheme.name.split("-")[0] not in self.schemes:
-            raise SchemeError(f"target {self.name} cannot store {scheme.name}; it has {', '.join(self.schemes)}")
-        return scheme
+    def parse_schemes(self, text: str | None) -> tuple[Scheme, dict[str, Scheme]]:
+        """The block scheme and every kind's scheme (see `quantize.schemes.parse_schemes`).
+
+        Raises:
+            SchemeError: one does not exist, or this target cannot store it.
+        """
+        blocks, schemes = parse_schemes(text, self.schemes[0])
+        for scheme in (blocks, *schemes.values()):
+            if scheme.name.split("-")[0] not in self.schemes:
+                raise SchemeError(f"target {self.name} cannot store {scheme.name}; it has {', '.join(self.schemes)}")
+        return blocks, schemes

@@ -19,6 +19,17 @@ def fold_constants(model: ir.Model) -> None:
     import onnxscript.optimizer
 
     onnxscript.optimizer.optimize_ir(model, input_size_limit=4096, output_size_limit=MAX_CONSTANT_BYTES)
+    # exporters note stack traces of this machine; a template's digest must not depend on where it was made
+    model.metadata_props.clear()
+    model.doc_string = None
+    model.graph.metadata_props.clear()
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
 
 
 def set_static_shapes(model: ir.Model, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]) -> None:

@@ -58,7 +58,8 @@ def position_bias(checkpoint: Checkpoint, shapes: Shapes) -> NDArray[Any]:
 def pooled_row(input_ids: NDArray[Any], config: Mapping[str, Any]) -> int:
     """The row of CLIP's last hidden state that is the pooled output.
 
-    Source: `CLIPTextModel.forward`: the highest token id when eos_token_id is 2 (as in FLUX.1), else the first end token.
+    Source: `CLIPTextModel.forward`: the highest token id when eos_token_id is 2 (as in FLUX.1), else the first end
+    token.
     """
     ids = input_ids.reshape(-1)
     eos = int(config.get("eos_token_id", 2))

@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
 OPSETS: Mapping[str, int] = {"onnx17": 17, "onnx23": 23}
-# the TorchScript tracer runs these on the CPU: the first two create constants, which have no value on the meta device;
-# torch's meta convolution does not take the tracer's shapes
-CPU_KINDS = ("clip", "head", "vae_decoder", "tiny_vae_decoder")
+# these create constants while they run, and a constant made on the meta device has no value
+CPU_KINDS = ("clip", "head")
+# torch's meta convolution does not take the TorchScript tracer's shapes
+CONVOLUTIONAL_KINDS = ("vae_decoder", "tiny_vae_decoder")
 # convolutions cost arithmetic on the CPU, so a VAE is traced on this side of latents and its shape is set afterwards
 TRACED_LATENT = 8
 SUFFIXES: Mapping[str, str] = {"onnx17": ".onnx", "onnx23": ".onnx", "pt2": ".pt2", "torchscript": ".pt"}
@@ -89,7 +90,8 @@ def export_template(
         module = _slots_as_inputs(build_part(kind, configs), len(inputs))
         arguments = _arguments("meta", inputs, module)
         outputs = _output_specs(kind, module, arguments)
-        if kind in CPU_KINDS and graph_format in ("onnx17", "torchscript"):
+        scripted = graph_format in ("onnx17", "torchscript")
+        if kind in CPU_KINDS or (kind in CONVOLUTIONAL_KINDS and scripted):
             arguments = _arguments("cpu", inputs, module)
         slots = module.slots
         with _quiet():

@@ -12,12 +12,14 @@ Shape suffix legend: see `fluxkiln.components`.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fluxkiln.errors import PatchError
 from fluxkiln.patches.registry import Patch
 
 _FLUX = "diffusers.models.transformers.transformer_flux"
@@ -75,6 +77,7 @@ class HeadPart(nn.Module):
         self.x_embedder = model.x_embedder
         self.context_embedder = model.context_embedder
         self.time_text_embed = model.time_text_embed
+        self.frequencies = _frequencies(model.time_text_embed.time_proj)
 
     def forward(
         self,
@@ -84,9 +87,30 @@ class HeadPart(nn.Module):
         timestep: Tensor,
         guidance: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        times = (timestep * 1000,) if guidance is None else (timestep * 1000, guidance * 1000)
-        temb = self.time_text_embed(*times, pooled_projections)
+        embed = self.time_text_embed
+        temb = embed.timestep_embedder(self._sinusoid(timestep * 1000))
+        if guidance is not None:
+            temb = temb + embed.guidance_embedder(self._sinusoid(guidance * 1000))
+        temb = temb + embed.text_embedder(pooled_projections)
         return self.x_embedder(hidden_states), self.context_embedder(encoder_hidden_states), temb
+
+    def _sinusoid(self, time: Tensor) -> Tensor:
+        """`get_timestep_embedding` with flip_sin_to_cos: time [1] in 0..1000 times a guidance -> [1, 256]."""
+        angle = time[:, None] * torch.tensor([self.frequencies], device=time.device)
+        return torch.cat([torch.cos(angle), torch.sin(angle)], dim=-1)
+
+
+def _frequencies(time_proj: Any) -> list[float]:
+    """The sinusoid's frequencies as upstream computes them in float32 on the CPU.
+
+    They are constants of the graph: an exp that is one bit off moves the embedding by 2e-5, the angle being up to 1000.
+    """
+    if not time_proj.flip_sin_to_cos or time_proj.downscale_freq_shift != 0 or time_proj.scale != 1:
+        raise PatchError("the time projection is not FLUX.1's: flip_sin_to_cos, no shift, scale 1 are expected")
+    half = time_proj.num_channels // 2
+    exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device="cpu") / half
+    frequencies: list[float] = torch.exp(exponent).tolist()
+    return frequencies
 
 
 class DoublePart(nn.Module):
@@ -194,9 +218,18 @@ PATCHES = (
         replaces={
             f"{_FLUX}.FluxTransformer2DModel.forward": {
                 "c99bfbbf7bf8622f7ed42c0135fbf36b2ec055f495971a74ea18871dd2a11d2c": _CHECKED
-            }
+            },
+            "diffusers.models.embeddings.get_timestep_embedding": {
+                "6028d48c06ba9784cb4382279653485b220c9219f3ff4cdfd503a938004a1ec2": _CHECKED
+            },
+            "diffusers.models.embeddings.CombinedTimestepGuidanceTextProjEmbeddings.forward": {
+                "be0dcd3c0243dad1ac588eb2c3c6138bdbdd94ee0c7073cd97692c20123309ce": _CHECKED
+            },
+            "diffusers.models.embeddings.CombinedTimestepTextProjEmbeddings.forward": {
+                "0d255ed8bbeac000d1ba740ad70ee03e62821eae3c4fac45d87afcbfd182b036": _CHECKED
+            },
         },
-        reason="one kind of part; timestep and guidance are scaled by 1000 inside, as upstream does",
+        reason="one kind of part; scaling by 1000 inside, as upstream does; frequencies are constants, bit for bit",
         until="never: it is where the model is cut",
         kinds=("head",),
     ),

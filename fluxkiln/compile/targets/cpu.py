@@ -7,5 +7,5 @@ TARGET = Target(
     toolchain="onnxruntime",
     chip="cpu",
     graph_format="onnx23",
-    schemes=("BF16", "F32", "W4BF16"),
+    schemes=("BF16", "F32", "F16", "W4BF16"),
 )

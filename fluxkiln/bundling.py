@@ -1,0 +1,351 @@
+"""The end of a build: verify, report, bundle, tag; and the test whether all of that is there already."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fluxkiln import __version__
+from fluxkiln.artifacts.actions import Action, stage_code_version
+from fluxkiln.artifacts.bundle import write_bundle
+from fluxkiln.artifacts.files import digest_file
+from fluxkiln.artifacts.modelpack import store_bundle
+from fluxkiln.artifacts.store import Blob
+from fluxkiln.components import KINDS
+from fluxkiln.errors import ParityError
+from fluxkiln.progress import Progress
+from fluxkiln.stages import COMPILER_STAGES, BinaryPart, CombinedFile
+
+if TYPE_CHECKING:
+    from fluxkiln.build import BuildResult, Prepared
+    from fluxkiln.parity import Parity
+
+HOST_CONSTANTS = "host/constants.safetensors"
+NON_COMMERCIAL = "LicenseRef-FLUX-1-dev-Non-Commercial"
+
+
+def build_action(prepared: Prepared) -> Action:
+    """The key of a whole build: the same checkpoint, settings, code and tools give the same bundle."""
+    from fluxkiln.stages import EXPORT_TOOLS
+
+    kiln, settings = prepared.kiln, prepared.settings
+    tools = {name: _version(name) for name in (*EXPORT_TOOLS, "onnxruntime", "numpy")}
+    if kiln.tpu_mlir is not None:
+        tools["tpu_mlir"] = kiln.tpu_mlir.version
+    return Action(
+        stage="build",
+        what=f"{prepared.name} for {kiln.target.name}",
+        code_version=stage_code_version("fluxkiln"),
+        inputs={"checkpoint": f"sha256:{prepared.fingerprint}"},
+        settings={
+            "name": prepared.name,
+            "target": kiln.target.name,
+            "shapes": [kiln.shapes.height, kiln.shapes.width, kiln.shapes.tokens],
+            "schemes": {kind: kiln.schemes[kind].name for kind in kiln.kinds()},
+            "vae": settings.vae,
+            "seed": settings.seed,
+            "steps": settings.steps,
+            "prompt": settings.prompt,
+            "verify": settings.verify,
+        },
+        tools=tools,
+    )
+
+
+def finished_result(prepared: Prepared, started: float) -> BuildResult | None:
+    """The result of this very build when it is finished, its bundle and report are there and its bundle is whole.
+
+    Raises:
+        ParityError: it is finished, and a gate was missed then.
+    """
+    record = prepared.kiln.cache.lookup(build_action(prepared).key)
+    if record is None:
+        return None
+    facts = record.facts
+    manifest = prepared.bundle / "manifest.json"
+    try:
+        if digest_file(manifest)[0] != facts["manifest"]:
+            return None
+        files = json.loads(manifest.read_bytes())["files"]
+        if any(os.stat(prepared.bundle / entry["path"]).st_size != entry["size"] for entry in files):
+            return None
+    except (OSError, ValueError, KeyError):
+        return None
+    parity = dict(facts["parity"])  # type: ignore[arg-type]
+    if prepared.settings.verify and not (prepared.folder / "report.html").is_file():
+        return None
+    result = _result(prepared, str(facts["digest"]), dict(facts["parts"]), parity, started, nothing_to_do=True)  # type: ignore[arg-type]
+    if parity.get("failure"):
+        raise ParityError(f"{parity['failure']} (as found by the build that made {prepared.bundle})")
+    return result
+
+
+def finish_bundle(
+    prepared: Prepared,
+    binaries: tuple[BinaryPart, ...],
+    files: tuple[CombinedFile, ...],
+    progress: Progress,
+    started: float,
+) -> BuildResult:
+    """Verify, write the report and the bundle, tag it in the store; then raise if a gate was missed."""
+    from fluxkiln.parity import record
+
+    kiln = prepared.kiln
+    work = prepared.folder / "work"
+    parity: Parity | None = None
+    summary: dict[str, Any] = {"verified": False}
+    if prepared.settings.verify:
+        recording = record(kiln, prepared.settings, prepared.fingerprint, prepared.folder / "recording")
+        parity = _climb(prepared, binaries, files, recording, work, progress)
+        summary = _write_report(prepared, binaries, parity, started)
+    sources = bundle_files(prepared, binaries, files, work)
+    manifest = _manifest(prepared, binaries, files, summary)
+    progress.stage("bundle", 1)
+    written = write_bundle(
+        prepared.bundle, sources, manifest, kiln.cache.store, build={"machine": _machine(), "fluxkiln": __version__}
+    )
+    digest = store_bundle(kiln.cache.store, prepared.bundle, f"{prepared.name}:{kiln.target.name}")
+    _remove_work(work)
+    made = {binary.part.name: binary.made for binary in binaries}
+    kiln.cache.record(
+        build_action(prepared),
+        {},
+        {
+            "manifest": digest_file(prepared.bundle / "manifest.json")[0],
+            "digest": digest,
+            "parts": made,
+            "parity": summary,
+        },
+    )
+    progress.done("bundle", str(prepared.bundle), f"{sum(file.size for file in written.files) / 1e6:.0f} MB")
+    if parity is not None:
+        parity.ladder.raise_if_failed(prepared.folder / "report.html")
+    return _result(prepared, digest, made, summary, started, nothing_to_do=False)
+
+
+def bundle_files(
+    prepared: Prepared, binaries: tuple[BinaryPart, ...], files: tuple[CombinedFile, ...], work: Path
+) -> dict[str, Blob | Path]:
+    """Everything a runtime needs, by its path in the bundle."""
+    from safetensors.numpy import save_file
+
+    from fluxkiln.export.host import host_constants
+
+    kiln, checkpoint = prepared.kiln, prepared.kiln.checkpoint
+    sources: dict[str, Blob | Path] = {file.name: file.blob for file in files}
+    sources.update(checkpoint.sidecars)
+    constants = work / HOST_CONSTANTS
+    constants.parent.mkdir(parents=True, exist_ok=True)
+    save_file(host_constants(checkpoint, kiln.shapes), constants)
+    sources[HOST_CONSTANTS] = constants
+    configs = work / "configs.json"
+    configs.write_text(json.dumps(checkpoint.configs, indent=1, sort_keys=True))
+    sources["configs.json"] = configs
+    sources["LICENSE"] = checkpoint.licence or _licence_note(prepared, work)
+    return sources
+
+
+def licence_id(prepared: Prepared) -> str:
+    """The checkpoint's licence: Apache-2.0 where its text says so or the model is schnell, else FLUX.1-dev's."""
+    licence = prepared.kiln.checkpoint.licence
+    text = licence.read_text(errors="replace") if licence else ""
+    if "Apache" in text or (prepared.kiln.checkpoint.variant == "schnell" and not text):
+        return "Apache-2.0"
+    return NON_COMMERCIAL
+
+
+def _climb(
+    prepared: Prepared,
+    binaries: tuple[BinaryPart, ...],
+    files: tuple[CombinedFile, ...],
+    recording: Any,
+    work: Path,
+    progress: Progress,
+) -> Parity:
+    from fluxkiln.parity import bm1684x_rungs, cpu_rungs, verify_build
+
+    kiln = prepared.kiln
+    if kiln.target.toolchain == "tpu_mlir":
+        context = bm1684x_rungs(kiln, binaries, files, work)
+    else:
+        context = cpu_rungs(kiln, {}, work)
+    with context as (rungs, top):
+        return verify_build(kiln, prepared.settings, recording, rungs, top, progress)
+
+
+def _write_report(
+    prepared: Prepared, binaries: tuple[BinaryPart, ...], parity: Parity, started: float
+) -> dict[str, Any]:
+    from fluxkiln.verify.ladder import explain_failure
+    from fluxkiln.verify.report import build_report, compare_pictures, write_report
+
+    kiln = prepared.kiln
+    rows = parity.ladder.rows
+    facts = {
+        "title": prepared.name,
+        "target": kiln.target.name,
+        "reference": "diffusers FluxPipeline as published, float32",
+        "model": {
+            "name": kiln.checkpoint.name,
+            "fingerprint": prepared.fingerprint,
+            "variant": kiln.checkpoint.variant,
+        },
+        "shapes": {
+            "height": kiln.shapes.height,
+            "width": kiln.shapes.width,
+            "tokens": kiln.shapes.tokens,
+            "steps": prepared.settings.steps,
+        },
+        "schemes": {kind: kiln.schemes[kind].name for kind in kiln.kinds()},
+        "parts": [_part_row(binary) for binary in binaries],
+        "images": compare_pictures(parity.recording.image, parity.pipeline.image, parity.pipeline_rung),
+        "timings": [
+            {"name": name, "seconds": seconds}
+            for name, seconds in {**parity.seconds, "all": time.perf_counter() - started}.items()
+        ],
+        "memory": device_memory(binaries),
+        "tools": build_action(prepared).tools,
+        "machine": _machine(),
+        "provenance": {
+            "checkpoint": f"sha256:{prepared.fingerprint}",
+            "prompt": prepared.settings.prompt,
+            "seed": str(prepared.settings.seed),
+        },
+    }
+    write_report(prepared.folder, build_report(rows, facts))
+    failure = explain_failure(rows)
+    return {
+        "verified": True,
+        "passed": not failure,
+        "failure": failure,
+        "rows": len(rows),
+        "failed_rows": sum(not row.passed for row in rows),
+        "rungs": list(dict.fromkeys(row.rung for row in rows)),
+    }
+
+
+def device_memory(binaries: tuple[BinaryPart, ...]) -> dict[str, dict[str, int]]:
+    """Component -> bytes of weights and instructions of all its nets, and of the largest net's run-time memory."""
+    memory: dict[str, dict[str, int]] = {}
+    for binary in binaries:
+        entry = memory.setdefault(binary.part.component, {"weights": 0, "instructions": 0, "runtime": 0})
+        entry["weights"] += int(binary.facts["weight_bytes"])
+        entry["instructions"] += int(binary.facts["instruction_bytes"])
+        entry["runtime"] = max(entry["runtime"], int(binary.facts["runtime_bytes"]))
+    return memory
+
+
+def _part_row(binary: BinaryPart) -> dict[str, Any]:
+    facts = binary.facts
+    return {
+        "name": binary.part.name,
+        "kind": binary.part.kind,
+        "scheme": binary.scheme.name,
+        "bytes": binary.bmodel.size,
+        "device_memory": sum(int(facts[name]) for name in ("weight_bytes", "instruction_bytes", "runtime_bytes")),
+        "made": binary.made,
+    }
+
+
+def _manifest(
+    prepared: Prepared,
+    binaries: tuple[BinaryPart, ...],
+    files: tuple[CombinedFile, ...],
+    summary: Mapping[str, Any],
+) -> dict[str, Any]:
+    kiln, settings = prepared.kiln, prepared.settings
+    home = {part: file.name for file in files for part in file.parts}
+    return {
+        "name": prepared.name,
+        "target": kiln.target.name,
+        "variant": kiln.checkpoint.variant,
+        "shapes": {"height": kiln.shapes.height, "width": kiln.shapes.width, "tokens": kiln.shapes.tokens},
+        "checkpoint": {"source": kiln.checkpoint.name, "fingerprint": f"sha256:{prepared.fingerprint}"},
+        "licence": {"spdx": licence_id(prepared), "file": "LICENSE"},
+        "settings": {"vae": settings.vae, "seed": settings.seed, "steps": settings.steps},
+        "parity": dict(summary),
+        "tools": dict(build_action(prepared).tools),
+        "parts": [_part_entry(binary, home[binary.part.name]) for binary in binaries],
+    }
+
+
+def _part_entry(binary: BinaryPart, file: str) -> dict[str, Any]:
+    kind = KINDS[binary.part.kind]
+    sides = {}
+    for side, names in (("inputs", kind.inputs), ("outputs", kind.outputs)):
+        tensors: Any = binary.facts[side]
+        sides[side] = [
+            {"name": name, "dtype": dtype, "shape": shape}
+            for name, (_, dtype, shape) in zip(names, tensors, strict=False)
+        ]
+    return {
+        "name": binary.part.name,
+        "kind": binary.part.kind,
+        "scheme": binary.scheme.name,
+        "file": file,
+        "net": binary.net,
+        "digest": binary.bmodel.digest,
+        "size": binary.bmodel.size,
+        **sides,
+    }
+
+
+def _result(
+    prepared: Prepared,
+    digest: str,
+    made: Mapping[str, str],
+    parity: Mapping[str, Any],
+    started: float,
+    nothing_to_do: bool,
+) -> BuildResult:
+    from fluxkiln.build import BuildResult
+
+    counts = prepared.kiln.cache.counts
+    return BuildResult(
+        name=prepared.name,
+        target=prepared.kiln.target.name,
+        bundle=prepared.bundle,
+        report=prepared.folder / "report.html" if prepared.settings.verify else None,
+        digest=digest,
+        nothing_to_do=nothing_to_do,
+        seconds=time.perf_counter() - started,
+        compiler_runs=sum(counts.get(stage, [0, 0])[1] for stage in COMPILER_STAGES),
+        cache=prepared.kiln.cache.summary(),
+        parts=made,
+        parity=parity,
+    )
+
+
+def _licence_note(prepared: Prepared, work: Path) -> Path:
+    path = work / "LICENSE"
+    path.write_text(
+        f"The checkpoint {prepared.kiln.checkpoint.name} came without a licence text.\n"
+        f"FLUX.1-{prepared.kiln.checkpoint.variant} is published under {licence_id(prepared)}; its terms apply to this "
+        "bundle.\n"
+    )
+    return path
+
+
+def _machine() -> dict[str, str]:
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "cores": str(os.cpu_count()),
+    }
+
+
+def _remove_work(work: Path) -> None:
+    import shutil
+
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _version(package: str) -> str:
+    import importlib.metadata
+
+    return importlib.metadata.version(package)

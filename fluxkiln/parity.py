@@ -1,0 +1,326 @@
+"""Verification of a build: record the reference, replay it at every rung, run the whole pipeline on compiled parts."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fluxkiln.artifacts.actions import Action, run_action, stage_code_version
+from fluxkiln.artifacts.types import PartRunner
+from fluxkiln.components import KINDS, Part
+from fluxkiln.export.bindings import WeightReader, bind_part, weight_reader
+from fluxkiln.progress import Progress
+from fluxkiln.quantize.schemes import Scheme, parse_scheme
+from fluxkiln.settings import Settings
+from fluxkiln.stages import BinaryPart, CombinedFile, Kiln, make_template
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from fluxkiln.verify.ladder import Ladder
+    from fluxkiln.verify.pipeline import PipelineResult
+    from fluxkiln.verify.record import Recording
+
+# rung -> runner, from the bottom of the ladder to its top
+Rungs = dict[str, PartRunner]
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """A climbed ladder and the reference it was climbed from; `pipeline` is the image made by compiled parts."""
+
+    ladder: Ladder
+    recording: Recording
+    pipeline: PipelineResult
+    pipeline_rung: str
+    seconds: Mapping[str, float]
+
+
+def record(kiln: Kiln, settings: Settings, print_: str, folder: Path) -> Recording:
+    """The recorded reference run, from the store or made now, laid out in `folder`."""
+    from fluxkiln.verify.record import INDEX, read_recording, record_reference
+
+    def produce(work: Path) -> tuple[dict[str, Path], dict[str, Any]]:
+        record_reference(
+            kiln.checkpoint.root, kiln.parts, kiln.shapes, work,
+            steps=settings.steps, seed=settings.seed, prompt=settings.prompt,
+        )  # fmt: skip
+        files = [path for path in work.rglob("*") if path.is_file()]
+        return {str(path.relative_to(work)): path for path in files}, {}
+
+    shapes = kiln.shapes
+    action = Action(
+        stage="record",
+        what=f"reference run of {kiln.checkpoint.name}",
+        code_version=stage_code_version(
+            "fluxkiln.verify.record", "fluxkiln.verify.observe", "fluxkiln.verify.pipeline"
+        ),
+        inputs={"checkpoint": f"sha256:{print_}"},
+        settings={
+            "shapes": [shapes.height, shapes.width, shapes.tokens],
+            "steps": settings.steps,
+            "seed": settings.seed,
+            "prompt": settings.prompt,
+            "vae": settings.vae,
+        },
+        tools={
+            "torch": _version("torch"),
+            "diffusers": _version("diffusers"),
+            "transformers": _version("transformers"),
+        },
+    )
+    result = run_action(kiln.cache, action, produce)
+    for name, blob in result.outputs.items():
+        if not (folder / name).is_file() or name == INDEX:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).unlink(missing_ok=True)
+            kiln.cache.store.export(blob.digest, folder / name)
+    return read_recording(folder)
+
+
+def verify_build(
+    kiln: Kiln, settings: Settings, recording: Recording, rungs: Rungs, top: PartRunner, progress: Progress
+) -> Parity:
+    """Replay the recording at every rung of every part, and run the whole pipeline on the top rung.
+
+    Args:
+        rungs: bottom to top; each is run in a thread of its own, so that simulators and torch overlap.
+        top: the runner of the whole pipeline: the last rung's files in another process.
+    """
+    from fluxkiln.verify.ladder import Ladder
+
+    started = time.perf_counter()
+    calls = [(part, step) for part in kiln.parts for step in range(len(recording.calls[part.name]))]
+    progress.stage("verify", len(calls) + 1)
+    ladder = Ladder()
+    with ThreadPoolExecutor(len(rungs) + 1, thread_name_prefix="rung") as threads:
+        whole = threads.submit(run_pipeline, kiln, settings, top)
+        lanes = {rung: threads.submit(_lane, runner, recording, calls) for rung, runner in rungs.items()}
+        results = {rung: lane.result() for rung, lane in lanes.items()}
+        for index, (part, step) in enumerate(calls):
+            _climb(ladder, kiln, recording, part, step, {rung: results[rung][index] for rung in rungs})
+            progress.done("verify", part.name, f"{len(rungs)} rungs")
+        pipeline = whole.result()
+    rung = list(rungs)[-1]
+    scheme = _base_name(kiln.schemes["double"])
+    ladder.climb_latents(settings.steps - 1, recording.latents, [(rung, pipeline.latents)], scheme)
+    ladder.climb_image(-1, recording.image, [(rung, pipeline.image)], scheme)
+    progress.done("verify", "whole pipeline", f"{settings.steps} steps")
+    return Parity(ladder, recording, pipeline, rung, {"verify": time.perf_counter() - started, **recording.seconds})
+
+
+def run_pipeline(kiln: Kiln, settings: Settings, runner: PartRunner) -> PipelineResult:
+    """diffusers' own loop with `runner` in place of every model."""
+    from fluxkiln.export.host import host_constants, pooled_row
+    from fluxkiln.verify.pipeline import run_with_parts
+
+    return run_with_parts(
+        kiln.checkpoint.root, kiln.checkpoint.configs, kiln.shapes, kiln.parts,
+        host_constants(kiln.checkpoint, kiln.shapes), pooled_row, runner,
+        steps=settings.steps, seed=settings.seed, prompt=settings.prompt,
+    )  # fmt: skip
+
+
+@contextmanager
+def bm1684x_rungs(
+    kiln: Kiln, binaries: tuple[BinaryPart, ...], files: tuple[CombinedFile, ...], folder: Path
+) -> Iterator[tuple[Rungs, PartRunner]]:
+    """Every rung of a TPU-MLIR build, and a second simulator for the whole pipeline."""
+    from fluxkiln.compile.simulate import Simulator
+    from fluxkiln.export.eager import patched_runner
+
+    env, chip = kiln.tpu_mlir, kiln.target.chip
+    assert env is not None
+    homes = lay_out_files(kiln, files, folder / "bmodels")
+    with ExitStack() as stack:
+        replayer, painter, interpreter = (
+            stack.enter_context(Simulator(env, chip, kiln.logs / f"{name}.log"))
+            for name in ("simulator", "pipeline", "interpreter")
+        )
+        lowered = lay_out_lowered(kiln, binaries, folder / "lowered")
+        rungs: Rungs = {
+            "patched": patched_runner(kiln.checkpoint, kiln.parts),
+            "onnxruntime": onnxruntime_rung(kiln, folder / "onnx"),
+        }
+        if kiln.schemes["double"].arithmetic != "F32":
+            rungs["dequantized"] = dequantized_rung(kiln, folder / "dequantized")
+        rungs["interpreter"] = lambda part, inputs: interpreter.run(
+            lowered[part], inputs, KINDS[_kind(kiln, part)].outputs
+        )
+        rungs["simulator"] = _net_runner(kiln, binaries, homes, replayer)
+        yield rungs, _net_runner(kiln, binaries, homes, painter)
+
+
+@contextmanager
+def cpu_rungs(kiln: Kiln, graphs: Mapping[str, Path], folder: Path) -> Iterator[tuple[Rungs, PartRunner]]:
+    """Every rung of an ONNX Runtime build, whose graphs are `graphs`; the bundle's own graphs are the top one."""
+    from fluxkiln.compile.ort_session import OrtRunner
+    from fluxkiln.export.eager import patched_runner
+
+    top = OrtRunner(graphs)
+    rungs: Rungs = {"patched": patched_runner(kiln.checkpoint, kiln.parts)}
+    if kiln.schemes["double"].weight_bits:
+        rungs["onnxruntime"] = onnxruntime_rung(kiln, folder / "onnx")
+        rungs["dequantized"] = dequantized_rung(kiln, folder / "dequantized")
+        rungs["executed"] = top
+    else:
+        rungs["onnxruntime"] = top
+    yield rungs, OrtRunner(graphs)
+
+
+def lay_out_files(kiln: Kiln, files: tuple[CombinedFile, ...], folder: Path) -> dict[str, Path]:
+    """Part -> the file of `folder` that holds its net; files by reflink or copy under their own names."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    for file in files:
+        kiln.cache.store.export(file.blob.digest, folder / file.name)
+    return {part: folder / file.name for file in files for part in file.parts}
+
+
+def lay_out_lowered(kiln: Kiln, binaries: tuple[BinaryPart, ...], folder: Path) -> dict[str, Path]:
+    """Part -> its lowered graph beside the weight file it names; cast parts get theirs cast."""
+    import numpy as np
+
+    from fluxkiln.compile.cast import cast_interpreter_weights
+    from fluxkiln.compile.mould import CoefficientMap
+    from fluxkiln.compile.tpu_mlir import weight_file
+
+    shutil.rmtree(folder, ignore_errors=True)
+    paths = {}
+    for binary in binaries:
+        place = folder / binary.part.name
+        place.mkdir(parents=True)
+        text = kiln.path(binary.lowered).read_text()
+        paths[binary.part.name] = place / "lowered.mlir"
+        paths[binary.part.name].write_text(text)
+        target = place / weight_file(text)
+        if binary.coefficients is None:
+            shutil.copyfile(kiln.path(binary.weights), target)
+            continue
+        template = make_template(kiln, binary.part.kind, "onnx17")
+        reader = weight_reader(bind_part(binary.part, template.slots, kiln.checkpoint), kiln.checkpoint)
+        coefficients = CoefficientMap.from_json(json.loads(kiln.path(binary.coefficients).read_text()))
+        with np.load(kiln.path(binary.weights)) as arrays:
+            cast_interpreter_weights(coefficients, reader, arrays, target)
+    return paths
+
+
+def onnxruntime_rung(kiln: Kiln, folder: Path) -> PartRunner:
+    """The exported graphs of opset 23 on ONNX Runtime, weights read from the checkpoint's own bytes."""
+    from fluxkiln.compile.ort_session import OrtRunner
+
+    return OrtRunner(link_parts(kiln, parse_scheme("F32"), folder))
+
+
+def link_parts(kiln: Kiln, scheme: Scheme, folder: Path) -> dict[str, Path]:
+    """Part -> an ONNX file in `folder` whose weights are ranges of the shards below `folder`."""
+    from fluxkiln.compile.ort_graph import link_weights
+    from fluxkiln.export.bindings import binding_refs
+
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    linked = {}
+    for part in kiln.parts:
+        template = make_template(kiln, part.kind, "onnx23")
+        binding = bind_part(part, template.slots, kiln.checkpoint)
+        refs = {}
+        for ref in binding_refs(binding, kiln.checkpoint):
+            refs[ref.name] = replace(ref, file=_beside(ref.file, kiln.checkpoint.root, folder))
+        reader = weight_reader(binding, kiln.checkpoint)
+        linked[part.name] = link_weights(template, binding, refs, reader, scheme, folder / f"{part.name}.onnx")
+    return linked
+
+
+def dequantized_rung(kiln: Kiln, folder: Path) -> PartRunner:
+    """The exported graphs of opset 17 with the weights as the scheme stores them, float32 arithmetic."""
+    from fluxkiln.compile.ort_session import OrtRunner
+    from fluxkiln.compile.pour import pour, quantized_matmuls
+
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    poured = {}
+    for part in kiln.parts:
+        template = make_template(kiln, part.kind, "onnx17")
+        activations = {spec.name for spec in template.inputs}
+        quantized = {slot for slot, _ in quantized_matmuls(template.path, activations)}
+        reader = weight_reader(bind_part(part, template.slots, kiln.checkpoint), kiln.checkpoint)
+
+        stored = partial(_stored, reader, kiln.scheme(part), quantized)
+        poured[part.name] = folder / f"{part.name}.onnx"
+        pour(template.path, activations, stored, poured[part.name])
+    return OrtRunner(poured)
+
+
+def _stored(reader: WeightReader, scheme: Scheme, quantized: set[str], slot: str) -> NDArray[Any]:
+    from fluxkiln.quantize.stored import stored_weight
+
+    return stored_weight(reader(slot), scheme, slot in quantized)
+
+
+def _net_runner(kiln: Kiln, binaries: tuple[BinaryPart, ...], homes: Mapping[str, Path], simulator: Any) -> PartRunner:
+    nets = {binary.part.name: binary.net for binary in binaries}
+
+    def run(part: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        outputs: dict[str, NDArray[Any]] = simulator.run(
+            homes[part], inputs, KINDS[_kind(kiln, part)].outputs, nets[part]
+        )
+        return outputs
+
+    return run
+
+
+def _lane(runner: PartRunner, recording: Recording, calls: list[tuple[Part, int]]) -> list[Mapping[str, Any]]:
+    return [_replay(runner, recording, part, step) for part, step in calls]
+
+
+def _replay(runner: PartRunner, recording: Recording, part: Part, step: int) -> Mapping[str, Any]:
+    return runner(part.name, recording.inputs(part.name, step))
+
+
+def _climb(
+    ladder: Ladder, kiln: Kiln, recording: Recording, part: Part, step: int, made: Mapping[str, Mapping[str, Any]]
+) -> None:
+    inputs, expected = recording.inputs(part.name, step), recording.outputs(part.name, step)
+    residual = dict(KINDS[part.kind].residual)
+    shown = step if part.component == "transformer" else -1
+    for output, reference in expected.items():
+        base = inputs[residual[output]] if output in residual else None
+        rungs = [(rung, outputs[output].reshape(reference.shape)) for rung, outputs in made.items()]
+        ladder.climb(part.name, part.kind, output, shown, reference, base, rungs, _base_name(kiln.scheme(part)))
+
+
+def _base_name(scheme: Scheme) -> str:
+    """The scheme as the gates know it: without the group size."""
+    return scheme.name.split("-")[0]
+
+
+def _kind(kiln: Kiln, name: str) -> str:
+    return next(part.kind for part in kiln.parts if part.name == name)
+
+
+def _beside(file: Path, root: Path, folder: Path) -> Path:
+    """A shard below `folder`, at its place in the checkpoint: a hard link where the file system allows, else a copy."""
+    relative = file.relative_to(root) if file.is_relative_to(root) else Path(file.parent.name) / file.name
+    target = folder / "weights" / relative
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(file, target)
+        except OSError:
+            shutil.copyfile(file, target)
+    return target
+
+
+def _version(package: str) -> str:
+    import importlib.metadata
+
+    return importlib.metadata.version(package)

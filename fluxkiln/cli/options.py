@@ -78,7 +78,7 @@ def settings_options(command: _F) -> _F:
                 verify=not no_verify,
                 **({"prompt": prompt} if prompt else {}),
             )
-            found.scheme(scheme)
+            found.parse_schemes(scheme)
             return settings
 
         return command(*args, settings_for=settings_for, **kwargs)
@@ -91,7 +91,12 @@ def settings_options(command: _F) -> _F:
         ),
         size_option,
         tokens_option,
-        click.option("--scheme", help="How the blocks' weights are stored, W4BF16 or BF16 say. Default: the target's."),
+        click.option(
+            "--scheme",
+            metavar="NAME",
+            help="How the blocks' weights are stored, W4BF16 or BF16 say; W4BF16,head=F32 for one kind of part "
+            "otherwise. Default: the target's.",
+        ),
         vae_option,
         click.option("--jobs", type=int, metavar="N", help="Compilers at once. Default: one per core."),
         build_dir_option,

@@ -9,7 +9,7 @@ from typing import Any
 from fluxkiln.components import Variant
 
 # Raise when synth writes other bytes for the same preset and seed: caches of synthetic checkpoints are keyed by it.
-GENERATOR = 1
+GENERATOR = 2
 
 Config = Mapping[str, Any]
 

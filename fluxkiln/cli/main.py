@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -79,6 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     if arguments is None:
         _quieten_libraries()
+        _end_by_interrupt()
     output = Output(as_json="--json" in given)
     try:
         try:
@@ -116,6 +118,13 @@ def _quieten_libraries() -> None:
         os.environ.setdefault(variable, "error")
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+
+
+def _end_by_interrupt() -> None:
+    """A terminated command stops its compilers and cleans up just as after Ctrl-C."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, signal.default_int_handler)
 
 
 def _fail(output: Output, kind: str, message: str, code: int) -> int:

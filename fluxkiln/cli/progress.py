@@ -23,19 +23,28 @@ _WINDOW = 8
 
 @dataclass(slots=True)
 class StageTally:
-    """What is known of one stage: jobs done and to be done, and when the last few that took time were done."""
+    """What is known of one stage: jobs done and to be done, and when the last few that took time were done.
+
+    `over` says that more jobs were done than had been announced.
+    """
 
     name: str
     total: int
     started: float
     done: int = 0
     stored: int = 0
+    over: bool = False
     ends: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW + 1))
+
+    def announce(self, total: int) -> None:
+        """Another number of jobs than before."""
+        self.total, self.over = max(total, self.done), False
 
     def finish(self, how: str, now: float) -> None:
         """Count a job that is done."""
         self.done += 1
-        self.total = max(self.total, self.done)
+        if self.done > self.total:
+            self.total, self.over = self.done, True
         if not self.ends:
             self.ends.append(self.started)
         if how.startswith(FROM_STORE):
@@ -73,7 +82,7 @@ class LineProgress:
     def stage(self, name: str, total: int) -> None:
         with self._lock:
             if name in self._stages:
-                self._stages[name].total = max(total, self._stages[name].done)
+                self._stages[name].announce(total)
             else:
                 self._stages[name] = StageTally(name, total, self._clock())
 
@@ -82,7 +91,7 @@ class LineProgress:
             now = self._clock()
             tally = self._stages.setdefault(stage, StageTally(stage, 1, now))
             tally.finish(how, now)
-            if tally.complete:
+            if tally.complete and not tally.over:
                 said = f"{what} {how}" if tally.total == 1 else _summary(tally, now)
                 self._say(f"{stage}: {said}", now)
             elif now - self._last >= self._interval:
@@ -122,7 +131,7 @@ class RichProgress:
         with self._lock:
             if name in self._stages:
                 tally = self._stages[name]
-                tally.total = max(total, tally.done)
+                tally.announce(total)
                 self._open().update(self._tasks[name], total=tally.total)
             else:
                 self._add(name, total)

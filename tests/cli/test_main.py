@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -205,6 +206,21 @@ def test_reader_that_goes_away_is_no_error():
     os.close(writer)
     assert done.stderr == b""
     assert done.returncode == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_terminated_like_interrupted(number):
+    script = (
+        "import sys, time, fluxkiln.compile.doctor as d; from fluxkiln.cli.main import main; sys.argv = ['fluxkiln', "
+        "'doctor']; d.examine = lambda: (print('ready', file=sys.stderr, flush=True), time.sleep(60)); sys.exit(main())"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert process.stderr.readline() == "ready\n"
+    process.send_signal(number)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert err.strip() == f"error: {command_line.INTERRUPTED}"
 
 
 def test_module_runs_as_the_command():

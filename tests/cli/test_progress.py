@@ -74,6 +74,15 @@ def test_a_stage_may_grow(lines, stream, clock):
     assert stream.getvalue() == "compile: 2 done in 0.0 s\n"
 
 
+def test_jobs_beyond_the_announced_ones_do_not_fill_the_log(lines, stream, clock):
+    lines.stage("compile", 2)
+    for i in range(8):
+        lines.done("compile", f"single.{i:02d}", "compiled")
+    clock.now += 6.0
+    lines.done("compile", "single.08", "compiled")
+    assert stream.getvalue() == "compile: 2 done in 0.0 s\ncompile: 9/9, single.08 compiled\n"
+
+
 def test_stored_jobs_do_not_spoil_the_estimate():
     tally = StageTally("compile", 60, 0.0)
     for _ in range(30):

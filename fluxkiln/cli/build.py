@@ -63,7 +63,7 @@ def plan(output: Output, settings_for: SettingsFor, target: str) -> None:
 
 def _show(output: Output, result: BuildResult) -> None:
     if result.nothing_to_do:
-        output.line("nothing to do: this very build is finished")
+        output.line("nothing to do: this build is finished and nothing of it has changed")
     parts = Counter(result.parts.values())
     output.facts(
         {

@@ -8,11 +8,9 @@ import os
 import signal
 import sys
 import tempfile
-import time
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import click
 
@@ -23,6 +21,9 @@ from fluxkiln.errors import FluxkilnError, ResourceError, UsageError
 
 TRACEBACK_VARIABLE = "FLUXKILN_TRACEBACK"
 INTERRUPTED = "interrupted; finished work is kept, the same command resumes"
+OUT_OF_MEMORY = (
+    "memory ran out; use fewer --jobs or a smaller --size, or stop other work, and run the same command again"
+)
 # 128 + SIGINT, as shells count it.
 INTERRUPTED_CODE = 130
 
@@ -102,6 +103,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Nobody reads on; what is left in the buffer must not complain at the end either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except MemoryError:
+        return _fail(output, ResourceError.__name__, OUT_OF_MEMORY, ResourceError.exit_code)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return _fail(output, ResourceError.__name__, _disk_full(error), ResourceError.exit_code)
@@ -157,10 +160,10 @@ def _bug(output: Output, error: BaseException) -> int:
         click.echo(text, err=True, nl=False)
         where = "traceback above"
     else:
-        name = f"fluxkiln-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}.txt"
         try:
-            path = Path(tempfile.gettempdir(), name)
-            path.write_text(text, encoding="utf-8")
+            descriptor, path = tempfile.mkstemp(prefix="fluxkiln-", suffix=".txt")
+            with open(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
             where = f"traceback in {path}, or shown with {TRACEBACK_VARIABLE}=1"
         except OSError:
             where = f"{TRACEBACK_VARIABLE}=1 shows the traceback"

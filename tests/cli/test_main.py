@@ -163,6 +163,12 @@ def test_full_disk(fluxkiln, monkeypatch):
     assert "the disk is full (/big/file); free some space" in run.err
 
 
+def test_no_memory(fluxkiln, monkeypatch):
+    fails_with(monkeypatch, MemoryError())
+    run = fluxkiln("doctor")
+    assert (run.code, run.err) == (1, f"error: {command_line.OUT_OF_MEMORY}\n")
+
+
 @pytest.mark.parametrize(
     ("code", "remedy"),
     [(errno.EACCES, "may read and write"), (errno.ENOTDIR, "a folder is needed there"), (errno.EIO, "check the path")],

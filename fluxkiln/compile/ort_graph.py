@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from fluxkiln.artifacts.types import Binding, Template, TensorRef
 from fluxkiln.compile.mould import WeightReader
-from fluxkiln.errors import CompileError
+from fluxkiln.errors import CompileError, IntegrityError
 from fluxkiln.quantize.pack import PackedWeight, bf16_to_float32, pack_int4, pack_int8
 from fluxkiln.quantize.schemes import Scheme, check_groups
 
@@ -105,6 +105,8 @@ def link_weights(
     graph.ClearField("initializer")
     graph.initializer.extend([*constants, *sidecar.tensors.values()])
     model.opset_import.append(onnx.helper.make_opsetid(CONTRIB, 1))
+    for item in (*graph.node, *graph.value_info, *graph.input, *graph.output):
+        item.ClearField("metadata_props")  # the exporter's notes, source paths of this machine among them
     target.write_bytes(model.SerializeToString(deterministic=True))
     return target
 
@@ -115,11 +117,20 @@ def sidecar_path(graph: Path, scheme: Scheme) -> Path:
 
 
 def external_files(graph: Path) -> dict[Path, int]:
-    """The files that a graph reads its weights from, and how many bytes each must have at least."""
+    """The files that a graph reads its weights from, and how many bytes each must have at least.
+
+    Raises:
+        IntegrityError: `graph` is no ONNX file.
+    """
     import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     needed: dict[Path, int] = defaultdict(int)
-    for tensor in onnx.load(graph, load_external_data=False).graph.initializer:
+    try:
+        tensors = onnx.load(graph, load_external_data=False).graph.initializer
+    except DecodeError as error:
+        raise IntegrityError(f"{graph} is no ONNX graph ({error}); build it again") from error
+    for tensor in tensors:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
             entries = {entry.key: entry.value for entry in tensor.external_data}
             file = graph.parent / entries["location"]

@@ -25,8 +25,8 @@ class OrtRunner:
         models: part -> graph.
         threads: for one operation; 0 leaves it to ONNX Runtime.
         most_open: sessions kept open.
-        lean: weights are used where they lie, and memory goes back to the system after every call. Otherwise float32
-            weights are copied once into the layout of the kernels: about 8 % faster, twice the memory.
+        lean: memory goes back to the system as soon as it is free, instead of being kept for the next call: a block
+            of FLUX.1's width takes 0.1 to 0.2 GB less and about 8 % longer.
     """
 
     def __init__(self, models: Mapping[str, Path], *, threads: int = 0, most_open: int = 4, lean: bool = True) -> None:
@@ -65,6 +65,11 @@ class OrtRunner:
             raise CompileError(f"ONNX Runtime could not run part {part}: {error}") from error
         return dict(zip(names, results, strict=True))
 
+    @property
+    def open_parts(self) -> tuple[str, ...]:
+        """The parts whose sessions are open, the least recently used first."""
+        return tuple(self._sessions)
+
     def close(self) -> None:
         """Close all sessions; the runner can be used again."""
         self._sessions.clear()
@@ -101,12 +106,13 @@ def open_session(graph: Path, *, threads: int = 0, lean: bool = True) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = FATAL_ONLY
-    # fusions reorder the graph: casts would no longer run right before their use, nor be freed right after it
+    # in the order of the file, where a weight is cast right before its use: one cast weight in memory at a time;
+    # fusions would undo that order and save no time
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     if lean:
         options.enable_cpu_mem_arena = False
         options.enable_mem_pattern = False
-        options.add_session_config_entry("session.disable_prepacking", "1")
     try:
         return onnxruntime.InferenceSession(
             graph,

@@ -1,4 +1,4 @@
-"""What a scheme really stores of a weight, as float32: the dequantized reference computes with exactly these numbers."""
+"""What a scheme really stores of a weight, as float32: what the dequantized reference computes with."""
 
 from __future__ import annotations
 

@@ -1,0 +1,135 @@
+"""Schemes: names there and back, what is refused, and which kind of part gets which."""
+
+from __future__ import annotations
+
+import pytest
+
+from fluxkiln.components import KINDS
+from fluxkiln.errors import SchemeError
+from fluxkiln.quantize.schemes import (
+    GROUP_SIZES,
+    SCHEME_NAMES,
+    Scheme,
+    check_groups,
+    parse_scheme,
+    parse_schemes,
+    part_schemes,
+)
+
+BLOCKS = ("t5_block", "double", "single")
+
+
+@pytest.mark.parametrize("name", SCHEME_NAMES)
+def test_names_there_and_back(name):
+    assert parse_scheme(name).name == name
+    assert parse_scheme(f" {name.lower()} ") == parse_scheme(name)
+
+
+def test_names_are_distinct():
+    assert len({parse_scheme(name) for name in SCHEME_NAMES}) == len(SCHEME_NAMES) == 7
+
+
+def test_default_group_size_may_be_written():
+    assert parse_scheme("W4BF16-g64") == parse_scheme("W4BF16")
+
+
+@pytest.mark.parametrize(
+    ("text", "clue"),
+    [
+        ("W3BF16", "W4BF16"),
+        ("", "W4BF16"),
+        ("W4F16", "W4BF16"),
+        ("W4BF16-g48", "32, 64, 128"),
+        ("W4BF16-g0", "32, 64, 128"),
+        ("W8BF16-g64", "only W4BF16 has groups"),
+        ("BF16-g64", "only W4BF16 has groups"),
+        ("W4BF16-g", "W4BF16-g128"),
+    ],
+)
+def test_unknown_schemes_are_refused_with_the_legal_ones(text, clue):
+    with pytest.raises(SchemeError, match=clue) as caught:
+        parse_scheme(text)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(3, 64), (16, 0), (4, 0), (4, 256), (8, 0)])
+def test_illegal_values_are_refused(bits, group_size):
+    with pytest.raises(SchemeError):
+        Scheme("BF16", weight_bits=bits, group_size=group_size)
+
+
+def test_every_kind_has_a_scheme():
+    for name in SCHEME_NAMES:
+        assert part_schemes(parse_scheme(name)).keys() == KINDS.keys()
+
+
+@pytest.mark.parametrize("name", ["W4BF16", "W4BF16-g128", "W8BF16"])
+def test_only_blocks_are_quantized(name):
+    blocks = parse_scheme(name)
+    schemes = part_schemes(blocks)
+    assert {kind for kind, scheme in schemes.items() if scheme.weight_bits} == set(BLOCKS)
+    assert all(schemes[kind] == blocks for kind in BLOCKS)
+    assert {kind: schemes[kind].name for kind in ("clip", "t5_embed", "t5_final", "head", "tail", "vae_decoder")} == {
+        "clip": "F16",
+        "t5_embed": "F16",
+        "t5_final": "BF16",
+        "head": "BF16",
+        "tail": "BF16",
+        "vae_decoder": "F16",
+    }
+
+
+def test_f32_is_f32_throughout():
+    assert {scheme.name for scheme in part_schemes(parse_scheme("F32")).values()} == {"F32"}
+
+
+def test_t5_never_runs_in_f16():
+    schemes = part_schemes(parse_scheme("F16"))
+    assert {kind for kind, scheme in schemes.items() if scheme.name != "F16"} == {"t5_block", "t5_final"}
+
+
+def test_one_kind_may_have_its_own_scheme():
+    blocks, schemes = parse_schemes("W4BF16, vae_decoder=BF16,single=W8BF16", "BF16")
+    plain = part_schemes(parse_scheme("W4BF16"))
+    assert blocks.name == "W4BF16"
+    changed = {kind: scheme.name for kind, scheme in schemes.items() if scheme != plain[kind]}
+    assert changed == {"vae_decoder": "BF16", "single": "W8BF16"}
+
+
+@pytest.mark.parametrize("text", [None, "", "tail=F32"])
+def test_the_default_is_taken_where_nothing_is_said(text):
+    blocks, schemes = parse_schemes(text, "W4BF16-g32")
+    assert blocks.name == "W4BF16-g32"
+    assert schemes["tail"].name == ("F32" if text else "BF16")
+
+
+@pytest.mark.parametrize("text", ["W4BF16,middle=BF16", "W4BF16,single=W5", "W4BF16,single", "single=BF16,W4BF16"])
+def test_exceptions_that_do_not_exist_are_refused(text):
+    with pytest.raises(SchemeError):
+        parse_schemes(text, "BF16")
+
+
+@pytest.mark.parametrize("size", GROUP_SIZES)
+def test_groups_that_divide_pass(size):
+    check_groups(Scheme("BF16", weight_bits=4, group_size=size), "a.weight", 3072)
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "remedy"),
+    [
+        ("W4BF16-g128", 192, "use W4BF16-g32 or W4BF16$"),
+        ("W4BF16", 96, "use W4BF16-g32$"),
+        ("W4BF16", 40, "use BF16$"),
+        ("W8BF16", 96, "use W4BF16-g32$"),
+    ],
+)
+def test_groups_that_do_not_divide_name_the_ones_that_do(name, width, remedy):
+    with pytest.raises(SchemeError, match=remedy) as caught:
+        check_groups(parse_scheme(name), "blocks.0.weight", width)
+    assert "blocks.0.weight" in str(caught.value)
+    assert str(width) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["F32", "F16", "BF16"])
+def test_unquantized_schemes_have_no_groups(name):
+    check_groups(parse_scheme(name), "a.weight", 7)

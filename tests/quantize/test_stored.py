@@ -1,0 +1,59 @@
+"""What a scheme stores: each arithmetic's own rounding, and dequantized codes where a slot is quantized."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from fluxkiln.errors import SchemeError
+from fluxkiln.quantize.pack import dequantize, pack_int4, pack_int8
+from fluxkiln.quantize.schemes import SCHEME_NAMES, parse_scheme
+from fluxkiln.quantize.stored import stored_weight
+
+WEIGHT = np.random.default_rng(0).standard_normal((32, 256)).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", SCHEME_NAMES)
+def test_float32_in_the_same_layout(name):
+    for quantized in (False, True):
+        stored = stored_weight(WEIGHT, parse_scheme(name), quantized)
+        assert stored.dtype == np.float32
+        assert stored.shape == WEIGHT.shape
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("F32", np.float32), ("F16", np.float16), ("BF16", ml_dtypes.bfloat16), ("W4BF16", ml_dtypes.bfloat16)],
+)
+def test_unquantized_weights_have_the_rounding_of_the_arithmetic(name, dtype):
+    for given in (WEIGHT, WEIGHT.astype(ml_dtypes.bfloat16), WEIGHT[0], WEIGHT.reshape(32, 16, 4, 4)):
+        expected = given.astype(np.float32).astype(dtype).astype(np.float32)
+        np.testing.assert_array_equal(stored_weight(given, parse_scheme(name), False), expected)
+
+
+def test_schemes_without_codes_do_not_look_at_quantized():
+    for name in ("F32", "F16", "BF16"):
+        scheme = parse_scheme(name)
+        np.testing.assert_array_equal(stored_weight(WEIGHT, scheme, True), stored_weight(WEIGHT, scheme, False))
+
+
+@pytest.mark.parametrize("name", ["W4BF16", "W4BF16-g32", "W4BF16-g128", "W8BF16"])
+def test_quantized_weights_are_dequantized_codes(name):
+    scheme = parse_scheme(name)
+    pack = pack_int8 if scheme.weight_bits == 8 else pack_int4
+    expected = dequantize(pack(WEIGHT, scheme.group_size), scheme.group_size)
+    np.testing.assert_array_equal(stored_weight(WEIGHT, scheme, True), expected)
+    assert not np.array_equal(expected, stored_weight(WEIGHT, scheme, False))
+
+
+def test_storing_twice_is_storing_once():
+    """Groups that reach zero from both sides come back with the same codes."""
+    for name in ("F16", "BF16", "W4BF16", "W8BF16"):
+        once = stored_weight(WEIGHT, parse_scheme(name), True)
+        np.testing.assert_array_equal(stored_weight(once, parse_scheme(name), True), once)
+
+
+def test_groups_that_do_not_divide_are_refused():
+    with pytest.raises(SchemeError, match="64"):
+        stored_weight(WEIGHT[:, :96], parse_scheme("W4BF16"), True)

@@ -96,7 +96,11 @@ def compile_graph(env: TpuMlirEnv, job: CompileJob, folder: Path, log: Path) -> 
 
 def combine(env: TpuMlirEnv, chip: str, parts: list[Path], target: Path, log: Path) -> None:
     """Combine single-net bmodels into one file in the given order; net names must differ."""
-    argv = [*tool_argv(env, "model_tool"), "--combine", *map(str, parts), "-o", str(target)]
+    links = []
+    for index, part in enumerate(parts):  # model_tool wants the suffix, blobs of the store have none
+        links.append(target.parent / f"{index:03d}.bmodel")
+        links[-1].symlink_to(part.absolute())
+    argv = [*tool_argv(env, "model_tool"), "--combine", *map(str, links), "-o", str(target)]
     run_tool(argv, target.parent, tpu_mlir_environ(env, chip), log, f"combine {target.name}")
     normalise_time(target)
 

@@ -24,6 +24,7 @@ from fluxkiln.patches.registry import Patch
 
 _FLUX = "diffusers.models.transformers.transformer_flux"
 _CHECKED = "diffusers 0.42.1"
+_TURN_HIGH = 6.28125
 
 
 def _rotate(x_BLHK: Tensor, cos_LK: Tensor, sin_LK: Tensor) -> Tensor:
@@ -95,8 +96,14 @@ class HeadPart(nn.Module):
         return self.x_embedder(hidden_states), self.context_embedder(encoder_hidden_states), temb
 
     def _sinusoid(self, time: Tensor) -> Tensor:
-        """`get_timestep_embedding` with flip_sin_to_cos: time [1] in 0..1000 times a guidance -> [1, 256]."""
+        """`get_timestep_embedding` with flip_sin_to_cos: time or guidance [1], times 1000 -> [1, 256].
+
+        Whole turns are taken off first: the chip's own sin and cos lose 2e-5 at large angles. The first of the two
+        constants of a turn has 8 bits, so that its product with the number of turns is exact (Cody and Waite).
+        """
         angle = time[:, None] * torch.tensor([self.frequencies], device=time.device)
+        turns = torch.round(angle * (1 / math.tau))
+        angle = (angle - turns * _TURN_HIGH) - turns * (math.tau - _TURN_HIGH)
         return torch.cat([torch.cos(angle), torch.sin(angle)], dim=-1)
 
 

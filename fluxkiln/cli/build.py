@@ -65,13 +65,15 @@ def _show(output: Output, result: BuildResult) -> None:
     if result.nothing_to_do:
         output.line("nothing to do: this build is finished and nothing of it has changed")
     parts = Counter(result.parts.values())
+    # Targets without a compiler link their parts.
+    compiled = any(made.startswith(("cast", "compiled")) for made in parts)
     output.facts(
         {
             "bundle": path_text(result.bundle),
             "report": path_text(result.report) if result.report else "",
             "parity": parity_text(result.parity),
             "parts": "; ".join(f"{count} {made}" for made, count in parts.most_common()),
-            "compiler": "" if result.nothing_to_do or not parts else _compiler(result.compiler_runs),
+            "compiler": _compiler(result.compiler_runs) if compiled and not result.nothing_to_do else "",
             "time": seconds_text(result.seconds),
         }
     )

@@ -264,6 +264,9 @@ def test_build_for_people(fluxkiln, monkeypatch, tmp_path):
     assert "not verified" in shown
     assert "not started: all of it was in the store" in shown
     assert "report" not in shown
+    linked = result_of(tmp_path, compiler_runs=0, parts={"head": "linked"})
+    monkeypatch.setattr("fluxkiln.build.build", lambda *_: linked)
+    assert "compiler" not in fluxkiln("build", "cpu").out
     monkeypatch.setattr("fluxkiln.build.build", lambda *_: result_of(tmp_path, nothing_to_do=True))
     assert fluxkiln("build", "cpu").out.startswith("nothing to do: ")
 

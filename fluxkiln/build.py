@@ -28,6 +28,7 @@ from fluxkiln.errors import ToolchainError
 from fluxkiln.export.checkpoint import Checkpoint, open_checkpoint
 from fluxkiln.export.fingerprint import DigestMemo, digest_tensors, fingerprint, scan_finite
 from fluxkiln.export.source import resolve_model
+from fluxkiln.linking import link_components
 from fluxkiln.progress import Progress, Silent
 from fluxkiln.settings import Settings
 from fluxkiln.stages import (
@@ -116,10 +117,10 @@ def build(settings: Settings, progress: Progress | None = None) -> BuildResult:
             return done
         if prepared.kiln.target.toolchain == "tpu_mlir":
             binaries = build_binaries(prepared.kiln, settings, progress)
-            files = combine_components(prepared.kiln, binaries, progress)
+            files, graphs = combine_components(prepared.kiln, binaries, progress), {}
         else:
-            binaries, files = (), ()
-        return finish_bundle(prepared, binaries, files, progress, started)
+            binaries, files, graphs = link_components(prepared.kiln, prepared.folder / "work", progress)
+        return finish_bundle(prepared, binaries, files, graphs, progress, started)
 
 
 def prepare(settings: Settings, progress: Progress | None = None) -> Prepared:

@@ -89,6 +89,7 @@ def finish_bundle(
     prepared: Prepared,
     binaries: tuple[BinaryPart, ...],
     files: tuple[CombinedFile, ...],
+    graphs: Mapping[str, Path],
     progress: Progress,
     started: float,
 ) -> BuildResult:
@@ -101,7 +102,7 @@ def finish_bundle(
     summary: dict[str, Any] = {"verified": False}
     if prepared.settings.verify:
         recording = record(kiln, prepared.settings, prepared.fingerprint, prepared.folder / "recording")
-        parity = _climb(prepared, binaries, files, recording, work, progress)
+        parity = _climb(prepared, binaries, files, graphs, recording, work, progress)
         summary = _write_report(prepared, binaries, parity, started)
     sources = bundle_files(prepared, binaries, files, work)
     manifest = _manifest(prepared, binaries, files, summary)
@@ -163,6 +164,7 @@ def _climb(
     prepared: Prepared,
     binaries: tuple[BinaryPart, ...],
     files: tuple[CombinedFile, ...],
+    graphs: Mapping[str, Path],
     recording: Any,
     work: Path,
     progress: Progress,
@@ -173,7 +175,7 @@ def _climb(
     if kiln.target.toolchain == "tpu_mlir":
         context = bm1684x_rungs(kiln, binaries, files, work)
     else:
-        context = cpu_rungs(kiln, {}, work)
+        context = cpu_rungs(kiln, graphs, work)
     with context as (rungs, top):
         return verify_build(kiln, prepared.settings, recording, rungs, top, progress)
 

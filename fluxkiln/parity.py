@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from fluxkiln.artifacts.actions import Action, run_action, stage_code_version
 from fluxkiln.artifacts.types import PartRunner
 from fluxkiln.components import KINDS, Part
 from fluxkiln.export.bindings import WeightReader, bind_part, weight_reader
+from fluxkiln.linking import link_parts
 from fluxkiln.progress import Progress
 from fluxkiln.quantize.schemes import Scheme, parse_scheme
 from fluxkiln.settings import Settings
@@ -218,26 +218,8 @@ def onnxruntime_rung(kiln: Kiln, folder: Path) -> PartRunner:
     """The exported graphs of opset 23 on ONNX Runtime, weights read from the checkpoint's own bytes."""
     from fluxkiln.compile.ort_session import OrtRunner
 
-    return OrtRunner(link_parts(kiln, parse_scheme("F32"), folder))
-
-
-def link_parts(kiln: Kiln, scheme: Scheme, folder: Path) -> dict[str, Path]:
-    """Part -> an ONNX file in `folder` whose weights are ranges of the shards below `folder`."""
-    from fluxkiln.compile.ort_graph import link_weights
-    from fluxkiln.export.bindings import binding_refs
-
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    linked = {}
-    for part in kiln.parts:
-        template = make_template(kiln, part.kind, "onnx23")
-        binding = bind_part(part, template.slots, kiln.checkpoint)
-        refs = {}
-        for ref in binding_refs(binding, kiln.checkpoint):
-            refs[ref.name] = replace(ref, file=_beside(ref.file, kiln.checkpoint.root, folder))
-        reader = weight_reader(binding, kiln.checkpoint)
-        linked[part.name] = link_weights(template, binding, refs, reader, scheme, folder / f"{part.name}.onnx")
-    return linked
+    unquantized = dict.fromkeys(kiln.schemes, parse_scheme("F32"))
+    return OrtRunner(link_parts(kiln, unquantized, folder))
 
 
 def dequantized_rung(kiln: Kiln, folder: Path) -> PartRunner:
@@ -305,19 +287,6 @@ def _base_name(scheme: Scheme) -> str:
 
 def _kind(kiln: Kiln, name: str) -> str:
     return next(part.kind for part in kiln.parts if part.name == name)
-
-
-def _beside(file: Path, root: Path, folder: Path) -> Path:
-    """A shard below `folder`, at its place in the checkpoint: a hard link where the file system allows, else a copy."""
-    relative = file.relative_to(root) if file.is_relative_to(root) else Path(file.parent.name) / file.name
-    target = folder / "weights" / relative
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(file, target)
-        except OSError:
-            shutil.copyfile(file, target)
-    return target
 
 
 def _version(package: str) -> str:

@@ -165,7 +165,7 @@ def make_mould(kiln: Kiln, template: Template) -> Mould:
         outputs = {"bmodel": compiled.bmodel, "lowered": compiled.lowered, "weights": compiled.weights}
         try:
             with np.load(compiled.weights) as arrays:
-                found = learn_map(compiled.bmodel, dict(arrays), weights, scheme.group_size)
+                found = learn_map(compiled.bmodel, dict(arrays), weights, scheme.group_size, scheme.weight_bits)
         except CompileError as error:
             return outputs, {**compiled.facts, "why": str(error)}
         outputs["map"] = folder / "map.json"

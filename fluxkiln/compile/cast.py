@@ -31,7 +31,7 @@ def cast_bmodel(mould: Path, coefficients: CoefficientMap, read_weight: WeightRe
     if len(net.encode()) != shell.name_span.size:
         raise CompileError(f"net name {net!r}: the mould's name {shell.name!r} can only be replaced by one as long")
     with target.open("r+b") as file:
-        for placement, made in _made(coefficients.binary, coefficients.group_size, read_weight):
+        for placement, made in _made(coefficients, coefficients.binary, read_weight):
             file.seek(shell.coefficients.start + placement.offset)
             file.write(made.data)
         file.seek(shell.coefficients.start)
@@ -56,20 +56,20 @@ def cast_interpreter_weights(
         arrays: the mould's own weight file, for names, shapes and dtypes.
     """
     filled = {}
-    for placement, made in _made(coefficients.interpreter, coefficients.group_size, read_weight):
+    for placement, made in _made(coefficients, coefficients.interpreter, read_weight):
         like = arrays[placement.array]
         filled[placement.array] = made.view(np.uint8).reshape(-1).view(like.dtype).reshape(like.shape)
     np.savez(target, **filled)
 
 
 def _made(
-    placements: tuple[Placement, ...], group_size: int, read_weight: WeightReader
+    coefficients: CoefficientMap, placements: tuple[Placement, ...], read_weight: WeightReader
 ) -> Iterator[tuple[Placement, NDArray[Any]]]:
     """Every placement with its bytes; one slot's weight is read once and dropped before the next."""
     by_slot = defaultdict(list)
     for placement in placements:
         by_slot[placement.form.slot].append(placement)
     for slot, group in by_slot.items():
-        forms = SlotForms(read_weight(slot), group_size)
+        forms = SlotForms(read_weight(slot), coefficients.group_size, coefficients.bits)
         for placement in group:
             yield placement, np.ascontiguousarray(forms.make(placement.form))

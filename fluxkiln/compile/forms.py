@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fluxkiln.quantize.pack import PackedWeight, pack_int4, to_bf16_bits
+from fluxkiln.quantize.pack import PackedWeight, pack_int4, pack_int8, to_bf16_bits
 
 # lanes of a BM1684X: scales and zero points are dealt out to them row by row
 LANES = 64
@@ -42,18 +42,19 @@ class SlotForms:
 
     Args:
         weight: [O, I] or [O], float32 or bfloat16.
-        group_size: 0 when the scheme has no 4-bit weights.
+        group_size, bits: of the scheme's codes; 0 when it does not quantize.
     """
 
-    def __init__(self, weight: NDArray[Any], group_size: int) -> None:
+    def __init__(self, weight: NDArray[Any], group_size: int, bits: int) -> None:
         self.weight = weight
         self.group_size = group_size
+        self.bits = bits
         self._packed: PackedWeight | None = None
 
     @property
     def packed(self) -> PackedWeight:
         if self._packed is None:
-            self._packed = pack_int4(self.weight, self.group_size)
+            self._packed = (pack_int4 if self.bits == 4 else pack_int8)(self.weight, self.group_size)
         return self._packed
 
     def names(self) -> Iterator[FormName]:
@@ -71,17 +72,6 @@ class SlotForms:
                 if self.weight.shape[0] % chunks == 0:
                     for chunk in range(chunks):
                         yield Form(slot, name, chunk, chunks)
-
-    def nbytes(self, form: Form) -> int:
-        """Size of a form without making it."""
-        size = self.weight.size // form.chunks
-        if form.name == "codes":
-            return size // 2
-        if form.name in ("zero", "zero_lanes"):
-            return size // self.group_size
-        if form.name in ("scale", "scale_lanes"):
-            return 2 * size // self.group_size
-        return size * (4 if form.name.startswith("f32") else 2)
 
     def make(self, form: Form) -> NDArray[Any]:
         """The form's bytes as a contiguous array.

@@ -47,6 +47,7 @@ class CoefficientMap:
     binary: tuple[Placement, ...]
     interpreter: tuple[Placement, ...]
     group_size: int
+    bits: int
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -56,7 +57,9 @@ class CoefficientMap:
         def placements(items: Iterable[Mapping[str, Any]]) -> tuple[Placement, ...]:
             return tuple(Placement(Form(**item["form"]), item["offset"], item["array"]) for item in items)
 
-        return CoefficientMap(placements(value["binary"]), placements(value["interpreter"]), int(value["group_size"]))
+        return CoefficientMap(
+            placements(value["binary"]), placements(value["interpreter"]), int(value["group_size"]), int(value["bits"])
+        )
 
 
 def probe_weights(slots: Sequence[TensorSpec], seed: int = 0) -> dict[str, NDArray[Any]]:
@@ -78,19 +81,23 @@ def probe_weights(slots: Sequence[TensorSpec], seed: int = 0) -> dict[str, NDArr
 
 
 def learn_map(
-    bmodel: Path, arrays: Mapping[str, NDArray[Any]], weights: Mapping[str, NDArray[Any]], group_size: int
+    bmodel: Path,
+    arrays: Mapping[str, NDArray[Any]],
+    weights: Mapping[str, NDArray[Any]],
+    group_size: int,
+    bits: int,
 ) -> CoefficientMap:
     """Find the origin of every coefficient range of `bmodel` and of every array the interpreter reads.
 
     Args:
         arrays: the compiler's lowered weight file, by name.
         weights: the probe weights the mould was compiled with.
-        group_size: of the scheme; 0 without 4-bit weights.
+        group_size, bits: of the scheme; 0 when it does not quantize.
 
     Raises:
         CompileError: a range matches no weight, or more than one.
     """
-    index = _Candidates(weights, group_size)
+    index = _Candidates(weights, group_size, bits)
     (net,) = read_bmodel(bmodel).nets
     binary = []
     for (offset, size), stored in _ranges(bmodel, net):
@@ -107,7 +114,7 @@ def learn_map(
         if form is None:
             raise CompileError(f"mould {net.name}: interpreter array {name} matches no probe weight")
         interpreter.append(Placement(form, array=name))
-    return CoefficientMap(tuple(binary), tuple(interpreter), group_size)
+    return CoefficientMap(tuple(binary), tuple(interpreter), group_size, bits)
 
 
 def _ranges(bmodel: Path, net: Net) -> Iterable[tuple[tuple[int, int], NDArray[np.uint8]]]:
@@ -128,8 +135,8 @@ class _Candidates:
 
     HEAD = 64
 
-    def __init__(self, weights: Mapping[str, NDArray[Any]], group_size: int) -> None:
-        self.slots = {slot: SlotForms(weight, group_size) for slot, weight in weights.items()}
+    def __init__(self, weights: Mapping[str, NDArray[Any]], group_size: int, bits: int) -> None:
+        self.slots = {slot: SlotForms(weight, group_size, bits) for slot, weight in weights.items()}
         self.by_head: dict[bytes, list[Form]] = {}
         for slot, forms in self.slots.items():
             for form in forms.candidates(slot):

@@ -81,7 +81,7 @@ def compile_graph(env: TpuMlirEnv, job: CompileJob, folder: Path, log: Path) -> 
     run_tool([*transform, "--mlir", "top.mlir", "--do_onnx_sim", ""], folder, environ, log, f"{job.net} transform")
     deploy = [*tool_argv(env, "model_deploy"), "--mlir", "top.mlir", "--chip", job.chip, "--model", "net.bmodel"]
     deploy += ["--quantize", f"W{job.scheme.weight_bits}BF16" if job.scheme.weight_bits else job.scheme.arithmetic]
-    if job.scheme.weight_bits == 4:
+    if job.scheme.weight_bits:
         deploy += ["--q_group_size", str(job.scheme.group_size)]
     if job.scheme.arithmetic != "F32":
         deploy += ["--quant_input"] * job.narrow_inputs + ["--quant_output"] * job.narrow_outputs

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ ITEM_BYTES: Mapping[str, int] = {
     **dict.fromkeys(("U32", "I32", "F32"), 4),
     **dict.fromkeys(("U64", "I64", "F64"), 8),
 }
+_BLOCK_BYTES = 8 << 20
 _REFETCH = "fetch or copy the file again"
 
 
@@ -50,6 +51,35 @@ def read_header(file: Path) -> dict[str, TensorRef]:
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}; {_REFETCH}") from error
     return _parse_header(file, raw, 8 + header_bytes, file_bytes)
+
+
+def copy_tensors(refs: Iterable[TensorRef], target: Path) -> dict[str, TensorRef]:
+    """Write a safetensors file with just these tensors, byte for byte, a block at a time.
+
+    Returns:
+        Where they lie now.
+    """
+    refs = sorted(refs, key=lambda ref: ref.name)
+    entries, position = {}, 0
+    for ref in refs:
+        entries[ref.name] = {"dtype": ref.dtype, "shape": ref.shape, "data_offsets": [position, position + ref.nbytes]}
+        position += ref.nbytes
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("wb") as output:
+        output.write(len(header).to_bytes(8, "little") + header)
+        for ref in refs:
+            with ref.file.open("rb") as source:
+                source.seek(ref.offset)
+                left = ref.nbytes
+                while left:
+                    block = source.read(min(left, _BLOCK_BYTES))
+                    if not block:
+                        raise CheckpointError(f"{ref.file} ends inside {ref.name}; {_REFETCH}")
+                    output.write(block)
+                    left -= len(block)
+    return read_header(target)
 
 
 def _parse_header(file: Path, raw: bytes, data_start: int, file_bytes: int) -> dict[str, TensorRef]:

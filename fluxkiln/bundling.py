@@ -176,8 +176,8 @@ def _climb(
         context = bm1684x_rungs(kiln, binaries, files, work)
     else:
         context = cpu_rungs(kiln, graphs, work)
-    with context as (rungs, top):
-        return verify_build(kiln, prepared.settings, recording, rungs, top, progress)
+    with context as rungs:
+        return verify_build(kiln, prepared.settings, recording, rungs, progress)
 
 
 def _write_report(

@@ -87,14 +87,11 @@ def record(kiln: Kiln, settings: Settings, print_: str, folder: Path) -> Recordi
     return read_recording(folder)
 
 
-def verify_build(
-    kiln: Kiln, settings: Settings, recording: Recording, rungs: Rungs, top: PartRunner, progress: Progress
-) -> Parity:
+def verify_build(kiln: Kiln, settings: Settings, recording: Recording, rungs: Rungs, progress: Progress) -> Parity:
     """Replay the recording at every rung of every part, and run the whole pipeline on the top rung.
 
     Args:
-        rungs: bottom to top; each is run in a thread of its own, so that simulators and torch overlap.
-        top: the runner of the whole pipeline: the last rung's files in another process.
+        rungs: bottom to top. The top one has a thread of its own: a simulator keeps two cores busy by itself.
     """
     from fluxkiln.verify.ladder import Ladder
 
@@ -102,20 +99,26 @@ def verify_build(
     calls = [(part, step) for part in kiln.parts for step in range(len(recording.calls[part.name]))]
     progress.stage("verify", len(calls) + 1)
     ladder = Ladder()
-    with ThreadPoolExecutor(len(rungs) + 1, thread_name_prefix="rung") as threads:
-        whole = threads.submit(run_pipeline, kiln, settings, top)
-        lanes = {rung: threads.submit(_lane, runner, recording, calls) for rung, runner in rungs.items()}
-        results = {rung: lane.result() for rung, lane in lanes.items()}
-        for index, (part, step) in enumerate(calls):
-            _climb(ladder, kiln, recording, part, step, {rung: results[rung][index] for rung in rungs})
-            progress.done("verify", part.name, f"{len(rungs)} rungs")
-        pipeline = whole.result()
-    rung = list(rungs)[-1]
+    *_, top = rungs
+    below = {rung: runner for rung, runner in rungs.items() if rung != top}
+    with ThreadPoolExecutor(1, "below") as lower, ThreadPoolExecutor(1, "top") as upper:
+        lower_calls = [lower.submit(_replay, below, recording, part, step) for part, step in calls]
+        upper_calls = [upper.submit(_replay, {top: rungs[top]}, recording, part, step) for part, step in calls]
+        whole = upper.submit(run_pipeline, kiln, settings, rungs[top])
+        try:
+            for (part, step), one, other in zip(calls, lower_calls, upper_calls, strict=True):
+                _climb(ladder, kiln, recording, part, step, {**one.result(), **other.result()})
+                progress.done("verify", part.name, f"{len(rungs)} rungs, step {step}")
+            pipeline = whole.result()
+        except BaseException:
+            lower.shutdown(wait=False, cancel_futures=True)
+            upper.shutdown(wait=False, cancel_futures=True)
+            raise
     scheme = _base_name(kiln.schemes["double"])
-    ladder.climb_latents(settings.steps - 1, recording.latents, [(rung, pipeline.latents)], scheme)
-    ladder.climb_image(-1, recording.image, [(rung, pipeline.image)], scheme)
+    ladder.climb_latents(settings.steps - 1, recording.latents, [(top, pipeline.latents)], scheme)
+    ladder.climb_image(-1, recording.image, [(top, pipeline.image)], scheme)
     progress.done("verify", "whole pipeline", f"{settings.steps} steps")
-    return Parity(ladder, recording, pipeline, rung, {"verify": time.perf_counter() - started, **recording.seconds})
+    return Parity(ladder, recording, pipeline, top, {"verify": time.perf_counter() - started, **recording.seconds})
 
 
 def run_pipeline(kiln: Kiln, settings: Settings, runner: PartRunner) -> PipelineResult:
@@ -133,8 +136,8 @@ def run_pipeline(kiln: Kiln, settings: Settings, runner: PartRunner) -> Pipeline
 @contextmanager
 def bm1684x_rungs(
     kiln: Kiln, binaries: tuple[BinaryPart, ...], files: tuple[CombinedFile, ...], folder: Path
-) -> Iterator[tuple[Rungs, PartRunner]]:
-    """Every rung of a TPU-MLIR build, and a second simulator for the whole pipeline."""
+) -> Iterator[Rungs]:
+    """Every rung of a TPU-MLIR build."""
     from fluxkiln.compile.simulate import Simulator
     from fluxkiln.export.eager import patched_runner
 
@@ -142,9 +145,9 @@ def bm1684x_rungs(
     assert env is not None
     homes = lay_out_files(kiln, files, folder / "bmodels")
     with ExitStack() as stack:
-        replayer, painter, interpreter = (
+        simulator, interpreter = (
             stack.enter_context(Simulator(env, chip, kiln.logs / f"{name}.log"))
-            for name in ("simulator", "pipeline", "interpreter")
+            for name in ("simulator", "interpreter")
         )
         lowered = lay_out_lowered(kiln, binaries, folder / "lowered")
         rungs: Rungs = {
@@ -156,12 +159,12 @@ def bm1684x_rungs(
         rungs["interpreter"] = lambda part, inputs: interpreter.run(
             lowered[part], inputs, KINDS[_kind(kiln, part)].outputs
         )
-        rungs["simulator"] = _net_runner(kiln, binaries, homes, replayer)
-        yield rungs, _net_runner(kiln, binaries, homes, painter)
+        rungs["simulator"] = _net_runner(kiln, binaries, homes, simulator)
+        yield rungs
 
 
 @contextmanager
-def cpu_rungs(kiln: Kiln, graphs: Mapping[str, Path], folder: Path) -> Iterator[tuple[Rungs, PartRunner]]:
+def cpu_rungs(kiln: Kiln, graphs: Mapping[str, Path], folder: Path) -> Iterator[Rungs]:
     """Every rung of an ONNX Runtime build, whose graphs are `graphs`; the bundle's own graphs are the top one."""
     from fluxkiln.compile.ort_session import OrtRunner
     from fluxkiln.export.eager import patched_runner
@@ -174,7 +177,7 @@ def cpu_rungs(kiln: Kiln, graphs: Mapping[str, Path], folder: Path) -> Iterator[
         rungs["executed"] = top
     else:
         rungs["onnxruntime"] = top
-    yield rungs, OrtRunner(graphs)
+    yield rungs
 
 
 def lay_out_files(kiln: Kiln, files: tuple[CombinedFile, ...], folder: Path) -> dict[str, Path]:
@@ -219,7 +222,7 @@ def onnxruntime_rung(kiln: Kiln, folder: Path) -> PartRunner:
     from fluxkiln.compile.ort_session import OrtRunner
 
     unquantized = dict.fromkeys(kiln.schemes, parse_scheme("F32"))
-    return OrtRunner(link_parts(kiln, unquantized, folder))
+    return OrtRunner(link_parts(kiln, unquantized, folder), threads=1)
 
 
 def dequantized_rung(kiln: Kiln, folder: Path) -> PartRunner:
@@ -239,7 +242,7 @@ def dequantized_rung(kiln: Kiln, folder: Path) -> PartRunner:
         stored = partial(_stored, reader, kiln.scheme(part), quantized)
         poured[part.name] = folder / f"{part.name}.onnx"
         pour(template.path, activations, stored, poured[part.name])
-    return OrtRunner(poured)
+    return OrtRunner(poured, threads=1)
 
 
 def _stored(reader: WeightReader, scheme: Scheme, quantized: set[str], slot: str) -> NDArray[Any]:
@@ -260,12 +263,9 @@ def _net_runner(kiln: Kiln, binaries: tuple[BinaryPart, ...], homes: Mapping[str
     return run
 
 
-def _lane(runner: PartRunner, recording: Recording, calls: list[tuple[Part, int]]) -> list[Mapping[str, Any]]:
-    return [_replay(runner, recording, part, step) for part, step in calls]
-
-
-def _replay(runner: PartRunner, recording: Recording, part: Part, step: int) -> Mapping[str, Any]:
-    return runner(part.name, recording.inputs(part.name, step))
+def _replay(rungs: Rungs, recording: Recording, part: Part, step: int) -> dict[str, Mapping[str, NDArray[Any]]]:
+    inputs = recording.inputs(part.name, step)
+    return {rung: runner(part.name, inputs) for rung, runner in rungs.items()}
 
 
 def _climb(

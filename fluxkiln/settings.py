@@ -11,7 +11,7 @@ from typing import Literal
 from fluxkiln.errors import ShapeError, UsageError
 
 DEFAULT_MODEL = "tiny-dev"
-DEFAULT_PROMPT = "a small kiln by a river, warm light in its window, evening"
+DEFAULT_PROMPT = "a small kiln by a river at night"
 STORE_VARIABLE = "FLUXKILN_STORE"
 
 

@@ -166,8 +166,8 @@ def _tiny(name: str, variant: Variant) -> Preset:
         name,
         f"2 double + 3 single blocks of width 256, like FLUX.1-{variant} otherwise",
         variant,
-        size=(64, 64),
-        tokens=32,
+        size=(32, 32),
+        tokens=16,
         configs={
             "scheduler": _scheduler(variant),
             "text_encoder": _clip(hidden=64, layers=2, heads=2, intermediate=128, vocab=768),

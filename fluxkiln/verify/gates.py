@@ -41,6 +41,8 @@ RUNGS: tuple[Rung, ...] = (
          "the export, or a weight bound to the wrong slot"),
     Rung("dequantized", "weights as the scheme stores them, float32 arithmetic",
          "quantization: a scale, a zero point, or the scheme itself"),
+    Rung("executed", "the bundle's own graphs, run by the target's runtime",
+         "linking: a quantized weight, scale or zero point in the wrong place of the bundle"),
     Rung("interpreter", "the compiler's lowered graph, interpreted",
          "lowering: the precision of activations, or one operator"),
     Rung("simulator", "the compiled binary on the chip's simulator",
@@ -123,7 +125,7 @@ _PART = f"{_RESIDUAL}|{_WHOLE}"
 # What the patterns are called in a report.
 GROUP_NAMES = {_RESIDUAL: "blocks", _WHOLE: "parts without a residual stream", _PART: "every part", "*": "all"}
 _COMPILED = "interpreter|simulator"
-_SCHEMES = "dequantized|interpreter|simulator"
+_SCHEMES = "dequantized|executed|interpreter|simulator"
 
 GATES: tuple[Gate, ...] = (
     # Every row.
@@ -139,6 +141,11 @@ GATES: tuple[Gate, ...] = (
     # What the scheme does to the weights, and what the compiled arithmetic does on top, against the reference.
     Gate("dequantized", "F32", _PART, "*", "relative_l2", 5e-6, "reference",
          "F32 stores the weights as they are, so this rung is no further away than ONNX Runtime is"),
+    Gate("executed", "F32", _PART, "*", "relative_l2", 5e-6, "reference",
+         "float32 by ONNX Runtime's kernels, as at its own rung"),
+    Gate("executed", "*", _PART, "*", "relative_l2", 2e-3, "previous",
+         "the same codes in float32 on both sides; norm weights are rounded to 16 bits before or after the softmax "
+         "factor is in them: 5e-4 was measured"),
     Gate("interpreter", "F32", _PART, "*", "relative_l2", 5e-6, "reference",
          "float32 by yet other kernels, which sum in another order, as ONNX Runtime's do"),
     Gate("simulator", "F32", _PART, "*", "relative_l2", 1e-6, "reference",

@@ -115,9 +115,10 @@ def build(settings: Settings, progress: Progress | None = None) -> BuildResult:
         done = _already_done(prepared, started)
         if done is not None:
             return done
+        graphs: dict[str, Path] = {}
         if prepared.kiln.target.toolchain == "tpu_mlir":
             binaries = build_binaries(prepared.kiln, settings, progress)
-            files, graphs = combine_components(prepared.kiln, binaries, progress), {}
+            files = combine_components(prepared.kiln, binaries, progress)
         else:
             binaries, files, graphs = link_components(prepared.kiln, prepared.folder / "work", progress)
         return finish_bundle(prepared, binaries, files, graphs, progress, started)

@@ -152,7 +152,7 @@ def make_template(kiln: Kiln, kind: str, graph_format: GraphFormat) -> Template:
 
 def make_mould(kiln: Kiln, template: Template) -> Mould:
     """A kind compiled with probe weights, and the map of its bytes; or the reason why it has none."""
-    from fluxkiln.compile.mould import learn_map, probe_weights
+    from fluxkiln.compile.mould import learn_map, probe_reader
 
     scheme = kiln.schemes[template.kind]
     net = f"{template.kind}_00"
@@ -160,12 +160,19 @@ def make_mould(kiln: Kiln, template: Template) -> Mould:
     def produce(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
         import numpy as np
 
-        weights = probe_weights(template.slots)
-        compiled = _compile(kiln, template, net, weights.__getitem__, folder, f"mould.{template.kind}")
+        reader = probe_reader(template.slots)
+        compiled = _compile(kiln, template, net, reader, folder, f"mould.{template.kind}")
         outputs = {"bmodel": compiled.bmodel, "lowered": compiled.lowered, "weights": compiled.weights}
         try:
             with np.load(compiled.weights) as arrays:
-                found = learn_map(compiled.bmodel, dict(arrays), weights, scheme.group_size, scheme.weight_bits)
+                found = learn_map(
+                    compiled.bmodel,
+                    arrays,
+                    [spec.name for spec in template.slots],
+                    reader,
+                    scheme.group_size,
+                    scheme.weight_bits,
+                )
         except CompileError as error:
             return outputs, {**compiled.facts, "why": str(error)}
         outputs["map"] = folder / "map.json"
@@ -354,7 +361,7 @@ def _require_env(kiln: Kiln) -> TpuMlirEnv:
     return kiln.tpu_mlir
 
 
-def _specs_to_json(specs: tuple[TensorSpec, ...]) -> list[list[Any]]:
+def _specs_to_json(specs: tuple[TensorSpec, ...]) -> list[Any]:
     return [[spec.name, list(spec.shape), spec.dtype] for spec in specs]
 
 

@@ -62,62 +62,125 @@ class CoefficientMap:
         )
 
 
-def probe_weights(slots: Sequence[TensorSpec], seed: int = 0) -> dict[str, NDArray[Any]]:
-    """Random bfloat16 weights for every slot in torch's layout, so that each stored range has one origin.
+def probe_weight(spec: TensorSpec, seed: int = 0) -> NDArray[Any]:
+    """Random bfloat16 weights for one slot in torch's layout, so that each stored range has one origin.
 
     Vectors lie around 1 (norm weights of 0 or 1 would be folded away), matrices have fan-in variance.
     """
-    weights = {}
-    for spec in slots:
-        shape = spec.shape[::-1] if spec.name.endswith(TRANSPOSED) else spec.shape
-        key = int.from_bytes(hashlib.sha256(f"{seed}/{spec.name}".encode()).digest()[:8], "little")
-        values = np.random.Generator(np.random.SFC64(key)).standard_normal(shape, np.float32)
-        if len(shape) == 1:
-            values = 1 + 0.1 * values
-        else:
-            values /= np.float32(np.sqrt(np.prod(shape[1:])))
-        weights[spec.name] = values.astype(ml_dtypes.bfloat16)
-    return weights
+    shape = spec.shape[::-1] if spec.name.endswith(TRANSPOSED) else spec.shape
+    key = int.from_bytes(hashlib.sha256(f"{seed}/{spec.name}".encode()).digest()[:8], "little")
+    values = np.random.Generator(np.random.SFC64(key)).standard_normal(shape, np.float32)
+    if len(shape) == 1:
+        values *= np.float32(0.1)
+        values += 1
+    else:
+        values /= np.float32(np.sqrt(np.prod(shape[1:])))
+    return values.astype(ml_dtypes.bfloat16)
+
+
+def probe_reader(slots: Sequence[TensorSpec], seed: int = 0) -> WeightReader:
+    """slot -> its probe weight, made anew each time: no two are in memory."""
+    specs = {spec.name: spec for spec in slots}
+
+    def read(slot: str) -> NDArray[Any]:
+        return probe_weight(specs[slot], seed)
+
+    return read
 
 
 def learn_map(
     bmodel: Path,
     arrays: Mapping[str, NDArray[Any]],
-    weights: Mapping[str, NDArray[Any]],
+    slots: Sequence[str],
+    read_weight: WeightReader,
     group_size: int,
     bits: int,
 ) -> CoefficientMap:
     """Find the origin of every coefficient range of `bmodel` and of every array the interpreter reads.
 
+    One slot's forms are in memory at a time.
+
     Args:
         arrays: the compiler's lowered weight file, by name.
-        weights: the probe weights the mould was compiled with.
+        slots, read_weight: the probe weights the mould was compiled with.
         group_size, bits: of the scheme; 0 when it does not quantize.
 
     Raises:
-        CompileError: a range matches no weight, or more than one.
+        CompileError: a range matches no weight.
     """
-    index = _Candidates(weights, group_size, bits)
     (net,) = read_bmodel(bmodel).nets
-    binary = []
-    for (offset, size), stored in _ranges(bmodel, net):
-        form = index.find(stored, padded=True)
-        if form is None:
-            raise CompileError(
-                f"mould {net.name}: {size} bytes at {offset:#x} of its weights match no probe weight, so nothing can be "
-                "cast into it; its parts are compiled one by one"
+    ranges = [_Stored(_as_bytes(data), padded=True, offset=offset) for offset, data in _ranges(bmodel, net)]
+    named = [_Stored(_as_bytes(array), padded=False, array=name) for name, array in arrays.items()]
+    by_head: dict[bytes, list[_Stored]] = {}
+    for stored in (*ranges, *named):
+        by_head.setdefault(_head(stored.data), []).append(stored)
+    for slot in slots:
+        forms = SlotForms(read_weight(slot), group_size, bits)
+        for form in forms.candidates(slot):
+            try:
+                made = _as_bytes(forms.make(form))
+            except ValueError:  # this slice has no such form
+                continue
+            for stored in by_head.get(_head(made), ()):
+                stored.offer(form, made)
+    for stored in (*ranges, *named):
+        if stored.form is None:
+            where = (
+                f"interpreter array {stored.array}"
+                if stored.array
+                else f"{stored.data.size} bytes at {stored.offset:#x}"
             )
-        binary.append(Placement(form, offset=offset))
-    interpreter = []
-    for name, array in arrays.items():
-        form = index.find(np.ascontiguousarray(array).view(np.uint8).reshape(-1), padded=False)
-        if form is None:
-            raise CompileError(f"mould {net.name}: interpreter array {name} matches no probe weight")
-        interpreter.append(Placement(form, array=name))
-    return CoefficientMap(tuple(binary), tuple(interpreter), group_size, bits)
+            raise CompileError(
+                f"mould {net.name}: {where} of its weights match no probe weight, so nothing can be cast into it; its "
+                "parts are compiled one by one"
+            )
+    return CoefficientMap(
+        tuple(Placement(stored.found, offset=stored.offset) for stored in ranges),
+        tuple(Placement(stored.found, array=stored.array) for stored in named),
+        group_size,
+        bits,
+    )
 
 
-def _ranges(bmodel: Path, net: Net) -> Iterable[tuple[tuple[int, int], NDArray[np.uint8]]]:
+HEAD_BYTES = 64
+
+
+@dataclass(slots=True)
+class _Stored:
+    """Stored bytes in search of their origin."""
+
+    data: NDArray[np.uint8]
+    padded: bool
+    offset: int = 0
+    array: str = ""
+    form: Form | None = None
+    size: int = 0
+
+    def offer(self, form: Form, made: NDArray[np.uint8]) -> None:
+        """Take `form` if it is what is stored here, up to padding; the longest wins, then the one with fewest cuts."""
+        rest = self.data.size - made.size
+        if rest < 0 or rest >= (ALIGNMENT if self.padded else 1):
+            return
+        if not np.array_equal(self.data[: made.size], made) or self.data[made.size :].any():
+            return
+        if self.form is None or (made.size, -form.chunks) > (self.size, -self.form.chunks):
+            self.form, self.size = form, made.size
+
+    @property
+    def found(self) -> Form:
+        assert self.form is not None
+        return self.form
+
+
+def _as_bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def _head(data: NDArray[np.uint8]) -> bytes:
+    return data[:HEAD_BYTES].tobytes().ljust(HEAD_BYTES, b"\0")
+
+
+def _ranges(bmodel: Path, net: Net) -> Iterable[tuple[int, NDArray[np.uint8]]]:
     with bmodel.open("rb") as file:
         covered = 0
         for entry in sorted(net.entries, key=lambda entry: entry.offset):
@@ -125,41 +188,6 @@ def _ranges(bmodel: Path, net: Net) -> Iterable[tuple[tuple[int, int], NDArray[n
                 raise CompileError(f"mould {net.name}: its list of weights leaves out bytes from {covered:#x}")
             covered = entry.offset + entry.size
             file.seek(net.coefficients.start + entry.offset)
-            yield (entry.offset, entry.size), np.frombuffer(file.read(entry.size), np.uint8)
+            yield entry.offset, np.frombuffer(file.read(entry.size), np.uint8)
         if covered != net.coefficients.size:
             raise CompileError(f"mould {net.name}: its list of weights ends before their region does")
-
-
-class _Candidates:
-    """Forms of all slots, found by their first bytes."""
-
-    HEAD = 64
-
-    def __init__(self, weights: Mapping[str, NDArray[Any]], group_size: int, bits: int) -> None:
-        self.slots = {slot: SlotForms(weight, group_size, bits) for slot, weight in weights.items()}
-        self.by_head: dict[bytes, list[Form]] = {}
-        for slot, forms in self.slots.items():
-            for form in forms.candidates(slot):
-                try:
-                    made = forms.make(form)
-                except ValueError:
-                    continue
-                head = made.view(np.uint8).reshape(-1)[: self.HEAD].tobytes()
-                self.by_head.setdefault(head, []).append(form)
-
-    def find(self, stored: NDArray[np.uint8], padded: bool) -> Form | None:
-        """The form whose bytes are `stored`, up to padding with zeros; the longest when several agree."""
-        found = []
-        for length in (self.HEAD, stored.size):
-            for form in self.by_head.get(stored[:length].tobytes(), ()):
-                made = self.slots[form.slot].make(form).view(np.uint8).reshape(-1)
-                rest = stored[made.size :]
-                fits = made.size <= stored.size and (rest.size < ALIGNMENT if padded else rest.size == 0)
-                if fits and not rest.any() and np.array_equal(stored[: made.size], made):
-                    found.append((made.size, form))
-            if found:
-                break
-        if not found:
-            return None
-        longest = max(size for size, _ in found)
-        return min((form for size, form in found if size == longest), key=lambda form: (form.chunks, form.name))

@@ -13,41 +13,46 @@ from fluxkiln.errors import CompileError
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-# protobuf's limit is 2 GiB; beyond this the weights lie beside the graph
-INLINE_BYTES = 1_500_000_000
 IR_VERSION = 8
+_ALIGNMENT = 64
 
 
 def pour(template: Path, activations: set[str], read_weight: WeightReader, target: Path) -> None:
     """Write `target`: the template with every slot turned from an input into a float32 initializer.
 
+    The weights go to `<target>.data` one at a time, so a part of any size takes the memory of its largest weight.
+
     Args:
         template: an opset 17 template.
         activations: the graph inputs that stay inputs.
         read_weight: slot -> weight in torch's layout.
-        target: an `.onnx` path; large weights lie beside it in `<target>.data`.
+        target: an `.onnx` path.
     """
     import onnx_ir as ir
 
     model = ir.load(template)
     graph = model.graph
-    total = 0
-    for value in list(graph.inputs):
-        name = str(value.name)
-        if name in activations:
-            continue
-        weight = read_weight(name).astype(np.float32)
-        if name.endswith(TRANSPOSED):
-            weight = np.ascontiguousarray(weight.T)
-        if value.shape is None or tuple(value.shape.numpy()) != weight.shape:
-            raise CompileError(f"slot {name} has shape {value.shape} in the template, its weight has {weight.shape}")
-        total += weight.nbytes
-        value.const_value = ir.tensor(weight, name=name)
-        graph.initializers[name] = value
+    beside = target.with_name(f"{target.name}.data")
+    with beside.open("wb") as file:
+        for value in [value for value in graph.inputs if str(value.name) not in activations]:
+            name = str(value.name)
+            weight = read_weight(name).astype(np.float32)
+            if name.endswith(TRANSPOSED):
+                weight = np.ascontiguousarray(weight.T)
+            if value.shape is None or tuple(value.shape.numpy()) != weight.shape:
+                raise CompileError(
+                    f"slot {name} has shape {value.shape} in the template, its weight has {weight.shape}"
+                )
+            file.write(b"\0" * (-file.tell() % _ALIGNMENT))
+            value.const_value = ir.ExternalTensor(
+                beside.name, file.tell(), weight.nbytes, ir.DataType.FLOAT,
+                shape=ir.Shape(weight.shape), name=name, base_dir=target.parent,
+            )  # fmt: skip
+            graph.initializers[name] = value
+            file.write(weight.data)
     graph.inputs[:] = [value for value in graph.inputs if str(value.name) in activations]
     model.ir_version = IR_VERSION
-    external = f"{target.name}.data" if total > INLINE_BYTES else None
-    ir.save(model, target, external_data=external)
+    ir.save(model, target)
 
 
 def quantized_matmuls(template: Path, activations: set[str]) -> list[tuple[str, int]]:
@@ -67,5 +72,6 @@ def _in_features(node: ir.Node) -> int:
     weight = node.inputs[1]
     if weight is None or weight.shape is None:
         raise CompileError(f"{node.name} has a weight without a shape")
-    transposed = node.op_type == "Gemm" and node.attributes.get_int("transB", 0)
+    attribute = node.attributes.get("transB")
+    transposed = node.op_type == "Gemm" and attribute is not None and attribute.as_int() != 0
     return int(weight.shape.numpy()[1 if transposed else 0])

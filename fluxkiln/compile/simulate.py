@@ -54,9 +54,11 @@ class Simulator:
             CompileError: the net does not exist, or the run failed. ResourceError: the process was killed.
         """
         scratch = Path(self._scratch.name)
-        np.savez(scratch / "in.npz", **inputs)
+        arrays: dict[str, Any] = dict(inputs)
+        np.savez(scratch / "in.npz", **arrays)
         request = {"file": str(file.absolute()), "net": net, "inputs": "in.npz", "outputs": "out.npz"}
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
         try:
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
@@ -74,10 +76,10 @@ class Simulator:
             raise CompileError(f"simulating {file.name} {net} failed: {answer['error']}; log: {self.log}")
         self.seconds += float(answer["seconds"])
         with np.load(scratch / "out.npz") as results:
-            arrays = [results[name] for name in results.files]
-        if len(arrays) != len(outputs):
-            raise CompileError(f"{file.name} {net} has {len(arrays)} outputs, {len(outputs)} are expected")
-        return dict(zip(outputs, arrays, strict=True))
+            made = [results[name] for name in results.files]
+        if len(made) != len(outputs):
+            raise CompileError(f"{file.name} {net} has {len(made)} outputs, {len(outputs)} are expected")
+        return dict(zip(outputs, made, strict=True))
 
     def close(self) -> None:
         """End the process; its scratch files go with it."""

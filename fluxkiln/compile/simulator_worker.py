@@ -11,13 +11,17 @@ import json
 import os
 import sys
 import time
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-_models = {}
+Arrays = dict[str, NDArray[Any]]
+
+_models: dict[str, Any] = {}
 
 
-def main():
+def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
@@ -26,16 +30,16 @@ def main():
         try:
             inputs = dict(np.load(request["inputs"]))
             run = run_bmodel if request["file"].endswith(".bmodel") else run_lowered
-            outputs = run(request["file"], request["net"], inputs)
+            outputs: dict[str, Any] = run(request["file"], request["net"], inputs)
             np.savez(request["outputs"], **outputs)
-            answer = {"ok": True, "seconds": time.perf_counter() - started}
+            answer: dict[str, Any] = {"ok": True, "seconds": time.perf_counter() - started}
         except Exception as error:  # whatever the libraries raise belongs into the answer
-            answer = {"ok": False, "error": "{}: {}".format(type(error).__name__, error)}
+            answer = {"ok": False, "error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
 
-def run_bmodel(file, name, inputs):
+def run_bmodel(file: str, name: str, inputs: Arrays) -> Arrays:
     import pyruntime_bm
 
     if file not in _models:
@@ -43,18 +47,18 @@ def run_bmodel(file, name, inputs):
         _models[file] = pyruntime_bm.Model(file, 0, "")
     model = _models[file]
     if name and name not in model.networks:
-        raise KeyError("no net {!r}, there are {}".format(name, ", ".join(model.networks)))
+        raise KeyError(f"no net {name!r}, there are {', '.join(model.networks)}")
     net = model.Net(name or model.networks[0])
     for tensor in net.inputs:
         data = inputs[tensor.name]
         if tuple(tensor.data.shape) != data.shape:
-            raise ValueError("input {} has shape {}, not {}".format(tensor.name, data.shape, tensor.data.shape))
+            raise ValueError(f"input {tensor.name} has shape {data.shape}, not {tensor.data.shape}")
         tensor.data[:] = narrow(data, tensor.dtype)
     net.forward()
     return {tensor.name: widen(tensor.data, tensor.dtype) for tensor in net.outputs}
 
 
-def run_lowered(file, name, inputs):
+def run_lowered(file: str, name: str, inputs: Arrays) -> Arrays:
     import pymlir
 
     pymlir.set_mem_mode("value_mem")
@@ -72,7 +76,7 @@ def run_lowered(file, name, inputs):
     return {tensor: np.array(tensors[tensor], dtype=np.float32) for tensor in module.output_names}
 
 
-def narrow(data, dtype):
+def narrow(data: NDArray[Any], dtype: str) -> NDArray[Any]:
     if dtype == "bf16":  # to nearest, ties to even
         bits = np.ascontiguousarray(data, np.float32).view(np.uint32)
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
@@ -81,7 +85,7 @@ def narrow(data, dtype):
     return data.astype({"f32": np.float32, "i32": np.int32, "si32": np.int32, "ui32": np.uint32}[dtype])
 
 
-def widen(data, dtype):
+def widen(data: NDArray[Any], dtype: str) -> NDArray[Any]:
     if dtype == "bf16":
         return (np.array(data).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     return np.array(data).astype(np.float32)

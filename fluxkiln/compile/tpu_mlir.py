@@ -186,7 +186,7 @@ def check_fusions(kind: str, lowered: str, net: str) -> None:
 
 def _quantized_shapes(text: str) -> list[tuple[int, ...]]:
     """Shapes [N, K] of the weights of all A16MatMul operations; 4-bit codes are stored two a byte."""
-    shapes = []
+    shapes: list[tuple[int, ...]] = []
     for line in text.splitlines():
         if '"tpu.A16MatMul"' not in line:
             continue

@@ -237,8 +237,9 @@ def _write_pt2(module: Any, arguments: tuple[Tensor, ...], path: Path) -> None:
 def _write_torchscript(module: Any, arguments: tuple[Tensor, ...], path: Path) -> None:
     import torch
 
-    traced = torch.jit.trace(module, arguments, check_trace=False)
-    if 'device("meta")' in traced.code:  # type: ignore[operator]
+    trace: Any = torch.jit.trace
+    traced = trace(module, arguments, check_trace=False)
+    if 'device("meta")' in traced.code:
         raise ExportError(
             "the traced graph creates tensors on the meta device, so TorchScript cannot hold it; use the pt2 format"
         )

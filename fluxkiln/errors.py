@@ -60,9 +60,11 @@ class ResourceError(FluxkilnError):
 
 
 class ParityError(FluxkilnError):
-    """A gate of the parity ladder was missed."""
+    """A gate of the parity ladder was missed. `bundle` and `report` are the paths of what was written all the same."""
 
     exit_code = 3
+    bundle = ""
+    report = ""
 
 
 class IntegrityError(FluxkilnError):

@@ -17,7 +17,7 @@ import click
 import fluxkiln
 from fluxkiln.cli.output import Output
 from fluxkiln.cli.usage import NamedCommands, explain_usage
-from fluxkiln.errors import FluxkilnError, ResourceError, UsageError
+from fluxkiln.errors import FluxkilnError, ParityError, ResourceError, UsageError
 
 TRACEBACK_VARIABLE = "FLUXKILN_TRACEBACK"
 INTERRUPTED = "interrupted; finished work is kept, the same command resumes"
@@ -90,6 +90,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # A closed pipe shows here, not when the interpreter ends.
             sys.stdout.flush()
         return code if isinstance(code, int) else 0
+    except ParityError as error:
+        places = {name: getattr(error, name) for name in ("bundle", "report") if getattr(error, name)}
+        output.error(type(error).__name__, str(error), error.exit_code, places)
+        return error.exit_code
     except FluxkilnError as error:
         return _fail(output, type(error).__name__, str(error), error.exit_code)
     except click.exceptions.NoArgsIsHelpError as error:

@@ -52,11 +52,15 @@ class Output:
             for line in plain_table(columns, rows, numbers):
                 click.echo(line)
 
-    def error(self, kind: str, message: str, code: int) -> None:
-        """A sentence on stderr, and with --json a document unless there is one already."""
+    def error(self, kind: str, message: str, code: int, places: Mapping[str, str] | None = None) -> None:
+        """A sentence on stderr, and with --json a document unless there is one already.
+
+        Args:
+            places: what lies where in spite of the error, for the document.
+        """
         click.echo(f"error: {message}", err=True)
         if not self.written:
-            self.document({"error": {"kind": kind, "message": message, "exit_code": code}})
+            self.document({"error": {"kind": kind, "message": message, "exit_code": code, **(places or {})}})
 
 
 def json_option(command: _F) -> _F:

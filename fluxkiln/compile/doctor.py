@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fluxkiln.compile.python310 import find_python310
+from fluxkiln.compile.targets import target_names
 from fluxkiln.compile.tpu_mlir_env import TPU_MLIR_VERSION, TpuMlirEnv, default_tpu_mlir_root, find_tpu_mlir
 from fluxkiln.errors import ToolchainError
 
-ALL_TARGETS = ("bm1684x", "bm1688", "cpu", "trn1")
-TPU_TARGETS = ("bm1684x", "bm1688")
+ALL_TARGETS = target_names()
+TPU_TARGETS = tuple(name for name in ALL_TARGETS if name.startswith("bm"))
+NEURON_TARGETS = tuple(name for name in ALL_TARGETS if name.startswith(("trn", "inf")))
 
 # What every build imports; the environment holds more, which these pull in.
 KEY_PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "numba", "safetensors")
@@ -112,12 +114,12 @@ def _neuronx_cc() -> ToolStatus:
     if command is None:
         placeholder = _installed_version("neuronx-cc")
         why = f"the package neuronx-cc {placeholder} is PyPI's placeholder, without a compiler: " if placeholder else ""
-        return ToolStatus("neuronx-cc", False, "", "", ("trn1",), why + source)
+        return ToolStatus("neuronx-cc", False, "", "", NEURON_TARGETS, why + source)
     version = _version_line(command)
     if version is None:
         remedy = f"{command} --version names no version, so it is no compiler: {source}"
-        return ToolStatus("neuronx-cc", False, "", command, ("trn1",), remedy)
-    return ToolStatus("neuronx-cc", True, version, command, ("trn1",), "")
+        return ToolStatus("neuronx-cc", False, "", command, NEURON_TARGETS, remedy)
+    return ToolStatus("neuronx-cc", True, version, command, NEURON_TARGETS, "")
 
 
 def _command(name: str, remedy: str) -> ToolStatus:

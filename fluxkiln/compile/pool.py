@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -80,10 +81,14 @@ class JobPool(Generic[T]):
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        if kind is not None:
-            self.admission.stop()
+        self._executor.shutdown(wait=kind is None, cancel_futures=kind is not None)
+        if kind is None:
+            return
+        self.admission.stop()
+        # again and again: a job between two tools would start its next one
+        while not all(future.done() for future in self._futures):
             stop_all()
-        self._executor.shutdown(wait=True, cancel_futures=kind is not None)
+            time.sleep(0.05)
 
     def submit(self, what: str, memory: int, job: Callable[[], T]) -> Future[T]:
         """Queue `job`, which takes `memory` bytes at its peak."""

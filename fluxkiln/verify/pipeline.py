@@ -140,7 +140,8 @@ def render(
 
     pipe.set_progress_bar_config(disable=True)
     start = time.perf_counter()
-    with torch.no_grad():
+    # quiet: a prompt cut to the build's few tokens is meant, and encode_prompt warns of it
+    with torch.no_grad(), quiet():
         embeds, pooled, _ = pipe.encode_prompt(prompt, max_sequence_length=shapes.tokens)
         images = pipe(
             prompt_embeds=embeds,
@@ -172,7 +173,7 @@ def check_constants(host_constants: Mapping[str, NDArray[Any]], shapes: Shapes) 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars and no advice while diffusers and transformers are imported and load; errors still show."""
+    """No progress bars and no advice from diffusers and transformers; errors still show."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

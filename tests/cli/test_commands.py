@@ -12,7 +12,7 @@ from fluxkiln.errors import ParityError
 from fluxkiln.export.checkpoint import open_checkpoint
 
 TOOLS = [
-    ToolStatus("torch", True, "2.13.0", "/lib", ("bm1684x", "bm1688", "cpu", "trn1"), ""),
+    ToolStatus("torch", True, "2.13.0", "/lib", ("bm1684x", "bm1688", "cpu"), ""),
     ToolStatus("tpu-mlir", False, "", "", ("bm1684x", "bm1688"), "run make env-tpu-mlir"),
     ToolStatus("skopeo", False, "", "", (), "only a test needs it"),
 ]
@@ -273,11 +273,15 @@ def test_build_for_people(fluxkiln, monkeypatch, tmp_path):
 
 def test_build_that_misses_a_gate(fluxkiln, monkeypatch):
     def build(settings, progress):
-        raise ParityError("double.01 at simulator; see report.html")
+        error = ParityError("double.01 at simulator; see report.html")
+        error.bundle, error.report = "b/bundle", "b/report.html"
+        raise error
 
     monkeypatch.setattr("fluxkiln.build.build", build)
-    run = fluxkiln("build", "cpu")
+    run = fluxkiln("build", "cpu", "--json")
     assert (run.code, run.err) == (3, "error: double.01 at simulator; see report.html\n")
+    found = run.document["error"]
+    assert (found["kind"], found["bundle"], found["report"]) == ("ParityError", "b/bundle", "b/report.html")
 
 
 def test_plan(fluxkiln, monkeypatch):

@@ -11,6 +11,7 @@ import pytest
 from fluxkiln.compile import doctor
 from fluxkiln.compile.doctor import KEY_PACKAGES, ToolStatus, examine, missing_for
 from fluxkiln.compile.python310 import PYTHON310_VARIABLE
+from fluxkiln.compile.targets import target_names
 from fluxkiln.compile.tpu_mlir_env import TPU_MLIR_ROOT_VARIABLE, TPU_MLIR_VERSION
 
 
@@ -74,7 +75,8 @@ def test_unfinished_environment_is_told_from_none(commands, tmp_path):
     assert status("tpu-mlir").remedy.startswith("unfinished")
 
 
-def test_neuron_compiler_is_believed_for_its_version(commands):
+def test_neuron_compiler_is_believed_for_its_version(commands, monkeypatch):
+    monkeypatch.setattr(doctor, "NEURON_TARGETS", ("trn1",))
     write_command(commands / "neuronx-cc", "echo 'NeuronX Compiler version 2.26.6360.0+abc'")
     row = status("neuronx-cc")
     assert (row.found, row.version) == (True, "2.26.6360.0+abc")
@@ -82,7 +84,8 @@ def test_neuron_compiler_is_believed_for_its_version(commands):
 
 
 @pytest.mark.parametrize("body", ["echo WRONG PACKAGE >&2; exit 1", "echo hello"])
-def test_command_that_is_no_neuron_compiler_is_refused(commands, body):
+def test_command_that_is_no_neuron_compiler_is_refused(commands, body, monkeypatch):
+    monkeypatch.setattr(doctor, "NEURON_TARGETS", ("trn1",))
     write_command(commands / "neuronx-cc", body)
     row = status("neuronx-cc")
     assert not row.found
@@ -101,6 +104,11 @@ def test_optional_commands_are_needed_for_no_target(commands):
     for name in ("docker-registry", "skopeo", "chromium"):
         assert status(name).needed_for == ()
         assert not status(name).found
+
+
+def test_only_targets_that_can_be_built_are_judged():
+    assert set(doctor.ALL_TARGETS) == set(target_names())
+    assert {name for row in examine() for name in row.needed_for} <= set(target_names())
 
 
 def test_full_disk_is_missing_for_every_target(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from fluxkiln.verify.ladder import Ladder
     from fluxkiln.verify.pipeline import PipelineResult
     from fluxkiln.verify.record import Recording
+
+# The simulator computes some 5e7 multiplications a second on two cores: beyond this it would take longer than 5 minutes
+SIMULATED_MACS = 15e9
 
 # rung -> runner, from the bottom of the ladder to its top
 Rungs = dict[str, PartRunner]
@@ -159,8 +163,16 @@ def bm1684x_rungs(
         rungs["interpreter"] = lambda part, inputs: interpreter.run(
             lowered[part], inputs, KINDS[_kind(kiln, part)].outputs
         )
-        rungs["simulator"] = _net_runner(kiln, binaries, homes, simulator)
+        if multiplications(kiln) <= SIMULATED_MACS:
+            simulator = stack.enter_context(Simulator(env, chip, kiln.logs / "simulator.log"))
+            rungs["simulator"] = _net_runner(kiln, binaries, homes, simulator)
         yield rungs
+
+
+def multiplications(kiln: Kiln) -> float:
+    """About how many multiplications one image step takes: every weight of a block once for every token."""
+    refs = kiln.checkpoint.tensors["transformer"].values()
+    return float(kiln.shapes.joint_tokens) * sum(math.prod(ref.shape) for ref in refs if len(ref.shape) == 2)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # sin and cos of large arguments lose them in 16 bits, so they and all that feeds them stay in F32
 F32_ANCESTORS_OF = ("Sin", "Cos")
+_TRANSFORM = Path(__file__).with_name("tpu_mlir_transform.py")
 _SHAPE = re.compile(r"tensor<([0-9x]+)x([a-z0-9]+)>")
 
 
@@ -76,7 +77,8 @@ def compile_graph(env: TpuMlirEnv, job: CompileJob, folder: Path, log: Path) -> 
     for slot, in_features in matmuls:
         check_groups(job.scheme, slot, in_features)
     environ = tpu_mlir_environ(env, job.chip)
-    transform = [*tool_argv(env, "model_transform"), "--model_name", job.net, "--model_def", str(job.graph)]
+    python, tool = tool_argv(env, "model_transform")
+    transform = [python, str(_TRANSFORM), tool, "--model_name", job.net, "--model_def", str(job.graph)]
     # the flag is read as bool(text): only the empty text is false; the template is folded already
     run_tool([*transform, "--mlir", "top.mlir", "--do_onnx_sim", ""], folder, environ, log, f"{job.net} transform")
     deploy = [*tool_argv(env, "model_deploy"), "--mlir", "top.mlir", "--chip", job.chip, "--model", "net.bmodel"]

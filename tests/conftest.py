@@ -5,14 +5,17 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
 from fluxkiln.compile.tpu_mlir_env import TpuMlirEnv, default_tpu_mlir_root, find_tpu_mlir
-from fluxkiln.components import Shapes, list_parts
+from fluxkiln.components import Shapes, find_part, list_parts
 from fluxkiln.export.checkpoint import Checkpoint, open_checkpoint
+from fluxkiln.settings import Settings
+from fluxkiln.stages import BinaryPart, Kiln, Mould, cast_part, compile_part, make_mould, make_template
 from fluxkiln.verify.record import Recording, record_reference
 
 REGISTRY_VARIABLE = "FLUXKILN_TEST_REGISTRY"
@@ -48,6 +51,7 @@ def tpu_mlir() -> TpuMlirEnv:
     return env
 
 
+SMALLEST = Shapes(height=32, width=32, tokens=16)  # what the tiny presets are built at
 TINY_SHAPES = Shapes(height=64, width=64, tokens=32)
 
 
@@ -74,5 +78,40 @@ def tiny_recording(
         checkpoint = tiny_checkpoint(preset)
         parts = list_parts(checkpoint.configs, vae)
         return record_reference(checkpoint.root, parts, shapes, tmp_path_factory.mktemp("recording"))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def kiln(tiny_checkpoint: Callable[..., Checkpoint], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Kiln]:
+    """(model, scheme, target) -> a kiln of the smallest shapes with counts of its own.
+
+    All kilns have one store, so that a mould is compiled once a session. For tests marked `tpu_mlir`.
+    """
+    from fluxkiln.build import prepare
+
+    folder = tmp_path_factory.mktemp("kiln")
+
+    def make(model: str | Path = "tiny-dev", scheme: str = "W4BF16", target: str = "bm1684x") -> Kiln:
+        root = model if isinstance(model, Path) else tiny_checkpoint(model).root
+        settings = Settings(target, str(root), scheme=scheme, build_dir=folder / "build", store=folder / "store")
+        prepared = prepare(settings)
+        assert prepared.kiln.shapes == SMALLEST
+        return prepared.kiln
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def cast_and_direct() -> Callable[..., tuple[Mould, BinaryPart, BinaryPart]]:
+    """(kiln, part) -> its kind's mould, the part cast into it, the part compiled; both compilers at once."""
+
+    def make(kiln: Kiln, name: str) -> tuple[Mould, BinaryPart, BinaryPart]:
+        part = find_part(kiln.parts, name)
+        template = make_template(kiln, part.kind, "onnx17")
+        with ThreadPoolExecutor(2) as pool:
+            mould = pool.submit(make_mould, kiln, template)
+            direct = pool.submit(compile_part, kiln, part, template)
+        return mould.result(), cast_part(kiln, part, template, mould.result()), direct.result()
 
     return make

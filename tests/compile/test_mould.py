@@ -1,0 +1,124 @@
+"""Moulds: what is learnt from one compile with random weights, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fluxkiln.artifacts.types import TensorSpec
+from fluxkiln.build import build_binaries
+from fluxkiln.compile.bmodel import read_bmodel
+from fluxkiln.compile.cast import cast_bmodel
+from fluxkiln.compile.mould import CoefficientMap, Placement, learn_map, probe_reader, probe_weight
+from fluxkiln.components import find_part
+from fluxkiln.errors import CompileError
+from fluxkiln.export.bindings import bind_part, weight_reader
+from fluxkiln.progress import Silent
+from fluxkiln.settings import Settings
+from fluxkiln.stages import make_mould, make_template, prove_cast
+
+SLOTS = (TensorSpec("a.weight__t", (64, 32)), TensorSpec("a.bias", (32,)), TensorSpec("norm.weight", (64,)))
+
+
+class Notes(Silent):
+    def __init__(self):
+        self.notes = []
+
+    def note(self, text):
+        self.notes.append(text)
+
+
+@pytest.mark.parametrize("spec", SLOTS, ids=lambda spec: spec.name)
+def test_probe_weights_are_random_and_repeatable(spec):
+    weight = probe_reader(SLOTS)(spec.name)
+    assert weight.tobytes() == probe_reader(SLOTS[::-1])(spec.name).tobytes()
+    assert weight.tobytes() != probe_reader(SLOTS, seed=1)(spec.name).tobytes()
+    assert len(set(weight.reshape(-1)[:8].tolist())) > 4
+
+
+def test_probe_weights_are_sized_like_weights():
+    assert probe_weight(SLOTS[0]).shape == (32, 64)  # torch's layout
+    assert float(probe_weight(SLOTS[0]).astype(np.float32).std()) == pytest.approx(1 / 8, rel=0.1)
+    assert float(probe_weight(SLOTS[2]).astype(np.float32).mean()) == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.tpu_mlir
+@pytest.mark.parametrize("scheme", ["W4BF16", "BF16"])
+def test_map_covers_every_byte(kiln, cast_and_direct, scheme):
+    kiln = kiln(scheme=scheme)
+    mould, *_ = cast_and_direct(kiln, "single.02")
+    text = kiln.path(mould.result.outputs["map"]).read_text()
+    found = CoefficientMap.from_json(json.loads(text))
+    assert found.to_json() == CoefficientMap.from_json(json.loads(json.dumps(found.to_json()))).to_json()
+    (net,) = read_bmodel(kiln.path(mould.result.outputs["bmodel"])).nets
+    assert sorted(placement.offset for placement in found.binary) == sorted(entry.offset for entry in net.entries)
+    template = make_template(kiln, "single", "onnx17")
+    assert {placement.form.slot for placement in found.binary} == {spec.name for spec in template.slots}
+    names = {placement.form.name.split("_")[0] for placement in found.binary}
+    assert ({"codes", "scale", "zero"} <= names) == (scheme == "W4BF16")
+
+
+@pytest.mark.tpu_mlir
+def test_weights_of_another_probe_match_nothing(kiln, cast_and_direct):
+    kiln = kiln()
+    mould, *_ = cast_and_direct(kiln, "single.02")
+    bmodel = kiln.path(mould.result.outputs["bmodel"])
+    slots = make_template(kiln, "single", "onnx17").slots
+    names = [spec.name for spec in slots]
+    assert learn_map(bmodel, {}, names, probe_reader(slots), 64, 4).binary
+    refused = r"single_00: \d+ bytes at .* match no probe weight.*compiled one by one"
+    with pytest.raises(CompileError, match=refused):
+        learn_map(bmodel, {}, names, probe_reader(slots, seed=1), 64, 4)
+    with pytest.raises(CompileError, match=refused):
+        learn_map(bmodel, {}, names[1:], probe_reader(slots), 64, 4)
+    with pytest.raises(CompileError, match="interpreter array stray of its weights match no probe weight"):
+        learn_map(bmodel, {"stray": np.arange(99, dtype=np.float32)}, names, probe_reader(slots), 64, 4)
+
+
+@pytest.mark.tpu_mlir
+def test_kind_with_constants_is_compiled_one_by_one(kiln):
+    """The head's frequencies are constants of its graph: there is no weight they could come from."""
+    kiln = kiln()
+    kiln = replace(kiln, parts=(find_part(kiln.parts, "head"),), target=replace(kiln.target, cast_kinds=("head",)))
+    progress = Notes()
+    (made,) = build_binaries(kiln, Settings("bm1684x", jobs=2), progress)
+    assert made.made == "compiled"
+    assert made.coefficients is None
+    (note,) = progress.notes
+    assert note.startswith("head: mould head_00: ")
+    assert note.endswith("its parts are compiled one by one")
+    # the reason is remembered: nothing is compiled to find it again
+    again = make_mould(kiln, make_template(kiln, "head", "onnx17"))
+    assert again.result.hit
+    assert not again.castable
+
+
+@pytest.mark.tpu_mlir
+def test_coefficient_of_the_wrong_slot_is_not_proven(kiln, cast_and_direct, tmp_path):
+    kiln = kiln()
+    mould, cast, direct = cast_and_direct(kiln, "double.01")
+    assert prove_cast(cast, direct, kiln).made == "cast, compiled: identical"
+    found = CoefficientMap.from_json(json.loads(kiln.path(mould.result.outputs["map"]).read_text()))
+    wrong = swap_slot(found, "attn.to_q.weight", "attn.to_k.weight")
+    template = make_template(kiln, "double", "onnx17")
+    reader = weight_reader(bind_part(direct.part, template.slots, kiln.checkpoint), kiln.checkpoint)
+    target = tmp_path / "wrong.bmodel"
+    cast_bmodel(kiln.path(mould.result.outputs["bmodel"]), wrong, reader, direct.net, target)
+    spoilt = replace(cast, bmodel=kiln.cache.store.add_file(target))
+    with pytest.raises(CompileError, match=r"double\.01: the cast differs in \d+ bytes.*the bundle was not written"):
+        prove_cast(spoilt, direct, kiln)
+
+
+def swap_slot(found, slot, other):
+    """The map with one entry of `slot` (its codes) filled from `other`."""
+    placements = list(found.binary)
+    index = next(
+        i for i, placement in enumerate(placements)
+        if placement.form.slot.startswith(slot) and placement.form.name == "codes"
+    )  # fmt: skip
+    form = placements[index].form
+    placements[index] = Placement(replace(form, slot=form.slot.replace(slot, other)), placements[index].offset)
+    return replace(found, binary=tuple(placements))

@@ -65,10 +65,15 @@ class Admission:
         return self._stopped
 
 
+class _NotStarted(ResourceError):
+    """A job that another one's failure kept from starting; never what a user should be told."""
+
+
 class JobPool(Generic[T]):
     """Runs jobs on threads; each job is a subprocess or leaves the interpreter lock alone.
 
-    As a context manager: on an error or Ctrl-C every running tool is stopped before the exception goes on.
+    After a job has failed no other one starts. As a context manager: on an error or Ctrl-C every running tool is
+    stopped before the exception goes on.
     """
 
     def __init__(self, jobs: int | None = None, memory: int | None = None) -> None:
@@ -76,6 +81,7 @@ class JobPool(Generic[T]):
         self.admission = Admission(memory or max(available_memory() - RESERVED_BYTES, 1 << 30))
         self._executor = ThreadPoolExecutor(self.jobs, thread_name_prefix="fluxkiln")
         self._futures: list[Future[Any]] = []
+        self._first_error: BaseException | None = None
 
     def __enter__(self) -> JobPool[T]:
         return self
@@ -89,34 +95,45 @@ class JobPool(Generic[T]):
         while not all(future.done() for future in self._futures):
             stop_all()
             time.sleep(0.05)
+        if isinstance(error, _NotStarted) and self._first_error is not None:
+            raise self._first_error from None
 
     def submit(self, what: str, memory: int, job: Callable[[], T]) -> Future[T]:
         """Queue `job`, which takes `memory` bytes at its peak."""
 
         def run() -> T:
-            self.admission.take(memory, what)
             try:
-                if self.admission.stopped:
-                    raise ResourceError(f"{what} was not started: another job had failed")
-                return job()
-            finally:
-                self.admission.give_back(memory)
+                return self._run(what, memory, job)
+            except BaseException as error:
+                if self._first_error is None and not isinstance(error, _NotStarted):
+                    self._first_error = error
+                raise
 
         future = self._executor.submit(run)
         self._futures.append(future)
         return future
 
+    def _run(self, what: str, memory: int, job: Callable[[], T]) -> T:
+        self.admission.take(memory, what)
+        try:
+            if self.admission.stopped:
+                raise _NotStarted(f"{what} was not started: another job had failed")
+            return job()
+        except BaseException:
+            self.admission.stop()  # before the memory is free, or the next job would start
+            raise
+        finally:
+            self.admission.give_back(memory)
+
     def check(self) -> None:
         """Raise the first error of a finished job; so that a build fails early, not when it needs that job."""
-        for future in self._futures:
-            if future.done() and not future.cancelled() and future.exception() is not None:
-                future.result()
+        if self._first_error is not None:
+            raise self._first_error
 
     def wait(self) -> None:
         """Wait for all jobs; raise the first error as soon as it happens."""
         pending = set(self._futures)
         while pending:
-            done, pending = wait(pending, return_when=FIRST_COMPLETED)
-            for future in done:
-                future.result()
+            _, pending = wait(pending, return_when=FIRST_COMPLETED)
+            self.check()
         self._futures.clear()

@@ -6,9 +6,8 @@ stages that need them, so that a build in which nothing changed costs a few hund
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,31 +17,35 @@ from fluxkiln import __version__
 from fluxkiln.artifacts.actions import Action, ActionCache, stage_code_version
 from fluxkiln.artifacts.bundle import heal_bundle
 from fluxkiln.artifacts.locks import build_lock
-from fluxkiln.artifacts.store import Store, open_store
+from fluxkiln.artifacts.store import open_store
 from fluxkiln.artifacts.types import Template
+from fluxkiln.combining import combine_components
 from fluxkiln.compile.pool import JobPool
 from fluxkiln.compile.target import Target
 from fluxkiln.compile.targets import find_target
 from fluxkiln.components import KINDS, Part, Shapes, list_parts
-from fluxkiln.errors import ToolchainError
+from fluxkiln.errors import CheckpointError, ToolchainError
 from fluxkiln.export.checkpoint import Checkpoint, open_checkpoint
 from fluxkiln.export.fingerprint import DigestMemo, digest_tensors, fingerprint, scan_finite
 from fluxkiln.export.source import resolve_model
 from fluxkiln.linking import link_components
-from fluxkiln.progress import Progress, Silent
+from fluxkiln.progress import FROM_STORE, STEP_BYTES, Progress, Silent, count_bytes
+from fluxkiln.proving import needs_proof, proof_part, prove_cast
 from fluxkiln.settings import Settings
 from fluxkiln.stages import (
+    CAST_MEMORY,
     BinaryPart,
-    CombinedFile,
     Kiln,
     Mould,
     cast_part,
-    combine_parts,
+    compile_action,
     compile_memory,
     compile_part,
+    count_elements,
+    find_mould,
     make_mould,
-    make_template,
-    prove_cast,
+    mould_action,
+    tell_template,
 )
 
 
@@ -104,6 +107,7 @@ def build(settings: Settings, progress: Progress | None = None) -> BuildResult:
         runs already. ParityError: a gate was missed; bundle and report are written all the same.
     """
     from fluxkiln.bundling import finish_bundle
+    from fluxkiln.planning import check_disk
 
     progress = progress or Silent()
     started = time.perf_counter()
@@ -113,8 +117,9 @@ def build(settings: Settings, progress: Progress | None = None) -> BuildResult:
         heal_bundle(prepared.bundle)
         prepared.kiln.cache.store.clean()
         done = _already_done(prepared, started)
-        if done is not None:
+        if done is not None and not settings.prove:
             return done
+        check_disk(prepared)
         graphs: dict[str, Path] = {}
         if prepared.kiln.target.toolchain == "tpu_mlir":
             binaries = build_binaries(prepared.kiln, settings, progress)
@@ -132,7 +137,7 @@ def prepare(settings: Settings, progress: Progress | None = None) -> Prepared:
     progress = progress or Silent()
     target = find_target(settings.target)
     _, schemes = target.parse_schemes(settings.scheme)
-    root = resolve_model(settings.model, settings.build_dir / "models", _synth_progress(progress))
+    root = resolve_model(settings.model, settings.build_dir / "models", count_bytes(progress, "synthesize", "written"))
     checkpoint = open_checkpoint(root)
     width, height = settings.size or default_size(checkpoint)
     shapes = Shapes(height, width, settings.tokens or default_tokens(checkpoint))
@@ -141,7 +146,8 @@ def prepare(settings: Settings, progress: Progress | None = None) -> Prepared:
     store = open_store(store_root)
     memo = DigestMemo(store_root / "memo" / "tensors.json")
     cache = ActionCache(store)
-    print_ = fingerprint(checkpoint, memo)
+    check_vae(checkpoint, settings.vae)
+    print_ = fingerprint(checkpoint, memo, _read_progress(progress))
     digests = {name: digest_tensors(refs.values(), memo) for name, refs in checkpoint.tensors.items()}
     memo.save()
     label = (settings.scheme or target.schemes[0]).replace(",", "-").replace("=", "-")
@@ -158,8 +164,17 @@ def prepare(settings: Settings, progress: Progress | None = None) -> Prepared:
         logs=folder / "logs",
         tpu_mlir=_tpu_mlir(target),
     )
-    _validate(kiln, store, print_, memo)
+    _validate(kiln, print_, memo, progress)
     return Prepared(settings, kiln, folder.name, print_, folder)
+
+
+def check_vae(checkpoint: Checkpoint, vae: str) -> None:
+    """Raise CheckpointError when the tiny VAE is asked for and not there."""
+    if vae == "tiny" and "vae_tiny" not in checkpoint.tensors:
+        raise CheckpointError(
+            f"{checkpoint.name} has no folder vae_tiny, --vae tiny needs it; save taef1 there with "
+            "AutoencoderTiny.save_pretrained, or leave --vae out"
+        )
 
 
 def default_size(checkpoint: Checkpoint) -> tuple[int, int]:
@@ -180,104 +195,84 @@ def default_tokens(checkpoint: Checkpoint) -> int:
 def build_binaries(kiln: Kiln, settings: Settings, progress: Progress) -> tuple[BinaryPart, ...]:
     """Every part's binary: moulds first, casts as soon as their mould is there, everything else compiled.
 
-    One part of each cast kind, chosen by seed, is compiled as well and must come out identical.
+    One part of each cast kind, chosen by seed, is compiled as well and must come out identical. That proves the mould,
+    not the checkpoint: it is not repeated for a mould of the store, unless `settings.prove` asks for it.
     """
     by_kind: dict[str, list[Part]] = {}
     for part in kiln.parts:
         by_kind.setdefault(part.kind, []).append(part)
     casts = [kind for kind in by_kind if kind in kiln.target.cast_kinds]
-    progress.stage("compile", len(by_kind) + len(casts))
-    progress.stage("cast", sum(len(by_kind[kind]) for kind in casts))
+    announced = {"compile": len(by_kind) + len(casts), "cast": sum(len(by_kind[kind]) for kind in casts)}
+    for stage, total in {"template": len(by_kind), **announced}.items():
+        progress.stage(stage, total)
     templates: dict[str, Template] = {}
     compiled: dict[str, Future[Any]] = {}
     moulds: dict[str, Future[Any]] = {}
     with JobPool[Any](settings.jobs) as pool:
         # the slowest first, so that the others fill the gaps
         for kind in sorted(by_kind, key=lambda kind: (KINDS[kind].component != "vae", kind not in casts)):
-            template = templates[kind] = make_template(kiln, kind, "onnx17")
+            template = templates[kind] = tell_template(kiln, kind, kiln.target.graph_format, progress, "template")
             proof = proof_part(by_kind[kind], settings.seed)
-            memory = compile_memory(template)
+            unproven = kind not in casts or needs_proof(kiln, find_mould(kiln, template))
             if kind in casts:
-                moulds[kind] = pool.submit(f"mould {kind}", memory, _told(progress, make_mould, kiln, template))
-            compiled[kind] = pool.submit(proof.name, memory, _told(progress, compile_part, kiln, proof, template))
+                claim = _claim(kiln, mould_action(kiln, template), template)
+                moulds[kind] = pool.submit(f"mould {kind}", claim, _told(progress, make_mould, kiln, template))
+            if settings.prove or unproven:
+                compiled[kind] = _submit_compile(pool, kiln, progress, proof, template)
+            else:
+                progress.done("compile", proof.name, f"{FROM_STORE}: proven when its mould was made")
             pool.check()
-        binaries: dict[str, BinaryPart] = {}
         pending: list[tuple[Part, Future[Any]]] = []
-        for kind in by_kind:
-            direct = compiled[kind].result()
-            if kind not in casts:
-                binaries[direct.part.name] = direct
-                continue
+        for kind in casts:
             mould: Mould = moulds[kind].result()
-            for part in by_kind[kind]:
-                pending.append((part, _submit_part(pool, kiln, progress, part, templates[kind], mould, direct)))
             if not mould.castable:
                 progress.note(f"{kind}: {mould.why}")
+                extra = len(by_kind[kind]) - (kind in compiled)
+                announced = {"compile": announced["compile"] + extra, "cast": announced["cast"] - len(by_kind[kind])}
+                for stage, total in announced.items():
+                    progress.stage(stage, total)
+            for part in by_kind[kind]:
+                if mould.castable:
+                    job = _told(progress, cast_part, kiln, part, templates[kind], mould)
+                    pending.append((part, pool.submit(part.name, CAST_MEMORY, job)))
+                elif kind in compiled and part == proof_part(by_kind[kind], settings.seed):
+                    pending.append((part, compiled[kind]))
+                else:
+                    pending.append((part, _submit_compile(pool, kiln, progress, part, templates[kind])))
+        binaries: dict[str, BinaryPart] = {}
         for part, future in pending:
             made = future.result()
-            direct = compiled[part.kind].result()
-            is_proof = made.made == "cast" and direct.part.name == part.name
-            binaries[part.name] = prove_cast(made, direct, kiln) if is_proof else made
+            direct = compiled[part.kind].result() if part.kind in compiled else None
+            if made.made == "cast" and direct is not None and direct.part == part:
+                made = prove_cast(made, direct, kiln, moulds[part.kind].result())
+            binaries[part.name] = made
+        binaries |= {
+            compiled[kind].result().part.name: compiled[kind].result() for kind in by_kind if kind not in casts
+        }
+    _tell_casts(binaries, compiled, progress)
     return tuple(binaries[part.name] for part in kiln.parts)
 
 
-def proof_part(parts: list[Part], seed: int) -> Part:
-    """The part of a kind that is compiled as well as cast: any of them, but the same for the same seed."""
-    key = hashlib.sha256(f"{seed}/{parts[0].kind}".encode()).digest()
-    return parts[int.from_bytes(key[:4], "little") % len(parts)]
+def _tell_casts(binaries: Mapping[str, BinaryPart], compiled: Collection[str], progress: Progress) -> None:
+    """Say how many parts of this checkpoint needed no compiler."""
+    made = [binary for binary in binaries.values() if not binary.hit]
+    cast = [binary for binary in made if binary.made == "cast" and binary.part.kind not in compiled]
+    if cast:
+        rest = [binary.part.name for binary in made if binary.made == "compiled"]
+        progress.note(
+            f"{len(cast)} parts were cast from moulds of the store, without a compiler; compiled: "
+            f"{', '.join(rest) or 'nothing'}"
+        )
 
 
-def combine_components(kiln: Kiln, binaries: tuple[BinaryPart, ...], progress: Progress) -> tuple[CombinedFile, ...]:
-    """One bmodel per component; an unquantized transformer is cut into a file per device."""
-    groups: dict[str, list[BinaryPart]] = {}
-    for binary in binaries:
-        component = binary.part.component
-        groups.setdefault("vae_decoder" if component == "vae" else component, []).append(binary)
-    whole = groups["transformer"]
-    if not kiln.schemes["double"].weight_bits:
-        del groups["transformer"]
-        for index, chunk in enumerate(split_devices(whole, UNQUANTIZED_DEVICES)):
-            groups[f"transformer.{index}"] = chunk
-    progress.stage("combine", len(groups))
-    files = []
-    for name, parts in groups.items():
-        files.append(combine_parts(kiln, f"{name}.bmodel", parts))
-        progress.done("combine", f"{name}.bmodel", f"{len(parts)} nets")
-    return tuple(files)
+def _submit_compile(pool: JobPool[Any], kiln: Kiln, progress: Progress, part: Part, template: Template) -> Future[Any]:
+    claim = _claim(kiln, compile_action(kiln, part, template), template)
+    return pool.submit(part.name, claim, _told(progress, compile_part, kiln, part, template))
 
 
-# 23.8 GB of 16-bit weights on chips of 16 GB, of which the runtime and activations need a part
-UNQUANTIZED_DEVICES = 3
-
-
-def split_devices(parts: list[BinaryPart], devices: int) -> list[list[BinaryPart]]:
-    """Cut a chain of parts into at most `devices` runs whose largest is as small as possible, by measured bytes."""
-    sizes = [int(part.facts["weight_bytes"]) + int(part.facts["instruction_bytes"]) for part in parts]
-    low, high = max(sizes), sum(sizes)
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if len(_runs(sizes, middle)) <= devices else (middle + 1, high)
-    return [[parts[index] for index in run] for run in _runs(sizes, low)]
-
-
-def _runs(sizes: list[int], limit: int) -> list[list[int]]:
-    runs: list[list[int]] = [[]]
-    used = 0
-    for index, size in enumerate(sizes):
-        if runs[-1] and used + size > limit:
-            runs.append([])
-            used = 0
-        runs[-1].append(index)
-        used += size
-    return runs
-
-
-def _submit_part(
-    pool: JobPool[Any], kiln: Kiln, progress: Progress, part: Part, template: Template, mould: Mould, direct: BinaryPart
-) -> Future[Any]:
-    if mould.castable:
-        return pool.submit(part.name, 512 << 20, _told(progress, cast_part, kiln, part, template, mould))
-    return pool.submit(part.name, compile_memory(template), _told(progress, compile_part, kiln, part, template))
+def _claim(kiln: Kiln, action: Action, template: Template) -> int:
+    """The memory of a compile; nothing for what the store has, so that it is never refused."""
+    return 0 if kiln.cache.lookup(action.key) else compile_memory(count_elements(template.slots))
 
 
 def _told(progress: Progress, stage: Any, kiln: Kiln, *arguments: Any) -> Any:
@@ -286,22 +281,28 @@ def _told(progress: Progress, stage: Any, kiln: Kiln, *arguments: Any) -> Any:
     def run() -> Any:
         started = time.perf_counter()
         made = stage(kiln, *arguments)
-        seconds = time.perf_counter() - started
+        took = f"in {time.perf_counter() - started:.1f} s"
         if isinstance(made, Mould):
-            how = "from the store" if made.result.hit else f"compiled in {seconds:.1f} s"
-            progress.done("compile", f"mould {made.kind} {kiln.schemes[made.kind].name}", how)
+            what = f"mould {made.kind} {kiln.schemes[made.kind].name}"
+            progress.done("compile", what, FROM_STORE if made.result.hit else f"compiled {took}")
         else:
-            progress.done(
-                "cast" if made.made == "cast" else "compile", made.part.name, f"{made.made} in {seconds:.1f} s"
-            )
+            how = FROM_STORE if made.hit else f"{made.made} {took}"
+            progress.done("cast" if made.made == "cast" else "compile", made.part.name, how)
         return made
 
     return run
 
 
-def _validate(kiln: Kiln, store: Store, print_: str, memo: DigestMemo) -> None:
-    """Shapes against upstream's classes and no NaN or Inf, once per checkpoint: the result is remembered."""
+def _read_progress(progress: Progress) -> Callable[[int, int], None] | None:
+    """Bytes of a checkpoint read, where there are enough of them to wait for."""
+    report = count_bytes(progress, "read", "read")
+    return lambda done, total: report(done, total) if total >= STEP_BYTES else None
+
+
+def _validate(kiln: Kiln, print_: str, memo: DigestMemo, progress: Progress) -> None:
+    """Groups that fit; shapes against upstream's classes and no NaN or Inf, once per checkpoint."""
     from fluxkiln.export.validate import validate_checkpoint
+    from fluxkiln.planning import check_weights
 
     action = Action(
         stage="validate",
@@ -309,11 +310,16 @@ def _validate(kiln: Kiln, store: Store, print_: str, memo: DigestMemo) -> None:
         code_version=stage_code_version("fluxkiln.export.validate", "fluxkiln.export.fingerprint"),
         inputs={"checkpoint": f"sha256:{print_}"},
     )
+    check_weights(kiln)
     if kiln.cache.lookup(action.key) is None:
+        started = time.perf_counter()
+        progress.stage("validate", 1)
         validate_checkpoint(kiln.checkpoint)
         for refs in kiln.checkpoint.tensors.values():
             scan_finite(refs.values(), memo)
         kiln.cache.record(action, {}, {"version": __version__})
+        tensors = sum(map(len, kiln.checkpoint.tensors.values()))
+        progress.done("validate", f"{tensors} tensors", f"checked in {time.perf_counter() - started:.1f} s")
 
 
 def _tpu_mlir(target: Target) -> Any:
@@ -335,16 +341,6 @@ def _already_done(prepared: Prepared, started: float) -> BuildResult | None:
     from fluxkiln.bundling import finished_result
 
     return finished_result(prepared, started)
-
-
-def _synth_progress(progress: Progress) -> Any:
-    def report(done: int, total: int) -> None:
-        if done == 0:
-            progress.stage("synthesize", 1)
-        if done == total:
-            progress.done("synthesize", "checkpoint", f"{total / 1e6:.0f} MB")
-
-    return report
 
 
 def plan(settings: Settings) -> dict[str, Any]:

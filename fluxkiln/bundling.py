@@ -16,14 +16,16 @@ from fluxkiln.artifacts.bundle import write_bundle
 from fluxkiln.artifacts.files import digest_file
 from fluxkiln.artifacts.modelpack import store_bundle
 from fluxkiln.artifacts.store import Blob
+from fluxkiln.artifacts.types import GraphFormat
 from fluxkiln.components import KINDS
 from fluxkiln.errors import ParityError
-from fluxkiln.progress import Progress
-from fluxkiln.stages import COMPILER_STAGES, BinaryPart, CombinedFile
+from fluxkiln.progress import FROM_STORE, Progress
+from fluxkiln.stages import COMPILER_STAGES, BinaryPart, CombinedFile, tell_template
 
 if TYPE_CHECKING:
     from fluxkiln.build import BuildResult, Prepared
     from fluxkiln.parity import Parity
+    from fluxkiln.verify.record import Recording
 
 HOST_CONSTANTS = "host/constants.safetensors"
 NON_COMMERCIAL = "LicenseRef-FLUX-1-dev-Non-Commercial"
@@ -81,7 +83,8 @@ def finished_result(prepared: Prepared, started: float) -> BuildResult | None:
         return None
     result = _result(prepared, str(facts["digest"]), dict(facts["parts"]), parity, started, nothing_to_do=True)  # type: ignore[arg-type]
     if parity.get("failure"):
-        raise ParityError(f"{parity['failure']} (as found by the build that made {prepared.bundle})")
+        error = ParityError(f"{parity['failure']} (as found by the build that made {prepared.bundle})")
+        raise _with_places(error, prepared)
     return result
 
 
@@ -94,22 +97,21 @@ def finish_bundle(
     started: float,
 ) -> BuildResult:
     """Verify, write the report and the bundle, tag it in the store; then raise if a gate was missed."""
-    from fluxkiln.parity import record
-
     kiln = prepared.kiln
     work = prepared.folder / "work"
     parity: Parity | None = None
     summary: dict[str, Any] = {"verified": False}
     if prepared.settings.verify:
-        recording = record(kiln, prepared.settings, prepared.fingerprint, prepared.folder / "recording")
+        recording = _record(prepared, progress)
         parity = _climb(prepared, binaries, files, graphs, recording, work, progress)
         summary = _write_report(prepared, binaries, parity, started)
     sources = bundle_files(prepared, binaries, files, work)
     manifest = _manifest(prepared, binaries, files, summary)
     progress.stage("bundle", 1)
     written = write_bundle(
-        prepared.bundle, sources, manifest, kiln.cache.store, build={"machine": _machine(), "fluxkiln": __version__}
-    )
+        prepared.bundle, sources, manifest, kiln.cache.store, roles={HOST_CONSTANTS: "constants"},
+        build={"machine": _machine(), "fluxkiln": __version__},
+    )  # fmt: skip
     digest = store_bundle(kiln.cache.store, prepared.bundle, f"{prepared.name}:{kiln.target.name}")
     _remove_work(work)
     made = {binary.part.name: binary.made for binary in binaries}
@@ -125,8 +127,16 @@ def finish_bundle(
     )
     progress.done("bundle", str(prepared.bundle), f"{sum(file.size for file in written.files) / 1e6:.0f} MB")
     if parity is not None:
-        parity.ladder.raise_if_failed(prepared.folder / "report.html")
+        try:
+            parity.ladder.raise_if_failed(prepared.folder / "report.html")
+        except ParityError as error:
+            raise _with_places(error, prepared) from None
     return _result(prepared, digest, made, summary, started, nothing_to_do=False)
+
+
+def _with_places(error: ParityError, prepared: Prepared) -> ParityError:
+    error.bundle, error.report = str(prepared.bundle), str(prepared.folder / "report.html")
+    return error
 
 
 def bundle_files(
@@ -160,18 +170,35 @@ def licence_id(prepared: Prepared) -> str:
     return NON_COMMERCIAL
 
 
+def _record(prepared: Prepared, progress: Progress) -> Recording:
+    from fluxkiln.parity import record
+
+    began, known = time.perf_counter(), prepared.kiln.cache.misses
+    progress.stage("record", 1)
+    recording = record(prepared.kiln, prepared.settings, prepared.fingerprint, prepared.folder / "recording")
+    took = f"recorded in {time.perf_counter() - began:.1f} s"
+    progress.done("record", "reference run", took if prepared.kiln.cache.misses > known else FROM_STORE)
+    return recording
+
+
 def _climb(
     prepared: Prepared,
     binaries: tuple[BinaryPart, ...],
     files: tuple[CombinedFile, ...],
     graphs: Mapping[str, Path],
-    recording: Any,
+    recording: Recording,
     work: Path,
     progress: Progress,
 ) -> Parity:
     from fluxkiln.parity import bm1684x_rungs, cpu_rungs, verify_build
 
     kiln = prepared.kiln
+    # the graphs of the rungs below, so that tracing them is seen
+    below: GraphFormat = "onnx23" if kiln.target.graph_format == "onnx17" else "onnx17"
+    if below == "onnx23" or kiln.schemes["double"].weight_bits:
+        progress.stage(f"template {below}", len(kiln.kinds()))
+        for kind in kiln.kinds():
+            tell_template(kiln, kind, below, progress, f"template {below}")
     if kiln.target.toolchain == "tpu_mlir":
         context = bm1684x_rungs(kiln, binaries, files, work)
     else:

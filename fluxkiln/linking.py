@@ -13,7 +13,7 @@ from fluxkiln.export.bindings import bind_part, binding_refs, weight_reader
 from fluxkiln.export.safetensors_header import copy_tensors
 from fluxkiln.progress import Progress
 from fluxkiln.quantize.schemes import Scheme
-from fluxkiln.stages import BinaryPart, CombinedFile, Kiln, make_template
+from fluxkiln.stages import BinaryPart, CombinedFile, Kiln, make_template, tell_template
 
 GRAPHS = "onnx"
 
@@ -53,6 +53,10 @@ def link_components(
     kiln: Kiln, folder: Path, progress: Progress
 ) -> tuple[tuple[BinaryPart, ...], tuple[CombinedFile, ...], dict[str, Path]]:
     """All of an ONNX Runtime build: parts, the files of the bundle, and part -> graph in `folder`."""
+    kinds = kiln.kinds()
+    progress.stage("template", len(kinds))
+    for kind in kinds:
+        tell_template(kiln, kind, "onnx23", progress, "template")
     progress.stage("link", len(kiln.parts))
     graphs = link_parts(kiln, kiln.schemes, folder / GRAPHS)
     binaries = []

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
+
+# What a job says that had nothing to do; such jobs tell nothing about how long the others take.
+FROM_STORE = "from the store"
+STEP_BYTES = 1_000_000_000
 
 
 class Progress(Protocol):
@@ -29,3 +34,20 @@ class Silent:
 
     def note(self, text: str) -> None:
         pass
+
+
+def count_bytes(progress: Progress, stage: str, verb: str) -> Callable[[int, int], None]:
+    """Bytes done and bytes in all, as a stage of gigabytes; `verb` says what was done with them."""
+    shown = 0
+
+    def report(done: int, total: int) -> None:
+        nonlocal shown
+        steps = max(1, total // STEP_BYTES)
+        if not shown:
+            progress.stage(stage, steps)
+        for _ in range(shown, done * steps // max(total, 1)):
+            shown += 1
+            size = f"{done / 1e9:.1f} GB" if total >= STEP_BYTES else f"{done / 1e6:.1f} MB"
+            progress.done(stage, size, verb if done == total else f"of {total / 1e9:.1f} GB")
+
+    return report

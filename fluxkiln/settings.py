@@ -29,6 +29,7 @@ class Settings:
         build_dir: where bundles and reports go; store: the content-addressed store.
         seed, steps, prompt: of the recorded reference run.
         verify: climb the parity ladder.
+        prove: compile one part of each cast kind even if casts from its mould have been proven before.
     """
 
     target: str
@@ -44,6 +45,7 @@ class Settings:
     steps: int = 2
     prompt: str = DEFAULT_PROMPT
     verify: bool = True
+    prove: bool = False
 
     def __post_init__(self) -> None:
         if self.vae not in ("kl", "tiny"):

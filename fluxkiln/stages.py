@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Mapping
+import math
+import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 from fluxkiln.artifacts.actions import Action, ActionCache, ActionResult, run_action, stage_code_version
 from fluxkiln.artifacts.canonical import digest_json
 from fluxkiln.artifacts.store import Blob
-from fluxkiln.artifacts.types import Binding, GraphFormat, Template, TensorSpec
+from fluxkiln.artifacts.types import Binding, GraphFormat, Template, TensorRef, TensorSpec
 from fluxkiln.compile.target import Target
 from fluxkiln.components import Part, Shapes
 from fluxkiln.errors import CompileError
 from fluxkiln.export.bindings import bind_part, binding_refs, tensors_of, weight_reader
 from fluxkiln.export.checkpoint import Checkpoint
+from fluxkiln.progress import FROM_STORE, Progress
 from fluxkiln.quantize.schemes import Scheme
 
 if TYPE_CHECKING:
@@ -37,8 +40,16 @@ _SHARED_CODE = (
     "fluxkiln.quantize.pack",
     "fluxkiln.export.bindings",
 )
-_CAST_CODE = ("fluxkiln.compile.cast", *_SHARED_CODE)
-_COMPILE_CODE = ("fluxkiln.compile.pour", "fluxkiln.compile.tpu_mlir", "fluxkiln.compile.mould", *_SHARED_CODE)
+CAST_CODE = ("fluxkiln.compile.cast", *_SHARED_CODE)
+_COMPILE_CODE = (
+    "fluxkiln.compile.pour",
+    "fluxkiln.compile.tpu_mlir",
+    "fluxkiln.compile.tpu_mlir_transform",
+    "fluxkiln.compile.mould",
+    *_SHARED_CODE,
+)
+# a cast holds one slot's weight in a few forms
+CAST_MEMORY = 512 << 20
 # stages in which the compiler runs
 COMPILER_STAGES = ("mould", "compile", "combine")
 
@@ -88,7 +99,7 @@ class Mould:
 
 @dataclass(frozen=True, slots=True)
 class BinaryPart:
-    """A part's binary. `made` is `cast`, `compiled`, or `cast, compiled: identical`."""
+    """A part's binary. `made` is `cast`, `compiled`, or `cast, compiled: identical`; `hit` if it was in the store."""
 
     part: Part
     net: str
@@ -99,6 +110,7 @@ class BinaryPart:
     lowered: Blob
     weights: Blob
     coefficients: Blob | None = None
+    hit: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +120,7 @@ class CombinedFile:
     name: str
     blob: Blob
     parts: tuple[str, ...]
+    hit: bool = False
 
 
 def template_action(kiln: Kiln, kind: str, graph_format: GraphFormat) -> Action:
@@ -134,6 +147,12 @@ def template_action(kiln: Kiln, kind: str, graph_format: GraphFormat) -> Action:
     )
 
 
+def find_template(kiln: Kiln, kind: str, graph_format: GraphFormat) -> Template | None:
+    """The template of a kind if it is in the store."""
+    result = kiln.cache.lookup(template_action(kiln, kind, graph_format).key)
+    return None if result is None else _template(kiln, kind, graph_format, result)
+
+
 def make_template(kiln: Kiln, kind: str, graph_format: GraphFormat) -> Template:
     """The template of a kind: from the store, or traced now."""
 
@@ -144,7 +163,21 @@ def make_template(kiln: Kiln, kind: str, graph_format: GraphFormat) -> Template:
         facts = {name: _specs_to_json(getattr(made, name)) for name in ("inputs", "outputs", "slots")}
         return {"graph": made.path}, facts
 
-    result = run_action(kiln.cache, template_action(kiln, kind, graph_format), produce)
+    return _template(
+        kiln, kind, graph_format, run_action(kiln.cache, template_action(kiln, kind, graph_format), produce)
+    )
+
+
+def tell_template(kiln: Kiln, kind: str, graph_format: GraphFormat, progress: Progress, stage: str) -> Template:
+    """The template of a kind, told as a job of `stage`."""
+    started = time.perf_counter()
+    found = find_template(kiln, kind, graph_format)
+    template = make_template(kiln, kind, graph_format)
+    progress.done(stage, kind, FROM_STORE if found else f"traced in {time.perf_counter() - started:.1f} s")
+    return template
+
+
+def _template(kiln: Kiln, kind: str, graph_format: GraphFormat, result: ActionResult) -> Template:
     graph = result.outputs["graph"]
     specs = {name: _specs_from_json(result.facts[name]) for name in ("inputs", "outputs", "slots")}
     return Template(kind, graph_format, kiln.path(graph), graph.digest, **specs)
@@ -179,14 +212,23 @@ def make_mould(kiln: Kiln, template: Template) -> Mould:
         outputs["map"].write_text(json.dumps(found.to_json()))
         return outputs, {**compiled.facts, "why": ""}
 
-    action = _compile_action(kiln, "mould", template, net, scheme, {"template": template.digest})
-    result = run_action(kiln.cache, action, produce)
+    result = run_action(kiln.cache, mould_action(kiln, template), produce)
     return Mould(template.kind, result, str(result.facts["why"]))
+
+
+def mould_action(kiln: Kiln, template: Template) -> Action:
+    """The key of a mould: no checkpoint is in it."""
+    return _compile_action(kiln, "mould", template, f"{template.kind}_00", {"template": template.digest})
+
+
+def find_mould(kiln: Kiln, template: Template) -> Mould | None:
+    """The mould of a kind if it is in the store."""
+    result = kiln.cache.lookup(mould_action(kiln, template).key)
+    return None if result is None else Mould(template.kind, result, str(result.facts["why"]))
 
 
 def compile_part(kiln: Kiln, part: Part, template: Template) -> BinaryPart:
     """A part compiled with its own weights."""
-    scheme = kiln.scheme(part)
     binding = bind_part(part, template.slots, kiln.checkpoint)
 
     def produce(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
@@ -195,20 +237,19 @@ def compile_part(kiln: Kiln, part: Part, template: Template) -> BinaryPart:
         outputs = {"bmodel": compiled.bmodel, "lowered": compiled.lowered, "weights": compiled.weights}
         return outputs, dict(compiled.facts)
 
-    inputs = {"template": template.digest, "weights": weights_digest(kiln, binding)}
-    action = _compile_action(kiln, "compile", template, net_name(part), scheme, inputs)
-    result = run_action(kiln.cache, action, produce)
+    result = run_action(kiln.cache, compile_action(kiln, part, template), produce)
     outputs = result.outputs
     return BinaryPart(
-        part,
-        net_name(part),
-        scheme,
-        outputs["bmodel"],
-        result.facts,
-        "compiled",
-        outputs["lowered"],
-        outputs["weights"],
-    )
+        part, net_name(part), kiln.scheme(part), outputs["bmodel"], result.facts, "compiled", outputs["lowered"],
+        outputs["weights"], hit=result.hit,
+    )  # fmt: skip
+
+
+def compile_action(kiln: Kiln, part: Part, template: Template) -> Action:
+    """The key of a part compiled with its own weights."""
+    binding = bind_part(part, template.slots, kiln.checkpoint)
+    inputs = {"template": template.digest, "weights": weights_digest(kiln, binding)}
+    return _compile_action(kiln, "compile", template, net_name(part), inputs)
 
 
 def cast_part(kiln: Kiln, part: Part, template: Template, mould: Mould) -> BinaryPart:
@@ -226,40 +267,25 @@ def cast_part(kiln: Kiln, part: Part, template: Template, mould: Mould) -> Binar
         cast_bmodel(kiln.path(mould_blobs["bmodel"]), coefficients, reader, net_name(part), target)
         return {"bmodel": target}, {}
 
-    action = Action(
-        stage="cast",
-        what=f"{part.name} {kiln.scheme(part).name}",
-        code_version=stage_code_version(*_CAST_CODE),
-        inputs={
-            "mould": mould_blobs["bmodel"].digest,
-            "map": mould_blobs["map"].digest,
-            "weights": weights_digest(kiln, binding),
-        },
-        settings={"net": net_name(part)},
-    )
-    result = run_action(kiln.cache, action, produce)
+    result = run_action(kiln.cache, cast_action(kiln, part, template, mould), produce)
     return BinaryPart(
         part, net_name(part), kiln.scheme(part), result.outputs["bmodel"], mould.result.facts, "cast",
-        mould_blobs["lowered"], mould_blobs["weights"], mould_blobs["map"],
+        mould_blobs["lowered"], mould_blobs["weights"], mould_blobs["map"], result.hit,
     )  # fmt: skip
 
 
-def prove_cast(cast: BinaryPart, direct: BinaryPart, kiln: Kiln) -> BinaryPart:
-    """The cast part, marked as proven.
-
-    Raises:
-        CompileError: the cast differs from what the compiler itself makes of the same weights.
-    """
-    if cast.bmodel.digest == direct.bmodel.digest:
-        return BinaryPart(
-            cast.part, cast.net, cast.scheme, cast.bmodel, cast.facts, "cast, compiled: identical",
-            cast.lowered, cast.weights, cast.coefficients,
-        )  # fmt: skip
-    one, other = (kiln.path(part.bmodel).read_bytes() for part in (cast, direct))
-    differing = sum(a != b for a, b in zip(one, other, strict=False)) + abs(len(one) - len(other))
-    raise CompileError(
-        f"{cast.part.name}: the cast differs in {differing} bytes from what the compiler makes of the same weights, "
-        "and they must be equal; the mould's map is wrong: this is a bug of fluxkiln, and the bundle was not written"
+def cast_action(kiln: Kiln, part: Part, template: Template, mould: Mould) -> Action:
+    """The key of a cast."""
+    return Action(
+        stage="cast",
+        what=f"{part.name} {kiln.scheme(part).name}",
+        code_version=stage_code_version(*CAST_CODE),
+        inputs={
+            "mould": mould.result.outputs["bmodel"].digest,
+            "map": mould.result.outputs["map"].digest,
+            "weights": weights_digest(kiln, bind_part(part, template.slots, kiln.checkpoint)),
+        },
+        settings={"net": net_name(part)},
     )
 
 
@@ -276,16 +302,20 @@ def combine_parts(kiln: Kiln, name: str, parts: list[BinaryPart]) -> CombinedFil
         check_codes(target)
         return {"bmodel": target}, {}
 
-    action = Action(
+    result = run_action(kiln.cache, combine_action(kiln, name, parts), produce)
+    return CombinedFile(name, result.outputs["bmodel"], tuple(part.part.name for part in parts), result.hit)
+
+
+def combine_action(kiln: Kiln, name: str, parts: list[BinaryPart]) -> Action:
+    """The key of a combined file: its nets in order."""
+    return Action(
         stage="combine",
         what=name,
         code_version=stage_code_version("fluxkiln.compile.tpu_mlir", "fluxkiln.compile.bmodel"),
         inputs={f"{index:03d}": part.bmodel.digest for index, part in enumerate(parts)},
         settings={"chip": kiln.target.chip},
-        tools={"tpu_mlir": env.version},
+        tools={"tpu_mlir": _require_env(kiln).version},
     )
-    blob = run_action(kiln.cache, action, produce).outputs["bmodel"]
-    return CombinedFile(name, blob, tuple(part.part.name for part in parts))
 
 
 def net_name(part: Part) -> str:
@@ -295,15 +325,14 @@ def net_name(part: Part) -> str:
     return part.name.replace(".", "_")
 
 
-def compile_memory(template: Template) -> int:
-    """Peak bytes of compiling one graph: the transform holds its float32 weights about five times (measured)."""
-    elements = 0
-    for slot in template.slots:
-        size = 1
-        for length in slot.shape:
-            size *= length
-        elements += size
+def compile_memory(elements: int) -> int:
+    """Peak bytes of compiling a graph with so many weights: the transform holds them in float32 about five times."""
     return (700 << 20) + 5 * 4 * elements
+
+
+def count_elements(specs: Iterable[TensorSpec | TensorRef]) -> int:
+    """Elements of all these tensors."""
+    return sum(math.prod(spec.shape) for spec in specs)
 
 
 def weights_digest(kiln: Kiln, binding: Binding) -> str:
@@ -314,9 +343,8 @@ def weights_digest(kiln: Kiln, binding: Binding) -> str:
     return "sha256:" + hashlib.sha256(json.dumps([refs, slots]).encode()).hexdigest()
 
 
-def _compile_action(
-    kiln: Kiln, stage: str, template: Template, net: str, scheme: Scheme, inputs: Mapping[str, str]
-) -> Action:
+def _compile_action(kiln: Kiln, stage: str, template: Template, net: str, inputs: Mapping[str, str]) -> Action:
+    scheme = kiln.schemes[template.kind]
     return Action(
         stage=stage,
         what=f"{net} {scheme.name}",

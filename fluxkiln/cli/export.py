@@ -16,10 +16,9 @@ from fluxkiln.artifacts.types import GraphFormat, Template
 from fluxkiln.cli.options import build_dir_option, check_size, size_option, tokens_option, vae_option
 from fluxkiln.cli.output import Output, count_text, json_option, seconds_text, size_text
 from fluxkiln.cli.progress import open_progress
-from fluxkiln.cli.synth import count_bytes
 from fluxkiln.components import KINDS, Part, Shapes, list_parts
-from fluxkiln.errors import CheckpointError, UsageError
-from fluxkiln.progress import Progress
+from fluxkiln.errors import UsageError
+from fluxkiln.progress import Progress, count_bytes
 from fluxkiln.settings import Settings
 
 if TYPE_CHECKING:
@@ -64,7 +63,7 @@ def export(
     (.pt2, .pt) and export.json: inputs, outputs and slots of each template, and for each part the checkpoint tensors
     and transforms that fill the slots.
     """
-    from fluxkiln.build import default_size, default_tokens
+    from fluxkiln.build import check_vae, default_size, default_tokens
     from fluxkiln.export.checkpoint import open_checkpoint
     from fluxkiln.export.source import resolve_model
 
@@ -74,16 +73,12 @@ def export(
     _check_empty(directory)
     started = time.perf_counter()
     with open_progress() as progress:
-        root = resolve_model(model, build_dir / "models", count_bytes(progress, "synthesize"))
+        root = resolve_model(model, build_dir / "models", count_bytes(progress, "synthesize", "written"))
         checkpoint = open_checkpoint(root)
         width, height = settings.size or default_size(checkpoint)
         shapes = Shapes(height, width, tokens or default_tokens(checkpoint))
         shapes.check_variant(checkpoint.variant)
-        if settings.vae == "tiny" and "vae_tiny" not in checkpoint.tensors:
-            raise CheckpointError(
-                f"{checkpoint.name} has no folder vae_tiny, --vae tiny needs it; save taef1 there with "
-                "AutoencoderTiny.save_pretrained, or leave --vae out"
-            )
+        check_vae(checkpoint, settings.vae)
         parts = [part for part in list_parts(checkpoint.configs, settings.vae) if not kinds or part.kind in kinds]
         index = write_export(checkpoint, parts, shapes, chosen_formats, directory, progress)
     seconds = time.perf_counter() - started

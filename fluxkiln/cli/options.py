@@ -55,6 +55,7 @@ def settings_options(command: _F) -> _F:
         steps: int,
         prompt: str | None,
         no_verify: bool,
+        prove: bool,
         lora: str | None,
         **kwargs: Any,
     ) -> Any:
@@ -76,6 +77,7 @@ def settings_options(command: _F) -> _F:
                 seed=seed,
                 steps=steps,
                 verify=not no_verify,
+                prove=prove,
                 **({"prompt": prompt} if prompt else {}),
             )
             found.parse_schemes(scheme)
@@ -109,6 +111,9 @@ def settings_options(command: _F) -> _F:
         ),
         click.option("--prompt", help="What the reference run draws."),
         click.option("--no-verify", is_flag=True, help="Build without climbing the parity ladder."),
+        click.option(
+            "--prove", is_flag=True, help="Compile one part of each cast kind again, also for moulds of the store."
+        ),
         # A Make variable already: refused in words, not ignored.
         click.option("--lora", hidden=True),
     )

@@ -12,11 +12,10 @@ from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from fluxkiln.cli.output import fancy, seconds_text
+from fluxkiln.progress import FROM_STORE
 
 Clock = Callable[[], float]
 
-# What a job says that had nothing to do; such jobs tell nothing about how long the others take.
-FROM_STORE = "from the store"
 LINE_INTERVAL = 5.0
 _WINDOW = 8
 
@@ -81,8 +80,13 @@ class LineProgress:
 
     def stage(self, name: str, total: int) -> None:
         with self._lock:
-            if name in self._stages:
-                self._stages[name].announce(total)
+            tally = self._stages.get(name)
+            if tally is not None:
+                before = tally.complete
+                tally.announce(total)
+                # fewer jobs than announced: the last one is done already
+                if tally.complete and not before:
+                    self._say(f"{name}: {_summary(tally, self._clock())}", self._clock())
             else:
                 self._stages[name] = StageTally(name, total, self._clock())
 

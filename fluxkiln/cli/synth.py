@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import click
 
 from fluxkiln.cli.output import Output, json_option, seconds_text, size_text
 from fluxkiln.cli.progress import open_progress
-from fluxkiln.progress import Progress
-
-STEP_BYTES = 1_000_000_000
+from fluxkiln.progress import count_bytes
 
 
 @click.command()
@@ -36,7 +33,7 @@ def synth(output: Output, preset: str, directory: Path, components: str | None, 
     total = synthesized_bytes(find_preset(preset), names)
     started = time.perf_counter()
     with open_progress() as progress:
-        synthesize(preset, directory, names, seed, count_bytes(progress, "synthesize"))
+        synthesize(preset, directory, names, seed, count_bytes(progress, "synthesize", "written"))
     seconds = time.perf_counter() - started
     output.document(
         {
@@ -49,19 +46,3 @@ def synth(output: Output, preset: str, directory: Path, components: str | None, 
         }
     )
     output.line(f"{directory}: {preset}, {size_text(total)} of random weights in {seconds_text(seconds)}")
-
-
-def count_bytes(progress: Progress, stage: str) -> Callable[[int, int], None]:
-    """Bytes written and to be written, as a stage of gigabytes."""
-    shown = 0
-
-    def report(written: int, total: int) -> None:
-        nonlocal shown
-        steps = max(1, total // STEP_BYTES)
-        if not shown:
-            progress.stage(stage, steps)
-        for _ in range(shown, written * steps // max(total, 1)):
-            shown += 1
-            progress.done(stage, size_text(written), "written" if written == total else f"of {size_text(total)}")
-
-    return report

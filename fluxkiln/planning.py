@@ -1,0 +1,323 @@
+"""What a build will do, without doing it: its jobs, their memory, which of them the store has, and the disk it takes.
+
+Nothing is traced. Where a template is in the store its keys are the build's own; where it is not, sizes come from the
+shapes of the checkpoint's tensors, and everything that follows from the template has yet to be made.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fluxkiln.artifacts.types import GraphFormat, Template, TensorRef, TensorSpec
+from fluxkiln.combining import group_parts
+from fluxkiln.components import KINDS, Part
+from fluxkiln.errors import ResourceError
+from fluxkiln.export.bindings import tensors_of
+from fluxkiln.proving import needs_proof, proof_part
+from fluxkiln.quantize.schemes import Scheme, check_groups
+from fluxkiln.settings import Settings
+from fluxkiln.stages import (
+    CAST_MEMORY,
+    BinaryPart,
+    Kiln,
+    Mould,
+    cast_action,
+    cast_part,
+    combine_action,
+    compile_action,
+    compile_memory,
+    compile_part,
+    count_elements,
+    find_mould,
+    find_template,
+    make_template,
+)
+
+if TYPE_CHECKING:
+    from fluxkiln.build import Prepared
+
+# torch, diffusers and the exporter in one process
+TRACE_MEMORY = 1 << 30
+# 0.1 s of quantization per 50 million weights and 3 s of starting a compiler, measured on two cores
+COMPILE_SECONDS, COMPILE_SECONDS_PER_WEIGHT = 3.0, 1e-7
+CAST_SECONDS, CAST_SECONDS_PER_WEIGHT = 0.2, 4e-9
+TRACE_SECONDS, RECORD_SECONDS, CALL_SECONDS = 1.5, 8.0, 1.0
+# What is in a bundle besides binaries: tokenizers, configs, host constants; and the report.
+SMALL_FILES = 20 << 20
+# The chip's kernel module, which every bmodel brings along whatever its weights.
+KERNEL_BYTES = 6 << 20
+
+# Kinds whose tensors have no prefix of their own: the beginnings of their names, or of those they do not have.
+_OWN = {"t5_embed": ("shared.",), "tail": ("norm_out.", "proj_out.")}
+_OTHERS = {"head": ("transformer_blocks.", "single_transformer_blocks.", "norm_out.", "proj_out.")}
+# Matrices that are looked up in, not multiplied with.
+_TABLES = ("embedding.weight", "shared.weight", "relative_attention_bias.weight")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One job of a build. `what` is a part, a kind or a file; `weights` how many numbers it works on."""
+
+    stage: str
+    what: str
+    kind: str
+    scheme: str
+    memory_bytes: int
+    in_store: bool
+    weights: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        shown = asdict(self)
+        del shown["weights"]
+        return shown
+
+
+def plan_build(prepared: Prepared) -> dict[str, Any]:
+    """Jobs in the order of their stages, and what they need in all, as plain JSON.
+
+    `totals`: numbers of jobs and of those still to do, and estimates for these of peak memory, disk and seconds.
+    """
+    jobs = list_jobs(prepared)
+    todo = [job for job in jobs if not job.in_store]
+    return {
+        "name": prepared.name,
+        "target": prepared.kiln.target.name,
+        "jobs": [job.to_json() for job in jobs],
+        "totals": {
+            "jobs": len(jobs),
+            "to_do": len(todo),
+            "memory_peak_bytes": peak_memory(todo, prepared.settings),
+            "disk_bytes": disk_bytes(prepared, todo),
+            "seconds": round(estimate_seconds(prepared, todo)),
+        },
+    }
+
+
+def list_jobs(prepared: Prepared) -> list[Job]:
+    """All jobs of a build."""
+    from fluxkiln.bundling import build_action
+
+    kiln = prepared.kiln
+    jobs = compile_jobs(kiln, prepared.settings) if kiln.target.toolchain == "tpu_mlir" else link_jobs(kiln)
+    finished = kiln.cache.lookup(build_action(prepared).key) is not None
+    weights = count_elements(ref for part in kiln.parts for ref in part_refs(kiln, part))
+    if prepared.settings.verify:
+        memory = TRACE_MEMORY + 4 * weights
+        jobs.append(Job("record", "reference run", "", "F32", memory, finished, weights))
+        largest = max(count_elements(part_refs(kiln, part)) for part in kiln.parts)
+        jobs.append(Job("verify", "parity ladder", "", "", 2 * TRACE_MEMORY + 8 * largest, finished, weights))
+    jobs.append(Job("bundle", prepared.name, "", "", 0, finished, weights))
+    return jobs
+
+
+def link_jobs(kiln: Kiln) -> list[Job]:
+    """Jobs of a target that runs the graphs as they are."""
+    jobs = [template_job(kiln, kind, kiln.target.graph_format) for kind in kiln.kinds()]
+    for part in kiln.parts:
+        weights = count_elements(part_refs(kiln, part))
+        # Linking is not a cached action: it takes the time of a copy.
+        jobs.append(Job("link", part.name, part.kind, kiln.scheme(part).name, CAST_MEMORY, False, weights))
+    return jobs
+
+
+def compile_jobs(kiln: Kiln, settings: Settings) -> list[Job]:
+    """Jobs of a target with a compiler: templates, moulds, proofs, casts, compiles, and files that combine them."""
+    templates, made, cast = [], [], []
+    for kind in kiln.kinds():
+        template = find_template(kiln, kind, kiln.target.graph_format)
+        templates.append(template_job(kiln, kind, kiln.target.graph_format, known=template is not None))
+        parts = [part for part in kiln.parts if part.kind == kind]
+        if kind not in kiln.target.cast_kinds:
+            made += [compile_job(kiln, part, template) for part in parts]
+            continue
+        weights = count_elements(template.slots if template else part_refs(kiln, parts[0]))
+        mould = find_mould(kiln, template) if template else None
+        scheme, memory = kiln.schemes[kind].name, compile_memory(weights)
+        made.append(Job("mould", f"mould {kind}", kind, scheme, memory, mould is not None, weights))
+        if mould is not None and not mould.castable:
+            made += [compile_job(kiln, part, template) for part in parts]
+            continue
+        if settings.prove or needs_proof(kiln, mould):
+            made.append(compile_job(kiln, proof_part(parts, settings.seed), template))
+        cast += [cast_job(kiln, part, template, mould, weights) for part in parts]
+    jobs = [*templates, *made, *cast]
+    if all(job.in_store for job in jobs):
+        groups = group_parts(kiln, tuple(_binary(kiln, part) for part in kiln.parts))
+        keys = {name: combine_action(kiln, name, parts).key for name, parts in groups.items()}
+        return [*jobs, *(_combine_job(name, kiln.cache.lookup(key) is not None) for name, key in keys.items())]
+    # Into how many files an unquantized transformer is cut depends on measured sizes.
+    components = dict.fromkeys(part.component for part in kiln.parts)
+    return [*jobs, *(_combine_job("vae_decoder.bmodel" if name == "vae" else f"{name}.bmodel") for name in components)]
+
+
+def _combine_job(name: str, known: bool = False) -> Job:
+    return Job("combine", name, "", "", 0, known)
+
+
+def _binary(kiln: Kiln, part: Part) -> BinaryPart:
+    """A part's binary, which is in the store."""
+    template = make_template(kiln, part.kind, kiln.target.graph_format)
+    mould = find_mould(kiln, template) if part.kind in kiln.target.cast_kinds else None
+    if mould is not None and mould.castable:
+        return cast_part(kiln, part, template, mould)
+    return compile_part(kiln, part, template)
+
+
+def template_job(kiln: Kiln, kind: str, graph_format: GraphFormat, known: bool | None = None) -> Job:
+    """The job that traces a kind."""
+    if known is None:
+        known = find_template(kiln, kind, graph_format) is not None
+    return Job("template", f"{kind} {graph_format}", kind, "", TRACE_MEMORY, known)
+
+
+def compile_job(kiln: Kiln, part: Part, template: Template | None) -> Job:
+    """The job that compiles a part with its own weights."""
+    weights = count_elements(template.slots if template else part_refs(kiln, part))
+    known = template is not None and kiln.cache.lookup(compile_action(kiln, part, template).key) is not None
+    return Job("compile", part.name, part.kind, kiln.scheme(part).name, compile_memory(weights), known, weights)
+
+
+def cast_job(kiln: Kiln, part: Part, template: Template | None, mould: Mould | None, weights: int) -> Job:
+    """The job that casts a part."""
+    known = (
+        template is not None
+        and mould is not None
+        and kiln.cache.lookup(cast_action(kiln, part, template, mould).key) is not None
+    )
+    return Job("cast", part.name, part.kind, kiln.scheme(part).name, CAST_MEMORY, known, weights)
+
+
+def part_refs(kiln: Kiln, part: Part) -> list[TensorRef]:
+    """The checkpoint tensors of a part, by their names alone."""
+    refs = kiln.checkpoint.tensors[tensors_of(part)]
+    own, others = _OWN.get(part.kind, (part.prefix,)), _OTHERS.get(part.kind, ())
+    return [ref for name, ref in refs.items() if name.startswith(own) and not (others and name.startswith(others))]
+
+
+def check_weights(kiln: Kiln) -> None:
+    """Raise SchemeError when a group size does not divide the width of a weight that the scheme quantizes."""
+    for part in kiln.parts:
+        scheme = kiln.scheme(part)
+        for ref in part_refs(kiln, part) if scheme.weight_bits else ():
+            if len(ref.shape) == 2 and not ref.name.endswith(_TABLES):
+                check_groups(scheme, ref.name, ref.shape[1])
+
+
+def check_disk(prepared: Prepared) -> None:
+    """Refuse a build that the disk has no room for.
+
+    Raises:
+        ResourceError: fewer bytes are free than the jobs still to do are estimated to write.
+    """
+    needed = disk_bytes(prepared, [job for job in list_jobs(prepared) if not job.in_store])
+    places = {prepared.folder, prepared.kiln.cache.store.root}
+    # On two file systems each gets less than all of it; how much is not worth a second estimate.
+    free, place = min((free_bytes(place), place) for place in places)
+    share = needed if len({_existing(place).stat().st_dev for place in places}) == 1 else needed // 2
+    if free < share:
+        raise ResourceError(
+            f"{_existing(place)}: {free / 1e9:.2f} GB are free, this build needs about {share / 1e9:.2f} GB; make "
+            "room, or name folders on a larger disk (--build-dir, --store). Nothing was started"
+        )
+
+
+def free_bytes(place: Path) -> int:
+    """Bytes that can be written where `place` is or will be."""
+    return shutil.disk_usage(_existing(place)).free
+
+
+def disk_bytes(prepared: Prepared, todo: Iterable[Job]) -> int:
+    """About how many bytes these jobs write: into the store, the bundle, and working folders at their fullest."""
+    kiln, settings = prepared.kiln, prepared.settings
+    todo = list(todo)
+    if not todo:
+        return 0
+    total, working = SMALL_FILES, [0]
+    for job in todo:
+        if job.stage in ("mould", "compile", "cast"):
+            stored = stored_bytes(kiln.schemes[job.kind], job.weights)
+            # A compile keeps the weights of the interpreter as well, and works on four float32 copies.
+            total += KERNEL_BYTES + (stored if job.stage == "cast" else 2 * stored)
+            working += [0 if job.stage == "cast" else 16 * job.weights]
+    binaries = sum(stored_bytes(kiln.scheme(part), count_elements(part_refs(kiln, part))) for part in kiln.parts)
+    stages = {job.stage for job in todo}
+    # Files of components in the store; for graphs, the working folder and the store.
+    total += binaries * ("combine" in stages) + 2 * binaries * ("link" in stages)
+    total += binaries * ("bundle" in stages)
+    if "verify" in stages:
+        weights = sum(job.weights for job in todo if job.stage == "verify")
+        # Binaries and lowered weights laid out, and where a scheme quantizes, graphs with float32 weights.
+        rounded = kiln.schemes["double"].arithmetic != "F32"
+        working.append(2 * binaries * (kiln.target.toolchain == "tpu_mlir") + 4 * weights * rounded)
+        total += recording_bytes(kiln, settings.steps)
+    return total + _most(working, settings)
+
+
+def stored_bytes(scheme: Scheme, weights: int) -> int:
+    """Bytes of so many weights in a binary: codes with a scale and an offset per group, or numbers of 2 or 4 bytes."""
+    if scheme.weight_bits:
+        return math.ceil(weights * (scheme.weight_bits / 8 + 3 / scheme.group_size))
+    return weights * (4 if scheme.arithmetic == "F32" else 2)
+
+
+def recording_bytes(kiln: Kiln, steps: int) -> int:
+    """About the bytes of a recorded run: what goes into each part, in float32; most outputs are another's input."""
+    from fluxkiln.export.trace import part_inputs
+
+    total = 0
+    for part in kiln.parts:
+        calls = steps if part.component == "transformer" else 1
+        specs: tuple[TensorSpec, ...] = part_inputs(part.kind, kiln.checkpoint.configs, kiln.shapes)
+        changing = [spec for spec in specs if not spec.name.startswith(("rotary", "position"))]
+        total += 4 * calls * count_elements(changing)
+    return 2 * total
+
+
+def peak_memory(todo: Iterable[Job], settings: Settings) -> int:
+    """The most that jobs hold at once, this process included; stages come one after the other."""
+    pooled: list[int] = []
+    alone = [0]
+    for job in todo:
+        (pooled if job.stage in ("mould", "compile", "cast") else alone).append(job.memory_bytes)
+    return max(TRACE_MEMORY * bool(pooled) + _most(pooled, settings), *alone)
+
+
+def estimate_seconds(prepared: Prepared, todo: Iterable[Job]) -> float:
+    """A guess from times measured on two cores."""
+    settings, pooled, alone = prepared.settings, 0.0, 0.0
+    for job in todo:
+        if job.stage in ("mould", "compile"):
+            pooled += COMPILE_SECONDS + COMPILE_SECONDS_PER_WEIGHT * job.weights
+        elif job.stage in ("cast", "link"):
+            pooled += CAST_SECONDS + CAST_SECONDS_PER_WEIGHT * job.weights
+        elif job.stage == "template":
+            alone += TRACE_SECONDS
+        elif job.stage == "record":
+            alone += RECORD_SECONDS
+        elif job.stage == "verify":
+            parts = prepared.kiln.parts
+            alone += CALL_SECONDS * sum(
+                settings.steps if KINDS[part.kind].component == "transformer" else 1 for part in parts
+            )
+    return alone + pooled / min(_workers(settings), 2)
+
+
+def _most(claims: list[int], settings: Settings) -> int:
+    """The largest sum of as many claims as there are workers."""
+    return sum(sorted(claims, reverse=True)[: _workers(settings)])
+
+
+def _workers(settings: Settings) -> int:
+    return settings.jobs or os.cpu_count() or 1
+
+
+def _existing(place: Path) -> Path:
+    while not place.exists():
+        place = place.parent
+    return place

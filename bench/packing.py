@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -22,7 +23,7 @@ def measure() -> Figure:
     wide_OI = narrow_OI.astype(np.float32)
     theirs: Any = DefaultWeightOnlyQuantizer(DefaultWeightOnlyQuantConfig(block_size=GROUP, is_symmetric=False, bits=4))
     transposed = np.ascontiguousarray(wide_OI.T)
-    works = {
+    works: dict[str, Callable[[], Any]] = {
         "fluxkiln `pack_int4`, bfloat16 in": lambda: pack_int4(narrow_OI, GROUP),
         "fluxkiln `pack_int4`, float32 in": lambda: pack_int4(wide_OI, GROUP),
         "fluxkiln `pack_int8`, bfloat16 in": lambda: pack_int8(narrow_OI, GROUP),

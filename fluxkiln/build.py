@@ -208,6 +208,7 @@ def build_binaries(kiln: Kiln, settings: Settings, progress: Progress) -> tuple[
     templates: dict[str, Template] = {}
     compiled: dict[str, Future[Any]] = {}
     moulds: dict[str, Future[Any]] = {}
+    proofs: list[Part] = []
     with JobPool[Any](settings.jobs) as pool:
         # the slowest first, so that the others fill the gaps
         for kind in sorted(by_kind, key=lambda kind: (KINDS[kind].component != "vae", kind not in casts)):
@@ -217,11 +218,16 @@ def build_binaries(kiln: Kiln, settings: Settings, progress: Progress) -> tuple[
             if kind in casts:
                 claim = _claim(kiln, mould_action(kiln, template), template)
                 moulds[kind] = pool.submit(f"mould {kind}", claim, _told(progress, make_mould, kiln, template))
-            if settings.prove or unproven:
-                compiled[kind] = _submit_compile(pool, kiln, progress, proof, template)
-            else:
+            if not (settings.prove or unproven):
                 progress.done("compile", proof.name, f"{FROM_STORE}: proven when its mould was made")
+            elif kind in casts:
+                proofs.append(proof)
+            else:
+                compiled[kind] = _submit_compile(pool, kiln, progress, proof, template)
             pool.check()
+        # behind the moulds, so that the two compiles of the largest kind do not need their memory at once
+        for proof in proofs:
+            compiled[proof.kind] = _submit_compile(pool, kiln, progress, proof, templates[proof.kind])
         pending: list[tuple[Part, Future[Any]]] = []
         for kind in casts:
             mould: Mould = moulds[kind].result()

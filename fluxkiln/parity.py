@@ -234,7 +234,7 @@ def onnxruntime_rung(kiln: Kiln, folder: Path) -> PartRunner:
     from fluxkiln.compile.ort_session import OrtRunner
 
     unquantized = dict.fromkeys(kiln.schemes, parse_scheme("F32"))
-    return OrtRunner(link_parts(kiln, unquantized, folder), threads=1)
+    return OrtRunner(link_parts(kiln, unquantized, folder), threads=1, most_open=1)
 
 
 def dequantized_rung(kiln: Kiln, folder: Path) -> PartRunner:
@@ -254,7 +254,7 @@ def dequantized_rung(kiln: Kiln, folder: Path) -> PartRunner:
         stored = partial(_stored, reader, kiln.scheme(part), quantized)
         poured[part.name] = folder / f"{part.name}.onnx"
         pour(template.path, activations, stored, poured[part.name])
-    return OrtRunner(poured, threads=1)
+    return OrtRunner(poured, threads=1, most_open=1)
 
 
 def _stored(reader: WeightReader, scheme: Scheme, quantized: set[str], slot: str) -> NDArray[Any]:

@@ -30,15 +30,6 @@ timings = {one["name"]: one["seconds"] for one in json.loads(result.report.with_
 print(json.dumps({"stages": stages, "timings": timings, "seconds": time.perf_counter() - started,
                   "compiler_runs": result.compiler_runs, "parity": result.parity["passed"]}))
 """
-MEANING = {
-    "synthesize": "write the checkpoint",
-    "compile": "templates, moulds, parts that exist once, proofs",
-    "cast": "cast the repeated parts (beside compiling)",
-    "combine": "one bmodel per component",
-    "link": "graphs over the checkpoint's own bytes",
-    "verify": "every part at every rung, the whole pipeline",
-    "bundle": "bundle, digests, tag",
-}
 
 
 def measure() -> Figure:
@@ -50,7 +41,7 @@ def measure() -> Figure:
         document = made.document()
         for stage, (begun, ended, jobs) in document["stages"].items():
             times = (f"{begun:.1f} s", f"{ended:.1f} s", f"{ended - begun:.1f} s")
-            rows.append((target, f"{stage}: {MEANING.get(stage, '')}", *times, str(jobs)))
+            rows.append((target, stage, *times, str(jobs)))
         compiler = f"{document['compiler_runs']} compiler runs"
         total = f"**{made.seconds:.1f} s**, {gigabytes(made.peak_bytes)} at most, {compiler}"
         rows.append((f"**{target}**", "**all**, with the interpreter's start", "", "", total, ""))

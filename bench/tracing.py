@@ -72,7 +72,7 @@ def measure() -> Figure:
                 ratio(document["seconds"], base["seconds"]),
                 gigabytes(made.peak_bytes),
                 ratio(made.peak_bytes, last.peak_bytes),
-                f"{document['bytes'] / 1e6:.1f} MB",
+                f"{document['bytes'] / 1e3:,.0f} kB",
             )
         )
     return Figure(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 import tempfile
@@ -84,7 +85,10 @@ class Simulator:
     def close(self) -> None:
         """End the process; its scratch files go with it."""
         stop(self._process)
-        self._log_file.close()
+        for stream in (self._process.stdin, self._process.stdout, self._log_file):
+            if stream is not None:
+                with contextlib.suppress(BrokenPipeError):  # a request that the process did not live to read
+                    stream.close()
         self._scratch.cleanup()
 
     def __enter__(self) -> Simulator:

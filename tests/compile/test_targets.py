@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import pytest
+
+from fluxkiln.compile.bmodel import read_bmodel
+from fluxkiln.compile.targets import find_target, target_names
+from fluxkiln.components import KINDS, find_part
+from fluxkiln.errors import SchemeError, UsageError
+from fluxkiln.quantize.schemes import SCHEME_NAMES, parse_scheme
+from fluxkiln.stages import compile_part, make_template
+
+
+def test_every_target_is_found_by_its_own_name():
+    assert set(target_names()) >= {"bm1684x", "bm1688", "cpu"}
+    for name in target_names():
+        target = find_target(name)
+        assert target.name == name
+        assert target.schemes
+        assert all(parse_scheme(scheme).name == scheme for scheme in target.schemes)
+        assert set(target.cast_kinds) | set(target.narrow_inputs) | set(target.narrow_outputs) <= set(KINDS)
+
+
+@pytest.mark.parametrize("name", ["bm1685", "", "BM1684X", "__init__", "../targets/cpu"])
+def test_unknown_target_is_refused_with_the_legal_ones(name):
+    with pytest.raises(UsageError, match="bm1684x, bm1688, cpu") as raised:
+        find_target(name)
+    assert repr(name) in str(raised.value)
+    assert raised.value.exit_code == 2
+
+
+def test_blocks_hand_over_16_bits_to_what_takes_them():
+    """Whatever a 16-bit output goes to takes 16 bits in; the host reads and writes float32."""
+    for name in ("bm1684x", "bm1688"):
+        target = find_target(name)
+        assert {"double", "single", "t5_block"} <= set(target.narrow_inputs) & set(target.narrow_outputs)
+        assert "tail" not in target.narrow_outputs
+        assert "head" not in target.narrow_inputs
+
+
+def test_schemes_a_target_cannot_store_are_refused():
+    target = find_target("cpu")
+    with pytest.raises(SchemeError, match=r"target cpu cannot store W8BF16; it has BF16, F32, F16, W4BF16"):
+        target.parse_schemes("W8BF16")
+    with pytest.raises(SchemeError, match="cannot store W8BF16"):
+        target.parse_schemes("W4BF16,tail=W8BF16")
+    for name in SCHEME_NAMES:
+        blocks, schemes = find_target("bm1684x").parse_schemes(name)
+        assert schemes["double"] == blocks == parse_scheme(name)
+
+
+def test_the_first_scheme_is_the_default():
+    blocks, schemes = find_target("bm1684x").parse_schemes(None)
+    assert blocks.name == "W4BF16"
+    assert {kind: scheme.name for kind, scheme in schemes.items()} == {
+        "clip": "F16", "t5_embed": "F16", "t5_block": "W4BF16", "t5_final": "BF16", "head": "BF16",
+        "double": "W4BF16", "single": "W4BF16", "tail": "BF16", "vae_decoder": "F16", "tiny_vae_decoder": "F16",
+    }  # fmt: skip
+
+
+@pytest.mark.tpu_mlir
+def test_the_other_chip_compiles(kiln):
+    kiln = kiln(target="bm1688")
+    part = find_part(kiln.parts, "tail")
+    made = compile_part(kiln, part, make_template(kiln, "tail", "onnx17"))
+    model = read_bmodel(kiln.path(made.bmodel))
+    assert model.chip == "bm1688"
+    assert [tensor.dtype for tensor in model.nets[0].inputs] == ["float32", "float32"]

@@ -65,7 +65,7 @@ class Admission:
         return self._stopped
 
 
-class _NotStarted(ResourceError):
+class _NotStartedError(ResourceError):
     """A job that another one's failure kept from starting; never what a user should be told."""
 
 
@@ -95,7 +95,7 @@ class JobPool(Generic[T]):
         while not all(future.done() for future in self._futures):
             stop_all()
             time.sleep(0.05)
-        if isinstance(error, _NotStarted) and self._first_error is not None:
+        if isinstance(error, _NotStartedError) and self._first_error is not None:
             raise self._first_error from None
 
     def submit(self, what: str, memory: int, job: Callable[[], T]) -> Future[T]:
@@ -105,7 +105,7 @@ class JobPool(Generic[T]):
             try:
                 return self._run(what, memory, job)
             except BaseException as error:
-                if self._first_error is None and not isinstance(error, _NotStarted):
+                if self._first_error is None and not isinstance(error, _NotStartedError):
                     self._first_error = error
                 raise
 
@@ -117,7 +117,7 @@ class JobPool(Generic[T]):
         self.admission.take(memory, what)
         try:
             if self.admission.stopped:
-                raise _NotStarted(f"{what} was not started: another job had failed")
+                raise _NotStartedError(f"{what} was not started: another job had failed")
             return job()
         except BaseException:
             self.admission.stop()  # before the memory is free, or the next job would start

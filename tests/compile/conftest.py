@@ -6,7 +6,10 @@ import functools
 import os
 from dataclasses import replace
 
+import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper
 
 from fluxkiln.compile.ort_graph import link_weights
 from fluxkiln.components import Shapes, find_part, list_parts
@@ -56,3 +59,37 @@ def link(tiny_checkpoint, tiny_template, tiny_parts, tmp_path):
         return link_weights(template, binding, refs, reader, parse_scheme(scheme), folder / f"{name}.onnx")
 
     return make
+
+
+@pytest.fixture(scope="session")
+def compile_matmul(tpu_mlir, tmp_path_factory):
+    """(width, scheme, CompileJob fields) -> job, result and weight of one matmul [8, width] x [width, 64]."""
+
+    @functools.cache
+    def make(width=128, scheme="F32", **fields):
+        from fluxkiln.compile.pour import pour
+        from fluxkiln.compile.tpu_mlir import CompileJob, compile_graph
+
+        folder = tmp_path_factory.mktemp(f"matmul-{width}-{scheme}")
+        weight = np.random.default_rng(width).standard_normal((64, width)).astype(np.float32)
+        template = write_matmul(folder / "template.onnx", width)
+        pour(template, {"x"}, lambda slot: weight, folder / "poured.onnx")
+        work = folder / "work"
+        work.mkdir()
+        job = CompileJob(
+            "matmul", "matmul", folder / "poured.onnx", template, frozenset({"x"}), parse_scheme(scheme), "bm1684x",
+            **fields,
+        )  # fmt: skip
+        return job, compile_graph(tpu_mlir, job, work, folder / "log"), weight
+
+    return make
+
+
+def write_matmul(path, width):
+    """A template: x [1, 8, width] times slot w__t."""
+    shapes = {"x": [1, 8, width], "w__t": [width, 64], "y": [1, 8, 64]}
+    values = {name: helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()}
+    node = helper.make_node("MatMul", ["x", "w__t"], ["y"])
+    graph = helper.make_graph([node], "matmul", [values["x"], values["w__t"]], [values["y"]])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path

@@ -76,9 +76,14 @@ def test_claim_above_the_budget_is_refused_at_once():
     with pytest.raises(ResourceError, match=r"mould double needs about 9\.0 GB of memory, 2\.0 GB are available.*SIZE"):
         Admission(2_000_000_000).take(9_000_000_000, "mould double")
     ran = []
-    with pytest.raises(ResourceError, match="needs about"), JobPool(jobs=1, memory=10) as pool:
-        pool.submit("big", 11, lambda: ran.append(1))
-        pool.wait()
+
+    def build():
+        with JobPool(jobs=1, memory=10) as pool:
+            pool.submit("big", 11, lambda: ran.append(1))
+            pool.wait()
+
+    with pytest.raises(ResourceError, match="needs about"):
+        build()
     assert not ran
 
 
@@ -126,13 +131,19 @@ def test_waiting_jobs_do_not_start_after_a_failure():
         waiting.wait(20)
         raise CompileError("the first job failed")
 
-    with pytest.raises(CompileError, match="the first job failed"), JobPool(jobs=2, memory=100) as pool:
-        pool.submit("bad", 90, bad)
-        later = [pool.submit(f"later {i}", 90, lambda i=i: ran.append(i)) for i in range(5)]
-        while not later[0].running():
-            time.sleep(0.001)
-        waiting.set()
-        pool.wait()
+    later = []
+
+    def build():
+        with JobPool(jobs=2, memory=100) as pool:
+            pool.submit("bad", 90, bad)
+            later.extend(pool.submit(f"later {i}", 90, lambda i=i: ran.append(i)) for i in range(5))
+            while not later[0].running():
+                time.sleep(0.001)
+            waiting.set()
+            pool.wait()
+
+    with pytest.raises(CompileError, match="the first job failed"):
+        build()
     assert not ran
     for future in later:
         assert future.done()
@@ -148,11 +159,15 @@ def test_the_error_that_counts_is_the_first_one():
         waiting.wait(20)
         raise CompileError("the first job failed")
 
-    with pytest.raises(CompileError, match="the first job failed"), JobPool(jobs=1, memory=100) as pool:
-        pool.submit("bad", 100, bad)
-        later = pool.submit("later", 100, lambda: None)
-        waiting.set()
-        later.result(20)
+    def build():
+        with JobPool(jobs=1, memory=100) as pool:
+            pool.submit("bad", 100, bad)
+            later = pool.submit("later", 100, lambda: None)
+            waiting.set()
+            later.result(20)
+
+    with pytest.raises(CompileError, match="the first job failed"):
+        build()
 
 
 def test_memory_is_given_back_by_failed_jobs():

@@ -7,8 +7,9 @@ stages that need them, so that a build in which nothing changed costs a few hund
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -112,8 +113,7 @@ def build(settings: Settings, progress: Progress | None = None) -> BuildResult:
     progress = progress or Silent()
     started = time.perf_counter()
     prepared = prepare(settings, progress)
-    prepared.folder.mkdir(parents=True, exist_ok=True)
-    with build_lock(prepared.folder / ".lock", f"the build {prepared.name} for {settings.target}"):
+    with _folder_locked(prepared):
         heal_bundle(prepared.bundle)
         prepared.kiln.cache.store.clean()
         done = _already_done(prepared, started)
@@ -127,6 +127,20 @@ def build(settings: Settings, progress: Progress | None = None) -> BuildResult:
         else:
             binaries, files, graphs = link_components(prepared.kiln, prepared.folder / "work", progress)
         return finish_bundle(prepared, binaries, files, graphs, progress, started)
+
+
+@contextmanager
+def _folder_locked(prepared: Prepared) -> Iterator[None]:
+    """The build's folder, held against a second build of the same; gone afterwards if nothing was written to it."""
+    what = f"the build {prepared.name} for {prepared.kiln.target.name}"
+    prepared.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with build_lock(prepared.folder / ".lock", what):
+            yield
+    finally:
+        for folder in (prepared.folder, prepared.folder.parent):
+            with suppress(OSError):  # not empty
+                folder.rmdir()
 
 
 def prepare(settings: Settings, progress: Progress | None = None) -> Prepared:
@@ -265,10 +279,8 @@ def _tell_casts(binaries: Mapping[str, BinaryPart], compiled: Collection[str], p
     cast = [binary for binary in made if binary.made == "cast" and binary.part.kind not in compiled]
     if cast:
         rest = [binary.part.name for binary in made if binary.made == "compiled"]
-        progress.note(
-            f"{len(cast)} parts were cast from moulds of the store, without a compiler; compiled: "
-            f"{', '.join(rest) or 'nothing'}"
-        )
+        one = "1 part was cast from a mould" if len(cast) == 1 else f"{len(cast)} parts were cast from moulds"
+        progress.note(f"{one} of the store, without a compiler; compiled: {', '.join(rest) or 'nothing'}")
 
 
 def _submit_compile(pool: JobPool[Any], kiln: Kiln, progress: Progress, part: Part, template: Template) -> Future[Any]:

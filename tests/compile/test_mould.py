@@ -17,8 +17,9 @@ from fluxkiln.components import find_part
 from fluxkiln.errors import CompileError
 from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.progress import Silent
+from fluxkiln.proving import prove_cast
 from fluxkiln.settings import Settings
-from fluxkiln.stages import make_mould, make_template, prove_cast
+from fluxkiln.stages import make_mould, make_template
 
 SLOTS = (TensorSpec("a.weight__t", (64, 32)), TensorSpec("a.bias", (32,)), TensorSpec("norm.weight", (64,)))
 
@@ -100,7 +101,7 @@ def test_kind_with_constants_is_compiled_one_by_one(kiln):
 def test_coefficient_of_the_wrong_slot_is_not_proven(kiln, cast_and_direct, tmp_path):
     kiln = kiln()
     mould, cast, direct = cast_and_direct(kiln, "double.01")
-    assert prove_cast(cast, direct, kiln).made == "cast, compiled: identical"
+    assert prove_cast(cast, direct, kiln, mould).made == "cast, compiled: identical"
     found = CoefficientMap.from_json(json.loads(kiln.path(mould.result.outputs["map"]).read_text()))
     wrong = swap_slot(found, "attn.to_q.weight", "attn.to_k.weight")
     template = make_template(kiln, "double", "onnx17")
@@ -109,7 +110,7 @@ def test_coefficient_of_the_wrong_slot_is_not_proven(kiln, cast_and_direct, tmp_
     cast_bmodel(kiln.path(mould.result.outputs["bmodel"]), wrong, reader, direct.net, target)
     spoilt = replace(cast, bmodel=kiln.cache.store.add_file(target))
     with pytest.raises(CompileError, match=r"double\.01: the cast differs in \d+ bytes.*the bundle was not written"):
-        prove_cast(spoilt, direct, kiln)
+        prove_cast(spoilt, direct, kiln, mould)
 
 
 def swap_slot(found, slot, other):

@@ -211,6 +211,17 @@ def test_every_mould_is_proven_when_it_is_made(verified, world):
 
 
 @pytest.mark.tpu_mlir
+def test_proof_is_repeated_when_asked_for(undisturbed, world):
+    arguments = ("bm1684x", world / "undisturbed", "--store", world / "store", "--no-verify")
+    assert set(undisturbed.document["parts"].values()) == {"cast", "compiled"}, "proven when the moulds were made"
+    run = build(*arguments, "--prove")
+    assert run.code == 0, run.err
+    assert list(run.document["parts"].values()).count("cast, compiled: identical") == 4
+    assert (run.document["compiler_runs"], run.document["nothing_to_do"]) == (0, False)
+    assert run.document["digest"] == undisturbed.document["digest"]
+
+
+@pytest.mark.tpu_mlir
 def test_second_run_does_nothing(verified, world):
     logs = world / "verified" / "bm1684x" / verified.document["name"] / "logs"
     before = {path: path.stat().st_mtime_ns for path in [*logs.iterdir(), *records(world / "store")]}

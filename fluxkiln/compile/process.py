@@ -15,6 +15,8 @@ from fluxkiln.errors import CompileError, ResourceError
 
 _TELLING = re.compile(r"error|fail|assert|exception|traceback|killed|abort|not supported|no space", re.IGNORECASE)
 _SHOWN_LINES = 6
+# As dash and bash put it.
+_KILLED = re.compile(r"(.*: line \d+: +\d+ )?Killed\b")
 
 _running: set[subprocess.Popen[bytes]] = set()
 _running_lock = threading.Lock()
@@ -42,7 +44,9 @@ def run_tool(argv: Sequence[str], folder: Path, environ: Mapping[str, str], log:
             code = process.wait()
     if code == 0:
         return
-    if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
+    # a tool that the compiler started died so: its shell says it, the compiler itself only that something failed
+    inner = any(_KILLED.match(line) for line in _lines(log, start))
+    if inner or code in (-signal.SIGKILL, 128 + signal.SIGKILL):
         raise ResourceError(
             f"{what}: {Path(argv[0]).name} was killed (signal 9), which is how the system ends a process when memory "
             f"runs out; use fewer jobs (JOBS=1), a smaller SIZE or a machine with more memory; log: {log}"
@@ -85,8 +89,12 @@ def _registered(process: subprocess.Popen[bytes]) -> Iterator[None]:
 
 def _telling_lines(log: Path, start: int) -> str:
     """The log's last lines that look like an error, or simply its last lines, as one line."""
-    with log.open("rb") as file:
-        file.seek(start)
-        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+    lines = _lines(log, start)
     telling = [line for line in lines if _TELLING.search(line)]
     return " | ".join((telling or lines or ["it printed nothing"])[-_SHOWN_LINES:])[:1500]
+
+
+def _lines(log: Path, start: int) -> list[str]:
+    with log.open("rb") as file:
+        file.seek(start)
+        return [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]

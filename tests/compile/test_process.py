@@ -73,7 +73,7 @@ def test_lines_of_an_earlier_tool_are_not_shown(run):
     assert "yesterday" not in str(raised.value)
 
 
-@pytest.mark.parametrize("script", ["kill -9 $$", "sh -c 'kill -9 $$'; exit $?"])
+@pytest.mark.parametrize("script", ["kill -9 $$", "sh -c 'kill -9 $$'; exit $?", "sh -c 'kill -9 $$'; exit 1"])
 def test_signal_9_names_memory(run, script):
     with pytest.raises(ResourceError, match=r"double_00 deploy: sh was killed \(signal 9\).*memory.*JOBS=1.*tool\.log"):
         run(script)

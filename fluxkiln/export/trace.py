@@ -91,7 +91,8 @@ def export_template(
         arguments = _arguments("meta", inputs, module)
         outputs = _output_specs(kind, module, arguments)
         scripted = graph_format in ("onnx17", "torchscript")
-        if kind in CPU_KINDS or (kind in CONVOLUTIONAL_KINDS and scripted):
+        # torch.export computes nothing either way, but what it traced on the meta device runs nowhere else
+        if kind in CPU_KINDS or graph_format == "pt2" or (kind in CONVOLUTIONAL_KINDS and scripted):
             arguments = _arguments("cpu", inputs, module)
         slots = module.slots
         with _quiet():

@@ -35,7 +35,7 @@ def map_weight(tensor: onnx.TensorProto, base_dir: str = "") -> np.ndarray:
     return np.memmap(path, np.float32, "r", int(entries.get("offset", 0)), tuple(tensor.dims))
 
 
-onnx.load = load_without_weights
+onnx.load = load_without_weights  # type: ignore[assignment]
 numpy_helper.to_array = map_weight
 sys.argv = sys.argv[1:]
 sys.path[0] = os.path.dirname(sys.argv[0])  # not our own folder, where another tpu_mlir lies

@@ -16,6 +16,9 @@ INTRODUCTION = """# Benchmarks
 Made by `make bench BENCH=--write`, or `python -m bench NAME --write` for one table. Times are wall times. What stands
 in one table was measured in one run, so ratios hold better than seconds. Memory is the resident memory of a process and
 all its descendants, summed, at its peak.
+
+The load average tells how busy the machine was with other work before a measurement: where it is above the number of
+cores, as it was for all of these tables so far, the machine was shared and the seconds are too long.
 """
 
 

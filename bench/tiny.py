@@ -49,8 +49,5 @@ def measure() -> Figure:
         "First build of tiny-dev (default scheme)",
         ("target", "stage", "begins", "ends", "takes", "jobs"),
         tuple(rows),
-        (
-            "Empty build folder and store, environments in place. What lies between stages is preparing (imports, "
-            "digests, validation) and, before `verify`, the recorded reference run. Aim: 90 s for bm1684x.",
-        ),
+        ("Empty build folder and store, environments in place. Compiling and casting overlap. Aim: 90 s for bm1684x.",),
     )

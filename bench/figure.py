@@ -19,6 +19,8 @@ from typing import Any
 
 import psutil
 
+from fluxkiln.compile.tpu_mlir_env import TPU_MLIR_VERSION
+
 ROOT = Path(__file__).resolve().parent.parent
 # synthetic checkpoints and moulds are kept here between runs; what is to be cold gets a new folder in it
 WORK = ROOT / "build" / "bench"
@@ -112,7 +114,7 @@ def conditions() -> str:
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     return (
         f"{os.cpu_count()} cores ({model}), {memory:.0f} GB; Python {platform.python_version()}, {versions}, TPU-MLIR "
-        f"1.30.2; {time.strftime('%Y-%m-%d')}, load average before it {os.getloadavg()[0]:.1f}"
+        f"{TPU_MLIR_VERSION}; {time.strftime('%Y-%m-%d')}, load average before it {os.getloadavg()[0]:.1f}"
     )
 
 

@@ -190,12 +190,12 @@ def _climb(
     work: Path,
     progress: Progress,
 ) -> Parity:
-    from fluxkiln.parity import bm1684x_rungs, cpu_rungs, verify_build
+    from fluxkiln.parity import bm1684x_rungs, climb_stored, cpu_rungs, verify_build
 
     kiln = prepared.kiln
     # the graphs of the rungs below, so that tracing them is seen
     below: GraphFormat = "onnx23" if kiln.target.graph_format == "onnx17" else "onnx17"
-    if below == "onnx23" or kiln.schemes["double"].weight_bits:
+    if below == "onnx23" or kiln.quantized:
         progress.stage(f"template {below}", len(kiln.kinds()))
         for kind in kiln.kinds():
             tell_template(kiln, kind, below, progress, f"template {below}")
@@ -204,7 +204,9 @@ def _climb(
     else:
         context = cpu_rungs(kiln, graphs, work)
     with context as rungs:
-        return verify_build(kiln, prepared.settings, recording, rungs, progress)
+        parity = verify_build(kiln, prepared.settings, recording, rungs, progress)
+    climb_stored(parity.ladder, kiln, binaries, files)
+    return parity
 
 
 def _write_report(

@@ -23,7 +23,7 @@ def group_parts(kiln: Kiln, binaries: tuple[BinaryPart, ...]) -> dict[str, list[
     for binary in binaries:
         component = binary.part.component
         groups.setdefault("vae_decoder.bmodel" if component == "vae" else f"{component}.bmodel", []).append(binary)
-    if not kiln.schemes["double"].weight_bits:
+    if not any(kiln.schemes[kind].weight_bits for kind in ("double", "single")):
         whole = groups.pop("transformer.bmodel")
         for index, chunk in enumerate(split_devices(whole, UNQUANTIZED_DEVICES)):
             groups[f"transformer.{index}.bmodel"] = chunk

@@ -125,6 +125,33 @@ def verify_build(kiln: Kiln, settings: Settings, recording: Recording, rungs: Ru
     return Parity(ladder, recording, pipeline, top, {"verify": time.perf_counter() - started, **recording.seconds})
 
 
+def climb_stored(ladder: Ladder, kiln: Kiln, binaries: tuple[BinaryPart, ...], files: tuple[CombinedFile, ...]) -> None:
+    """One row per cast part: its weights read back from the bundle's own file, against the checkpoint's.
+
+    What a part computes dilutes one wrong scale among thousands of sound ones; its bytes do not.
+    """
+    import numpy as np
+
+    from fluxkiln.compile.cast import compare_stored
+    from fluxkiln.compile.mould import CoefficientMap
+
+    homes = {part: kiln.path(file.blob) for file in files for part in file.parts}
+    for binary in binaries:
+        if binary.coefficients is None:
+            continue
+        template = make_template(kiln, binary.part.kind, "onnx17")
+        reader = weight_reader(bind_part(binary.part, template.slots, kiln.checkpoint), kiln.checkpoint)
+        coefficients = CoefficientMap.from_json(json.loads(kiln.path(binary.coefficients).read_text()))
+        differing = compare_stored(homes[binary.part.name], binary.net, coefficients, reader)
+        worst = max(differing, key=lambda slot: float(differing[slot].max()))
+        output = f"weights of {worst}" if differing[worst].any() else "weights"
+        equal = np.concatenate([1 - shares for shares in differing.values()])
+        scheme = _base_name(binary.scheme)
+        ladder.climb(
+            binary.part.name, binary.part.kind, output, -1, np.ones_like(equal), None, [("stored", equal)], scheme
+        )
+
+
 def run_pipeline(kiln: Kiln, settings: Settings, runner: PartRunner) -> PipelineResult:
     """diffusers' own loop with `runner` in place of every model."""
     from fluxkiln.export.host import host_constants, pooled_row
@@ -149,16 +176,13 @@ def bm1684x_rungs(
     assert env is not None
     homes = lay_out_files(kiln, files, folder / "bmodels")
     with ExitStack() as stack:
-        simulator, interpreter = (
-            stack.enter_context(Simulator(env, chip, kiln.logs / f"{name}.log"))
-            for name in ("simulator", "interpreter")
-        )
+        interpreter = stack.enter_context(Simulator(env, chip, kiln.logs / "interpreter.log"))
         lowered = lay_out_lowered(kiln, binaries, folder / "lowered")
         rungs: Rungs = {
             "patched": patched_runner(kiln.checkpoint, kiln.parts),
-            "onnxruntime": onnxruntime_rung(kiln, folder / "onnx"),
+            "onnxruntime": onnxruntime_rung(kiln, folder / "unquantized"),
         }
-        if kiln.schemes["double"].arithmetic != "F32":
+        if any(kiln.scheme(part).arithmetic != "F32" for part in kiln.parts):
             rungs["dequantized"] = dequantized_rung(kiln, folder / "dequantized")
         rungs["interpreter"] = lambda part, inputs: interpreter.run(
             lowered[part], inputs, KINDS[_kind(kiln, part)].outputs
@@ -183,8 +207,8 @@ def cpu_rungs(kiln: Kiln, graphs: Mapping[str, Path], folder: Path) -> Iterator[
 
     top = OrtRunner(graphs)
     rungs: Rungs = {"patched": patched_runner(kiln.checkpoint, kiln.parts)}
-    if kiln.schemes["double"].weight_bits:
-        rungs["onnxruntime"] = onnxruntime_rung(kiln, folder / "onnx")
+    if kiln.quantized:
+        rungs["onnxruntime"] = onnxruntime_rung(kiln, folder / "unquantized")
         rungs["dequantized"] = dequantized_rung(kiln, folder / "dequantized")
         rungs["executed"] = top
     else:

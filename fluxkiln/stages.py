@@ -80,6 +80,11 @@ class Kiln:
         """The kinds of this model's parts, each once, in the order they run."""
         return tuple(dict.fromkeys(part.kind for part in self.parts))
 
+    @property
+    def quantized(self) -> bool:
+        """Whether any part has quantized weights."""
+        return any(self.schemes[part.kind].weight_bits for part in self.parts)
+
     def scheme(self, part: Part) -> Scheme:
         return self.schemes[part.kind]
 

@@ -14,7 +14,7 @@ from fluxkiln.compile.mould import CoefficientMap
 from fluxkiln.components import Shapes, find_part
 from fluxkiln.errors import CompileError, IntegrityError
 from fluxkiln.export.bindings import bind_part, weight_reader
-from fluxkiln.parity import bm1684x_rungs
+from fluxkiln.parity import bm1684x_rungs, climb_stored
 from fluxkiln.proving import prove_cast
 from fluxkiln.stages import CombinedFile, cast_part, make_mould, make_template
 from fluxkiln.verify.gates import first_bad_rung
@@ -69,6 +69,33 @@ def climbed(kiln, tiny_checkpoint, tiny_recording, tmp_path_factory):
     with bm1684x_rungs(other, (casts[0],), files, folder / "other") as rungs:
         made["onnxruntime swapped"] = {"onnxruntime": rungs["onnxruntime"](NAME, inputs)[OUTPUT]}
     return recording, made, caught
+
+
+@pytest.mark.parametrize(("what", "slot"), [("sound", None), ("scale", "proj_out"), ("slot", ""), ("swapped", "")])
+def test_stored_weights_are_the_checkpoints(kiln, what, slot):
+    """One scale of one group doubled changes one byte or two: no output shows it, the bytes do."""
+    base = kiln()
+    part = find_part(base.parts, NAME)
+    only = replace(base, parts=(part,))
+    template = make_template(only, "single", "onnx17")
+    mould = make_mould(only, template)
+    sound = cast_part(only, part, template, mould)
+    spoilt = {
+        "sound": lambda: sound,
+        "scale": lambda: double_one_scale(only, sound, mould, "proj_out"),
+        "slot": lambda: cast_from_wrong_slot(only, sound, mould, template),
+        "swapped": lambda: replace(
+            cast_part(only, replace(find_part(base.parts, "single.01"), name=NAME), template, mould), part=part
+        ),
+    }[what]()
+    ladder = Ladder()
+    climb_stored(ladder, only, (spoilt,), (CombinedFile("x.bmodel", spoilt.bmodel, (NAME,)),))
+    if what == "sound":
+        assert ladder.rows
+        assert all(row.passed for row in ladder.rows)
+    else:
+        assert first_bad_rung(ladder.rows) == {NAME: "stored"}
+        assert slot in ladder.rows[0].output
 
 
 def climb(climbed, **instead):

@@ -62,6 +62,35 @@ def cast_interpreter_weights(
     np.savez(target, **filled)
 
 
+def compare_stored(
+    bmodel: Path, net: str, coefficients: CoefficientMap, read_weight: WeightReader
+) -> dict[str, NDArray[np.float32]]:
+    """Read the weights of one net back and compare them with what casting makes of the checkpoint's.
+
+    Args:
+        bmodel: a single or combined file.
+        net: which of its nets.
+
+    Returns:
+        Slot -> for each of its stored ranges the share of bytes that differ: 0 everywhere in a sound file.
+
+    Raises:
+        CompileError: no such net, or its weights have another size than the mould's.
+    """
+    nets = {one.name: one for one in read_bmodel(bmodel).nets}
+    if net not in nets:
+        raise CompileError(f"{bmodel} has no net {net!r}; it has {', '.join(nets)}")
+    differing: dict[str, list[float]] = defaultdict(list)
+    with bmodel.open("rb") as file:
+        for placement, made in _made(coefficients, coefficients.binary, read_weight):
+            file.seek(nets[net].coefficients.start + placement.offset)
+            stored = np.frombuffer(file.read(made.nbytes), np.uint8)
+            if stored.size != made.nbytes:
+                raise CompileError(f"{bmodel} ends inside the weights of net {net}; combine it again")
+            differing[placement.form.slot].append(float(np.mean(stored != made.reshape(-1).view(np.uint8))))
+    return {slot: np.array(shares, np.float32) for slot, shares in differing.items()}
+
+
 def _made(
     coefficients: CoefficientMap, placements: tuple[Placement, ...], read_weight: WeightReader
 ) -> Iterator[tuple[Placement, NDArray[Any]]]:

@@ -45,6 +45,8 @@ RUNGS: tuple[Rung, ...] = (
          "linking: a quantized weight, scale or zero point in the wrong place of the bundle"),
     Rung("interpreter", "the compiler's lowered graph, interpreted",
          "lowering: the precision of activations, or one operator"),
+    Rung("stored", "the weights in the binary, byte by byte",
+         "casting: a code, scale or zero point that is not the one this scheme makes of this weight"),
     Rung("simulator", "the compiled binary on the chip's simulator",
          "code generation, or coefficients cast into the wrong place"),
 )  # fmt: skip
@@ -91,6 +93,8 @@ class Gate:
         if self.metric in HIGHER_IS_BETTER:
             allowance = 1.0 - self.bound
             return (1.0 - value) / allowance if allowance > 0.0 else (0.0 if value >= self.bound else math.inf)
+        if self.bound == 0.0:
+            return 0.0 if value == 0.0 else math.inf
         return value / self.bound
 
 
@@ -141,6 +145,8 @@ GATES: tuple[Gate, ...] = (
     # What the scheme does to the weights, and what the compiled arithmetic does on top, against the reference.
     Gate("dequantized", "F32", _PART, "*", "relative_l2", 5e-6, "reference",
          "F32 stores the weights as they are, so this rung is no further away than ONNX Runtime is"),
+    Gate("stored", "*", "*", "*", "max_abs", 0.0, "reference",
+         "a cast writes the very bytes that the scheme makes of the checkpoint's weights, and no other"),
     Gate("executed", "F32", _PART, "*", "relative_l2", 5e-6, "reference",
          "float32 by ONNX Runtime's kernels, as at its own rung"),
     Gate("executed", "*", _PART, "*", "relative_l2", 2e-3, "previous",

@@ -59,6 +59,14 @@ def test_jobs_from_the_store_are_counted(lines, stream):
     )
 
 
+def test_a_stage_may_shrink_to_what_is_done(lines, stream):
+    lines.stage("cast", 3)
+    lines.done("cast", "tail", "cast in 0.1 s")
+    lines.stage("cast", 1)
+    lines.stage("cast", 1)
+    assert stream.getvalue() == "cast: 1 done in 0.0 s\n"
+
+
 def test_one_job_is_told_as_it_is(lines, stream):
     lines.done("bundle", "build/cpu/tiny-dev", "18 MB")
     lines.note("a word")

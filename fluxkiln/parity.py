@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 # The simulator computes some 5e7 multiplications a second on two cores: beyond this it would take longer than 5 minutes
 SIMULATED_MACS = 15e9
 
+
 # rung -> runner, from the bottom of the ladder to its top
 Rungs = dict[str, PartRunner]
 
@@ -54,10 +55,13 @@ def record(kiln: Kiln, settings: Settings, print_: str, folder: Path) -> Recordi
     from fluxkiln.verify.record import INDEX, read_recording, record_reference
 
     def produce(work: Path) -> tuple[dict[str, Path], dict[str, Any]]:
+        import gc
+
         record_reference(
             kiln.checkpoint.root, kiln.parts, kiln.shapes, work,
             steps=settings.steps, seed=settings.seed, prompt=settings.prompt,
         )  # fmt: skip
+        gc.collect()  # a pipeline holds itself in cycles: 2 GB at FLUX.1's width
         files = [path for path in work.rglob("*") if path.is_file()]
         return {str(path.relative_to(work)): path for path in files}, {}
 
@@ -106,12 +110,13 @@ def verify_build(kiln: Kiln, settings: Settings, recording: Recording, rungs: Ru
     *_, top = rungs
     below = {rung: runner for rung, runner in rungs.items() if rung != top}
     with ThreadPoolExecutor(1, "below") as lower, ThreadPoolExecutor(1, "top") as upper:
-        lower_calls = [lower.submit(_replay, below, recording, part, step) for part, step in calls]
-        upper_calls = [upper.submit(_replay, {top: rungs[top]}, recording, part, step) for part, step in calls]
+        lower_parts = {part.name: lower.submit(_replay, below, recording, part) for part in kiln.parts}
+        upper_parts = {part.name: upper.submit(_replay, {top: rungs[top]}, recording, part) for part in kiln.parts}
         whole = upper.submit(run_pipeline, kiln, settings, rungs[top])
         try:
-            for (part, step), one, other in zip(calls, lower_calls, upper_calls, strict=True):
-                _climb(ladder, kiln, recording, part, step, {**one.result(), **other.result()})
+            for part, step in calls:
+                made = {**lower_parts[part.name].result()[step], **upper_parts[part.name].result()[step]}
+                _climb(ladder, kiln, recording, part, step, made)
                 progress.done("verify", part.name, f"{len(rungs)} rungs, step {step}")
             pipeline = whole.result()
         except BaseException:
@@ -170,7 +175,7 @@ def bm1684x_rungs(
 ) -> Iterator[Rungs]:
     """Every rung of a TPU-MLIR build."""
     from fluxkiln.compile.simulate import Simulator
-    from fluxkiln.export.eager import patched_runner
+    from fluxkiln.export.eager import PatchedRunner
 
     env, chip = kiln.tpu_mlir, kiln.target.chip
     assert env is not None
@@ -179,7 +184,7 @@ def bm1684x_rungs(
         interpreter = stack.enter_context(Simulator(env, chip, kiln.logs / "interpreter.log"))
         lowered = lay_out_lowered(kiln, binaries, folder / "lowered")
         rungs: Rungs = {
-            "patched": patched_runner(kiln.checkpoint, kiln.parts),
+            "patched": PatchedRunner(kiln.checkpoint, kiln.parts),
             "onnxruntime": onnxruntime_rung(kiln, folder / "unquantized"),
         }
         if any(kiln.scheme(part).arithmetic != "F32" for part in kiln.parts):
@@ -203,10 +208,10 @@ def multiplications(kiln: Kiln) -> float:
 def cpu_rungs(kiln: Kiln, graphs: Mapping[str, Path], folder: Path) -> Iterator[Rungs]:
     """Every rung of an ONNX Runtime build, whose graphs are `graphs`; the bundle's own graphs are the top one."""
     from fluxkiln.compile.ort_session import OrtRunner
-    from fluxkiln.export.eager import patched_runner
+    from fluxkiln.export.eager import PatchedRunner
 
     top = OrtRunner(graphs)
-    rungs: Rungs = {"patched": patched_runner(kiln.checkpoint, kiln.parts)}
+    rungs: Rungs = {"patched": PatchedRunner(kiln.checkpoint, kiln.parts)}
     if kiln.quantized:
         rungs["onnxruntime"] = onnxruntime_rung(kiln, folder / "unquantized")
         rungs["dequantized"] = dequantized_rung(kiln, folder / "dequantized")
@@ -299,9 +304,16 @@ def _net_runner(kiln: Kiln, binaries: tuple[BinaryPart, ...], homes: Mapping[str
     return run
 
 
-def _replay(rungs: Rungs, recording: Recording, part: Part, step: int) -> dict[str, Mapping[str, NDArray[Any]]]:
-    inputs = recording.inputs(part.name, step)
-    return {rung: runner(part.name, inputs) for rung, runner in rungs.items()}
+def _replay(rungs: Rungs, recording: Recording, part: Part) -> list[dict[str, Mapping[str, NDArray[Any]]]]:
+    """Step -> rung -> outputs. A rung lets go of the part's weights before the next one loads them."""
+    steps: list[dict[str, Mapping[str, NDArray[Any]]]] = [{} for _ in recording.calls[part.name]]
+    for rung, runner in rungs.items():
+        for step, made in enumerate(steps):
+            made[rung] = runner(part.name, recording.inputs(part.name, step))
+        close = getattr(runner, "close", None)
+        if close is not None:
+            close()
+    return steps
 
 
 def _climb(

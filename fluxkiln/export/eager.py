@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from fluxkiln.artifacts.types import GraphFormat, PartRunner
+from fluxkiln.artifacts.types import GraphFormat
 from fluxkiln.components import KINDS, Part, find_part
 from fluxkiln.export.bindings import part_state
 from fluxkiln.export.checkpoint import Checkpoint
@@ -18,30 +17,38 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
 
-def patched_runner(
-    checkpoint: Checkpoint, parts: tuple[Part, ...], graph_format: GraphFormat = "onnx17", keep: int = 1
-) -> PartRunner:
-    """Run parts in float32 from the very modules a template of `graph_format` is traced from, patches applied.
+class PatchedRunner:
+    """Runs parts in float32 from the very modules a template of `graph_format` is traced from, patches applied.
 
-    Weights are read when a part is run and the last `keep` parts stay in memory: a double block of FLUX.1 is 1.4 GB.
-    One is enough for a replay part by part, and no number short of all helps a pipeline, which runs them in turn.
-
-    Returns:
-        A runner. It raises UsageError for a part that is not in `parts`, PatchError when upstream changed and
-        CheckpointError when a tensor is missing.
+    Weights are read when a part is first run, and the last `keep` parts stay in memory: a double block has 1.4 GB. One
+    is enough for a replay part by part, and no number short of all helps a pipeline, which runs them in turn.
     """
-    loaded: OrderedDict[str, Module] = OrderedDict()
 
-    def run(name: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        part = find_part(parts, name)
-        if name not in loaded:
-            while loaded and len(loaded) >= keep:
-                loaded.popitem(last=False)
-            loaded[name] = _load(part, checkpoint)
-        loaded.move_to_end(name)
-        return run_module(part.kind, loaded[name], inputs, graph_format)
+    def __init__(
+        self, checkpoint: Checkpoint, parts: tuple[Part, ...], graph_format: GraphFormat = "onnx17", keep: int = 1
+    ) -> None:
+        self.keep = keep
+        self.checkpoint = checkpoint
+        self.parts = parts
+        self.graph_format = graph_format
+        self._loaded: dict[str, Module] = {}
 
-    return run
+    def __call__(self, name: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """The part's outputs by name.
+
+        Raises:
+            UsageError: no such part. PatchError: upstream changed. CheckpointError: a tensor is missing.
+        """
+        part = find_part(self.parts, name)
+        if name not in self._loaded:
+            while self._loaded and len(self._loaded) >= self.keep:
+                del self._loaded[next(iter(self._loaded))]
+            self._loaded[name] = _load(part, self.checkpoint)
+        return run_module(part.kind, self._loaded[name], inputs, self.graph_format)
+
+    def close(self) -> None:
+        """Drop the weights; the runner can be used again."""
+        self._loaded.clear()
 
 
 def run_module(

@@ -18,7 +18,7 @@ from fluxkiln.compile.ort_session import OrtRunner
 from fluxkiln.compile.pour import quantized_matmuls
 from fluxkiln.errors import CompileError, SchemeError
 from fluxkiln.export.bindings import part_state
-from fluxkiln.export.eager import patched_runner, run_module
+from fluxkiln.export.eager import PatchedRunner, run_module
 from fluxkiln.patches.parts import load_part
 from fluxkiln.quantize.schemes import parse_scheme
 from fluxkiln.quantize.stored import stored_weight
@@ -60,7 +60,7 @@ def place_of(tensor):
 def test_equals_patched(name, link, tiny_checkpoint, tiny_parts, tiny_recording):
     recording = tiny_recording(vae="tiny" if name == "tiny_vae_decoder" else "kl")
     inputs = recording.inputs(name)
-    expected = patched_runner(tiny_checkpoint(), (tiny_parts(name),))(name, inputs)
+    expected = PatchedRunner(tiny_checkpoint(), (tiny_parts(name),))(name, inputs)
     assert worst(run(link(name), inputs), expected) <= PARITY
 
 

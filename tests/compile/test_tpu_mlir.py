@@ -100,7 +100,7 @@ def test_sinusoids_and_all_that_feeds_them_stay_in_f32(kiln):
 @pytest.fixture(scope="module")
 def head(kiln, tpu_mlir, tmp_path_factory):
     """keep_f32 -> temb of the compiled BF16 head at timestep 0.731 and guidance 3.5; None -> the reference's."""
-    from fluxkiln.export.eager import patched_runner
+    from fluxkiln.export.eager import PatchedRunner
 
     kiln = kiln()
     part = find_part(kiln.parts, "head")
@@ -124,7 +124,7 @@ def head(kiln, tpu_mlir, tmp_path_factory):
     random = np.random.default_rng(0)
     inputs = {spec.name: random.standard_normal(spec.shape).astype(np.float32) for spec in template.inputs}
     inputs |= {"timestep": np.float32([0.731]), "guidance": np.float32([3.5])}
-    outputs = {None: patched_runner(kiln.checkpoint, kiln.parts)("head", inputs)}
+    outputs = {None: PatchedRunner(kiln.checkpoint, kiln.parts)("head", inputs)}
     with Simulator(tpu_mlir, "bm1684x", folder / "simulator.log") as simulator:
         for keep, made in compiled.items():
             outputs[keep] = simulator.run(made.bmodel, inputs, KINDS["head"].outputs)

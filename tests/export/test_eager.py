@@ -11,7 +11,7 @@ from fluxkiln.artifacts.types import TensorRef
 from fluxkiln.components import KINDS, list_parts
 from fluxkiln.errors import CheckpointError, ParityError, PatchError, UsageError
 from fluxkiln.export import bindings, eager
-from fluxkiln.export.eager import patched_runner
+from fluxkiln.export.eager import PatchedRunner
 from fluxkiln.patches import transformer as patches
 from fluxkiln.verify.ladder import Ladder, explain_failure
 
@@ -46,7 +46,7 @@ def model(tiny_checkpoint, tiny_recording):
 def test_every_part_equals_the_reference(tiny_checkpoint, tiny_recording, preset, vae, graph_format):
     checkpoint = tiny_checkpoint(preset)
     parts = list_parts(checkpoint.configs, vae)
-    ladder = climb(tiny_recording(preset, vae), patched_runner(checkpoint, parts, graph_format), parts)
+    ladder = climb(tiny_recording(preset, vae), PatchedRunner(checkpoint, parts, graph_format), parts)
     ladder.raise_if_failed("none")
     assert len(ladder.rows) == 5 + 2 * (3 + 2 * 2 + 3 + 1) + 1
     for row in ladder.rows:
@@ -56,7 +56,7 @@ def test_every_part_equals_the_reference(tiny_checkpoint, tiny_recording, preset
 
 def test_outputs_are_float32_and_inputs_stay_as_they_are(model):
     checkpoint, parts, recording = model
-    run = patched_runner(checkpoint, parts)
+    run = PatchedRunner(checkpoint, parts)
     for part in parts:
         inputs = recording.inputs(part.name)
         before = {name: array.copy() for name, array in inputs.items()}
@@ -78,7 +78,7 @@ def test_few_parts_are_kept_in_memory(model, monkeypatch):
         return load(part, checkpoint)
 
     monkeypatch.setattr(eager, "_load", counted)
-    run = patched_runner(checkpoint, parts, keep=2)
+    run = PatchedRunner(checkpoint, parts, keep=2)
     for name in ("tail", "single.00", "tail", "single.01", "tail", "single.00"):
         run(name, recording.inputs(name))
     # single.00 went when single.01 came, tail was used meanwhile
@@ -95,7 +95,7 @@ def test_only_a_parts_own_weights_are_read(model, monkeypatch):
         return original(ref)
 
     monkeypatch.setattr(bindings, "read_tensor", noted)
-    run = patched_runner(checkpoint, parts)
+    run = PatchedRunner(checkpoint, parts)
     run("tail", recording.inputs("tail"))
     assert sorted(read) == ["norm_out.linear.bias", "norm_out.linear.weight", "proj_out.bias", "proj_out.weight"]
     read.clear()
@@ -108,7 +108,7 @@ def test_missing_tensor_is_named(model):
     checkpoint, parts, recording = model
     tensors = {name: dict(refs) for name, refs in checkpoint.tensors.items()}
     del tensors["transformer"]["proj_out.bias"]
-    run = patched_runner(replace(checkpoint, tensors=tensors), parts)
+    run = PatchedRunner(replace(checkpoint, tensors=tensors), parts)
     with pytest.raises(CheckpointError, match=r"has no tensor proj_out\.bias, which part tail needs"):
         run("tail", recording.inputs("tail"))
 
@@ -116,14 +116,14 @@ def test_missing_tensor_is_named(model):
 def test_unknown_part_is_named(model):
     checkpoint, parts, _ = model
     with pytest.raises(UsageError, match=r"no part is called 'double.07'"):
-        patched_runner(checkpoint, parts)("double.07", {})
+        PatchedRunner(checkpoint, parts)("double.07", {})
 
 
 def test_changed_upstream_is_refused(model, monkeypatch):
     from diffusers.models.transformers.transformer_flux import FluxTransformerBlock
 
     checkpoint, parts, recording = model
-    run = patched_runner(checkpoint, parts)
+    run = PatchedRunner(checkpoint, parts)
     run("double.00", recording.inputs("double.00"))
     monkeypatch.setattr(FluxTransformerBlock, "forward", lambda self, hidden_states: hidden_states)
     with pytest.raises(PatchError, match=r"double_block: .*FluxTransformerBlock.forward"):
@@ -145,7 +145,7 @@ def test_a_patch_that_forgets_a_bias_is_caught(model, monkeypatch):
         return original(ff, x) - ff.net[2].bias
 
     monkeypatch.setattr(patches, "_feed_forward", forgetful)
-    ladder = climb(recording, patched_runner(checkpoint, parts), parts)
+    ladder = climb(recording, PatchedRunner(checkpoint, parts), parts)
     assert failed_parts(ladder) == ["double.00", "double.01"]
     assert "first bad rung: patched" in explain_failure(ladder.rows)
     assert "a patch that changes the arithmetic" in explain_failure(ladder.rows)
@@ -162,7 +162,7 @@ def test_a_softmax_scale_forgotten_in_one_block_kind_is_caught(model, monkeypatc
         return functional.rms_norm(x, norm.normalized_shape, norm.weight, norm.eps)
 
     monkeypatch.setattr(patches, "_head_norm", unscaled)
-    ladder = climb(recording, patched_runner(checkpoint, parts), parts)
+    ladder = climb(recording, PatchedRunner(checkpoint, parts), parts)
     assert failed_parts(ladder) == ["double.00", "double.01", "single.00", "single.01", "single.02"]
 
 
@@ -174,13 +174,13 @@ def test_swapped_blocks_are_caught(model, one, other):
     prefixes = {part.name: part.prefix for part in parts}
     prefixes[one], prefixes[other] = prefixes[other], prefixes[one]
     swapped = tuple(replace(part, prefix=prefixes[part.name]) for part in parts)
-    ladder = climb(recording, patched_runner(checkpoint, swapped), parts)
+    ladder = climb(recording, PatchedRunner(checkpoint, swapped), parts)
     assert failed_parts(ladder) == [one, other]
 
 
 def test_one_wrong_element_of_a_bias_is_caught(model):
     checkpoint, parts, recording = model
-    run = patched_runner(checkpoint, parts)
+    run = PatchedRunner(checkpoint, parts)
     original = bindings.part_state
 
     def nudged(part, slots, checkpoint):

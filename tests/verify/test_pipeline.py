@@ -9,7 +9,7 @@ import pytest
 
 from fluxkiln.components import KINDS, Shapes, list_parts
 from fluxkiln.errors import ParityError, ShapeError
-from fluxkiln.export.eager import patched_runner
+from fluxkiln.export.eager import PatchedRunner
 from fluxkiln.export.host import host_constants, pooled_row
 from fluxkiln.verify.ladder import Ladder
 from fluxkiln.verify.metrics import compare, compare_images
@@ -85,7 +85,7 @@ def test_what_lies_between_the_parts_is_bit_exact(case):
 
 def test_patched_parts_make_the_reference_image(case):
     checkpoint, parts, recording = case
-    result = run(checkpoint, parts, recording.shapes, patched_runner(checkpoint, parts))
+    result = run(checkpoint, parts, recording.shapes, PatchedRunner(checkpoint, parts))
     assert compare(result.latents, recording.latents).relative_l2 <= 1e-5
     image = compare_images(result.image, recording.image)
     assert image.relative_l2 <= 1e-5
@@ -130,7 +130,7 @@ def test_no_model_is_needed(tiny, tmp_path):
 
 def test_seed_steps_and_prompt_count(tiny):
     checkpoint, parts, recording = tiny
-    patched = patched_runner(checkpoint, parts, keep=len(parts))
+    patched = PatchedRunner(checkpoint, parts, keep=len(parts))
     first = run(checkpoint, parts, SHAPES, patched)
     for options in ({"seed": 1}, {"steps": 3}, {"prompt": "two kilns"}, {"guidance_scale": 7.0}):
         other = run(checkpoint, parts, SHAPES, patched, **options)
@@ -184,7 +184,7 @@ def test_a_runners_error_comes_through(tiny):
 )
 def test_swapped_blocks_fail_the_pipelines_gates(tiny, one, other):
     checkpoint, parts, recording = tiny
-    patched = patched_runner(checkpoint, parts)
+    patched = PatchedRunner(checkpoint, parts)
     names = {one: other, other: one}
     result = run(checkpoint, parts, SHAPES, lambda name, inputs: patched(names.get(name, name), inputs))
     ladder = Ladder()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +18,13 @@ from fluxkiln.export.checkpoint import Checkpoint, open_checkpoint
 from fluxkiln.settings import Settings
 from fluxkiln.stages import BinaryPart, Kiln, Mould, cast_part, compile_part, make_mould, make_template
 from fluxkiln.verify.record import Recording, record_reference
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interrupts_arrive() -> None:
+    """A shell that starts the tests in the background has them ignore Ctrl-C, and so all commands they start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 REGISTRY_VARIABLE = "FLUXKILN_TEST_REGISTRY"
 

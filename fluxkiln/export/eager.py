@@ -44,6 +44,7 @@ class PatchedRunner:
             while self._loaded and len(self._loaded) >= self.keep:
                 del self._loaded[next(iter(self._loaded))]
             self._loaded[name] = _load(part, self.checkpoint)
+        self._loaded[name] = self._loaded.pop(name)  # the last used goes last
         return run_module(part.kind, self._loaded[name], inputs, self.graph_format)
 
     def close(self) -> None:

@@ -245,6 +245,7 @@ def test_make_hands_its_variables_over_as_they_are():
     done = subprocess.run(
         ["make", "-n", "-o", ".venv/made-from.sha256", "cpu", *(f"{name}={value}" for name, value in values.items())],
         cwd=ROOT, capture_output=True, text=True, check=True,
+        env={name: value for name, value in os.environ.items() if not name.startswith("MAKE")},
     )  # fmt: skip
     words = shlex.split(done.stdout.splitlines()[-1])
     assert words[1:3] == ["build", "cpu"]

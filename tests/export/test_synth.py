@@ -248,7 +248,7 @@ def test_the_pipeline_loads_it_and_every_block_matters(tmp_path, name):
 
 def check_image(image) -> None:
     """Neither flat nor clipped."""
-    assert image.shape == (64, 64, 3)
+    assert image.shape == (32, 32, 3)
     assert image.std(axis=(0, 1)).min() > 0.03
     assert ((image == 0) | (image == 1)).mean() < 0.1
 

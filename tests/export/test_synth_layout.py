@@ -37,7 +37,9 @@ def test_full_dev_has_the_size_of_flux():
 def test_default_size_is_legal(preset):
     shapes = Shapes(*preset.size, preset.tokens)
     shapes.check_variant(preset.variant)
-    assert shapes.joint_tokens >= 48
+    # more than one token of each kind, or attention shows nothing
+    assert shapes.image_tokens > 1
+    assert shapes.tokens > 1
 
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)

@@ -52,7 +52,7 @@ class Settings:
             raise UsageError(f"no VAE is called {self.vae!r}; there are kl (the checkpoint's own) and tiny (taef1)")
         for name, value in (("jobs", self.jobs), ("tokens", self.tokens), ("steps", self.steps)):
             if value is not None and value < 1:
-                raise UsageError(f"{name} {value}: at least 1 is needed")
+                raise UsageError(f"{name} {value}: at least 1 is needed; leave the option out for the default")
 
     @property
     def store_path(self) -> Path:

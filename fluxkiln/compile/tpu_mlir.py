@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.compile.bmodel import normalise_time, read_bmodel
+from fluxkiln.compile.estimate import read_estimate
 from fluxkiln.compile.pour import quantized_matmuls
 from fluxkiln.compile.process import run_tool
 from fluxkiln.compile.tpu_mlir_env import TpuMlirEnv, tool_argv, tpu_mlir_environ
@@ -150,6 +151,7 @@ def _check(job: CompileJob, matmuls: list[tuple[str, int]], folder: Path) -> Com
     for asked, tensors, side in ((job.narrow_inputs, net.inputs, "input"), (job.narrow_outputs, net.outputs, "output")):
         if asked and narrow and not any(tensor.dtype == narrow for tensor in tensors):
             raise CompileError(f"{job.net}: no {side} is {narrow}, though the target passes {narrow} between blocks")
+    estimate = read_estimate(folder, job.chip)
     facts = {
         "net": net.name,
         "quantized_matmuls": text.count('"tpu.A16MatMul"'),
@@ -160,6 +162,10 @@ def _check(job: CompileJob, matmuls: list[tuple[str, int]], folder: Path) -> Com
         "weight_bytes": net.coefficients.size,
         "instruction_bytes": net.instruction_bytes,
         "runtime_bytes": net.runtime_bytes,
+        # None where the compiler leaves no estimate
+        "estimate_ms": None if estimate is None else estimate.ms,
+        "estimate_tensor_ms": None if estimate is None else estimate.tensor_ms,
+        "estimate_memory_ms": None if estimate is None else estimate.memory_ms,
     }
     return Compiled(bmodel, lowered, weights, facts)
 

@@ -18,7 +18,7 @@ from typing import Any
 from fluxkiln.errors import IntegrityError
 
 MAGIC = 0xFF55AAEE
-_HEADER = struct.Struct("<IIIQ")
+HEADER = struct.Struct("<IIIQ")  # magic, header size, flatbuffer size, binary size
 HEADER_BYTES = 64
 # Model.time is what asctime writes; every bmodel we keep carries this one, so that equal inputs give equal files
 CANONICAL_TIME = b"Thu Jan  1 00:00:00 1970\n"
@@ -66,13 +66,14 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Net:
-    """One net of a bmodel. Spans are absolute file positions."""
+    """One net of a bmodel. Spans are absolute file positions; at `coefficients_field` the file says where those are."""
 
     name: str
     name_span: Span
     inputs: tuple[NetTensor, ...]
     outputs: tuple[NetTensor, ...]
     coefficients: Span
+    coefficients_field: int
     check_code: Span
     entries: tuple[Entry, ...]
     instruction_bytes: int
@@ -81,12 +82,13 @@ class Net:
 
 @dataclass(frozen=True, slots=True)
 class BModel:
-    """What a bmodel file declares."""
+    """What a bmodel file declares. `binary` is its binary area, from whose start the flatbuffer's offsets count."""
 
     path: Path
     chip: str
     time_span: Span
     nets: tuple[Net, ...]
+    binary: Span
 
 
 def read_bmodel(path: Path) -> BModel:
@@ -97,9 +99,9 @@ def read_bmodel(path: Path) -> BModel:
     """
     with path.open("rb") as file:
         head = file.read(HEADER_BYTES)
-        if len(head) < HEADER_BYTES or _HEADER.unpack_from(head)[0] != MAGIC:
+        if len(head) < HEADER_BYTES or HEADER.unpack_from(head)[0] != MAGIC:
             raise IntegrityError(f"{path} is no bmodel: its first four bytes are not {MAGIC:#x}; build it again")
-        _, header_size, flatbuffer_size, binary_size = _HEADER.unpack_from(head)
+        _, header_size, flatbuffer_size, binary_size = HEADER.unpack_from(head)
         file.seek(header_size)
         buffer = file.read(flatbuffer_size)
     base = header_size + flatbuffer_size
@@ -107,7 +109,7 @@ def read_bmodel(path: Path) -> BModel:
     if actual < base + binary_size:
         raise IntegrityError(f"{path} has {actual} bytes, its header promises {base + binary_size}; build it again")
     try:
-        return _parse(path, buffer, header_size, base)
+        return _parse(path, buffer, header_size, Span(base, binary_size))
     except (struct.error, IndexError, ValueError) as error:
         raise IntegrityError(f"{path} has a damaged table of contents ({error}); build it again") from error
 
@@ -158,8 +160,13 @@ def normalise_time(path: Path) -> None:
         file.write(CANONICAL_TIME)
 
 
-def _parse(path: Path, buffer: bytes, shift: int, base: int) -> BModel:
-    root = _Table(buffer, struct.unpack_from("<I", buffer, 0)[0])
+def root_table(buffer: bytes) -> Table:
+    """The flatbuffer's `Model`."""
+    return Table(buffer, struct.unpack_from("<I", buffer, 0)[0])
+
+
+def _parse(path: Path, buffer: bytes, shift: int, binary: Span) -> BModel:
+    root = root_table(buffer)
     nets = []
     for net in root.tables(_MODEL["net"]):
         for parameter in net.tables(_NET["parameter"]):
@@ -182,7 +189,8 @@ def _parse(path: Path, buffer: bytes, shift: int, base: int) -> BModel:
                     name_span=Span(name_span.start + shift, name_span.size),
                     inputs=tuple(map(_tensor, parameter.tables(_PARAMETER["input"]))),
                     outputs=tuple(map(_tensor, parameter.tables(_PARAMETER["output"]))),
-                    coefficients=Span(start + base, size),
+                    coefficients=Span(start + binary.start, size),
+                    coefficients_field=coeff.field(_COEFF["binary"]) + shift if coeff else 0,
                     check_code=Span(code.start + shift, code.size),
                     entries=tuple(entries),
                     instruction_bytes=sum(_command_bytes(parameter)),
@@ -192,10 +200,10 @@ def _parse(path: Path, buffer: bytes, shift: int, base: int) -> BModel:
             )
     _, time_span = root.text(_MODEL["time"])
     chip, _ = root.text(_MODEL["chip"])
-    return BModel(path, chip.lower(), Span(time_span.start + shift, time_span.size), tuple(nets))
+    return BModel(path, chip.lower(), Span(time_span.start + shift, time_span.size), tuple(nets), binary)
 
 
-def _tensor(table: _Table) -> NetTensor:
+def _tensor(table: Table) -> NetTensor:
     code = table.scalar(_TENSOR["data_type"], "<I")
     shapes = list(table.tables(_TENSOR["shape"]))
     dims = shapes[0].vector(0, 8) if shapes else Span(0, 0)
@@ -205,7 +213,7 @@ def _tensor(table: _Table) -> NetTensor:
     )
 
 
-def _command_bytes(parameter: _Table) -> Iterator[int]:
+def _command_bytes(parameter: Table) -> Iterator[int]:
     # static nets list the same groups twice: once for the net, once for its sub-nets
     groups = [
         group for subnet in parameter.tables(_PARAMETER["sub_net"]) for group in subnet.tables(_SUBNET["cmd_group"])
@@ -215,7 +223,7 @@ def _command_bytes(parameter: _Table) -> Iterator[int]:
             yield group.pair(field)[1]
 
 
-class _Table:
+class Table:
     """A flatbuffer table: fields by number. Source: https://flatbuffers.dev/internals/."""
 
     def __init__(self, buffer: bytes, position: int) -> None:
@@ -224,7 +232,7 @@ class _Table:
         self.vtable = position - struct.unpack_from("<i", buffer, position)[0]
         self.vtable_size = struct.unpack_from("<H", buffer, self.vtable)[0]
 
-    def _field(self, number: int) -> int:
+    def field(self, number: int) -> int:
         """Absolute position of a field's value, or 0 when it is not stored."""
         slot = 4 + 2 * number
         if slot >= self.vtable_size:
@@ -233,22 +241,22 @@ class _Table:
         return self.position + offset if offset else 0
 
     def _reference(self, number: int) -> int:
-        position = self._field(number)
+        position = self.field(number)
         return position + struct.unpack_from("<I", self.buffer, position)[0] if position else 0
 
     def scalar(self, number: int, layout: str) -> int:
-        position = self._field(number)
+        position = self.field(number)
         value: Any = struct.unpack_from(layout, self.buffer, position)[0] if position else 0
         return int(value)
 
     def pair(self, number: int) -> tuple[int, int]:
         """A `Binary {start, size}` struct, stored in line."""
-        position = self._field(number)
+        position = self.field(number)
         return struct.unpack_from("<QQ", self.buffer, position) if position else (0, 0)
 
-    def table(self, number: int) -> _Table | None:
+    def table(self, number: int) -> Table | None:
         position = self._reference(number)
-        return _Table(self.buffer, position) if position else None
+        return Table(self.buffer, position) if position else None
 
     def vector(self, number: int, item_size: int) -> Span:
         """Position in the buffer and byte size of a vector's items."""
@@ -257,10 +265,10 @@ class _Table:
             return Span(0, 0)
         return Span(position + 4, struct.unpack_from("<I", self.buffer, position)[0] * item_size)
 
-    def tables(self, number: int) -> Iterator[_Table]:
+    def tables(self, number: int) -> Iterator[Table]:
         items = self.vector(number, 4)
         for position in range(items.start, items.stop, 4):
-            yield _Table(self.buffer, position + struct.unpack_from("<I", self.buffer, position)[0])
+            yield Table(self.buffer, position + struct.unpack_from("<I", self.buffer, position)[0])
 
     def text(self, number: int) -> tuple[str, Span]:
         span = self.vector(number, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fluxkiln.compile.bmodel import read_bmodel
+from fluxkiln.compile.bmodel import Span, hash_span, read_bmodel
 from fluxkiln.compile.forms import SlotForms
 from fluxkiln.compile.mould import CoefficientMap, Placement, WeightReader
 from fluxkiln.errors import CompileError
@@ -45,6 +46,35 @@ def cast_bmodel(mould: Path, coefficients: CoefficientMap, read_weight: WeightRe
         file.write(digest.digest())
         file.seek(shell.name_span.start)
         file.write(net.encode())
+
+
+def cast_region(target: Path, region: Span, coefficients: CoefficientMap, read_weight: WeightReader) -> bytes:
+    """Write a part's coefficients straight into their region of a file.
+
+    Several threads may cast into regions of one file at once.
+
+    Args:
+        target: a file that `shell.lay_out` wrote.
+        region: the net's region in it.
+
+    Returns:
+        sha256 of the region as written: the net's check code.
+
+    Raises:
+        CompileError: the region has another size than the mould's, or a weight another shape than the probe's.
+    """
+    file = os.open(target, os.O_RDWR)
+    try:
+        for placement, made in _made(coefficients, coefficients.binary, read_weight):
+            if placement.offset + made.nbytes > region.size:
+                raise CompileError(
+                    f"slot {placement.form.slot} ends at byte {placement.offset + made.nbytes} of the coefficients, "
+                    f"their region has {region.size}; lay the file out with the mould's own size"
+                )
+            os.pwrite(file, made.reshape(-1).view(np.uint8).data, region.start + placement.offset)
+    finally:
+        os.close(file)
+    return hash_span(target, region)
 
 
 def cast_interpreter_weights(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from fluxkiln.compile import tpu_mlir as adapter
-from fluxkiln.compile.bmodel import CANONICAL_TIME, check_codes, read_bmodel
-from fluxkiln.compile.cast import cast_bmodel, cast_interpreter_weights
+from fluxkiln.compile.bmodel import CANONICAL_TIME, Span, check_codes, hash_span, read_bmodel
+from fluxkiln.compile.cast import cast_bmodel, cast_interpreter_weights, cast_region, compare_stored
 from fluxkiln.compile.mould import CoefficientMap
+from fluxkiln.compile.shell import lay_out, make_shell, write_check_code
+from fluxkiln.compile.tpu_mlir import combine
 from fluxkiln.components import find_part
 from fluxkiln.errors import CompileError
 from fluxkiln.export.bindings import bind_part, weight_reader
@@ -65,6 +68,39 @@ def test_cast_equals_direct_compile(kiln, cast_and_direct, tmp_path, name, schem
                     direct.net, target)  # fmt: skip
         one, other = (np.frombuffer(data, np.uint8) for data in (theirs, target.read_bytes()))
         assert np.count_nonzero(one != other) > direct.facts["weight_bytes"] // 3
+
+
+def test_parts_cast_into_one_file_equal_their_single_files(kiln, cast_and_direct, tpu_mlir, tmp_path):
+    """Two threads, two regions of one file; every net has the bytes that the compiler gives it."""
+    kiln = kiln()
+    direct, maps, shells = {}, {}, []
+    for name in ("double.01", "single.02"):
+        mould, _, part = cast_and_direct(kiln, name)
+        direct[part.net], maps[part.net] = part, coefficients_of(kiln, mould)
+        shells.append(tmp_path / f"{part.net}.shell")
+        make_shell(kiln.path(mould.result.outputs["bmodel"]), part.net, shells[-1])
+    (tmp_path / "combine").mkdir()
+    combine(tpu_mlir, "bm1684x", shells, tmp_path / "combine" / "shells", tmp_path / "log")
+    target, sizes = tmp_path / "out.bmodel", {net: part.facts["weight_bytes"] for net, part in direct.items()}
+    regions = lay_out(tmp_path / "combine" / "shells", sizes, target)
+
+    def cast(net):
+        return cast_region(target, regions[net], maps[net], reader_of(kiln, direct[net].part.name))
+
+    with ThreadPoolExecutor(2) as pool:
+        for net, code in zip(direct, pool.map(cast, direct), strict=True):
+            assert code == hash_span(target, regions[net])
+            write_check_code(target, net, code)
+    check_codes(target)
+    whole = target.read_bytes()
+    for net, part in direct.items():
+        (single,) = read_bmodel(kiln.path(part.bmodel)).nets
+        stored = kiln.path(part.bmodel).read_bytes()[single.coefficients.start : single.coefficients.stop]
+        assert whole[regions[net].start : regions[net].stop] == stored
+        shares = compare_stored(target, net, maps[net], reader_of(kiln, part.part.name))
+        assert not any(share.any() for share in shares.values())
+    with pytest.raises(CompileError, match=r"ends at byte \d+ of the coefficients, their region has 4096"):
+        cast_region(target, Span(regions[net].start, 4096), maps[net], reader_of(kiln, direct[net].part.name))
 
 
 def test_second_checkpoint_needs_no_compiler(kiln, cast_and_direct, monkeypatch, tmp_path):

@@ -18,6 +18,7 @@ from fluxkiln.artifacts.actions import Action, run_action, stage_code_version
 from fluxkiln.artifacts.types import PartRunner
 from fluxkiln.components import KINDS, Part
 from fluxkiln.export.bindings import WeightReader, bind_part, weight_reader
+from fluxkiln.export.checkpoint import TensorReader
 from fluxkiln.linking import link_parts
 from fluxkiln.progress import Progress
 from fluxkiln.quantize.schemes import Scheme, parse_scheme
@@ -55,13 +56,10 @@ def record(kiln: Kiln, settings: Settings, print_: str, folder: Path) -> Recordi
     from fluxkiln.verify.record import INDEX, read_recording, record_reference
 
     def produce(work: Path) -> tuple[dict[str, Path], dict[str, Any]]:
-        import gc
-
         record_reference(
-            kiln.checkpoint.root, kiln.parts, kiln.shapes, work,
+            kiln.checkpoint.root, kiln.parts, kiln.shapes, work, TensorReader(kiln.checkpoint),
             steps=settings.steps, seed=settings.seed, prompt=settings.prompt,
         )  # fmt: skip
-        gc.collect()  # a pipeline holds itself in cycles: 2 GB at FLUX.1's width
         files = [path for path in work.rglob("*") if path.is_file()]
         return {str(path.relative_to(work)): path for path in files}, {}
 
@@ -70,7 +68,10 @@ def record(kiln: Kiln, settings: Settings, print_: str, folder: Path) -> Recordi
         stage="record",
         what=f"reference run of {kiln.checkpoint.name}",
         code_version=stage_code_version(
-            "fluxkiln.verify.record", "fluxkiln.verify.observe", "fluxkiln.verify.pipeline"
+            "fluxkiln.verify.record",
+            "fluxkiln.verify.observe",
+            "fluxkiln.verify.pipeline",
+            "fluxkiln.verify.streaming",
         ),
         inputs={"checkpoint": f"sha256:{print_}"},
         settings={

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+import os
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,6 +132,32 @@ def read_tensor(ref: TensorRef) -> np.ndarray[Any, Any]:
                 raise CheckpointError(f"{ref.file} ends inside {ref.name}; it was truncated: copy or fetch it again")
             view = view[count:]
     return array
+
+
+class TensorReader:
+    """Reads a checkpoint's tensors by component and name; as `read_tensor`."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+
+    def __call__(self, component: str, name: str) -> np.ndarray[Any, Any]:
+        """Raises: CheckpointError: there is no such tensor, or as `read_tensor`."""
+        ref = self.checkpoint.tensors[component].get(name)
+        if ref is None:
+            raise CheckpointError(f"{component} of {self.checkpoint.root} has no tensor {name}; {_REMEDY}")
+        return read_tensor(ref)
+
+    def expect(self, component: str, names: Sequence[str]) -> None:
+        """See `expect_tensors`; names that do not exist are passed over."""
+        tensors = self.checkpoint.tensors[component]
+        expect_tensors(tensors[name] for name in names if name in tensors)
+
+
+def expect_tensors(refs: Iterable[TensorRef]) -> None:
+    """Tell the system that these bytes are read next: it fetches them meanwhile, into memory that is nobody's."""
+    for ref in refs:
+        with suppress(OSError), ref.file.open("rb", buffering=0) as stream:
+            os.posix_fadvise(stream.fileno(), ref.offset, ref.nbytes, os.POSIX_FADV_WILLNEED)
 
 
 def _read_json(root: Path, relative: str) -> dict[str, Any]:

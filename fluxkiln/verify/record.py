@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.components import KINDS, Part, Shapes
-from fluxkiln.errors import CheckpointError, IntegrityError, PatchError, ResourceError, UsageError
+from fluxkiln.errors import IntegrityError, PatchError, ResourceError, UsageError
 from fluxkiln.verify.observe import observe_part
 from fluxkiln.verify.pipeline import GUIDANCE_SCALE, PROMPT, OnStep, Rendering, quiet, render
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from fluxkiln.verify.streaming import ReadTensor
 
 FORMAT = 1
 INDEX = "recording.json"
@@ -100,7 +102,9 @@ def record_reference(
     parts: tuple[Part, ...],
     shapes: Shapes,
     destination: Path,
+    read: ReadTensor,
     *,
+    only: bool = False,
     steps: int = 2,
     seed: int = 0,
     prompt: str = PROMPT,
@@ -109,26 +113,35 @@ def record_reference(
 ) -> Recording:
     """Run `diffusers.FluxPipeline` as published, in float32, and keep what goes in and out of every part.
 
-    The models are in memory whole, in float32. Arrays are written as they appear, none is kept.
+    Weights are in memory one block at a time (`fluxkiln.verify.streaming`), and are read anew at every step. Arrays are
+    written as they appear, none is kept.
 
     Args:
         root: a checkpoint folder.
         parts: the parts to record; which VAE runs is seen from them: the checkpoint's own, or `vae_tiny`.
         destination: a folder, made if it is not there; an older recording in it is replaced.
+        read: reads the checkpoint's tensors.
+        only: leave out all blocks that are not among `parts`, and the VAE if it is not.
 
     Raises:
-        CheckpointError: the tiny VAE is asked for and not there.
+        CheckpointError: the tiny VAE is asked for and not there, or a tensor is missing or damaged.
         ResourceError: the disk is full.
         PatchError: a part was not called, or not in the way this was written for; diffusers changed.
     """
     start = time.perf_counter()
     _make_room(destination)
-    pipe = _load_pipeline(root, tiny=any(part.kind == "tiny_vae_decoder" for part in parts))
+    with quiet():
+        from fluxkiln.verify.streaming import open_pipeline, shorten, weights_in_place
+
+        pipe = open_pipeline(root, read, tiny=any(part.kind == "tiny_vae_decoder" for part in parts))
     recorder = _Recorder(destination)
     for part in parts:
         observe_part(pipe, part, recorder.put)
+    if only:
+        shorten(pipe, {part.prefix for part in parts})
     loaded = time.perf_counter()
-    made = render(pipe, shapes, steps, seed, prompt, guidance_scale, on_step)
+    with weights_in_place():
+        made = render(pipe, shapes, steps, seed, prompt, guidance_scale, on_step)
     for part in parts:
         expected = steps if part.component == "transformer" else 1
         if len(recorder.calls.get(part.name, ())) != expected:
@@ -240,18 +253,3 @@ def _digest(array: NDArray[np.generic]) -> str:
 
 def _write_rendering(made: Rendering, recorder: _Recorder) -> dict[str, str]:
     return {name: recorder.store(getattr(made, name)) for name in RENDERED}
-
-
-def _load_pipeline(root: Path, tiny: bool) -> Any:
-    with quiet():
-        import torch
-        from diffusers import AutoencoderTiny, FluxPipeline
-
-        given = {}
-        if tiny:
-            if not (root / "vae_tiny").is_dir():
-                raise CheckpointError(
-                    f"{root} has no folder vae_tiny: put taef1 (AutoencoderTiny) there, or use VAE=kl"
-                )
-            given["vae"] = AutoencoderTiny.from_pretrained(root / "vae_tiny", dtype=torch.float32)
-        return FluxPipeline.from_pretrained(root, dtype=torch.float32, **given)

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 
 from fluxkiln.components import COMPONENTS, list_parts
 from fluxkiln.errors import CheckpointError
-from fluxkiln.export.checkpoint import open_checkpoint, read_tensor
+from fluxkiln.export.checkpoint import TensorReader, expect_tensors, open_checkpoint, read_tensor
 from fluxkiln.export.safetensors_header import read_header
 from fluxkiln.export.synth import synthesize
 
@@ -246,3 +247,19 @@ def test_opening_imports_nothing_heavy(pristine):
         "print([m for m in ('torch', 'numpy', 'diffusers', 'transformers', 'safetensors') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_tensors_are_read_by_component_and_name(tiny_checkpoint):
+    checkpoint = tiny_checkpoint()
+    read = TensorReader(checkpoint)
+    names = ("proj_out.bias", "no such tensor")
+    read.expect("transformer", names)  # a hint: what does not exist is nobody's error
+    ref = checkpoint.tensors["transformer"][names[0]]
+    np.testing.assert_array_equal(read("transformer", names[0]), read_tensor(ref))
+    with pytest.raises(CheckpointError, match=r"transformer of .* has no tensor no such tensor"):
+        read("transformer", names[1])
+
+
+def test_expected_files_that_are_gone_are_no_error(tiny_checkpoint, tmp_path):
+    ref = tiny_checkpoint().tensors["transformer"]["proj_out.bias"]
+    expect_tensors([replace(ref, file=tmp_path / "gone")])

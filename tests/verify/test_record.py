@@ -11,6 +11,7 @@ import torch
 
 from fluxkiln.components import KINDS, Shapes, list_parts
 from fluxkiln.errors import CheckpointError, IntegrityError, PatchError, ResourceError, UsageError
+from fluxkiln.export.checkpoint import TensorReader
 from fluxkiln.export.host import host_constants, pooled_row
 from fluxkiln.export.trace import part_inputs
 from fluxkiln.verify import record as module
@@ -162,9 +163,9 @@ def test_an_array_is_stored_once(tiny_recording):
 def test_same_seed_same_recording_and_another_differs(tiny_checkpoint, tiny_recording, tmp_path):
     checkpoint, first = tiny_checkpoint(), tiny_recording()
     parts = list_parts(checkpoint.configs)
-    again = record_reference(checkpoint.root, parts, SHAPES, tmp_path / "again")
+    again = record_reference(checkpoint.root, parts, SHAPES, tmp_path / "again", TensorReader(checkpoint))
     assert (again.calls, again.rendered) == (first.calls, first.rendered)
-    other = record_reference(checkpoint.root, parts, SHAPES, tmp_path / "again", seed=1)
+    other = record_reference(checkpoint.root, parts, SHAPES, tmp_path / "again", TensorReader(checkpoint), seed=1)
     assert other.rendered["latents"] != first.rendered["latents"]
     assert other.rendered["prompt_embeds"] == first.rendered["prompt_embeds"]
     left = {path.name for path in (tmp_path / "again" / "tensors").iterdir()}
@@ -175,7 +176,13 @@ def test_steps_are_reported(tiny_checkpoint, tmp_path):
     checkpoint, seen = tiny_checkpoint(), []
     parts = list_parts(checkpoint.configs)
     recording = record_reference(
-        checkpoint.root, parts, SHAPES, tmp_path, steps=3, on_step=lambda *step: seen.append(step)
+        checkpoint.root,
+        parts,
+        SHAPES,
+        tmp_path,
+        TensorReader(checkpoint),
+        steps=3,
+        on_step=lambda *step: seen.append(step),
     )
     assert seen == [(1, 3), (2, 3), (3, 3)]
     assert len(recording.calls["single.00"]) == 3
@@ -232,7 +239,7 @@ def test_failed_run_leaves_no_recording(tiny_checkpoint, tiny_recording, tmp_pat
 
     monkeypatch.setattr(np, "save", full)
     with pytest.raises(ResourceError, match="No space left on device; a recording holds"):
-        record_reference(checkpoint.root, list_parts(checkpoint.configs), SHAPES, destination)
+        record_reference(checkpoint.root, list_parts(checkpoint.configs), SHAPES, destination, TensorReader(checkpoint))
     assert not (destination / module.INDEX).exists()
     assert list((destination / "tensors").iterdir()) == []
 
@@ -240,10 +247,22 @@ def test_failed_run_leaves_no_recording(tiny_checkpoint, tiny_recording, tmp_pat
 def test_part_that_upstream_does_not_call_is_named(tiny_checkpoint, tmp_path, monkeypatch):
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL, DecoderOutput
 
-    monkeypatch.setattr(AutoencoderKL, "_decode", lambda self, z, **_: DecoderOutput(self.decoder.forward(z)))
+    black = torch.zeros(1, 3, SHAPES.height, SHAPES.width)
+    monkeypatch.setattr(AutoencoderKL, "_decode", lambda self, z, **_: DecoderOutput(black))
     checkpoint = tiny_checkpoint()
     with pytest.raises(PatchError, match="part vae_decoder ran 0 times in the reference, 1 were expected"):
-        record_reference(checkpoint.root, list_parts(checkpoint.configs), SHAPES, tmp_path)
+        record_reference(checkpoint.root, list_parts(checkpoint.configs), SHAPES, tmp_path, TensorReader(checkpoint))
+    assert not (tmp_path / module.INDEX).exists()
+
+
+def test_module_that_upstream_calls_in_another_way_is_told(tiny_checkpoint, tmp_path, monkeypatch):
+    """Hooks do not run then, so neither weights nor arrays come and go."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL, DecoderOutput
+
+    monkeypatch.setattr(AutoencoderKL, "_decode", lambda self, z, **_: DecoderOutput(self.decoder.forward(z)))
+    checkpoint = tiny_checkpoint()
+    with pytest.raises(PatchError, match="a module ran without its weights"):
+        record_reference(checkpoint.root, list_parts(checkpoint.configs), SHAPES, tmp_path, TensorReader(checkpoint))
     assert not (tmp_path / module.INDEX).exists()
 
 
@@ -256,7 +275,7 @@ def test_renamed_upstream_argument_is_named(tiny_checkpoint, tmp_path, monkeypat
     monkeypatch.setattr(Embedding, "forward", forward)
     checkpoint = tiny_checkpoint()
     with pytest.raises(PatchError, match=r"Embedding.forward was called without 'input'"):
-        record_reference(checkpoint.root, list_parts(checkpoint.configs), SHAPES, tmp_path)
+        record_reference(checkpoint.root, list_parts(checkpoint.configs), SHAPES, tmp_path, TensorReader(checkpoint))
 
 
 def test_missing_tiny_vae_is_named(tiny_checkpoint, tmp_path):
@@ -264,7 +283,9 @@ def test_missing_tiny_vae_is_named(tiny_checkpoint, tmp_path):
     root = tmp_path / "model"
     shutil.copytree(checkpoint.root, root, ignore=shutil.ignore_patterns("vae_tiny"))
     with pytest.raises(CheckpointError, match="has no folder vae_tiny"):
-        record_reference(root, list_parts(checkpoint.configs, "tiny"), SHAPES, tmp_path / "recording")
+        record_reference(
+            root, list_parts(checkpoint.configs, "tiny"), SHAPES, tmp_path / "out", TensorReader(checkpoint)
+        )
 
 
 def test_index_is_plain_json_with_relative_paths(tiny_recording):

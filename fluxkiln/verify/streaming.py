@@ -1,0 +1,228 @@
+"""diffusers' own pipeline with the weights of one unit in memory at a time.
+
+The models are the published classes, built from their configs without memory for their parameters. A unit (a block; or
+what is not inside one: an embedder, a norm, CLIP, a decoder) gets its weights right before its forward and loses them
+right after, by forward hooks: nothing upstream is replaced. Checked with diffusers 0.42.1 and transformers 5.23.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from fluxkiln.errors import CheckpointError, PatchError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# Lists of blocks, by component; what is outside of them is a unit where it hangs.
+_STACKS: Mapping[str, tuple[str, ...]] = {
+    "text_encoder_2": ("encoder.block",),
+    "transformer": ("transformer_blocks", "single_transformer_blocks"),
+    "vae": (),
+}
+# Stacks whose first block makes what all others take: T5's position bias.
+_FIRST_IS_NEEDED = ("encoder.block",)
+
+
+class ReadTensor(Protocol):
+    """Reads checkpoint tensors; both are called with a component (`vae_tiny` for the tiny decoder) and names as in the
+    `state_dict()` of its module."""
+
+    def __call__(self, component: str, name: str) -> NDArray[Any]:
+        """The values in the dtype they are stored in; bfloat16 as `ml_dtypes.bfloat16`."""
+
+    def expect(self, component: str, names: Sequence[str]) -> None:
+        """Told what is read next, so that it may be fetched meanwhile."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    """A module that is given its weights as a whole: owner, name in the owner, name in the state dict."""
+
+    component: str
+    module: nn.Module
+    weights: tuple[tuple[nn.Module, str, str], ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for _, _, name in self.weights)
+
+
+def open_pipeline(root: Path, read: ReadTensor, tiny: bool) -> Any:
+    """A `diffusers.FluxPipeline` in float32 on the CPU whose weights are read while it runs.
+
+    What it computes equals, bit for bit, what `FluxPipeline.from_pretrained(root, dtype=torch.float32)` computes.
+
+    Args:
+        root: a checkpoint folder.
+        tiny: with the tiny VAE of `vae_tiny`.
+
+    Raises:
+        CheckpointError: the tiny VAE is asked for and not there.
+        PatchError: a model has a buffer whose values are unknown; upstream changed.
+    """
+    from diffusers import AutoencoderKL, AutoencoderTiny, FluxPipeline, FluxTransformer2DModel
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    vae = "vae_tiny" if tiny else "vae"
+    if not (root / vae).is_dir():
+        raise CheckpointError(f"{root} has no folder {vae}: put taef1 (AutoencoderTiny) there, or use VAE=kl")
+    clip = CLIPTextConfig.from_pretrained(root / "text_encoder")
+    t5 = T5Config.from_pretrained(root / "text_encoder_2")
+    with _ParametersOnMeta():
+        models = {
+            "text_encoder": CLIPTextModel(clip),
+            "text_encoder_2": T5EncoderModel(t5),
+            "transformer": _from_config(FluxTransformer2DModel, root / "transformer"),
+            "vae": _from_config(AutoencoderTiny if tiny else AutoencoderKL, root / vae),
+        }
+    for slot, model in models.items():
+        _stream(model.eval().requires_grad_(False), slot, vae if slot == "vae" else slot, read)
+    return FluxPipeline.from_pretrained(root, **models)
+
+
+def shorten(pipe: Any, prefixes: Collection[str]) -> None:
+    """Leave every block out of a streamed pipeline but those that `prefixes` names (`transformer_blocks.3.`).
+
+    The blocks left are chained in their order. Where the first block makes what the others need it stays as well. Call
+    it after the observers have found their modules. Unless `decoder.` is named, the VAE makes a black image.
+    """
+    for component, stacks in _STACKS.items():
+        model = getattr(pipe, component)
+        for stack in stacks:
+            blocks = [
+                block
+                for index, block in enumerate(model.get_submodule(stack))
+                if f"{stack}.{index}." in prefixes or (index == 0 and stack in _FIRST_IS_NEEDED)
+            ]
+            model.set_submodule(stack, nn.ModuleList(blocks))
+    if "decoder." not in prefixes:
+        pipe.vae.decode = partial(_black, pipe.vae_scale_factor)
+
+
+@contextmanager
+def weights_in_place() -> Iterator[None]:
+    """Run a streamed pipeline in this block: PatchError where torch finds a module without its weights."""
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        if "meta" not in str(error):
+            raise
+        raise PatchError(
+            f"a module ran without its weights ({str(error).splitlines()[0]}): upstream no longer calls it as a "
+            "module; install the versions pinned in constraints.txt"
+        ) from error
+
+
+def _black(factor: int, latents: torch.Tensor, **_: Any) -> tuple[torch.Tensor]:
+    height, width = latents.shape[-2:]
+    return (torch.full((1, 3, height * factor, width * factor), -1.0),)
+
+
+class _ParametersOnMeta(TorchFunctionMode):
+    """What is made by `torch.empty`, as parameters are, gets no memory; buffers have values and are made as ever."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is torch.empty:
+            kwargs = {**kwargs, "device": "meta"}
+        return function(*args, **kwargs)
+
+
+def _from_config(model: Any, folder: Path) -> Any:
+    return model.from_config(model.load_config(folder))
+
+
+def _stream(model: nn.Module, slot: str, component: str, read: ReadTensor) -> None:
+    """Put hooks on the units of `model`, its parameters on the meta device, and nothing else."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}  # a tied one has its first name
+    units = [unit for module in _units(model, slot) if (unit := _unit(component, module, names)).weights]
+    for unit in units:
+        for owner, leaf, _ in unit.weights:
+            parameter = owner._parameters[leaf]
+            assert parameter is not None
+            if parameter.device.type != "meta":  # norms are made of ones
+                owner._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+    for name, buffer in model.named_buffers():
+        if buffer.device.type == "meta":
+            raise PatchError(f"{type(model).__name__} has a buffer {name} without values; install the pinned versions")
+    for index, unit in enumerate(units):
+        then = units[index + 1].names if index + 1 < len(units) else ()
+        unit.module.register_forward_pre_hook(partial(_load, unit, then, read))
+        unit.module.register_forward_hook(partial(_unload, unit), always_call=True)
+    # what diffusers asks where a model computes whose parameters are elsewhere
+    model._hf_hook = SimpleNamespace(execution_device="cpu")  # type: ignore[assignment]
+
+
+def _units(model: nn.Module, slot: str) -> Iterator[nn.Module]:
+    if slot not in _STACKS:
+        yield model
+        return
+    stacks = _STACKS[slot]
+
+    def below(module: nn.Module, path: str) -> Iterator[nn.Module]:
+        for name, child in module.named_children():
+            place = f"{path}{name}"
+            if place in stacks:
+                yield from child.children()
+            elif any(stack.startswith(f"{place}.") for stack in stacks):
+                yield from below(child, f"{place}.")
+            else:
+                yield child
+
+    yield from below(model, "")
+
+
+def _unit(component: str, module: nn.Module, names: Mapping[int, str]) -> _Unit:
+    weights = []
+    for owner in module.modules():
+        for leaf, parameter in owner._parameters.items():
+            if parameter is not None:
+                weights.append((owner, leaf, names[id(parameter)]))
+    return _Unit(component, module, tuple(weights))
+
+
+def _load(unit: _Unit, then: tuple[str, ...], read: ReadTensor, *_: Any) -> None:
+    for owner, leaf, name in unit.weights:
+        values = torch.from_numpy(float32(read(unit.component, name)))
+        expected = owner._parameters[leaf]
+        assert expected is not None
+        if values.shape != expected.shape:
+            raise CheckpointError(
+                f"tensor {name} of {unit.component} has shape {list(values.shape)}, its config.json asks for "
+                f"{list(expected.shape)}; they belong to different checkpoints"
+            )
+        owner._parameters[leaf] = nn.Parameter(values, requires_grad=False)
+    if then:
+        read.expect(unit.component, then)
+
+
+def _unload(unit: _Unit, *_: Any) -> None:
+    for owner, leaf, _name in unit.weights:
+        parameter = owner._parameters[leaf]
+        assert parameter is not None
+        owner._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+
+def float32(values: NDArray[Any]) -> NDArray[np.float32]:
+    """`values` as a new float32 array; bfloat16 is widened by torch, which is many times as fast as ml_dtypes."""
+    # numpy asks the kernel for huge pages: torch's own allocation takes several times as long to touch
+    result = np.empty(values.shape, np.float32)
+    if values.dtype.name == "bfloat16":
+        torch.from_numpy(result).copy_(torch.from_numpy(values.view(np.int16)).view(torch.bfloat16))
+    else:
+        result[...] = values
+    return result

@@ -13,10 +13,11 @@ from typing import Literal
 import pytest
 
 from fluxkiln.compile.tpu_mlir_env import TpuMlirEnv, default_tpu_mlir_root, find_tpu_mlir
-from fluxkiln.components import Shapes, find_part, list_parts
-from fluxkiln.export.checkpoint import Checkpoint, TensorReader, open_checkpoint
+from fluxkiln.components import Part, Shapes, find_part, list_parts
+from fluxkiln.export.checkpoint import Checkpoint, open_checkpoint
 from fluxkiln.settings import Settings
 from fluxkiln.stages import BinaryPart, Kiln, Mould, cast_part, compile_part, make_mould, make_template
+from fluxkiln.verify.modulation import recorded_parts, view_recording
 from fluxkiln.verify.record import Recording, record_reference
 
 
@@ -85,8 +86,53 @@ def tiny_recording(
     def make(preset: str = "tiny-dev", vae: Literal["kl", "tiny"] = "kl", shapes: Shapes = TINY_SHAPES) -> Recording:
         checkpoint = tiny_checkpoint(preset)
         parts = list_parts(checkpoint.configs, vae)
-        folder = tmp_path_factory.mktemp("recording")
-        return record_reference(checkpoint.root, parts, shapes, folder, TensorReader(checkpoint))
+        return record_reference(checkpoint.root, parts, shapes, tmp_path_factory.mktemp("recording"))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def record_parts(
+    tiny_checkpoint: Callable[..., Checkpoint], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Recording]:
+    """(preset, parts, shapes) -> a reference run of two steps in which these parts were recorded."""
+
+    def record(preset: str, parts: tuple[Part, ...], shapes: Shapes = TINY_SHAPES) -> Recording:
+        return record_reference(tiny_checkpoint(preset).root, parts, shapes, tmp_path_factory.mktemp("recording"))
+
+    return record
+
+
+@pytest.fixture(scope="session")
+def hoisted_recording(
+    tiny_checkpoint: Callable[..., Checkpoint], record_parts: Callable[..., Recording]
+) -> Callable[..., Recording]:
+    """(preset, vae, shapes) -> the hoisted form's view of a run of two steps that was recorded for both forms."""
+
+    @functools.cache
+    def make(preset: str = "tiny-dev", vae: Literal["kl", "tiny"] = "kl", shapes: Shapes = TINY_SHAPES) -> Recording:
+        configs = tiny_checkpoint(preset).configs
+        both = record_parts(preset, recorded_parts(configs, vae), shapes)
+        return view_recording(both, list_parts(configs, vae, "hoisted"))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def part_of_kind(
+    tiny_checkpoint: Callable[..., Checkpoint],
+    tiny_recording: Callable[..., Recording],
+    hoisted_recording: Callable[..., Recording],
+) -> Callable[..., tuple[Part, Recording]]:
+    """(kind, shapes) -> tiny-dev's first part of the kind, and a recording of the form and VAE that have it."""
+
+    def make(kind: str, shapes: Shapes = TINY_SHAPES) -> tuple[Part, Recording]:
+        vae: Literal["kl", "tiny"] = "tiny" if kind == "tiny_vae_decoder" else "kl"
+        for modulation, record in (("inline", tiny_recording), ("hoisted", hoisted_recording)):
+            for part in list_parts(tiny_checkpoint().configs, vae, modulation):  # type: ignore[arg-type]
+                if part.kind == kind:
+                    return part, record("tiny-dev", vae, shapes)
+        raise AssertionError(f"no form has the kind {kind}")
 
     return make
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.artifacts.types import GraphFormat, Template, TensorSpec
-from fluxkiln.components import CLIP_TOKENS, KINDS, Shapes
+from fluxkiln.components import CLIP_TOKENS, KINDS, MODULATION_CHUNKS, MODULATION_ROWS, Shapes
 from fluxkiln.errors import ExportError, UsageError
 from fluxkiln.patches.parts import Configs, build_part, slot_name
 from fluxkiln.patches.registry import apply_patches, patches_for
@@ -26,11 +26,13 @@ if TYPE_CHECKING:
 
 OPSETS: Mapping[str, int] = {"onnx17": 17, "onnx23": 23}
 # these create constants while they run, and a constant made on the meta device has no value
-CPU_KINDS = ("clip", "head")
+CPU_KINDS = ("clip", "head", "time_embed")
 # torch's meta convolution does not take the TorchScript tracer's shapes
 CONVOLUTIONAL_KINDS = ("vae_decoder", "tiny_vae_decoder")
 # convolutions cost arithmetic on the CPU, so a VAE is traced on this side of latents and its shape is set afterwards
 TRACED_LATENT = 8
+# input names and shapes
+Sized = dict[str, tuple[int, ...]]
 SUFFIXES: Mapping[str, str] = {"onnx17": ".onnx", "onnx23": ".onnx", "pt2": ".pt2", "torchscript": ".pt"}
 
 
@@ -40,9 +42,18 @@ def part_inputs(kind: str, configs: Configs, shapes: Shapes) -> tuple[TensorSpec
     heads, head_dim = int(flux["num_attention_heads"]), int(flux["attention_head_dim"])
     width = heads * head_dim
     text, image, joint = shapes.tokens, shapes.image_tokens, shapes.joint_tokens
-    rotary = {"rotary_cos": (joint, head_dim), "rotary_sin": (joint, head_dim)}
+    rotary: Sized = {"rotary_cos": (joint, head_dim), "rotary_sin": (joint, head_dim)}
     latent_channels = int(configs["vae"]["latent_channels"])
-    known: dict[str, dict[str, tuple[int, ...]]] = {
+    tokens_in: Sized = {
+        "hidden_states": (1, image, int(flux["in_channels"])),
+        "encoder_hidden_states": (1, text, int(flux["joint_attention_dim"])),
+    }
+    pooled: Sized = {"pooled_projections": (1, int(flux["pooled_projection_dim"]))}
+    guided = bool(flux.get("guidance_embeds"))
+    streams: Sized = {"hidden_states": (1, image, width), "encoder_hidden_states": (1, text, width)}
+    rows: Sized = {"temb": (MODULATION_ROWS, width)}
+    row: dict[str, Sized] = {kind: {"modulation": (1, chunks * width)} for kind, chunks in MODULATION_CHUNKS.items()}
+    known: dict[str, Sized] = {
         "clip": {"input_ids": (1, CLIP_TOKENS)},
         "t5_embed": {"input_ids": (1, text)},
         "t5_block": {
@@ -50,21 +61,22 @@ def part_inputs(kind: str, configs: Configs, shapes: Shapes) -> tuple[TensorSpec
             "position_bias": (1, int(t5["num_heads"]), text, text),
         },
         "t5_final": {"hidden_states": (1, text, int(t5["d_model"]))},
-        "head": {
-            "hidden_states": (1, image, int(flux["in_channels"])),
-            "encoder_hidden_states": (1, text, int(flux["joint_attention_dim"])),
-            "pooled_projections": (1, int(flux["pooled_projection_dim"])),
-            "timestep": (1,),
-            **({"guidance": (1,)} if flux.get("guidance_embeds") else {}),
-        },
-        "double": {
-            "hidden_states": (1, image, width),
-            "encoder_hidden_states": (1, text, width),
-            "temb": (1, width),
-            **rotary,
-        },
+        "head": {**tokens_in, **pooled, "timestep": (1,), **({"guidance": (1,)} if guided else {})},
+        "double": {**streams, "temb": (1, width), **rotary},
         "single": {"hidden_states": (1, joint, width), "temb": (1, width), **rotary},
         "tail": {"hidden_states": (1, image, width), "temb": (1, width)},
+        "time_embed": {
+            **pooled,
+            "timestep": (MODULATION_ROWS,),
+            **({"guidance": (MODULATION_ROWS,)} if guided else {}),
+        },
+        "double_modulation": rows,
+        "single_modulation": rows,
+        "tail_modulation": rows,
+        "token_embed": tokens_in,
+        "double_modulated": {**streams, **row["double"], **rotary},
+        "single_modulated": {"hidden_states": (1, joint, width), **row["single"], **rotary},
+        "tail_modulated": {"hidden_states": (1, image, width), **row["tail"]},
         "vae_decoder": {"latents": (1, latent_channels, *shapes.latent_hw)},
         "tiny_vae_decoder": {"latents": (1, latent_channels, *shapes.latent_hw)},
     }

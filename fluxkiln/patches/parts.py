@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.errors import CheckpointError, UsageError
@@ -35,6 +35,14 @@ def build_part(kind: str, configs: Configs) -> Module:
         "double": _transformer,
         "single": _transformer,
         "tail": _transformer,
+        "time_embed": _hoisted,
+        "double_modulation": _hoisted,
+        "single_modulation": _hoisted,
+        "tail_modulation": _hoisted,
+        "token_embed": _hoisted,
+        "double_modulated": _hoisted,
+        "single_modulated": _hoisted,
+        "tail_modulated": _hoisted,
         "vae_decoder": _vae,
         "tiny_vae_decoder": _tiny_vae,
     }
@@ -108,13 +116,19 @@ def _t5(kind: str, configs: Configs) -> Module:
     return T5BlockPart(model.encoder.block[1])
 
 
-def _transformer(kind: str, configs: Configs) -> Module:
+def _one_of_each(configs: Configs) -> Any:
+    """The transformer with one block of each kind."""
     from diffusers import FluxTransformer2DModel
-
-    from fluxkiln.patches.transformer import DoublePart, HeadPart, SinglePart, TailPart
 
     config = {**configs["transformer"], "num_layers": 1, "num_single_layers": 1}
     model: Any = FluxTransformer2DModel.from_config(config)
+    return model
+
+
+def _transformer(kind: str, configs: Configs) -> Module:
+    from fluxkiln.patches.transformer import DoublePart, HeadPart, SinglePart, TailPart
+
+    model = _one_of_each(configs)
     if kind == "head":
         return HeadPart(model)
     if kind == "double":
@@ -122,6 +136,24 @@ def _transformer(kind: str, configs: Configs) -> Module:
     if kind == "single":
         return SinglePart(model.single_transformer_blocks[0])
     return TailPart(model)
+
+
+def _hoisted(kind: str, configs: Configs) -> Module:
+    from fluxkiln.patches import modulation
+
+    model = _one_of_each(configs)
+    double, single = model.transformer_blocks[0], model.single_transformer_blocks[0]
+    wrappers: dict[str, Callable[[], Module]] = {
+        "time_embed": lambda: modulation.TimeEmbedPart(model),
+        "token_embed": lambda: modulation.TokenEmbedPart(model),
+        "double_modulation": lambda: modulation.ModulationPart(double, "norm1", "norm1_context"),
+        "single_modulation": lambda: modulation.ModulationPart(single, "norm"),
+        "tail_modulation": lambda: modulation.ModulationPart(model, "norm_out"),
+        "double_modulated": lambda: modulation.DoubleModulatedPart(double),
+        "single_modulated": lambda: modulation.SingleModulatedPart(single),
+        "tail_modulated": lambda: modulation.TailModulatedPart(model),
+    }
+    return wrappers[kind]()
 
 
 def _vae(kind: str, configs: Configs) -> Module:

@@ -56,9 +56,9 @@ class PatchStatus:
 
 def all_patches() -> tuple[Patch, ...]:
     """Every patch, in the order they are listed and applied."""
-    from fluxkiln.patches import rms_norm, text, transformer, vae
+    from fluxkiln.patches import modulation, rms_norm, text, transformer, vae
 
-    return (*rms_norm.PATCHES, *transformer.PATCHES, *text.PATCHES, *vae.PATCHES)
+    return (*rms_norm.PATCHES, *transformer.PATCHES, *modulation.PATCHES, *text.PATCHES, *vae.PATCHES)
 
 
 def patches_for(kind: str, graph_format: str) -> tuple[Patch, ...]:

@@ -43,7 +43,7 @@ PATCHES = (
         },
         reason="the TorchScript exporter has no symbolic for aten::rms_norm",
         until="TPU-MLIR reads opset 23 graphs of the dynamo exporter",
-        kinds=("double", "single"),
+        kinds=("double", "single", "double_modulated", "single_modulated"),
         replacement={"torch.nn.functional.rms_norm": explicit_rms_norm},
         formats=("onnx17", "torchscript"),
     ),

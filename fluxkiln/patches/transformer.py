@@ -1,5 +1,7 @@
 """The transformer as parts: head, double, single, tail, with RoPE computed on the host.
 
+`fluxkiln.patches.modulation` has the other form of the same parts, made of the same functions.
+
 Stands for `FluxTransformer2DModel.forward` and what it calls (checked with diffusers 0.42.1). A part takes cos and sin
 as inputs, so the float64 sinusoids of `FluxPosEmbed` never reach a compiler. The block forwards are re-stated for the
 compiler: RMSNorm and RoPE act on each stream before the streams are joined, the values are joined before the head axis
@@ -25,6 +27,8 @@ from fluxkiln.patches.registry import Patch
 _FLUX = "diffusers.models.transformers.transformer_flux"
 _CHECKED = "diffusers 0.42.1"
 _TURN_HIGH = 6.28125
+# one stream of a double block: normed and modulated tokens [1, L, D]; gate, shift_mlp, scale_mlp, gate_mlp [1, D]
+Normed = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _rotate(x_BLHK: Tensor, cos_LK: Tensor, sin_LK: Tensor) -> Tensor:
@@ -78,7 +82,7 @@ class HeadPart(nn.Module):
         self.x_embedder = model.x_embedder
         self.context_embedder = model.context_embedder
         self.time_text_embed = model.time_text_embed
-        self.frequencies = _frequencies(model.time_text_embed.time_proj)
+        self.frequencies = time_frequencies(model.time_text_embed.time_proj)
 
     def forward(
         self,
@@ -88,26 +92,38 @@ class HeadPart(nn.Module):
         timestep: Tensor,
         guidance: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        embed = self.time_text_embed
-        temb = embed.timestep_embedder(self._sinusoid(timestep * 1000))
-        if guidance is not None:
-            temb = temb + embed.guidance_embedder(self._sinusoid(guidance * 1000))
-        temb = temb + embed.text_embedder(pooled_projections)
+        temb = embed_time(self.time_text_embed, self.frequencies, timestep, guidance, pooled_projections)
         return self.x_embedder(hidden_states), self.context_embedder(encoder_hidden_states), temb
 
-    def _sinusoid(self, time: Tensor) -> Tensor:
-        """`get_timestep_embedding` with flip_sin_to_cos: time or guidance [1], times 1000 -> [1, 256].
 
-        Whole turns are taken off first: the chip's own sin and cos lose 2e-5 at large angles. The first of the two
-        constants of a turn has 8 bits, so that its product with the number of turns is exact (Cody and Waite).
-        """
-        angle = time[:, None] * torch.tensor([self.frequencies], device=time.device)
-        turns = torch.round(angle * (1 / math.tau))
-        angle = (angle - turns * _TURN_HIGH) - turns * (math.tau - _TURN_HIGH)
-        return torch.cat([torch.cos(angle), torch.sin(angle)], dim=-1)
+def embed_time(
+    embed: Any, frequencies: list[float], timestep_M: Tensor, guidance_M: Tensor | None, pooled_1P: Tensor
+) -> Tensor:
+    """temb [M, D] of M timesteps in 0..1 for one prompt; guidance for guidance-distilled models only.
+
+    Args:
+        embed: upstream's `time_text_embed`; frequencies: see `time_frequencies`.
+    """
+    temb = embed.timestep_embedder(_sinusoid(frequencies, timestep_M * 1000))
+    if guidance_M is not None:
+        temb = temb + embed.guidance_embedder(_sinusoid(frequencies, guidance_M * 1000))
+    temb_MD: Tensor = temb + embed.text_embedder(pooled_1P)
+    return temb_MD
 
 
-def _frequencies(time_proj: Any) -> list[float]:
+def _sinusoid(frequencies: list[float], time_M: Tensor) -> Tensor:
+    """`get_timestep_embedding` with flip_sin_to_cos: times or guidances [M], times 1000 -> [M, 256].
+
+    Whole turns are taken off first: the chip's own sin and cos lose 2e-5 at large angles. The first of the two
+    constants of a turn has 8 bits, so that its product with the number of turns is exact (Cody and Waite).
+    """
+    angle = time_M[:, None] * torch.tensor([frequencies], device=time_M.device)
+    turns = torch.round(angle * (1 / math.tau))
+    angle = (angle - turns * _TURN_HIGH) - turns * (math.tau - _TURN_HIGH)
+    return torch.cat([torch.cos(angle), torch.sin(angle)], dim=-1)
+
+
+def time_frequencies(time_proj: Any) -> list[float]:
     """The sinusoid's frequencies as upstream computes them in float32 on the CPU.
 
     They are constants of the graph: an exp that is one bit off moves the embedding by 2e-5, the angle being up to 1000.
@@ -139,41 +155,55 @@ class DoublePart(nn.Module):
         rotary_cos: Tensor,
         rotary_sin: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        block, attn = self.block, self.block.attn
-        text = encoder_hidden_states.shape[1]
-        image_norm, gate, shift_mlp, scale_mlp, gate_mlp = block.norm1(hidden_states, emb=temb)
-        text_norm, c_gate, c_shift_mlp, c_scale_mlp, c_gate_mlp = block.norm1_context(encoder_hidden_states, emb=temb)
+        image = self.block.norm1(hidden_states, emb=temb)
+        text = self.block.norm1_context(encoder_hidden_states, emb=temb)
+        return double_block(self.block, hidden_states, encoder_hidden_states, image, text, (rotary_cos, rotary_sin))
 
-        def heads(x_BLD: Tensor, norm: Any, rows: slice) -> Tensor:
-            x_BLHK = _head_norm(norm, torch.unflatten(x_BLD, -1, (-1, attn.head_dim)))
-            return _rotate(x_BLHK, rotary_cos[rows], rotary_sin[rows])
 
-        of_text, of_image = slice(0, text), slice(text, None)
-        query = torch.cat(
-            [
-                heads(attn.add_q_proj(text_norm), attn.norm_added_q, of_text),
-                heads(attn.to_q(image_norm), attn.norm_q, of_image),
-            ],
-            dim=1,
-        )
-        key = torch.cat(
-            [
-                heads(attn.add_k_proj(text_norm), attn.norm_added_k, of_text),
-                heads(attn.to_k(image_norm), attn.norm_k, of_image),
-            ],
-            dim=1,
-        )
-        value = torch.cat([attn.add_v_proj(text_norm), attn.to_v(image_norm)], dim=1)
-        joint = _attend(query, key, value, attn.head_dim)
+def double_block(
+    block: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    image: Normed,
+    text: Normed,
+    rotary: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """`FluxTransformerBlock.forward` from its first two norms on; returns image and text tokens."""
+    attn, tokens = block.attn, encoder_hidden_states.shape[1]
+    rotary_cos, rotary_sin = rotary
+    image_norm, gate, shift_mlp, scale_mlp, gate_mlp = image
+    text_norm, c_gate, c_shift_mlp, c_scale_mlp, c_gate_mlp = text
 
-        hidden_states = hidden_states + gate.unsqueeze(1) * attn.to_out[0](joint[:, text:])
-        image_norm = block.norm2(hidden_states) * (1 + scale_mlp[:, None]) + shift_mlp[:, None]
-        hidden_states = hidden_states + gate_mlp.unsqueeze(1) * _feed_forward(block.ff, image_norm)
+    def heads(x_BLD: Tensor, norm: Any, rows: slice) -> Tensor:
+        x_BLHK = _head_norm(norm, torch.unflatten(x_BLD, -1, (-1, attn.head_dim)))
+        return _rotate(x_BLHK, rotary_cos[rows], rotary_sin[rows])
 
-        encoder_hidden_states = encoder_hidden_states + c_gate.unsqueeze(1) * attn.to_add_out(joint[:, :text])
-        text_norm = block.norm2_context(encoder_hidden_states) * (1 + c_scale_mlp[:, None]) + c_shift_mlp[:, None]
-        text_ff = _feed_forward(block.ff_context, text_norm)
-        return hidden_states, encoder_hidden_states + c_gate_mlp.unsqueeze(1) * text_ff
+    of_text, of_image = slice(0, tokens), slice(tokens, None)
+    query = torch.cat(
+        [
+            heads(attn.add_q_proj(text_norm), attn.norm_added_q, of_text),
+            heads(attn.to_q(image_norm), attn.norm_q, of_image),
+        ],
+        dim=1,
+    )
+    key = torch.cat(
+        [
+            heads(attn.add_k_proj(text_norm), attn.norm_added_k, of_text),
+            heads(attn.to_k(image_norm), attn.norm_k, of_image),
+        ],
+        dim=1,
+    )
+    value = torch.cat([attn.add_v_proj(text_norm), attn.to_v(image_norm)], dim=1)
+    joint = _attend(query, key, value, attn.head_dim)
+
+    hidden_states = hidden_states + gate.unsqueeze(1) * attn.to_out[0](joint[:, tokens:])
+    image_norm = block.norm2(hidden_states) * (1 + scale_mlp[:, None]) + shift_mlp[:, None]
+    hidden_states = hidden_states + gate_mlp.unsqueeze(1) * _feed_forward(block.ff, image_norm)
+
+    encoder_hidden_states = encoder_hidden_states + c_gate.unsqueeze(1) * attn.to_add_out(joint[:, :tokens])
+    text_norm = block.norm2_context(encoder_hidden_states) * (1 + c_scale_mlp[:, None]) + c_shift_mlp[:, None]
+    text_ff = _feed_forward(block.ff_context, text_norm)
+    return hidden_states, encoder_hidden_states + c_gate_mlp.unsqueeze(1) * text_ff
 
 
 class SinglePart(nn.Module):
@@ -187,20 +217,26 @@ class SinglePart(nn.Module):
         self.block = block
 
     def forward(self, hidden_states: Tensor, temb: Tensor, rotary_cos: Tensor, rotary_sin: Tensor) -> Tensor:
-        block, attn = self.block, self.block.attn
-        normed, gate = block.norm(hidden_states, emb=temb)
+        normed, gate = self.block.norm(hidden_states, emb=temb)
+        return single_block(self.block, hidden_states, normed, gate, (rotary_cos, rotary_sin))
 
-        def heads(projection: nn.Module, norm: Any) -> Tensor:
-            x_BLHK = _head_norm(norm, projection(normed).unflatten(-1, (-1, attn.head_dim)))
-            return _rotate(x_BLHK, rotary_cos, rotary_sin)
 
-        query, key = heads(attn.to_q, attn.norm_q), heads(attn.to_k, attn.norm_k)
-        attended = _attend(query, key, attn.to_v(normed), attn.head_dim)
-        mlp = F.gelu(block.proj_mlp(normed), approximate="tanh")
-        width, weight = attended.shape[-1], block.proj_out.weight
-        update = F.linear(attended, weight[:, :width], block.proj_out.bias) + F.linear(mlp, weight[:, width:])
-        output: Tensor = hidden_states + gate.unsqueeze(1) * update
-        return output
+def single_block(
+    block: Any, hidden_states: Tensor, normed: Tensor, gate: Tensor, rotary: tuple[Tensor, Tensor]
+) -> Tensor:
+    """`FluxSingleTransformerBlock.forward` on the joint sequence, from its norm on."""
+    attn = block.attn
+
+    def heads(projection: nn.Module, norm: Any) -> Tensor:
+        x_BLHK = _head_norm(norm, projection(normed).unflatten(-1, (-1, attn.head_dim)))
+        return _rotate(x_BLHK, *rotary)
+
+    query, key = heads(attn.to_q, attn.norm_q), heads(attn.to_k, attn.norm_k)
+    attended = _attend(query, key, attn.to_v(normed), attn.head_dim)
+    mlp = F.gelu(block.proj_mlp(normed), approximate="tanh")
+    width, weight = attended.shape[-1], block.proj_out.weight
+    update = F.linear(attended, weight[:, :width], block.proj_out.bias) + F.linear(mlp, weight[:, width:])
+    return hidden_states + gate.unsqueeze(1) * update
 
 
 class TailPart(nn.Module):
@@ -238,7 +274,7 @@ PATCHES = (
         },
         reason="one kind of part; scaling by 1000 inside, as upstream does; frequencies are constants, bit for bit",
         until="never: it is where the model is cut",
-        kinds=("head",),
+        kinds=("head", "time_embed", "token_embed"),
     ),
     Patch(
         name="host_rotary",
@@ -255,7 +291,7 @@ PATCHES = (
         },
         reason="float64 sinusoids of the positions are constants per size: computed once on the host, passed in",
         until="never: no accelerator computes float64",
-        kinds=("double", "single"),
+        kinds=("double", "single", "double_modulated", "single_modulated"),
     ),
     Patch(
         name="double_block",
@@ -275,7 +311,7 @@ PATCHES = (
         },
         reason="norm and RoPE per stream, values joined before the head split, feed-forward in two halves",
         until="TPU-MLIR schedules the upstream form as fast",
-        kinds=("double",),
+        kinds=("double", "double_modulated"),
     ),
     Patch(
         name="single_block",
@@ -292,7 +328,7 @@ PATCHES = (
         },
         reason="joint sequence in and out; one output matmul per input instead of a concatenation",
         until="TPU-MLIR schedules the upstream form as fast",
-        kinds=("single",),
+        kinds=("single", "single_modulated"),
     ),
     Patch(
         name="tail",
@@ -306,6 +342,6 @@ PATCHES = (
         },
         reason="one kind of part",
         until="never: it is where the model is cut",
-        kinds=("tail",),
+        kinds=("tail", "tail_modulated"),
     ),
 )

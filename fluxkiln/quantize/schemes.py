@@ -66,6 +66,19 @@ def parse_scheme(text: str) -> Scheme:
     return replace(scheme, group_size=int(match.group(2)))
 
 
+# Kinds whose weights are most of the model and repeat; the modulation's are 27 % of the transformer's.
+_BLOCKS = ("t5_block", "double", "single", "double_modulated", "single_modulated")
+_MODULATION = ("double_modulation", "single_modulation", "tail_modulation")
+# What a scheme's exception may be written for beside a kind: a kind of the inline form stands for what it becomes in
+# the hoisted one, so that one text serves both.
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    "head": ("head", "time_embed", "token_embed"),
+    "double": ("double", "double_modulated"),
+    "single": ("single", "single_modulated"),
+    "tail": ("tail", "tail_modulated"),
+    "modulation": _MODULATION,
+}
+
 # T5's residual stream leaves the range of F16, so its blocks never run in it
 _F16_OVERFLOWS = ("t5_block", "t5_final")
 
@@ -73,9 +86,10 @@ _F16_OVERFLOWS = ("t5_block", "t5_final")
 def part_schemes(blocks: Scheme) -> dict[str, Scheme]:
     """The scheme of every kind when the blocks are to be stored as `blocks`.
 
-    The repeated blocks carry the weight and take `blocks`. What exists once stays unquantized: it is small, and errors
-    there (the time embedding above all) reach every block. The VAE takes F16: through its 25 convolutions BF16 leaves
-    1.0e-2, in the compiler as in eager PyTorch, F16 leaves 1.2e-3 (`docs/numerics.md`).
+    The repeated blocks and their hoisted modulation carry the weight and take `blocks`. What exists once stays
+    unquantized: it is small, and errors there (the time embedding above all) reach every block. The VAE takes F16:
+    through its 25 convolutions BF16 leaves 1.0e-2, in the compiler as in eager PyTorch, F16 leaves 1.2e-3
+    (`docs/numerics.md`).
     """
     once = {"clip": "F16", "t5_embed": "F16", "vae_decoder": "F16", "tiny_vae_decoder": "F16"}
     schemes = {}
@@ -84,7 +98,7 @@ def part_schemes(blocks: Scheme) -> dict[str, Scheme]:
             schemes[kind] = _NAMED["F32"]
         elif kind in _F16_OVERFLOWS and blocks.arithmetic == "F16":
             schemes[kind] = _NAMED["BF16"]
-        elif kind in ("t5_block", "double", "single"):
+        elif kind in _BLOCKS + _MODULATION:
             schemes[kind] = blocks
         elif blocks.arithmetic == "F16":
             schemes[kind] = _NAMED["F16"]
@@ -96,6 +110,8 @@ def part_schemes(blocks: Scheme) -> dict[str, Scheme]:
 def parse_schemes(text: str | None, default: str) -> tuple[Scheme, dict[str, Scheme]]:
     """`W4BF16` or `W4BF16,vae_decoder=BF16`: the block scheme, and the scheme of every kind.
 
+    An exception is for a kind or a group of GROUPS; a later one overrides an earlier one.
+
     Raises:
         SchemeError: a scheme or kind that does not exist.
     """
@@ -106,9 +122,10 @@ def parse_schemes(text: str | None, default: str) -> tuple[Scheme, dict[str, Sch
     schemes = part_schemes(blocks)
     for exception in exceptions:
         kind, _, name = (piece.strip() for piece in exception.partition("="))
-        if kind not in schemes:
-            raise SchemeError(f"scheme {text!r}: no kind of part is called {kind!r}; there are {', '.join(schemes)}")
-        schemes[kind] = parse_scheme(name)
+        if kind not in schemes and kind not in GROUPS:
+            known = ", ".join(dict.fromkeys([*schemes, *GROUPS]))
+            raise SchemeError(f"scheme {text!r}: no kind of part is called {kind!r}; there are {known}")
+        schemes.update(dict.fromkeys(GROUPS.get(kind, (kind,)), parse_scheme(name)))
     return blocks, schemes
 
 

@@ -81,35 +81,71 @@ def _keep(kept: dict[str, Any], name: str, module: Any, args: Any, output: Any) 
     kept[name] = output
 
 
-def _observe_head(pipe: Any, part: Part, put: Put) -> None:
-    model = pipe.transformer
+def _observe_embedders(pipe: Any, part: Part, put: Put) -> None:
+    """Parts that are given what the model is given, and make what its embedders make."""
+    model, kind = pipe.transformer, KINDS[part.kind]
     outputs: dict[str, Any] = {}
     embedders = {
         "hidden_states_out": model.x_embedder,
         "encoder_hidden_states_out": model.context_embedder,
         "temb": model.time_text_embed,
     }
-    for name, module in embedders.items():
-        module.register_forward_hook(partial(_keep, outputs, name))
+    for name in kind.outputs:
+        embedders[name].register_forward_hook(partial(_keep, outputs, name))
 
     def see(call: Mapping[str, Any], _: Any) -> None:
-        inputs = {name: call[name] for name in KINDS["head"].inputs if call.get(name) is not None}
-        put(part, inputs, outputs)
+        put(part, {name: call[name] for name in kind.inputs if call.get(name) is not None}, outputs)
         outputs.clear()
 
     _watch(model, see)
 
 
-def _block_inputs(call: Mapping[str, Any]) -> dict[str, Any]:
+# the AdaLN norms of a block or of the model, in the order their rows are joined
+_NORMS: Mapping[str, tuple[str, ...]] = {
+    "double": ("norm1", "norm1_context"),
+    "single": ("norm",),
+    "tail": ("norm_out",),
+}
+
+
+def _keep_modulation(pipe: Any, part: Part) -> Callable[[], Any]:
+    """Keeps what the AdaLN linears of a block or of the tail make; returns what joins and forgets it."""
+    import torch
+
+    names, owner = _NORMS[part.kind.partition("_")[0]], _module_of(pipe, part)
+    rows: dict[str, Any] = {}
+    for name in names:
+        owner.get_submodule(f"{name}.linear").register_forward_hook(partial(_keep, rows, name))
+    return lambda: torch.cat([rows.pop(name) for name in names], dim=1)
+
+
+def _observe_modulation(pipe: Any, part: Part, put: Put) -> None:
+    modulation, owner = _keep_modulation(pipe, part), _module_of(pipe, part)
+    last = _NORMS[part.kind.partition("_")[0]][-1]
+    temb = "conditioning_embedding" if last == "norm_out" else "emb"
+    _watch(owner.get_submodule(last), lambda call, _: put(part, {"temb": call[temb]}, {"modulation": modulation()}))
+
+
+def _condition(pipe: Any, part: Part) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
+    """What a block or the tail is told about the step: temb, or in the hoisted form the modulation made of it."""
+    if part.kind.endswith("_modulated"):
+        modulation = _keep_modulation(pipe, part)
+        return lambda call: {"modulation": modulation()}
+    return lambda call: {"temb": call["conditioning_embedding" if part.kind == "tail" else "temb"]}
+
+
+def _rotary(call: Mapping[str, Any]) -> dict[str, Any]:
     cos, sin = call["image_rotary_emb"]
-    return {"temb": call["temb"], "rotary_cos": cos, "rotary_sin": sin}
+    return {"rotary_cos": cos, "rotary_sin": sin}
 
 
 def _observe_double(pipe: Any, part: Part, put: Put) -> None:
+    condition = _condition(pipe, part)
+
     def see(call: Mapping[str, Any], output: Any) -> None:
         streams = {name: call[name] for name in ("hidden_states", "encoder_hidden_states")}
         outputs = {"hidden_states_out": output[1], "encoder_hidden_states_out": output[0]}
-        put(part, {**streams, **_block_inputs(call)}, outputs)
+        put(part, {**streams, **condition(call), **_rotary(call)}, outputs)
 
     _watch(_module_of(pipe, part), see)
 
@@ -117,19 +153,22 @@ def _observe_double(pipe: Any, part: Part, put: Put) -> None:
 def _observe_single(pipe: Any, part: Part, put: Put) -> None:
     import torch
 
+    condition = _condition(pipe, part)
+
     def see(call: Mapping[str, Any], output: Any) -> None:
         joint = torch.cat([call["encoder_hidden_states"], call["hidden_states"]], dim=1)
         outputs = {"hidden_states_out": torch.cat(output, dim=1)}
-        put(part, {"hidden_states": joint, **_block_inputs(call)}, outputs)
+        put(part, {"hidden_states": joint, **condition(call), **_rotary(call)}, outputs)
 
     _watch(_module_of(pipe, part), see)
 
 
 def _observe_tail(pipe: Any, part: Part, put: Put) -> None:
     inputs: dict[str, Any] = {}
+    condition = _condition(pipe, part)
 
     def see_norm(call: Mapping[str, Any], _: Any) -> None:
-        inputs.update(hidden_states=call["x"], temb=call["conditioning_embedding"])
+        inputs.update(hidden_states=call["x"], **condition(call))
 
     def see_projection(_: Mapping[str, Any], output: Any) -> None:
         put(part, inputs, {"sample": output})
@@ -150,10 +189,18 @@ _OBSERVERS: Mapping[str, Callable[[Any, Part, Put], None]] = {
     "t5_embed": _observe_t5_embed,
     "t5_block": _observe_t5_block,
     "t5_final": _observe_t5_final,
-    "head": _observe_head,
+    "head": _observe_embedders,
     "double": _observe_double,
     "single": _observe_single,
     "tail": _observe_tail,
+    "time_embed": _observe_embedders,
+    "double_modulation": _observe_modulation,
+    "single_modulation": _observe_modulation,
+    "tail_modulation": _observe_modulation,
+    "token_embed": _observe_embedders,
+    "double_modulated": _observe_double,
+    "single_modulated": _observe_single,
+    "tail_modulated": _observe_tail,
     "vae_decoder": _observe_vae,
     "tiny_vae_decoder": _observe_vae,
 }

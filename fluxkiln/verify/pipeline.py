@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.artifacts.types import PartRunner
-from fluxkiln.components import CLIP_TOKENS, KINDS, Component, Part, Shapes
+from fluxkiln.components import CLIP_TOKENS, KINDS, Component, Part, Shapes, check_steps
 from fluxkiln.errors import ShapeError
+from fluxkiln.verify.modulation import run_rows
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -63,7 +64,7 @@ class PartChain:
 
     def run(self, part: Part, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         start = time.perf_counter()
-        outputs = self.run_part(part.name, inputs)
+        outputs = run_rows(self.run_part, part, inputs)
         self.seconds[part.kind] = self.seconds.get(part.kind, 0.0) + time.perf_counter() - start
         self.calls[part.kind] = self.calls.get(part.kind, 0) + 1
         return outputs
@@ -90,16 +91,18 @@ def run_with_parts(
         root: a folder with `scheduler`, `tokenizer` and `tokenizer_2`: a checkpoint or a bundle.
         configs: each component's `config.json`, keyed by its folder name; `vae_tiny` for the tiny decoder.
         shapes: the shapes the parts were made for.
-        parts: all parts in the order they run; which VAE is meant is seen from the last of them.
+        parts: all parts in the order they run; which VAE and which form of the transformer is meant is seen from them.
+            Of the hoisted form, the parts that take all steps at once run before the first step.
         host_constants: `rotary_cos`, `rotary_sin` [J, K] and `position_bias` [1, H, T, T], float32.
         pooled_row: picks CLIP's pooled output.
         steps, seed, prompt, guidance_scale: as FluxPipeline takes them; guidance counts where the model embeds it.
         on_step: called after each denoising step.
 
     Raises:
-        ShapeError: the host constants were made for other shapes.
+        ShapeError: the host constants were made for other shapes. UsageError: too many steps for the hoisted form.
         Whatever `run_part` raises.
     """
+    check_steps(parts, steps)
     with quiet():
         from fluxkiln.verify.stand_ins import build_pipeline
 

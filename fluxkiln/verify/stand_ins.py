@@ -17,7 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fluxkiln.components import Component, Part
+from fluxkiln.components import Component, Part, modulation_name
+from fluxkiln.errors import PatchError
 from fluxkiln.verify.pipeline import Configs, PartChain, PooledRow
 
 AnyArray = NDArray[Any]
@@ -73,7 +74,7 @@ class TextEncoder2(_StandIn):
 
 
 class Transformer(_StandIn):
-    """Head, double blocks, single blocks on the joint sequence, tail on the image tokens."""
+    """The inline form: head, double blocks, single blocks on the joint sequence, tail on the image tokens."""
 
     def __init__(self, chain: PartChain, config: Mapping[str, Any], rotary: Mapping[str, AnyArray]) -> None:
         defaults = {"guidance_embeds": False}
@@ -95,24 +96,85 @@ class Transformer(_StandIn):
         **_: Any,
     ) -> tuple[Tensor]:
         # img_ids and txt_ids are among the rest: their embedding is in `rotary`
-        given = {
-            "hidden_states": hidden_states.numpy(),
-            "encoder_hidden_states": encoder_hidden_states.numpy(),
+        tokens = {"hidden_states": hidden_states.numpy(), "encoder_hidden_states": encoder_hidden_states.numpy()}
+        times = {
             "pooled_projections": pooled_projections.numpy(),
             "timestep": timestep.numpy(),
             **({} if guidance is None else {"guidance": guidance.numpy()}),
         }
-        head = self.run_kind("head", **given)
-        image, text, temb = head["hidden_states_out"], head["encoder_hidden_states_out"], head["temb"]
-        shared = {"temb": temb, **self.rotary}
-        for part in self.parts_of_kind("double"):
-            out = self.chain.run(part, {"hidden_states": image, "encoder_hidden_states": text, **shared})
+        return (_tensor(self.denoise(tokens, times)),)
+
+    def denoise(self, tokens: Mapping[str, AnyArray], times: Mapping[str, AnyArray]) -> AnyArray:
+        """One step: the velocity [1, S, 4C] of what `head` takes."""
+        head = self.run_kind("head", **tokens, **times)
+        temb = head["temb"]
+        return self.run_blocks(head["hidden_states_out"], head["encoder_hidden_states_out"], lambda _: {"temb": temb})
+
+    def run_blocks(
+        self, image: AnyArray, text: AnyArray, condition: Callable[[Part], Mapping[str, AnyArray]]
+    ) -> AnyArray:
+        """Blocks and tail, each with what `condition` has for it."""
+        doubles, singles, (tail,) = (
+            tuple(part for part in self.parts if part.kind in (kind, f"{kind}_modulated"))
+            for kind in ("double", "single", "tail")
+        )
+        for part in doubles:
+            streams = {"hidden_states": image, "encoder_hidden_states": text}
+            out = self.chain.run(part, {**streams, **condition(part), **self.rotary})
             image, text = out["hidden_states_out"], out["encoder_hidden_states_out"]
         joint = np.concatenate([text, image], axis=1)
-        for part in self.parts_of_kind("single"):
-            joint = self.chain.run(part, {"hidden_states": joint, **shared})["hidden_states_out"]
+        for part in singles:
+            joint = self.chain.run(part, {"hidden_states": joint, **condition(part), **self.rotary})[
+                "hidden_states_out"
+            ]
         image = np.ascontiguousarray(joint[:, text.shape[1] :])
-        return (_tensor(self.run_kind("tail", hidden_states=image, temb=temb)["sample"]),)
+        return self.chain.run(tail, {"hidden_states": image, **condition(tail)})["sample"]
+
+
+class HoistedTransformer(Transformer):
+    """The hoisted form: all steps' modulation before the first step, then at each step blocks and tail with their row.
+
+    The steps are the scheduler's, which has them before the pipeline's loop begins.
+    """
+
+    def __init__(
+        self, chain: PartChain, config: Mapping[str, Any], rotary: Mapping[str, AnyArray], scheduler: Any
+    ) -> None:
+        super().__init__(chain, config, rotary)
+        self.scheduler = scheduler
+        self.timesteps: AnyArray = np.empty(0, np.float32)
+        self.modulation: dict[str, AnyArray] = {}
+
+    def denoise(self, tokens: Mapping[str, AnyArray], times: Mapping[str, AnyArray]) -> AnyArray:
+        step = self.scheduler.step_index or 0  # None until its first step is done
+        if step == 0:
+            self._modulate(times)
+        asked, known = times["timestep"].tolist(), self.timesteps[step : step + 1].tolist()
+        if asked != known:
+            raise PatchError(
+                f"step {step} of the pipeline is at {asked}, the scheduler has it at {known}; install the versions "
+                "pinned in constraints.txt"
+            )
+        made = self.run_kind("token_embed", **tokens)
+
+        def condition(part: Part) -> dict[str, AnyArray]:
+            return {"modulation": self.modulation[modulation_name(part)][step : step + 1]}
+
+        return self.run_blocks(made["hidden_states_out"], made["encoder_hidden_states_out"], condition)
+
+    def _modulate(self, times: Mapping[str, AnyArray]) -> None:
+        """Run what depends on the time alone, one row a step."""
+        # as the pipeline hands them to the model
+        self.timesteps = (self.scheduler.timesteps / 1000).numpy()
+        rows = {"timestep": self.timesteps}
+        if "guidance" in times:
+            rows["guidance"] = np.repeat(times["guidance"], len(self.timesteps))
+        temb = self.run_kind("time_embed", pooled_projections=times["pooled_projections"], **rows)["temb"]
+        self.modulation = {
+            part.name: self.chain.run(part, {"temb": temb})["modulation"]
+            for part in self.parts
+            if part.kind.endswith("_modulation")
+        }
 
 
 class Vae(_StandIn):
@@ -144,13 +206,18 @@ def build_pipeline(
 
     rotary = {name: host_constants[name] for name in ("rotary_cos", "rotary_sin")}
     vae = "vae_tiny" if chain.parts_of("vae")[0].kind == "tiny_vae_decoder" else "vae"
+    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(root / "scheduler")
+    if any(part.kind == "head" for part in chain.parts):
+        transformer = Transformer(chain, configs["transformer"], rotary)
+    else:
+        transformer = HoistedTransformer(chain, configs["transformer"], rotary, scheduler)
     return FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(root / "scheduler"),
+        scheduler=scheduler,
         tokenizer=CLIPTokenizer.from_pretrained(root / "tokenizer"),
         tokenizer_2=T5TokenizerFast.from_pretrained(root / "tokenizer_2"),
         text_encoder=TextEncoder(chain, configs["text_encoder"], pooled_row),
         text_encoder_2=TextEncoder2(chain, configs["text_encoder_2"], host_constants["position_bias"]),
-        transformer=Transformer(chain, configs["transformer"], rotary),
+        transformer=transformer,
         vae=Vae(chain, configs[vae]),
     )
 

@@ -54,6 +54,9 @@ def test_the_first_scheme_is_the_default():
     assert {kind: scheme.name for kind, scheme in schemes.items()} == {
         "clip": "F16", "t5_embed": "F16", "t5_block": "W4BF16", "t5_final": "BF16", "head": "BF16",
         "double": "W4BF16", "single": "W4BF16", "tail": "BF16", "vae_decoder": "F16", "tiny_vae_decoder": "F16",
+        "time_embed": "BF16", "double_modulation": "W4BF16", "single_modulation": "W4BF16",
+        "tail_modulation": "W4BF16", "token_embed": "BF16", "double_modulated": "W4BF16",
+        "single_modulated": "W4BF16", "tail_modulated": "BF16",
     }  # fmt: skip
 
 

@@ -12,8 +12,10 @@ from fluxkiln.components import KINDS, list_parts
 from fluxkiln.errors import CheckpointError, ParityError, PatchError, UsageError
 from fluxkiln.export import bindings, eager
 from fluxkiln.export.eager import PatchedRunner
+from fluxkiln.patches import modulation
 from fluxkiln.patches import transformer as patches
 from fluxkiln.verify.ladder import Ladder, explain_failure
+from fluxkiln.verify.modulation import run_rows
 
 CASES = [("tiny-dev", "kl", "onnx17"), ("tiny-dev", "tiny", "onnx23"), ("tiny-schnell", "kl", "onnx17")]
 LARGEST = 1e-6
@@ -26,7 +28,7 @@ def climb(recording, run, parts):
         kind = KINDS[part.kind]
         for step in range(len(recording.calls[part.name])):
             inputs, expected = recording.inputs(part.name, step), recording.outputs(part.name, step)
-            actual = run(part.name, inputs)
+            actual = run_rows(run, part, inputs)
             assert tuple(actual) == kind.outputs
             for output in kind.outputs:
                 base = inputs[dict(kind.residual)[output]] if output in dict(kind.residual) else None
@@ -49,6 +51,19 @@ def test_every_part_equals_the_reference(tiny_checkpoint, tiny_recording, preset
     ladder = climb(tiny_recording(preset, vae), PatchedRunner(checkpoint, parts, graph_format), parts)
     ladder.raise_if_failed("none")
     assert len(ladder.rows) == 5 + 2 * (3 + 2 * 2 + 3 + 1) + 1
+    for row in ladder.rows:
+        assert row.vs_reference.relative_l2 <= LARGEST, row.part
+        assert row.vs_reference.delta_relative_l2 is None or row.vs_reference.delta_relative_l2 <= LARGEST, row.part
+
+
+@pytest.mark.parametrize(("preset", "graph_format"), [("tiny-dev", "onnx17"), ("tiny-schnell", "onnx23")])
+def test_every_hoisted_part_equals_the_reference(tiny_checkpoint, hoisted_recording, preset, graph_format):
+    checkpoint = tiny_checkpoint(preset)
+    parts = list_parts(checkpoint.configs, modulation="hoisted")
+    ladder = climb(hoisted_recording(preset), PatchedRunner(checkpoint, parts, graph_format), parts)
+    ladder.raise_if_failed("none")
+    # both steps: time embedding, modulations of 2 + 3 blocks and the tail, two streams, blocks, tail
+    assert len(ladder.rows) == 5 + 2 * (1 + 6 + 2 + 2 * 2 + 3 + 1) + 1
     for row in ladder.rows:
         assert row.vs_reference.relative_l2 <= LARGEST, row.part
         assert row.vs_reference.delta_relative_l2 is None or row.vs_reference.delta_relative_l2 <= LARGEST, row.part
@@ -164,6 +179,37 @@ def test_a_softmax_scale_forgotten_in_one_block_kind_is_caught(model, monkeypatc
     monkeypatch.setattr(patches, "_head_norm", unscaled)
     ladder = climb(recording, PatchedRunner(checkpoint, parts), parts)
     assert failed_parts(ladder) == ["double.00", "double.01", "single.00", "single.01", "single.02"]
+
+
+def test_shift_and_scale_in_the_wrong_order_are_caught(tiny_checkpoint, hoisted_recording, monkeypatch):
+    checkpoint = tiny_checkpoint()
+    parts = list_parts(checkpoint.configs, modulation="hoisted")
+    original = modulation._normed
+
+    def swapped(norm, x, rows):
+        shift, scale, *rest = rows
+        return original(norm, x, (scale, shift, *rest))
+
+    monkeypatch.setattr(modulation, "_normed", swapped)
+    ladder = climb(hoisted_recording(), PatchedRunner(checkpoint, parts), parts)
+    assert failed_parts(ladder) == ["double.00", "double.01"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("double_modulation.00", "double_modulation.01"),
+        ("single_modulation.00", "single_modulation.02"),
+        ("double.00", "double.01"),
+    ],
+)
+def test_swapped_hoisted_parts_are_caught(tiny_checkpoint, hoisted_recording, one, other):
+    checkpoint = tiny_checkpoint()
+    parts = list_parts(checkpoint.configs, modulation="hoisted")
+    prefixes = {part.name: part.prefix for part in parts}
+    prefixes[one], prefixes[other] = prefixes[other], prefixes[one]
+    swapped = tuple(replace(part, prefix=prefixes[part.name]) for part in parts)
+    assert failed_parts(climb(hoisted_recording(), PatchedRunner(checkpoint, swapped), swapped)) == [one, other]
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from fluxkiln.compile.pour import pour
-from fluxkiln.components import KINDS, Shapes, list_parts
+from fluxkiln.components import KINDS, MODULATION_ROWS, Shapes
 from fluxkiln.errors import UsageError
 from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.export.trace import configs_digest, export_template, part_inputs
+from fluxkiln.verify.modulation import run_rows
 
 SMALLEST = Shapes(height=32, width=32, tokens=16)
-BLOCKS = ("t5_block", "double", "single", "tail")
+BLOCKS = ("t5_block", "double", "single", "tail", "double_modulation", "double_modulated", "single_modulated")
 
 
 @pytest.fixture(scope="module")
@@ -46,15 +47,17 @@ def test_template_holds_no_weights_and_static_shapes(template, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_poured_template_computes_the_reference(template, tiny_checkpoint, tiny_recording, tmp_path, kind):
-    vae = "tiny" if kind == "tiny_vae_decoder" else "kl"
-    recording, checkpoint, made = tiny_recording("tiny-dev", vae, SMALLEST), tiny_checkpoint(), template(kind)
-    part = next(part for part in list_parts(checkpoint.configs, vae) if part.kind == kind)
+def test_poured_template_computes_the_reference(template, tiny_checkpoint, part_of_kind, tmp_path, kind):
+    part, recording = part_of_kind(kind, SMALLEST)
+    checkpoint, made = tiny_checkpoint(), template(kind)
     reader = weight_reader(bind_part(part, made.slots, checkpoint), checkpoint)
     pour(made.path, {spec.name for spec in made.inputs}, reader, tmp_path / "poured.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "poured.onnx", providers=["CPUExecutionProvider"])
-    inputs = {spec.name: recording.inputs(part.name)[spec.name] for spec in made.inputs}
-    for name, result in zip(KINDS[kind].outputs, session.run(None, inputs), strict=True):
+    outputs = KINDS[kind].outputs
+    results = run_rows(
+        lambda _, inputs: dict(zip(outputs, session.run(None, inputs), strict=True)), part, recording.inputs(part.name)
+    )
+    for name, result in results.items():
         expected = recording.outputs(part.name)[name]
         assert np.linalg.norm(result.reshape(expected.shape) - expected) / np.linalg.norm(expected) <= 5e-6
 
@@ -91,6 +94,20 @@ def test_inputs_are_declared_in_the_kinds_order(tiny_checkpoint):
             names = [spec.name for spec in part_inputs(kind, configs, SMALLEST)]
             wanted = [name for name in declared.inputs if preset == "tiny-dev" or name != "guidance"]
             assert names == wanted
+
+
+def test_hoisted_kinds_take_all_steps_and_the_others_one(tiny_checkpoint):
+    """Rows are static: they are in the inputs, and so in the key under which a template is kept."""
+    configs = tiny_checkpoint().configs
+    for kind, declared in KINDS.items():
+        shapes = {spec.name: spec.shape for spec in part_inputs(kind, configs, SMALLEST)}
+        for name in declared.rows:
+            assert shapes[name][0] == MODULATION_ROWS, (kind, name)
+        for name in shapes.keys() & {"temb", "modulation", "timestep", "guidance"} - set(declared.rows):
+            assert shapes[name][0] == 1, (kind, name)
+    widths = {kind: part_inputs(f"{kind}_modulated", configs, SMALLEST) for kind in ("double", "single", "tail")}
+    found = {kind: next(spec.shape for spec in specs if spec.name == "modulation") for kind, specs in widths.items()}
+    assert found == {"double": (1, 12 * 256), "single": (1, 3 * 256), "tail": (1, 2 * 256)}
 
 
 def test_unknown_kinds_and_formats_are_refused(tiny_checkpoint, tmp_path):

@@ -24,11 +24,11 @@ def checkpoint(tiny_checkpoint):
 
 
 @pytest.mark.parametrize("preset", ["tiny-dev", "tiny-schnell"])
-@pytest.mark.parametrize("vae", ["kl", "tiny"])
-def test_parts_hold_every_tensor_of_the_checkpoint_once(tiny_checkpoint, preset, vae):
+@pytest.mark.parametrize(("vae", "modulation"), [("kl", "inline"), ("tiny", "inline"), ("kl", "hoisted")])
+def test_parts_hold_every_tensor_of_the_checkpoint_once(tiny_checkpoint, preset, vae, modulation):
     checkpoint = tiny_checkpoint(preset)
     held = {}
-    for part in list_parts(checkpoint.configs, vae):
+    for part in list_parts(checkpoint.configs, vae, modulation):
         module = build_part(part.kind, checkpoint.configs)
         for name, parameter in module.named_parameters():
             key = tensors_of(part), part.prefix + slot_name(name)
@@ -47,20 +47,30 @@ def test_parts_hold_every_tensor_of_the_checkpoint_once(tiny_checkpoint, preset,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_keys_are_unchanged_by_loading_and_running(checkpoint, tiny_recording, kind):
+def test_keys_are_unchanged_by_loading_and_running(checkpoint, part_of_kind, kind):
     """Names and values: a patch that scaled a weight in place would show here."""
-    vae = "tiny" if kind == "tiny_vae_decoder" else "kl"
-    part = next(part for part in list_parts(checkpoint.configs, vae) if part.kind == kind)
+    part, recording = part_of_kind(kind)
     weights = weights_of(part, checkpoint)
     module = load_part(kind, checkpoint.configs, {slot: weight.clone() for slot, weight in weights.items()})
     names = list(module.state_dict())
     assert list(build_part(kind, checkpoint.configs).state_dict()) == names
-    inputs = tiny_recording("tiny-dev", vae).inputs(part.name)
+    inputs = recording.inputs(part.name)
     with torch.no_grad():
         module(*(torch.from_numpy(inputs[name]) for name in KINDS[kind].inputs))
     assert list(module.state_dict()) == names
     for name, parameter in module.named_parameters():
         assert torch.equal(parameter, weights[slot_name(name)]), name
+
+
+def test_hoisted_kinds_share_out_the_inline_ones_weights(checkpoint):
+    """A modulation has the AdaLN linears and nothing else, a modulated part all the rest."""
+    for kind, linears in {"double": ("norm1", "norm1_context"), "single": ("norm",), "tail": ("norm_out",)}.items():
+        modulation = {f"{name}.linear.{leaf}" for name in linears for leaf in ("weight", "bias")}
+        assert set(part_slots(f"{kind}_modulation", checkpoint.configs)) == modulation
+        rest = set(part_slots(kind, checkpoint.configs)) - modulation
+        assert set(part_slots(f"{kind}_modulated", checkpoint.configs)) == rest
+    embedders = set(part_slots("time_embed", checkpoint.configs)) | set(part_slots("token_embed", checkpoint.configs))
+    assert embedders == set(part_slots("head", checkpoint.configs))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -16,7 +16,8 @@ from fluxkiln.quantize.schemes import (
     part_schemes,
 )
 
-BLOCKS = ("t5_block", "double", "single")
+MODULATION = ("double_modulation", "single_modulation", "tail_modulation")
+BLOCKS = ("t5_block", "double", "single", "double_modulated", "single_modulated", *MODULATION)
 
 
 @pytest.mark.parametrize("name", SCHEME_NAMES)
@@ -93,7 +94,29 @@ def test_one_kind_may_have_its_own_scheme():
     plain = part_schemes(parse_scheme("W4BF16"))
     assert blocks.name == "W4BF16"
     changed = {kind: scheme.name for kind, scheme in schemes.items() if scheme != plain[kind]}
-    assert changed == {"vae_decoder": "BF16", "single": "W8BF16"}
+    assert changed == {"vae_decoder": "BF16", "single": "W8BF16", "single_modulated": "W8BF16"}
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("modulation", MODULATION),
+        ("double_modulation", ("double_modulation",)),
+        ("head", ("head", "time_embed", "token_embed")),
+        ("double", ("double", "double_modulated")),
+        ("tail", ("tail", "tail_modulated")),
+        ("double_modulated", ("double_modulated",)),
+    ],
+)
+def test_an_exception_holds_for_both_forms(name, kinds):
+    """What is said of a kind of the inline form holds for what it becomes; the modulation is spoken of as one."""
+    _, schemes = parse_schemes(f"W4BF16,{name}=F32", "BF16")
+    assert {kind for kind, scheme in schemes.items() if scheme.name == "F32"} == set(kinds)
+
+
+def test_a_later_exception_overrides():
+    _, schemes = parse_schemes("W4BF16,modulation=BF16,tail_modulation=F32", "BF16")
+    assert [schemes[kind].name for kind in MODULATION] == ["BF16", "BF16", "F32"]
 
 
 @pytest.mark.parametrize("text", [None, "", "tail=F32"])

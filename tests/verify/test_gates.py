@@ -39,11 +39,16 @@ REQUIRED = [
     ("tail", "simulator", "BF16", "sample", "relative_l2", 6e-3),
     ("head", "simulator", "BF16", "hidden_states_out", "relative_l2", 6e-3),
     ("head", "simulator", "BF16", "temb", "relative_l2", 1e-2),
+    ("time_embed", "simulator", "BF16", "temb", "relative_l2", 1e-2),
+    ("single_modulation", "simulator", "BF16", "modulation", "relative_l2", 6e-3),
+    ("double_modulation", "simulator", "W4BF16", "modulation", "cosine", 0.99),
     ("double", "simulator", "F32", "hidden_states_out", "delta_cosine", 0.999),
     ("double", "simulator", "F16", "hidden_states_out", "delta_cosine", 0.999),
     ("double", "simulator", "BF16", "encoder_hidden_states_out", "delta_cosine", 0.999),
     ("single", "simulator", "W4BF16", "hidden_states_out", "delta_cosine", 0.99),
     ("t5_block", "simulator", "W4BF16", "hidden_states_out", "delta_cosine", 0.99),
+    ("double_modulated", "simulator", "W4BF16", "encoder_hidden_states_out", "delta_cosine", 0.99),
+    ("single_modulated", "patched", "BF16", "hidden_states_out", "relative_l2", 1e-6),
 ]
 
 
@@ -59,6 +64,12 @@ def test_required_bounds(kind, rung, scheme, output, metric, bound):
 def test_w4_is_held_to_bf16_noise_against_the_rung_before():
     noisy = row("single", "simulator", "W4BF16", vs_previous=replace(GOOD, delta_cosine=0.9989))
     assert missed(noisy) == [("delta_cosine", "previous")]
+
+
+@pytest.mark.parametrize("kind", ["double", "single", "double_modulated", "single_modulated"])
+def test_one_wrong_channel_of_a_block_is_seen_in_either_form(kind):
+    spoilt = row(kind, "simulator", "W4BF16", vs_previous=replace(GOOD, worst_channel=0.21))
+    assert missed(spoilt) == [("worst_channel", "previous")]
 
 
 def test_every_part_is_covered_at_every_rung():

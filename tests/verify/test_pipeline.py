@@ -7,26 +7,32 @@ import shutil
 import numpy as np
 import pytest
 
-from fluxkiln.components import KINDS, Shapes, list_parts
-from fluxkiln.errors import ParityError, ShapeError
+from fluxkiln.components import KINDS, MODULATION_ROWS, Shapes, list_parts
+from fluxkiln.errors import ParityError, PatchError, ShapeError, UsageError
 from fluxkiln.export.eager import PatchedRunner
 from fluxkiln.export.host import host_constants, pooled_row
 from fluxkiln.verify.ladder import Ladder
 from fluxkiln.verify.metrics import compare, compare_images
-from fluxkiln.verify.pipeline import quiet, run_with_parts
+from fluxkiln.verify.pipeline import PROMPT, PartChain, quiet, render, run_with_parts
+from fluxkiln.verify.stand_ins import build_pipeline
 
 SHAPES = Shapes(64, 64, 32)
 WIDE = Shapes(height=64, width=96, tokens=24)
 CASES = [
-    ("tiny-dev", "kl", SHAPES),
-    ("tiny-dev", "tiny", WIDE),
-    ("tiny-schnell", "kl", WIDE),
-    ("tiny-schnell", "tiny", SHAPES),
+    ("tiny-dev", "kl", SHAPES, "inline"),
+    ("tiny-dev", "tiny", WIDE, "inline"),
+    ("tiny-schnell", "kl", WIDE, "inline"),
+    ("tiny-schnell", "tiny", SHAPES, "inline"),
+    ("tiny-dev", "kl", SHAPES, "hoisted"),
+    ("tiny-schnell", "tiny", SHAPES, "hoisted"),
 ]
 
 
 class Replay:
-    """A part runner that returns recorded outputs and insists on recorded inputs, to the bit."""
+    """A part runner that returns recorded outputs and insists on recorded inputs, to the bit.
+
+    A part that takes all steps at once is given and gives all recorded rows, the last one repeated.
+    """
 
     def __init__(self, recording):
         self.recording = recording
@@ -35,22 +41,36 @@ class Replay:
     def __call__(self, name, inputs):
         step = self.order.count(name)
         self.order.append(name)
-        expected = self.recording.inputs(name, step)
+        expected, outputs = self.recording.inputs(name, step), self.recording.outputs(name, step)
+        rows = KINDS[self.recording.kinds[name]].rows
+        if rows:
+            expected.update({row: self.all_rows("inputs", name, row) for row in rows if row in expected})
+            outputs = {output: self.all_rows("outputs", name, output) for output in outputs}
         assert tuple(inputs) == tuple(expected), name
         for key, array in expected.items():
             assert inputs[key].dtype == array.dtype
             np.testing.assert_array_equal(inputs[key], array, err_msg=f"{name} {key}")
-        outputs = self.recording.outputs(name, step)
         for array in outputs.values():
             array.setflags(write=False)
         return outputs
 
+    def all_rows(self, side, name, array):
+        steps = [getattr(self.recording, side)(name, step)[array] for step in range(self.recording.steps)]
+        return np.concatenate([*steps, *steps[-1:] * (MODULATION_ROWS - len(steps))])
 
-@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{case[1]}-{case[2].width}")
-def case(request, tiny_checkpoint, tiny_recording):
-    preset, vae, shapes = request.param
+
+@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{case[1]}-{case[2].width}-{case[3]}")
+def case(request, tiny_checkpoint, tiny_recording, hoisted_recording):
+    preset, vae, shapes, modulation = request.param
     checkpoint = tiny_checkpoint(preset)
-    return checkpoint, list_parts(checkpoint.configs, vae), tiny_recording(preset, vae, shapes)
+    record = tiny_recording if modulation == "inline" else hoisted_recording
+    return checkpoint, list_parts(checkpoint.configs, vae, modulation), record(preset, vae, shapes)
+
+
+@pytest.fixture
+def hoisted(tiny_checkpoint, hoisted_recording):
+    checkpoint = tiny_checkpoint()
+    return checkpoint, list_parts(checkpoint.configs, modulation="hoisted"), hoisted_recording()
 
 
 @pytest.fixture
@@ -71,12 +91,9 @@ def test_what_lies_between_the_parts_is_bit_exact(case):
     checkpoint, parts, recording = case
     replay = Replay(recording)
     result = run(checkpoint, parts, recording.shapes, replay)
-    by_component = {
-        component: [part.name for part in parts if part.component == component]
-        for component in ("text_encoder", "text_encoder_2", "transformer", "vae")
-    }
-    encoders = by_component["text_encoder"] + by_component["text_encoder_2"]
-    assert replay.order == encoders + 2 * by_component["transformer"] + by_component["vae"]
+    each_step = [part.name for part in parts if KINDS[part.kind].each_step]
+    before = [part.name for part in parts[:-1] if part.name not in each_step]
+    assert replay.order == before + 2 * each_step + [parts[-1].name]
     np.testing.assert_array_equal(result.latents, recording.latents)
     np.testing.assert_array_equal(result.image, recording.image)
     np.testing.assert_array_equal(result.prompt_embeds, recording.prompt_embeds)
@@ -111,11 +128,88 @@ def test_result_says_what_ran(tiny):
         "tail": 2,
         "vae_decoder": 1,
     }
-    assert list(result.calls_by_kind) == [kind for kind in KINDS if kind != "tiny_vae_decoder"]
+    assert list(result.calls_by_kind) == [kind for kind in KINDS if kind in {part.kind for part in parts}]
     assert result.seconds_by_kind.keys() == result.calls_by_kind.keys()
     assert 0 < sum(result.seconds_by_kind.values()) <= result.seconds
     assert (result.latents.shape, result.latents.dtype) == ((1, 16, 64), np.float32)
     assert (result.image.shape, result.image.dtype) == ((64, 64, 3), np.float32)
+
+
+def test_modulation_runs_once_for_all_steps(hoisted):
+    checkpoint, parts, _ = hoisted
+    result = run(checkpoint, parts, SHAPES, PatchedRunner(checkpoint, parts, keep=len(parts)), steps=3)
+    assert result.calls_by_kind == {
+        "clip": 1,
+        "t5_embed": 1,
+        "t5_block": 2,
+        "t5_final": 1,
+        "time_embed": 1,
+        "double_modulation": 2,
+        "single_modulation": 3,
+        "tail_modulation": 1,
+        "token_embed": 3,
+        "double_modulated": 6,
+        "single_modulated": 9,
+        "tail_modulated": 3,
+        "vae_decoder": 1,
+    }
+
+
+def test_both_forms_make_the_same_image(hoisted):
+    checkpoint, parts, _ = hoisted
+    inline = list_parts(checkpoint.configs)
+    results = [
+        run(checkpoint, form, SHAPES, PatchedRunner(checkpoint, form, keep=len(form)), steps=3, guidance_scale=5.0)
+        for form in (inline, parts)
+    ]
+    assert compare(results[1].latents, results[0].latents).relative_l2 <= 1e-6
+    assert compare_images(results[1].image, results[0].image).relative_l2 <= 1e-6
+
+
+def test_each_step_gets_its_own_row(hoisted):
+    """Negative control: with the first step's row at every step the pipeline's gates fail."""
+    checkpoint, parts, recording = hoisted
+    patched = PatchedRunner(checkpoint, parts, keep=len(parts))
+
+    def first_row(name, inputs):
+        outputs = patched(name, inputs)
+        if "_modulation" not in name:
+            return outputs
+        return {key: np.repeat(array[:1], len(array), axis=0) for key, array in outputs.items()}
+
+    ladder = Ladder()
+    for runner in (patched, first_row):
+        result = run(checkpoint, parts, SHAPES, runner)
+        ladder.climb_latents(-1, recording.latents, [("patched", result.latents)], "F32")
+    assert [row.passed for row in ladder.rows] == [True, False]
+
+
+def test_a_second_image_gets_modulation_of_its_own(hoisted):
+    """The same pipeline object makes another image: other steps, another guidance."""
+    checkpoint, parts, recording = hoisted
+    constants = host_constants(checkpoint, SHAPES)
+    chain = PartChain(parts, PatchedRunner(checkpoint, parts, keep=len(parts)))
+    pipe = build_pipeline(checkpoint.root, checkpoint.configs, chain, constants, pooled_row)
+    render(pipe, SHAPES, 3, 0, PROMPT, 7.0)
+    again = render(pipe, SHAPES, recording.steps, recording.seed, recording.prompt, recording.guidance_scale)
+    assert compare(again.latents, recording.latents).relative_l2 <= 1e-5
+    assert chain.calls["time_embed"] == 2
+
+
+def test_more_steps_than_rows_are_refused_before_anything_runs(hoisted):
+    checkpoint, parts, _ = hoisted
+    with pytest.raises(UsageError, match=rf"{MODULATION_ROWS + 1} steps: .* at most {MODULATION_ROWS} at once"):
+        run(checkpoint, parts, SHAPES, pytest.fail, steps=MODULATION_ROWS + 1)
+
+
+def test_a_step_the_scheduler_does_not_have_is_refused(hoisted, monkeypatch):
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    checkpoint, parts, _ = hoisted
+    patched = PatchedRunner(checkpoint, parts, keep=len(parts))
+    monkeypatch.setattr(FlowMatchEulerDiscreteScheduler, "step_index", property(lambda _: 7))
+    with pytest.raises(PatchError, match=r"step 7 .* is at \[1.0\], the scheduler has it at \[\]; install"):
+        run(checkpoint, parts, SHAPES, patched)
 
 
 def test_no_model_is_needed(tiny, tmp_path):

@@ -14,7 +14,7 @@ import pytest
 
 from fluxkiln.compile.tpu_mlir_env import TpuMlirEnv, default_tpu_mlir_root, find_tpu_mlir
 from fluxkiln.components import Part, Shapes, find_part, list_parts
-from fluxkiln.export.checkpoint import Checkpoint, open_checkpoint
+from fluxkiln.export.checkpoint import Checkpoint, TensorReader, open_checkpoint
 from fluxkiln.settings import Settings
 from fluxkiln.stages import BinaryPart, Kiln, Mould, cast_part, compile_part, make_mould, make_template
 from fluxkiln.verify.modulation import recorded_parts, view_recording
@@ -86,7 +86,8 @@ def tiny_recording(
     def make(preset: str = "tiny-dev", vae: Literal["kl", "tiny"] = "kl", shapes: Shapes = TINY_SHAPES) -> Recording:
         checkpoint = tiny_checkpoint(preset)
         parts = list_parts(checkpoint.configs, vae)
-        return record_reference(checkpoint.root, parts, shapes, tmp_path_factory.mktemp("recording"))
+        folder = tmp_path_factory.mktemp("recording")
+        return record_reference(checkpoint.root, parts, shapes, folder, TensorReader(checkpoint))
 
     return make
 
@@ -98,7 +99,8 @@ def record_parts(
     """(preset, parts, shapes) -> a reference run of two steps in which these parts were recorded."""
 
     def record(preset: str, parts: tuple[Part, ...], shapes: Shapes = TINY_SHAPES) -> Recording:
-        return record_reference(tiny_checkpoint(preset).root, parts, shapes, tmp_path_factory.mktemp("recording"))
+        checkpoint, folder = tiny_checkpoint(preset), tmp_path_factory.mktemp("recording")
+        return record_reference(checkpoint.root, parts, shapes, folder, TensorReader(checkpoint))
 
     return record
 

@@ -1,11 +1,12 @@
-"""`fluxkiln export`: templates and bindings as files, for other compilers and for reading."""
+"""`fluxkiln export`: templates and bindings, for other compilers and for reading; or graphs with their weights."""
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -16,7 +17,7 @@ from fluxkiln.artifacts.types import GraphFormat, Template
 from fluxkiln.cli.options import build_dir_option, check_size, size_option, tokens_option, vae_option
 from fluxkiln.cli.output import Output, count_text, json_option, seconds_text, size_text
 from fluxkiln.cli.progress import open_progress
-from fluxkiln.components import KINDS, Part, Shapes, list_parts
+from fluxkiln.components import KINDS, Part, Shapes, find_part, list_parts
 from fluxkiln.errors import UsageError
 from fluxkiln.progress import Progress, count_bytes
 from fluxkiln.settings import Settings
@@ -24,6 +25,7 @@ from fluxkiln.settings import Settings
 if TYPE_CHECKING:
     from fluxkiln.export.checkpoint import Checkpoint
 
+PARTS_SCHEMA = "fluxkiln.export.graphs/1"
 FORMATS: tuple[GraphFormat, ...] = get_args(GraphFormat)
 SCHEMA = "fluxkiln.export/1"
 INDEX = "export.json"
@@ -40,6 +42,21 @@ INDEX = "export.json"
     metavar="|".join(FORMATS),
     help="May be repeated. Default: onnx23, the one ONNX Runtime runs.",
 )
+@click.option(
+    "--whole",
+    "components",
+    multiple=True,
+    metavar="COMPONENT",
+    help="A component as one graph with its weights: transformer, text_encoder_2, text_encoder, vae. May be repeated.",
+)
+@click.option(
+    "--part",
+    "names",
+    multiple=True,
+    metavar="PART",
+    help="A part as a graph with its weights, 'double.03' or 'single.*' say. May be repeated.",
+)
+@click.option("--copy", is_flag=True, help="Copy weights where they cannot be read in place.")
 @size_option
 @tokens_option
 @vae_option
@@ -52,6 +69,9 @@ def export(
     directory: Path,
     kinds: tuple[str, ...],
     formats: tuple[str, ...],
+    components: tuple[str, ...],
+    names: tuple[str, ...],
+    copy: bool,
     size: str | None,
     tokens: int | None,
     vae: Any,
@@ -62,6 +82,11 @@ def export(
     MODEL is a synthetic preset, a folder or a Hugging Face id. DIR, empty or not there yet, gets FORMAT/KIND.onnx
     (.pt2, .pt) and export.json: inputs, outputs and slots of each template, and for each part the checkpoint tensors
     and transforms that fill the slots.
+
+    With --whole or --part, DIR gets COMPONENT.onnx and PART.onnx instead: graphs for ONNX Runtime whose weights are
+    byte ranges of the checkpoint's own files. These get a second name in DIR/weights, and none of their bytes is
+    written; DIR has to be on their file system for that. Where DIR is the checkpoint's own folder, it gets the graphs
+    and nothing else.
     """
     from fluxkiln.build import check_vae, default_size, default_tokens
     from fluxkiln.export.checkpoint import open_checkpoint
@@ -70,7 +95,13 @@ def export(
     chosen_formats = parse_formats(formats)
     settings = Settings(target="", model=model, size=check_size(size), tokens=tokens, vae=vae, build_dir=build_dir)
     check_kinds(kinds, settings.vae)
-    _check_empty(directory)
+    linked = bool(components or names)
+    if linked:
+        check_linked(components, kinds, chosen_formats)
+    elif copy:
+        raise UsageError("--copy is for the weights of --whole and --part; templates have none")
+    else:
+        _check_empty(directory)
     started = time.perf_counter()
     with open_progress() as progress:
         root = resolve_model(model, build_dir / "models", count_bytes(progress, "synthesize", "written"))
@@ -79,6 +110,11 @@ def export(
         shapes = Shapes(height, width, tokens or default_tokens(checkpoint))
         shapes.check_variant(checkpoint.variant)
         check_vae(checkpoint, settings.vae)
+        if linked:
+            files = choose_graphs(list_parts(checkpoint.configs, settings.vae), components, names)
+            document = write_graphs(checkpoint, files, shapes, chosen_formats[0], directory, copy, progress)
+            _tell_graphs(output, document, directory, time.perf_counter() - started)
+            return
         parts = [part for part in list_parts(checkpoint.configs, settings.vae) if not kinds or part.kind in kinds]
         index = write_export(checkpoint, parts, shapes, chosen_formats, directory, progress)
     seconds = time.perf_counter() - started
@@ -99,6 +135,34 @@ def export(
     )
     output.line(
         f"\n{directory}: {count_text(len(index['templates']), 'template')} and {INDEX} in {seconds_text(seconds)}"
+    )
+
+
+def _tell_graphs(output: Output, document: dict[str, Any], directory: Path, seconds: float) -> None:
+    cpu = sum(os.times()[:4])
+    output.document(
+        {**document, "directory": str(directory), "seconds": round(seconds, 3), "cpu_seconds": round(cpu, 3)}
+    )
+    output.table(
+        ("graph", "parts", "tensors", "of weights", "sidecar", "size"),
+        [
+            (
+                graph["file"],
+                str(len(graph["parts"])),
+                str(graph["tensors"]),
+                size_text(graph["bytes_referenced"]),
+                size_text(sum(graph["copied"].values())),
+                size_text(graph["size"]),
+            )
+            for graph in document["graphs"]
+        ],
+        numbers=("parts", "tensors", "of weights", "sidecar", "size"),
+    )
+    ways = {way: list(document["weights"].values()).count(way) for way in document["weights"].values()}
+    weights = ", ".join(f"{count_text(count, 'file')} ({way})" for way, count in ways.items())
+    output.line(
+        f"\n{directory}: {count_text(len(document['graphs']), 'graph')}; weights: {weights}, "
+        f"{size_text(document['weight_bytes_written'])} written; {seconds_text(seconds)}, {cpu:.1f} CPU s"
     )
 
 
@@ -123,6 +187,76 @@ def check_kinds(names: Sequence[str], vae: str) -> None:
             raise UsageError(
                 f"kind {name} is not there with --vae {vae}; use --vae {'kl' if vae == 'tiny' else 'tiny'}"
             )
+
+
+def check_linked(components: Sequence[str], kinds: Sequence[str], formats: Sequence[GraphFormat]) -> None:
+    """Raise UsageError for a component that does not exist, or options that do not go with --whole and --part."""
+    from fluxkiln.export.whole import component_parts
+    from fluxkiln.linking import LINKED_FORMATS
+
+    for component in components:
+        component_parts((), component)
+
+    if kinds:
+        raise UsageError("--kind chooses templates, not what --whole and --part write; use --part 'single.*' say")
+    if len(formats) > 1 or formats[0] not in LINKED_FORMATS:
+        raise UsageError(
+            f"--whole and --part write one format, {' or '.join(LINKED_FORMATS)}, not {' and '.join(formats)}; "
+            "use onnx23 unless something cannot read it"
+        )
+
+
+def choose_graphs(parts: Sequence[Part], components: Sequence[str], names: Sequence[str]) -> dict[str, list[Part]]:
+    """Graph file -> the parts it runs, for the components and for the parts whose names match a pattern.
+
+    Raises:
+        UsageError: no such component, or no part of such a name.
+    """
+    from fluxkiln.export.whole import component_parts
+
+    files = {f"{component}.onnx": list(component_parts(parts, component)) for component in components}
+    for name in names:
+        chosen = [part for part in parts if fnmatch.fnmatchcase(part.name, name)] or [find_part(tuple(parts), name)]
+        files |= {f"{part.name}.onnx": [part] for part in chosen}
+    return files
+
+
+def write_graphs(
+    checkpoint: Checkpoint,
+    files: Mapping[str, Sequence[Part]],
+    shapes: Shapes,
+    graph_format: GraphFormat,
+    directory: Path,
+    copy: bool,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Write graphs with their weights; return what they are made of. Errors as `linking.export_graphs`."""
+    from fluxkiln.linking import export_graphs
+
+    made = export_graphs(checkpoint, files, shapes, directory, progress, graph_format=graph_format, copy=copy)
+    return {
+        "schema": PARTS_SCHEMA,
+        "model": checkpoint.name,
+        "variant": checkpoint.variant,
+        "shapes": asdict(shapes),
+        "format": graph_format,
+        "graphs": [
+            {
+                "file": graph.name,
+                "size": graph.size,
+                "parts": list(graph.parts),
+                "inputs": [dict(zip(("name", "dtype", "shape"), value, strict=True)) for value in graph.inputs],
+                "outputs": [dict(zip(("name", "dtype", "shape"), value, strict=True)) for value in graph.outputs],
+                "tensors": graph.tensors,
+                "bytes_referenced": graph.referenced,
+                "copied": dict(graph.copied),
+            }
+            for graph in made.graphs
+        ],
+        "weights": dict(made.weights),
+        "weight_bytes_written": made.weight_bytes_written,
+        "bytes_written": made.weight_bytes_written + sum(graph.size for graph in made.graphs),
+    }
 
 
 def write_export(

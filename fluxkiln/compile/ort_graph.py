@@ -1,8 +1,9 @@
 """Template and binding to a graph that ONNX Runtime runs: weights are byte ranges of safetensors files, read in place.
 
 ONNX Runtime's CPU kernels have no bfloat16 arithmetic, so a 16-bit weight is cast to float32 right before its use.
-Quantized schemes put codes, scales, zero points and the few other weights of a part into one file beside its graph;
-the checkpoint is not needed to run them.
+Transposes, slices and factors of a weight (the derived slots of an `onnx17` template) are nodes on the tensor as it is
+stored, so no byte is copied for them. Quantized schemes put codes, scales, zero points and the few other weights of a
+part into one file beside its graph; the checkpoint is not needed to run them.
 """
 
 from __future__ import annotations
@@ -13,31 +14,39 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
 
-from fluxkiln.artifacts.types import Binding, Template, TensorRef
-from fluxkiln.compile.mould import WeightReader
+from fluxkiln.artifacts.types import Binding, SlotBinding, Template, TensorRef
+from fluxkiln.compile.external_data import Sidecar, external_range, in_place_tensor
 from fluxkiln.errors import CompileError, IntegrityError
-from fluxkiln.quantize.pack import PackedWeight, bf16_to_float32, pack_int4, pack_int8
 from fluxkiln.quantize.schemes import Scheme, check_groups
 
 if TYPE_CHECKING:
     from onnx import NodeProto, TensorProto
 
+    from fluxkiln.compile.mould import WeightReader
+    from fluxkiln.quantize.pack import PackedWeight
+
 CONTRIB = "com.microsoft"
-ALIGNMENT = 64
 # operations that move a weight without computing: done before the cast, so that only what they keep is cast
 _MOVES = ("Gather", "Slice")
-# safetensors' dtypes that ONNX Runtime reads in place, by ONNX's names
-_READABLE: Mapping[str, str] = {"F32": "FLOAT", "BF16": "BFLOAT16", "F16": "FLOAT16"}
-_STORABLE: Mapping[Any, str] = {
-    np.dtype(np.float32): "FLOAT",
-    np.dtype(ml_dtypes.bfloat16): "BFLOAT16",
-    np.dtype(np.float16): "FLOAT16",
-    np.dtype(np.uint8): "UINT8",
-}
+
+
+@dataclass(frozen=True, slots=True)
+class LinkedGraph:
+    """A part's graph with its weights as initializers that lie in other files.
+
+    Attributes:
+        model: an `onnx.ModelProto`.
+        in_place: initializer -> checkpoint tensor whose bytes it is; the other external ones are in the sidecar.
+        referenced: bytes of checkpoint tensors that the graph points at.
+        copied: initializer -> bytes written to the sidecar.
+    """
+
+    model: Any
+    in_place: Mapping[str, str]
+    referenced: int
+    copied: Mapping[str, int]
 
 
 def link_weights(
@@ -51,31 +60,47 @@ def link_weights(
     """Write `target`: the template with every slot turned into an initializer that lies in another file.
 
     Without quantization no weight byte is written; with it, everything goes to `sidecar_path(target, scheme)`.
+    Arguments and errors as `link_graph`.
+    """
+    sidecar = Sidecar(sidecar_path(target, scheme))
+    model = link_graph(template, binding, refs, read_weight, scheme, sidecar).model
+    target.write_bytes(model.SerializeToString(deterministic=True))
+    return target
+
+
+def link_graph(
+    template: Template,
+    binding: Binding,
+    refs: Mapping[str, TensorRef],
+    read_weight: WeightReader,
+    scheme: Scheme,
+    sidecar: Sidecar,
+) -> LinkedGraph:
+    """The template with every slot turned into an initializer that lies in another file.
 
     Args:
-        template: of format `onnx23`.
+        template: of format `onnx23`, or `onnx17` where nothing is quantized.
         refs: the tensors that the binding names. ONNX Runtime opens files in or below the graph's own folder only, so
             theirs must lie there, as files or hard links.
         read_weight: slot -> weight in torch's layout, for what cannot be read in place.
         scheme: its weight bits and group size; the arithmetic is float32 in any case.
-        target: an `.onnx` path.
+        sidecar: takes the weights that the checkpoint has not got in the graph's form; the graph is meant for its
+            folder.
 
     Raises:
-        CompileError: the template is no `onnx23`, the binding is for another kind, or a weight cannot be read in place.
+        CompileError: no such template can be linked, the binding is for another kind, or a weight cannot be read in
+            place.
         SchemeError: the group size does not divide a weight.
     """
     import onnx
 
-    shapes = {spec.name: spec.shape for spec in template.slots}
     slots = {slot.slot: slot for slot in binding.slots}
-    if template.format != "onnx23" or set(slots) != set(shapes):
-        raise CompileError(
-            f"part {binding.part}: its binding does not fit the {template.format} template of kind {template.kind}; "
-            "bind it to the onnx23 template of its own kind"
-        )
+    _check_fit(template, binding, scheme)
     model = onnx.load(template.path)
     graph = model.graph
-    sidecar = _Sidecar(sidecar_path(target, scheme))
+    shapes = {spec.name: spec.shape for spec in template.slots}
+    activations = [value for value in graph.input if value.name not in shapes]
+    stored = {} if scheme.weight_bits else _expand_derived(graph, slots, shapes, refs)
     matmuls = _find_matmuls(graph, shapes)
     if scheme.weight_bits:
         replaced = _quantized(matmuls, scheme, read_weight, sidecar)
@@ -84,31 +109,34 @@ def link_weights(
     nodes = [new for node in graph.node for new in replaced.get(node.output[0], [node])]
     nodes = _without_unused(nodes, {value.name for value in graph.output})
     used = {name for node in nodes for name in node.input}
-    for name in (name for name in shapes if name in used):
-        slot = slots[name]
-        if scheme.weight_bits or len(slot.sources) > 1 or slot.transforms:
-            sidecar.append(name, read_weight(name))
-        else:
-            sidecar.tensors[name] = _in_place(name, refs[slot.sources[0]], target)
-        if tuple(sidecar.tensors[name].dims) != shapes[name]:
+    in_place = {name: source for name, source in stored.items() if name in used}
+    tensors = {name: in_place_tensor(name, refs[source], sidecar.path.parent) for name, source in in_place.items()}
+    for name in (name for name in shapes if name in used and name not in tensors):
+        sidecar.append(name, read_weight(name))
+    written = sidecar.take()
+    tensors |= written
+    for name in (name for name in shapes if name in tensors):
+        if tuple(tensors[name].dims) != shapes[name]:
             raise CompileError(
                 f"slot {name} of part {binding.part} has shape {list(shapes[name])}, the weight bound to it has "
-                f"{list(sidecar.tensors[name].dims)}; bind the part again"
+                f"{list(tensors[name].dims)}; bind the part again"
             )
-    nodes = list(_with_casts(nodes, sidecar.tensors))
+    nodes = list(_with_casts(nodes, tensors))
     graph.ClearField("node")
     graph.node.extend(nodes)
-    activations = [value for value in graph.input if value.name not in shapes]
     graph.ClearField("input")
     graph.input.extend(activations)
+    used = {name for node in nodes for name in node.input}
     constants = [tensor for tensor in graph.initializer if tensor.name in used]
     graph.ClearField("initializer")
-    graph.initializer.extend([*constants, *sidecar.tensors.values()])
+    graph.initializer.extend([*constants, *tensors.values()])
     model.opset_import.append(onnx.helper.make_opsetid(CONTRIB, 1))
     for item in (*graph.node, *graph.value_info, *graph.input, *graph.output):
         item.ClearField("metadata_props")  # the exporter's notes, source paths of this machine among them
-    target.write_bytes(model.SerializeToString(deterministic=True))
-    return target
+    referenced = sum(refs[source].nbytes for source in set(in_place.values()))
+    return LinkedGraph(
+        model, in_place, referenced, {name: external_range(tensor)[2] for name, tensor in written.items()}
+    )
 
 
 def sidecar_path(graph: Path, scheme: Scheme) -> Path:
@@ -132,10 +160,75 @@ def external_files(graph: Path) -> dict[Path, int]:
         raise IntegrityError(f"{graph} is no ONNX graph ({error}); build it again") from error
     for tensor in tensors:
         if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            entries = {entry.key: entry.value for entry in tensor.external_data}
-            file = graph.parent / entries["location"]
-            needed[file] = max(needed[file], int(entries.get("offset", 0)) + int(entries.get("length", 0)))
+            location, offset, length = external_range(tensor)
+            needed[graph.parent / location] = max(needed[graph.parent / location], offset + length)
     return dict(needed)
+
+
+def _check_fit(template: Template, binding: Binding, scheme: Scheme) -> None:
+    formats = ("onnx23",) if scheme.weight_bits else ("onnx23", "onnx17")
+    if template.format not in formats:
+        raise CompileError(
+            f"a template of format {template.format} cannot be linked with {scheme.name} weights, only "
+            f"{' and '.join(formats)}; export the kind {template.kind} in that format"
+        )
+    if {slot.slot for slot in binding.slots} != {spec.name for spec in template.slots}:
+        raise CompileError(
+            f"part {binding.part}: its binding does not fit the {template.format} template of kind {template.kind}; "
+            f"bind it to the {template.format} template of its own kind"
+        )
+
+
+def _expand_derived(
+    graph: Any, slots: Mapping[str, SlotBinding], shapes: dict[str, tuple[int, ...]], refs: Mapping[str, TensorRef]
+) -> dict[str, str]:
+    """Put what bindings do to weights into the graph, so that all of them are read as the checkpoint stores them.
+
+    `shapes` gets the whole tensors and loses the slots that are computed now.
+
+    Returns:
+        Initializer -> checkpoint tensor. A slot that is joined from several tensors is not among them.
+    """
+    from onnx.helper import make_node
+    from onnx.numpy_helper import from_array
+
+    stored = {name: slot.sources[0] for name, slot in slots.items() if not slot.transforms and len(slot.sources) == 1}
+    names = {source: name for name, source in stored.items()}
+    made: dict[str, list[NodeProto]] = {}
+    for name, slot in slots.items():
+        if name in stored or any(step.op == "concat" for step in slot.transforms):
+            continue
+        (source,) = slot.sources
+        if source not in names:
+            # named after the slot, not after the tensor: parts of a kind stay equal
+            names[source] = f"{name}__source"
+            stored[names[source]] = source
+            shapes[names[source]] = refs[source].shape
+        value, nodes = names[source], []
+        for index, step in enumerate(slot.transforms):
+            result = name if index == len(slot.transforms) - 1 else f"{name}__{index}"
+            if step.op == "transpose":
+                nodes.append(make_node("Transpose", [value], [result], perm=[1, 0]))
+            elif step.op == "slice":
+                numbers = {"start": step.start, "stop": step.stop, "axis": step.dim, "step": 1}
+                constants = [from_array(np.array([number]), f"{result}__{key}") for key, number in numbers.items()]
+                graph.initializer.extend(constants)
+                nodes.append(make_node("Slice", [value, *(tensor.name for tensor in constants)], [result]))
+            else:
+                graph.initializer.append(from_array(np.array(step.factor, np.float32), f"{result}__factor"))
+                nodes.append(make_node("Mul", [value, f"{result}__factor"], [result]))
+            value = result
+        made[name] = nodes
+        del shapes[name]
+    # right before their first use, where a cast weight is held for a short time only
+    nodes = []
+    for node in graph.node:
+        for name in node.input:
+            nodes += made.pop(name, [])
+        nodes.append(node)
+    graph.ClearField("node")
+    graph.node.extend(nodes)
+    return stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,9 +280,11 @@ def _fused(matmul: _MatMul) -> NodeProto:
 
 
 def _quantized(
-    matmuls: Mapping[str, _MatMul], scheme: Scheme, read_weight: WeightReader, sidecar: _Sidecar
+    matmuls: Mapping[str, _MatMul], scheme: Scheme, read_weight: WeightReader, sidecar: Sidecar
 ) -> dict[str, list[NodeProto]]:
     """MatMulNBits for every product, by the name of its output; each slot is read once."""
+    from fluxkiln.quantize.pack import pack_int4, pack_int8
+
     by_slot: dict[str, dict[str, _MatMul]] = defaultdict(dict)
     for output, matmul in matmuls.items():
         by_slot[matmul.slot][output] = matmul
@@ -205,10 +300,12 @@ def _quantized(
 
 
 def _packed_matmul(
-    matmul: _MatMul, packed: PackedWeight, scheme: Scheme, sidecar: _Sidecar, name: str
+    matmul: _MatMul, packed: PackedWeight, scheme: Scheme, sidecar: Sidecar, name: str
 ) -> list[NodeProto]:
     """Source: ONNX Runtime's ContribOperators.md, `com.microsoft.MatMulNBits`."""
     from onnx.helper import make_node
+
+    from fluxkiln.quantize.pack import bf16_to_float32
 
     rows, groups = packed.scales_OG.shape
     zeros = packed.zeros_OG
@@ -278,51 +375,3 @@ def _with_casts(nodes: list[NodeProto], tensors: Mapping[str, TensorProto]) -> I
                     yield make_cast(name, f"{name}__float32")
                 node.input[index] = f"{name}__float32"
         yield node
-
-
-def _in_place(slot: str, ref: TensorRef, target: Path) -> TensorProto:
-    """An initializer that is the checkpoint's own bytes."""
-    if ref.dtype not in _READABLE:
-        raise CompileError(
-            f"tensor {ref.name} is stored as {ref.dtype}, {', '.join(_READABLE)} can be read in place; "
-            "convert it to BF16"
-        )
-    try:
-        location = ref.file.resolve().relative_to(target.parent.resolve())
-    except ValueError:
-        raise CompileError(
-            f"tensor {ref.name} lies in {ref.file}, ONNX Runtime opens files below {target.parent} only; put the "
-            "file or a hard link to it there"
-        ) from None
-    return _external(slot, _READABLE[ref.dtype], ref.shape, location.as_posix(), ref.offset, ref.nbytes)
-
-
-def _external(name: str, dtype: str, shape: tuple[int, ...], location: str, offset: int, length: int) -> TensorProto:
-    import onnx
-
-    tensor = onnx.TensorProto(name=name, data_type=onnx.TensorProto.DataType.Value(dtype), dims=shape)
-    tensor.data_location = onnx.TensorProto.EXTERNAL
-    for key, value in (("location", location), ("offset", str(offset)), ("length", str(length))):
-        tensor.external_data.add(key=key, value=value)
-    return tensor
-
-
-class _Sidecar:
-    """A file that weights are appended to; not made before the first of them."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.tensors: dict[str, TensorProto] = {}
-        self.size = 0
-
-    def append(self, name: str, array: NDArray[Any]) -> None:
-        """Write `array` and remember where it lies as initializer `name`."""
-        stored = np.ascontiguousarray(array if array.dtype in _STORABLE else array.astype(np.float32))
-        with self.path.open("ab" if self.size else "wb") as file:
-            file.write(bytes(-self.size % ALIGNMENT))
-            offset = file.tell()
-            file.write(stored.view(np.uint8).data)
-            self.size = file.tell()
-        self.tensors[name] = _external(
-            name, _STORABLE[stored.dtype], stored.shape, self.path.name, offset, stored.nbytes
-        )

@@ -44,9 +44,9 @@ def tiny_parts(tiny_checkpoint):
 def link(tiny_checkpoint, tiny_template, tiny_parts, tmp_path):
     """(part, scheme, the part whose weights it gets) -> linked graph in `tmp_path`, with hard links to the shards."""
 
-    def make(name, scheme="F32", weights_of=None, folder=tmp_path):
+    def make(name, scheme="F32", weights_of=None, folder=tmp_path, graph_format="onnx23"):
         checkpoint, part = tiny_checkpoint(), tiny_parts(weights_of or name)
-        template = tiny_template(part.kind, "onnx23")
+        template = tiny_template(part.kind, graph_format)
         binding = bind_part(part, template.slots, checkpoint)
         refs = {}
         for ref in binding_refs(binding, checkpoint):

@@ -300,15 +300,53 @@ def link_narrow(folder):
     return path, {"x": x}, x.astype(np.float64) @ stored_weight(weight, scheme, True).T
 
 
-def test_transformed_weights_go_to_a_file_beside(tmp_path):
+def test_what_is_done_to_a_weight_is_done_in_the_graph(tmp_path):
+    """Slices, factors and transposes in a row, of tensors that are slots as well and of ones that are not."""
     template, binding, refs, _, weights = make_by_hand(tmp_path, ml_dtypes.bfloat16)
-    scaled = replace(binding.slots[0], transforms=(Transform("scale", factor=2.0),))
-    binding = replace(binding, slots=(scaled, *binding.slots[1:]))
-    doubled = {**weights, "plain": weights["plain"].astype(np.float32) * 2}
-    graph = link_weights(template, binding, refs, doubled.__getitem__, parse_scheme("F32"), tmp_path / "linked.onnx")
+    scale, turn = Transform("scale", factor=-1.5), Transform("transpose")
+    lower = Transform("slice", dim=0, start=OUTER, stop=2 * OUTER)
+    steps = {"plain": ("rows", (lower, scale)), "gemm": ("gemm", (scale, turn, turn)), BIAS: (BIAS, (scale,))}
+    changed = {name: SlotBinding(name, (source,), transforms) for name, (source, transforms) in steps.items()}
+    binding = replace(binding, slots=tuple(changed.get(slot.slot, slot) for slot in binding.slots))
+
+    def refuse(slot):
+        raise AssertionError(f"{slot} was read")
+
+    graph = link_weights(template, binding, refs, refuse, parse_scheme("F32"), tmp_path / "linked.onnx")
+    assert external_files(graph).keys() == {tmp_path / "shard.safetensors"}
+    found = {place_of(tensor)[1:] for tensor in tensors_of(graph).values() if tensor.external_data}
+    assert found == {(refs[name].offset, refs[name].nbytes) for name in ("gemm", "columns", "rows", BIAS)}
+    wide = {name: weight.astype(np.float32) for name, weight in weights.items()}
+    computed = {**wide, "plain": wide["rows"][OUTER:] * -1.5, "gemm": wide["gemm"] * -1.5, BIAS: wide[BIAS] * -1.5}
+    results = run(graph, hand_inputs())
+    for name, expected in products(computed, parse_scheme("F32"), hand_inputs()).items():
+        assert rel_l2(results[name], expected) <= EXACT, name
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_templates_with_derived_slots_read_the_same_bytes(name, link, tiny_checkpoint, tiny_parts, tiny_recording):
+    """An opset 17 template, which compilers get, needs no byte but the checkpoint's either."""
+    recording = tiny_recording(vae="tiny" if name == "tiny_vae_decoder" else "kl")
+    inputs, part, checkpoint = recording.inputs(name), tiny_parts(name), tiny_checkpoint()
+    graph = link(name, graph_format="onnx17")
+    key = "vae_tiny" if name == "tiny_vae_decoder" else part.component
+    whole = {(ref.offset, ref.nbytes) for ref in checkpoint.tensors[key].values()}
+    assert {place_of(tensor)[1:] for tensor in tensors_of(graph).values() if tensor.external_data} <= whole
+    assert [path.suffix for path in graph.parent.iterdir() if path.is_file()] == [".onnx"]
+    expected = PatchedRunner(checkpoint, (part,))(name, inputs)
+    assert worst(run(graph, inputs), expected) <= PARITY
+
+
+def test_joined_weights_go_to_a_file_beside(tmp_path):
+    template, binding, refs, _, weights = make_by_hand(tmp_path, ml_dtypes.bfloat16)
+    joined = np.concatenate([weights["plain"][: OUTER // 2], weights["gemm"][: OUTER // 2]])
+    slot = SlotBinding("plain", ("plain", "gemm"), (Transform("concat"),))
+    binding = replace(binding, slots=(slot, *binding.slots[1:]))
+    changed = {**weights, "plain": joined}
+    graph = link_weights(template, binding, refs, changed.__getitem__, parse_scheme("F32"), tmp_path / "linked.onnx")
     assert external_files(graph).keys() == {tmp_path / "shard.safetensors", tmp_path / "linked.bin"}
-    assert (tmp_path / "linked.bin").stat().st_size == doubled["plain"].nbytes
-    expected = products(doubled, parse_scheme("F32"), hand_inputs())
+    assert (tmp_path / "linked.bin").stat().st_size == joined.nbytes
+    expected = products(changed, parse_scheme("F32"), hand_inputs())
     assert rel_l2(run(graph, hand_inputs())["plain_out"], expected["plain_out"]) <= EXACT
 
 
@@ -334,7 +372,9 @@ def test_refusals(tmp_path):
     with pytest.raises(CompileError, match="plain"):
         link_weights(*spoil(given, shape=(INNER, OUTER)), f32, target)
     with pytest.raises(CompileError, match="onnx17"):
-        link_weights(replace(template, format="onnx17"), binding, refs, reader, f32, target)
+        link_weights(replace(template, format="onnx17"), binding, refs, reader, parse_scheme("W4BF16"), target)
+    with pytest.raises(CompileError, match="pt2"):
+        link_weights(replace(template, format="pt2"), binding, refs, reader, f32, target)
     with pytest.raises(CompileError, match="binding"):
         link_weights(template, replace(binding, slots=binding.slots[1:]), refs, reader, f32, target)
     assert not target.exists()

@@ -31,6 +31,7 @@ MODULATION_ROWS = 64
 # Rows of modulation that upstream's AdaLN linears give: shift, scale, gate of attention, then of the feed-forward, and
 # this for the image and for the text; shift, scale, gate; scale, shift.
 MODULATION_CHUNKS: Mapping[str, int] = {"double": 12, "single": 3, "tail": 2}
+MODULATION_KINDS = ("double_modulation", "single_modulation", "tail_modulation")
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from fluxkiln.components import KINDS
+from fluxkiln.components import KINDS, MODULATION_KINDS
 from fluxkiln.errors import SchemeError
 
 Arithmetic = Literal["F32", "F16", "BF16"]
@@ -68,7 +68,6 @@ def parse_scheme(text: str) -> Scheme:
 
 # Kinds whose weights are most of the model and repeat; the modulation's are 27 % of the transformer's.
 _BLOCKS = ("t5_block", "double", "single", "double_modulated", "single_modulated")
-_MODULATION = ("double_modulation", "single_modulation", "tail_modulation")
 # What a scheme's exception may be written for beside a kind: a kind of the inline form stands for what it becomes in
 # the hoisted one, so that one text serves both.
 GROUPS: Mapping[str, tuple[str, ...]] = {
@@ -76,7 +75,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "double": ("double", "double_modulated"),
     "single": ("single", "single_modulated"),
     "tail": ("tail", "tail_modulated"),
-    "modulation": _MODULATION,
+    "modulation": MODULATION_KINDS,
 }
 
 # T5's residual stream leaves the range of F16, so its blocks never run in it
@@ -98,7 +97,7 @@ def part_schemes(blocks: Scheme) -> dict[str, Scheme]:
             schemes[kind] = _NAMED["F32"]
         elif kind in _F16_OVERFLOWS and blocks.arithmetic == "F16":
             schemes[kind] = _NAMED["BF16"]
-        elif kind in _BLOCKS + _MODULATION:
+        elif kind in _BLOCKS + MODULATION_KINDS:
             schemes[kind] = blocks
         elif blocks.arithmetic == "F16":
             schemes[kind] = _NAMED["F16"]

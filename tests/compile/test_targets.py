@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from fluxkiln.compile.bmodel import read_bmodel
 from fluxkiln.compile.targets import find_target, target_names
-from fluxkiln.components import KINDS, find_part
+from fluxkiln.components import KINDS, MODULATION_KINDS, find_part, list_parts
 from fluxkiln.errors import SchemeError, UsageError
 from fluxkiln.quantize.schemes import SCHEME_NAMES, parse_scheme
 from fluxkiln.stages import compile_part, make_template
@@ -35,6 +37,12 @@ def test_blocks_hand_over_16_bits_to_what_takes_them():
         assert {"double", "single", "t5_block"} <= set(target.narrow_inputs) & set(target.narrow_outputs)
         assert "tail" not in target.narrow_outputs
         assert "head" not in target.narrow_inputs
+        # the row of a step goes from the modulation to its block as it is, temb to SiLU in float32
+        assert set(MODULATION_KINDS) <= set(target.narrow_outputs) - set(target.narrow_inputs)
+        assert {"double_modulated", "single_modulated", "tail_modulated"} <= set(target.narrow_inputs)
+        assert {"double_modulated", "single_modulated", "token_embed"} <= set(target.narrow_outputs)
+        assert not {"time_embed", "tail_modulated"} & set(target.narrow_outputs)
+        assert not {"time_embed", "token_embed"} & set(target.narrow_inputs)
 
 
 def test_schemes_a_target_cannot_store_are_refused():
@@ -58,6 +66,19 @@ def test_the_first_scheme_is_the_default():
         "tail_modulation": "W4BF16", "token_embed": "BF16", "double_modulated": "W4BF16",
         "single_modulated": "W4BF16", "tail_modulated": "BF16",
     }  # fmt: skip
+
+
+@pytest.mark.tpu_mlir
+@pytest.mark.parametrize("name", ["double_modulation.01", "tail_modulation", "tail"])
+def test_hoisted_parts_are_cast_and_hand_over_16_bits(kiln, cast_and_direct, name):
+    kiln = kiln()
+    kiln = replace(kiln, parts=list_parts(kiln.checkpoint.configs, modulation="hoisted"))
+    _, cast, direct = cast_and_direct(kiln, name)
+    assert cast.bmodel.digest == direct.bmodel.digest
+    (net,) = read_bmodel(kiln.path(cast.bmodel)).nets
+    found = {tensor.name.partition("_")[0]: tensor.dtype for tensor in (*net.inputs, *net.outputs)}
+    assert found["modulation"] == "bfloat16"
+    assert found.get("temb", "float32") == "float32"
 
 
 @pytest.mark.tpu_mlir

@@ -16,11 +16,10 @@ from fluxkiln.artifacts.bundle import write_bundle
 from fluxkiln.artifacts.files import digest_file
 from fluxkiln.artifacts.modelpack import store_bundle
 from fluxkiln.artifacts.store import Blob
-from fluxkiln.artifacts.types import GraphFormat
 from fluxkiln.components import KINDS
 from fluxkiln.errors import ParityError
 from fluxkiln.progress import FROM_STORE, Progress
-from fluxkiln.stages import COMPILER_STAGES, BinaryPart, CombinedFile, tell_template
+from fluxkiln.stages import COMPILER_STAGES, BinaryPart, CombinedFile
 
 if TYPE_CHECKING:
     from fluxkiln.build import BuildResult, Prepared
@@ -102,8 +101,10 @@ def finish_bundle(
     parity: Parity | None = None
     summary: dict[str, Any] = {"verified": False}
     if prepared.settings.verify:
+        from fluxkiln.parity import verify_build
+
         recording = _record(prepared, progress)
-        parity = _climb(prepared, binaries, files, graphs, recording, work, progress)
+        parity = verify_build(kiln, prepared.settings, binaries, files, graphs, recording, work, progress)
         summary = _write_report(prepared, binaries, parity, started)
     sources = bundle_files(prepared, binaries, files, work)
     manifest = _manifest(prepared, binaries, files, summary)
@@ -179,34 +180,6 @@ def _record(prepared: Prepared, progress: Progress) -> Recording:
     took = f"recorded in {time.perf_counter() - began:.1f} s"
     progress.done("record", "reference run", took if prepared.kiln.cache.misses > known else FROM_STORE)
     return recording
-
-
-def _climb(
-    prepared: Prepared,
-    binaries: tuple[BinaryPart, ...],
-    files: tuple[CombinedFile, ...],
-    graphs: Mapping[str, Path],
-    recording: Recording,
-    work: Path,
-    progress: Progress,
-) -> Parity:
-    from fluxkiln.parity import bm1684x_rungs, climb_stored, cpu_rungs, verify_build
-
-    kiln = prepared.kiln
-    # the graphs of the rungs below, so that tracing them is seen
-    below: GraphFormat = "onnx23" if kiln.target.graph_format == "onnx17" else "onnx17"
-    if below == "onnx23" or kiln.quantized:
-        progress.stage(f"template {below}", len(kiln.kinds()))
-        for kind in kiln.kinds():
-            tell_template(kiln, kind, below, progress, f"template {below}")
-    if kiln.target.toolchain == "tpu_mlir":
-        context = bm1684x_rungs(kiln, binaries, files, work)
-    else:
-        context = cpu_rungs(kiln, graphs, work)
-    with context as rungs:
-        parity = verify_build(kiln, prepared.settings, recording, rungs, progress)
-    climb_stored(parity.ladder, kiln, binaries, files)
-    return parity
 
 
 def _write_report(

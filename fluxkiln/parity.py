@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.artifacts.actions import Action, run_action, stage_code_version
-from fluxkiln.artifacts.types import PartRunner
+from fluxkiln.artifacts.types import GraphFormat, PartRunner
 from fluxkiln.components import KINDS, Part
-from fluxkiln.export.bindings import WeightReader, bind_part, weight_reader
+from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.export.checkpoint import TensorReader
-from fluxkiln.linking import link_parts
 from fluxkiln.progress import Progress
-from fluxkiln.quantize.schemes import Scheme, parse_scheme
+from fluxkiln.quantize.schemes import Scheme
+from fluxkiln.rungs import Rungs, bm1684x_rungs, cpu_rungs
 from fluxkiln.settings import Settings
-from fluxkiln.stages import BinaryPart, CombinedFile, Kiln, make_template
+from fluxkiln.stages import BinaryPart, CombinedFile, Kiln, make_template, tell_template
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -34,10 +32,6 @@ if TYPE_CHECKING:
 
 # The simulator computes some 5e7 multiplications a second on two cores: beyond this it would take longer than 5 minutes
 SIMULATED_MACS = 15e9
-
-
-# rung -> runner, from the bottom of the ladder to its top
-Rungs = dict[str, PartRunner]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +90,49 @@ def record(kiln: Kiln, settings: Settings, print_: str, folder: Path) -> Recordi
     return read_recording(folder)
 
 
-def verify_build(kiln: Kiln, settings: Settings, recording: Recording, rungs: Rungs, progress: Progress) -> Parity:
+def verify_build(
+    kiln: Kiln,
+    settings: Settings,
+    binaries: tuple[BinaryPart, ...],
+    files: tuple[CombinedFile, ...],
+    graphs: Mapping[str, Path],
+    recording: Recording,
+    folder: Path,
+    progress: Progress,
+) -> Parity:
+    """Replay the recording at every rung of every part, run the whole pipeline on the top rung, read weights back.
+
+    Args:
+        graphs: part -> graph of an ONNX Runtime build.
+        recording: of `record`.
+        folder: for files that a rung needs.
+    """
+    trace_templates(kiln, progress)
+    rungs: AbstractContextManager[Rungs]
+    if kiln.target.toolchain == "tpu_mlir":
+        rungs = bm1684x_rungs(kiln, binaries, files, folder, simulated=multiplications(kiln) <= SIMULATED_MACS)
+    else:
+        rungs = cpu_rungs(kiln, graphs)
+    with rungs as made:
+        parity = replay(kiln, settings, recording, made, progress)
+    climb_stored(parity.ladder, kiln, binaries, files)
+    return parity
+
+
+def trace_templates(kiln: Kiln, progress: Progress) -> None:
+    """Make the templates of the rungs below the compiled one, so that tracing them is seen."""
+    formats: list[GraphFormat] = ["onnx23"]
+    if kiln.target.graph_format == "onnx17" or kiln.quantized:
+        formats.append("onnx17")
+    for graph_format in formats:
+        if graph_format == kiln.target.graph_format:
+            continue
+        progress.stage(f"template {graph_format}", len(kiln.kinds()))
+        for kind in kiln.kinds():
+            tell_template(kiln, kind, graph_format, progress, f"template {graph_format}")
+
+
+def replay(kiln: Kiln, settings: Settings, recording: Recording, rungs: Rungs, progress: Progress) -> Parity:
     """Replay the recording at every rung of every part, and run the whole pipeline on the top rung.
 
     Args:
@@ -111,24 +147,30 @@ def verify_build(kiln: Kiln, settings: Settings, recording: Recording, rungs: Ru
     *_, top = rungs
     below = {rung: runner for rung, runner in rungs.items() if rung != top}
     with ThreadPoolExecutor(1, "below") as lower, ThreadPoolExecutor(1, "top") as upper:
-        lower_parts = {part.name: lower.submit(_replay, below, recording, part) for part in kiln.parts}
-        upper_parts = {part.name: upper.submit(_replay, {top: rungs[top]}, recording, part) for part in kiln.parts}
+        lower_parts = {part.name: lower.submit(replay_part, below, recording, part) for part in kiln.parts}
+        upper_parts = {part.name: upper.submit(replay_part, {top: rungs[top]}, recording, part) for part in kiln.parts}
         whole = upper.submit(run_pipeline, kiln, settings, rungs[top])
         try:
             for part, step in calls:
                 made = {**lower_parts[part.name].result()[step], **upper_parts[part.name].result()[step]}
-                _climb(ladder, kiln, recording, part, step, made)
+                climb_part(ladder, kiln, recording, part, step, made)
                 progress.done("verify", part.name, f"{len(rungs)} rungs, step {step}")
             pipeline = whole.result()
         except BaseException:
             lower.shutdown(wait=False, cancel_futures=True)
             upper.shutdown(wait=False, cancel_futures=True)
             raise
-    scheme = _base_name(kiln.schemes["double"])
-    ladder.climb_latents(settings.steps - 1, recording.latents, [(top, pipeline.latents)], scheme)
-    ladder.climb_image(-1, recording.image, [(top, pipeline.image)], scheme)
-    progress.done("verify", "whole pipeline", f"{settings.steps} steps")
+    climb_pipeline(ladder, kiln, recording, top, pipeline)
+    progress.done("verify", "whole pipeline", f"{recording.steps} steps")
     return Parity(ladder, recording, pipeline, top, {"verify": time.perf_counter() - started, **recording.seconds})
+
+
+def climb_pipeline(ladder: Ladder, kiln: Kiln, recording: Recording, rung: str, pipeline: PipelineResult) -> None:
+    """Rows of the final latents and the image, under the scheme of the blocks."""
+    blocks = [part for part in kiln.parts if part.component == "transformer" and KINDS[part.kind].residual]
+    scheme = _base_name(kiln.scheme(blocks[0]))
+    ladder.climb_latents(recording.steps - 1, recording.latents, [(rung, pipeline.latents)], scheme)
+    ladder.climb_image(-1, recording.image, [(rung, pipeline.image)], scheme)
 
 
 def climb_stored(ladder: Ladder, kiln: Kiln, binaries: tuple[BinaryPart, ...], files: tuple[CombinedFile, ...]) -> None:
@@ -170,156 +212,35 @@ def run_pipeline(kiln: Kiln, settings: Settings, runner: PartRunner) -> Pipeline
     )  # fmt: skip
 
 
-@contextmanager
-def bm1684x_rungs(
-    kiln: Kiln, binaries: tuple[BinaryPart, ...], files: tuple[CombinedFile, ...], folder: Path
-) -> Iterator[Rungs]:
-    """Every rung of a TPU-MLIR build."""
-    from fluxkiln.compile.simulate import Simulator
-    from fluxkiln.export.eager import PatchedRunner
-
-    env, chip = kiln.tpu_mlir, kiln.target.chip
-    assert env is not None
-    homes = lay_out_files(kiln, files, folder / "bmodels")
-    with ExitStack() as stack:
-        interpreter = stack.enter_context(Simulator(env, chip, kiln.logs / "interpreter.log"))
-        lowered = lay_out_lowered(kiln, binaries, folder / "lowered")
-        rungs: Rungs = {
-            "patched": PatchedRunner(kiln.checkpoint, kiln.parts),
-            "onnxruntime": onnxruntime_rung(kiln, folder / "unquantized"),
-        }
-        if any(kiln.scheme(part).arithmetic != "F32" for part in kiln.parts):
-            rungs["dequantized"] = dequantized_rung(kiln, folder / "dequantized")
-        rungs["interpreter"] = lambda part, inputs: interpreter.run(
-            lowered[part], inputs, KINDS[_kind(kiln, part)].outputs
-        )
-        if multiplications(kiln) <= SIMULATED_MACS:
-            simulator = stack.enter_context(Simulator(env, chip, kiln.logs / "simulator.log"))
-            rungs["simulator"] = _net_runner(kiln, binaries, homes, simulator)
-        yield rungs
-
-
 def multiplications(kiln: Kiln) -> float:
     """About how many multiplications one image step takes: every weight of a block once for every token."""
     refs = kiln.checkpoint.tensors["transformer"].values()
     return float(kiln.shapes.joint_tokens) * sum(math.prod(ref.shape) for ref in refs if len(ref.shape) == 2)
 
 
-@contextmanager
-def cpu_rungs(kiln: Kiln, graphs: Mapping[str, Path], folder: Path) -> Iterator[Rungs]:
-    """Every rung of an ONNX Runtime build, whose graphs are `graphs`; the bundle's own graphs are the top one."""
-    from fluxkiln.compile.ort_session import OrtRunner
-    from fluxkiln.export.eager import PatchedRunner
-
-    top = OrtRunner(graphs)
-    rungs: Rungs = {"patched": PatchedRunner(kiln.checkpoint, kiln.parts)}
-    if kiln.quantized:
-        rungs["onnxruntime"] = onnxruntime_rung(kiln, folder / "unquantized")
-        rungs["dequantized"] = dequantized_rung(kiln, folder / "dequantized")
-        rungs["executed"] = top
-    else:
-        rungs["onnxruntime"] = top
-    yield rungs
-
-
-def lay_out_files(kiln: Kiln, files: tuple[CombinedFile, ...], folder: Path) -> dict[str, Path]:
-    """Part -> the file of `folder` that holds its net; files by reflink or copy under their own names."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    for file in files:
-        kiln.cache.store.export(file.blob.digest, folder / file.name)
-    return {part: folder / file.name for file in files for part in file.parts}
-
-
-def lay_out_lowered(kiln: Kiln, binaries: tuple[BinaryPart, ...], folder: Path) -> dict[str, Path]:
-    """Part -> its lowered graph beside the weight file it names; cast parts get theirs cast."""
-    import numpy as np
-
-    from fluxkiln.compile.cast import cast_interpreter_weights
-    from fluxkiln.compile.mould import CoefficientMap
-    from fluxkiln.compile.tpu_mlir import weight_file
-
-    shutil.rmtree(folder, ignore_errors=True)
-    paths = {}
-    for binary in binaries:
-        place = folder / binary.part.name
-        place.mkdir(parents=True)
-        text = kiln.path(binary.lowered).read_text()
-        paths[binary.part.name] = place / "lowered.mlir"
-        paths[binary.part.name].write_text(text)
-        target = place / weight_file(text)
-        if binary.coefficients is None:
-            shutil.copyfile(kiln.path(binary.weights), target)
-            continue
-        template = make_template(kiln, binary.part.kind, "onnx17")
-        reader = weight_reader(bind_part(binary.part, template.slots, kiln.checkpoint), kiln.checkpoint)
-        coefficients = CoefficientMap.from_json(json.loads(kiln.path(binary.coefficients).read_text()))
-        with np.load(kiln.path(binary.weights)) as arrays:
-            cast_interpreter_weights(coefficients, reader, arrays, target)
-    return paths
-
-
-def onnxruntime_rung(kiln: Kiln, folder: Path) -> PartRunner:
-    """The exported graphs of opset 23 on ONNX Runtime, weights read from the checkpoint's own bytes."""
-    from fluxkiln.compile.ort_session import OrtRunner
-
-    unquantized = dict.fromkeys(kiln.schemes, parse_scheme("F32"))
-    return OrtRunner(link_parts(kiln, unquantized, folder), threads=1, most_open=1)
-
-
-def dequantized_rung(kiln: Kiln, folder: Path) -> PartRunner:
-    """The exported graphs of opset 17 with the weights as the scheme stores them, float32 arithmetic."""
-    from fluxkiln.compile.ort_session import OrtRunner
-    from fluxkiln.compile.pour import pour, quantized_matmuls
-
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    poured = {}
-    for part in kiln.parts:
-        template = make_template(kiln, part.kind, "onnx17")
-        activations = {spec.name for spec in template.inputs}
-        quantized = {slot for slot, _ in quantized_matmuls(template.path, activations)}
-        reader = weight_reader(bind_part(part, template.slots, kiln.checkpoint), kiln.checkpoint)
-
-        stored = partial(_stored, reader, kiln.scheme(part), quantized)
-        poured[part.name] = folder / f"{part.name}.onnx"
-        pour(template.path, activations, stored, poured[part.name])
-    return OrtRunner(poured, threads=1, most_open=1)
-
-
-def _stored(reader: WeightReader, scheme: Scheme, quantized: set[str], slot: str) -> NDArray[Any]:
-    from fluxkiln.quantize.stored import stored_weight
-
-    return stored_weight(reader(slot), scheme, slot in quantized)
-
-
-def _net_runner(kiln: Kiln, binaries: tuple[BinaryPart, ...], homes: Mapping[str, Path], simulator: Any) -> PartRunner:
-    nets = {binary.part.name: binary.net for binary in binaries}
-
-    def run(part: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        outputs: dict[str, NDArray[Any]] = simulator.run(
-            homes[part], inputs, KINDS[_kind(kiln, part)].outputs, nets[part]
-        )
-        return outputs
-
-    return run
-
-
-def _replay(rungs: Rungs, recording: Recording, part: Part) -> list[dict[str, Mapping[str, NDArray[Any]]]]:
+def replay_part(rungs: Rungs, recording: Recording, part: Part) -> list[dict[str, Mapping[str, NDArray[Any]]]]:
     """Step -> rung -> outputs. A rung lets go of the part's weights before the next one loads them."""
+    from fluxkiln.verify.modulation import run_rows
+
     steps: list[dict[str, Mapping[str, NDArray[Any]]]] = [{} for _ in recording.calls[part.name]]
     for rung, runner in rungs.items():
         for step, made in enumerate(steps):
-            made[rung] = runner(part.name, recording.inputs(part.name, step))
-        close = getattr(runner, "close", None)
-        if close is not None:
-            close()
+            made[rung] = run_rows(runner, part, recording.inputs(part.name, step))
+        let_go(runner)
     return steps
 
 
-def _climb(
+def let_go(runner: PartRunner) -> None:
+    """Have a runner drop what it holds of its last part; it loads that again when it is needed."""
+    close = getattr(runner, "close", None)
+    if close is not None:
+        close()
+
+
+def climb_part(
     ladder: Ladder, kiln: Kiln, recording: Recording, part: Part, step: int, made: Mapping[str, Mapping[str, Any]]
 ) -> None:
+    """Rows of every output of one call of `part`; `made` has rung -> outputs."""
     inputs, expected = recording.inputs(part.name, step), recording.outputs(part.name, step)
     residual = dict(KINDS[part.kind].residual)
     shown = step if part.component == "transformer" else -1
@@ -332,10 +253,6 @@ def _climb(
 def _base_name(scheme: Scheme) -> str:
     """The scheme as the gates know it: without the group size."""
     return scheme.name.split("-")[0]
-
-
-def _kind(kiln: Kiln, name: str) -> str:
-    return next(part.kind for part in kiln.parts if part.name == name)
 
 
 def _version(package: str) -> str:

@@ -14,8 +14,9 @@ from fluxkiln.compile.mould import CoefficientMap
 from fluxkiln.components import Shapes, find_part
 from fluxkiln.errors import CompileError, IntegrityError
 from fluxkiln.export.bindings import bind_part, weight_reader
-from fluxkiln.parity import bm1684x_rungs, climb_stored
+from fluxkiln.parity import climb_stored
 from fluxkiln.proving import prove_cast
+from fluxkiln.rungs import bm1684x_rungs
 from fluxkiln.stages import CombinedFile, cast_part, make_mould, make_template
 from fluxkiln.verify.gates import first_bad_rung
 from fluxkiln.verify.ladder import Ladder

@@ -46,24 +46,7 @@ class OrtRunner:
             CompileError: no graph for the part, an input is missing, unknown or of another shape, or the run failed.
             IntegrityError: a file with weights is missing or too short.
         """
-        session = self._session(part)
-        specs = {spec.name: spec for spec in session.get_inputs()}
-        if odd := sorted(specs.keys() ^ inputs.keys()):
-            raise CompileError(f"part {part} takes {', '.join(specs)}: {', '.join(odd)} is missing or one too many")
-        feeds = {}
-        for name, spec in specs.items():
-            if list(inputs[name].shape) != list(spec.shape):
-                raise CompileError(
-                    f"part {part}: input {name} has shape {list(inputs[name].shape)}, the graph was exported for "
-                    f"{list(spec.shape)}; use the size and token count of the build"
-                )
-            feeds[name] = np.ascontiguousarray(inputs[name], _DTYPES[spec.type])
-        names = [spec.name for spec in session.get_outputs()]
-        try:
-            results = session.run(names, feeds)
-        except _failures() as error:
-            raise CompileError(f"ONNX Runtime could not run part {part}: {error}") from error
-        return dict(zip(names, results, strict=True))
+        return run_session(self._session(part), part, inputs)
 
     @property
     def open_parts(self) -> tuple[str, ...]:
@@ -94,11 +77,60 @@ class OrtRunner:
         return self._sessions[part]
 
 
+def run_session(
+    session: Any, part: str, inputs: Mapping[str, NDArray[Any]], weights: Mapping[str, NDArray[Any]] | None = None
+) -> dict[str, NDArray[Any]]:
+    """The outputs of `part` by name, float32.
+
+    Args:
+        session: an `onnxruntime.InferenceSession`.
+        inputs: by the names and with the shapes of the part's kind, any dtype.
+        weights: graph inputs that are no activations; taken as they are, without a copy.
+
+    Raises:
+        CompileError: an input is missing, unknown or of another shape, or the run failed.
+    """
+    given = dict(weights or {})
+    specs = {spec.name: spec for spec in session.get_inputs() if spec.name not in given}
+    if odd := sorted(specs.keys() ^ inputs.keys()):
+        raise CompileError(f"part {part} takes {', '.join(specs)}: {', '.join(odd)} is missing or one too many")
+    for name, spec in specs.items():
+        if list(inputs[name].shape) != list(spec.shape):
+            raise CompileError(
+                f"part {part}: input {name} has shape {list(inputs[name].shape)}, the graph was exported for "
+                f"{list(spec.shape)}; use the size and token count of the build"
+            )
+        given[name] = np.ascontiguousarray(inputs[name], _DTYPES[spec.type])
+    names = [spec.name for spec in session.get_outputs()]
+    try:
+        results = session.run(names, given)
+    except _failures() as error:
+        raise CompileError(f"ONNX Runtime could not run part {part}: {error}") from error
+    return dict(zip(names, results, strict=True))
+
+
 def open_session(graph: Path, *, threads: int = 0, lean: bool = True) -> Any:
-    """An `onnxruntime.InferenceSession` of `graph` on the CPU.
+    """An `onnxruntime.InferenceSession` of the file `graph` on the CPU.
 
     Raises:
         IntegrityError: a file with weights is missing or too short.
+        CompileError: ONNX Runtime refuses the graph.
+    """
+    try:
+        return make_session(graph, str(graph), threads=threads, lean=lean)
+    except CompileError:
+        _check_files(graph)
+        raise
+
+
+def make_session(graph: Path | bytes, what: str, *, threads: int = 0, lean: bool = True) -> Any:
+    """An `onnxruntime.InferenceSession` of a graph on the CPU.
+
+    Args:
+        graph: a file, or a serialized model.
+        what: what to call the graph in an error.
+
+    Raises:
         CompileError: ONNX Runtime refuses the graph.
     """
     import onnxruntime
@@ -122,8 +154,7 @@ def open_session(graph: Path, *, threads: int = 0, lean: bool = True) -> Any:
             disabled_optimizers=["ConstantFolding"],
         )
     except _failures() as error:
-        _check_files(graph)
-        raise CompileError(f"ONNX Runtime refuses {graph}: {error}") from error
+        raise CompileError(f"ONNX Runtime refuses {what}: {error}") from error
 
 
 def _check_files(graph: Path) -> None:

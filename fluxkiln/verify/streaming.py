@@ -197,7 +197,7 @@ def _unit(component: str, module: nn.Module, names: Mapping[int, str]) -> _Unit:
 
 def _load(unit: _Unit, then: tuple[str, ...], read: ReadTensor, *_: Any) -> None:
     for owner, leaf, name in unit.weights:
-        values = torch.from_numpy(float32(read(unit.component, name)))
+        values = torch.from_numpy(read(unit.component, name).astype(np.float32))
         expected = owner._parameters[leaf]
         assert expected is not None
         if values.shape != expected.shape:
@@ -215,14 +215,3 @@ def _unload(unit: _Unit, *_: Any) -> None:
         parameter = owner._parameters[leaf]
         assert parameter is not None
         owner._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)
-
-
-def float32(values: NDArray[Any]) -> NDArray[np.float32]:
-    """`values` as a new float32 array; bfloat16 is widened by torch, which is many times as fast as ml_dtypes."""
-    # numpy asks the kernel for huge pages: torch's own allocation takes several times as long to touch
-    result = np.empty(values.shape, np.float32)
-    if values.dtype.name == "bfloat16":
-        torch.from_numpy(result).copy_(torch.from_numpy(values.view(np.int16)).view(torch.bfloat16))
-    else:
-        result[...] = values
-    return result

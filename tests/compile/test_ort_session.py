@@ -1,4 +1,4 @@
-"""Sessions: opened late, closed early, strict about names and shapes, clear about damaged files; poured graphs too."""
+"""Sessions: opened late, closed early, strict about names and shapes, clear about damaged files."""
 
 from __future__ import annotations
 
@@ -9,11 +9,7 @@ import pytest
 
 from fluxkiln.compile.ort_graph import external_files
 from fluxkiln.compile.ort_session import OrtRunner, open_session
-from fluxkiln.compile.pour import pour, quantized_matmuls
 from fluxkiln.errors import CompileError, IntegrityError
-from fluxkiln.export.bindings import bind_part, weight_reader
-from fluxkiln.quantize.schemes import parse_scheme
-from fluxkiln.quantize.stored import stored_weight
 
 PARITY = 5e-6
 
@@ -124,53 +120,3 @@ def test_a_graph_that_cannot_run_is_a_compile_error(link):
     onnx.save(model, graph)
     with pytest.raises(CompileError, match="Unheard"):
         open_session(graph)
-
-
-@pytest.fixture
-def poured(tiny_checkpoint, tiny_template, tiny_parts, tmp_path):
-    """(part, scheme, slots that stay as they are) -> its opset 17 graph with the weights as the scheme stores them."""
-
-    def make(name, scheme, untouched=()):
-        part, checkpoint = tiny_parts(name), tiny_checkpoint()
-        template = tiny_template(part.kind, "onnx17")
-        activations = {spec.name for spec in template.inputs}
-        quantized = {slot for slot, _ in quantized_matmuls(template.path, activations)}
-        reader = weight_reader(bind_part(part, template.slots, checkpoint), checkpoint)
-
-        def stored(slot):
-            weight = reader(slot)
-            if slot.startswith(untouched):
-                return weight
-            return stored_weight(weight, parse_scheme(scheme), slot in quantized)
-
-        target = tmp_path / f"{name}-{scheme}-{len(untouched)}.onnx"
-        pour(template.path, activations, stored, target)
-        return target
-
-    return make
-
-
-@pytest.mark.parametrize(
-    "name", ["clip", "t5_embed", "t5_block.00", "t5_final", "head", "double.00", "single.00", "tail", "vae_decoder"]
-)
-def test_poured_graphs_equal_the_reference(name, poured, tiny_recording):
-    recording = tiny_recording()
-    with OrtRunner({name: poured(name, "F32")}) as runner:
-        assert worst(runner(name, recording.inputs(name)), recording.outputs(name)) <= PARITY
-
-
-@pytest.mark.parametrize("scheme", ["W4BF16", "W4BF16-g32", "W8BF16"])
-@pytest.mark.parametrize("name", ["double.00", "single.00", "t5_block.00"])
-def test_dequantized_reference_equals_the_quantized_graph(name, scheme, poured, link, tiny_recording):
-    """Two ways to the same numbers: opset 17 with dequantized weights, opset 23 with codes.
-
-    The norm weights of q and k have the softmax scale in them, and the chip rounds their product, the linked graph the
-    norm weights alone. Nothing else differs.
-    """
-    inputs = tiny_recording().inputs(name)
-    models = {"as stored": poured(name, scheme), "linked": link(name, scheme)}
-    models["but norms"] = poured(name, scheme, untouched=("attn.norm_",))
-    with OrtRunner(models) as runner:
-        results = {model: runner(model, inputs) for model in models}
-    assert worst(results["linked"], results["but norms"]) <= PARITY
-    assert worst(results["linked"], results["as stored"]) <= 1e-3

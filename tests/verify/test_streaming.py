@@ -6,7 +6,6 @@ import re
 from collections import Counter
 from dataclasses import replace
 
-import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -212,11 +211,3 @@ def test_a_shortened_pipeline_may_keep_its_decoder(tiny_checkpoint, tmp_path):
     recording = record_reference(checkpoint.root, parts, SHAPES, tmp_path, TensorReader(checkpoint), only=True, steps=1)
     assert recording.image.std() > 0.05
     assert tuple(recording.calls) == ("tail", "vae_decoder")
-
-
-@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32])
-def test_values_are_widened_exactly(dtype):
-    values = np.random.default_rng(0).standard_normal((5, 7)).astype(dtype)
-    widened = streaming.float32(values)
-    assert widened.dtype == np.float32
-    np.testing.assert_array_equal(widened, values.astype(np.float32))

@@ -1,0 +1,159 @@
+"""Templates run by ONNX Runtime with their weights fed like activations: one part's in memory at a time, none written.
+
+A session is one of a template, so it serves every part of a kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fluxkiln.artifacts.types import Template
+from fluxkiln.compile.mould import TRANSPOSED, WeightReader
+from fluxkiln.compile.ort_session import make_session, run_session
+from fluxkiln.errors import CompileError
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, NodeProto
+
+# a template's graph changed before it is run
+Rewrite = Callable[["ModelProto"], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Filling:
+    """What makes a part of a template: the template, and what reads a slot's weight in torch's layout, any float."""
+
+    template: Template
+    read_weight: WeightReader
+
+
+@dataclass(frozen=True, slots=True)
+class FedGraph:
+    """A graph whose slots are inputs: an `onnx.ModelProto`, and the slots that it takes transposed."""
+
+    model: ModelProto
+    transposed: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    part: str
+    session: Any
+    weights: Mapping[str, NDArray[np.float32]]
+
+
+class TemplateRunner:
+    """Runs parts in float32 by feeding templates. The last part's weights stay until another one is run.
+
+    Args:
+        fill: part -> its filling; called when its weights are needed.
+        rewrite: what is done to a template's graph first.
+        threads: for one operation; 0 leaves it to ONNX Runtime.
+    """
+
+    def __init__(self, fill: Callable[[str], Filling], *, rewrite: Rewrite | None = None, threads: int = 0) -> None:
+        self.fill = fill
+        self.rewrite = rewrite
+        self.threads = threads
+        self._sessions: dict[Path, tuple[Any, frozenset[str]]] = {}
+        self._loaded: _Loaded | None = None
+
+    def __call__(self, part: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """The part's outputs by name, float32.
+
+        Raises:
+            CompileError: an input is missing, unknown or of another shape, a weight has another shape than its slot,
+                or the run failed. Whatever `fill` raises.
+        """
+        if self._loaded is None or self._loaded.part != part:
+            self.close()
+            self._loaded = self._load(part, self.fill(part))
+        return run_session(self._loaded.session, part, inputs, self._loaded.weights)
+
+    def close(self) -> None:
+        """Drop the weights; the runner can be used again."""
+        self._loaded = None
+
+    def _load(self, part: str, filling: Filling) -> _Loaded:
+        session, transposed = self._session(filling.template.path)
+        shapes = {spec.name: tuple(spec.shape) for spec in session.get_inputs()}
+        weights = {}
+        for slot in (spec.name for spec in filling.template.slots):
+            weight = filling.read_weight(slot)
+            weights[slot] = np.ascontiguousarray(weight.T if slot in transposed else weight, np.float32)
+            if shapes[slot] != weights[slot].shape:
+                raise CompileError(
+                    f"slot {slot} of part {part} takes {list(shapes[slot])}, the weight bound to it has "
+                    f"{list(weights[slot].shape)}; bind the part again"
+                )
+        return _Loaded(part, session, weights)
+
+    def _session(self, template: Path) -> tuple[Any, frozenset[str]]:
+        if template not in self._sessions:
+            graph = weights_as_inputs(template)
+            if self.rewrite is not None:
+                self.rewrite(graph.model)
+            session = make_session(graph.model.SerializeToString(), f"template {template}", threads=self.threads)
+            self._sessions[template] = session, graph.transposed
+        return self._sessions[template]
+
+
+def weights_as_inputs(template: Path) -> FedGraph:
+    """The graph of a template, with every product with a transposed matrix as one operation on the matrix itself.
+
+    Slots that the template has transposed and multiplies with are taken as torch has them: nobody copies a matrix to
+    transpose it.
+    """
+    import onnx
+    from onnx.helper import make_node, make_opsetid
+
+    from fluxkiln.compile.ort_graph import CONTRIB
+
+    model = onnx.load(template)
+    graph = model.graph
+    makers = {output: node for node in graph.node for output in node.output}
+    readers: dict[str, list[NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    transposed = {value.name for value in graph.input if value.name.endswith(TRANSPOSED)}
+    turned = {
+        name
+        for name in transposed
+        if all(node.op_type == "MatMul" and node.input[1] == name for node in readers.get(name, ()))
+    }
+    nodes = []
+    for node in graph.node:
+        matrix = node.input[1] if node.op_type == "MatMul" else ""
+        maker = makers.get(matrix)
+        if matrix not in turned and (maker is None or not _swaps_two_axes(maker)):
+            nodes.append(node)
+            continue
+        source = matrix if matrix in turned else makers[matrix].input[0]
+        nodes.append(
+            make_node("FusedMatMul", [node.input[0], source], node.output, node.name, domain=CONTRIB, transB=1)
+        )
+    kept, needed = [], {value.name for value in graph.output}
+    for node in reversed(nodes):
+        if needed & set(node.output):
+            kept.append(node)
+            needed |= set(node.input)
+    graph.ClearField("node")
+    graph.node.extend(kept[::-1])
+    for value in graph.input:
+        if value.name in turned:
+            rows, columns = value.type.tensor_type.shape.dim
+            rows.dim_value, columns.dim_value = columns.dim_value, rows.dim_value
+    model.opset_import.append(make_opsetid(CONTRIB, 1))
+    return FedGraph(model, frozenset(transposed - turned))
+
+
+def _swaps_two_axes(node: NodeProto) -> bool:
+    orders = [list(attribute.ints) for attribute in node.attribute if attribute.name == "perm"]
+    return node.op_type == "Transpose" and orders == [[1, 0]]

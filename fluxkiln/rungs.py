@@ -148,12 +148,13 @@ def lay_out_lowered(kiln: Kiln, binary: BinaryPart, folder: Path) -> None:
     import numpy as np
 
     from fluxkiln.compile.cast import cast_interpreter_weights
+    from fluxkiln.compile.lowered import lean_graph
     from fluxkiln.compile.mould import CoefficientMap
     from fluxkiln.compile.tpu_mlir import weight_file
 
     folder.mkdir(parents=True)
     text = kiln.path(binary.lowered).read_text()
-    (folder / "lowered.mlir").write_text(text)
+    (folder / "lowered.mlir").write_text(lean_graph(text))
     target = folder / weight_file(text)
     if binary.coefficients is None:
         shutil.copyfile(kiln.path(binary.weights), target)

@@ -9,6 +9,7 @@ or {"ok": false, "error": text}. Inputs are float32 or integers; outputs are wri
 
 import json
 import os
+import re
 import sys
 import time
 from typing import Any
@@ -61,7 +62,7 @@ def run_bmodel(file: str, name: str, inputs: Arrays) -> Arrays:
 def run_lowered(file: str, name: str, inputs: Arrays) -> Arrays:
     import pymlir
 
-    pymlir.set_mem_mode("value_mem")
+    pymlir.set_mem_mode("reused_mem" if inputs_first(file) else "value_mem")
     module = pymlir.module()
     folder = os.getcwd()
     os.chdir(os.path.dirname(file))  # the graph names its weight file without a folder
@@ -72,8 +73,18 @@ def run_lowered(file: str, name: str, inputs: Arrays) -> Arrays:
     for tensor in module.input_names:
         module.set_tensor(tensor, inputs[tensor].astype(np.float32), inputs[tensor].shape)
     module.invoke(True)
-    tensors = module.get_all_tensor()
-    return {tensor: np.array(tensors[tensor], dtype=np.float32) for tensor in module.output_names}
+    return {tensor: np.array(module.get_tensor(tensor), dtype=np.float32) for tensor in module.output_names}
+
+
+def inputs_first(file: str) -> bool:
+    """Whether a lowered graph declares its inputs before all else (`fluxkiln.compile.lowered`).
+
+    Only then may activations be put in one another's place: an input would be in that of another.
+    """
+    with open(file) as lines:
+        names = re.findall(r' = "([\w.]+)"\(', lines.read())
+    inputs = [index for index, name in enumerate(names) if name == "top.Input"]
+    return inputs == list(range(len(inputs)))
 
 
 def narrow(data: NDArray[Any], dtype: str) -> NDArray[Any]:

@@ -56,6 +56,12 @@ INDEX = "export.json"
     metavar="PART",
     help="A part as a graph with its weights, 'double.03' or 'single.*' say. May be repeated.",
 )
+@click.option(
+    "--modulation",
+    metavar="inline|hoisted",
+    default="inline",
+    help="The transformer's form: hoisted takes what depends on the time step alone out of the blocks.",
+)
 @click.option("--copy", is_flag=True, help="Copy weights where they cannot be read in place.")
 @size_option
 @tokens_option
@@ -71,6 +77,7 @@ def export(
     formats: tuple[str, ...],
     components: tuple[str, ...],
     names: tuple[str, ...],
+    modulation: Any,
     copy: bool,
     size: str | None,
     tokens: int | None,
@@ -94,7 +101,7 @@ def export(
 
     chosen_formats = parse_formats(formats)
     settings = Settings(target="", model=model, size=check_size(size), tokens=tokens, vae=vae, build_dir=build_dir)
-    check_kinds(kinds, settings.vae)
+    check_kinds(kinds, settings.vae, modulation)
     linked = bool(components or names)
     if linked:
         check_linked(components, kinds, chosen_formats)
@@ -110,12 +117,13 @@ def export(
         shapes = Shapes(height, width, tokens or default_tokens(checkpoint))
         shapes.check_variant(checkpoint.variant)
         check_vae(checkpoint, settings.vae)
+        all_parts = list_parts(checkpoint.configs, settings.vae, modulation)
         if linked:
-            files = choose_graphs(list_parts(checkpoint.configs, settings.vae), components, names)
+            files = choose_graphs(all_parts, components, names)
             document = write_graphs(checkpoint, files, shapes, chosen_formats[0], directory, copy, progress)
             _tell_graphs(output, document, directory, time.perf_counter() - started)
             return
-        parts = [part for part in list_parts(checkpoint.configs, settings.vae) if not kinds or part.kind in kinds]
+        parts = [part for part in all_parts if not kinds or part.kind in kinds]
         index = write_export(checkpoint, parts, shapes, chosen_formats, directory, progress)
     seconds = time.perf_counter() - started
     output.document({**index, "directory": str(directory), "seconds": round(seconds, 3)})
@@ -177,25 +185,29 @@ def parse_formats(names: Sequence[str]) -> tuple[GraphFormat, ...]:
     return tuple(chosen)
 
 
-def check_kinds(names: Sequence[str], vae: str) -> None:
-    """Raise UsageError for a kind that does not exist, or not with this VAE."""
-    other = "vae_decoder" if vae == "tiny" else "tiny_vae_decoder"
+def check_kinds(names: Sequence[str], vae: Any, modulation: Any = "inline") -> None:
+    """Raise UsageError for a kind that does not exist, or not with this VAE or form of the transformer."""
+    least = {"text_encoder_2": {"num_layers": 1}, "transformer": {"num_layers": 1, "num_single_layers": 1}}
+    there = {part.kind for part in list_parts(least, vae, modulation)}
     for name in names:
         if name not in KINDS:
             raise UsageError(f"no kind of part is called {name!r}; there are {', '.join(KINDS)}")
-        if name == other:
+        if name not in there and KINDS[name].component == "vae":
             raise UsageError(
                 f"kind {name} is not there with --vae {vae}; use --vae {'kl' if vae == 'tiny' else 'tiny'}"
             )
+        if name not in there:
+            other = "inline" if modulation == "hoisted" else "hoisted"
+            raise UsageError(f"kind {name} is not there with --modulation {modulation}; use --modulation {other}")
 
 
 def check_linked(components: Sequence[str], kinds: Sequence[str], formats: Sequence[GraphFormat]) -> None:
     """Raise UsageError for a component that does not exist, or options that do not go with --whole and --part."""
-    from fluxkiln.export.whole import component_parts
+    from fluxkiln.export.whole import component_graphs
     from fluxkiln.linking import LINKED_FORMATS
 
     for component in components:
-        component_parts((), component)
+        component_graphs((), component)
 
     if kinds:
         raise UsageError("--kind chooses templates, not what --whole and --part write; use --part 'single.*' say")
@@ -212,9 +224,11 @@ def choose_graphs(parts: Sequence[Part], components: Sequence[str], names: Seque
     Raises:
         UsageError: no such component, or no part of such a name.
     """
-    from fluxkiln.export.whole import component_parts
+    from fluxkiln.export.whole import component_graphs
 
-    files = {f"{component}.onnx": list(component_parts(parts, component)) for component in components}
+    files: dict[str, list[Part]] = {}
+    for component in components:
+        files |= {f"{graph}.onnx": list(members) for graph, members in component_graphs(parts, component).items()}
     for name in names:
         chosen = [part for part in parts if fnmatch.fnmatchcase(part.name, name)] or [find_part(tuple(parts), name)]
         files |= {f"{part.name}.onnx": [part] for part in chosen}

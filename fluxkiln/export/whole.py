@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fluxkiln.components import COMPONENTS, Component, Part
+from fluxkiln.components import COMPONENTS, KINDS, Component, Part, modulation_name
 from fluxkiln.errors import ExportError, UsageError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ _LEAST_IR = 8
 _IMAGE, _TEXT = "hidden_states", "encoder_hidden_states"
 _JOINT = "joint_hidden_states"
 _OUT = "_out"
-# inputs that every part has one of its own of; all others are the same for all parts
+# the input that every part has of its own, called as the part that gives it; all others are the same for all parts
 _OWN = ("modulation",)
 
 
@@ -45,12 +45,24 @@ class LinkedPart:
     weights: Mapping[str, str]
 
 
-def component_parts(parts: Iterable[Part], component: str) -> tuple[Part, ...]:
-    """The parts of a component in the order they run; UsageError for a component that does not exist."""
+def component_graphs(parts: Iterable[Part], component: str) -> dict[str, tuple[Part, ...]]:
+    """Graph -> its parts in the order they run, for one component: one graph, called like the component.
+
+    Of a transformer in the hoisted form two: what runs once per image is `transformer_modulation`, whose outputs have a
+    row for each step; the row of a step is what `transformer` takes under the same names.
+
+    Raises:
+        UsageError: there is no such component.
+    """
     known: tuple[Component, ...] = COMPONENTS
     if component not in known:
         raise UsageError(f"no component is called {component!r}; there are {', '.join(known)}")
-    return tuple(part for part in parts if part.component == component)
+    own = tuple(part for part in parts if part.component == component)
+    graphs = {
+        f"{component}_modulation": tuple(part for part in own if KINDS[part.kind].rows),
+        component: tuple(part for part in own if not KINDS[part.kind].rows),
+    }
+    return {name: members for name, members in graphs.items() if members}
 
 
 def stitch_parts(name: str, linked: Sequence[LinkedPart]) -> ModelProto:
@@ -103,7 +115,7 @@ class _Stitching:
         for value in graph.input:
             argument = self.current.get(value.name)
             if argument is None:
-                argument = f"{one.part.name}/{value.name}" if value.name in _OWN else value.name
+                argument = f"{modulation_name(one.part)}/{value.name}" if value.name in _OWN else value.name
                 self.inputs.setdefault(argument, _renamed(value, argument))
             arguments.append(argument)
         outputs = []

@@ -35,6 +35,15 @@ def test_whole_and_part(fluxkiln, model):
     assert "graph: 2 done" in run.err
 
 
+def test_hoisted_form(fluxkiln, model):
+    run = fluxkiln("export", model, "out", "--modulation", "hoisted", "--part", "tail*", *SIZE, "--json")
+    assert run.code == 0, run.err
+    once, step = run.document["graphs"]
+    assert [once["file"], step["file"]] == ["tail_modulation.onnx", "tail.onnx"]
+    assert once["outputs"] == [{"name": "modulation", "dtype": "float", "shape": [64, 512]}]
+    assert step["inputs"][1] == {"name": "modulation", "dtype": "float", "shape": [1, 512]}
+
+
 def test_for_people(fluxkiln, model):
     run = fluxkiln("export", model, model, "--part", "t5_final", *SIZE)
     assert run.code == 0, run.err
@@ -53,6 +62,9 @@ def test_for_people(fluxkiln, model):
         (("--whole", "vae", "--kind", "tail"), "--kind chooses templates"),
         (("--part", "tail", "--format", "pt2"), "write one format, onnx23 or onnx17, not pt2"),
         (("--part", "tail", "--format", "onnx17", "--format", "onnx23"), "not onnx17 and onnx23"),
+        (("--kind", "double_modulated"), "kind double_modulated is not there with --modulation inline"),
+        (("--kind", "head", "--modulation", "hoisted"), "use --modulation inline"),
+        (("--part", "tail", "--modulation", "lifted"), "no form of the transformer is called 'lifted'"),
         (("--copy",), "--copy is for the weights of --whole and --part"),
     ],
 )

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 
 from fluxkiln.compile.external_data import external_range
 from fluxkiln.compile.ort_session import open_session
-from fluxkiln.components import Part, Shapes, list_parts
+from fluxkiln.components import MODULATION_ROWS, Part, Shapes, list_parts
 from fluxkiln.errors import ExportError, UsageError
 from fluxkiln.export.host import T5_BIAS_TABLE, host_constants
-from fluxkiln.export.whole import LinkedPart, component_parts, stitch_parts
+from fluxkiln.export.whole import LinkedPart, component_graphs, stitch_parts
 from fluxkiln.linking import export_graphs
 from fluxkiln.progress import Silent
 
@@ -36,7 +36,7 @@ def whole(tiny_checkpoint, tmp_path_factory):
     def write(preset, graph_format):
         checkpoint = tiny_checkpoint(preset)
         parts = list_parts(checkpoint.configs)
-        files = {f"{component}.onnx": component_parts(parts, component) for component in COMPONENTS}
+        files = {f"{component}.onnx": component_graphs(parts, component)[component] for component in COMPONENTS}
         folder = tmp_path_factory.mktemp("whole") / "graphs"
         made = export_graphs(checkpoint, files, SHAPES, folder, Silent(), graph_format=graph_format)
         assert made.weight_bytes_written == 0
@@ -179,6 +179,32 @@ def test_functions_can_be_inlined_for_other_tools(whole, reference):
     assert rel_l2(run(open_session(flat, threads=1), inputs), expected) <= PARITY
 
 
+def test_hoisted_form(tiny_checkpoint, reference, tmp_path):
+    """Two graphs: all steps' modulation at once, then a step with its row; a row of another step is seen."""
+    checkpoint = tiny_checkpoint()
+    inputs, expected = reference()["transformer"]
+    graphs = component_graphs(list_parts(checkpoint.configs, modulation="hoisted"), "transformer")
+    assert [*graphs] == ["transformer_modulation", "transformer"]
+    files = {f"{name}.onnx": parts for name, parts in graphs.items()}
+    made = export_graphs(checkpoint, files, SHAPES, tmp_path / "graphs", Silent())
+    assert made.weight_bytes_written == 0
+    assert sum(graph.tensors for graph in made.graphs) == 126
+    once, step = (open_session(tmp_path / "graphs" / name, threads=1) for name in files)
+    times = np.linspace(1, 0, MODULATION_ROWS, dtype=np.float32)
+    times[3] = inputs["timestep"][0]
+    rows = {"timestep": times, "guidance": np.full_like(times, 3.5), "pooled_projections": inputs["pooled_projections"]}
+    names = [value.name for value in once.get_outputs()]
+    assert names[0] == "double_modulation.00/modulation"
+    modulation = dict(zip(names, once.run(None, rows), strict=True))
+    tokens = {name: inputs[name] for name in ("hidden_states", "encoder_hidden_states", "rotary_cos", "rotary_sin")}
+    found, other = (
+        run(step, {**tokens, **{name: all_rows[row : row + 1] for name, all_rows in modulation.items()}})
+        for row in (3, 4)
+    )
+    assert rel_l2(found, expected) <= PARITY
+    assert rel_l2(other, expected) > 1000 * PARITY
+
+
 # Parts made by hand: y = x * w, one weight each.
 
 
@@ -228,7 +254,7 @@ def test_refusals():
     with pytest.raises(ExportError, match="one format"):
         stitch_parts("x", [make_part("a"), make_part("b", opset=17)])
     with pytest.raises(UsageError, match="no component is called 'unet'; there are text_encoder,"):
-        component_parts((), "unet")
+        component_graphs((), "unet")
 
 
 def test_file_is_the_same_every_time():

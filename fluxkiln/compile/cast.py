@@ -1,22 +1,75 @@
-"""Casting: a mould plus a part's weights gives the part's binary, without the compiler."""
+"""Casting: a shell's place in a file plus a part's weights gives the part's binary, without the compiler."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import shutil
+import zipfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from fluxkiln.compile.bmodel import Span, hash_span, read_bmodel
-from fluxkiln.compile.forms import SlotForms
+from fluxkiln.compile.bmodel import Span, read_bmodel
+from fluxkiln.compile.forms import FormMaker, SlotRows
 from fluxkiln.compile.mould import CoefficientMap, Placement, WeightReader
+from fluxkiln.compile.shell import write_check_code
 from fluxkiln.errors import CompileError
+
+Blocks = Iterator[NDArray[np.uint8]]
+
+
+def cast_region(target: Path, region: Span, coefficients: CoefficientMap, read_weight: WeightReader) -> bytes:
+    """Write a part's coefficients straight into their region of a file.
+
+    Several threads may cast into regions of one file at once. A thread needs the memory of the largest weight that is
+    stored transposed, of others a few rows.
+
+    Args:
+        target: a file that `shell.lay_out` wrote.
+        region: the net's region in it.
+        read_weight: slot -> weight in torch's layout. Where it has a method `read_rows(slot, start, stop)`, weights
+            are read with that, some rows at a time.
+
+    Returns:
+        sha256 of the region as written: the net's check code.
+
+    Raises:
+        CompileError: the region has another size than the mould's, or a weight another shape than the probe's.
+    """
+    if region.size != coefficients.size:
+        raise CompileError(
+            f"the region has {region.size} bytes, the mould's coefficients {coefficients.size}; lay the file out with "
+            "the mould's own size"
+        )
+    digest = hashlib.sha256()
+    position = 0
+    file = os.open(target, os.O_WRONLY)
+    try:
+        os.posix_fallocate(file, region.start, region.size)  # blocks had one by one cost more than the copying
+
+        def write(block: NDArray[np.uint8]) -> None:
+            nonlocal position
+            digest.update(block.data)
+            left = block
+            while left.size:
+                count = os.pwrite(file, left.data, region.start + position)
+                position += count
+                left = left[count:]
+
+        for placement, blocks in _made(coefficients, coefficients.binary, read_weight):
+            write(np.zeros(placement.offset - position, np.uint8))
+            for block in blocks:
+                write(block)
+        write(np.zeros(region.size - position, np.uint8))
+    finally:
+        os.close(file)
+    return digest.digest()
 
 
 def cast_bmodel(mould: Path, coefficients: CoefficientMap, read_weight: WeightReader, net: str, target: Path) -> None:
@@ -32,64 +85,27 @@ def cast_bmodel(mould: Path, coefficients: CoefficientMap, read_weight: WeightRe
     if len(net.encode()) != shell.name_span.size:
         raise CompileError(f"net name {net!r}: the mould's name {shell.name!r} can only be replaced by one as long")
     with target.open("r+b") as file:
-        for placement, made in _made(coefficients, coefficients.binary, read_weight):
-            file.seek(shell.coefficients.start + placement.offset)
-            file.write(made.data)
-        file.seek(shell.coefficients.start)
-        digest, left = hashlib.sha256(), shell.coefficients.size
-        while left:
-            block = file.read(min(left, 1 << 22))
-            digest.update(block)
-            left -= len(block)
-        # the runtime shares coefficients between nets by this code
-        file.seek(shell.check_code.start)
-        file.write(digest.digest())
         file.seek(shell.name_span.start)
         file.write(net.encode())
+    write_check_code(target, net, cast_region(target, shell.coefficients, coefficients, read_weight))
 
 
-def cast_region(target: Path, region: Span, coefficients: CoefficientMap, read_weight: WeightReader) -> bytes:
-    """Write a part's coefficients straight into their region of a file.
-
-    Several threads may cast into regions of one file at once.
-
-    Args:
-        target: a file that `shell.lay_out` wrote.
-        region: the net's region in it.
-
-    Returns:
-        sha256 of the region as written: the net's check code.
-
-    Raises:
-        CompileError: the region has another size than the mould's, or a weight another shape than the probe's.
-    """
-    file = os.open(target, os.O_RDWR)
-    try:
-        for placement, made in _made(coefficients, coefficients.binary, read_weight):
-            if placement.offset + made.nbytes > region.size:
-                raise CompileError(
-                    f"slot {placement.form.slot} ends at byte {placement.offset + made.nbytes} of the coefficients, "
-                    f"their region has {region.size}; lay the file out with the mould's own size"
-                )
-            os.pwrite(file, made.reshape(-1).view(np.uint8).data, region.start + placement.offset)
-    finally:
-        os.close(file)
-    return hash_span(target, region)
+def cast_weight_file(coefficients: CoefficientMap, read_weight: WeightReader, target: Path) -> None:
+    """Write the weight file (npz) that the compiler's interpreter reads beside the mould's `*_tpu.mlir`."""
+    with zipfile.ZipFile(target, "w") as archive:
+        for placement, blocks in _made(coefficients, coefficients.interpreter, read_weight):
+            header = {"descr": placement.dtype, "fortran_order": False, "shape": placement.shape}
+            with archive.open(f"{placement.array}.npy", "w", force_zip64=True) as file:
+                npy.write_array_header_1_0(file, header)
+                for block in blocks:
+                    file.write(block.data)
 
 
 def cast_interpreter_weights(
     coefficients: CoefficientMap, read_weight: WeightReader, arrays: Any, target: Path
 ) -> None:
-    """Write the weight file (npz) that the compiler's interpreter reads beside the mould's `*_tpu.mlir`.
-
-    Args:
-        arrays: the mould's own weight file, for names, shapes and dtypes.
-    """
-    filled = {}
-    for placement, made in _made(coefficients, coefficients.interpreter, read_weight):
-        like = arrays[placement.array]
-        filled[placement.array] = made.view(np.uint8).reshape(-1).view(like.dtype).reshape(like.shape)
-    np.savez(target, **filled)
+    """`cast_weight_file`, for callers that still have the mould's own weight file."""
+    cast_weight_file(coefficients, read_weight, target)
 
 
 def compare_stored(
@@ -102,7 +118,8 @@ def compare_stored(
         net: which of its nets.
 
     Returns:
-        Slot -> for each of its stored ranges the share of bytes that differ: 0 everywhere in a sound file.
+        Slot, or key of a constant -> for each of its stored ranges the share of bytes that differ: 0 everywhere in a
+        sound file.
 
     Raises:
         CompileError: no such net, or its weights have another size than the mould's.
@@ -110,25 +127,66 @@ def compare_stored(
     nets = {one.name: one for one in read_bmodel(bmodel).nets}
     if net not in nets:
         raise CompileError(f"{bmodel} has no net {net!r}; it has {', '.join(nets)}")
+    if nets[net].coefficients.size != coefficients.size:
+        raise CompileError(
+            f"{bmodel} has {nets[net].coefficients.size} bytes of weights for net {net}, its mould has "
+            f"{coefficients.size}; combine it again"
+        )
     differing: dict[str, list[float]] = defaultdict(list)
     with bmodel.open("rb") as file:
-        for placement, made in _made(coefficients, coefficients.binary, read_weight):
+        for placement, blocks in _made(coefficients, coefficients.binary, read_weight):
             file.seek(nets[net].coefficients.start + placement.offset)
-            stored = np.frombuffer(file.read(made.nbytes), np.uint8)
-            if stored.size != made.nbytes:
-                raise CompileError(f"{bmodel} ends inside the weights of net {net}; combine it again")
-            differing[placement.form.slot].append(float(np.mean(stored != made.reshape(-1).view(np.uint8))))
+            wrong = size = 0
+            for block in blocks:
+                stored = np.frombuffer(file.read(block.size), np.uint8)
+                wrong += int(np.count_nonzero(stored != block))
+                size += block.size
+            differing[placement.form.slot].append(wrong / max(size, 1))
     return {slot: np.array(shares, np.float32) for slot, shares in differing.items()}
 
 
 def _made(
     coefficients: CoefficientMap, placements: tuple[Placement, ...], read_weight: WeightReader
-) -> Iterator[tuple[Placement, NDArray[Any]]]:
-    """Every placement with its bytes; one slot's weight is read once and dropped before the next."""
-    by_slot = defaultdict(list)
+) -> Iterator[tuple[Placement, Blocks]]:
+    """Every placement with its bytes, in blocks that are good until the next."""
+    maker = FormMaker(coefficients.group_size, coefficients.bits)
+    rows_of = _row_reader(coefficients, read_weight)
     for placement in placements:
-        by_slot[placement.form.slot].append(placement)
-    for slot, group in by_slot.items():
-        forms = SlotForms(read_weight(slot), coefficients.group_size, coefficients.bits)
-        for placement in group:
-            yield placement, np.ascontiguousarray(forms.make(placement.form))
+        form = placement.form
+        if form.name == "constant":
+            yield placement, iter([np.array(bytearray(coefficients.constants[form.slot]), np.uint8)])
+        else:
+            blocks = maker.blocks(form, rows_of(form.slot))
+            yield placement, (block.reshape(-1).view(np.uint8) for block in blocks)
+
+
+def _row_reader(coefficients: CoefficientMap, read_weight: WeightReader) -> Callable[[str], SlotRows]:
+    """Slot -> its rows, from a reader that has `read_rows`, or cut from a whole weight, of which one is kept."""
+    read_rows = getattr(read_weight, "read_rows", None)
+    kept: dict[str, NDArray[Any]] = {}
+
+    def check(slot: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
+        if shape != expected:
+            raise CompileError(
+                f"slot {slot} gets a weight of shape {list(shape)}, its mould was compiled with {list(expected)}; "
+                "make the mould for this checkpoint's config"
+            )
+
+    def rows_of(slot: str) -> SlotRows:
+        shape = coefficients.shapes[slot]
+        if read_rows is not None:
+
+            def read(start: int, stop: int) -> NDArray[Any]:
+                block: NDArray[Any] = read_rows(slot, start, stop)
+                check(slot, block.shape, (stop - start, *shape[1:]))
+                return block
+
+            return SlotRows(shape, read)
+        if slot not in kept:
+            kept.clear()
+            kept[slot] = read_weight(slot)
+            check(slot, kept[slot].shape, shape)
+        weight = kept[slot]
+        return SlotRows(shape, lambda start, stop: weight[start:stop])
+
+    return rows_of

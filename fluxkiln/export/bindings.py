@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.artifacts.types import Binding, SlotBinding, TensorRef, TensorSpec, Transform
 from fluxkiln.components import Part
 from fluxkiln.errors import CheckpointError
-from fluxkiln.export.checkpoint import Checkpoint, read_tensor
+from fluxkiln.export.checkpoint import Checkpoint, read_rows, read_tensor
 from fluxkiln.export.graph import slot_transforms
 
 if TYPE_CHECKING:
@@ -65,22 +66,39 @@ def binding_refs(binding: Binding, checkpoint: Checkpoint) -> tuple[TensorRef, .
     return tuple(tensors[name] for name in names)
 
 
-def weight_reader(binding: Binding, checkpoint: Checkpoint) -> WeightReader:
+@dataclass(frozen=True, slots=True)
+class BoundWeights:
+    """The weights of a part by slot, read from the checkpoint each time; see `weight_reader`."""
+
+    tensors: Mapping[str, TensorRef]
+    slots: Mapping[str, SlotBinding]
+
+    def __call__(self, slot: str) -> NDArray[Any]:
+        """The whole weight."""
+        bound = self.slots[slot]
+        return apply_transforms(read_tensor(self.tensors[bound.sources[0]]), _in_torch_layout(bound.transforms))
+
+    def read_rows(self, slot: str, start: int, stop: int) -> NDArray[Any]:
+        """Rows `start` to `stop` of the weight; of the checkpoint's tensor only these are read."""
+        bound = self.slots[slot]
+        transforms = _in_torch_layout(bound.transforms)
+        if any(step.op == "transpose" for step in transforms):
+            return self(slot)[start:stop]
+        first = sum(step.start for step in transforms if step.op == "slice" and step.dim == 0)
+        rest = tuple(step for step in transforms if not (step.op == "slice" and step.dim == 0))
+        return apply_transforms(read_rows(self.tensors[bound.sources[0]], first + start, first + stop), rest)
+
+
+def weight_reader(binding: Binding, checkpoint: Checkpoint) -> BoundWeights:
     """slot -> its weight in torch's layout: all transforms but a last transpose, which is the graph's own layout.
 
     The array keeps the checkpoint's dtype (bfloat16 as `ml_dtypes.bfloat16`) unless a transform computes.
     """
-    tensors = checkpoint.tensors[binding.component]
-    slots = {slot.slot: slot for slot in binding.slots}
+    return BoundWeights(checkpoint.tensors[binding.component], {slot.slot: slot for slot in binding.slots})
 
-    def read(slot: str) -> NDArray[Any]:
-        bound = slots[slot]
-        transforms = bound.transforms
-        if transforms and transforms[-1].op == "transpose":
-            transforms = transforms[:-1]
-        return apply_transforms(read_tensor(tensors[bound.sources[0]]), transforms)
 
-    return read
+def _in_torch_layout(transforms: tuple[Transform, ...]) -> tuple[Transform, ...]:
+    return transforms[:-1] if transforms and transforms[-1].op == "transpose" else transforms
 
 
 def apply_transforms(weight: NDArray[Any], transforms: tuple[Transform, ...]) -> NDArray[Any]:

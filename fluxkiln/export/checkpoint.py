@@ -134,6 +134,19 @@ def read_tensor(ref: TensorRef) -> np.ndarray[Any, Any]:
     return array
 
 
+def read_rows(ref: TensorRef, start: int, stop: int) -> np.ndarray[Any, Any]:
+    """Rows `start` to `stop` of a tensor, as `read_tensor`; nothing else of it is read."""
+    from dataclasses import replace
+
+    row_bytes = ref.nbytes // ref.shape[0]
+    rows = stop - start
+    return read_tensor(
+        replace(
+            ref, shape=(rows, *ref.shape[1:]), offset=ref.offset + start * row_bytes, nbytes=rows * row_bytes
+        )
+    )  # fmt: skip
+
+
 class TensorReader:
     """Reads a checkpoint's tensors by component and name; as `read_tensor`."""
 

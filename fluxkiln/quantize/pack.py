@@ -63,10 +63,21 @@ def _pack(weight_OI: NDArray[Any], group_size: int, bits: Literal[4, 8]) -> Pack
     codes = np.empty((rows, columns * bits // 8), np.uint8)
     scales = np.empty((rows, columns // group_size), np.uint16)
     zeros = np.empty((rows, columns // group_size), np.uint8)
+    pack_into(weight_OI, bits, codes, scales, zeros)
+    return PackedWeight(codes, scales, zeros, bits)
+
+
+def pack_into(
+    weight_OI: NDArray[Any],
+    bits: int,
+    codes_OI: NDArray[np.uint8],
+    scales_OG: NDArray[np.uint16],
+    zeros_OG: NDArray[np.uint8],
+) -> None:
+    """Pack some rows of a weight into arrays, or rows of arrays, as `PackedWeight` has them; G of them are groups."""
     narrow = weight_OI.dtype == ml_dtypes.bfloat16
     source = np.ascontiguousarray(weight_OI, None if narrow else np.float32)
-    _pack_rows(source.view(np.uint16) if narrow else source, narrow, bits, codes, scales, zeros)
-    return PackedWeight(codes, scales, zeros, bits)
+    _pack_rows(source.view(np.uint16) if narrow else source, narrow, bits, codes_OI, scales_OG, zeros_OG)
 
 
 def dequantize(packed: PackedWeight, group_size: int) -> NDArray[np.float32]:

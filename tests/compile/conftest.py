@@ -85,6 +85,38 @@ def compile_matmul(tpu_mlir, tmp_path_factory):
     return make
 
 
+@pytest.fixture(scope="session")
+def compile_kind(tpu_mlir, tiny_checkpoint, tiny_template, tiny_parts, tmp_path_factory):
+    """(kind, scheme, seed) -> what the compiler makes of a kind of tiny-dev, and the weights that went in.
+
+    With seed None these are the checkpoint's own of the kind's last part, else probe weights.
+    """
+
+    @functools.cache
+    def make(kind, scheme, seed=None):
+        from fluxkiln.compile.mould import probe_reader
+        from fluxkiln.compile.pour import pour
+        from fluxkiln.compile.targets.bm1684x import TARGET
+        from fluxkiln.compile.tpu_mlir import CompileJob, compile_graph
+
+        folder, template = tmp_path_factory.mktemp(f"{kind}-{scheme}"), tiny_template(kind, "onnx17")
+        if seed is None:
+            part = tiny_parts({"t5_block": "t5_block.01", "double": "double.01", "single": "single.02"}.get(kind, kind))
+            read = weight_reader(bind_part(part, template.slots, tiny_checkpoint()), tiny_checkpoint())
+        else:
+            read = probe_reader(template.slots, seed)
+        activations = frozenset(spec.name for spec in template.inputs)
+        pour(template.path, set(activations), read, folder / "poured.onnx")
+        (folder / "work").mkdir()
+        job = CompileJob(
+            f"{kind}_00", kind, folder / "poured.onnx", template.path, activations, parse_scheme(scheme), TARGET.chip,
+            kind in TARGET.narrow_inputs, kind in TARGET.narrow_outputs,
+        )  # fmt: skip
+        return compile_graph(tpu_mlir, job, folder / "work", folder / "log"), read
+
+    return make
+
+
 def write_matmul(path, width):
     """A template: x [1, 8, width] times slot w__t."""
     shapes = {"x": [1, 8, width], "w__t": [width, 64], "y": [1, 8, 64]}

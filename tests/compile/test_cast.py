@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from fluxkiln.compile import tpu_mlir as adapter
 from fluxkiln.compile.bmodel import CANONICAL_TIME, Span, check_codes, hash_span, read_bmodel
-from fluxkiln.compile.cast import cast_bmodel, cast_interpreter_weights, cast_region, compare_stored
-from fluxkiln.compile.mould import CoefficientMap
+from fluxkiln.compile.cast import cast_bmodel, cast_region, cast_weight_file, compare_stored
+from fluxkiln.compile.mould import CoefficientMap, Probe, learn_map
 from fluxkiln.compile.shell import lay_out, make_shell, write_check_code
+from fluxkiln.compile.simulate import Simulator
 from fluxkiln.compile.tpu_mlir import combine
 from fluxkiln.components import find_part
-from fluxkiln.errors import CompileError
+from fluxkiln.errors import CompileError, IntegrityError
 from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.export.synth import synthesize
 from fluxkiln.stages import cast_part, make_mould, make_template
@@ -54,8 +57,7 @@ def test_cast_equals_direct_compile(kiln, cast_and_direct, tmp_path, name, schem
     assert ours == theirs
     assert (direct.facts["quantized_matmuls"] > 0) == bool(kiln.scheme(cast.part).weight_bits)
     # what the interpreter reads as well
-    with np.load(kiln.path(mould.result.outputs["weights"])) as arrays:
-        cast_interpreter_weights(coefficients_of(kiln, mould), reader_of(kiln, name), arrays, tmp_path / "w.npz")
+    cast_weight_file(coefficients_of(kiln, mould), reader_of(kiln, name), tmp_path / "w.npz")
     with np.load(tmp_path / "w.npz") as made, np.load(kiln.path(direct.weights)) as compiled:
         assert set(made.files) == set(compiled.files)
         for array in compiled.files:
@@ -99,8 +101,132 @@ def test_parts_cast_into_one_file_equal_their_single_files(kiln, cast_and_direct
         assert whole[regions[net].start : regions[net].stop] == stored
         shares = compare_stored(target, net, maps[net], reader_of(kiln, part.part.name))
         assert not any(share.any() for share in shares.values())
-    with pytest.raises(CompileError, match=r"ends at byte \d+ of the coefficients, their region has 4096"):
-        cast_region(target, Span(regions[net].start, 4096), maps[net], reader_of(kiln, direct[net].part.name))
+    # a weight of another block, and one flipped bit, are seen
+    shares = compare_stored(target, net, maps[net], reader_of(kiln, "single.00"))
+    assert all(share.max() > 0.2 for slot, share in shares.items() if slot.endswith("__t"))
+    region, flipped = regions[net], regions[net].start + 12345
+    with target.open("r+b") as file:
+        file.seek(flipped)
+        file.write(bytes([whole[flipped] ^ 1]))
+    shares = compare_stored(target, net, maps[net], reader_of(kiln, direct[net].part.name))
+    assert sum(int(np.count_nonzero(share)) for share in shares.values()) == 1
+    with pytest.raises(IntegrityError, match=f"the weights of net {net} do not have their check code"):
+        check_codes(target)
+    # casting over it puts everything right, padding too
+    with target.open("r+b") as file:
+        file.seek(region.start)
+        file.write(b"?" * region.size)
+    cast(net)
+    assert target.read_bytes() == whole
+    with pytest.raises(CompileError, match=r"the region has 4096 bytes, the mould's coefficients \d+"):
+        cast_region(target, Span(region.start, 4096), maps[net], reader_of(kiln, direct[net].part.name))
+    with pytest.raises(CompileError, match=rf"has {region.size} bytes of weights for net {net}, its mould has 1"):
+        compare_stored(target, net, replace(maps[net], size=1), reader_of(kiln, direct[net].part.name))
+
+
+# All kinds whose mould holds more than linear layers, and what else of the schemes differs in form.
+CASTABLE = [
+    *((kind, scheme) for kind in ("clip", "head") for scheme in ("W4BF16", "W8BF16", "BF16", "F16", "F32")),
+    *(("t5_embed", scheme) for scheme in ("BF16", "F16", "F32")),
+    *(("t5_final", scheme) for scheme in ("BF16", "F32")),
+    *((kind, scheme) for kind in ("tail", "single") for scheme in ("F16", "F32")),
+    *(("tiny_vae_decoder", scheme) for scheme in ("BF16", "F16", "F32")),
+    ("vae_decoder", "F16"),
+    pytest.param("vae_decoder", "BF16", marks=pytest.mark.slow),
+    pytest.param("vae_decoder", "F32", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("kind", "scheme"), CASTABLE)
+def test_every_kind_is_castable(compile_kind, tiny_template, tmp_path, kind, scheme):
+    """From the shell and the map alone: the bytes that the compiler gives the checkpoint's weights."""
+    mould, probe_weights = compile_kind(kind, scheme, 0)
+    direct, weights = compile_kind(kind, scheme)
+    slots = [spec.name for spec in tiny_template(kind, "onnx17").slots]
+    bits = {"W4BF16": 4, "W8BF16": 8}.get(scheme, 0)
+
+    def again():
+        other, read = compile_kind(kind, scheme, 1)
+        return Probe(other.bmodel, np.load(other.weights), read)
+
+    with np.load(mould.weights) as arrays:
+        found = learn_map(mould.bmodel, arrays, slots, probe_weights, 64 if bits else 0, bits, again)
+    found = CoefficientMap.from_json(json.loads(json.dumps(found.to_json())))
+    assert bool(found.constants) == (kind not in ("t5_embed", "t5_final", "tail", "single"))
+    target = tmp_path / "out.bmodel"
+    make_shell(mould.bmodel, f"{kind}_77", tmp_path / "shell")
+    (region,) = lay_out(tmp_path / "shell", {f"{kind}_77": found.size}, target).values()
+    write_check_code(target, f"{kind}_77", cast_region(target, region, found, weights))
+    check_codes(target)
+    (net,) = read_bmodel(direct.bmodel).nets
+    stored = direct.bmodel.read_bytes()[net.coefficients.start : net.coefficients.stop]
+    assert target.read_bytes()[region.start : region.stop] == stored
+    assert not any(share.any() for share in compare_stored(direct.bmodel, net.name, found, weights).values())
+    cast_weight_file(found, weights, tmp_path / "w.npz")
+    with np.load(tmp_path / "w.npz") as made, np.load(direct.weights) as compiled:
+        assert made.files == compiled.files
+        for array in compiled.files:
+            assert (made[array].dtype, made[array].shape) == (compiled[array].dtype, compiled[array].shape)
+            assert made[array].tobytes() == compiled[array].tobytes(), array
+    # a reader of whole weights gives the same as one of rows; the probe's weights give other bytes
+    assert cast_region(target, region, found, lambda slot: weights(slot)) == hashlib.sha256(stored).digest()
+    assert cast_region(target, region, found, probe_weights) != hashlib.sha256(stored).digest()
+
+
+def test_weights_of_another_shape_are_refused(compile_kind, tiny_template, tmp_path):
+    mould, weights = compile_kind("tail", "F32", 0)
+    slots = [spec.name for spec in tiny_template("tail", "onnx17").slots]
+    with np.load(mould.weights) as arrays:
+        found = learn_map(mould.bmodel, arrays, slots, weights, 0, 0)
+    target = tmp_path / "out"
+    target.write_bytes(b"")
+
+    class Short:
+        def __call__(self, slot):
+            return weights(slot)[:-1]
+
+    class ShortRows(Short):
+        def read_rows(self, slot, start, stop):
+            return self(slot)[start:stop]
+
+    for reader in (Short(), ShortRows()):
+        with pytest.raises(CompileError, match=r"gets a weight of shape .*, its mould was compiled with \["):
+            cast_region(target, Span(0, found.size), found, reader)
+
+
+def test_nets_of_a_combined_file_compute_what_their_single_files_do(kiln, cast_and_direct, tpu_mlir, tmp_path):
+    """On the simulator, bit for bit; every net of the file, in another order than they lie in it."""
+    kiln = kiln()
+    singles, maps, shells = {}, {}, []
+    for name in ("t5_block.01", "double.01", "single.02", "single.00", "tail"):
+        mould, _, part = cast_and_direct(kiln, name)
+        singles[part.net], maps[part.net] = part, coefficients_of(kiln, mould)
+        shells.append(tmp_path / f"{part.net}.shell")
+        make_shell(kiln.path(mould.result.outputs["bmodel"]), part.net, shells[-1])
+    (tmp_path / "combine").mkdir()
+    combine(tpu_mlir, "bm1684x", shells, tmp_path / "combine" / "shells", tmp_path / "log")
+    target, sizes = tmp_path / "out.bmodel", {net: found.size for net, found in maps.items()}
+    for net, region in lay_out(tmp_path / "combine" / "shells", sizes, target).items():
+        code = cast_region(target, region, maps[net], reader_of(kiln, singles[net].part.name))
+        write_check_code(target, net, code)
+    rng = np.random.default_rng(0)
+    with Simulator(tpu_mlir, "bm1684x", tmp_path / "simulator.log") as simulator:
+        results = {}
+        for net, part in singles.items():
+            (tmp_path / f"{net}.bmodel").symlink_to(kiln.path(part.bmodel))
+            inputs = {name: rng.standard_normal(shape).astype(np.float32) for name, _, shape in part.facts["inputs"]}
+            outputs = tuple(name for name, *_ in part.facts["outputs"])
+            results[net] = inputs, outputs, simulator.run(tmp_path / f"{net}.bmodel", inputs, outputs)
+        for net, (inputs, outputs, expected) in reversed(results.items()):
+            made = simulator.run(target, inputs, outputs, net)
+            for output in outputs:
+                assert np.isfinite(made[output]).all()
+                assert made[output].any()
+                assert made[output].tobytes() == expected[output].tobytes(), (net, output)
+        # the control: another block of the kind computes something else from the same inputs
+        inputs, outputs, expected = results["single_02"]
+        made = simulator.run(target, inputs, outputs, "single_00")
+        assert any(made[output].tobytes() != expected[output].tobytes() for output in outputs)
 
 
 def test_second_checkpoint_needs_no_compiler(kiln, cast_and_direct, monkeypatch, tmp_path):

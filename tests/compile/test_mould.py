@@ -10,9 +10,10 @@ import pytest
 
 from fluxkiln.artifacts.types import TensorSpec
 from fluxkiln.build import build_binaries
+from fluxkiln.compile import mould as mould_module
 from fluxkiln.compile.bmodel import read_bmodel
 from fluxkiln.compile.cast import cast_bmodel
-from fluxkiln.compile.mould import CoefficientMap, Placement, learn_map, probe_reader, probe_weight
+from fluxkiln.compile.mould import CoefficientMap, Placement, Probe, learn_map, probe_reader, probe_weight
 from fluxkiln.components import find_part
 from fluxkiln.errors import CompileError
 from fluxkiln.export.bindings import bind_part, weight_reader
@@ -77,6 +78,67 @@ def test_weights_of_another_probe_match_nothing(kiln, cast_and_direct):
         learn_map(bmodel, {}, names[1:], probe_reader(slots), 64, 4)
     with pytest.raises(CompileError, match="interpreter array stray of its weights match no probe weight"):
         learn_map(bmodel, {"stray": np.arange(99, dtype=np.float32)}, names, probe_reader(slots), 64, 4)
+
+
+@pytest.fixture
+def learn_head(compile_kind, tiny_template):
+    """Learn the head's map: the frequencies of its time embedding are constants of the graph."""
+    mould, weights = compile_kind("head", "BF16", 0)
+    names = [spec.name for spec in tiny_template("head", "onnx17").slots]
+
+    def learn(seed=1, without=(), read=weights, second=lambda read: read):
+        other, other_weights = compile_kind("head", "BF16", seed)
+
+        def again():
+            with np.load(other.weights) as arrays:
+                return Probe(other.bmodel, dict(arrays), second(other_weights))
+
+        with np.load(mould.weights) as arrays:
+            kept = [name for name in names if name not in without]
+            return learn_map(mould.bmodel, arrays, kept, read, 0, 0, again)
+
+    return learn
+
+
+@pytest.mark.tpu_mlir
+def test_constants_are_what_two_compiles_have_in_common(learn_head):
+    found = learn_head()
+    (frequencies,) = found.constants.values()
+    expected = np.exp(-np.log(10000) * np.arange(128) / 128)
+    np.testing.assert_allclose(np.frombuffer(frequencies, np.float32), expected, rtol=1e-6)
+    places = [placement for placement in found.binary if placement.form.name == "constant"]
+    assert len(places) == 2  # of the time and of the guidance
+    assert {placement.form.slot for placement in places} == set(found.constants)
+    assert set(found.shapes).isdisjoint(found.constants)
+    assert CoefficientMap.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
+@pytest.mark.tpu_mlir
+def test_what_changes_with_the_weights_is_no_constant(learn_head, monkeypatch):
+    with pytest.raises(CompileError, match="match no probe weight, but change with them, so nothing can be cast"):
+        learn_head(without=["x_embedder.bias"])
+    # compiled twice with the same weights, everything would look like one
+    with pytest.raises(CompileError, match="compiled twice with the same probe weights; give them two seeds"):
+        learn_head(seed=0, without=["x_embedder.bias"])
+    monkeypatch.setattr(mould_module, "MAX_CONSTANT_BYTES", 100)
+    with pytest.raises(CompileError, match=r"\d+ bytes of its weights, compressed, are equal for all probe weights"):
+        learn_head()
+
+
+@pytest.mark.tpu_mlir
+def test_map_is_verified_against_the_second_compile(learn_head):
+    """A range that matches a slot by accident would give every cast wrong weights."""
+    names = {"x_embedder.bias": "context_embedder.bias"}
+    with pytest.raises(CompileError, match=r"match x_embedder\.bias in one compile and not in another"):
+        learn_head(second=lambda read: lambda slot: read(names.get(slot, slot)))
+
+
+@pytest.mark.tpu_mlir
+def test_two_slots_with_one_weight_cannot_be_told_apart(compile_matmul):
+    _, compiled, weight = compile_matmul()
+    assert learn_map(compiled.bmodel, {}, ["one"], lambda slot: weight, 0, 0).binary
+    with pytest.raises(CompileError, match=r"\d+ bytes at 0x0 of its weights match slots one and two; compile it with"):
+        learn_map(compiled.bmodel, {}, ["one", "two"], lambda slot: weight, 0, 0)
 
 
 @pytest.mark.tpu_mlir

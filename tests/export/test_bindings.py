@@ -18,6 +18,7 @@ from fluxkiln.export.bindings import (
     weight_reader,
 )
 from fluxkiln.export.checkpoint import read_tensor
+from fluxkiln.export.graph import slot_transforms
 
 PROJ = "single_transformer_blocks.1.proj_out.weight"
 SLOTS = (TensorSpec("proj_out.weight__s1.0.256__t", (256, 256)), TensorSpec("proj_out.bias", (256,)))
@@ -48,6 +49,40 @@ def test_weights_come_in_torchs_layout_and_dtype(tiny_checkpoint, part):
     assert made.tobytes() == np.ascontiguousarray(whole[:, :256]).tobytes()
     other = find_part(list_parts(checkpoint.configs), "single.02")
     assert weight_reader(bind_part(other, SLOTS, checkpoint), checkpoint)(SLOTS[0].name).tobytes() != made.tobytes()
+
+
+@pytest.mark.parametrize("slot", [
+    "proj_out.weight", "proj_out.weight__s1.0.256__t", "proj_out.weight__s0.64.192__s1.256.512__t",
+    "proj_out.weight__t__s0.256.512", "proj_out.weight__s0.64.192__f0x1_8p+0", "proj_out.bias__s0.8.200",
+])  # fmt: skip
+def test_rows_are_those_of_the_whole_weight(tiny_checkpoint, part, slot):
+    checkpoint = tiny_checkpoint()
+    base, transforms = slot_transforms(slot)
+    ref = checkpoint.tensors["transformer"][part.prefix + base]
+    spec = TensorSpec(slot, transformed_shape(ref.shape, transforms))
+    read = weight_reader(bind_part(part, (spec,), checkpoint), checkpoint)
+    whole = read(slot)
+    for start, stop in ((0, len(whole)), (3, 70), (len(whole) - 1, len(whole)), (5, 5)):
+        rows = read.read_rows(slot, start, stop)
+        assert rows.dtype == whole.dtype
+        assert rows.shape == whole[start:stop].shape
+        assert rows.tobytes() == whole[start:stop].tobytes()
+
+
+def test_only_the_rows_are_read(tiny_checkpoint, part, monkeypatch):
+    checkpoint, asked = tiny_checkpoint(), []
+
+    def note(ref):
+        asked.append(ref)
+        return read_tensor(ref)
+
+    monkeypatch.setattr("fluxkiln.export.checkpoint.read_tensor", note)
+    read = weight_reader(bind_part(part, SLOTS, checkpoint), checkpoint)
+    read.read_rows(SLOTS[0].name, 16, 48)
+    whole = checkpoint.tensors["transformer"][PROJ]
+    (ref,) = asked
+    assert ref.shape == (32, whole.shape[1])
+    assert (ref.offset, ref.nbytes) == (whole.offset + 16 * whole.shape[1] * 2, 32 * whole.shape[1] * 2)
 
 
 def test_transforms_in_order():

@@ -94,6 +94,9 @@ def export(
     byte ranges of the checkpoint's own files. These get a second name in DIR/weights, and none of their bytes is
     written; DIR has to be on their file system for that. Where DIR is the checkpoint's own folder, it gets the graphs
     and nothing else.
+
+    ONNX Runtime's constant folding would make a float32 copy of every weight when it opens a graph: turn it off with
+    InferenceSession(path, disabled_optimizers=["ConstantFolding"]), and a weight is widened when it is used.
     """
     from fluxkiln.build import check_vae, default_size, default_tokens
     from fluxkiln.export.checkpoint import open_checkpoint

@@ -168,7 +168,7 @@ class FormMaker:
 
     def make(self, form: Form, rows: SlotRows) -> NDArray[np.uint8]:
         """The whole form as bytes."""
-        return np.concatenate([block.reshape(-1).view(np.uint8) for block in self.blocks(form, rows)])
+        return np.frombuffer(b"".join(block.tobytes() for block in self.blocks(form, rows)), np.uint8)
 
     def _codes(self, form: Form, rows: SlotRows) -> Iterator[NDArray[np.uint8]]:
         count, columns = rows.shape[0] // form.chunks, rows.shape[1]

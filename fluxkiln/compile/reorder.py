@@ -5,7 +5,8 @@ All arrays are little-endian; `[O, I]` is torch's layout of a linear weight, `[O
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import ml_dtypes
@@ -21,9 +22,9 @@ Merged = Literal["", "kh", "kw", "khw"]
 LANES = 64
 # input channels of a 16-bit convolution that a lane multiplies at once: 64 bytes
 GROUPED_CHANNELS = 32
-# rows that are turned at once, and input channels of a strip: as many as divide the matrix
+# rows that are turned at once, and input channels of a strip: the first that divides the matrix, by bytes of a number
 TILE = 64
-STRIPS = (256, 128, 64)
+_STRIPS: Mapping[int, tuple[int, ...]] = {2: (256, 128, 64), 4: (64,)}
 _WORDS = {2: np.uint16, 4: np.uint32}
 
 
@@ -42,6 +43,10 @@ def store_as(values: NDArray[Any], storage: Storage) -> NDArray[Any]:
         bits = np.empty(values.shape, np.uint16)
         _flush(values.astype(ml_dtypes.bfloat16, copy=False).view(np.uint16).reshape(-1), bits.reshape(-1))
         return bits
+    if narrow and storage == "f16":
+        halves = np.empty(values.shape, np.uint16)
+        _look_up(values.view(np.uint16).reshape(-1), _float16_of_bfloat16(), halves.reshape(-1))
+        return halves.view(np.float16)
     if narrow:
         wide = np.empty(values.shape, np.uint32)
         _widen(values.view(np.uint16).reshape(-1), wide.reshape(-1))
@@ -50,11 +55,19 @@ def store_as(values: NDArray[Any], storage: Storage) -> NDArray[Any]:
         return values.astype(np.float16 if storage == "f16" else np.float32, copy=False)
 
 
+@functools.cache
+def _float16_of_bfloat16() -> NDArray[np.uint16]:
+    """The float16 of each of the 65536 bfloat16 numbers."""
+    wide = (np.arange(1 << 16, dtype=np.uint32) << 16).view(np.float32)
+    with np.errstate(all="ignore"):
+        return wide.astype(np.float16).view(np.uint16)
+
+
 class Transposed:
     """A matrix [I, O] of 16 or 32 bits, given as blocks of rows of [O, I] and taken as blocks of its own rows.
 
-    Numbers of 16 bits go through strips of some hundred input channels: written and read in long runs, and turned in
-    the cache. Straight from rows to columns every store is to another page of memory.
+    It goes through strips of some input channels: written and read in long runs, and turned in the cache. Straight from
+    rows to columns every store is to another page of memory.
 
     Args:
         shape: [I, O].
@@ -64,11 +77,13 @@ class Transposed:
     def __init__(self, shape: tuple[int, int], dtype: np.dtype[Any], space: NDArray[np.uint8]) -> None:
         self.shape, self.dtype = shape, dtype
         columns, rows = shape
-        self._width = next((width for width in STRIPS if columns % width == 0), 0) if dtype.itemsize == 2 else 0
+        self._width = next((width for width in _STRIPS[dtype.itemsize] if columns % width == 0), 0)
         if rows % TILE:
             self._width = 0
-        strips = (columns // self._width, rows, self._width // 4) if self._width else (1, columns, rows)
-        self._whole: NDArray[Any] = space.view(np.uint64 if self._width else _WORDS[dtype.itemsize]).reshape(strips)
+        word = np.uint64 if self._width else _WORDS[dtype.itemsize]
+        in_word = 8 // dtype.itemsize
+        strips = (columns // self._width, rows, self._width // in_word) if self._width else (1, columns, rows)
+        self._whole: NDArray[Any] = space.view(word).reshape(strips)
 
     def put(self, block_RI: NDArray[Any], row: int) -> None:
         """Take a block of rows of [O, I], the first of which is `row`."""
@@ -81,10 +96,11 @@ class Transposed:
         """The rows of [I, O], some at a time; each block is good until the next."""
         columns, rows = self.shape
         if self._width:
-            turned = np.empty((self._width, rows // 4), np.uint64)
-            tile = np.empty((self._width, TILE // 4), np.uint64)
+            in_word = 8 // self.dtype.itemsize
+            turned = np.empty((self._width, rows // in_word), np.uint64)
+            tile = np.empty((self._width, TILE // in_word), np.uint64)
             for strip in self._whole:
-                _turn(strip, turned, tile)
+                (_turn_fours if in_word == 4 else _turn_pairs)(strip, turned, tile)
                 yield turned.view(self.dtype)
         else:
             step = max(1, most_bytes // (rows * self.dtype.itemsize))
@@ -134,6 +150,12 @@ def _widen(source: Any, words: Any) -> None:
 
 
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _look_up(source: Any, table: Any, found: Any) -> None:
+    for i in range(source.size):
+        found[i] = table[source[i]]
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def _to_columns(block: Any, whole: Any, column: Any) -> None:
     rows, columns = block.shape
     for first in range(0, columns, 32):
@@ -152,7 +174,7 @@ def _to_strips(block: Any, strips: Any, at: Any) -> None:
 
 
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _turn(strip: Any, turned: Any, tile: Any) -> None:
+def _turn_fours(strip: Any, turned: Any, tile: Any) -> None:
     """Transpose [rows, columns / 4] words of four 16-bit numbers to [columns, rows / 4], 64 rows at a time."""
     low, high = np.uint64(0x0000FFFF0000FFFF), np.uint64(0xFFFF0000FFFF0000)
     lower, upper = np.uint64(0x00000000FFFFFFFF), np.uint64(0xFFFFFFFF00000000)
@@ -177,3 +199,23 @@ def _turn(strip: Any, turned: Any, tile: Any) -> None:
             target, source = turned[i], tile[i]
             for quad in range(quads):
                 target[first // 4 + quad] = source[quad]
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _turn_pairs(strip: Any, turned: Any, tile: Any) -> None:
+    """Transpose [rows, columns / 2] words of two 32-bit numbers to [columns, rows / 2], 64 rows at a time."""
+    lower, upper = np.uint64(0x00000000FFFFFFFF), np.uint64(0xFFFFFFFF00000000)
+    one = np.uint64(32)
+    rows, words = strip.shape
+    pairs = tile.shape[1]
+    for first in range(0, rows, 2 * pairs):
+        for pair in range(pairs):
+            row0, row1 = strip[first + 2 * pair], strip[first + 2 * pair + 1]
+            for i in range(words):
+                a, b = row0[i], row1[i]
+                tile[2 * i, pair] = (a & lower) | (b << one)
+                tile[2 * i + 1, pair] = (a >> one) | (b & upper)
+        for i in range(2 * words):
+            target, source = turned[i], tile[i]
+            for pair in range(pairs):
+                target[first // 2 + pair] = source[pair]

@@ -44,6 +44,8 @@ def test_unquantized_forms(storage):
     stored = store_as(weight, storage)
     assert made(weight, storage) == stored.tobytes()
     assert made(weight, f"{storage}_t") == np.ascontiguousarray(stored.T).tobytes()
+    several = weight_of((128, 1024))  # strips
+    assert made(several, f"{storage}_t") == np.ascontiguousarray(store_as(several, storage).T).tobytes()
     doubled = store_as(weight.astype(np.float32) * 2, storage)
     assert made(weight, storage, factor=2.0) == doubled.tobytes() != stored.tobytes()
     if storage != "f32":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -13,7 +14,8 @@ import pytest
 from fluxkiln.compile import tpu_mlir as adapter
 from fluxkiln.compile.bmodel import CANONICAL_TIME, Span, check_codes, hash_span, read_bmodel
 from fluxkiln.compile.cast import cast_bmodel, cast_region, cast_weight_file, compare_stored
-from fluxkiln.compile.mould import CoefficientMap, Probe, learn_map
+from fluxkiln.compile.forms import Form, form_bytes
+from fluxkiln.compile.mould import CoefficientMap, Placement, Probe, learn_map
 from fluxkiln.compile.shell import lay_out, make_shell, write_check_code
 from fluxkiln.compile.simulate import Simulator
 from fluxkiln.compile.tpu_mlir import combine
@@ -192,6 +194,35 @@ def test_weights_of_another_shape_are_refused(compile_kind, tiny_template, tmp_p
     for reader in (Short(), ShortRows()):
         with pytest.raises(CompileError, match=r"gets a weight of shape .*, its mould was compiled with \["):
             cast_region(target, Span(0, found.size), found, reader)
+
+
+@pytest.mark.parametrize(
+    ("names", "allowance"),
+    [(("codes", "scale_lanes", "zero_lanes"), 6 << 20), (("bf16",), 6 << 20), (("f16_t",), (32 << 20) + (8 << 20))],
+    ids=lambda value: "-".join(value) if isinstance(value, tuple) else "",
+)
+def test_no_whole_weight_is_in_memory(tmp_path, names, allowance):
+    """But of what is stored transposed, in the format it is stored in. In float32 this one has 64 MB."""
+    shape, block = (8192, 2048), np.random.default_rng(0).standard_normal((1024, 2048), np.float32)
+
+    class Rows:
+        def read_rows(self, slot, start, stop):
+            return block[: stop - start]
+
+    placements, size = [], 0
+    for name in names:
+        placements.append(Placement(Form("w", name), size))
+        size += form_bytes(placements[-1].form, shape, 64, 4)
+    target = tmp_path / "out"
+    target.touch()
+    found = CoefficientMap(tuple(placements), (), 64, 4, size, {"w": shape})
+    cast_region(target, Span(0, size), found, Rows())  # compiles the kernels
+    tracemalloc.start()
+    try:
+        cast_region(target, Span(0, size), found, Rows())
+        assert tracemalloc.get_traced_memory()[1] < allowance
+    finally:
+        tracemalloc.stop()
 
 
 def test_nets_of_a_combined_file_compute_what_their_single_files_do(kiln, cast_and_direct, tpu_mlir, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -51,7 +52,7 @@ def cast_region(target: Path, region: Span, coefficients: CoefficientMap, read_w
     position = 0
     file = os.open(target, os.O_WRONLY)
     try:
-        os.posix_fallocate(file, region.start, region.size)  # blocks had one by one cost more than the copying
+        _reserve(file, region)
 
         def write(block: NDArray[np.uint8]) -> None:
             nonlocal position
@@ -70,6 +71,17 @@ def cast_region(target: Path, region: Span, coefficients: CoefficientMap, read_w
     finally:
         os.close(file)
     return digest.digest()
+
+
+def _reserve(file: int, region: Span) -> None:
+    """Have the region's disk blocks now: one by one they cost more than copying does, and a full disk shows early."""
+    try:
+        os.posix_fallocate(file, region.start, region.size)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise  # others: a file system that cannot
+    except AttributeError:
+        pass  # a system that cannot
 
 
 def cast_bmodel(mould: Path, coefficients: CoefficientMap, read_weight: WeightReader, net: str, target: Path) -> None:
@@ -174,19 +186,18 @@ def _row_reader(coefficients: CoefficientMap, read_weight: WeightReader) -> Call
 
     def rows_of(slot: str) -> SlotRows:
         shape = coefficients.shapes[slot]
-        if read_rows is not None:
 
-            def read(start: int, stop: int) -> NDArray[Any]:
+        def read(start: int, stop: int) -> NDArray[Any]:
+            if read_rows is not None:
                 block: NDArray[Any] = read_rows(slot, start, stop)
                 check(slot, block.shape, (stop - start, *shape[1:]))
                 return block
+            if slot not in kept:
+                kept.clear()
+                kept[slot] = read_weight(slot)
+                check(slot, kept[slot].shape, shape)
+            return kept[slot][start:stop]
 
-            return SlotRows(shape, read)
-        if slot not in kept:
-            kept.clear()
-            kept[slot] = read_weight(slot)
-            check(slot, kept[slot].shape, shape)
-        weight = kept[slot]
-        return SlotRows(shape, lambda start, stop: weight[start:stop])
+        return SlotRows(shape, read)
 
     return rows_of

@@ -104,7 +104,9 @@ def finish_bundle(
         from fluxkiln.parity import verify_build
 
         recording = _record(prepared, progress)
-        parity = verify_build(kiln, prepared.settings, binaries, files, graphs, recording, work, progress)
+        parity = verify_build(
+            kiln, prepared.settings, prepared.fingerprint, binaries, files, graphs, recording, work, progress
+        )
         summary = _write_report(prepared, binaries, parity, started)
     sources = bundle_files(prepared, binaries, files, work)
     manifest = _manifest(prepared, binaries, files, summary)
@@ -219,6 +221,7 @@ def _write_report(
             "checkpoint": f"sha256:{prepared.fingerprint}",
             "prompt": prepared.settings.prompt,
             "seed": str(prepared.settings.seed),
+            **parity.facts,
         },
     }
     write_report(prepared.folder, build_report(rows, facts))

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.artifacts.actions import Action, run_action, stage_code_version
+from fluxkiln.artifacts.canonical import digest_json
 from fluxkiln.artifacts.types import GraphFormat, PartRunner
-from fluxkiln.components import KINDS, Part
+from fluxkiln.components import KINDS, Part, Shapes
 from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.export.checkpoint import TensorReader
+from fluxkiln.extent import LIMITS, Limits, multiplications, replayed_shapes
 from fluxkiln.progress import Progress
 from fluxkiln.quantize.schemes import Scheme
 from fluxkiln.rungs import Rungs, bm1684x_rungs, cpu_rungs
 from fluxkiln.settings import Settings
-from fluxkiln.stages import BinaryPart, CombinedFile, Kiln, make_template, tell_template
+from fluxkiln.stages import BinaryPart, CombinedFile, Kiln, find_template, make_template, tell_template
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -30,34 +31,62 @@ if TYPE_CHECKING:
     from fluxkiln.verify.pipeline import PipelineResult
     from fluxkiln.verify.record import Recording
 
-# The simulator computes some 5e7 multiplications a second on two cores: beyond this it would take longer than 5 minutes
-SIMULATED_MACS = 15e9
-
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """A climbed ladder and the reference it was climbed from; `pipeline` is the image made by compiled parts."""
+    """A climbed ladder and the reference it was climbed from.
+
+    `pipeline` is the image made by parts at the rung `pipeline_rung`. `facts` says at which shapes a large model was
+    verified; it is empty where everything ran at the shapes of the build.
+    """
 
     ladder: Ladder
     recording: Recording
     pipeline: PipelineResult
     pipeline_rung: str
     seconds: Mapping[str, float]
+    facts: Mapping[str, str] = field(default_factory=dict)
 
 
-def record(kiln: Kiln, settings: Settings, print_: str, folder: Path) -> Recording:
-    """The recorded reference run, from the store or made now, laid out in `folder`."""
+def record(kiln: Kiln, settings: Settings, print_: str, folder: Path, limits: Limits = LIMITS) -> Recording:
+    """The recorded reference run, from the store or made now, laid out in `folder`.
+
+    Of a model that is too large to be replayed at its own shapes it is one step at smaller ones.
+
+    Args:
+        print_: the checkpoint's fingerprint.
+    """
+    from fluxkiln.verify.modulation import recorded_parts, view_recording
+
+    shapes = replayed_shapes(kiln, limits)
+    both = recorded_parts(kiln.checkpoint.configs, settings.vae)
+    steps = settings.steps if shapes == kiln.shapes else 1
+    recording = record_run(kiln, settings, print_, folder, both, shapes, steps, settings.prompt)
+    return view_recording(recording, kiln.parts)
+
+
+def record_run(
+    kiln: Kiln,
+    settings: Settings,
+    print_: str,
+    folder: Path,
+    parts: tuple[Part, ...],
+    shapes: Shapes,
+    steps: int,
+    prompt: str,
+    only: bool = False,
+) -> Recording:
+    """A reference run from the store, or made now; its arguments are those of `verify.record.record_reference`."""
     from fluxkiln.verify.record import INDEX, read_recording, record_reference
 
     def produce(work: Path) -> tuple[dict[str, Path], dict[str, Any]]:
         record_reference(
-            kiln.checkpoint.root, kiln.parts, kiln.shapes, work, TensorReader(kiln.checkpoint),
-            steps=settings.steps, seed=settings.seed, prompt=settings.prompt,
+            kiln.checkpoint.root, parts, shapes, work, TensorReader(kiln.checkpoint),
+            only=only, steps=steps, seed=settings.seed, prompt=prompt,
         )  # fmt: skip
         files = [path for path in work.rglob("*") if path.is_file()]
         return {str(path.relative_to(work)): path for path in files}, {}
 
-    shapes = kiln.shapes
     action = Action(
         stage="record",
         what=f"reference run of {kiln.checkpoint.name}",
@@ -69,10 +98,12 @@ def record(kiln: Kiln, settings: Settings, print_: str, folder: Path) -> Recordi
         ),
         inputs={"checkpoint": f"sha256:{print_}"},
         settings={
+            "parts": digest_json([[part.name, part.kind, part.prefix] for part in parts]),
+            "only": only,
             "shapes": [shapes.height, shapes.width, shapes.tokens],
-            "steps": settings.steps,
+            "steps": steps,
             "seed": settings.seed,
-            "prompt": settings.prompt,
+            "prompt": prompt,
             "vae": settings.vae,
         },
         tools={
@@ -93,42 +124,56 @@ def record(kiln: Kiln, settings: Settings, print_: str, folder: Path) -> Recordi
 def verify_build(
     kiln: Kiln,
     settings: Settings,
+    print_: str,
     binaries: tuple[BinaryPart, ...],
     files: tuple[CombinedFile, ...],
     graphs: Mapping[str, Path],
     recording: Recording,
     folder: Path,
     progress: Progress,
+    limits: Limits = LIMITS,
 ) -> Parity:
-    """Replay the recording at every rung of every part, run the whole pipeline on the top rung, read weights back.
+    """Replay the recording at every rung of every part, run the whole pipeline, read the stored weights back.
 
     Args:
+        print_: the checkpoint's fingerprint.
         graphs: part -> graph of an ONNX Runtime build.
-        recording: of `record`.
+        recording: of `record`, with the same limits. If it is not at the shapes of the build, the model is large: see
+            `fluxkiln.blockwise`.
         folder: for files that a rung needs.
     """
-    trace_templates(kiln, progress)
-    rungs: AbstractContextManager[Rungs]
-    if kiln.target.toolchain == "tpu_mlir":
-        rungs = bm1684x_rungs(kiln, binaries, files, folder, simulated=multiplications(kiln) <= SIMULATED_MACS)
+    if recording.shapes != kiln.shapes:
+        from fluxkiln.blockwise import verify_blockwise
+
+        parity = verify_blockwise(
+            kiln, settings, print_, binaries, graphs, recording, folder, progress, limits
+        )  # fmt: skip
     else:
-        rungs = cpu_rungs(kiln, graphs)
-    with rungs as made:
-        parity = replay(kiln, settings, recording, made, progress)
+        trace_templates(kiln, progress)
+        rungs: AbstractContextManager[Rungs]
+        if kiln.target.toolchain == "tpu_mlir":
+            simulated = multiplications(kiln) <= limits.simulated
+            rungs = bm1684x_rungs(kiln, binaries, files, folder, simulated)
+        else:
+            rungs = cpu_rungs(kiln, graphs)
+        with rungs as made:
+            parity = replay(kiln, settings, recording, made, progress)
     climb_stored(parity.ladder, kiln, binaries, files)
     return parity
 
 
 def trace_templates(kiln: Kiln, progress: Progress) -> None:
     """Make the templates of the rungs below the compiled one, so that tracing them is seen."""
-    formats: list[GraphFormat] = ["onnx23"]
-    if kiln.target.graph_format == "onnx17" or kiln.quantized:
-        formats.append("onnx17")
-    for graph_format in formats:
-        if graph_format == kiln.target.graph_format:
+    formats: dict[GraphFormat, bool] = {
+        "onnx23": kiln.target.graph_format == "onnx17",
+        "onnx17": kiln.target.graph_format == "onnx17" or kiln.quantized,
+    }
+    for graph_format, needed in formats.items():
+        missing = [kind for kind in kiln.kinds() if find_template(kiln, kind, graph_format) is None]
+        if not needed or not missing:
             continue
-        progress.stage(f"template {graph_format}", len(kiln.kinds()))
-        for kind in kiln.kinds():
+        progress.stage(f"template {graph_format}", len(missing))
+        for kind in missing:
             tell_template(kiln, kind, graph_format, progress, f"template {graph_format}")
 
 
@@ -212,12 +257,6 @@ def run_pipeline(kiln: Kiln, settings: Settings, runner: PartRunner) -> Pipeline
     )  # fmt: skip
 
 
-def multiplications(kiln: Kiln) -> float:
-    """About how many multiplications one image step takes: every weight of a block once for every token."""
-    refs = kiln.checkpoint.tensors["transformer"].values()
-    return float(kiln.shapes.joint_tokens) * sum(math.prod(ref.shape) for ref in refs if len(ref.shape) == 2)
-
-
 def replay_part(rungs: Rungs, recording: Recording, part: Part) -> list[dict[str, Mapping[str, NDArray[Any]]]]:
     """Step -> rung -> outputs. A rung lets go of the part's weights before the next one loads them."""
     from fluxkiln.verify.modulation import run_rows
@@ -238,16 +277,28 @@ def let_go(runner: PartRunner) -> None:
 
 
 def climb_part(
-    ladder: Ladder, kiln: Kiln, recording: Recording, part: Part, step: int, made: Mapping[str, Mapping[str, Any]]
+    ladder: Ladder,
+    kiln: Kiln,
+    recording: Recording,
+    part: Part,
+    step: int,
+    made: Mapping[str, Mapping[str, Any]],
+    label: str = "",
 ) -> None:
-    """Rows of every output of one call of `part`; `made` has rung -> outputs."""
+    """Rows of every output of one call of `part`.
+
+    Args:
+        made: rung -> outputs.
+        label: what the part is called in the rows; its name by default.
+    """
     inputs, expected = recording.inputs(part.name, step), recording.outputs(part.name, step)
     residual = dict(KINDS[part.kind].residual)
     shown = step if part.component == "transformer" else -1
     for output, reference in expected.items():
         base = inputs[residual[output]] if output in residual else None
         rungs = [(rung, outputs[output].reshape(reference.shape)) for rung, outputs in made.items()]
-        ladder.climb(part.name, part.kind, output, shown, reference, base, rungs, _base_name(kiln.scheme(part)))
+        scheme = _base_name(kiln.scheme(part))
+        ladder.climb(label or part.name, part.kind, output, shown, reference, base, rungs, scheme)
 
 
 def _base_name(scheme: Scheme) -> str:

@@ -22,7 +22,7 @@ from fluxkiln.stages import BinaryPart, CombinedFile, Kiln, make_template
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from fluxkiln.compile.feeding import Filling
+    from fluxkiln.compile.feeding import Filling, Rewrite
     from fluxkiln.compile.simulate import Simulator
 
 # rung -> runner, from the bottom of the ladder to its top
@@ -54,12 +54,42 @@ def cpu_rungs(kiln: Kiln, graphs: Mapping[str, Path]) -> Iterator[Rungs]:
     """Every rung of an ONNX Runtime build, whose graphs are `graphs`; the bundle's own graphs are the top one."""
     from fluxkiln.compile.ort_session import OrtRunner
 
-    rungs = rungs_below(kiln)
-    if not kiln.quantized:
-        del rungs["onnxruntime"]
-        rungs.pop("dequantized", None)
-    rungs["executed" if kiln.quantized else "onnxruntime"] = OrtRunner(graphs)
-    yield rungs
+    # without quantization the bundle's own graphs are the exported templates
+    yield {**rungs_below(kiln), "executed" if kiln.quantized else "onnxruntime": OrtRunner(graphs)}
+
+
+@contextmanager
+def executed_rung(
+    kiln: Kiln, binaries: tuple[BinaryPart, ...], graphs: Mapping[str, Path], folder: Path
+) -> Iterator[Rungs]:
+    """The one rung at which parts of a large model run in their compiled form: the interpreter, or their own graphs."""
+    if kiln.target.toolchain == "tpu_mlir":
+        from fluxkiln.compile.simulate import Simulator
+
+        env = kiln.tpu_mlir
+        assert env is not None
+        with Simulator(env, kiln.target.chip, kiln.logs / "interpreter.log") as interpreter:
+            yield {"interpreter": Interpreted(kiln, binaries, interpreter, folder / "lowered")}
+    else:
+        from fluxkiln.compile.ort_session import OrtRunner
+
+        yield {"executed" if kiln.quantized else "onnxruntime": OrtRunner(graphs, most_open=1)}
+
+
+def stored_rung(kiln: Kiln) -> Rungs:
+    """The rung `dequantized` of parts at the shapes of the build, in little memory; none where it says nothing new."""
+    from fluxkiln.compile.feeding import attention_by_heads
+
+    if not _stores_otherwise(kiln):
+        return {}
+    return {"dequantized": dequantized_rung(kiln, 0, attention_by_heads)}
+
+
+def _stores_otherwise(kiln: Kiln) -> bool:
+    """Whether weights as the target stores them are others than the checkpoint's."""
+    if kiln.target.toolchain == "onnxruntime":
+        return kiln.quantized
+    return any(kiln.scheme(part).arithmetic != "F32" for part in kiln.parts)
 
 
 def rungs_below(kiln: Kiln, threads: int = 1) -> Rungs:
@@ -74,7 +104,7 @@ def rungs_below(kiln: Kiln, threads: int = 1) -> Rungs:
         "patched": PatchedRunner(kiln.checkpoint, kiln.parts),
         "onnxruntime": onnxruntime_rung(kiln, threads),
     }
-    if any(kiln.scheme(part).arithmetic != "F32" for part in kiln.parts):
+    if _stores_otherwise(kiln):
         rungs["dequantized"] = dequantized_rung(kiln, threads)
     return rungs
 
@@ -86,11 +116,11 @@ def onnxruntime_rung(kiln: Kiln, threads: int = 1) -> PartRunner:
     return TemplateRunner(partial(_fill, kiln), threads=threads)
 
 
-def dequantized_rung(kiln: Kiln, threads: int = 1) -> PartRunner:
+def dequantized_rung(kiln: Kiln, threads: int = 1, rewrite: Rewrite | None = None) -> PartRunner:
     """The templates of opset 17 fed with the weights as the scheme stores them, float32 arithmetic."""
     from fluxkiln.compile.feeding import TemplateRunner
 
-    return TemplateRunner(partial(_fill_stored, kiln), threads=threads)
+    return TemplateRunner(partial(_fill_stored, kiln), rewrite=rewrite, threads=threads)
 
 
 def _fill(kiln: Kiln, name: str) -> Filling:
@@ -145,9 +175,7 @@ class Interpreted:
 
 def lay_out_lowered(kiln: Kiln, binary: BinaryPart, folder: Path) -> None:
     """Write a part's lowered graph as `lowered.mlir` beside the weight file that it names; a cast part's is cast."""
-    import numpy as np
-
-    from fluxkiln.compile.cast import cast_interpreter_weights
+    from fluxkiln.compile.cast import cast_weight_file
     from fluxkiln.compile.lowered import lean_graph
     from fluxkiln.compile.mould import CoefficientMap
     from fluxkiln.compile.tpu_mlir import weight_file
@@ -162,8 +190,7 @@ def lay_out_lowered(kiln: Kiln, binary: BinaryPart, folder: Path) -> None:
     template = make_template(kiln, binary.part.kind, "onnx17")
     reader = weight_reader(bind_part(binary.part, template.slots, kiln.checkpoint), kiln.checkpoint)
     coefficients = CoefficientMap.from_json(json.loads(kiln.path(binary.coefficients).read_text()))
-    with np.load(kiln.path(binary.weights)) as arrays:
-        cast_interpreter_weights(coefficients, reader, arrays, target)
+    cast_weight_file(coefficients, reader, target)
 
 
 def lay_out_files(kiln: Kiln, files: tuple[CombinedFile, ...], folder: Path) -> dict[str, Path]:

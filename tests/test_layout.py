@@ -34,7 +34,19 @@ STAGES = {
 # How the stages follow one another: above all of them, below the command line.
 FLOW = {
     f"fluxkiln.{name}"
-    for name in ("stages", "proving", "combining", "linking", "rungs", "parity", "bundling", "planning", "build")
+    for name in (
+        "stages",
+        "proving",
+        "combining",
+        "linking",
+        "extent",
+        "rungs",
+        "parity",
+        "blockwise",
+        "bundling",
+        "planning",
+        "build",
+    )
 }
 SEES_EVERYTHING = ("fluxkiln.cli", "fluxkiln.__main__")
 

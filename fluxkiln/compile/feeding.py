@@ -5,6 +5,7 @@ A session is one of a template, so it serves every part of a kind.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ from fluxkiln.errors import CompileError
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
+# elements of the scores held at once, and as many after the softmax: one head of FLUX.1 at 1024x1024
+MOST_SCORES = 25_000_000
 # a template's graph changed before it is run
 Rewrite = Callable[["ModelProto"], None]
 
@@ -157,3 +160,53 @@ def weights_as_inputs(template: Path) -> FedGraph:
 def _swaps_two_axes(node: NodeProto) -> bool:
     orders = [list(attribute.ints) for attribute in node.attribute if attribute.name == "perm"]
     return node.op_type == "Transpose" and orders == [[1, 0]]
+
+
+def attention_by_heads(model: ModelProto, most_scores: int = MOST_SCORES) -> None:
+    """Have `model` compute softmax(query @ key) @ value for some heads at a time, where there are too many scores.
+
+    At 1024x1024 with 512 tokens the scores of a block are 2 GB, and 2 GB again after the softmax.
+
+    Args:
+        model: with the shapes of its values, as templates have them; changed in place.
+        most_scores: elements of one group's scores, where the number of heads allows.
+    """
+    from onnx.helper import make_node
+
+    graph = model.graph
+    shapes = {value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim] for value in graph.value_info}
+    makers = {output: node for node in graph.node for output in node.output}
+    nodes = list(graph.node)
+    for softmax in [node for node in graph.node if node.op_type == "Softmax"]:
+        scores = makers.get(softmax.input[0])
+        readers = [node for node in nodes if softmax.output[0] in node.input]
+        shape = shapes.get(softmax.input[0], [])
+        if (
+            scores is None
+            or scores.op_type != "MatMul"
+            or len(shape) != 4
+            or [n.op_type for n in readers] != ["MatMul"]
+        ):
+            continue
+        heads, size = shape[1], math.prod(shape)
+        groups = next((n for n in range(1, heads) if heads % n == 0 and size <= n * most_scores), heads)
+        if groups == 1:
+            continue
+        (attended,) = readers
+        sources = [*scores.input, attended.input[1]]
+        names = [[f"{softmax.output[0]}_{place}_{group}" for group in range(groups)] for place in ("q", "k", "v")]
+        made = [make_node("Split", [source], into, axis=1) for source, into in zip(sources, names, strict=True)]
+        outputs = []
+        for query, key, value in zip(*names, strict=True):
+            parts = [f"{query}_{step}" for step in ("scores", "weights", "out")]
+            made.append(make_node("MatMul", [query, key], parts[:1]))
+            made.append(make_node("Softmax", parts[:1], parts[1:2], axis=3))
+            made.append(make_node("MatMul", [parts[1], value], parts[2:]))
+            outputs += parts[2:]
+        made.append(make_node("Concat", outputs, attended.output, axis=1))
+        place = nodes.index(attended)
+        nodes[place : place + 1] = made
+        nodes.remove(softmax)
+        nodes.remove(scores)
+    graph.ClearField("node")
+    graph.node.extend(nodes)

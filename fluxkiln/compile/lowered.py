@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from fluxkiln.errors import CompileError
 
-# scores of attention held at once, and as many after the softmax: 0.3 GB each
-MOST_SCORES = 80_000_000
+# elements of the scores held at once, and as many after the softmax: one head of FLUX.1 at 1024x1024
+MOST_SCORES = 25_000_000
 
 _OPERATION = re.compile(
     r'\s*(?P<result>%\w+) = "(?P<name>[\w.]+)"\((?P<operands>.*?)\) (?P<attributes>\{.*\} )?'
@@ -24,7 +24,6 @@ _OPERATION = re.compile(
 )
 _TENSOR = re.compile(r"tensor<([0-9x]+)x(\w+)>")
 _FUNCTION = "func.func @main("
-_FLOPS = re.compile(r"module\.FLOPs = (\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,18 +71,6 @@ def lean_graph(text: str, most_scores: int = MOST_SCORES) -> str:
     return "\n".join([*lines[: start + 1], *(lines[index] for index in inputs), *body, ""])
 
 
-def operations_of(text: str) -> int:
-    """How many multiplications and additions the compiler counts in one run of a lowered graph.
-
-    Raises:
-        CompileError: the graph does not say.
-    """
-    found = _FLOPS.search(text)
-    if found is None:
-        raise CompileError("the lowered graph does not say how many operations it has; pin TPU-MLIR 1.30.2")
-    return int(found[1])
-
-
 def _parse(index: int, line: str) -> _Operation | None:
     found = _OPERATION.fullmatch(line)
     if found is None:
@@ -110,7 +97,7 @@ def _by_heads(operations: list[_Operation], softmax: _Operation, most_scores: in
     if groups == 1:
         return {}
     lines: list[str] = []
-    parts = []
+    parts: list[tuple[str, str]] = []
     query, key, value = (makers[name] for name in (*scores.operands[:2], attended.operands[1]))
     for group in range(groups):
         span = slice(group * heads // groups, (group + 1) * heads // groups)

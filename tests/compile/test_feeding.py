@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 import weakref
+from functools import partial
 
 import numpy as np
 import onnx
 import pytest
 
-from fluxkiln.compile.feeding import Filling, TemplateRunner, weights_as_inputs
+from fluxkiln.compile.feeding import Filling, TemplateRunner, attention_by_heads, weights_as_inputs
 from fluxkiln.compile.ort_session import OrtRunner
 from fluxkiln.compile.pour import quantized_matmuls
 from fluxkiln.components import KINDS
@@ -174,6 +175,28 @@ def test_a_graph_may_be_rewritten_first(fill, tiny_recording):
     recording = tiny_recording()
     run = TemplateRunner(fill(), rewrite=drop_a_bias)
     assert worst(run("tail", recording.inputs("tail")), recording.outputs("tail")) > PARITY
+
+
+def softmaxes(template, most_scores):
+    model = weights_as_inputs(template.path).model
+    attention_by_heads(model, most_scores)
+    return sum(node.op_type == "Softmax" for node in model.graph.node)
+
+
+@pytest.mark.parametrize("name", ["single.00", "double.01"])
+def test_attention_by_heads_computes_the_same(fill, tiny_recording, name):
+    """2 heads, 48 tokens: 4608 scores."""
+    recording, template = tiny_recording(), fill()(name).template
+    assert [softmaxes(template, most) for most in (4608, 4607, 2304, 1)] == [1, 2, 2, 2]
+    whole, grouped = TemplateRunner(fill()), TemplateRunner(fill(), rewrite=partial(attention_by_heads, most_scores=1))
+    expected, found = (run(name, recording.inputs(name)) for run in (whole, grouped))
+    assert worst(found, expected) <= 1e-6
+
+
+def test_attention_that_is_something_else_is_left_alone(fill):
+    """T5 adds its position bias to the scores; a decoder has one head and three axes."""
+    assert softmaxes(fill()("t5_block.00").template, 1) == 1
+    assert softmaxes(fill()("vae_decoder").template, 1) == 1
 
 
 def test_wrong_requests_are_refused(fill, tiny_recording, tiny_checkpoint):

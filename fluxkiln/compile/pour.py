@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fluxkiln.compile.gelu import fuse_tanh_gelu
 from fluxkiln.compile.mould import TRANSPOSED, WeightReader
+from fluxkiln.compile.order import small_work_first
 from fluxkiln.errors import CompileError
 
 if TYPE_CHECKING:
@@ -51,6 +53,8 @@ def pour(template: Path, activations: set[str], read_weight: WeightReader, targe
             graph.initializers[name] = value
             file.write(weight.data)
     graph.inputs[:] = [value for value in graph.inputs if str(value.name) in activations]
+    fuse_tanh_gelu(model)
+    small_work_first(model)
     model.ir_version = IR_VERSION
     ir.save(model, target)
 

@@ -2,14 +2,16 @@
 
 The tool loads all weights into the graph, copies the graph once to print it and once more to save it: four times the
 weights in memory, 5.5 GB for one double block. Here the graph stays without them, and each weight is mapped from its
-file when the tool asks for it. Nothing else changes; the arguments are the tool's own.
+file when the tool asks for it. The tool also learns to read tanh GELU as one node (`fluxkiln.compile.gelu`). Nothing
+else changes; the arguments are the tool's own.
 
-Source: TPU-MLIR 1.30.2, python/transform/OnnxConverter.py, load_onnx_model.
+Source: TPU-MLIR 1.30.2, python/transform/OnnxConverter.py, load_onnx_model and convert_gelu_op.
 """
 
 import os
 import runpy
 import sys
+from typing import Any
 
 import numpy as np
 import onnx
@@ -35,8 +37,37 @@ def map_weight(tensor: onnx.TensorProto, base_dir: str = "") -> np.ndarray:
     return np.memmap(path, np.float32, "r", int(entries.get("offset", 0)), tuple(tensor.dims))
 
 
+def read_gelu(converter: Any, node: Any) -> None:
+    """Convert ONNX's own Gelu, of which the tool knows only what it fuses itself, always as the erf GELU."""
+    from mlir.dialects import top
+    from mlir.ir import StringAttr
+
+    mode = {b"tanh": "tanh", b"none": "normal"}[node.attrs.get("approximate", b"none")]
+    place = {"loc": converter.get_loc(f"{node.name}_{node.op_type}"), "ip": converter.mlir.insert_point}
+    mode_attribute = StringAttr.get(mode, converter.mlir.ctx)
+    made = top.GELUOp(
+        converter.unranked_type, converter.getOperand(node.inputs[0]), approx_mode=mode_attribute, **place
+    )
+    converter.addOperand(node.name, made.output)
+
+
+def teach_gelu(converter_class: Any) -> None:
+    """Add `read_gelu` to what every converter made from now on knows."""
+    init = converter_class.__init__
+
+    def init_with_gelu(self: Any, *arguments: Any, **settings: Any) -> None:
+        init(self, *arguments, **settings)
+        self.onnxop_factory["Gelu"] = lambda node: read_gelu(self, node)
+
+    converter_class.__init__ = init_with_gelu
+
+
 onnx.load = load_without_weights  # type: ignore[assignment]
 numpy_helper.to_array = map_weight
 sys.argv = sys.argv[1:]
 sys.path[0] = os.path.dirname(sys.argv[0])  # not our own folder, where another tpu_mlir lies
+
+from transform.OnnxConverter import OnnxConverter  # type: ignore[import-not-found]  # noqa: E402  # the tool's own
+
+teach_gelu(OnnxConverter)
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -52,7 +52,7 @@ def part_inputs(kind: str, configs: Configs, shapes: Shapes) -> tuple[TensorSpec
     guided = bool(flux.get("guidance_embeds"))
     streams: Sized = {"hidden_states": (1, image, width), "encoder_hidden_states": (1, text, width)}
     rows: Sized = {"temb": (MODULATION_ROWS, width)}
-    row: dict[str, Sized] = {kind: {"modulation": (1, chunks * width)} for kind, chunks in MODULATION_CHUNKS.items()}
+    row: dict[str, Sized] = {kind: {"modulation": (1, chunks, width)} for kind, chunks in MODULATION_CHUNKS.items()}
     known: dict[str, Sized] = {
         "clip": {"input_ids": (1, CLIP_TOKENS)},
         "t5_embed": {"input_ids": (1, text)},

@@ -15,6 +15,7 @@ Shape suffix legend: see `fluxkiln.components`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,8 +28,10 @@ from fluxkiln.patches.registry import Patch
 _FLUX = "diffusers.models.transformers.transformer_flux"
 _CHECKED = "diffusers 0.42.1"
 _TURN_HIGH = 6.28125
-# one stream of a double block: normed and modulated tokens [1, L, D]; gate, shift_mlp, scale_mlp, gate_mlp [1, D]
-Normed = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+# number of a row in upstream's order -> the row [1, 1, D] of modulation
+Rows = Callable[[int], Tensor]
+# of a block; in the tail scale comes first
+SHIFT, SCALE, GATE, SHIFT_MLP, SCALE_MLP, GATE_MLP = range(6)
 
 
 def _rotate(x_BLHK: Tensor, cos_LK: Tensor, sin_LK: Tensor) -> Tensor:
@@ -155,24 +158,42 @@ class DoublePart(nn.Module):
         rotary_cos: Tensor,
         rotary_sin: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        image = self.block.norm1(hidden_states, emb=temb)
-        text = self.block.norm1_context(encoder_hidden_states, emb=temb)
-        return double_block(self.block, hidden_states, encoder_hidden_states, image, text, (rotary_cos, rotary_sin))
+        block = self.block
+        norms = block.norm1.norm, block.norm1_context.norm
+        rows = _rows(block.norm1, temb, 6), _rows(block.norm1_context, temb, 6)
+        return double_block(block, norms, rows, hidden_states, encoder_hidden_states, (rotary_cos, rotary_sin))
+
+
+def _rows(norm: Any, temb: Tensor, count: int) -> Rows:
+    """What upstream's AdaLN norms make of temb before they normalize."""
+    rows = [row_1D[:, None] for row_1D in norm.linear(norm.silu(temb)).chunk(count, dim=1)]
+    return rows.__getitem__
+
+
+def modulate(norm: nn.Module, x_BLD: Tensor, row: Rows, shift: int, scale: int) -> Tensor:
+    """norm(x) (1 + scale) + shift, as the `forward` of every AdaLN norm ends."""
+    modulated: Tensor = norm(x_BLD) * (1 + row(scale)) + row(shift)
+    return modulated
 
 
 def double_block(
     block: Any,
+    norms: tuple[nn.Module, nn.Module],
+    rows: tuple[Rows, Rows],
     hidden_states: Tensor,
     encoder_hidden_states: Tensor,
-    image: Normed,
-    text: Normed,
     rotary: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """`FluxTransformerBlock.forward` from its first two norms on; returns image and text tokens."""
+    """`FluxTransformerBlock.forward` with the modulation given; returns image and text tokens.
+
+    Args:
+        norms: the plain LayerNorms in front of the attention; these and `rows` are of the image, then of the text.
+    """
     attn, tokens = block.attn, encoder_hidden_states.shape[1]
     rotary_cos, rotary_sin = rotary
-    image_norm, gate, shift_mlp, scale_mlp, gate_mlp = image
-    text_norm, c_gate, c_shift_mlp, c_scale_mlp, c_gate_mlp = text
+    row, text_row = rows
+    image_norm = modulate(norms[0], hidden_states, row, SHIFT, SCALE)
+    text_norm = modulate(norms[1], encoder_hidden_states, text_row, SHIFT, SCALE)
 
     def heads(x_BLD: Tensor, norm: Any, rows: slice) -> Tensor:
         x_BLHK = _head_norm(norm, torch.unflatten(x_BLD, -1, (-1, attn.head_dim)))
@@ -196,14 +217,14 @@ def double_block(
     value = torch.cat([attn.add_v_proj(text_norm), attn.to_v(image_norm)], dim=1)
     joint = _attend(query, key, value, attn.head_dim)
 
-    hidden_states = hidden_states + gate.unsqueeze(1) * attn.to_out[0](joint[:, tokens:])
-    image_norm = block.norm2(hidden_states) * (1 + scale_mlp[:, None]) + shift_mlp[:, None]
-    hidden_states = hidden_states + gate_mlp.unsqueeze(1) * _feed_forward(block.ff, image_norm)
+    hidden_states = hidden_states + row(GATE) * attn.to_out[0](joint[:, tokens:])
+    image_norm = modulate(block.norm2, hidden_states, row, SHIFT_MLP, SCALE_MLP)
+    hidden_states = hidden_states + row(GATE_MLP) * _feed_forward(block.ff, image_norm)
 
-    encoder_hidden_states = encoder_hidden_states + c_gate.unsqueeze(1) * attn.to_add_out(joint[:, :tokens])
-    text_norm = block.norm2_context(encoder_hidden_states) * (1 + c_scale_mlp[:, None]) + c_shift_mlp[:, None]
+    encoder_hidden_states = encoder_hidden_states + text_row(GATE) * attn.to_add_out(joint[:, :tokens])
+    text_norm = modulate(block.norm2_context, encoder_hidden_states, text_row, SHIFT_MLP, SCALE_MLP)
     text_ff = _feed_forward(block.ff_context, text_norm)
-    return hidden_states, encoder_hidden_states + c_gate_mlp.unsqueeze(1) * text_ff
+    return hidden_states, encoder_hidden_states + text_row(GATE_MLP) * text_ff
 
 
 class SinglePart(nn.Module):
@@ -217,15 +238,16 @@ class SinglePart(nn.Module):
         self.block = block
 
     def forward(self, hidden_states: Tensor, temb: Tensor, rotary_cos: Tensor, rotary_sin: Tensor) -> Tensor:
-        normed, gate = self.block.norm(hidden_states, emb=temb)
-        return single_block(self.block, hidden_states, normed, gate, (rotary_cos, rotary_sin))
+        norm = self.block.norm
+        return single_block(self.block, norm.norm, _rows(norm, temb, 3), hidden_states, (rotary_cos, rotary_sin))
 
 
 def single_block(
-    block: Any, hidden_states: Tensor, normed: Tensor, gate: Tensor, rotary: tuple[Tensor, Tensor]
+    block: Any, norm: nn.Module, row: Rows, hidden_states: Tensor, rotary: tuple[Tensor, Tensor]
 ) -> Tensor:
-    """`FluxSingleTransformerBlock.forward` on the joint sequence, from its norm on."""
+    """`FluxSingleTransformerBlock.forward` on the joint sequence, with its plain LayerNorm and the modulation given."""
     attn = block.attn
+    normed = modulate(norm, hidden_states, row, SHIFT, SCALE)
 
     def heads(projection: nn.Module, norm: Any) -> Tensor:
         x_BLHK = _head_norm(norm, projection(normed).unflatten(-1, (-1, attn.head_dim)))
@@ -236,7 +258,7 @@ def single_block(
     mlp = F.gelu(block.proj_mlp(normed), approximate="tanh")
     width, weight = attended.shape[-1], block.proj_out.weight
     update = F.linear(attended, weight[:, :width], block.proj_out.bias) + F.linear(mlp, weight[:, width:])
-    return hidden_states + gate.unsqueeze(1) * update
+    return hidden_states + row(GATE) * update
 
 
 class TailPart(nn.Module):
@@ -251,7 +273,8 @@ class TailPart(nn.Module):
         self.proj_out = model.proj_out
 
     def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
-        output: Tensor = self.proj_out(self.norm_out(hidden_states, temb))
+        row = _rows(self.norm_out, temb, 2)
+        output: Tensor = self.proj_out(modulate(self.norm_out.norm, hidden_states, row, shift=1, scale=0))
         return output
 
 

@@ -116,7 +116,8 @@ def _keep_modulation(pipe: Any, part: Part) -> Callable[[], Any]:
     rows: dict[str, Any] = {}
     for name in names:
         owner.get_submodule(f"{name}.linear").register_forward_hook(partial(_keep, rows, name))
-    return lambda: torch.cat([rows.pop(name) for name in names], dim=1)
+    width = owner.get_submodule(names[0]).linear.in_features
+    return lambda: torch.cat([rows.pop(name) for name in names], dim=1).reshape(1, -1, width)
 
 
 def _observe_modulation(pipe: Any, part: Part, put: Put) -> None:

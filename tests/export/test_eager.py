@@ -12,7 +12,6 @@ from fluxkiln.components import KINDS, list_parts
 from fluxkiln.errors import CheckpointError, ParityError, PatchError, UsageError
 from fluxkiln.export import bindings, eager
 from fluxkiln.export.eager import PatchedRunner
-from fluxkiln.patches import modulation
 from fluxkiln.patches import transformer as patches
 from fluxkiln.verify.ladder import Ladder, explain_failure
 from fluxkiln.verify.modulation import run_rows
@@ -184,15 +183,10 @@ def test_a_softmax_scale_forgotten_in_one_block_kind_is_caught(model, monkeypatc
 def test_shift_and_scale_in_the_wrong_order_are_caught(tiny_checkpoint, hoisted_recording, monkeypatch):
     checkpoint = tiny_checkpoint()
     parts = list_parts(checkpoint.configs, modulation="hoisted")
-    original = modulation._normed
-
-    def swapped(norm, x, rows):
-        shift, scale, *rest = rows
-        return original(norm, x, (scale, shift, *rest))
-
-    monkeypatch.setattr(modulation, "_normed", swapped)
+    original = patches.modulate
+    monkeypatch.setattr(patches, "modulate", lambda norm, x, row, shift, scale: original(norm, x, row, scale, shift))
     ladder = climb(hoisted_recording(), PatchedRunner(checkpoint, parts), parts)
-    assert failed_parts(ladder) == ["double.00", "double.01"]
+    assert failed_parts(ladder) == ["double.00", "double.01", "single.00", "single.01", "single.02"]
 
 
 @pytest.mark.parametrize(

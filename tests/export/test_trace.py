@@ -107,7 +107,7 @@ def test_hoisted_kinds_take_all_steps_and_the_others_one(tiny_checkpoint):
             assert shapes[name][0] == 1, (kind, name)
     widths = {kind: part_inputs(f"{kind}_modulated", configs, SMALLEST) for kind in ("double", "single", "tail")}
     found = {kind: next(spec.shape for spec in specs if spec.name == "modulation") for kind, specs in widths.items()}
-    assert found == {"double": (1, 12 * 256), "single": (1, 3 * 256), "tail": (1, 2 * 256)}
+    assert found == {"double": (1, 12, 256), "single": (1, 3, 256), "tail": (1, 2, 256)}
 
 
 def test_unknown_kinds_and_formats_are_refused(tiny_checkpoint, tmp_path):

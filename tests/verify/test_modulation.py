@@ -75,7 +75,7 @@ def test_the_modulation_a_block_is_given_is_its_own_modulations(hoisted_recordin
         ):
             np.testing.assert_array_equal(recording.inputs(modulation, step)["temb"], temb)
             made = recording.outputs(modulation, step)["modulation"]
-            assert made.shape == (1, rows * temb.shape[1])
+            assert made.shape == (1, rows, temb.shape[1])
             np.testing.assert_array_equal(recording.inputs(block, step)["modulation"], made)
     first, second = (recording.outputs("double_modulation.00", step)["modulation"] for step in range(2))
     assert np.abs(first - second).max() > 1e-2, "steps differ, or any row would do"

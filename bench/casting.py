@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 
 from bench.figure import WORK, Figure, one_core, ratio
-from fluxkiln.build import prepare
 from fluxkiln.compile.bmodel import Span
 from fluxkiln.compile.cast import cast_region
 from fluxkiln.compile.mould import CoefficientMap
 from fluxkiln.export.bindings import bind_part, binding_refs, weight_reader
+from fluxkiln.moulds import make_mould
+from fluxkiln.preparing import prepare
 from fluxkiln.settings import Settings
-from fluxkiln.stages import make_mould, make_template
+from fluxkiln.stages import make_template
 
 TIMES = 5
 SCHEMES = ("W4BF16", "W8BF16", "BF16", "F16", "F32")

@@ -17,13 +17,15 @@ from fluxkiln.artifacts.files import digest_file
 from fluxkiln.artifacts.modelpack import store_bundle
 from fluxkiln.artifacts.store import Blob
 from fluxkiln.components import KINDS
+from fluxkiln.costs import estimate_ms, report_costs
 from fluxkiln.errors import ParityError
-from fluxkiln.progress import FROM_STORE, Progress
+from fluxkiln.progress import FROM_STORE, Laps, Progress
 from fluxkiln.stages import COMPILER_STAGES, BinaryPart, CombinedFile
 
 if TYPE_CHECKING:
-    from fluxkiln.build import BuildResult, Prepared
+    from fluxkiln.build import BuildResult
     from fluxkiln.parity import Parity
+    from fluxkiln.preparing import Prepared
     from fluxkiln.verify.record import Recording
 
 HOST_CONSTANTS = "host/constants.safetensors"
@@ -58,7 +60,7 @@ def build_action(prepared: Prepared) -> Action:
     )
 
 
-def finished_result(prepared: Prepared, started: float) -> BuildResult | None:
+def finished_result(prepared: Prepared, laps: Laps) -> BuildResult | None:
     """The result of this very build when it is finished, its bundle and report are there and its bundle is whole.
 
     Raises:
@@ -80,7 +82,7 @@ def finished_result(prepared: Prepared, started: float) -> BuildResult | None:
     parity = dict(facts["parity"])  # type: ignore[arg-type]
     if prepared.settings.verify and not (prepared.folder / "report.html").is_file():
         return None
-    result = _result(prepared, str(facts["digest"]), dict(facts["parts"]), parity, started, nothing_to_do=True)  # type: ignore[arg-type]
+    result = _result(prepared, str(facts["digest"]), dict(facts["parts"]), parity, laps, nothing_to_do=True)  # type: ignore[arg-type]
     if parity.get("failure"):
         error = ParityError(f"{parity['failure']} (as found by the build that made {prepared.bundle})")
         raise _with_places(error, prepared)
@@ -93,7 +95,7 @@ def finish_bundle(
     files: tuple[CombinedFile, ...],
     graphs: Mapping[str, Path],
     progress: Progress,
-    started: float,
+    laps: Laps,
 ) -> BuildResult:
     """Verify, write the report and the bundle, tag it in the store; then raise if a gate was missed."""
     kiln = prepared.kiln
@@ -107,7 +109,8 @@ def finish_bundle(
         parity = verify_build(
             kiln, prepared.settings, prepared.fingerprint, binaries, files, graphs, recording, work, progress
         )
-        summary = _write_report(prepared, binaries, parity, started)
+        summary = _write_report(prepared, binaries, parity, laps)
+        laps.lap("verify")
     sources = bundle_files(prepared, binaries, files, work)
     manifest = _manifest(prepared, binaries, files, summary)
     progress.stage("bundle", 1)
@@ -117,6 +120,7 @@ def finish_bundle(
     )  # fmt: skip
     digest = store_bundle(kiln.cache.store, prepared.bundle, f"{prepared.name}:{kiln.target.name}")
     _remove_work(work)
+    laps.lap("bundle")
     made = {binary.part.name: binary.made for binary in binaries}
     kiln.cache.record(
         build_action(prepared),
@@ -134,7 +138,7 @@ def finish_bundle(
             parity.ladder.raise_if_failed(prepared.folder / "report.html")
         except ParityError as error:
             raise _with_places(error, prepared) from None
-    return _result(prepared, digest, made, summary, started, nothing_to_do=False)
+    return _result(prepared, digest, made, summary, laps, nothing_to_do=False)
 
 
 def _with_places(error: ParityError, prepared: Prepared) -> ParityError:
@@ -184,9 +188,7 @@ def _record(prepared: Prepared, progress: Progress) -> Recording:
     return recording
 
 
-def _write_report(
-    prepared: Prepared, binaries: tuple[BinaryPart, ...], parity: Parity, started: float
-) -> dict[str, Any]:
+def _write_report(prepared: Prepared, binaries: tuple[BinaryPart, ...], parity: Parity, laps: Laps) -> dict[str, Any]:
     from fluxkiln.verify.ladder import explain_failure
     from fluxkiln.verify.report import build_report, compare_pictures, write_report
 
@@ -212,9 +214,9 @@ def _write_report(
         "images": compare_pictures(parity.recording.image, parity.pipeline.image, parity.pipeline_rung),
         "timings": [
             {"name": name, "seconds": seconds}
-            for name, seconds in {**parity.seconds, "all": time.perf_counter() - started}.items()
+            for name, seconds in {**parity.seconds, **laps.seconds, "all": laps.total}.items()
         ],
-        "memory": device_memory(binaries),
+        **report_costs(kiln, binaries),
         "tools": build_action(prepared).tools,
         "machine": _machine(),
         "provenance": {
@@ -236,25 +238,15 @@ def _write_report(
     }
 
 
-def device_memory(binaries: tuple[BinaryPart, ...]) -> dict[str, dict[str, int]]:
-    """Component -> bytes of weights and instructions of all its nets, and of the largest net's run-time memory."""
-    memory: dict[str, dict[str, int]] = {}
-    for binary in binaries:
-        entry = memory.setdefault(binary.part.component, {"weights": 0, "instructions": 0, "runtime": 0})
-        entry["weights"] += int(binary.facts["weight_bytes"])
-        entry["instructions"] += int(binary.facts["instruction_bytes"])
-        entry["runtime"] = max(entry["runtime"], int(binary.facts["runtime_bytes"]))
-    return memory
-
-
 def _part_row(binary: BinaryPart) -> dict[str, Any]:
     facts = binary.facts
     return {
         "name": binary.part.name,
         "kind": binary.part.kind,
         "scheme": binary.scheme.name,
-        "bytes": binary.bmodel.size,
+        "bytes": binary.size,
         "device_memory": sum(int(facts[name]) for name in ("weight_bytes", "instruction_bytes", "runtime_bytes")),
+        "estimate_ms": estimate_ms(binary),
         "made": binary.made,
     }
 
@@ -296,8 +288,8 @@ def _part_entry(binary: BinaryPart, file: str) -> dict[str, Any]:
         "scheme": binary.scheme.name,
         "file": file,
         "net": binary.net,
-        "digest": binary.bmodel.digest,
-        "size": binary.bmodel.size,
+        "digest": binary.digest,
+        "size": binary.size,
         **sides,
     }
 
@@ -307,7 +299,7 @@ def _result(
     digest: str,
     made: Mapping[str, str],
     parity: Mapping[str, Any],
-    started: float,
+    laps: Laps,
     nothing_to_do: bool,
 ) -> BuildResult:
     from fluxkiln.build import BuildResult
@@ -320,7 +312,8 @@ def _result(
         report=prepared.folder / "report.html" if prepared.settings.verify else None,
         digest=digest,
         nothing_to_do=nothing_to_do,
-        seconds=time.perf_counter() - started,
+        seconds=laps.total,
+        timings=laps.seconds,
         compiler_runs=sum(counts.get(stage, [0, 0])[1] for stage in COMPILER_STAGES),
         cache=prepared.kiln.cache.summary(),
         parts=made,

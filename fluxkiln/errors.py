@@ -20,9 +20,10 @@ from __future__ import annotations
 
 
 class FluxkilnError(Exception):
-    """Base of all errors whose message is meant for the user."""
+    """Base of all errors whose message is meant for the user. `details` is a table to show above it, or empty."""
 
     exit_code = 1
+    details = ""
 
 
 class UsageError(FluxkilnError):

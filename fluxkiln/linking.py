@@ -165,7 +165,9 @@ def link_components(
             "instruction_bytes": 0,
             "runtime_bytes": 0,
         }
-        binaries.append(BinaryPart(part, part.name, kiln.scheme(part), blob, facts, "linked", blob, blob))
+        binaries.append(
+            BinaryPart(part, part.name, kiln.scheme(part), facts, "linked", digest=blob.digest, size=blob.size)
+        )
         progress.done("link", part.name, f"{len(KINDS[part.kind].inputs)} inputs, weights in place")
     names = {path: part for part, path in graphs.items()}
     files = []

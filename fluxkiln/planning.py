@@ -15,32 +15,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.artifacts.types import GraphFormat, Template, TensorRef, TensorSpec
-from fluxkiln.combining import group_parts
+from fluxkiln.casting import CAST_MEMORY, combine_action, part_action
+from fluxkiln.compile.pool import available_memory
 from fluxkiln.components import KINDS, Part
+from fluxkiln.devices import group_parts, lay_files, plan_devices
 from fluxkiln.errors import ResourceError
 from fluxkiln.export.bindings import tensors_of
+from fluxkiln.moulds import cast_part, compile_action, compile_memory, compile_part, find_mould
 from fluxkiln.proving import needs_proof, proof_part
 from fluxkiln.quantize.schemes import Scheme, check_groups
 from fluxkiln.settings import Settings
-from fluxkiln.stages import (
-    CAST_MEMORY,
-    BinaryPart,
-    Kiln,
-    Mould,
-    cast_action,
-    cast_part,
-    combine_action,
-    compile_action,
-    compile_memory,
-    compile_part,
-    count_elements,
-    find_mould,
-    find_template,
-    make_template,
-)
+from fluxkiln.stages import BinaryPart, Kiln, Mould, count_elements, find_template, net_name
 
 if TYPE_CHECKING:
-    from fluxkiln.build import Prepared
+    from fluxkiln.preparing import Prepared
 
 # torch, diffusers and the exporter in one process
 TRACE_MEMORY = 1 << 30
@@ -54,8 +42,17 @@ SMALL_FILES = 20 << 20
 KERNEL_BYTES = 6 << 20
 
 # Kinds whose tensors have no prefix of their own: the beginnings of their names, or of those they do not have.
-_OWN = {"t5_embed": ("shared.",), "tail": ("norm_out.", "proj_out.")}
+_OWN = {
+    "t5_embed": ("shared.",),
+    "tail": ("norm_out.", "proj_out."),
+    "time_embed": ("time_text_embed.",),
+    "token_embed": ("x_embedder.", "context_embedder."),
+    "tail_modulation": ("norm_out.linear.",),
+    "tail_modulated": ("proj_out.",),
+}
 _OTHERS = {"head": ("transformer_blocks.", "single_transformer_blocks.", "norm_out.", "proj_out.")}
+# Kinds that share a block's prefix, the one having of it what the other has not.
+_MODULATION = {"double": ("norm1.linear.", "norm1_context.linear."), "single": ("norm.linear.",)}
 # Matrices that are looked up in, not multiplied with.
 _TABLES = ("embedding.weight", "shared.weight", "relative_attention_bias.weight")
 
@@ -82,6 +79,8 @@ def plan_build(prepared: Prepared) -> dict[str, Any]:
     """Jobs in the order of their stages, and what they need in all, as plain JSON.
 
     `totals`: numbers of jobs and of those still to do, and estimates for these of peak memory, disk and seconds.
+    `devices`: what every file takes on its device, by its weights alone where its moulds have yet to be made.
+    `refused`: why a build would not start, or empty.
     """
     jobs = list_jobs(prepared)
     todo = [job for job in jobs if not job.in_store]
@@ -96,7 +95,23 @@ def plan_build(prepared: Prepared) -> dict[str, Any]:
             "disk_bytes": disk_bytes(prepared, todo),
             "seconds": round(estimate_seconds(prepared, todo)),
         },
+        "devices": _devices(prepared.kiln),
+        "refused": _refusal(prepared),
     }
+
+
+def _devices(kiln: Kiln) -> dict[str, Any]:
+    if not kiln.target.device_bytes:
+        return {}
+    return lay_files(kiln, group_parts(kiln, _known_or_lightest(kiln))).to_json()
+
+
+def _refusal(prepared: Prepared) -> str:
+    try:
+        check_resources(prepared)
+    except ResourceError as error:
+        return str(error)
+    return ""
 
 
 def list_jobs(prepared: Prepared) -> list[Job]:
@@ -127,46 +142,52 @@ def link_jobs(kiln: Kiln) -> list[Job]:
 
 
 def compile_jobs(kiln: Kiln, settings: Settings) -> list[Job]:
-    """Jobs of a target with a compiler: templates, moulds, proofs, casts, compiles, and files that combine them."""
+    """Jobs of a target with a compiler: templates, moulds, proofs, parts without a mould, combined shells, casts."""
     templates, made, cast = [], [], []
+    known: list[BinaryPart] = []
     for kind in kiln.kinds():
         template = find_template(kiln, kind, kiln.target.graph_format)
         templates.append(template_job(kiln, kind, kiln.target.graph_format, known=template is not None))
         parts = [part for part in kiln.parts if part.kind == kind]
-        if kind not in kiln.target.cast_kinds:
-            made += [compile_job(kiln, part, template) for part in parts]
-            continue
         weights = count_elements(template.slots if template else part_refs(kiln, parts[0]))
         mould = find_mould(kiln, template) if template else None
         scheme, memory = kiln.schemes[kind].name, compile_memory(weights)
         made.append(Job("mould", f"mould {kind}", kind, scheme, memory, mould is not None, weights))
         if mould is not None and not mould.castable:
             made += [compile_job(kiln, part, template) for part in parts]
-            continue
-        if settings.prove or needs_proof(kiln, mould):
+        elif settings.prove or needs_proof(kiln, mould):
             made.append(compile_job(kiln, proof_part(parts, settings.seed), template))
-        cast += [cast_job(kiln, part, template, mould, weights) for part in parts]
-    jobs = [*templates, *made, *cast]
-    if all(job.in_store for job in jobs):
-        groups = group_parts(kiln, tuple(_binary(kiln, part) for part in kiln.parts))
+        for part in parts:
+            binary = _find_binary(kiln, part, template, mould)
+            in_store = binary is not None and kiln.cache.lookup(part_action(kiln, binary).key) is not None
+            cast.append(Job("cast", part.name, kind, scheme, CAST_MEMORY, in_store, weights))
+            known += [binary] if binary is not None else []
+    return [*templates, *made, *_combine_jobs(kiln, known), *cast]
+
+
+def _combine_jobs(kiln: Kiln, known: list[BinaryPart]) -> list[Job]:
+    if len(known) == len(kiln.parts):
+        order = {part.name: index for index, part in enumerate(kiln.parts)}
+        groups = group_parts(kiln, tuple(sorted(known, key=lambda binary: order[binary.part.name])))
         keys = {name: combine_action(kiln, name, parts).key for name, parts in groups.items()}
-        return [*jobs, *(_combine_job(name, kiln.cache.lookup(key) is not None) for name, key in keys.items())]
+        return [_combine_job(name, kiln.cache.lookup(key) is not None) for name, key in keys.items()]
     # Into how many files an unquantized transformer is cut depends on measured sizes.
     components = dict.fromkeys(part.component for part in kiln.parts)
-    return [*jobs, *(_combine_job("vae_decoder.bmodel" if name == "vae" else f"{name}.bmodel") for name in components)]
+    return [_combine_job("vae_decoder.bmodel" if name == "vae" else f"{name}.bmodel") for name in components]
 
 
 def _combine_job(name: str, known: bool = False) -> Job:
     return Job("combine", name, "", "", 0, known)
 
 
-def _binary(kiln: Kiln, part: Part) -> BinaryPart:
-    """A part's binary, which is in the store."""
-    template = make_template(kiln, part.kind, kiln.target.graph_format)
-    mould = find_mould(kiln, template) if part.kind in kiln.target.cast_kinds else None
-    if mould is not None and mould.castable:
-        return cast_part(kiln, part, template, mould)
-    return compile_part(kiln, part, template)
+def _find_binary(kiln: Kiln, part: Part, template: Template | None, mould: Mould | None) -> BinaryPart | None:
+    """What a part's binary is made of, if that is in the store."""
+    if template is None or mould is None or not kiln.digests:
+        return None
+    if mould.castable:
+        return cast_part(kiln, part, mould)
+    known = kiln.cache.lookup(compile_action(kiln, part, template).key) is not None
+    return compile_part(kiln, part, template) if known else None
 
 
 def template_job(kiln: Kiln, kind: str, graph_format: GraphFormat, known: bool | None = None) -> Job:
@@ -179,24 +200,25 @@ def template_job(kiln: Kiln, kind: str, graph_format: GraphFormat, known: bool |
 def compile_job(kiln: Kiln, part: Part, template: Template | None) -> Job:
     """The job that compiles a part with its own weights."""
     weights = count_elements(template.slots if template else part_refs(kiln, part))
-    known = template is not None and kiln.cache.lookup(compile_action(kiln, part, template).key) is not None
-    return Job("compile", part.name, part.kind, kiln.scheme(part).name, compile_memory(weights), known, weights)
-
-
-def cast_job(kiln: Kiln, part: Part, template: Template | None, mould: Mould | None, weights: int) -> Job:
-    """The job that casts a part."""
     known = (
         template is not None
-        and mould is not None
-        and kiln.cache.lookup(cast_action(kiln, part, template, mould).key) is not None
+        and bool(kiln.digests)
+        and kiln.cache.lookup(compile_action(kiln, part, template).key) is not None
     )
-    return Job("cast", part.name, part.kind, kiln.scheme(part).name, CAST_MEMORY, known, weights)
+    return Job("compile", part.name, part.kind, kiln.scheme(part).name, compile_memory(weights), known, weights)
 
 
 def part_refs(kiln: Kiln, part: Part) -> list[TensorRef]:
     """The checkpoint tensors of a part, by their names alone."""
     refs = kiln.checkpoint.tensors[tensors_of(part)]
-    own, others = _OWN.get(part.kind, (part.prefix,)), _OTHERS.get(part.kind, ())
+    own: tuple[str, ...] = _OWN.get(part.kind, (part.prefix,))
+    others: tuple[str, ...] = _OTHERS.get(part.kind, ())
+    block, _, form = part.kind.partition("_")
+    modulation = tuple(part.prefix + name for name in _MODULATION.get(block, ()))
+    if modulation and form == "modulation":
+        own = modulation
+    elif modulation and form == "modulated":
+        others = modulation
     return [ref for name, ref in refs.items() if name.startswith(own) and not (others and name.startswith(others))]
 
 
@@ -209,22 +231,82 @@ def check_weights(kiln: Kiln) -> None:
                 check_groups(scheme, ref.name, ref.shape[1])
 
 
-def check_disk(prepared: Prepared) -> None:
+def check_resources(prepared: Prepared) -> None:
+    """Refuse a build that the devices, the disk or the memory cannot hold, before anything is started.
+
+    Raises:
+        ResourceError: which of them, what is there and what is needed.
+    """
+    check_devices(prepared.kiln)
+    jobs = [job for job in list_jobs(prepared) if not job.in_store]
+    check_disk(prepared, jobs)
+    check_memory(jobs)
+
+
+def check_devices(kiln: Kiln) -> None:
+    """Refuse weights that no way of loading gets onto the devices; instructions and run-time memory come on top."""
+    if kiln.target.device_bytes:
+        plan_devices(kiln, group_parts(kiln, _known_or_lightest(kiln)))
+
+
+def _known_or_lightest(kiln: Kiln) -> list[BinaryPart]:
+    """Every part with the facts of its mould, or with nothing but its weights."""
+    moulds: dict[str, Mould | None] = {}
+    for kind in kiln.kinds():
+        template = find_template(kiln, kind, kiln.target.graph_format)
+        moulds[kind] = find_mould(kiln, template) if template else None
+    return [
+        BinaryPart(part, net_name(part), kiln.scheme(part), mould.result.facts, "planned")
+        if (mould := moulds[part.kind]) is not None
+        else _lightest(kiln, part)
+        for part in kiln.parts
+    ]
+
+
+def _lightest(kiln: Kiln, part: Part) -> BinaryPart:
+    size = stored_bytes(kiln.scheme(part), count_elements(part_refs(kiln, part)))
+    facts = {"weight_bytes": size, "instruction_bytes": 0, "runtime_bytes": 0}
+    return BinaryPart(part, net_name(part), kiln.scheme(part), facts, "planned")
+
+
+def check_memory(todo: Iterable[Job]) -> None:
+    """Refuse jobs the largest of which does not fit the memory even when it runs alone.
+
+    Raises:
+        ResourceError: with the smallest memory that works.
+    """
+    largest = max(todo, key=lambda job: job.memory_bytes, default=None)
+    if largest is None:
+        return
+    needed, free = TRACE_MEMORY + largest.memory_bytes, available_memory()
+    if free < needed:
+        raise ResourceError(
+            f"{free / 1e9:.1f} GB of memory are available, the smallest that works for this build is "
+            f"{needed / 1e9:.1f} GB ({largest.stage} {largest.what}, alone); close other programs, choose a smaller "
+            "SIZE, or use a machine with more. Nothing was started"
+        )
+
+
+def check_disk(prepared: Prepared, todo: Iterable[Job]) -> None:
     """Refuse a build that the disk has no room for.
 
     Raises:
         ResourceError: fewer bytes are free than the jobs still to do are estimated to write.
     """
-    needed = disk_bytes(prepared, [job for job in list_jobs(prepared) if not job.in_store])
-    places = {prepared.folder, prepared.kiln.cache.store.root}
+    needed = disk_bytes(prepared, todo)
     # On two file systems each gets less than all of it; how much is not worth a second estimate.
-    free, place = min((free_bytes(place), place) for place in places)
-    share = needed if len({_existing(place).stat().st_dev for place in places}) == 1 else needed // 2
+    free, place = min((free_bytes(place), place) for place in places(prepared))
+    share = needed if len({_existing(place).stat().st_dev for place in places(prepared)}) == 1 else needed // 2
     if free < share:
         raise ResourceError(
             f"{_existing(place)}: {free / 1e9:.2f} GB are free, this build needs about {share / 1e9:.2f} GB; make "
             "room, or name folders on a larger disk (--build-dir, --store). Nothing was started"
         )
+
+
+def places(prepared: Prepared) -> tuple[Path, Path]:
+    """Where a build writes: its folder and the store."""
+    return prepared.folder, prepared.kiln.cache.store.root
 
 
 def free_bytes(place: Path) -> int:
@@ -234,22 +316,30 @@ def free_bytes(place: Path) -> int:
 
 def disk_bytes(prepared: Prepared, todo: Iterable[Job]) -> int:
     """About how many bytes these jobs write: into the store, the bundle, and working folders at their fullest."""
+    from fluxkiln.preparing import unwritten_bytes
+
     kiln, settings = prepared.kiln, prepared.settings
     todo = list(todo)
     if not todo:
         return 0
-    total, working = SMALL_FILES, [0]
+    total, working = SMALL_FILES + unwritten_bytes(settings), [0]
     for job in todo:
-        if job.stage in ("mould", "compile", "cast"):
+        if job.stage in ("mould", "compile"):
             stored = stored_bytes(kiln.schemes[job.kind], job.weights)
-            # A compile keeps the weights of the interpreter as well, and works on four float32 copies.
-            total += KERNEL_BYTES + (stored if job.stage == "cast" else 2 * stored)
-            working += [0 if job.stage == "cast" else 16 * job.weights]
+            # Of a mould instructions and graphs are kept, of a compiled part its weights too, twice: the interpreter's
+            # as well. A compile works on four float32 copies.
+            total += KERNEL_BYTES + (2 * stored if job.stage == "compile" else 0)
+            working.append(16 * job.weights)
+        elif job.stage == "cast":
+            total += stored_bytes(kiln.schemes[job.kind], job.weights)
+        elif job.stage == "combine":
+            total += KERNEL_BYTES
     binaries = sum(stored_bytes(kiln.scheme(part), count_elements(part_refs(kiln, part))) for part in kiln.parts)
     stages = {job.stage for job in todo}
-    # Files of components in the store; for graphs, the working folder and the store.
-    total += binaries * ("combine" in stages) + 2 * binaries * ("link" in stages)
-    total += binaries * ("bundle" in stages)
+    # Graphs lie in the working folder and in the store; a bundle has links to bmodels where it can.
+    total += 2 * binaries * ("link" in stages)
+    if "link" in stages or len({_existing(place).stat().st_dev for place in places(prepared)}) > 1:
+        total += binaries * ("bundle" in stages)
     if "verify" in stages:
         weights = sum(job.weights for job in todo if job.stage == "verify")
         # Binaries and lowered weights laid out, and where a scheme quantizes, graphs with float32 weights.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -21,6 +22,25 @@ class Progress(Protocol):
 
     def note(self, text: str) -> None:
         """A sentence worth reading."""
+
+
+class Laps:
+    """Seconds of one thing after the other, by name."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """What was done since the last call was `name`."""
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._last
+        self._last = now
+
+    @property
+    def total(self) -> float:
+        """Seconds of all of it up to now."""
+        return sum(self.seconds.values()) + time.perf_counter() - self._last
 
 
 class Silent:

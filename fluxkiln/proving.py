@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import replace
 
 from fluxkiln.artifacts.actions import Action, stage_code_version
+from fluxkiln.artifacts.files import digest_file
+from fluxkiln.artifacts.types import Template
+from fluxkiln.casting import CAST_CODE
 from fluxkiln.components import Part
 from fluxkiln.errors import CompileError
-from fluxkiln.stages import CAST_CODE, BinaryPart, Kiln, Mould
+from fluxkiln.moulds import compile_weights
+from fluxkiln.stages import BinaryPart, Kiln, Mould, mould_net
 
 
 def proof_part(parts: list[Part], seed: int) -> Part:
@@ -23,7 +28,7 @@ def proof_action(mould: Mould) -> Action:
         stage="proof",
         what=f"casts of {mould.kind}",
         code_version=stage_code_version(*CAST_CODE),
-        inputs={name: mould.result.outputs[name].digest for name in ("bmodel", "map")},
+        inputs={name: mould.result.outputs[name].digest for name in ("shell", "map")},
     )
 
 
@@ -34,18 +39,58 @@ def needs_proof(kiln: Kiln, mould: Mould | None) -> bool:
     return mould.castable and kiln.cache.lookup(proof_action(mould).key) is None
 
 
+def prove_mould(kiln: Kiln, template: Template, mould: Mould) -> None:
+    """Compile other probe weights and cast them into the mould: both must come out identical.
+
+    Raises:
+        CompileError: they differ.
+    """
+    from fluxkiln.compile.bmodel import hash_span, read_bmodel
+    from fluxkiln.compile.cast import cast_region
+    from fluxkiln.compile.mould import CoefficientMap, probe_reader
+    from fluxkiln.compile.shell import lay_out, make_shell
+
+    blobs, net = mould.result.outputs, mould_net(kiln, mould.kind)
+    reader = probe_reader(template.slots, seed=1)
+    with kiln.cache.store.workdir(f"proof of {mould.kind}") as folder:
+        compiled = compile_weights(kiln, template, net, reader, folder, f"proof.{mould.kind}").bmodel
+        (direct,) = read_bmodel(compiled).nets
+        make_shell(compiled, net, folder / "shell.bmodel")
+        cast = folder / "cast.bmodel"
+        region = lay_out(kiln.path(blobs["shell"]), {net: direct.coefficients.size}, cast)[net]
+        coefficients = CoefficientMap.from_json(json.loads(kiln.path(blobs["map"]).read_text()))
+        same = cast_region(cast, region, coefficients, reader) == hash_span(compiled, direct.coefficients)
+        _judge(mould.kind, same, digest_file(folder / "shell.bmodel")[0] == blobs["shell"].digest)
+    kiln.cache.record(proof_action(mould), {}, {"part": "", "weights": "probe weights of seed 1"})
+
+
 def prove_cast(cast: BinaryPart, direct: BinaryPart, kiln: Kiln, mould: Mould) -> BinaryPart:
     """The cast part, marked as proven; later builds find the proof recorded for `mould`.
+
+    Its stored weights must have the digest of those in the direct compile, and all else of the two must be the same
+    bytes but for the net's name.
 
     Raises:
         CompileError: the cast differs from what the compiler itself makes of the same weights.
     """
-    if cast.bmodel.digest == direct.bmodel.digest:
-        kiln.cache.record(proof_action(mould), {}, {"part": cast.part.name, "bmodel": cast.bmodel.digest})
-        return replace(cast, made="cast, compiled: identical")
-    one, other = (kiln.path(part.bmodel).read_bytes() for part in (cast, direct))
-    differing = sum(a != b for a, b in zip(one, other, strict=False)) + abs(len(one) - len(other))
-    raise CompileError(
-        f"{cast.part.name}: the cast differs in {differing} bytes from what the compiler makes of the same weights, "
-        "and they must be equal; the mould's map is wrong: this is a bug of fluxkiln, and the bundle was not written"
-    )
+    from fluxkiln.compile.bmodel import hash_span, read_bmodel
+    from fluxkiln.compile.shell import make_shell
+
+    assert direct.shell is not None
+    compiled = kiln.path(direct.bmodel)
+    (net,) = read_bmodel(compiled).nets
+    same = "sha256:" + hash_span(compiled, net.coefficients).hex() == cast.digest
+    with kiln.cache.store.workdir(f"proof of {cast.part.name}") as folder:
+        make_shell(kiln.path(cast.shell), cast.net, folder / "shell.bmodel")
+        _judge(cast.part.name, same, digest_file(folder / "shell.bmodel")[0] == direct.shell.digest)
+    kiln.cache.record(proof_action(mould), {}, {"part": cast.part.name, "weights": cast.digest})
+    return replace(cast, made="cast, compiled: identical")
+
+
+def _judge(what: str, same_weights: bool, same_shell: bool) -> None:
+    differing = [name for name, same in (("weights", same_weights), ("instructions", same_shell)) if not same]
+    if differing:
+        raise CompileError(
+            f"{what}: its {' and '.join(differing)} differ from what the compiler makes of the same weights, and they "
+            "must be equal; the mould's map is wrong: this is a bug of fluxkiln, and nothing was written"
+        )

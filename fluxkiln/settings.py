@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from fluxkiln.components import COMPONENTS
 from fluxkiln.errors import ShapeError, UsageError
 
 DEFAULT_MODEL = "tiny-dev"
@@ -25,6 +26,8 @@ class Settings:
         tokens: text tokens; None for the model's default.
         scheme: how the blocks are stored; None for the target's default.
         vae: the checkpoint's own decoder, or taef1.
+        components: only these of `COMPONENTS`; None for all.
+        modulation: of the transformer: computed in every block in every step, or once per image before the first.
         jobs: compilers at once; None for one per core.
         build_dir: where bundles and reports go; store: the content-addressed store.
         seed, steps, prompt: of the recorded reference run.
@@ -38,6 +41,8 @@ class Settings:
     tokens: int | None = None
     scheme: str | None = None
     vae: Literal["kl", "tiny"] = "kl"
+    components: tuple[str, ...] | None = None
+    modulation: Literal["inline", "hoisted"] = "inline"
     jobs: int | None = None
     build_dir: Path = Path("build")
     store: Path | None = None
@@ -50,9 +55,21 @@ class Settings:
     def __post_init__(self) -> None:
         if self.vae not in ("kl", "tiny"):
             raise UsageError(f"no VAE is called {self.vae!r}; there are kl (the checkpoint's own) and tiny (taef1)")
+        if self.modulation not in ("inline", "hoisted"):
+            raise UsageError(f"no modulation is called {self.modulation!r}; there are inline and hoisted")
+        for component in self.components or ():
+            if component not in COMPONENTS:
+                raise UsageError(f"no component is called {component!r}; there are {', '.join(COMPONENTS)}")
+        if self.components == ():
+            raise UsageError(f"no component was asked for; there are {', '.join(COMPONENTS)}")
         for name, value in (("jobs", self.jobs), ("tokens", self.tokens), ("steps", self.steps)):
             if value is not None and value < 1:
                 raise UsageError(f"{name} {value}: at least 1 is needed; leave the option out for the default")
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """The components to build, in the order of the pipeline."""
+        return tuple(name for name in COMPONENTS if name in (self.components or COMPONENTS))
 
     @property
     def store_path(self) -> Path:

@@ -7,16 +7,20 @@ import os
 import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
+from fluxkiln.casting import cast_file
 from fluxkiln.compile.tpu_mlir_env import TpuMlirEnv, default_tpu_mlir_root, find_tpu_mlir
 from fluxkiln.components import Part, Shapes, find_part, list_parts
 from fluxkiln.export.checkpoint import Checkpoint, TensorReader, open_checkpoint
+from fluxkiln.moulds import cast_part, compile_part, make_mould
+from fluxkiln.progress import Silent
 from fluxkiln.settings import Settings
-from fluxkiln.stages import BinaryPart, Kiln, Mould, cast_part, compile_part, make_mould, make_template
+from fluxkiln.stages import BinaryPart, Kiln, Mould, make_template
 from fluxkiln.verify.modulation import recorded_parts, view_recording
 from fluxkiln.verify.record import Recording, record_reference
 
@@ -145,7 +149,7 @@ def kiln(tiny_checkpoint: Callable[..., Checkpoint], tmp_path_factory: pytest.Te
 
     All kilns have one store, so that a mould is compiled once a session. For tests marked `tpu_mlir`.
     """
-    from fluxkiln.build import prepare
+    from fluxkiln.preparing import prepare
 
     folder = tmp_path_factory.mktemp("kiln")
 
@@ -160,8 +164,13 @@ def kiln(tiny_checkpoint: Callable[..., Checkpoint], tmp_path_factory: pytest.Te
 
 
 @pytest.fixture(scope="session")
-def cast_and_direct() -> Callable[..., tuple[Mould, BinaryPart, BinaryPart]]:
-    """(kiln, part) -> its kind's mould, the part cast into it, the part compiled; both compilers at once."""
+def cast_and_direct(
+    cast_alone: Callable[[Kiln, str], BinaryPart],
+) -> Callable[..., tuple[Mould, BinaryPart, BinaryPart]]:
+    """(kiln, part) -> its kind's mould, the part cast into it, the part compiled; both compilers at once.
+
+    The `bmodel` of the cast part is the file in which it is alone.
+    """
 
     def make(kiln: Kiln, name: str) -> tuple[Mould, BinaryPart, BinaryPart]:
         part = find_part(kiln.parts, name)
@@ -169,6 +178,20 @@ def cast_and_direct() -> Callable[..., tuple[Mould, BinaryPart, BinaryPart]]:
         with ThreadPoolExecutor(2) as pool:
             mould = pool.submit(make_mould, kiln, template)
             direct = pool.submit(compile_part, kiln, part, template)
-        return mould.result(), cast_part(kiln, part, template, mould.result()), direct.result()
+        return mould.result(), cast_alone(kiln, name), direct.result()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def cast_alone() -> Callable[[Kiln, str], BinaryPart]:
+    """(kiln, part) -> the part cast into its kind's mould; its `bmodel` is the file in which it is alone."""
+
+    def make(kiln: Kiln, name: str) -> BinaryPart:
+        part = find_part(kiln.parts, name)
+        mould = make_mould(kiln, make_template(kiln, part.kind, "onnx17"))
+        assert mould.castable, mould.why
+        file, (binary,) = cast_file(kiln, f"{name}.bmodel", [cast_part(kiln, part, mould)], Silent())
+        return replace(binary, bmodel=file.blob)
 
     return make

@@ -9,15 +9,17 @@ from dataclasses import replace
 import pytest
 
 from fluxkiln.compile.bmodel import check_codes, read_bmodel
-from fluxkiln.compile.cast import cast_bmodel
+from fluxkiln.compile.cast import cast_region
 from fluxkiln.compile.mould import CoefficientMap
+from fluxkiln.compile.shell import write_check_code
 from fluxkiln.components import Shapes, find_part
 from fluxkiln.errors import CompileError, IntegrityError
 from fluxkiln.export.bindings import bind_part, weight_reader
+from fluxkiln.moulds import make_mould
 from fluxkiln.parity import climb_stored
 from fluxkiln.proving import prove_cast
 from fluxkiln.rungs import bm1684x_rungs
-from fluxkiln.stages import CombinedFile, cast_part, make_mould, make_template
+from fluxkiln.stages import CombinedFile, make_template
 from fluxkiln.verify.gates import first_bad_rung
 from fluxkiln.verify.ladder import Ladder
 
@@ -28,15 +30,15 @@ OUTPUT = "hidden_states_out"
 
 
 @pytest.fixture(scope="module")
-def climbed(kiln, tiny_checkpoint, tiny_recording, tmp_path_factory):
+def climbed(kiln, cast_and_direct, cast_alone, tiny_checkpoint, tiny_recording, tmp_path_factory):
     """One block at every rung, and on the simulator in every spoilt form."""
     kiln = kiln()
     kiln = replace(kiln, parts=tuple(find_part(kiln.parts, name) for name in (NAME, "single.01")))
     folder = tmp_path_factory.mktemp("parity")
     recording = tiny_recording("tiny-dev", "kl", Shapes(height=32, width=32, tokens=16))
     template = make_template(kiln, "single", "onnx17")
-    mould = make_mould(kiln, template)
-    casts = tuple(cast_part(kiln, part, template, mould) for part in kiln.parts)
+    mould, sound, direct = cast_and_direct(kiln, NAME)
+    casts = (sound, cast_alone(kiln, "single.01"))
     inputs = recording.inputs(NAME, 0)
     spoilt = {
         "scale": double_one_scale(kiln, casts[0], mould, "proj_out"),
@@ -51,7 +53,7 @@ def climbed(kiln, tiny_checkpoint, tiny_recording, tmp_path_factory):
     caught = {}
     attempts = {
         "check_codes": lambda: check_codes(stale),
-        "prove_cast": lambda: prove_cast(spoilt["scale"], casts[0], kiln, mould),
+        "prove_cast": lambda: prove_cast(spoilt["scale"], direct, kiln, mould),
     }
     for what, attempt in attempts.items():
         try:
@@ -73,20 +75,20 @@ def climbed(kiln, tiny_checkpoint, tiny_recording, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("what", "slot"), [("sound", None), ("scale", "proj_out"), ("slot", ""), ("swapped", "")])
-def test_stored_weights_are_the_checkpoints(kiln, what, slot):
+def test_stored_weights_are_the_checkpoints(kiln, cast_alone, what, slot):
     """One scale of one group doubled changes one byte or two: no output shows it, the bytes do."""
     base = kiln()
     part = find_part(base.parts, NAME)
     only = replace(base, parts=(part,))
     template = make_template(only, "single", "onnx17")
     mould = make_mould(only, template)
-    sound = cast_part(only, part, template, mould)
+    sound = cast_alone(only, NAME)
     spoilt = {
         "sound": lambda: sound,
         "scale": lambda: double_one_scale(only, sound, mould, "proj_out"),
         "slot": lambda: cast_from_wrong_slot(only, sound, mould, template),
         "swapped": lambda: replace(
-            cast_part(only, replace(find_part(base.parts, "single.01"), name=NAME), template, mould), part=part
+            cast_alone(replace(base, parts=(replace(find_part(base.parts, "single.01"), name=NAME),)), NAME), part=part
         ),
     }[what]()
     ladder = Ladder()
@@ -119,9 +121,10 @@ def double_one_scale(kiln, cast, mould, slot):
     position = net.coefficients.start + place.offset
     bits = int.from_bytes(data[position : position + 2], "little")
     data[position : position + 2] = (bits + 0x80).to_bytes(2, "little")  # bfloat16: one more in the exponent
-    code = hashlib.sha256(data[net.coefficients.start : net.coefficients.stop]).digest()
-    data[net.check_code.start : net.check_code.stop] = code
-    return replace(cast, bmodel=kiln.cache.store.add_bytes(bytes(data)))
+    code = hashlib.sha256(data[net.coefficients.start : net.coefficients.stop])
+    data[net.check_code.start : net.check_code.stop] = code.digest()
+    digest = f"sha256:{code.hexdigest()}"
+    return replace(cast, bmodel=kiln.cache.store.add_bytes(bytes(data)), digest=digest)
 
 
 def cast_from_wrong_slot(kiln, cast, mould, template):
@@ -134,8 +137,10 @@ def cast_from_wrong_slot(kiln, cast, mould, template):
     placements[index] = replace(placements[index], form=replace(form, slot=form.slot.replace("to_v", "to_k")))
     reader = weight_reader(bind_part(cast.part, template.slots, kiln.checkpoint), kiln.checkpoint)
     target = kiln.cache.store.root / "wrong.bmodel"
-    shell = kiln.path(mould.result.outputs["bmodel"])
-    cast_bmodel(shell, replace(found, binary=tuple(placements)), reader, cast.net, target)
+    kiln.cache.store.export(cast.bmodel.digest, target)
+    (net,) = read_bmodel(target).nets
+    code = cast_region(target, net.coefficients, replace(found, binary=tuple(placements)), reader)
+    write_check_code(target, net.name, code)
     return replace(cast, bmodel=kiln.cache.store.add_file(target, move=True))
 
 

@@ -12,30 +12,24 @@ import numpy as np
 import pytest
 
 from fluxkiln.artifacts import actions
-from fluxkiln.combining import split_devices
+from fluxkiln.casting import cast_file
 from fluxkiln.components import find_part, list_parts
+from fluxkiln.devices import split_devices
+from fluxkiln.moulds import cast_part, compile_memory, make_mould, mould_action
+from fluxkiln.progress import Silent
 from fluxkiln.proving import proof_part
-from fluxkiln.stages import (
-    cast_part,
-    compile_memory,
-    make_mould,
-    make_template,
-    mould_action,
-    net_name,
-    template_action,
-)
+from fluxkiln.stages import make_template, net_name, template_action
 
 CAST_KINDS = ("double", "single", "tail")
 
 
 def cast_all(kiln):
-    """Every part of the transformer that can be cast, by name."""
-    made = {}
-    for part in kiln.parts:
-        if part.kind in CAST_KINDS:
-            template = make_template(kiln, part.kind, "onnx17")
-            made[part.name] = cast_part(kiln, part, template, make_mould(kiln, template))
-    return made
+    """Blocks and tail of the transformer in one file, by name."""
+    parts = [part for part in kiln.parts if part.kind in CAST_KINDS]
+    moulds = {kind: make_mould(kiln, make_template(kiln, kind, "onnx17")) for kind in CAST_KINDS}
+    file, binaries = cast_file(kiln, "x.bmodel", [cast_part(kiln, p, moulds[p.kind]) for p in parts], Silent())
+    assert file.parts == tuple(part.name for part in parts)
+    return {binary.part.name: binary for binary in binaries}
 
 
 def misses(kiln):
@@ -76,12 +70,12 @@ def test_one_changed_tensor_recasts_one_part(kiln, tiny_checkpoint, tmp_path):
     shard.write_bytes(data)
     changed = kiln(copy)
     after = cast_all(changed)
-    assert misses(changed) == {"template": 0, "mould": 0, "cast": 1}
-    assert {name for name in before if before[name].bmodel != after[name].bmodel} == {"single.01"}
+    assert misses(changed) == {"template": 0, "mould": 0, "combine": 0, "cast": 1, "file": 1}
+    assert {name for name in before if before[name].digest != after[name].digest} == {"single.01"}
     # and again: nothing is left to do
     again = kiln(copy)
     cast_all(again)
-    assert misses(again) == {"template": 0, "mould": 0, "cast": 0}
+    assert misses(again) == {"template": 0, "mould": 0, "combine": 0, "cast": 0, "file": 0}
 
 
 @pytest.mark.tpu_mlir
@@ -151,7 +145,8 @@ def test_net_names_are_as_long_as_the_moulds(tiny_checkpoint):
     parts = list_parts(tiny_checkpoint().configs)
     names = [net_name(part) for part in parts]
     assert len(set(names)) == len(names)
-    assert all(len(net_name(part)) == len(f"{part.kind}_00") for part in parts)
+    kinds = {kind: {len(net_name(part)) for part in parts if part.kind == kind} for kind in {p.kind for p in parts}}
+    assert all(len(lengths) == 1 for lengths in kinds.values())
     assert net_name(find_part(parts, "double.01")) == "double_01"
 
 

@@ -21,9 +21,10 @@ from fluxkiln.artifacts.store import Blob, Store, manifest_blobs, read_object
 from fluxkiln.errors import FluxkilnError, IntegrityError
 
 SCHEMA = "fluxkiln.action/1"
+_INGREDIENTS = ("stage", "what", "code_version", "inputs", "settings", "tools")
 PACKAGE = Path(__file__).parents[1]
 
-Producer = Callable[[Path], tuple[Mapping[str, Path], Mapping[str, Json]]]
+Producer = Callable[[Path], tuple[Mapping[str, Path | Blob], Mapping[str, Json]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +117,23 @@ class ActionCache:
         # As a later lookup will read it: lists where the producer had tuples.
         return ActionResult(key, dict(outputs), {name: plain_json(fact) for name, fact in facts.items()}, hit=False)
 
+    def adopt(self, record: Mapping[str, Json]) -> ActionResult:
+        """Take over a record of another store whose blobs are in this one.
+
+        Raises:
+            IntegrityError: its key is not that of its ingredients, or a blob is missing.
+        """
+        try:
+            action = Action(*(record[name] for name in _INGREDIENTS))  # type: ignore[arg-type]
+            key = action.key
+        except (KeyError, TypeError, ValueError) as error:
+            raise IntegrityError(f"a record has no {error}, every action has; fetch or make it again") from error
+        if record.get("key") != key:
+            raise IntegrityError(f"the record of {action.what} has the key {record.get('key')}, its ingredients have "
+                                 f"{key}; fetch or make it again")  # fmt: skip
+        outputs, facts = _parse_record_object(record, key)
+        return self.record(action, outputs, facts)
+
     def forget(self, key: str) -> None:
         """Drop a record, so that its action runs again; its blobs stay."""
         self._path(key).unlink(missing_ok=True)
@@ -170,8 +188,8 @@ def run_action(cache: ActionCache, action: Action, producer: Producer) -> Action
 
     Args:
         producer: works in the empty folder it is given and returns name -> file and facts. Files in that folder are
-            moved into the store, others copied. The folder is removed afterwards: logs that must outlive a failure
-            belong elsewhere.
+            moved into the store, others copied; a blob is in the store already. The folder is removed afterwards: logs
+            that must outlive a failure belong elsewhere.
 
     Raises:
         ResourceError: the disk is full.
@@ -194,13 +212,15 @@ def _produce(cache: ActionCache, action: Action, producer: Producer) -> ActionRe
     with cache.store.workdir(action.what) as workdir:
         files, facts = producer(workdir)
         for name, path in files.items():
-            if not path.is_file():
+            if isinstance(path, Path) and not path.is_file():
                 raise FluxkilnError(
                     f"{action.what}: the {action.stage} stage names {path.name} as its output {name} but wrote no such "
                     "file; see its log"
                 )
         outputs = {
-            name: cache.store.add_file(path, move=path.resolve().is_relative_to(workdir.resolve()))
+            name: path
+            if isinstance(path, Blob)
+            else cache.store.add_file(path, move=path.resolve().is_relative_to(workdir.resolve()))
             for name, path in files.items()
         }
         return cache.record(action, outputs, facts)

@@ -39,6 +39,8 @@ from fluxkiln.artifacts.store import Blob, Store
 from fluxkiln.errors import IntegrityError, UsageError
 
 MAX_MANIFEST_BYTES = 16 << 20
+# Gigabytes that a runtime reads and nobody writes to: not copied where a hard link does.
+LINKED_SUFFIXES = (".bmodel", ".neff")
 _UNREAD = Blob("sha256:" + "0" * 64, 0)
 
 # First rule that fits decides; a caller's `roles` come before all of them.
@@ -212,7 +214,7 @@ def _complete(manifest: Mapping[str, Json], entries: Mapping[str, Blob], roles: 
 
 def _place(source: Blob | Path, target: Path, store: Store) -> Blob:
     if isinstance(source, Blob):
-        store.export(source.digest, target)
+        store.export(source.digest, target, link=target.suffix in LINKED_SUFFIXES)
         found = os.stat(target).st_size
         if found != source.size:
             raise IntegrityError(f"blob {source.digest} has {found} bytes, {source.size} were expected; build it again")

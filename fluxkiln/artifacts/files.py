@@ -21,7 +21,7 @@ PARTIAL_SUFFIX = ".partial"
 # linux/fs.h, _IOW(0x94, 9, int): share the source's extents (btrfs, XFS, bcachefs).
 FICLONE = 0x40049409
 
-CopyMethod = Literal["reflink", "copy"]
+CopyMethod = Literal["reflink", "link", "copy"]
 
 
 @contextmanager
@@ -133,6 +133,11 @@ def remove_unheld(directory: Path, prefix: str = "") -> tuple[str, ...]:
         finally:
             os.close(fd)
     return tuple(removed)
+
+
+def same_file_system(one: Path, other: Path) -> bool:
+    """Whether a hard link from one folder or file to the other is possible, as far as the system tells."""
+    return os.stat(one).st_dev == os.stat(other).st_dev
 
 
 def sync_directory(directory: Path) -> None:

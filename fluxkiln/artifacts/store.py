@@ -34,6 +34,7 @@ from fluxkiln.artifacts.files import (
     publish,
     remove_unheld,
     reserve,
+    same_file_system,
     sync_directory,
     write_durably,
 )
@@ -132,11 +133,13 @@ class Store:
         self._check(digest, "sha256:" + found)
         return Blob(digest, size)
 
-    def export(self, digest: str, destination: Path) -> CopyMethod:
+    def export(self, digest: str, destination: Path, *, link: bool = False) -> CopyMethod:
         """Write the blob's bytes, checked, to `destination` and return how: reflink where possible, else a copy.
 
-        Never a hard or symbolic link: a later write to the file must not reach the store, and ONNX refuses both for
-        external data.
+        Args:
+            link: where the file system has no reflinks, a hard link does as well: for files of gigabytes that nobody
+                writes to. Both names are read-only; a write through one would reach the other. ONNX refuses such links
+                for external data.
 
         Raises:
             IntegrityError: not there, or damaged (quarantined); `destination` is untouched.
@@ -147,6 +150,13 @@ class Store:
             size = os.fstat(source.fileno()).st_size
             with disk_full_named(directory, size), partial_file(directory, "." + destination.name) as (partial, file):
                 method: CopyMethod = "reflink" if clone(source, file) else "copy"
+                if method == "copy" and link and same_file_system(self.path(digest), directory):
+                    self.verify(digest)
+                    partial.unlink()
+                    os.link(self.path(digest), partial)
+                    os.replace(partial, destination)
+                    sync_directory(directory)
+                    return "link"
                 if method == "reflink":
                     found, _ = digest_file(partial)
                 else:

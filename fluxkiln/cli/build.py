@@ -10,6 +10,7 @@ import click
 from fluxkiln.cli.options import SettingsFor, settings_options
 from fluxkiln.cli.output import Output, count_text, json_option, parity_text, path_text, seconds_text, size_text
 from fluxkiln.cli.progress import open_progress
+from fluxkiln.errors import ResourceError
 
 if TYPE_CHECKING:
     from fluxkiln.build import BuildResult
@@ -59,6 +60,24 @@ def plan(output: Output, settings_for: SettingsFor, target: str) -> None:
     )
     output.line()
     output.facts({name.replace("_", " "): _cell(name, value) for name, value in planned.get("totals", {}).items()})
+    _show_devices(output, planned.get("devices") or {})
+    if planned.get("refused"):
+        raise ResourceError(planned["refused"])
+
+
+def _show_devices(output: Output, devices: dict[str, Any]) -> None:
+    if not devices:
+        return
+    output.line()
+    columns = ("file", "device", "phase", "weights", "instructions", "runtime", "total")
+    numbers = columns[3:]
+    rows = [
+        [size_text(file[name]) if name in numbers else str(file[name]) for name in columns] for file in devices["files"]
+    ]
+    output.table(columns, rows, numbers=numbers)
+    output.line()
+    budget = {"a device gives to models": size_text(devices["budget"])}
+    output.facts({way: ", ".join(map(size_text, peaks)) for way, peaks in devices["peaks"].items()} | budget)
 
 
 def _show(output: Output, result: BuildResult) -> None:

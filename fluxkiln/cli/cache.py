@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
-from fluxkiln.cli.options import build_dir_option, store_option
+from fluxkiln.cli.options import open_existing, store_options
 from fluxkiln.cli.output import Output, count_text, json_option, size_text
 from fluxkiln.cli.usage import NamedCommands
-from fluxkiln.errors import IntegrityError, UsageError
-from fluxkiln.settings import STORE_VARIABLE, Settings
+from fluxkiln.errors import IntegrityError
 
 if TYPE_CHECKING:
-    from fluxkiln.artifacts.store import Store
-
-_F = TypeVar("_F", bound=Callable[..., Any])
+    pass
 
 
 @click.group(cls=NamedCommands)
@@ -25,19 +21,15 @@ def cache() -> None:
     """Look into the store that builds share."""
 
 
-def _store_options(command: _F) -> _F:
-    return build_dir_option(store_option(command))
-
-
 @cache.command(name="ls")
-@_store_options
+@store_options
 @json_option
 @click.pass_obj
 def list_store(output: Output, build_dir: Path, store: Path | None) -> None:
     """Show results per stage, tags and blobs."""
     from fluxkiln.artifacts.actions import ActionCache
 
-    found = _open(build_dir, store)
+    found = open_existing(build_dir, store)
     blobs = list(found.digests())
     stages: dict[str, dict[str, int]] = {}
     for record in ActionCache(found).records():
@@ -63,7 +55,7 @@ def list_store(output: Output, build_dir: Path, store: Path | None) -> None:
 
 
 @cache.command(name="verify")
-@_store_options
+@store_options
 @json_option
 @click.pass_obj
 def verify_store(output: Output, build_dir: Path, store: Path | None) -> None:
@@ -71,7 +63,7 @@ def verify_store(output: Output, build_dir: Path, store: Path | None) -> None:
 
     Damaged ones are put aside, so that the next build makes them again.
     """
-    found = _open(build_dir, store)
+    found = open_existing(build_dir, store)
     blobs = list(found.digests())
     damaged = []
     for blob in blobs:
@@ -86,15 +78,3 @@ def verify_store(output: Output, build_dir: Path, store: Path | None) -> None:
             f"promises ({damaged[0]}); put into {found.root / 'quarantine'}: the next build makes what it needs again"
         )
     output.line(f"{found.root}: {count_text(len(blobs), 'blob')}, {size_text(sum(b.size for b in blobs))}, all intact")
-
-
-def _open(build_dir: Path, store: Path | None) -> Store:
-    from fluxkiln.artifacts.store import Store
-
-    root = Settings(target="", build_dir=build_dir, store=store).store_path
-    if not (root / "index.json").is_file():
-        raise UsageError(
-            f"{root} is no store: it has no index.json; a build makes one there, --store, --build-dir and "
-            f"{STORE_VARIABLE} name another"
-        )
-    return Store(root)

@@ -98,9 +98,9 @@ def export(
     ONNX Runtime's constant folding would make a float32 copy of every weight when it opens a graph: turn it off with
     InferenceSession(path, disabled_optimizers=["ConstantFolding"]), and a weight is widened when it is used.
     """
-    from fluxkiln.build import check_vae, default_size, default_tokens
     from fluxkiln.export.checkpoint import open_checkpoint
     from fluxkiln.export.source import resolve_model
+    from fluxkiln.preparing import check_vae, default_size, default_tokens
 
     chosen_formats = parse_formats(formats)
     settings = Settings(target="", model=model, size=check_size(size), tokens=tokens, vae=vae, build_dir=build_dir)
@@ -119,7 +119,7 @@ def export(
         width, height = settings.size or default_size(checkpoint)
         shapes = Shapes(height, width, tokens or default_tokens(checkpoint))
         shapes.check_variant(checkpoint.variant)
-        check_vae(checkpoint, settings.vae)
+        check_vae(checkpoint, settings)
         all_parts = list_parts(checkpoint.configs, settings.vae, modulation)
         if linked:
             files = choose_graphs(all_parts, components, names)

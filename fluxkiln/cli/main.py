@@ -31,6 +31,7 @@ INTERRUPTED_CODE = 130
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "build": ("build", "Build a verified bundle for TARGET, from checkpoint to report."),
     "plan": ("build", "Show the jobs of a build and their memory; build nothing."),
+    "mould": ("mould", "Make moulds, and carry them to machines without the compiler."),
     "doctor": ("doctor", "Show every tool, its version, and what is missing for which target."),
     "synth": ("synth", "Write a synthetic checkpoint: FLUX.1's architecture, random weights."),
     "export": ("export", "Write the template of every kind of part, and how each part fills its slots."),
@@ -95,6 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         output.error(type(error).__name__, str(error), error.exit_code, places)
         return error.exit_code
     except FluxkilnError as error:
+        if error.details:
+            click.echo(error.details, err=True)
         return _fail(output, type(error).__name__, str(error), error.exit_code)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()

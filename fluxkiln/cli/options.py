@@ -5,13 +5,16 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from fluxkiln.components import Shapes
 from fluxkiln.errors import UsageError
-from fluxkiln.settings import DEFAULT_MODEL, Settings, parse_size
+from fluxkiln.settings import DEFAULT_MODEL, STORE_VARIABLE, Settings, parse_size
+
+if TYPE_CHECKING:
+    from fluxkiln.artifacts.store import Store
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -48,6 +51,8 @@ def settings_options(command: _F) -> _F:
         tokens: int | None,
         scheme: str | None,
         vae: Any,
+        components: str | None,
+        modulation: Any,
         jobs: int | None,
         build_dir: Path,
         store: Path | None,
@@ -71,6 +76,8 @@ def settings_options(command: _F) -> _F:
                 tokens=tokens,
                 scheme=scheme,
                 vae=vae,
+                components=None if components is None else tuple(components.replace(",", " ").split()),
+                modulation=modulation,
                 jobs=jobs,
                 build_dir=build_dir,
                 store=store,
@@ -100,6 +107,13 @@ def settings_options(command: _F) -> _F:
             "otherwise. Default: the target's.",
         ),
         vae_option,
+        click.option("--components", metavar="A,B", help="Build only these, transformer,vae say. Default: all."),
+        click.option(
+            "--modulation",
+            metavar="inline|hoisted",
+            default="inline",
+            help="AdaLN modulation in every block and step, or once per image before the first.",
+        ),
         click.option("--jobs", type=int, metavar="N", help="Compilers at once. Default: one per core."),
         build_dir_option,
         store_option,
@@ -122,6 +136,11 @@ def settings_options(command: _F) -> _F:
     return wrapped  # type: ignore[return-value]
 
 
+def store_options(command: _F) -> _F:
+    """Adds the two options that name a store."""
+    return build_dir_option(store_option(command))
+
+
 def check_size(text: str | None) -> tuple[int, int] | None:
     """Width and height of `--size`; ShapeError at once when the model cannot take them."""
     if text is None:
@@ -129,6 +148,19 @@ def check_size(text: str | None) -> tuple[int, int] | None:
     width, height = parse_size(text)
     Shapes(height, width, tokens=1)
     return width, height
+
+
+def open_existing(build_dir: Path, store: Path | None) -> Store:
+    """The store that the two options name; UsageError when there is none."""
+    from fluxkiln.artifacts.store import Store
+
+    root = Settings(target="", build_dir=build_dir, store=store).store_path
+    if not (root / "index.json").is_file():
+        raise UsageError(
+            f"{root} is no store: it has no index.json; a build makes one there, --store, --build-dir and "
+            f"{STORE_VARIABLE} name another"
+        )
+    return Store(root)
 
 
 def refuse_lora(lora: str | None) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import shutil
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -19,7 +18,6 @@ from numpy.typing import NDArray
 from fluxkiln.compile.bmodel import Span, read_bmodel
 from fluxkiln.compile.forms import FormMaker, SlotRows
 from fluxkiln.compile.mould import CoefficientMap, Placement, WeightReader
-from fluxkiln.compile.shell import write_check_code
 from fluxkiln.errors import CompileError
 
 Blocks = Iterator[NDArray[np.uint8]]
@@ -84,24 +82,6 @@ def _reserve(file: int, region: Span) -> None:
         pass  # a system that cannot
 
 
-def cast_bmodel(mould: Path, coefficients: CoefficientMap, read_weight: WeightReader, net: str, target: Path) -> None:
-    """Write `target`: the mould's bmodel with the weights that `read_weight` gives, its net called `net`.
-
-    The result equals what the compiler makes of these weights, build time aside.
-
-    Raises:
-        CompileError: the net's name has another length than the mould's; a weight has another shape than the probe.
-    """
-    shutil.copyfile(mould, target)
-    (shell,) = read_bmodel(target).nets
-    if len(net.encode()) != shell.name_span.size:
-        raise CompileError(f"net name {net!r}: the mould's name {shell.name!r} can only be replaced by one as long")
-    with target.open("r+b") as file:
-        file.seek(shell.name_span.start)
-        file.write(net.encode())
-    write_check_code(target, net, cast_region(target, shell.coefficients, coefficients, read_weight))
-
-
 def cast_weight_file(coefficients: CoefficientMap, read_weight: WeightReader, target: Path) -> None:
     """Write the weight file (npz) that the compiler's interpreter reads beside the mould's `*_tpu.mlir`."""
     with zipfile.ZipFile(target, "w") as archive:
@@ -111,13 +91,6 @@ def cast_weight_file(coefficients: CoefficientMap, read_weight: WeightReader, ta
                 npy.write_array_header_1_0(file, header)
                 for block in blocks:
                     file.write(block.data)
-
-
-def cast_interpreter_weights(
-    coefficients: CoefficientMap, read_weight: WeightReader, arrays: Any, target: Path
-) -> None:
-    """`cast_weight_file`, for callers that still have the mould's own weight file."""
-    cast_weight_file(coefficients, read_weight, target)
 
 
 def compare_stored(

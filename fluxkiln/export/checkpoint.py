@@ -59,7 +59,7 @@ def open_checkpoint(root: Path, components: Collection[str] = COMPONENTS) -> Che
 
     Args:
         root: a folder in the diffusers layout.
-        components: those that must be there; others are not looked at. Without `transformer` the variant is `schnell`.
+        components: those that must be there; others are not looked at.
 
     Raises:
         CheckpointError: no FLUX.1 checkpoint, or a damaged one; the message names the file and the tensor.
@@ -93,7 +93,9 @@ def open_checkpoint(root: Path, components: Collection[str] = COMPONENTS) -> Che
         configs["vae_tiny"] = _read_config(root, "vae_tiny")
         tensors["vae_tiny"] = _read_component(root, "vae_tiny")
     configs["scheduler"] = _read_json(root, "scheduler/scheduler_config.json")
-    guidance = configs.get("transformer", {}).get("guidance_embeds", False)
+    # The schedule tells as well: dev shifts it by the size of the image, schnell does not.
+    shifted = configs["scheduler"].get("use_dynamic_shifting", False)
+    guidance = configs.get("transformer", {}).get("guidance_embeds", False) if "transformer" in configs else shifted
     return Checkpoint(
         root=root,
         name=_name(root),

@@ -9,7 +9,8 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from io import FileIO
@@ -21,8 +22,6 @@ from fluxkiln.errors import CheckpointError
 from fluxkiln.export.safetensors_header import ITEM_BYTES
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from fluxkiln.export.checkpoint import Checkpoint
 
 Progress = Callable[[int, int], None]
@@ -31,7 +30,6 @@ _CHUNK_BYTES = 8 << 20
 # A file written this recently could change again with its times unchanged (2 s: the coarsest clock of a file system).
 _SETTLE_NS = 2_000_000_000
 _MEMO_FORMAT = 1
-_EXPONENT_MASKS = {"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F800000)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +116,26 @@ def scan_finite(refs: Iterable[TensorRef], memo: DigestMemo | None = None, progr
             )
 
 
+def shard_states(checkpoint: Checkpoint) -> dict[Path, tuple[int, ...]]:
+    """Size, times and inode of every weight file of a checkpoint.
+
+    Raises:
+        CheckpointError: one has disappeared.
+    """
+    files = {ref.file for refs in checkpoint.tensors.values() for ref in refs.values()}
+    return {file: tuple(_file_state(_stat(file))) for file in sorted(files)}
+
+
+def check_shards(checkpoint: Checkpoint, states: Mapping[Path, tuple[int, ...]]) -> None:
+    """Raise CheckpointError when a weight file is not what it was when `states` was taken."""
+    for file, state in shard_states(checkpoint).items():
+        if states.get(file) != state:
+            raise CheckpointError(
+                f"{file} changed while the build read it, and a build is of one checkpoint; start again when nothing "
+                "writes to it"
+            )
+
+
 def fingerprint(checkpoint: Checkpoint, memo: DigestMemo | None = None, progress: Progress | None = None) -> str:
     """sha256 over all that determines what a checkpoint computes: configs, tokenizers, scheduler, every tensor.
 
@@ -154,42 +172,62 @@ def _read_facts(
         by_file.setdefault(ref.file, []).append(ref)
     facts: dict[TensorRef, TensorFacts] = {}
     for file, members in by_file.items():
-        try:
-            state = _file_state(file.stat())
-            for ref in members:
-                if memo and (known := memo.lookup(ref, state)):
-                    facts[ref] = known
-        except OSError as error:
-            raise CheckpointError(f"{file} cannot be read: {error.strerror}; fetch it again") from error
+        state = _file_state(_stat(file))
+        for ref in members:
+            if memo and (known := memo.lookup(ref, state)):
+                facts[ref] = known
     total = sum(ref.nbytes for members in by_file.values() for ref in members if ref not in facts)
     done = 0
-    for file, members in by_file.items():
-        unknown = sorted((ref for ref in members if ref not in facts), key=lambda ref: ref.offset)
-        if not unknown:
-            continue
-        with file.open("rb", buffering=0) as stream:
-            state = _file_state(os.fstat(stream.fileno()))
-            for ref in unknown:
-                facts[ref] = _read_one(stream, ref)
-                done += ref.nbytes
-                if progress:
-                    progress(done, total)
-            if state != _file_state(os.fstat(stream.fileno())):
+    # Hashing and reading leave the interpreter lock alone: the cores share the tensors of a file.
+    with ThreadPoolExecutor(os.cpu_count() or 1, "read") as pool:
+        for file, members in by_file.items():
+            unknown = sorted((ref for ref in members if ref not in facts), key=lambda ref: ref.offset)
+            if not unknown:
+                continue
+            state = _file_state(_stat(file))
+            reading = [pool.submit(_read_one, ref) for ref in unknown]
+            try:
+                for ref, read in zip(unknown, reading, strict=True):
+                    facts[ref] = read.result()
+                    done += ref.nbytes
+                    if progress:
+                        progress(done, total)
+            finally:
+                for read in reading:
+                    read.cancel()
+            if state != _file_state(_stat(file)):
                 raise CheckpointError(f"{file} changed while it was read; start again when nothing writes to it")
-        if memo:
-            for ref in unknown:
-                memo.record(ref, state, facts[ref])
+            if memo:
+                for ref in unknown:
+                    memo.record(ref, state, facts[ref])
     if memo:
         memo.save()
     return facts
 
 
-def _read_one(stream: FileIO, ref: TensorRef) -> TensorFacts:
+def _stat(file: Path) -> os.stat_result:
+    try:
+        return file.stat()
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}; fetch it again") from error
+
+
+def _read_one(ref: TensorRef) -> TensorFacts:
+    try:
+        with ref.file.open("rb", buffering=0) as stream:
+            return _read_stream(stream, ref)
+    except OSError as error:
+        raise CheckpointError(f"{ref.file} cannot be read: {error.strerror}; fetch it again") from error
+
+
+def _read_stream(stream: FileIO, ref: TensorRef) -> TensorFacts:
     import numpy as np
+
+    from fluxkiln.export.finite import first_nonfinite
 
     digest = hashlib.sha256(f"{ref.dtype} {list(ref.shape)}\n".encode())
     chunk = np.empty(min(_CHUNK_BYTES, ref.nbytes), np.uint8)
-    first_nonfinite, done = -1, 0
+    found, done = -1, 0
     stream.seek(ref.offset)
     while done < ref.nbytes:
         view = chunk[: ref.nbytes - done]
@@ -200,20 +238,8 @@ def _read_one(stream: FileIO, ref: TensorRef) -> TensorFacts:
                 raise CheckpointError(f"{ref.file} ends inside {ref.name}; it was truncated: copy or fetch it again")
             filled += count
         digest.update(view.data)
-        if first_nonfinite < 0:
-            index = _first_nonfinite(view, ref.dtype)
-            first_nonfinite = index + done // ITEM_BYTES[ref.dtype] if index >= 0 else -1
+        if found < 0:
+            index = first_nonfinite(view, ref.dtype)
+            found = index + done // ITEM_BYTES[ref.dtype] if index >= 0 else -1
         done += view.nbytes
-    return TensorFacts(digest.hexdigest(), first_nonfinite)
-
-
-def _first_nonfinite(raw: np.ndarray[Any, Any], dtype: str) -> int:
-    """Flat index of the first value whose exponent bits are all ones, or -1."""
-    if dtype not in _EXPONENT_MASKS:
-        return -1
-    import numpy as np
-
-    code, mask = _EXPONENT_MASKS[dtype]
-    bits = raw.view(code)
-    hits = (bits & bits.dtype.type(mask)) == mask
-    return int(np.argmax(hits)) if hits.any() else -1
+    return TensorFacts(digest.hexdigest(), found)

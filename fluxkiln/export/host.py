@@ -15,11 +15,13 @@ T5_BIAS_TABLE = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.w
 
 
 def host_constants(checkpoint: Checkpoint, shapes: Shapes) -> dict[str, NDArray[Any]]:
-    """`rotary_cos`, `rotary_sin` [J, K] and `position_bias` [1, H, T, T], float32."""
-    return {
-        **rotary_embedding(checkpoint.configs["transformer"], shapes),
-        "position_bias": position_bias(checkpoint, shapes),
-    }
+    """`rotary_cos`, `rotary_sin` [J, K] and `position_bias` [1, H, T, T], float32; of components that are there."""
+    constants: dict[str, NDArray[Any]] = {}
+    if "transformer" in checkpoint.tensors:
+        constants |= rotary_embedding(checkpoint.configs["transformer"], shapes)
+    if "text_encoder_2" in checkpoint.tensors:
+        constants["position_bias"] = position_bias(checkpoint, shapes)
+    return constants
 
 
 def rotary_embedding(config: Mapping[str, Any], shapes: Shapes) -> dict[str, NDArray[Any]]:

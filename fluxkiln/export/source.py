@@ -6,7 +6,7 @@ import errno
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,7 +31,9 @@ HUB_PATTERNS = (
 _HUB_ID = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 
-def resolve_model(spec: str, cache_dir: Path, progress: Progress | None = None) -> Path:
+def resolve_model(
+    spec: str, cache_dir: Path, progress: Progress | None = None, components: Collection[str] | None = None
+) -> Path:
     """The folder of the checkpoint that `spec` names; made or fetched first where it is not there yet.
 
     Args:
@@ -39,6 +41,7 @@ def resolve_model(spec: str, cache_dir: Path, progress: Progress | None = None) 
             over a Hugging Face id, a preset over a folder (write `./tiny-dev` for the folder).
         cache_dir: where synthetic checkpoints are kept. Downloads go to the Hugging Face cache.
         progress: called with bytes of a synthetic checkpoint written and to be written.
+        components: which of them a synthetic checkpoint must have; None for all.
 
     Raises:
         UsageError: none of the three.
@@ -46,7 +49,7 @@ def resolve_model(spec: str, cache_dir: Path, progress: Progress | None = None) 
         ResourceError: the disk is full.
     """
     if spec in PRESETS:
-        return _synthesize_once(PRESETS[spec], cache_dir, progress)
+        return _synthesize_once(PRESETS[spec], cache_dir, progress, components)
     path = Path(spec).expanduser()
     if path.exists():
         return path
@@ -64,15 +67,26 @@ def generator_digest(preset: Preset) -> str:
     return hashlib.sha256(json.dumps([GENERATOR, asdict(preset)], sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _synthesize_once(preset: Preset, cache_dir: Path, progress: Progress | None) -> Path:
-    from fluxkiln.export.synth import synthesize
+def synthetic_folder(preset: Preset, cache_dir: Path, components: Collection[str] | None = None) -> Path:
+    """Where a synthetic checkpoint with these components is kept: a whole one where there is one."""
+    folder = cache_dir / "synth" / generator_digest(preset) / preset.name
+    if components is None or (folder / "model_index.json").is_file():
+        return folder
+    return folder.parent / "+".join(sorted(components)) / preset.name
+
+
+def _synthesize_once(
+    preset: Preset, cache_dir: Path, progress: Progress | None, components: Collection[str] | None
+) -> Path:
+    from fluxkiln.export.synth import synthesize, with_tiny_vae
 
     # The folder's own name is the model's name.
-    folder = cache_dir / "synth" / generator_digest(preset) / preset.name
+    folder = synthetic_folder(preset, cache_dir, components)
     if (folder / "model_index.json").is_file():
         return folder
+    chosen = None if components is None else with_tiny_vae(components)
     try:
-        return synthesize(preset.name, folder, progress=progress)
+        return synthesize(preset.name, folder, chosen, progress=progress)
     except UsageError:
         # Another process may have finished the same folder meanwhile.
         if (folder / "model_index.json").is_file():

@@ -15,8 +15,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from fluxkiln.artifacts.types import TensorRef
 from fluxkiln.errors import ResourceError, UsageError
-from fluxkiln.export.checkpoint import COMPONENT_CLASSES, PIPELINE_CLASS
+from fluxkiln.export.checkpoint import COMPONENT_CLASSES, PIPELINE_CLASS, Checkpoint
 from fluxkiln.export.synth_layout import component_layout
 from fluxkiln.export.synth_presets import PRESETS, Preset
 
@@ -65,6 +66,31 @@ def synthesized_bytes(preset: Preset, components: Collection[str] | None = None)
     """Bytes of weights that `synthesize` writes."""
     layouts = (component_layout(name, preset.configs[name]) for name in parse_components(components))
     return sum(2 * math.prod(shape) for layout in layouts for shape in layout.values())
+
+
+def with_tiny_vae(components: Collection[str]) -> tuple[str, ...]:
+    """`components` of a pipeline as `synthesize` takes them: a VAE comes with its tiny sister."""
+    return parse_components({*components, *(["vae_tiny"] if "vae" in components else [])})
+
+
+def unwritten_checkpoint(preset: Preset, components: Collection[str]) -> Checkpoint:
+    """The checkpoint that `synthesize` would write, by names and shapes; its files do not exist."""
+    tensors = {}
+    for name in with_tiny_vae(components):
+        shapes = component_layout(name, preset.configs[name])
+        tensors[name] = {
+            tensor: TensorRef(tensor, Path(name), "BF16", tuple(shape), 0, 2 * math.prod(shape))
+            for tensor, shape in shapes.items()
+        }
+    return Checkpoint(
+        root=Path(preset.name),
+        name=preset.name,
+        variant="dev" if preset.configs["transformer"]["guidance_embeds"] else "schnell",
+        configs={name: preset.configs[name] for name in (*tensors, "scheduler")},
+        tensors=tensors,
+        sidecars={},
+        licence=None,
+    )
 
 
 def synthesize(

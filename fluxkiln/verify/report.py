@@ -7,9 +7,10 @@ no fonts, no libraries, readable without JavaScript.
 Keys of the dict, all but the first two optional (a section without facts is left out):
     title, target: strings. reference: what the reference is, in words.
     model: name, fingerprint, variant. shapes: height, width, tokens, steps. schemes: part or kind -> scheme.
-    parts: list of name, kind, scheme, bytes, device_memory, made (`cast`, `compiled`, `proof compiled: identical`).
-    images: see `compare_pictures`. timings: list of name, seconds. memory: component -> {what: bytes}.
-    estimate: label, entries {what: value with its unit}. tools, machine, provenance: what -> text.
+    parts: list of name, kind, scheme, bytes, device_memory, estimate_ms, made (`cast`, `compiled`, ...).
+    images: see `compare_pictures`. timings: list of name, seconds. memory: file -> {what: bytes}.
+    devices: budget in bytes, peaks {way to load: bytes on each device}, load (the way that fits).
+    estimate: label, entries {what: value with its unit}, values for programs. tools, machine, provenance: what -> text.
 `build_report` adds schema, rows, gates, rungs, summary and verdict.
 """
 
@@ -38,6 +39,7 @@ MAX_HTML_BYTES = 3_000_000
 MAX_IMAGE_BYTES = 200_000
 FACTS = frozenset(
     {"title", "target", "reference", "model", "shapes", "schemes", "parts", "images", "timings", "memory", "estimate"}
+    | {"devices"}
     | {"tools", "machine", "provenance"}
 )
 MEASURES: tuple[tuple[Measure, str], ...] = (

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from fluxkiln import moulds as moulds_module
 from fluxkiln.artifacts.types import TensorSpec
-from fluxkiln.build import build_binaries
 from fluxkiln.compile import mould as mould_module
 from fluxkiln.compile.bmodel import read_bmodel
-from fluxkiln.compile.cast import cast_bmodel
+from fluxkiln.compile.cast import cast_region
 from fluxkiln.compile.mould import CoefficientMap, Placement, Probe, learn_map, probe_reader, probe_weight
+from fluxkiln.compiling import compile_parts
 from fluxkiln.components import find_part
 from fluxkiln.errors import CompileError
 from fluxkiln.export.bindings import bind_part, weight_reader
+from fluxkiln.moulds import make_mould, mould_action
 from fluxkiln.progress import Silent
 from fluxkiln.proving import prove_cast
 from fluxkiln.settings import Settings
-from fluxkiln.stages import make_mould, make_template
+from fluxkiln.stages import make_template
 
 SLOTS = (TensorSpec("a.weight__t", (64, 32)), TensorSpec("a.bias", (32,)), TensorSpec("norm.weight", (64,)))
 
@@ -55,7 +58,7 @@ def test_map_covers_every_byte(kiln, cast_and_direct, scheme):
     text = kiln.path(mould.result.outputs["map"]).read_text()
     found = CoefficientMap.from_json(json.loads(text))
     assert found.to_json() == CoefficientMap.from_json(json.loads(json.dumps(found.to_json()))).to_json()
-    (net,) = read_bmodel(kiln.path(mould.result.outputs["bmodel"])).nets
+    (net,) = read_bmodel(kiln.path(mould.result.outputs["shell"])).nets
     assert sorted(placement.offset for placement in found.binary) == sorted(entry.offset for entry in net.entries)
     template = make_template(kiln, "single", "onnx17")
     assert {placement.form.slot for placement in found.binary} == {spec.name for spec in template.slots}
@@ -64,14 +67,12 @@ def test_map_covers_every_byte(kiln, cast_and_direct, scheme):
 
 
 @pytest.mark.tpu_mlir
-def test_weights_of_another_probe_match_nothing(kiln, cast_and_direct):
-    kiln = kiln()
-    mould, *_ = cast_and_direct(kiln, "single.02")
-    bmodel = kiln.path(mould.result.outputs["bmodel"])
-    slots = make_template(kiln, "single", "onnx17").slots
+def test_weights_of_another_probe_match_nothing(compile_kind, tiny_template):
+    bmodel = compile_kind("single", "W4BF16", 0)[0].bmodel
+    slots = tiny_template("single", "onnx17").slots
     names = [spec.name for spec in slots]
     assert learn_map(bmodel, {}, names, probe_reader(slots), 64, 4).binary
-    refused = r"single_00: \d+ bytes at .* match no probe weight.*compiled one by one"
+    refused = r"single\w*: \d+ bytes at .* match no probe weight.*compiled one by one"
     with pytest.raises(CompileError, match=refused):
         learn_map(bmodel, {}, names, probe_reader(slots, seed=1), 64, 4)
     with pytest.raises(CompileError, match=refused):
@@ -142,19 +143,19 @@ def test_two_slots_with_one_weight_cannot_be_told_apart(compile_matmul):
 
 
 @pytest.mark.tpu_mlir
-def test_kind_with_constants_is_compiled_one_by_one(kiln):
-    """The head's frequencies are constants of its graph: there is no weight they could come from."""
-    kiln = kiln()
-    kiln = replace(kiln, parts=(find_part(kiln.parts, "head"),), target=replace(kiln.target, cast_kinds=("head",)))
+def test_kind_without_a_map_is_compiled_one_by_one(kiln, monkeypatch):
+    """No form of tables is known, say: the build goes on without a mould for them, and says why."""
+    kiln = replace(kiln(), parts=(find_part(kiln().parts, "t5_embed"),))
+    monkeypatch.setattr(mould_module, "candidates", lambda *_: iter(()))
+    monkeypatch.setattr(moulds_module, "mould_action", fresh_action)
     progress = Notes()
-    (made,) = build_binaries(kiln, Settings("bm1684x", jobs=2), progress)
-    assert made.made == "compiled"
-    assert made.coefficients is None
+    (made,), proofs = compile_parts(kiln, Settings("bm1684x", jobs=2), progress)
+    assert (made.made, made.coefficients, proofs) == ("compiled", None, [])
     (note,) = progress.notes
-    assert note.startswith("head: mould head_00: ")
+    assert note.startswith("t5_embed: mould t5_embed_00: ")
     assert note.endswith("its parts are compiled one by one")
     # the reason is remembered: nothing is compiled to find it again
-    again = make_mould(kiln, make_template(kiln, "head", "onnx17"))
+    again = make_mould(kiln, make_template(kiln, "t5_embed", "onnx17"))
     assert again.result.hit
     assert not again.castable
 
@@ -169,10 +170,29 @@ def test_coefficient_of_the_wrong_slot_is_not_proven(kiln, cast_and_direct, tmp_
     template = make_template(kiln, "double", "onnx17")
     reader = weight_reader(bind_part(direct.part, template.slots, kiln.checkpoint), kiln.checkpoint)
     target = tmp_path / "wrong.bmodel"
-    cast_bmodel(kiln.path(mould.result.outputs["bmodel"]), wrong, reader, direct.net, target)
-    spoilt = replace(cast, bmodel=kiln.cache.store.add_file(target))
-    with pytest.raises(CompileError, match=r"double\.01: the cast differs in \d+ bytes.*the bundle was not written"):
-        prove_cast(spoilt, direct, kiln, mould)
+    shutil.copyfile(kiln.path(cast.bmodel), target)
+    (net,) = read_bmodel(target).nets
+    code = cast_region(target, net.coefficients, wrong, reader)
+    with pytest.raises(CompileError, match=r"double\.01: its weights differ from what the compiler makes of the same"):
+        prove_cast(replace(cast, digest=f"sha256:{code.hex()}"), direct, kiln, mould)
+    other = replace(cast, digest=f"sha256:{code.hex()}", shell=make_other_shell(kiln, cast, tmp_path))
+    with pytest.raises(CompileError, match=r"double\.01: its weights and instructions differ"):
+        prove_cast(other, direct, kiln, mould)
+
+
+def make_other_shell(kiln, cast, folder):
+    """The part's shell with one bit of its instructions changed."""
+    target = folder / "other.shell"
+    shutil.copyfile(kiln.path(cast.shell), target)
+    data = bytearray(target.read_bytes())
+    data[-5000] ^= 1
+    target.write_bytes(data)
+    return kiln.cache.store.add_file(target)
+
+
+def fresh_action(kiln, template):
+    """A mould that no other test makes."""
+    return replace(mould_action(kiln, template), code_version="sha256:" + "0" * 64)
 
 
 def swap_slot(found, slot, other):

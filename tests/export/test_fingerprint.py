@@ -62,13 +62,13 @@ def refs_of(folder: Path) -> dict[str, TensorRef]:
 def reads(monkeypatch):
     """Names of the tensors whose bytes are read."""
     names = []
-    original = module._read_one
+    original = module._read_stream
 
     def counting(stream, ref):
         names.append(ref.name)
         return original(stream, ref)
 
-    monkeypatch.setattr(module, "_read_one", counting)
+    monkeypatch.setattr(module, "_read_stream", counting)
     return names
 
 

@@ -36,7 +36,7 @@ def test_a_preset_is_made_again_when_its_data_change():
 
 
 def test_a_preset_made_by_another_process_meanwhile(tmp_path, monkeypatch):
-    def lose_the_race(name, destination, progress=None):
+    def lose_the_race(name, destination, components=None, progress=None):
         synthesize(name, destination)
         return synthesize(name, destination)
 

@@ -1,0 +1,114 @@
+"""full-dev (all of FLUX.1-dev) for bm1684x, one component after the other: cold, and with moulds but no compiler."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from bench.figure import WORK, Figure, Run, fluxkiln, gigabytes, ratio, run
+from fluxkiln.artifacts.types import TensorRef
+from fluxkiln.components import COMPONENTS
+from fluxkiln.export.checkpoint import open_checkpoint
+from fluxkiln.export.source import resolve_model
+
+MODEL, SIZE, TOKENS, SCHEME = "full-dev", "1024x1024", "512", "W4BF16"
+BLOCK = 8 << 20
+NO_COMPILER = {"FLUXKILN_TPU_MLIR": "/nonexistent"}
+
+
+def measure() -> Figure:
+    rows = []
+    for component in reversed(COMPONENTS):
+        root = resolve_model(MODEL, WORK / "models", components=(component,))
+        with tempfile.TemporaryDirectory(dir=WORK) as folder:
+            place = Path(folder)
+            refs = open_checkpoint(root, (component,)).tensors[component].values()
+            cold = build(component, place / "cold")
+            moulds = place / "moulds.tar"
+            run(fluxkiln("mould", "export", str(moulds), "--store", str(place / "cold" / "store"), "--json"))
+            written = sum(path.stat().st_size for path in Path(cold.document()["bundle"]).glob("*.bmodel"))
+            shutil.rmtree(place / "cold")
+            run(fluxkiln("mould", "import", str(moulds), "--store", str(place / "warm" / "store"), "--json"))
+            warm = build(component, place / "warm", NO_COMPILER)
+            shutil.rmtree(place / "warm")
+            plain = copy_plainly(refs, written, place / "plain")
+        shutil.rmtree(root)
+        rows.append(row(component, sum(ref.nbytes for ref in refs), written, cold, warm, plain))
+    return Figure(
+        f"{MODEL}, {SCHEME}, {SIZE}, {TOKENS} tokens",
+        (
+            "component", "weights in", "bmodel", "cold", "peak", "compiler runs", "with moulds", "peak ",
+            "of which cast", "plain copy", "cast / plain copy",
+        ),
+        tuple(rows),
+        (
+            "`fluxkiln build bm1684x --no-verify --components NAME`, the checkpoint there already and not in the page "
+            "cache by intent. Cold: an empty store. With moulds: a new store into which the moulds of the cold build "
+            "were imported, and no TPU-MLIR environment. Both read and hash the checkpoint first, then cast, hash the "
+            "file and put it into the bundle.",
+            "Plain copy: the same byte ranges of the checkpoint read, and as many bytes as the bmodel has written to a "
+            f"file, in blocks of {BLOCK >> 20} MiB, in the same run.",
+        ),
+    )  # fmt: skip
+
+
+def build(component: str, folder: Path, environ: dict[str, str] | None = None) -> Run:
+    """One build of one component in a folder of its own."""
+    arguments = ["--model", MODEL, "--scheme", SCHEME, "--size", SIZE, "--tokens", TOKENS, "--components", component]
+    # the checkpoint is shared, the store is not
+    folder.mkdir(exist_ok=True)
+    (folder / "models").symlink_to(WORK / "models")
+    folders = ["--build-dir", str(folder), "--store", str(folder / "store")]
+    return run(fluxkiln("build", "bm1684x", *arguments, "--no-verify", *folders, "--json"), environ)
+
+
+def copy_plainly(refs: Iterable[TensorRef], written: int, target: Path) -> float:
+    """Seconds of reading these tensors and writing so many bytes; the target is removed."""
+    for ref in refs:
+        drop_from_cache(ref.file)
+    started = time.perf_counter()
+    left = written
+    with target.open("wb", buffering=0) as file:
+        for ref in sorted(refs, key=lambda ref: (ref.file, ref.offset)):
+            with ref.file.open("rb", buffering=0) as source:
+                source.seek(ref.offset)
+                for start in range(0, ref.nbytes, BLOCK):
+                    block = source.read(min(BLOCK, ref.nbytes - start))
+                    if left:
+                        left -= file.write(block[: min(left, len(block))])
+    seconds = time.perf_counter() - started
+    target.unlink()
+    return seconds
+
+
+def drop_from_cache(file: Path) -> None:
+    """Let the kernel forget a file's pages, so that reading it is reading the disk."""
+    descriptor = os.open(file, os.O_RDONLY)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+
+
+def row(component: str, read: int, written: int, cold: Run, warm: Run, plain: float) -> tuple[str, ...]:
+    """A line of the table."""
+    document: dict[str, Any] = warm.document()
+    if document["compiler_runs"]:
+        raise RuntimeError(f"{component}: the compiler ran although there were moulds")
+    casting = float(document["timings"]["cast"])
+    return (
+        component,
+        gigabytes(read),
+        gigabytes(written),
+        f"{cold.seconds:.0f} s",
+        gigabytes(cold.peak_bytes),
+        str(cold.document()["compiler_runs"]),
+        f"{warm.seconds:.0f} s",
+        gigabytes(warm.peak_bytes),
+        f"{casting:.0f} s",
+        f"{plain:.0f} s",
+        ratio(casting, plain),
+    )

@@ -37,6 +37,7 @@ _COMPILE_CODE = (
     "fluxkiln.compile.estimate",
     "fluxkiln.compile.tpu_mlir",
     "fluxkiln.compile.tpu_mlir_transform",
+    "fluxkiln.compile.tpu_mlir_deploy",
     "fluxkiln.compile.mould",
     *STORED_CODE,
 )

@@ -18,8 +18,6 @@ from pathlib import Path
 from fluxkiln.components import KINDS
 
 PROFILE = "compiler_profile_0.txt"
-# what the modulation hangs on is known before the first step: parts that compute nothing else run once for all steps
-HOISTED_KINDS = frozenset({"time_embed", "double_modulation", "single_modulation", "tail_modulation"})
 
 # of the unit that the profile counts in: its own `runtime` is TCYC divided by this
 CYCLES_PER_MS: Mapping[str, int] = {"bm1684x": 1_000_000, "bm1688": 900_000}
@@ -87,7 +85,7 @@ def read_estimate(folder: Path, chip: str) -> Estimate | None:
 
 
 def estimate_pipeline(parts: Mapping[str, tuple[str, float | None]], steps: int) -> PipelineEstimate:
-    """What an image takes when every part of the transformer runs once a step, and everything else once.
+    """What an image takes when parts that depend on the step run once a step, and everything else once.
 
     Args:
         parts: part name -> its kind, and ms of one run.
@@ -97,7 +95,7 @@ def estimate_pipeline(parts: Mapping[str, tuple[str, float | None]], steps: int)
     by_kind: dict[str, tuple[int, float]] = {}
     missing = []
     for name, (kind, ms) in parts.items():
-        every_step = KINDS[kind].component == "transformer" and kind not in HOISTED_KINDS
+        every_step = KINDS[kind].each_step
         if ms is None:
             missing.append(name)
             step_is_known = step_is_known and not every_step

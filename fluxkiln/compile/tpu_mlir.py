@@ -30,6 +30,7 @@ F32_ANCESTORS_OF = ("Sin", "Cos")
 ORDERED_KINDS = frozenset({"double", "single", "double_modulated", "single_modulated"})
 _ORDERED = ["--disable_topo_sort", "--shape_secs_search_strategy", "2"]
 _TRANSFORM = Path(__file__).with_name("tpu_mlir_transform.py")
+_DEPLOY = Path(__file__).with_name("tpu_mlir_deploy.py")
 _SHAPE = re.compile(r"tensor<([0-9x]+)x([a-z0-9]+)>")
 
 
@@ -87,7 +88,8 @@ def compile_graph(env: TpuMlirEnv, job: CompileJob, folder: Path, log: Path) -> 
     transform = [python, str(_TRANSFORM), tool, "--model_name", job.net, "--model_def", str(job.graph)]
     # the flag is read as bool(text): only the empty text is false; the template is folded already
     run_tool([*transform, "--mlir", "top.mlir", "--do_onnx_sim", ""], folder, environ, log, f"{job.net} transform")
-    deploy = [*tool_argv(env, "model_deploy"), "--mlir", "top.mlir", "--chip", job.chip, "--model", "net.bmodel"]
+    python, tool = tool_argv(env, "model_deploy")
+    deploy = [python, str(_DEPLOY), tool, "--mlir", "top.mlir", "--chip", job.chip, "--model", "net.bmodel"]
     deploy += ["--quantize", f"W{job.scheme.weight_bits}BF16" if job.scheme.weight_bits else job.scheme.arithmetic]
     deploy += _ORDERED * (job.kind in ORDERED_KINDS)
     if job.scheme.weight_bits:
@@ -98,8 +100,7 @@ def compile_graph(env: TpuMlirEnv, job: CompileJob, folder: Path, log: Path) -> 
         if table:
             (folder / "table").write_text("".join(f"{name} F32\n" for name in table))
             deploy += ["--quantize_table", "table"]
-    # --debug keeps the lowered graph and its weights, which the interpreter needs
-    run_tool([*deploy, "--debug"], folder, environ, log, f"{job.net} deploy")
+    run_tool(deploy, folder, environ, log, f"{job.net} deploy")
     return _check(job, matmuls, folder)
 
 

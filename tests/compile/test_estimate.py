@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fluxkiln.compile.estimate import HOISTED_KINDS, PROFILE, estimate_pipeline, read_estimate
-from fluxkiln.components import KINDS
+from fluxkiln.compile.estimate import PROFILE, estimate_pipeline, read_estimate
 
 HEAD = "s: start time, b: bd_id, g: gdma_id, e: end time, t: cmd cost time, dr: direction, sz: memsize, bw: bandwidth"
 # two commands of the tensor unit and two of the memory unit, one of each on one line
@@ -101,10 +100,13 @@ def test_a_part_without_an_estimate_is_named_and_not_0():
 
 def test_hoisted_modulation_is_paid_once():
     plain = estimate_pipeline(PARTS, steps=10)
-    for kind in HOISTED_KINDS & KINDS.keys():
+    for kind in ("time_embed", "double_modulation", "single_modulation", "tail_modulation"):
         hoisted = estimate_pipeline({**PARTS, "hoisted": (kind, 5.0)}, steps=10)
         assert hoisted.step_ms == plain.step_ms
         assert hoisted.image_ms == pytest.approx((plain.image_ms or 0) + 5.0)
+    # the control: blocks that take the hoisted rows still run at every step
+    more = estimate_pipeline({**PARTS, "more": ("single_modulated", 5.0)}, steps=10)
+    assert more.step_ms == pytest.approx((plain.step_ms or 0) + 5.0)
 
 
 @pytest.mark.tpu_mlir

@@ -13,15 +13,14 @@ import torch
 from transformers.activations import NewGELUActivation
 
 from fluxkiln.compile import tpu_mlir as adapter
-from fluxkiln.compile.bmodel import check_codes, read_bmodel
 from fluxkiln.compile.pour import pour
 from fluxkiln.compile.simulate import Simulator
 from fluxkiln.compile.tpu_mlir import CompileJob, check_fusions, compile_graph, f32_table
 from fluxkiln.components import KINDS, find_part
-from fluxkiln.errors import CompileError, IntegrityError, SchemeError
+from fluxkiln.errors import CompileError, SchemeError
 from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.quantize.schemes import parse_scheme
-from fluxkiln.stages import cast_part, combine_parts, make_mould, make_template
+from fluxkiln.stages import make_template
 from fluxkiln.verify.gates import first_bad_rung
 from fluxkiln.verify.ladder import Ladder
 
@@ -182,63 +181,6 @@ def test_gelu_spelt_with_pow_becomes_another_function(tpu_mlir, tmp_path):
             errors[name] = relative_l2(made, module(x.double()).numpy())
     assert errors["pow"] > 1e-5
     assert errors["tanh"] <= 1e-6
-
-
-NETS = ("double.01", "single.00", "single.02", "tail")
-
-
-@pytest.fixture(scope="module")
-def combined(kiln, tmp_path_factory):
-    """A kiln, four casts, and one file that holds their nets."""
-    kiln = kiln()
-    parts = []
-    for part in (find_part(kiln.parts, name) for name in NETS):
-        template = make_template(kiln, part.kind, "onnx17")
-        parts.append(cast_part(kiln, part, template, make_mould(kiln, template)))
-    file = combine_parts(kiln, "transformer.bmodel", parts)
-    target = tmp_path_factory.mktemp("combined") / "transformer.bmodel"
-    kiln.cache.store.export(file.blob.digest, target)
-    return kiln, parts, file, target
-
-
-def test_combined_file_has_every_net_in_order(combined):
-    _, parts, file, target = combined
-    assert [net.name for net in read_bmodel(target).nets] == [part.net for part in parts]
-    assert file.parts == NETS
-    check_codes(target)
-
-
-def test_nets_of_a_combined_file_compute_what_their_single_files_do(combined, tpu_mlir, tmp_path):
-    kiln, parts, _, target = combined
-    results = {}
-    with Simulator(tpu_mlir, "bm1684x", tmp_path / "log") as simulator:
-
-        def run(file, part):
-            random = np.random.default_rng(0)  # equal inputs for the two of a kind
-            inputs = {name: random.standard_normal(shape).astype(np.float32) for name, _, shape in part.facts["inputs"]}
-            return simulator.run(file, inputs, KINDS[part.part.kind].outputs, part.net)
-
-        for part in parts:
-            results[part.part.name] = run(target, part)
-        for part in parts:
-            single = tmp_path / f"{part.net}.bmodel"
-            kiln.cache.store.export(part.bmodel.digest, single)
-            for output, array in run(single, part).items():
-                assert np.isfinite(array).all()
-                assert array.tobytes() == results[part.part.name][output].tobytes(), (part.net, output)
-    one, other = (results[name]["hidden_states_out"] for name in ("single.00", "single.02"))
-    assert relative_l2(other, one) > 0.01  # the control: nets of a kind are not one net
-
-
-def test_combined_file_with_a_flipped_byte_is_caught(combined, tmp_path):
-    _, parts, _, target = combined
-    spoilt = tmp_path / "spoilt.bmodel"
-    data = bytearray(target.read_bytes())
-    data[read_bmodel(target).nets[3].coefficients.start + 100] ^= 1
-    spoilt.write_bytes(data)
-    with pytest.raises(IntegrityError, match=f"the weights of net {parts[3].net} do not") as raised:
-        check_codes(spoilt)
-    assert raised.value.exit_code == 4
 
 
 def test_equal_inputs_give_equal_files(compile_matmul, tpu_mlir, tmp_path):

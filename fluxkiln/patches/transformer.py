@@ -15,7 +15,7 @@ Shape suffix legend: see `fluxkiln.components`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,9 +28,9 @@ from fluxkiln.patches.registry import Patch
 _FLUX = "diffusers.models.transformers.transformer_flux"
 _CHECKED = "diffusers 0.42.1"
 _TURN_HIGH = 6.28125
-# number of a row in upstream's order -> the row [1, 1, D] of modulation
-Rows = Callable[[int], Tensor]
-# of a block; in the tail scale comes first
+# what upstream's AdaLN linear makes of temb, cut into rows [1, 1, D]
+Rows = Sequence[Tensor]
+# their order in a block; in the tail scale comes first
 SHIFT, SCALE, GATE, SHIFT_MLP, SCALE_MLP, GATE_MLP = range(6)
 
 
@@ -166,20 +166,19 @@ class DoublePart(nn.Module):
 
 def _rows(norm: Any, temb: Tensor, count: int) -> Rows:
     """What upstream's AdaLN norms make of temb before they normalize."""
-    rows = [row_1D[:, None] for row_1D in norm.linear(norm.silu(temb)).chunk(count, dim=1)]
-    return rows.__getitem__
+    return [row_1D[:, None] for row_1D in norm.linear(norm.silu(temb)).chunk(count, dim=1)]
 
 
-def modulate(norm: nn.Module, x_BLD: Tensor, row: Rows, shift: int, scale: int) -> Tensor:
+def modulate(norm: nn.Module, x_BLD: Tensor, rows: Rows, shift: int, scale: int) -> Tensor:
     """norm(x) (1 + scale) + shift, as the `forward` of every AdaLN norm ends."""
-    modulated: Tensor = norm(x_BLD) * (1 + row(scale)) + row(shift)
+    modulated: Tensor = norm(x_BLD) * (1 + rows[scale]) + rows[shift]
     return modulated
 
 
 def double_block(
     block: Any,
     norms: tuple[nn.Module, nn.Module],
-    rows: tuple[Rows, Rows],
+    both_rows: tuple[Rows, Rows],
     hidden_states: Tensor,
     encoder_hidden_states: Tensor,
     rotary: tuple[Tensor, Tensor],
@@ -187,17 +186,17 @@ def double_block(
     """`FluxTransformerBlock.forward` with the modulation given; returns image and text tokens.
 
     Args:
-        norms: the plain LayerNorms in front of the attention; these and `rows` are of the image, then of the text.
+        norms: the plain LayerNorms in front of the attention; these and `both_rows` are of the image, then of the text.
     """
     attn, tokens = block.attn, encoder_hidden_states.shape[1]
     rotary_cos, rotary_sin = rotary
-    row, text_row = rows
-    image_norm = modulate(norms[0], hidden_states, row, SHIFT, SCALE)
-    text_norm = modulate(norms[1], encoder_hidden_states, text_row, SHIFT, SCALE)
+    rows, text_rows = both_rows
+    image_norm = modulate(norms[0], hidden_states, rows, SHIFT, SCALE)
+    text_norm = modulate(norms[1], encoder_hidden_states, text_rows, SHIFT, SCALE)
 
-    def heads(x_BLD: Tensor, norm: Any, rows: slice) -> Tensor:
+    def heads(x_BLD: Tensor, norm: Any, place: slice) -> Tensor:
         x_BLHK = _head_norm(norm, torch.unflatten(x_BLD, -1, (-1, attn.head_dim)))
-        return _rotate(x_BLHK, rotary_cos[rows], rotary_sin[rows])
+        return _rotate(x_BLHK, rotary_cos[place], rotary_sin[place])
 
     of_text, of_image = slice(0, tokens), slice(tokens, None)
     query = torch.cat(
@@ -217,14 +216,14 @@ def double_block(
     value = torch.cat([attn.add_v_proj(text_norm), attn.to_v(image_norm)], dim=1)
     joint = _attend(query, key, value, attn.head_dim)
 
-    hidden_states = hidden_states + row(GATE) * attn.to_out[0](joint[:, tokens:])
-    image_norm = modulate(block.norm2, hidden_states, row, SHIFT_MLP, SCALE_MLP)
-    hidden_states = hidden_states + row(GATE_MLP) * _feed_forward(block.ff, image_norm)
+    hidden_states = hidden_states + rows[GATE] * attn.to_out[0](joint[:, tokens:])
+    image_norm = modulate(block.norm2, hidden_states, rows, SHIFT_MLP, SCALE_MLP)
+    hidden_states = hidden_states + rows[GATE_MLP] * _feed_forward(block.ff, image_norm)
 
-    encoder_hidden_states = encoder_hidden_states + text_row(GATE) * attn.to_add_out(joint[:, :tokens])
-    text_norm = modulate(block.norm2_context, encoder_hidden_states, text_row, SHIFT_MLP, SCALE_MLP)
+    encoder_hidden_states = encoder_hidden_states + text_rows[GATE] * attn.to_add_out(joint[:, :tokens])
+    text_norm = modulate(block.norm2_context, encoder_hidden_states, text_rows, SHIFT_MLP, SCALE_MLP)
     text_ff = _feed_forward(block.ff_context, text_norm)
-    return hidden_states, encoder_hidden_states + text_row(GATE_MLP) * text_ff
+    return hidden_states, encoder_hidden_states + text_rows[GATE_MLP] * text_ff
 
 
 class SinglePart(nn.Module):
@@ -243,11 +242,11 @@ class SinglePart(nn.Module):
 
 
 def single_block(
-    block: Any, norm: nn.Module, row: Rows, hidden_states: Tensor, rotary: tuple[Tensor, Tensor]
+    block: Any, norm: nn.Module, rows: Rows, hidden_states: Tensor, rotary: tuple[Tensor, Tensor]
 ) -> Tensor:
     """`FluxSingleTransformerBlock.forward` on the joint sequence, with its plain LayerNorm and the modulation given."""
     attn = block.attn
-    normed = modulate(norm, hidden_states, row, SHIFT, SCALE)
+    normed = modulate(norm, hidden_states, rows, SHIFT, SCALE)
 
     def heads(projection: nn.Module, norm: Any) -> Tensor:
         x_BLHK = _head_norm(norm, projection(normed).unflatten(-1, (-1, attn.head_dim)))
@@ -258,7 +257,7 @@ def single_block(
     mlp = F.gelu(block.proj_mlp(normed), approximate="tanh")
     width, weight = attended.shape[-1], block.proj_out.weight
     update = F.linear(attended, weight[:, :width], block.proj_out.bias) + F.linear(mlp, weight[:, width:])
-    return hidden_states + row(GATE) * update
+    return hidden_states + rows[GATE] * update
 
 
 class TailPart(nn.Module):
@@ -273,8 +272,8 @@ class TailPart(nn.Module):
         self.proj_out = model.proj_out
 
     def forward(self, hidden_states: Tensor, temb: Tensor) -> Tensor:
-        row = _rows(self.norm_out, temb, 2)
-        output: Tensor = self.proj_out(modulate(self.norm_out.norm, hidden_states, row, shift=1, scale=0))
+        rows = _rows(self.norm_out, temb, 2)
+        output: Tensor = self.proj_out(modulate(self.norm_out.norm, hidden_states, rows, shift=1, scale=0))
         return output
 
 

@@ -184,7 +184,7 @@ def test_shift_and_scale_in_the_wrong_order_are_caught(tiny_checkpoint, hoisted_
     checkpoint = tiny_checkpoint()
     parts = list_parts(checkpoint.configs, modulation="hoisted")
     original = patches.modulate
-    monkeypatch.setattr(patches, "modulate", lambda norm, x, row, shift, scale: original(norm, x, row, scale, shift))
+    monkeypatch.setattr(patches, "modulate", lambda norm, x, rows, shift, scale: original(norm, x, rows, scale, shift))
     ladder = climb(hoisted_recording(), PatchedRunner(checkpoint, parts), parts)
     assert failed_parts(ladder) == ["double.00", "double.01", "single.00", "single.01", "single.02"]
 

@@ -5,9 +5,11 @@
 Stands for `FluxTransformer2DModel.forward` and what it calls (checked with diffusers 0.42.1). A part takes cos and sin
 as inputs, so the float64 sinusoids of `FluxPosEmbed` never reach a compiler. The block forwards are re-stated for the
 compiler: RMSNorm and RoPE act on each stream before the streams are joined, the values are joined before the head axis
-is split off, the projection behind the single block's concatenation becomes one matmul per input, and the softmax scale
-lies in the RMSNorm weights of q and k. Each of them saves a pass over memory on the chip and none changes the result
-beyond float rounding. They can go when a compiler finds them by itself.
+is split off, the projection behind the single block's concatenation becomes one matmul per input, feed-forwards run in
+two halves, and the softmax scale lies in the RMSNorm weights of q and k. Statements stand in the order in which a chip
+is to run them (`fluxkiln.compile.order`): projections before the norms of their results, and every operation next to
+the one that reads it. This saves passes over memory on the chip and changes the result by float rounding only (`python
+-m bench formulations`). Each of it can go when a compiler finds it by itself.
 
 Shape suffix legend: see `fluxkiln.components`.
 """
@@ -60,16 +62,27 @@ def _attend(query_BLHK: Tensor, key_BLHK: Tensor, value_BLD: Tensor, head_dim: i
     return (scores_BHLL.softmax(dim=-1) @ value_BHLK).transpose(1, 2).flatten(2)
 
 
+def _mlp(x_BLD: Tensor, up: Any, down: Any, bias: Tensor | None) -> Tensor:
+    """Linear, tanh GELU and linear, in two halves of the inner width that are summed at the end.
+
+    Args:
+        up, down: the linears. What `down` has more columns than `up` has rows, in front, belongs to something else.
+        bias: `down`'s, if it is to be added here.
+    """
+    width = up.weight.shape[0]
+    first, half = down.weight.shape[1] - width, width // 2
+
+    def branch(start: int, bias: Tensor | None) -> Tensor:
+        rows = slice(start, start + half)
+        inner = F.gelu(F.linear(x_BLD, up.weight[rows], up.bias[rows]), approximate="tanh")
+        return F.linear(inner, down.weight[:, first + start : first + start + half], bias)
+
+    return branch(0, bias) + branch(half, None)
+
+
 def _feed_forward(ff: Any, x_BLD: Tensor) -> Tensor:
-    """`diffusers.models.attention.FeedForward` with tanh GELU in two halves of the inner width, summed at the end."""
-    proj, out = ff.net[0].proj, ff.net[2]
-    half = proj.weight.shape[0] // 2
-
-    def branch(rows: slice, bias: Tensor | None) -> Tensor:
-        inner = F.gelu(F.linear(x_BLD, proj.weight[rows], proj.bias[rows]), approximate="tanh")
-        return F.linear(inner, out.weight[:, rows], bias)
-
-    return branch(slice(0, half), out.bias) + branch(slice(half, None), None)
+    """`diffusers.models.attention.FeedForward` with tanh GELU."""
+    return _mlp(x_BLD, ff.net[0].proj, ff.net[2], ff.net[2].bias)
 
 
 class HeadPart(nn.Module):
@@ -199,31 +212,19 @@ def double_block(
         return _rotate(x_BLHK, rotary_cos[place], rotary_sin[place])
 
     of_text, of_image = slice(0, tokens), slice(tokens, None)
-    query = torch.cat(
-        [
-            heads(attn.add_q_proj(text_norm), attn.norm_added_q, of_text),
-            heads(attn.to_q(image_norm), attn.norm_q, of_image),
-        ],
-        dim=1,
-    )
-    key = torch.cat(
-        [
-            heads(attn.add_k_proj(text_norm), attn.norm_added_k, of_text),
-            heads(attn.to_k(image_norm), attn.norm_k, of_image),
-        ],
-        dim=1,
-    )
     value = torch.cat([attn.add_v_proj(text_norm), attn.to_v(image_norm)], dim=1)
+    text_key, image_key = attn.add_k_proj(text_norm), attn.to_k(image_norm)
+    text_query, image_query = attn.add_q_proj(text_norm), attn.to_q(image_norm)
+    key = torch.cat([heads(text_key, attn.norm_added_k, of_text), heads(image_key, attn.norm_k, of_image)], dim=1)
+    query = torch.cat([heads(text_query, attn.norm_added_q, of_text), heads(image_query, attn.norm_q, of_image)], dim=1)
     joint = _attend(query, key, value, attn.head_dim)
 
     hidden_states = hidden_states + rows[GATE] * attn.to_out[0](joint[:, tokens:])
     image_norm = modulate(block.norm2, hidden_states, rows, SHIFT_MLP, SCALE_MLP)
-    hidden_states = hidden_states + rows[GATE_MLP] * _feed_forward(block.ff, image_norm)
-
     encoder_hidden_states = encoder_hidden_states + text_rows[GATE] * attn.to_add_out(joint[:, :tokens])
     text_norm = modulate(block.norm2_context, encoder_hidden_states, text_rows, SHIFT_MLP, SCALE_MLP)
-    text_ff = _feed_forward(block.ff_context, text_norm)
-    return hidden_states, encoder_hidden_states + text_rows[GATE_MLP] * text_ff
+    encoder_hidden_states = encoder_hidden_states + text_rows[GATE_MLP] * _feed_forward(block.ff_context, text_norm)
+    return hidden_states + rows[GATE_MLP] * _feed_forward(block.ff, image_norm), encoder_hidden_states
 
 
 class SinglePart(nn.Module):
@@ -248,16 +249,14 @@ def single_block(
     attn = block.attn
     normed = modulate(norm, hidden_states, rows, SHIFT, SCALE)
 
-    def heads(projection: nn.Module, norm: Any) -> Tensor:
-        x_BLHK = _head_norm(norm, projection(normed).unflatten(-1, (-1, attn.head_dim)))
-        return _rotate(x_BLHK, *rotary)
+    def heads(x_BLD: Tensor, norm: Any) -> Tensor:
+        return _rotate(_head_norm(norm, torch.unflatten(x_BLD, -1, (-1, attn.head_dim))), *rotary)
 
-    query, key = heads(attn.to_q, attn.norm_q), heads(attn.to_k, attn.norm_k)
-    attended = _attend(query, key, attn.to_v(normed), attn.head_dim)
-    mlp = F.gelu(block.proj_mlp(normed), approximate="tanh")
-    width, weight = attended.shape[-1], block.proj_out.weight
-    update = F.linear(attended, weight[:, :width], block.proj_out.bias) + F.linear(mlp, weight[:, width:])
-    return hidden_states + rows[GATE] * update
+    value, key, query = attn.to_v(normed), attn.to_k(normed), attn.to_q(normed)
+    key, query = heads(key, attn.norm_k), heads(query, attn.norm_q)
+    attended = _attend(query, key, value, attn.head_dim)
+    update = F.linear(attended, block.proj_out.weight[:, : attended.shape[-1]], block.proj_out.bias)
+    return hidden_states + rows[GATE] * (update + _mlp(normed, block.proj_mlp, block.proj_out, None))
 
 
 class TailPart(nn.Module):
@@ -348,7 +347,7 @@ PATCHES = (
                 "d48dfb2b1e75e64f48dbe314db50f716acbd81946ad08387b858d08f47bba077": _CHECKED
             },
         },
-        reason="joint sequence in and out; one output matmul per input instead of a concatenation",
+        reason="joint sequence in and out; one output matmul per input instead of a concatenation, MLP in two halves",
         until="TPU-MLIR schedules the upstream form as fast",
         kinds=("single", "single_modulated"),
     ),

@@ -66,8 +66,11 @@ def parse_scheme(text: str) -> Scheme:
     return replace(scheme, group_size=int(match.group(2)))
 
 
-# Kinds whose weights are most of the model and repeat; the modulation's are 27 % of the transformer's.
-_BLOCKS = ("t5_block", "double", "single", "double_modulated", "single_modulated")
+# Kinds that repeat: their weights are most of the model.
+_BLOCKS = (
+    "t5_block", "double", "single",
+    "double_modulated", "single_modulated", "double_modulation", "single_modulation",
+)  # fmt: skip
 # What a scheme's exception may be written for beside a kind: a kind of the inline form stands for what it becomes in
 # the hoisted one, so that one text serves both.
 GROUPS: Mapping[str, tuple[str, ...]] = {
@@ -85,10 +88,10 @@ _F16_OVERFLOWS = ("t5_block", "t5_final")
 def part_schemes(blocks: Scheme) -> dict[str, Scheme]:
     """The scheme of every kind when the blocks are to be stored as `blocks`.
 
-    The repeated blocks and their hoisted modulation carry the weight and take `blocks`. What exists once stays
-    unquantized: it is small, and errors there (the time embedding above all) reach every block. The VAE takes F16:
-    through its 25 convolutions BF16 leaves 1.0e-2, in the compiler as in eager PyTorch, F16 leaves 1.2e-3
-    (`docs/numerics.md`).
+    The repeated blocks and their hoisted modulation carry the weight and take `blocks`, so that both forms of the
+    transformer compute the same. What exists once stays unquantized: it is small, and errors there (the time embedding
+    above all) reach every block. The VAE takes F16: through its 25 convolutions BF16 leaves 1.0e-2, in the compiler as
+    in eager PyTorch, F16 leaves 1.2e-3 (`docs/numerics.md`).
     """
     once = {"clip": "F16", "t5_embed": "F16", "vae_decoder": "F16", "tiny_vae_decoder": "F16"}
     schemes = {}
@@ -97,7 +100,7 @@ def part_schemes(blocks: Scheme) -> dict[str, Scheme]:
             schemes[kind] = _NAMED["F32"]
         elif kind in _F16_OVERFLOWS and blocks.arithmetic == "F16":
             schemes[kind] = _NAMED["BF16"]
-        elif kind in _BLOCKS + MODULATION_KINDS:
+        elif kind in _BLOCKS:
             schemes[kind] = blocks
         elif blocks.arithmetic == "F16":
             schemes[kind] = _NAMED["F16"]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 
 import pytest
@@ -8,8 +9,9 @@ from fluxkiln.compile.bmodel import read_bmodel
 from fluxkiln.compile.targets import find_target, target_names
 from fluxkiln.components import KINDS, MODULATION_KINDS, find_part, list_parts
 from fluxkiln.errors import SchemeError, UsageError
+from fluxkiln.moulds import compile_part
 from fluxkiln.quantize.schemes import SCHEME_NAMES, parse_scheme
-from fluxkiln.stages import compile_part, make_template
+from fluxkiln.stages import make_template
 
 
 def test_every_target_is_found_by_its_own_name():
@@ -63,19 +65,22 @@ def test_the_first_scheme_is_the_default():
         "clip": "F16", "t5_embed": "F16", "t5_block": "W4BF16", "t5_final": "BF16", "head": "BF16",
         "double": "W4BF16", "single": "W4BF16", "tail": "BF16", "vae_decoder": "F16", "tiny_vae_decoder": "F16",
         "time_embed": "BF16", "double_modulation": "W4BF16", "single_modulation": "W4BF16",
-        "tail_modulation": "W4BF16", "token_embed": "BF16", "double_modulated": "W4BF16",
+        "tail_modulation": "BF16", "token_embed": "BF16", "double_modulated": "W4BF16",
         "single_modulated": "W4BF16", "tail_modulated": "BF16",
     }  # fmt: skip
 
 
 @pytest.mark.tpu_mlir
-@pytest.mark.parametrize("name", ["double_modulation.01", "tail_modulation", "tail"])
+@pytest.mark.parametrize("name", ["double_modulation.01", "double.01", "single.02", "tail"])
 def test_hoisted_parts_are_cast_and_hand_over_16_bits(kiln, cast_and_direct, name):
     kiln = kiln()
     kiln = replace(kiln, parts=list_parts(kiln.checkpoint.configs, modulation="hoisted"))
-    _, cast, direct = cast_and_direct(kiln, name)
-    assert cast.bmodel.digest == direct.bmodel.digest
-    (net,) = read_bmodel(kiln.path(cast.bmodel)).nets
+    mould, cast, direct = cast_and_direct(kiln, name)
+    assert mould.castable, mould.why
+    (net,) = read_bmodel(kiln.path(direct.bmodel)).nets
+    weights = kiln.path(direct.bmodel).read_bytes()[net.coefficients.start : net.coefficients.stop]
+    assert cast.digest == "sha256:" + hashlib.sha256(weights).hexdigest()
+    assert net.name == cast.net
     found = {tensor.name.partition("_")[0]: tensor.dtype for tensor in (*net.inputs, *net.outputs)}
     assert found["modulation"] == "bfloat16"
     assert found.get("temb", "float32") == "float32"

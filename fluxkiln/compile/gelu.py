@@ -1,11 +1,13 @@
 """Tanh GELU as one operation of the compiler.
 
-ONNX has no GELU before opset 20, so a template spells it with Tanh, as torch's exporter does. TPU-MLIR computes it by
-a table of the chip's (`top.GELU`, approx_mode "tanh"), but its ONNX converter knows only the erf GELU: left alone,
-the chain becomes eleven passes over the widest tensor of a block, each rounded to 16 bits. Here the poured graph gets
-a node `Gelu` with approximate="tanh", as opset 20 defines it; `tpu_mlir_transform.py` teaches the converter to read it.
+ONNX has no GELU before opset 20, so a template spells it with Tanh, as torch's exporter does. The chip has it as one
+operation (`top.GELU`, approx_mode "tanh"), but TPU-MLIR's ONNX converter knows only the erf GELU: left alone, the chain
+becomes eleven passes over the widest tensor of a block, each rounded to 16 bits. Here the poured graph gets ONNX
+Runtime's own name for it, `FastGelu`, and so can still be run; `tpu_mlir_transform.py` teaches the converter to read
+it.
 
-Source: `torch.onnx.symbolic_opset9.gelu`; TPU-MLIR 1.30.2, `OnnxConverter.convert_gelu_op`.
+Source: `torch.onnx.symbolic_opset9.gelu`; onnxruntime, docs/ContribOperators.md; TPU-MLIR 1.30.2,
+`OnnxConverter.convert_gelu_op`.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-OPERATION = "Gelu"
+OPERATION, DOMAIN = "FastGelu", "com.microsoft"
 CUBIC = 0.044715
 INNER = math.sqrt(2 / math.pi)
 
@@ -36,13 +38,14 @@ def fuse_tanh_gelu(model: ir.Model) -> int:
         result = _result(tanh, source) if source is not None else None
         if source is None or result is None:
             continue
-        attribute = ir.AttrString("approximate", "tanh")
-        gelu = ir.Node("", OPERATION, [source], [attribute], name=f"{result.name}_gelu")
+        gelu = ir.Node(DOMAIN, OPERATION, [source], name=f"{result.name}_gelu")
         model.graph.insert_after(tanh, gelu)
         ir.convenience.replace_all_uses_with(result, gelu.outputs[0], replace_graph_outputs=True)
         gelu.outputs[0].shape, gelu.outputs[0].type, gelu.outputs[0].name = result.shape, result.type, result.name
         _remove_unused(result, source)
         found += 1
+    if found:
+        model.graph.opset_imports[DOMAIN] = 1
     return found
 
 

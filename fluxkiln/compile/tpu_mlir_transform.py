@@ -57,16 +57,13 @@ def write_weights(converter: Any, file: str) -> None:
 
 
 def read_gelu(converter: Any, node: Any) -> None:
-    """Convert ONNX's own Gelu, of which the tool knows only what it fuses itself, always as the erf GELU."""
+    """Convert ONNX Runtime's tanh GELU; the tool knows only the erf GELU that it fuses itself."""
     from mlir.dialects import top
     from mlir.ir import StringAttr
 
-    mode = {b"tanh": "tanh", b"none": "normal"}[node.attrs.get("approximate", b"none")]
     place = {"loc": converter.get_loc(f"{node.name}_{node.op_type}"), "ip": converter.mlir.insert_point}
-    mode_attribute = StringAttr.get(mode, converter.mlir.ctx)
-    made = top.GELUOp(
-        converter.unranked_type, converter.getOperand(node.inputs[0]), approx_mode=mode_attribute, **place
-    )
+    mode = StringAttr.get("tanh", converter.mlir.ctx)
+    made = top.GELUOp(converter.unranked_type, converter.getOperand(node.inputs[0]), approx_mode=mode, **place)
     converter.addOperand(node.name, made.output)
 
 
@@ -76,7 +73,7 @@ def teach_gelu(converter_class: Any) -> None:
 
     def init_with_gelu(self: Any, *arguments: Any, **settings: Any) -> None:
         init(self, *arguments, **settings)
-        self.onnxop_factory["Gelu"] = lambda node: read_gelu(self, node)
+        self.onnxop_factory["FastGelu"] = lambda node: read_gelu(self, node)
 
     converter_class.__init__ = init_with_gelu
 

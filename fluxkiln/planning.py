@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from fluxkiln.components import KINDS, Part
 from fluxkiln.devices import group_parts, lay_files, plan_devices
 from fluxkiln.errors import ResourceError
 from fluxkiln.export.bindings import tensors_of
+from fluxkiln.extent import replayed_shapes
 from fluxkiln.moulds import cast_part, compile_action, compile_memory, compile_part, find_mould
 from fluxkiln.proving import needs_proof, proof_part
 from fluxkiln.quantize.schemes import Scheme, check_groups
@@ -123,9 +124,9 @@ def list_jobs(prepared: Prepared) -> list[Job]:
     finished = kiln.cache.lookup(build_action(prepared).key) is not None
     weights = count_elements(ref for part in kiln.parts for ref in part_refs(kiln, part))
     if prepared.settings.verify:
-        memory = TRACE_MEMORY + 4 * weights
-        jobs.append(Job("record", "reference run", "", "F32", memory, finished, weights))
         largest = max(count_elements(part_refs(kiln, part)) for part in kiln.parts)
+        # one part's weights in float32, and the next one's
+        jobs.append(Job("record", "reference run", "", "F32", TRACE_MEMORY + 8 * largest, finished, weights))
         jobs.append(Job("verify", "parity ladder", "", "", 2 * TRACE_MEMORY + 8 * largest, finished, weights))
     jobs.append(Job("bundle", prepared.name, "", "", 0, finished, weights))
     return jobs
@@ -341,11 +342,11 @@ def disk_bytes(prepared: Prepared, todo: Iterable[Job]) -> int:
     if "link" in stages or len({_existing(place).stat().st_dev for place in places(prepared)}) > 1:
         total += binaries * ("bundle" in stages)
     if "verify" in stages:
-        weights = sum(job.weights for job in todo if job.stage == "verify")
-        # Binaries and lowered weights laid out, and where a scheme quantizes, graphs with float32 weights.
-        rounded = kiln.schemes["double"].arithmetic != "F32"
-        working.append(2 * binaries * (kiln.target.toolchain == "tpu_mlir") + 4 * weights * rounded)
-        total += recording_bytes(kiln, settings.steps)
+        # one part at a time: the weights of the interpreter, and those of a graph in float32
+        working.append(8 * max(count_elements(part_refs(kiln, part)) for part in kiln.parts))
+        shapes = replayed_shapes(kiln)
+        steps = settings.steps if shapes == kiln.shapes else 1
+        total += recording_bytes(replace(kiln, shapes=shapes), steps)
     return total + _most(working, settings)
 
 

@@ -100,7 +100,7 @@ def _prepared(settings: Settings, checkpoint: Checkpoint) -> Prepared:
     shapes = Shapes(height, width, settings.tokens or default_tokens(checkpoint))
     shapes.check_variant(checkpoint.variant)
     check_vae(checkpoint, settings)
-    parts = _parts(settings, checkpoint)
+    parts = chosen_parts(settings, checkpoint)
     check_steps(parts, settings.steps)
     folder = settings.build_dir.absolute() / target.name / _name(settings, target, checkpoint, shapes).lower()
     kiln = Kiln(
@@ -120,11 +120,12 @@ def _prepared(settings: Settings, checkpoint: Checkpoint) -> Prepared:
 def _name(settings: Settings, target: Target, checkpoint: Checkpoint, shapes: Shapes) -> str:
     label = (settings.scheme or target.schemes[0]).replace(",", "-").replace("=", "-")
     chosen = "" if settings.chosen == COMPONENTS else "-" + "-".join(settings.chosen)
-    forms = "-hoisted" * (settings.modulation == "hoisted") + "-tiny-vae" * (settings.vae == "tiny")
+    forms = "-inline" * (settings.modulation == "inline") + "-tiny-vae" * (settings.vae == "tiny")
     return f"{checkpoint.name}-{label}-{shapes.width}x{shapes.height}-{shapes.tokens}{forms}{chosen}"
 
 
-def _parts(settings: Settings, checkpoint: Checkpoint) -> tuple[Part, ...]:
+def chosen_parts(settings: Settings, checkpoint: Checkpoint) -> tuple[Part, ...]:
+    """The parts of the components that the settings choose; configs of others need not be there."""
     depths = {
         "text_encoder_2": {"num_layers": 0},
         "transformer": {"num_layers": 0, "num_single_layers": 0},

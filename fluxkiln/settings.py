@@ -26,7 +26,7 @@ class Settings:
         tokens: text tokens; None for the model's default.
         scheme: how the blocks are stored; None for the target's default.
         vae: the checkpoint's own decoder, or taef1.
-        components: only these of `COMPONENTS`; None for all.
+        components: only these of `COMPONENTS`; None for all. What is not whole is not verified.
         modulation: of the transformer: computed in every block in every step, or once per image before the first.
         jobs: compilers at once; None for one per core.
         build_dir: where bundles and reports go; store: the content-addressed store.
@@ -42,7 +42,7 @@ class Settings:
     scheme: str | None = None
     vae: Literal["kl", "tiny"] = "kl"
     components: tuple[str, ...] | None = None
-    modulation: Literal["inline", "hoisted"] = "inline"
+    modulation: Literal["inline", "hoisted"] = "hoisted"
     jobs: int | None = None
     build_dir: Path = Path("build")
     store: Path | None = None
@@ -56,7 +56,7 @@ class Settings:
         if self.vae not in ("kl", "tiny"):
             raise UsageError(f"no VAE is called {self.vae!r}; there are kl (the checkpoint's own) and tiny (taef1)")
         if self.modulation not in ("inline", "hoisted"):
-            raise UsageError(f"no modulation is called {self.modulation!r}; there are inline and hoisted")
+            raise UsageError(f"no form of the transformer is called {self.modulation!r}; there are inline, hoisted")
         for component in self.components or ():
             if component not in COMPONENTS:
                 raise UsageError(f"no component is called {component!r}; there are {', '.join(COMPONENTS)}")

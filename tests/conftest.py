@@ -155,7 +155,9 @@ def kiln(tiny_checkpoint: Callable[..., Checkpoint], tmp_path_factory: pytest.Te
 
     def make(model: str | Path = "tiny-dev", scheme: str = "W4BF16", target: str = "bm1684x") -> Kiln:
         root = model if isinstance(model, Path) else tiny_checkpoint(model).root
-        settings = Settings(target, str(root), scheme=scheme, build_dir=folder / "build", store=folder / "store")
+        settings = Settings(
+            target, str(root), scheme=scheme, build_dir=folder / "build", store=folder / "store", modulation="inline"
+        )
         prepared = prepare(settings)
         assert prepared.kiln.shapes == SMALLEST
         return prepared.kiln

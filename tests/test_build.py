@@ -199,7 +199,8 @@ def test_output_contract(verified, world):
     manifest = verify_bundle(folder / "bundle")
     files = {file.path: file.role for file in manifest.files}
     assert {name for name in files if name.endswith(".bmodel")} == {
-        "text_encoder.bmodel", "text_encoder_2.bmodel", "transformer.bmodel", "vae_decoder.bmodel",
+        "text_encoder.bmodel", "text_encoder_2.bmodel", "modulation.bmodel", "transformer.bmodel",
+        "vae_decoder.bmodel",
     }  # fmt: skip
     assert files["host/constants.safetensors"] == "constants"
     assert files["LICENSE"] == "licence"
@@ -207,7 +208,7 @@ def test_output_contract(verified, world):
     assert report["verdict"]["passed"] is True
     page = (folder / "report.html").read_text()
     assert not re.search(r"""(src|href)=["']?(https?:)?//""", page), "nothing is loaded from elsewhere"
-    assert (folder / "logs" / "mould.double.log").is_file()
+    assert (folder / "logs" / "mould.double_modulated.0.log").is_file()
     assert "truncated" not in verified.err
 
 
@@ -226,7 +227,7 @@ def test_proof_is_repeated_when_asked_for(undisturbed, world):
     assert set(undisturbed.document["parts"].values()) == {"cast"}, "proven when the moulds were made"
     run = build(*arguments, "--prove")
     assert run.code == 0, run.err
-    assert list(run.document["parts"].values()).count("cast, compiled: identical") == 9
+    assert list(run.document["parts"].values()).count("cast, compiled: identical") == 13
     assert (run.document["compiler_runs"], run.document["nothing_to_do"]) == (0, False)
     assert run.document["digest"] == undisturbed.document["digest"]
 
@@ -264,7 +265,7 @@ def test_another_checkpoint_is_cast(verified, world):
     assert run.code == 0, run.err
     parts = run.document["parts"]
     assert set(parts.values()) == {"cast"}
-    assert misses(run) == {"cast": len(parts), "file": 4}
+    assert misses(run) == {"cast": len(parts), "file": 5}
     assert "every part was cast from a mould of the store, without a compiler" in run.err
     assert run.document["compiler_runs"] == 0
     assert run.document["digest"] != verified.document["digest"]
@@ -287,9 +288,8 @@ def test_plan_knows_what_the_store_has(undisturbed, world):
     other = fluxkiln(*arguments, "--scheme", "BF16").document
     stored = {stage: [job["in_store"] for job in other["jobs"] if job["stage"] == stage] for stage in stages(other)}
     assert all(stored["template"]), "a scheme shares every template"
-    blocks = [
-        job["in_store"] for job in other["jobs"] if job["what"] in ("mould t5_block", "mould double", "mould single")
-    ]
+    of_blocks = {f"mould {kind}" for kind in ("t5_block", "double_modulated", "single_modulated")}
+    blocks = [job["in_store"] for job in other["jobs"] if job["what"] in of_blocks]
     assert blocks == [False] * 3, "but no block's mould"
     assert other["totals"]["to_do"] == sum(not job["in_store"] for job in other["jobs"])
     assert other["totals"]["memory_peak_bytes"] > 1e9

@@ -30,16 +30,21 @@ from fluxkiln.settings import Settings
 
 @pytest.fixture
 def prepared(tiny_checkpoint, tmp_path):
-    def make(target: str = "cpu", **changes) -> Prepared:
-        return prepare(Settings(target, str(tiny_checkpoint().root), build_dir=tmp_path / "build", **changes))
+    def make(target: str = "cpu", modulation: str = "hoisted", **changes) -> Prepared:
+        return prepare(
+            Settings(
+                target, str(tiny_checkpoint().root), build_dir=tmp_path / "build", modulation=modulation, **changes
+            )
+        )
 
     return make
 
 
+@pytest.mark.parametrize("modulation", ["inline", "hoisted"])
 @pytest.mark.parametrize("vae", ["kl", "tiny"])
-def test_tensors_of_a_part_by_name_are_those_it_holds(prepared, vae):
-    kiln = prepared(vae=vae).kiln
-    assert kiln.parts == list_parts(kiln.checkpoint.configs, vae)
+def test_tensors_of_a_part_by_name_are_those_it_holds(prepared, vae, modulation):
+    kiln = prepared(vae=vae, modulation=modulation).kiln
+    assert kiln.parts == list_parts(kiln.checkpoint.configs, vae, modulation)
     for part in kiln.parts:
         held = {part.prefix + slot for slot in part_slots(part.kind, kiln.checkpoint.configs)}
         found = {ref.name for ref in part_refs(kiln, part)}
@@ -68,7 +73,7 @@ def test_plan_before_and_after_a_build(tiny_checkpoint, tmp_path):
     assert after["name"] == made.name
     other = plan(Settings("cpu", settings.model, build_dir=tmp_path / "build", verify=False, size=(64, 32)))
     assert {job["in_store"] for job in other["jobs"] if job["stage"] == "template"} <= {True, False}
-    assert not any(job["in_store"] for job in other["jobs"] if job["kind"] == "double")
+    assert not any(job["in_store"] for job in other["jobs"] if job["kind"] == "double_modulated")
 
 
 def _order(kinds: set[str]) -> list[str]:
@@ -86,7 +91,9 @@ def test_plan_for_a_compiler(prepared):
     assert names["mould"] == [f"mould {kind}" for kind in kiln.kinds()]
     assert len(names["compile"]) == len(names["mould"]), "a proof for each mould"
     assert sorted(names["cast"]) == sorted(part.name for part in kiln.parts)
-    double, tail = (next(job for job in jobs if job.what == f"mould {kind}") for kind in ("double", "tail"))
+    double, tail = (
+        next(job for job in jobs if job.what == f"mould {kind}") for kind in ("double_modulated", "tail_modulated")
+    )
     assert double.weights > tail.weights
     assert double.memory_bytes > tail.memory_bytes > 700e6
     assert (double.scheme, tail.scheme) == ("W4BF16", "BF16")

@@ -100,10 +100,20 @@ def export(
     """
     from fluxkiln.export.checkpoint import open_checkpoint
     from fluxkiln.export.source import resolve_model
-    from fluxkiln.preparing import check_vae, default_size, default_tokens
+    from fluxkiln.preparing import check_vae, chosen_parts, default_size, default_tokens
 
     chosen_formats = parse_formats(formats)
-    settings = Settings(target="", model=model, size=check_size(size), tokens=tokens, vae=vae, build_dir=build_dir)
+    settings = Settings(
+        target="",
+        model=model,
+        size=check_size(size),
+        tokens=tokens,
+        vae=vae,
+        # of a checkpoint that has not all of them, those that are asked for as a whole
+        components=tuple(components) if components and not names else None,
+        modulation=modulation,
+        build_dir=build_dir,
+    )
     check_kinds(kinds, settings.vae, modulation)
     linked = bool(components or names)
     if linked:
@@ -114,13 +124,14 @@ def export(
         _check_empty(directory)
     started = time.perf_counter()
     with open_progress() as progress:
-        root = resolve_model(model, build_dir / "models", count_bytes(progress, "synthesize", "written"))
-        checkpoint = open_checkpoint(root)
+        report = count_bytes(progress, "synthesize", "written")
+        root = resolve_model(model, build_dir / "models", report, settings.components)
+        checkpoint = open_checkpoint(root, settings.chosen)
         width, height = settings.size or default_size(checkpoint)
         shapes = Shapes(height, width, tokens or default_tokens(checkpoint))
         shapes.check_variant(checkpoint.variant)
         check_vae(checkpoint, settings)
-        all_parts = list_parts(checkpoint.configs, settings.vae, modulation)
+        all_parts = chosen_parts(settings, checkpoint)
         if linked:
             files = choose_graphs(all_parts, components, names)
             document = write_graphs(checkpoint, files, shapes, chosen_formats[0], directory, copy, progress)

@@ -107,12 +107,14 @@ def settings_options(command: _F) -> _F:
             "otherwise. Default: the target's.",
         ),
         vae_option,
-        click.option("--components", metavar="A,B", help="Build only these, transformer,vae say. Default: all."),
+        click.option(
+            "--components", metavar="A,B", help="Build only these, transformer,vae say, unverified. Default: all."
+        ),
         click.option(
             "--modulation",
             metavar="inline|hoisted",
-            default="inline",
-            help="AdaLN modulation in every block and step, or once per image before the first.",
+            default="hoisted",
+            help="AdaLN modulation once per image, before the first step (the default), or in every block and step.",
         ),
         click.option("--jobs", type=int, metavar="N", help="Compilers at once. Default: one per core."),
         build_dir_option,

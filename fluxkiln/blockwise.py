@@ -23,6 +23,7 @@ from fluxkiln.parity import (
     Parity,
     climb_part,
     climb_pipeline,
+    is_complete,
     let_go,
     record_run,
     replay_part,
@@ -69,7 +70,7 @@ def verify_blockwise(
     # what was compiled elsewhere cannot be executed here, its weights are read back all the same
     able = kiln.target.toolchain != "tpu_mlir" or kiln.tpu_mlir is not None
     chosen = executed_parts(kiln, settings.seed, limits) if able else ()
-    progress.stage("verify", len(kiln.parts) + len(chosen) + 1)
+    progress.stage("verify", len(kiln.parts) + len(chosen) + is_complete(kiln))
     prompt = filling_prompt(settings.prompt, kiln.shapes.tokens, settings.seed)
     true = recording
     if chosen:
@@ -80,9 +81,11 @@ def verify_blockwise(
         compiled = {part.name: upper.submit(replay_part, top, true, part) for part in chosen}
         try:
             pipeline = _replay_all(ladder, small, settings, recording, progress)
+            interpreted = {name: future.result()[0] for name, future in compiled.items()}
+            # only now: both at once would take 5 GB
             stored = stored_rung(kiln)
             for part in chosen:
-                made = {**replay_part(stored, true, part)[0], **compiled[part.name].result()[0]}
+                made = {**replay_part(stored, true, part)[0], **interpreted[part.name]}
                 label = f"{part.name} at {kiln.shapes.width}x{kiln.shapes.height}"
                 climb_part(executed, kiln, true, part, 0, made, label)
                 progress.done("verify", label, f"{len(made)} rungs")
@@ -90,8 +93,9 @@ def verify_blockwise(
             upper.shutdown(wait=False, cancel_futures=True)
             raise
     ladder.rows += executed.rows
-    climb_pipeline(ladder, small, recording, PIPELINE_RUNG, pipeline)
-    progress.done("verify", "whole pipeline", f"1 step at {name_shapes(small.shapes)}")
+    if pipeline is not None:
+        climb_pipeline(ladder, small, recording, PIPELINE_RUNG, pipeline)
+        progress.done("verify", "whole pipeline", f"1 step at {name_shapes(small.shapes)}")
     left_out = dict.fromkeys(part.kind for part in kiln.parts if part.kind not in {part.kind for part in chosen})
     facts = {
         "every part replayed at": f"{name_shapes(small.shapes)}, 1 step",
@@ -104,30 +108,36 @@ def verify_blockwise(
 
 def _replay_all(
     ladder: Ladder, kiln: Kiln, settings: Settings, recording: Recording, progress: Progress
-) -> PipelineResult:
+) -> PipelineResult | None:
     """Replay every part at the rungs that need no compiler, and run the whole pipeline on one of them meanwhile.
 
-    The pipeline is what leads through the parts, so that its rung does not load their weights a second time.
+    The pipeline is what leads through the parts, so that its rung does not load their weights a second time. There is
+    none where only some components are built.
     """
     from fluxkiln.verify.modulation import run_rows
 
     rungs = rungs_below(kiln, threads=0)
     following = dict(zip(kiln.parts, kiln.parts[1:], strict=False))
 
-    def run(name: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    def run(name: str, inputs: Mapping[str, NDArray[Any]] | None) -> dict[str, NDArray[Any]]:
         part = find_part(kiln.parts, name)
         _expect(kiln, following.get(part))
-        made, outputs = {}, {}
+        made: dict[str, Any] = {}
+        outputs: dict[str, Any] = {}
         for rung, runner in rungs.items():
             made[rung] = run_rows(runner, part, recording.inputs(name))
-            if rung == PIPELINE_RUNG:
+            if rung == PIPELINE_RUNG and inputs is not None:
                 outputs = runner(name, inputs)
             let_go(runner)
         climb_part(ladder, kiln, recording, part, 0, made)
         progress.done("verify", name, f"{len(rungs)} rungs at {name_shapes(kiln.shapes)}")
         return outputs
 
-    return run_pipeline(kiln, replace(settings, steps=1), run)
+    if is_complete(kiln):
+        return run_pipeline(kiln, replace(settings, steps=1), run)
+    for part in kiln.parts:
+        run(part.name, None)
+    return None
 
 
 def _expect(kiln: Kiln, part: Part | None) -> None:

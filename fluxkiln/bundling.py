@@ -193,7 +193,7 @@ def _write_report(prepared: Prepared, binaries: tuple[BinaryPart, ...], parity: 
     from fluxkiln.verify.report import build_report, compare_pictures, write_report
 
     kiln = prepared.kiln
-    rows = parity.ladder.rows
+    rows, made = parity.ladder.rows, parity.pipeline
     facts = {
         "title": prepared.name,
         "target": kiln.target.name,
@@ -211,7 +211,7 @@ def _write_report(prepared: Prepared, binaries: tuple[BinaryPart, ...], parity: 
         },
         "schemes": {kind: kiln.schemes[kind].name for kind in kiln.kinds()},
         "parts": [_part_row(binary) for binary in binaries],
-        "images": compare_pictures(parity.recording.image, parity.pipeline.image, parity.pipeline_rung),
+        **({"images": compare_pictures(parity.recording.image, made.image, parity.pipeline_rung)} if made else {}),
         "timings": [
             {"name": name, "seconds": seconds}
             for name, seconds in {**parity.seconds, **laps.seconds, "all": laps.total}.items()

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 LEAST_TOKENS = 8
+# How often a weight of the VAE's decoder is used, on average, for every position of the latents; counted at 1024x1024.
+DECODED = 6.4
+# a table of embeddings, and the half of the VAE that makes latents of images
+_NOT_RUN = ("shared.", "encoder.conv", "encoder.down", "encoder.mid")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +49,22 @@ LIMITS = Limits()
 
 
 def multiplications(kiln: Kiln) -> float:
-    """About how many multiplications one image step takes: every weight of a block once for every token."""
-    refs = kiln.checkpoint.tensors["transformer"].values()
-    return float(kiln.shapes.joint_tokens) * sum(math.prod(ref.shape) for ref in refs if len(ref.shape) == 2)
+    """About how many multiplications the costliest component takes: every weight of a block once for every token.
+
+    Of the transformer one step. A decoder's convolutions run at up to 8 times the width and height of the latents.
+    """
+    shapes = kiln.shapes
+    times = {
+        "text_encoder_2": shapes.tokens,
+        "transformer": shapes.joint_tokens,
+        "vae": DECODED * shapes.latent_hw[0] * shapes.latent_hw[1],
+    }
+    counts = [0.0]
+    for component, often in times.items():
+        refs = kiln.checkpoint.tensors.get(component, {}).items()
+        matrices = (ref for name, ref in refs if len(ref.shape) in (2, 4) and not name.startswith(_NOT_RUN))
+        counts.append(float(often) * sum(math.prod(ref.shape) for ref in matrices))
+    return max(counts)
 
 
 def replayed_shapes(kiln: Kiln, limits: Limits = LIMITS) -> Shapes:

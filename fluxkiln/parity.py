@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fluxkiln.artifacts.actions import Action, run_action, stage_code_version
 from fluxkiln.artifacts.canonical import digest_json
 from fluxkiln.artifacts.types import GraphFormat, PartRunner
-from fluxkiln.components import KINDS, Part, Shapes
+from fluxkiln.components import COMPONENTS, KINDS, Part, Shapes
 from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.export.checkpoint import TensorReader
 from fluxkiln.extent import LIMITS, Limits, multiplications, replayed_shapes
@@ -32,17 +32,21 @@ if TYPE_CHECKING:
     from fluxkiln.verify.record import Recording
 
 
+# configs of components that are not there
+_NO_BLOCKS = {"text_encoder_2": {"num_layers": 0}, "transformer": {"num_layers": 0, "num_single_layers": 0}}
+
+
 @dataclass(frozen=True, slots=True)
 class Parity:
     """A climbed ladder and the reference it was climbed from.
 
-    `pipeline` is the image made by parts at the rung `pipeline_rung`. `facts` says at which shapes a large model was
-    verified; it is empty where everything ran at the shapes of the build.
+    `pipeline` is the image made by parts at the rung `pipeline_rung`, None where not all components are built. `facts`
+    says at which shapes a large model was verified; it is empty where everything ran at the shapes of the build.
     """
 
     ladder: Ladder
     recording: Recording
-    pipeline: PipelineResult
+    pipeline: PipelineResult | None
     pipeline_rung: str
     seconds: Mapping[str, float]
     facts: Mapping[str, str] = field(default_factory=dict)
@@ -59,10 +63,20 @@ def record(kiln: Kiln, settings: Settings, print_: str, folder: Path, limits: Li
     from fluxkiln.verify.modulation import recorded_parts, view_recording
 
     shapes = replayed_shapes(kiln, limits)
-    both = recorded_parts(kiln.checkpoint.configs, settings.vae)
+    built = {part.component for part in kiln.parts}
+    both = tuple(
+        part
+        for part in recorded_parts({**_NO_BLOCKS, **kiln.checkpoint.configs}, settings.vae)
+        if part.component in built
+    )
     steps = settings.steps if shapes == kiln.shapes else 1
     recording = record_run(kiln, settings, print_, folder, both, shapes, steps, settings.prompt)
     return view_recording(recording, kiln.parts)
+
+
+def is_complete(kiln: Kiln) -> bool:
+    """Whether all components of a pipeline are built."""
+    return {part.component for part in kiln.parts} == set(COMPONENTS)
 
 
 def record_run(
@@ -94,6 +108,7 @@ def record_run(
             "fluxkiln.verify.record",
             "fluxkiln.verify.observe",
             "fluxkiln.verify.pipeline",
+            "fluxkiln.verify.partial",
             "fluxkiln.verify.streaming",
         ),
         inputs={"checkpoint": f"sha256:{print_}"},
@@ -178,7 +193,7 @@ def trace_templates(kiln: Kiln, progress: Progress) -> None:
 
 
 def replay(kiln: Kiln, settings: Settings, recording: Recording, rungs: Rungs, progress: Progress) -> Parity:
-    """Replay the recording at every rung of every part, and run the whole pipeline on the top rung.
+    """Replay the recording at every rung of every part; run the whole pipeline, if it is all there, on the top rung.
 
     Args:
         rungs: bottom to top. The top one has a thread of its own: a simulator keeps two cores busy by itself.
@@ -187,26 +202,28 @@ def replay(kiln: Kiln, settings: Settings, recording: Recording, rungs: Rungs, p
 
     started = time.perf_counter()
     calls = [(part, step) for part in kiln.parts for step in range(len(recording.calls[part.name]))]
-    progress.stage("verify", len(calls) + 1)
+    complete = is_complete(kiln)
+    progress.stage("verify", len(calls) + complete)
     ladder = Ladder()
     *_, top = rungs
     below = {rung: runner for rung, runner in rungs.items() if rung != top}
     with ThreadPoolExecutor(1, "below") as lower, ThreadPoolExecutor(1, "top") as upper:
         lower_parts = {part.name: lower.submit(replay_part, below, recording, part) for part in kiln.parts}
         upper_parts = {part.name: upper.submit(replay_part, {top: rungs[top]}, recording, part) for part in kiln.parts}
-        whole = upper.submit(run_pipeline, kiln, settings, rungs[top])
+        whole = upper.submit(run_pipeline, kiln, settings, rungs[top]) if complete else None
         try:
             for part, step in calls:
                 made = {**lower_parts[part.name].result()[step], **upper_parts[part.name].result()[step]}
                 climb_part(ladder, kiln, recording, part, step, made)
                 progress.done("verify", part.name, f"{len(rungs)} rungs, step {step}")
-            pipeline = whole.result()
+            pipeline = whole.result() if whole is not None else None
         except BaseException:
             lower.shutdown(wait=False, cancel_futures=True)
             upper.shutdown(wait=False, cancel_futures=True)
             raise
-    climb_pipeline(ladder, kiln, recording, top, pipeline)
-    progress.done("verify", "whole pipeline", f"{recording.steps} steps")
+    if pipeline is not None:
+        climb_pipeline(ladder, kiln, recording, top, pipeline)
+        progress.done("verify", "whole pipeline", f"{recording.steps} steps")
     return Parity(ladder, recording, pipeline, top, {"verify": time.perf_counter() - started, **recording.seconds})
 
 

@@ -11,10 +11,11 @@ from fluxkiln.blockwise import verify_blockwise
 from fluxkiln.components import Shapes, find_part
 from fluxkiln.extent import Limits, executed_parts, multiplications
 from fluxkiln.linking import link_components
-from fluxkiln.parity import record
+from fluxkiln.moulds import cast_part, make_mould
+from fluxkiln.parity import record, verify_build
 from fluxkiln.progress import Silent
 from fluxkiln.settings import Settings
-from fluxkiln.stages import cast_part, make_mould, make_template
+from fluxkiln.stages import make_template
 from fluxkiln.verify.gates import first_bad_rung
 from fluxkiln.verify.ladder import explain_failure
 
@@ -38,8 +39,12 @@ class Told(Silent):
 class Large:
     """tiny-dev with limits so low that it counts as large."""
 
-    def __init__(self, kiln, folder, scheme="W4BF16", target="cpu"):
+    def __init__(self, kiln, folder, scheme="W4BF16", target="cpu", component=None):
         self.kiln, self.folder = kiln(scheme=scheme, target=target), folder
+        if component is not None:
+            parts = tuple(part for part in self.kiln.parts if part.component == component)
+            tensors = {component: self.kiln.checkpoint.tensors[component]}
+            self.kiln = replace(self.kiln, parts=parts, checkpoint=replace(self.kiln.checkpoint, tensors=tensors))
         self.settings = Settings(target, str(self.kiln.checkpoint.root), scheme=scheme)
         most = multiplications(replace(self.kiln, shapes=SMALL))
         self.limits = Limits(replayed=most, executed=1e9, blocks=1)
@@ -178,6 +183,37 @@ def test_without_quantization_the_bundles_graphs_are_the_onnxruntime_rung(kiln, 
     assert {row.rung for row in parity.ladder.rows} == {"patched", "onnxruntime"}
 
 
+@pytest.mark.parametrize("component", ["text_encoder_2", "transformer", "vae"])
+def test_a_component_is_verified_alone(kiln, tmp_path, component):
+    """There is no whole pipeline then; the random numbers in place of the others' outputs do as well for a part."""
+    alone = Large(kiln, tmp_path, component=component)
+    told = Told()
+    parity, bad = alone.verify(progress=told)
+    assert bad == {}
+    assert parity.pipeline is None
+    chosen = executed_parts(alone.kiln, 0, alone.limits)
+    assert {row.part for row in parity.ladder.rows} == {
+        *(part.name for part in alone.kiln.parts), *(f"{part.name}{AT}" for part in chosen)
+    }  # fmt: skip
+    assert len(told.lines) == told.announced["verify"]
+    if component == "transformer":
+        _, bad = alone.verify(swap(alone.kiln, "single.00", "single.01"))
+        assert bad.keys() >= {"single.00", "single.01"}
+        assert bad["single.00"] == "patched"
+
+
+def test_a_small_models_component_is_replayed_alone(kiln, tmp_path):
+    model = kiln(scheme="BF16", target="cpu")
+    model = replace(model, parts=tuple(part for part in model.parts if part.component == "text_encoder_2"))
+    settings = Settings("cpu", str(model.checkpoint.root), scheme="BF16")
+    _, files, graphs = link_components(model, tmp_path / "linked", Silent())
+    recording = record(model, settings, "tiny", tmp_path / "recording")
+    parity = verify_build(model, settings, "tiny", (), files, graphs, recording, tmp_path / "work", Silent())
+    assert explain_failure(parity.ladder.rows) == ""
+    assert parity.pipeline is None
+    assert {row.part for row in parity.ladder.rows} == {part.name for part in model.parts}
+
+
 @pytest.mark.tpu_mlir
 @pytest.mark.parametrize("spoilt", [False, True])
 def test_compiled_blocks_are_interpreted(kiln, tmp_path, monkeypatch, spoilt):
@@ -186,7 +222,7 @@ def test_compiled_blocks_are_interpreted(kiln, tmp_path, monkeypatch, spoilt):
     name, source = "single.01", "single.02" if spoilt else "single.01"
     template = make_template(compiled.kiln, "single", "onnx17")
     mould = make_mould(compiled.kiln, template)
-    binary = cast_part(compiled.kiln, find_part(compiled.kiln.parts, source), template, mould)
+    binary = cast_part(compiled.kiln, find_part(compiled.kiln.parts, source), mould)
     part = find_part(compiled.kiln.parts, name)
     if spoilt:  # what was cast for the one is taken for the other
         cast = rungs.lay_out_lowered

@@ -49,6 +49,22 @@ def test_the_whole_flux_is_replayed_at_128x128(cpu):
     assert replayed_shapes(model) == Shapes(height=128, width=128, tokens=64)
 
 
+def test_the_costliest_component_counts(cpu):
+    """The decoder's is right for FLUX.1's own; all levels of this one are equally wide, so more of it is at the end."""
+
+    def alone(component):
+        return replace(cpu, checkpoint=replace(cpu.checkpoint, tensors={component: cpu.checkpoint.tensors[component]}))
+
+    counts = {name: multiplications(alone(name)) for name in ("text_encoder", "text_encoder_2", "transformer", "vae")}
+    assert counts["text_encoder"] == 0
+    assert multiplications(cpu) == max(counts.values())
+    blocks = [ref for name, ref in cpu.checkpoint.tensors["text_encoder_2"].items() if ".layer." in name]
+    matrices = sum(ref.shape[0] * ref.shape[1] for ref in blocks if len(ref.shape) == 2)
+    assert counts["text_encoder_2"] == 16 * matrices
+    decoder = template_multiplications(make_template(cpu, "vae_decoder", "onnx23").path)
+    assert 0.2 < counts["vae"] / decoder < 1
+
+
 def test_some_blocks_and_all_that_exist_once_are_executed(cpu):
     parts = executed_parts(cpu, seed=0)
     kinds = [part.kind for part in parts]

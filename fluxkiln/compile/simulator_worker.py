@@ -71,7 +71,9 @@ def run_lowered(file: str, name: str, inputs: Arrays) -> Arrays:
     finally:
         os.chdir(folder)
     for tensor in module.input_names:
-        module.set_tensor(tensor, inputs[tensor].astype(np.float32), inputs[tensor].shape)
+        values = inputs.pop(tensor).astype(np.float32, copy=False)
+        module.set_tensor(tensor, values, values.shape)
+        del values  # the module has a copy
     module.invoke(True)
     return {tensor: np.array(module.get_tensor(tensor), dtype=np.float32) for tensor in module.output_names}
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from fluxkiln.components import KINDS, Part, Shapes
 from fluxkiln.errors import IntegrityError, PatchError, ResourceError, UsageError
 from fluxkiln.verify.observe import observe_part
-from fluxkiln.verify.pipeline import GUIDANCE_SCALE, PROMPT, OnStep, Rendering, quiet, render
+from fluxkiln.verify.pipeline import GUIDANCE_SCALE, PROMPT, OnStep, Rendering, quiet
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,7 +62,7 @@ class Recording:
 
     @property
     def latents(self) -> NDArray[Any]:
-        """Packed latents after the last step, [1, S, 4C]."""
+        """Packed latents after the last step, [1, S, 4C]; like all that was rendered, empty where nothing made it."""
         return self._read(self.rendered["latents"])
 
     @property
@@ -118,10 +118,11 @@ def record_reference(
 
     Args:
         root: a checkpoint folder.
-        parts: the parts to record; which VAE runs is seen from them: the checkpoint's own, or `vae_tiny`.
+        parts: the parts to record. Which components run is seen from them, and which VAE: the checkpoint's own, or
+            `vae_tiny`. What a component that does not run would have made is random numbers for `seed`.
         destination: a folder, made if it is not there; an older recording in it is replaced.
         read: reads the checkpoint's tensors.
-        only: leave out all blocks that are not among `parts`, and the VAE if it is not.
+        only: leave out all blocks that are not among `parts`.
 
     Raises:
         CheckpointError: the tiny VAE is asked for and not there, or a tensor is missing or damaged.
@@ -131,9 +132,11 @@ def record_reference(
     start = time.perf_counter()
     _make_room(destination)
     with quiet():
+        from fluxkiln.verify.partial import render_present
         from fluxkiln.verify.streaming import open_pipeline, shorten, weights_in_place
 
-        pipe = open_pipeline(root, read, tiny=any(part.kind == "tiny_vae_decoder" for part in parts))
+        components = {part.component for part in parts}
+        pipe = open_pipeline(root, read, components, any(part.kind == "tiny_vae_decoder" for part in parts))
     recorder = _Recorder(destination)
     for part in parts:
         observe_part(pipe, part, recorder.put)
@@ -141,7 +144,7 @@ def record_reference(
         shorten(pipe, {part.prefix for part in parts})
     loaded = time.perf_counter()
     with weights_in_place():
-        made = render(pipe, shapes, steps, seed, prompt, guidance_scale, on_step)
+        made = render_present(pipe, shapes, steps, seed, prompt, guidance_scale, on_step)
     for part in parts:
         expected = steps if part.component == "transformer" else 1
         if len(recorder.calls.get(part.name, ())) != expected:

@@ -7,7 +7,7 @@ right after, by forward hooks: nothing upstream is replaced. Checked with diffus
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -59,13 +59,14 @@ class _Unit:
         return tuple(name for _, _, name in self.weights)
 
 
-def open_pipeline(root: Path, read: ReadTensor, tiny: bool) -> Any:
+def open_pipeline(root: Path, read: ReadTensor, components: Collection[str], tiny: bool) -> Any:
     """A `diffusers.FluxPipeline` in float32 on the CPU whose weights are read while it runs.
 
     What it computes equals, bit for bit, what `FluxPipeline.from_pretrained(root, dtype=torch.float32)` computes.
 
     Args:
         root: a checkpoint folder.
+        components: the models that it has; the others are None, and need not be in the folder.
         tiny: with the tiny VAE of `vae_tiny`.
 
     Raises:
@@ -76,39 +77,39 @@ def open_pipeline(root: Path, read: ReadTensor, tiny: bool) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
     vae = "vae_tiny" if tiny else "vae"
-    if not (root / vae).is_dir():
+    if "vae" in components and not (root / vae).is_dir():
         raise CheckpointError(f"{root} has no folder {vae}: put taef1 (AutoencoderTiny) there, or use VAE=kl")
-    clip = CLIPTextConfig.from_pretrained(root / "text_encoder")
-    t5 = T5Config.from_pretrained(root / "text_encoder_2")
+    makers: dict[str, Callable[[], Any]] = {
+        "text_encoder": lambda: CLIPTextModel(CLIPTextConfig.from_pretrained(root / "text_encoder")),
+        "text_encoder_2": lambda: T5EncoderModel(T5Config.from_pretrained(root / "text_encoder_2")),
+        "transformer": lambda: _from_config(FluxTransformer2DModel, root / "transformer"),
+        "vae": lambda: _from_config(AutoencoderTiny if tiny else AutoencoderKL, root / vae),
+    }
     with _ParametersOnMeta():
-        models = {
-            "text_encoder": CLIPTextModel(clip),
-            "text_encoder_2": T5EncoderModel(t5),
-            "transformer": _from_config(FluxTransformer2DModel, root / "transformer"),
-            "vae": _from_config(AutoencoderTiny if tiny else AutoencoderKL, root / vae),
-        }
+        models = {name: make() if name in components else None for name, make in makers.items()}
     for slot, model in models.items():
-        _stream(model.eval().requires_grad_(False), slot, vae if slot == "vae" else slot, read)
-    return FluxPipeline.from_pretrained(root, **models)
+        if model is not None:
+            _stream(model.eval().requires_grad_(False), slot, vae if slot == "vae" else slot, read)
+    tokenizers = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+    missing = {name: None for model, name in tokenizers.items() if models[model] is None}
+    return FluxPipeline.from_pretrained(root, **models, **missing)
 
 
 def shorten(pipe: Any, prefixes: Collection[str]) -> None:
     """Leave every block out of a streamed pipeline but those that `prefixes` names (`transformer_blocks.3.`).
 
     The blocks left are chained in their order. Where the first block makes what the others need it stays as well. Call
-    it after the observers have found their modules. Unless `decoder.` is named, the VAE makes a black image.
+    it after the observers have found their modules.
     """
     for component, stacks in _STACKS.items():
         model = getattr(pipe, component)
-        for stack in stacks:
+        for stack in stacks if model is not None else ():
             blocks = [
                 block
                 for index, block in enumerate(model.get_submodule(stack))
                 if f"{stack}.{index}." in prefixes or (index == 0 and stack in _FIRST_IS_NEEDED)
             ]
             model.set_submodule(stack, nn.ModuleList(blocks))
-    if "decoder." not in prefixes:
-        pipe.vae.decode = partial(_black, pipe.vae_scale_factor)
 
 
 @contextmanager
@@ -123,11 +124,6 @@ def weights_in_place() -> Iterator[None]:
             f"a module ran without its weights ({str(error).splitlines()[0]}): upstream no longer calls it as a "
             "module; install the versions pinned in constraints.txt"
         ) from error
-
-
-def _black(factor: int, latents: torch.Tensor, **_: Any) -> tuple[torch.Tensor]:
-    height, width = latents.shape[-2:]
-    return (torch.full((1, 3, height * factor, width * factor), -1.0),)
 
 
 class _ParametersOnMeta(TorchFunctionMode):

@@ -8,7 +8,7 @@ import pytest
 
 from fluxkiln import blockwise, rungs
 from fluxkiln.blockwise import verify_blockwise
-from fluxkiln.components import Shapes, find_part
+from fluxkiln.components import Shapes, find_part, list_parts
 from fluxkiln.extent import Limits, executed_parts, multiplications
 from fluxkiln.linking import link_components
 from fluxkiln.moulds import cast_part, make_mould
@@ -181,6 +181,18 @@ def test_without_quantization_the_bundles_graphs_are_the_onnxruntime_rung(kiln, 
     assert bad == {}
     assert {row.rung for row in parity.ladder.rows if AT in row.part} == {"onnxruntime"}
     assert {row.rung for row in parity.ladder.rows} == {"patched", "onnxruntime"}
+
+
+def test_both_forms_of_the_transformer_are_verified(kiln, tmp_path):
+    """The one that the fixtures do not make: blocks with their modulation as an input, or with their AdaLN linears."""
+    model = kiln(scheme="W4BF16", target="cpu")
+    other = "hoisted" if any(part.kind == "head" for part in model.parts) else "inline"
+    parts = list_parts(model.checkpoint.configs, modulation=other)
+    both = Large(lambda **_: replace(model, parts=parts), tmp_path)
+    parity, bad = both.verify()
+    assert bad == {}
+    kinds = {row.kind for row in parity.ladder.rows if AT in row.part}
+    assert kinds >= ({"single_modulated", "single_modulation"} if other == "hoisted" else {"single", "head"})
 
 
 @pytest.mark.parametrize("component", ["text_encoder_2", "transformer", "vae"])

@@ -76,7 +76,8 @@ def verify_blockwise(
     if chosen:
         true = record_run(kiln, settings, print_, folder / "executed", chosen, kiln.shapes, 1, prompt, only=True)
     ladder, executed = Ladder(), Ladder()
-    with executed_rung(kiln, binaries, graphs, folder) as top, ThreadPoolExecutor(1, "top") as upper:
+    # the interpreter is left first: then what runs there ends at once when something else has failed
+    with ThreadPoolExecutor(1, "top") as upper, executed_rung(kiln, binaries, graphs, folder) as top:
         # a thread of its own: the interpreter is another process, which keeps one core busy
         compiled = {part.name: upper.submit(replay_part, top, true, part) for part in chosen}
         try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from fluxkiln import blockwise, rungs
 from fluxkiln.blockwise import verify_blockwise
 from fluxkiln.components import Shapes, find_part, list_parts
+from fluxkiln.errors import CheckpointError, CompileError
 from fluxkiln.extent import Limits, executed_parts, multiplications
 from fluxkiln.linking import link_components
 from fluxkiln.moulds import cast_part, make_mould
@@ -224,6 +227,33 @@ def test_a_small_models_component_is_replayed_alone(kiln, tmp_path):
     assert explain_failure(parity.ladder.rows) == ""
     assert parity.pipeline is None
     assert {row.part for row in parity.ladder.rows} == {part.name for part in model.parts}
+
+
+def test_a_failure_does_not_wait_for_what_is_executed(large, monkeypatch):
+    """At full size a block is interpreted for most of a minute."""
+    begun, gone, saw_it_go = threading.Event(), threading.Event(), []
+
+    def run(part, inputs):
+        begun.set()
+        saw_it_go.append(gone.wait(20))
+        raise CompileError("the process ended")
+
+    @contextmanager
+    def process(*_):
+        try:
+            yield {"executed": run}
+        finally:
+            gone.set()
+
+    def fail(*_):
+        assert begun.wait(20)
+        raise CheckpointError("a shard has gone")
+
+    monkeypatch.setattr(blockwise, "executed_rung", process)
+    monkeypatch.setattr(blockwise, "_replay_all", fail)
+    with pytest.raises(CheckpointError, match="a shard has gone"):
+        large.verify()
+    assert saw_it_go == [True]
 
 
 @pytest.mark.tpu_mlir

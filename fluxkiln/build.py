@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from fluxkiln.artifacts.bundle import heal_bundle
 from fluxkiln.artifacts.locks import build_lock
 from fluxkiln.casting import cast_file
 from fluxkiln.compiling import compile_parts
-from fluxkiln.components import COMPONENTS
 from fluxkiln.devices import group_parts, plan_devices
 from fluxkiln.linking import link_components
 from fluxkiln.preparing import Prepared, describe, prepare, unwritten_bytes
@@ -75,9 +74,6 @@ def build(settings: Settings, progress: Progress | None = None) -> BuildResult:
 
     progress = progress or Silent()
     laps = Laps()
-    if settings.verify and settings.chosen != COMPONENTS:
-        progress.note(f"not verified: the reference is a run of all of {', '.join(COMPONENTS)}")
-        settings = replace(settings, verify=False)
     prepared = prepare(settings, progress)
     laps.lap("prepare")
     with _folder_locked(prepared):

@@ -26,7 +26,7 @@ class Settings:
         tokens: text tokens; None for the model's default.
         scheme: how the blocks are stored; None for the target's default.
         vae: the checkpoint's own decoder, or taef1.
-        components: only these of `COMPONENTS`; None for all. What is not whole is not verified.
+        components: only these of `COMPONENTS`; None for all.
         modulation: of the transformer: computed in every block in every step, or once per image before the first.
         jobs: compilers at once; None for one per core.
         build_dir: where bundles and reports go; store: the content-addressed store.

@@ -107,9 +107,7 @@ def settings_options(command: _F) -> _F:
             "otherwise. Default: the target's.",
         ),
         vae_option,
-        click.option(
-            "--components", metavar="A,B", help="Build only these, transformer,vae say, unverified. Default: all."
-        ),
+        click.option("--components", metavar="A,B", help="Build only these, transformer,vae say. Default: all."),
         click.option(
             "--modulation",
             metavar="inline|hoisted",

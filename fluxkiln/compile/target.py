@@ -19,7 +19,6 @@ class Target:
         chip: what the toolchain calls it.
         graph_format: the templates the toolchain reads.
         schemes: legal block schemes, the default first.
-        cast_kinds: kinds that repeat: compiled once into a mould, cast for every part.
         narrow_inputs, narrow_outputs: kinds whose activations come or go in 16 bits: what passes between blocks.
         device_bytes: memory that a device gives to models.
     """
@@ -29,7 +28,6 @@ class Target:
     chip: str
     graph_format: GraphFormat
     schemes: tuple[str, ...]
-    cast_kinds: tuple[str, ...] = ()
     narrow_inputs: tuple[str, ...] = ()
     narrow_outputs: tuple[str, ...] = ()
     device_bytes: int = 0

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 F32_ANCESTORS_OF = ("Sin", "Cos")
 # Their nodes stand in the order that the chip is to run them in (`fluxkiln.compile.order`). With it the most thorough
 # search for slices that fit into local memory costs 3 s a block and gains another per cent.
-ORDERED_KINDS = frozenset({"double", "single", "double_modulated", "single_modulated"})
+ORDERED_KINDS = frozenset({"double", "single", "tail", "double_modulated", "single_modulated", "tail_modulated"})
 _ORDERED = ["--disable_topo_sort", "--shape_secs_search_strategy", "2"]
 _TRANSFORM = Path(__file__).with_name("tpu_mlir_transform.py")
 _DEPLOY = Path(__file__).with_name("tpu_mlir_deploy.py")

@@ -35,6 +35,7 @@ from fluxkiln.verify.metrics import AnyArray
 
 SCHEMA = "fluxkiln.report/1"
 SIGNIFICANT_DIGITS = 6
+BLOCK_KINDS = ("double", "single", "double_modulated", "single_modulated")
 MAX_HTML_BYTES = 3_000_000
 MAX_IMAGE_BYTES = 200_000
 FACTS = frozenset(
@@ -132,7 +133,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(number=_number, cosine=_cosine, size=_size, seconds=_seconds, word=_word, bound=_bound)
-    blocks = [row for row in rows if row["kind"] in ("double", "single")]
+    blocks = [row for row in rows if row["kind"] in BLOCK_KINDS]
     encoder = [row for row in rows if row["kind"] == "t5_block"]
     context = {
         "report": dict.fromkeys(FACTS) | document,
@@ -145,7 +146,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         "depth": [
             (title, [(measure, Markup(depth_chart(chosen, kinds, measure))) for measure in ("added", "delta")])
             for title, kinds, chosen in (
-                ("Transformer blocks", ("double", "single"), blocks),
+                ("Transformer blocks", BLOCK_KINDS, blocks),
                 ("T5 blocks", ("t5_block",), encoder),
             )
             if len({row["part"] for row in chosen}) > 1

@@ -21,7 +21,7 @@ def test_every_target_is_found_by_its_own_name():
         assert target.name == name
         assert target.schemes
         assert all(parse_scheme(scheme).name == scheme for scheme in target.schemes)
-        assert set(target.cast_kinds) | set(target.narrow_inputs) | set(target.narrow_outputs) <= set(KINDS)
+        assert set(target.narrow_inputs) | set(target.narrow_outputs) <= set(KINDS)
 
 
 @pytest.mark.parametrize("name", ["bm1685", "", "BM1684X", "__init__", "../targets/cpu"])

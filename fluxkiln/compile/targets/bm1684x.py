@@ -9,10 +9,6 @@ TARGET = Target(
     chip="bm1684x",
     graph_format="onnx17",
     schemes=("W4BF16", "W8BF16", "BF16", "F16", "F32"),
-    cast_kinds=(
-        "t5_block", "double", "single", "tail",
-        *MODULATION_KINDS, "token_embed", "double_modulated", "single_modulated", "tail_modulated",
-    ),
     # SiLU alone reads temb in the modulation's parts, and takes float32: time_embed hands it over in float32
     narrow_inputs=(
         "t5_block", "t5_final", "double", "single", "tail", "double_modulated", "single_modulated", "tail_modulated",

@@ -9,10 +9,6 @@ TARGET = Target(
     chip="bm1688",
     graph_format="onnx17",
     schemes=("W4BF16", "W8BF16", "BF16", "F16", "F32"),
-    cast_kinds=(
-        "t5_block", "double", "single", "tail",
-        *MODULATION_KINDS, "token_embed", "double_modulated", "single_modulated", "tail_modulated",
-    ),
     # its LayerNorm and SiLU take float32, and nothing else reads the tail's inputs or temb in the modulation's parts
     narrow_inputs=(
         "t5_block", "t5_final", "double", "single", "double_modulated", "single_modulated", "tail_modulated",

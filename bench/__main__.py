@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 # each a module of this package with a docstring and `measure() -> Figure`; those that use the cores fully come last
-NAMES = ("start", "noop", "packing", "casting", "tracing", "exporting", "tiny", "wide", "full")
+NAMES = ("start", "noop", "packing", "casting", "tracing", "exporting", "formulations", "tiny", "wide", "full")
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
 INTRODUCTION = """# Benchmarks
 
@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
     for name in options.names or NAMES:
         module = importlib.import_module(f"bench.{name}")
         if options.list:
-            print(f"{name:10}{str(module.__doc__).splitlines()[0]}")
+            print(f"{name:14}{str(module.__doc__).splitlines()[0]}")
             continue
         from bench.figure import conditions
 

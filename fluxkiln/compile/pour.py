@@ -17,12 +17,15 @@ if TYPE_CHECKING:
 
 IR_VERSION = 8
 _ALIGNMENT = 64
+# elements that are in float32 at a time
+_BLOCK = 1 << 22
 
 
 def pour(template: Path, activations: set[str], read_weight: WeightReader, target: Path) -> None:
     """Write `target`: the template with every slot turned from an input into a float32 initializer.
 
-    The weights go to `<target>.data` one at a time, so a part of any size takes the memory of its largest weight.
+    The weights go to `<target>.data` one after the other, some rows at a time: a part of any size takes the memory of
+    its largest weight as it is read.
 
     Args:
         template: an opset 17 template.
@@ -38,20 +41,22 @@ def pour(template: Path, activations: set[str], read_weight: WeightReader, targe
     with beside.open("wb") as file:
         for value in [value for value in graph.inputs if str(value.name) not in activations]:
             name = str(value.name)
-            weight = read_weight(name).astype(np.float32)
+            weight = read_weight(name)
             if name.endswith(TRANSPOSED):
-                weight = np.ascontiguousarray(weight.T)
+                weight = weight.T
             if value.shape is None or tuple(value.shape.numpy()) != weight.shape:
                 raise CompileError(
                     f"slot {name} has shape {value.shape} in the template, its weight has {weight.shape}"
                 )
             file.write(b"\0" * (-file.tell() % _ALIGNMENT))
             value.const_value = ir.ExternalTensor(
-                beside.name, file.tell(), weight.nbytes, ir.DataType.FLOAT,
+                beside.name, file.tell(), 4 * weight.size, ir.DataType.FLOAT,
                 shape=ir.Shape(weight.shape), name=name, base_dir=target.parent,
             )  # fmt: skip
             graph.initializers[name] = value
-            file.write(weight.data)
+            rows = max(1, _BLOCK * len(weight) // max(1, weight.size))
+            for start in range(0, len(weight), rows):
+                file.write(np.ascontiguousarray(weight[start : start + rows], np.float32).data)
     graph.inputs[:] = [value for value in graph.inputs if str(value.name) in activations]
     fuse_tanh_gelu(model)
     small_work_first(model)

@@ -1,0 +1,138 @@
+"""What each way to put the blocks saves on a BM1684X, by the compiler's own estimate, at FLUX.1-dev's own size."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from bench.figure import WORK, Figure
+from fluxkiln.compile import pour as pouring
+from fluxkiln.compile import tpu_mlir
+from fluxkiln.compile.mould import probe_reader
+from fluxkiln.compile.target import Target
+from fluxkiln.compile.targets.bm1684x import TARGET
+from fluxkiln.compile.tpu_mlir import CompileJob, compile_graph
+from fluxkiln.compile.tpu_mlir_env import TpuMlirEnv, default_tpu_mlir_root, find_tpu_mlir
+from fluxkiln.components import Shapes
+from fluxkiln.export import trace
+from fluxkiln.export.synth_presets import PRESETS
+from fluxkiln.patches import transformer
+from fluxkiln.quantize.schemes import Scheme, parse_schemes
+
+CONFIGS = PRESETS["full-dev"].configs
+SHAPES = Shapes(1024, 1024, 512)
+SCHEME = "W4BF16"
+SINGLES, DOUBLES = (int(CONFIGS["transformer"][count]) for count in ("num_single_layers", "num_layers"))
+# what is set, while a form is traced and compiled, to something other than what a build uses
+Changes = tuple[tuple[Any, str, Any], ...]
+
+
+class UpstreamDouble(nn.Module):
+    """diffusers' own forward of a double block."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, hidden_states: Any, encoder_hidden_states: Any, temb: Any, cos: Any, sin: Any) -> Any:
+        text, image = self.block(hidden_states, encoder_hidden_states, temb, image_rotary_emb=(cos, sin))
+        return image, text
+
+
+class UpstreamSingle(nn.Module):
+    """diffusers' own forward of a single block, joining and splitting left to the caller of all of them."""
+
+    def __init__(self, block: Any) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, hidden_states: Any, temb: Any, cos: Any, sin: Any) -> Any:
+        tokens = SHAPES.tokens
+        text, image = hidden_states[:, :tokens], hidden_states[:, tokens:]
+        return torch.cat(self.block(image, text, temb, image_rotary_emb=(cos, sin)), dim=1)
+
+
+def whole_mlp(x: Any, up: Any, down: Any, bias: Any) -> Any:
+    """`fluxkiln.patches.transformer._mlp` without the two halves."""
+    inner = functional.gelu(up(x), approximate="tanh")
+    return functional.linear(inner, down.weight[:, -up.weight.shape[0] :], bias)
+
+
+UPSTREAM: Changes = (
+    (transformer, "DoublePart", UpstreamDouble),
+    (transformer, "SinglePart", UpstreamSingle),
+    (tpu_mlir, "REQUIRED_ROPES", {}),
+)
+SORTED: Changes = ((tpu_mlir, "ORDERED_KINDS", frozenset()),)
+CHAIN: Changes = ((pouring, "fuse_tanh_gelu", lambda model: 0),)
+FORMS: Mapping[str, tuple[str, Changes]] = {
+    "diffusers' own forward": ("", (*UPSTREAM, *SORTED, *CHAIN)),
+    "ours, GELU as a chain of operations": ("", CHAIN),
+    "ours, MLPs in one piece": ("", ((transformer, "_mlp", whole_mlp),)),
+    "ours, operations sorted by the compiler": ("", SORTED),
+    "ours, the compiler's usual search for slices": ("", ((tpu_mlir, "_ORDERED", ["--disable_topo_sort"]),)),
+    "**ours**": ("", ()),
+    "**ours, modulation hoisted**": ("_modulated", ()),
+}
+
+
+def measure() -> Figure:
+    env = find_tpu_mlir(default_tpu_mlir_root())
+    if env is None:
+        raise RuntimeError("TPU-MLIR's environment is not there; run make env-tpu-mlir")
+    scheme, _ = parse_schemes(SCHEME, SCHEME)
+    rows = []
+    for form, (suffix, changes) in FORMS.items():
+        with changed(changes):
+            single, double = (estimate(env, TARGET, scheme, f"{kind}{suffix}") for kind in ("single", "double"))
+        step = SINGLES * single + DOUBLES * double
+        rows.append((form, f"{single:.1f} ms", f"{double:.1f} ms", f"{step / 1000:.2f} s"))
+    return Figure(
+        f"Formulations of the blocks at 1024x1024, 512 tokens, {SCHEME}",
+        ("form", "single", "double", f"{SINGLES} + {DOUBLES} blocks"),
+        tuple(rows),
+        (
+            "By the schedule that TPU-MLIR makes of its own code; no board ran. Head and tail are left out: 6 ms a "
+            "step, 4 with the modulation hoisted; the linears of that run once an image, for all steps. Each row "
+            "differs from `ours` in what it says.",
+        ),
+    )
+
+
+def estimate(env: TpuMlirEnv, target: Target, scheme: Scheme, kind: str) -> float:
+    """Milliseconds of one run of `kind` with probe weights.
+
+    Raises:
+        RuntimeError: the compiler left no estimate.
+    """
+    WORK.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=WORK) as scratch:
+        folder, work = Path(scratch), Path(scratch) / "work"
+        work.mkdir()
+        template = trace.export_template(kind, CONFIGS, SHAPES, "onnx17", folder)
+        activations = frozenset(spec.name for spec in template.inputs)
+        graph = folder / "poured.onnx"
+        pouring.pour(template.path, set(activations), probe_reader(template.slots), graph)
+        narrow = kind in target.narrow_inputs, kind in target.narrow_outputs
+        job = CompileJob(kind, kind, graph, template.path, activations, scheme, target.chip, *narrow)
+        found = compile_graph(env, job, work, WORK / "logs" / f"{kind}.log").facts["estimate_ms"]
+    if found is None:
+        raise RuntimeError(f"the compiler left no estimate of {kind}")
+    return float(found)
+
+
+@contextmanager
+def changed(changes: Changes) -> Iterator[None]:
+    """Attributes set to other values for a while."""
+    with ExitStack() as stack:
+        for owner, name, value in changes:
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, value)
+        yield

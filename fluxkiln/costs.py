@@ -38,9 +38,9 @@ def report_estimate(kiln: Kiln, binaries: Sequence[BinaryPart]) -> dict[str, Any
         f"{count} x {kind}" if count > 1 else kind: f"{spent / count:.3f} ms" + (" each" if count > 1 else "")
         for kind, (count, spent) in found.by_kind.items()
     }
-    entries["one step"] = _seconds(found.step_ms)
-    entries["once an image"] = _seconds(found.once_ms)
-    entries[f"an image of {steps} steps"] = _seconds(found.image_ms)
+    entries["one step"] = _duration(found.step_ms)
+    entries["once an image"] = _duration(found.once_ms)
+    entries[f"an image of {steps} steps"] = _duration(found.image_ms)
     if found.missing:
         entries["without an estimate"] = ", ".join(found.missing)
     values = {
@@ -59,5 +59,7 @@ def estimate_ms(binary: BinaryPart) -> float | None:
     return None if value is None else float(value)
 
 
-def _seconds(ms: float | None) -> str:
-    return "unknown" if ms is None else f"{ms / 1000:.3f} s"
+def _duration(ms: float | None) -> str:
+    if ms is None:
+        return "unknown"
+    return f"{ms / 1000:.3f} s" if ms >= 1000 else f"{ms:.3f} ms"

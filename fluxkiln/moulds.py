@@ -14,7 +14,7 @@ from typing import Any
 
 from fluxkiln.artifacts.actions import Action, run_action, stage_code_version
 from fluxkiln.artifacts.types import Template
-from fluxkiln.compile.tpu_mlir_env import TPU_MLIR_VERSION, TpuMlirEnv
+from fluxkiln.compile.tpu_mlir_env import TPU_MLIR_VERSION, TpuMlirEnv, default_tpu_mlir_root
 from fluxkiln.components import Part
 from fluxkiln.errors import CompileError, ToolchainError
 from fluxkiln.export.bindings import bind_part, weight_reader
@@ -143,9 +143,9 @@ def require_compiler(kiln: Kiln, what: str) -> TpuMlirEnv:
     """TPU-MLIR's environment; ToolchainError when it is not there and the store lacks `what`."""
     if kiln.tpu_mlir is None:
         raise ToolchainError(
-            f"{what} is not in the store and TPU-MLIR, which makes it, is not installed here; run make env-tpu-mlir, "
-            "name a finished environment with FLUXKILN_TPU_MLIR, or bring moulds from a machine that has it "
-            "(fluxkiln mould export there, fluxkiln mould import here)"
+            f"{what} is not in the store, and TPU-MLIR, which makes it, is not installed in "
+            f"{default_tpu_mlir_root()}; run make env-tpu-mlir, name a finished environment with FLUXKILN_TPU_MLIR, or "
+            "bring moulds from a machine that has it (fluxkiln mould export there, fluxkiln mould import here)"
         )
     return kiln.tpu_mlir
 

@@ -83,7 +83,7 @@ def test_no_compiler(refuse, monkeypatch, tmp_path):
     monkeypatch.setenv(TPU_MLIR_ROOT_VARIABLE, str(tmp_path / "nowhere"))
     code, sentence = refuse("build", "bm1684x")
     assert code == 5
-    assert sentence.startswith(f"TPU-MLIR is not installed in {tmp_path}/nowhere, target bm1684x needs it; run make")
+    assert f"TPU-MLIR, which makes it, is not installed in {tmp_path}/nowhere; run make env-tpu-mlir, name" in sentence
 
 
 def rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:

@@ -36,12 +36,15 @@ class Limits:
         simulated: one step on the simulator, which makes 5e7 a second: beyond this it takes longer than 5 minutes.
         executed: one part at the shapes it is built for, where not all of them are. A block at 1024x1024 with 512
             tokens has 6.5e11, the VAE's decoder 5e12.
+        convolved: elements that one convolution of a part makes in TPU-MLIR's interpreter. Beyond that it takes a plain
+            loop: with 1.7e7 the whole tiny decoder takes 4 s, with 6.7e7 one convolution takes minutes.
         blocks: how many blocks of each kind of the transformer are executed so; of other components, one.
     """
 
     replayed: float = 2e12
     simulated: float = 15e9
     executed: float = 1e12
+    convolved: float = 3e7
     blocks: int = 2
 
 
@@ -89,8 +92,10 @@ def executed_parts(kiln: Kiln, seed: int, limits: Limits = LIMITS) -> tuple[Part
         by_kind.setdefault(part.kind, []).append(part)
     chosen = set()
     for kind, parts in by_kind.items():
-        template = make_template(kiln, kind, kiln.target.graph_format)
-        if template_multiplications(template.path) > limits.executed:
+        work = count_work(make_template(kiln, kind, kiln.target.graph_format).path)
+        if work.multiplications > limits.executed:
+            continue
+        if kiln.target.toolchain == "tpu_mlir" and work.widest_convolution > limits.convolved:
             continue
         prefixes = sorted({part.prefix for part in parts})
         count = limits.blocks if KINDS[kind].component == "transformer" else 1
@@ -99,24 +104,35 @@ def executed_parts(kiln: Kiln, seed: int, limits: Limits = LIMITS) -> tuple[Part
     return tuple(part for part in kiln.parts if part.name in chosen)
 
 
-def template_multiplications(template: Path) -> float:
-    """The multiplications of a template's matrix products and convolutions."""
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a template computes: its matrix products' and convolutions' multiplications, elements of the latters' widest
+    result."""
+
+    multiplications: float
+    widest_convolution: int
+
+
+def count_work(template: Path) -> Work:
+    """The work of one run of a template of any ONNX format."""
     import onnx
 
     graph = onnx.shape_inference.infer_shapes(onnx.load(template)).graph
     shapes: dict[str, tuple[int, ...]] = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     for value in (*graph.value_info, *graph.input, *graph.output):
         shapes[value.name] = tuple(axis.dim_value for axis in value.type.tensor_type.shape.dim)
-    total = 0.0
+    total, widest = 0.0, 0
     for node in graph.node:
         if node.op_type in ("MatMul", "Gemm"):
             total += math.prod(shapes[node.output[0]]) * shapes[node.input[0]][-1]
         elif node.op_type == "Conv":
-            total += math.prod(shapes[node.output[0]]) * math.prod(shapes[node.input[1]][1:])
+            size = math.prod(shapes[node.output[0]])
+            total += size * math.prod(shapes[node.input[1]][1:])
+            widest = max(widest, size)
         elif node.op_type == "Attention":
             queries, keys = shapes[node.input[0]], shapes[node.input[1]]
             total += 2.0 * math.prod(queries) * keys[-2]
-    return total
+    return Work(total, widest)
 
 
 def name_shapes(shapes: Shapes) -> str:

@@ -11,12 +11,12 @@ from fluxkiln.components import KINDS, Shapes, list_parts
 from fluxkiln.extent import (
     LIMITS,
     Limits,
+    count_work,
     executed_parts,
     filling_prompt,
     multiplications,
     name_shapes,
     replayed_shapes,
-    template_multiplications,
 )
 from fluxkiln.stages import make_template
 
@@ -61,7 +61,7 @@ def test_the_costliest_component_counts(cpu):
     blocks = [ref for name, ref in cpu.checkpoint.tensors["text_encoder_2"].items() if ".layer." in name]
     matrices = sum(ref.shape[0] * ref.shape[1] for ref in blocks if len(ref.shape) == 2)
     assert counts["text_encoder_2"] == 16 * matrices
-    decoder = template_multiplications(make_template(cpu, "vae_decoder", "onnx23").path)
+    decoder = count_work(make_template(cpu, "vae_decoder", "onnx23").path).multiplications
     assert 0.2 < counts["vae"] / decoder < 1
 
 
@@ -83,7 +83,7 @@ def test_other_seeds_choose_other_blocks(cpu):
 
 def test_what_is_too_large_is_not_executed(cpu):
     counts = {
-        kind: template_multiplications(make_template(cpu, kind, "onnx23").path)
+        kind: count_work(make_template(cpu, kind, "onnx23").path).multiplications
         for kind in ("double", "single", "vae_decoder", "tail")
     }
     assert counts["vae_decoder"] > counts["double"] > counts["tail"]
@@ -91,6 +91,17 @@ def test_what_is_too_large_is_not_executed(cpu):
     assert "vae_decoder" not in kinds
     assert {"double", "tail"} <= kinds
     assert {part.kind for part in executed_parts(cpu, 0, Limits(executed=0))} == {"t5_embed", "t5_final"}
+
+
+def test_the_interpreter_is_given_no_wide_convolution(cpu):
+    widest = count_work(make_template(cpu, "vae_decoder", "onnx23").path).widest_convolution
+    assert widest == 32 * 32 * 32
+    assert count_work(make_template(cpu, "tail", "onnx23").path).widest_convolution == 0
+    chip = replace(cpu, target=replace(cpu.target, toolchain="tpu_mlir"))
+    for model, most, expected in ((cpu, 0, True), (chip, widest, True), (chip, widest - 1, False)):
+        kinds = {part.kind for part in executed_parts(model, 0, Limits(convolved=most))}
+        assert ("vae_decoder" in kinds) == expected
+        assert "double" in kinds
 
 
 def test_kinds_that_share_blocks_share_the_choice(cpu):
@@ -109,19 +120,19 @@ def test_kinds_that_share_blocks_share_the_choice(cpu):
 def test_multiplications_are_counted(cpu, graph_format):
     """tail at 32x32: 4 tokens times [64, 256], and AdaLN's [512, 256] once."""
     template = make_template(cpu, "tail", graph_format)
-    assert template_multiplications(template.path) == 4 * 64 * 256 + 512 * 256
+    assert count_work(template.path).multiplications == 4 * 64 * 256 + 512 * 256
 
 
 def test_attention_and_convolutions_are_counted(cpu):
     """Of the opset 23 forms, where attention is one operation, and of the decoder's first convolution at least."""
-    single = template_multiplications(make_template(cpu, "single", "onnx23").path)
+    single = count_work(make_template(cpu, "single", "onnx23").path).multiplications
     weights = sum(
         ref.shape[0] * ref.shape[1] * (1 if "norm.linear" in name else 20)
         for name, ref in cpu.checkpoint.tensors["transformer"].items()
         if name.startswith("single_transformer_blocks.0.") and len(ref.shape) == 2
     )
     assert single == weights + 2 * 20 * 20 * 256
-    assert template_multiplications(make_template(cpu, "vae_decoder", "onnx23").path) > 4 * 4 * 32 * 16 * 9
+    assert count_work(make_template(cpu, "vae_decoder", "onnx23").path).multiplications > 4 * 4 * 32 * 16 * 9
 
 
 def test_a_filling_prompt_fills_and_repeats():

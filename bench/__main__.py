@@ -9,7 +9,19 @@ import sys
 from pathlib import Path
 
 # each a module of this package with a docstring and `measure() -> Figure`; those that use the cores fully come last
-NAMES = ("start", "noop", "packing", "casting", "tracing", "exporting", "formulations", "tiny", "wide", "full")
+NAMES = (
+    "start",
+    "noop",
+    "packing",
+    "casting",
+    "tracing",
+    "exporting",
+    "formulations",
+    "tiny",
+    "wide",
+    "full",
+    "sample",
+)
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
 INTRODUCTION = """# Benchmarks
 

@@ -58,8 +58,8 @@ class Run:
         return found
 
 
-def run(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Run:
-    """Run a command in the checkout and watch it.
+def run(argv: Sequence[str], environ: Mapping[str, str] | None = None, folder: Path = ROOT) -> Run:
+    """Run a command in a folder, by default the checkout, and watch it.
 
     Memory that processes share counts once for each of them, so the peak is an upper bound; it is sampled 50 times a
     second.
@@ -69,7 +69,7 @@ def run(argv: Sequence[str], environ: Mapping[str, str] | None = None) -> Run:
     """
     started = time.perf_counter()
     process = subprocess.Popen(
-        list(argv), cwd=ROOT, env={**os.environ, **(environ or {})},
+        list(argv), cwd=folder, env={**os.environ, **(environ or {})},
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     with _watched(process.pid) as peak:

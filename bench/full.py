@@ -8,7 +8,6 @@ import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from bench.figure import WORK, Figure, Run, fluxkiln, gigabytes, ratio, run
 from fluxkiln.artifacts.types import TensorRef
@@ -28,14 +27,7 @@ def measure() -> Figure:
         with tempfile.TemporaryDirectory(dir=WORK) as folder:
             place = Path(folder)
             refs = open_checkpoint(root, (component,)).tensors[component].values()
-            cold = build(component, place / "cold")
-            moulds = place / "moulds.tar"
-            run(fluxkiln("mould", "export", str(moulds), "--store", str(place / "cold" / "store"), "--json"))
-            written = sum(path.stat().st_size for path in Path(cold.document()["bundle"]).glob("*.bmodel"))
-            shutil.rmtree(place / "cold")
-            run(fluxkiln("mould", "import", str(moulds), "--store", str(place / "warm" / "store"), "--json"))
-            warm = build(component, place / "warm", NO_COMPILER)
-            shutil.rmtree(place / "warm")
+            cold, warm, written = build_twice(component, place)
             plain = copy_plainly(refs, written, place / "plain")
         shutil.rmtree(root)
         rows.append(row(component, sum(ref.nbytes for ref in refs), written, cold, warm, plain))
@@ -55,6 +47,21 @@ def measure() -> Figure:
             f"file, in blocks of {BLOCK >> 20} MiB, in the same run.",
         ),
     )  # fmt: skip
+
+
+def build_twice(component: str, folder: Path) -> tuple[Run, Run, int]:
+    """A component built cold, then with its moulds but no compiler; and how many bytes its bmodels have."""
+    moulds = folder / "moulds.tar"
+    cold = build(component, folder / "cold")
+    run(fluxkiln("mould", "export", str(moulds), "--store", str(folder / "cold" / "store"), "--json"))
+    written = sum(path.stat().st_size for path in Path(cold.document()["bundle"]).glob("*.bmodel"))
+    shutil.rmtree(folder / "cold")
+    run(fluxkiln("mould", "import", str(moulds), "--store", str(folder / "warm" / "store"), "--json"))
+    warm = build(component, folder / "warm", NO_COMPILER)
+    shutil.rmtree(folder / "warm")
+    if warm.document()["compiler_runs"]:
+        raise RuntimeError(f"{component}: the compiler ran although there were moulds")
+    return cold, warm, written
 
 
 def build(component: str, folder: Path, environ: dict[str, str] | None = None) -> Run:
@@ -95,10 +102,7 @@ def drop_from_cache(file: Path) -> None:
 
 def row(component: str, read: int, written: int, cold: Run, warm: Run, plain: float) -> tuple[str, ...]:
     """A line of the table."""
-    document: dict[str, Any] = warm.document()
-    if document["compiler_runs"]:
-        raise RuntimeError(f"{component}: the compiler ran although there were moulds")
-    casting = float(document["timings"]["cast"])
+    casting = float(warm.document()["timings"]["cast"])
     return (
         component,
         gigabytes(read),

@@ -11,6 +11,31 @@ from fluxkiln.quantize.schemes import Scheme, parse_schemes
 
 
 @dataclass(frozen=True, slots=True)
+class Instance:
+    """A machine of a target whose cores share one model, tensor-parallel.
+
+    Attributes:
+        cores: NeuronCores, each a rank of its own.
+        core_bytes: device memory of one core.
+        core_flops: peak bfloat16 operations of one core per second.
+        core_bandwidth: bytes per second between one core and its memory.
+        link_bandwidth: bytes per second between one chip (two cores) and the others; 0 where there is one chip.
+        vcpus, host_bytes: of the machine around them.
+        degrees: tensor-parallel degrees that its topology has collectives for.
+    """
+
+    name: str
+    cores: int
+    core_bytes: int
+    core_flops: float
+    core_bandwidth: float
+    link_bandwidth: float
+    vcpus: int
+    host_bytes: int
+    degrees: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
     """A chip and how to build for it.
 
@@ -21,16 +46,20 @@ class Target:
         schemes: legal block schemes, the default first.
         narrow_inputs, narrow_outputs: kinds whose activations come or go in 16 bits: what passes between blocks.
         device_bytes: memory that a device gives to models.
+        instances: machines that a model is split for, the default first; none where a device holds whole parts.
+        uniform: all kinds are stored in one scheme, without exceptions.
     """
 
     name: str
-    toolchain: Literal["tpu_mlir", "onnxruntime"]
+    toolchain: Literal["tpu_mlir", "onnxruntime", "neuron"]
     chip: str
     graph_format: GraphFormat
     schemes: tuple[str, ...]
     narrow_inputs: tuple[str, ...] = ()
     narrow_outputs: tuple[str, ...] = ()
     device_bytes: int = 0
+    instances: tuple[Instance, ...] = ()
+    uniform: bool = False
 
     def parse_schemes(self, text: str | None) -> tuple[Scheme, dict[str, Scheme]]:
         """The block scheme and every kind's scheme (see `quantize.schemes.parse_schemes`).
@@ -39,6 +68,11 @@ class Target:
             SchemeError: one does not exist, or this target cannot store it.
         """
         blocks, schemes = parse_schemes(text, self.schemes[0])
+        if self.uniform:
+            if text not in (None, *self.schemes):
+                legal = " or ".join(self.schemes)
+                raise SchemeError(f"scheme {text!r}: target {self.name} stores all kinds alike; use {legal}")
+            schemes = dict.fromkeys(schemes, blocks)
         for scheme in (blocks, *schemes.values()):
             if scheme.name.split("-")[0] not in self.schemes:
                 raise SchemeError(f"target {self.name} cannot store {scheme.name}; it has {', '.join(self.schemes)}")

@@ -1,0 +1,1 @@
+"""AWS Neuron: torch modules lowered to HLO protos, made canonical, checked, and executed as replicas."""

@@ -1,0 +1,239 @@
+"""The Neuron compiler, a command that lives elsewhere: found, given exact flags, run in parallel, remembered.
+
+What decides a NEFF is the module, the flags and the compiler's version, and these are the key under which it is stored.
+Nothing here needs a Neuron device: the compiler runs on any host.
+
+Sources (AWS Neuron documentation): "Neuron Compiler CLI Reference Guide (neuronx-cc)" and "How to generate a NEFF file"
+for the command line, "NCC_EARG001" for `--lnc`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fluxkiln.artifacts.actions import Action, ActionCache, run_action
+from fluxkiln.artifacts.canonical import canonical_json
+from fluxkiln.artifacts.files import write_durably
+from fluxkiln.artifacts.store import Blob
+from fluxkiln.compile.neuron.advice import ADVICE, KILLED, advise, find_codes
+from fluxkiln.compile.neuron.neff import (
+    COMMAND,
+    HLO_SUFFIX,
+    SCRIPT,
+    CompileJob,
+    Neff,
+    Preset,
+    check_module,
+    check_modules,
+    compile_flags,
+    finished_neff,
+    neff_path,
+    record_path,
+)
+from fluxkiln.compile.pool import JobPool
+from fluxkiln.compile.process import run_tool
+from fluxkiln.compile.target import Target
+from fluxkiln.errors import CompileError, ResourceError, ToolchainError
+from fluxkiln.progress import FROM_STORE, Progress, Silent
+
+# No code of ours is in the key: it cannot change what the compiler makes of a module.
+_RECIPE = "neuronx-cc compile/1"
+_COMPILER_LOG = "log-neuron-cc.txt"
+_VERSION = re.compile(r"NeuronX Compiler version ([0-9][0-9A-Za-z.+_-]*)")
+# Flags for the compiler come from here alone; frameworks read these from the environment.
+_FRAMEWORK_FLAGS = "NEURON_CC_FLAGS"
+_SOURCE = "install the Neuron SDK's from the AWS Neuron package index"
+
+
+class NeuronxCc(NamedTuple):
+    """Where the compiler lies and its version, such as `2.26.6360.0+abc`."""
+
+    path: Path
+    version: str
+
+
+def find_neuronx_cc() -> NeuronxCc:
+    """The compiler on PATH and its version.
+
+    Raises:
+        ToolchainError: no such command, PyPI's placeholder package in its place, or a command that names no version.
+    """
+    command = shutil.which(COMMAND)
+    if command is None:
+        raise ToolchainError(f"{COMMAND} is not on PATH{_placeholder()}; {_SOURCE}")
+    try:
+        done = subprocess.run(
+            [command, "--version"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ToolchainError(f"{command} --version could not be run ({error}); {_SOURCE}") from error
+    printed = done.stdout + done.stderr
+    version = _VERSION.search(printed)
+    if "WRONG PACKAGE" in printed:
+        raise ToolchainError(f"{command} is PyPI's placeholder, which compiles nothing; uninstall it and {_SOURCE}")
+    if done.returncode or version is None:
+        said = " ".join(printed.split())[:200] or "nothing"
+        raise ToolchainError(
+            f"{command} --version ended with {done.returncode} and printed {said!r}; the Neuron compiler prints "
+            f"'NeuronX Compiler version ...'; {_SOURCE}"
+        )
+    return NeuronxCc(Path(command), version[1])
+
+
+def _placeholder() -> str:
+    try:
+        version = importlib.metadata.version(COMMAND)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    return f" (the installed package {COMMAND} {version} is PyPI's placeholder, without the command)"
+
+
+def compile_argv(
+    kind: str, target: Target, preset: Preset, model: Path | str, output: Path | str, command: Path | str = COMMAND
+) -> list[str]:
+    """The command line that compiles the HLO module proto `model` to `output`.
+
+    Source: AWS Neuron documentation, "Neuron Compiler CLI Reference Guide (neuronx-cc)", 'compile' command; the order
+    is that of compile logs in published compiler caches.
+    """
+    flags = compile_flags(kind, target, preset)
+    return [str(command), "compile", "--framework=XLA", str(model), "--output", str(output), *flags]
+
+
+def neff_action(job: CompileJob, target: Target, preset: Preset, version: str) -> Action:
+    """The key of a compiled module; names and paths are not in it, so equal modules are compiled once."""
+    return Action(
+        stage="neff",
+        what=f"{job.name} {target.chip}",
+        code_version=_RECIPE,
+        inputs={"hlo": job.digest},
+        settings={"target": target.chip, "flags": compile_flags(job.kind, target, preset)},
+        tools={COMMAND: version},
+    )
+
+
+def compile_kinds(
+    jobs: Sequence[CompileJob],
+    compiler: NeuronxCc,
+    target: Target,
+    cache: ActionCache,
+    folder: Path,
+    logs: Path,
+    *,
+    preset: Preset = "default",
+    workers: int | None = None,
+    memory: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[Neff, ...]:
+    """Compile every module, or take it from the store, into `folder/neff/<name>.neff`, each with its record.
+
+    Files appear whole or not at all. After a kill or a failure the same call goes on: finished modules are in the
+    store. What `compile_neff.sh` finished in `folder` with this compiler is taken over.
+
+    Args:
+        workers: compilers at once. memory: bytes for all of them; one that may take more runs alone.
+
+    Raises:
+        IntegrityError: a module is not the one that was lowered.
+        CompileError: the compiler failed; with the log's telling lines, advice for its error codes, the log's place.
+        ResourceError: it was killed for memory, or the disk is full.
+    """
+    progress = progress or Silent()
+    check_modules(jobs)
+    logs.mkdir(parents=True, exist_ok=True)
+    (folder / "neff").mkdir(parents=True, exist_ok=True)
+    progress.stage("neff", len(jobs))
+    with JobPool[Neff](workers, memory) as pool:
+        futures = [
+            pool.submit(
+                f"the compile of {job.name}",
+                min(job.memory, pool.admission.budget),
+                partial(_compile, job, compiler, target, preset, cache, folder, logs, progress),
+            )
+            for job in jobs
+        ]
+        pool.wait()
+        return tuple(future.result() for future in futures)
+
+
+def _compile(
+    job: CompileJob,
+    compiler: NeuronxCc,
+    target: Target,
+    preset: Preset,
+    cache: ActionCache,
+    folder: Path,
+    logs: Path,
+    progress: Progress,
+) -> Neff:
+    started = time.perf_counter()
+    flags = compile_flags(job.kind, target, preset)
+    how = "compiled"
+
+    def produce(work: Path) -> tuple[Mapping[str, Path | Blob], dict[str, Any]]:
+        nonlocal how
+        found = finished_neff(job, flags, folder)
+        if found is not None and found.compiler == compiler.version:
+            how = f"taken over from {SCRIPT}"
+            return {"neff": neff_path(folder, job.name)}, {}
+        model = work / f"{job.name}{HLO_SUFFIX}"
+        shutil.copyfile(job.hlo, model)
+        check_module(job, model)
+        output = work / f"{job.name}.neff"
+        argv = compile_argv(job.kind, target, preset, model.name, output.name, compiler.path)
+        _run(argv, work, logs / f"{job.name}.log", f"{job.name} for {target.chip}")
+        if not output.is_file() or not output.stat().st_size:
+            raise CompileError(
+                f"{job.name} for {target.chip}: {COMMAND} ended well but wrote no output; whole log: "
+                f"{logs / f'{job.name}.log'}"
+            )
+        return {"neff": output}, {}
+
+    result = run_action(cache, neff_action(job, target, preset, compiler.version), produce)
+    blob = result.outputs["neff"]
+    cache.store.export(blob.digest, neff_path(folder, job.name), link=True)
+    neff = Neff(job.name, job.digest, flags, compiler.version, blob.digest, result.hit)
+    write_durably(record_path(folder, job.name), canonical_json(neff.to_json()) + b"\n")
+    spent = f"{how} in {time.perf_counter() - started:.1f} s"
+    progress.done("neff", job.name, FROM_STORE if result.hit else spent)
+    return neff
+
+
+def _run(argv: list[str], work: Path, log: Path, what: str) -> None:
+    """Run the compiler; an error says what to do about its codes. Its own log is kept, `work` is not."""
+    environ = {name: value for name, value in os.environ.items() if name != _FRAMEWORK_FLAGS}
+    start = log.stat().st_size if log.is_file() else 0
+    try:
+        run_tool(argv, work, environ, log, what)
+    except CompileError as error:
+        with log.open("ab") as file, suppress(FileNotFoundError):
+            file.write(b"\n--- " + _COMPILER_LOG.encode() + b"\n" + (work / _COMPILER_LOG).read_bytes())
+        with log.open("rb") as file:
+            file.seek(start)
+            said = file.read().decode(errors="replace")
+        if KILLED in find_codes(said):
+            raise ResourceError(f"{what}: {ADVICE[KILLED]}; whole log: {log}") from error
+        advice = advise(said)
+        raise CompileError(f"{error}{'. ' if advice else ''}{advice}") from error
+
+
+def compiler_missing(error: ToolchainError, folder: Path) -> ToolchainError:
+    """`error` with what is ready in `folder` and how to go on; to be raised when everything else is finished."""
+    modules = len(list((folder / "hlo").glob(f"*{HLO_SUFFIX}")))
+    ready = [f"hlo/ ({modules} modules)"] * bool(modules)
+    ready += [name for name in ("weights/", SCRIPT) if (folder / name).exists()]
+    return ToolchainError(
+        f"{error}. No NEFF was compiled; all before that is ready in {folder}: {', '.join(ready) or 'nothing'}. To go "
+        f"on, run {SCRIPT} on any machine with the Neuron SDK, or `fluxkiln compile --resume` where {COMMAND} is on "
+        "PATH"
+    )

@@ -1,0 +1,41 @@
+"""AWS Inferentia 2, through neuronx-cc: tensor-parallel over the NeuronCores of an instance.
+
+Sources (AWS Neuron documentation): cores, memory, bandwidths and host of an instance from "AWS Inf2 Architecture"
+(inf2-arch): 820 GiB/s of device memory and 190 bfloat16 TFLOPS per chip of two cores (older editions say 820 GB/s,
+which is taken), NeuronLink-v2 192 GiB/s per chip. Degrees: the "NxD Inference Features Configuration Guide" lists
+"Inf2: 1, 2, 4, 8, and 24"; 6 and 12, half an instance's cores, are not in that list and were not run on a device.
+"""
+
+from fluxkiln.compile.target import Instance, Target
+
+_DEGREES = (1, 2, 4, 6, 8, 12, 24)
+
+
+def _instance(name: str, cores: int, vcpus: int, host_gib: int, link_gib: int) -> Instance:
+    return Instance(
+        name=name,
+        cores=cores,
+        core_bytes=16 << 30,
+        core_flops=95e12,
+        core_bandwidth=410e9,
+        link_bandwidth=float(link_gib << 30),
+        vcpus=vcpus,
+        host_bytes=host_gib << 30,
+        degrees=tuple(degree for degree in _DEGREES if degree <= cores),
+    )
+
+
+TARGET = Target(
+    name="inf2",
+    toolchain="neuron",
+    chip="inf2",
+    graph_format="pt2",  # of templates; what is lowered is the part's module itself
+    schemes=("BF16", "F32"),
+    uniform=True,
+    device_bytes=16 << 30,
+    instances=(
+        _instance("inf2.48xlarge", 24, 192, 768, 192),
+        _instance("inf2.24xlarge", 12, 96, 384, 192),
+        _instance("inf2.8xlarge", 2, 32, 128, 0),
+    ),
+)

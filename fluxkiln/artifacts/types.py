@@ -49,10 +49,10 @@ class Transform:
     """One step from checkpoint tensors to a slot.
 
     `transpose`: swap the two axes of a matrix. `slice`: keep `[start, stop)` of axis `dim`. `concat`: join all sources
-    along `dim` (always first). `scale`: multiply by `factor`.
+    along `dim` (always first). `scale`: multiply by `factor`. `pad`: zeros behind, up to `stop` entries of axis `dim`.
     """
 
-    op: Literal["transpose", "slice", "concat", "scale"]
+    op: Literal["transpose", "slice", "concat", "scale", "pad"]
     dim: int = 0
     start: int = 0
     stop: int = 0

@@ -56,6 +56,8 @@ def transformed_shape(shape: tuple[int, ...], transforms: tuple[Transform, ...])
             shape = shape[::-1]
         elif step.op == "slice":
             shape = (*shape[: step.dim], step.stop - step.start, *shape[step.dim + 1 :])
+        elif step.op == "pad":
+            shape = (*shape[: step.dim], step.stop, *shape[step.dim + 1 :])
     return shape
 
 
@@ -82,7 +84,7 @@ class BoundWeights:
         """Rows `start` to `stop` of the weight; of the checkpoint's tensor only these are read."""
         bound = self.slots[slot]
         transforms = _in_torch_layout(bound.transforms)
-        if any(step.op == "transpose" for step in transforms):
+        if any(step.op == "transpose" or (step.op == "pad" and step.dim == 0) for step in transforms):
             return self(slot)[start:stop]
         first = sum(step.start for step in transforms if step.op == "slice" and step.dim == 0)
         rest = tuple(step for step in transforms if not (step.op == "slice" and step.dim == 0))
@@ -112,6 +114,9 @@ def apply_transforms(weight: NDArray[Any], transforms: tuple[Transform, ...]) ->
             weight = weight[(slice(None),) * step.dim + (slice(step.start, step.stop),)]
         elif step.op == "scale":
             weight = weight.astype(np.float32) * np.float32(step.factor)
+        elif step.op == "pad":
+            missing = step.stop - weight.shape[step.dim]
+            weight = np.pad(weight, [(0, missing if axis == step.dim else 0) for axis in range(weight.ndim)])
     return np.ascontiguousarray(weight)
 
 

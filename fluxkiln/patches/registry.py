@@ -56,9 +56,10 @@ class PatchStatus:
 
 def all_patches() -> tuple[Patch, ...]:
     """Every patch, in the order they are listed and applied."""
-    from fluxkiln.patches import modulation, rms_norm, text, transformer, vae
+    from fluxkiln.patches import modulation, parallel_text, parallel_transformer, rms_norm, text, transformer, vae
 
-    return (*rms_norm.PATCHES, *transformer.PATCHES, *modulation.PATCHES, *text.PATCHES, *vae.PATCHES)
+    upstream = (*rms_norm.PATCHES, *transformer.PATCHES, *modulation.PATCHES, *text.PATCHES, *vae.PATCHES)
+    return (*upstream, *parallel_transformer.PATCHES, *parallel_text.PATCHES)
 
 
 def patches_for(kind: str, graph_format: str) -> tuple[Patch, ...]:

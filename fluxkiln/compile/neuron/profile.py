@@ -10,7 +10,7 @@ from fluxkiln.compile.targets import find_target, target_names
 from fluxkiln.errors import ResourceError, UsageError
 
 DEFAULT_DEGREE = 8
-# Of each core's memory: 96 MB are the runtime's micro-code (AWS Neuron documentation, "Neuron device memory"). Programs,
+# Of each core: 96 MB are the runtime's micro-code (AWS Neuron documentation, "Neuron device memory"). Programs,
 # DMA rings, scratchpads and buffers of collectives have no published size; the rest is for them, by our judgement.
 RESERVED_BYTES = 1 << 30
 # Of all heads that are computed: 24 heads on 16 or 32 ranks are 32 with the padding.

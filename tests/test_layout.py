@@ -37,6 +37,7 @@ FLOW = {
     for name in (
         *("stages", "moulds", "casting", "compiling", "proving", "devices", "costs", "exchange", "extent"),
         *("linking", "rungs", "parity", "blockwise", "bundling", "preparing", "planning", "build"),
+        "neffs",
     )
 }
 SEES_EVERYTHING = ("fluxkiln.cli", "fluxkiln.__main__")

@@ -8,11 +8,12 @@ import pytest
 
 from fluxkiln.build import BuildResult
 from fluxkiln.compile.doctor import ToolStatus
+from fluxkiln.compile.targets import target_names
 from fluxkiln.errors import ParityError
 from fluxkiln.export.checkpoint import open_checkpoint
 
 TOOLS = [
-    ToolStatus("torch", True, "2.13.0", "/lib", ("bm1684x", "bm1688", "cpu"), ""),
+    ToolStatus("torch", True, "2.13.0", "/lib", target_names(), ""),
     ToolStatus("tpu-mlir", False, "", "", ("bm1684x", "bm1688"), "run make env-tpu-mlir"),
     ToolStatus("skopeo", False, "", "", (), "only a test needs it"),
 ]

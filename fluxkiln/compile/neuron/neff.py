@@ -6,14 +6,14 @@ module's digest, the flags, the compiler's version and its own digest, whichever
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fluxkiln.artifacts.canonical import parse_json
-from fluxkiln.artifacts.files import digest_file
 from fluxkiln.compile.target import Target
 from fluxkiln.errors import IntegrityError, ToolchainError, UsageError
 
@@ -70,7 +70,7 @@ class Neff:
     hit: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """The record beside the file; `compile_neff.sh` writes the same."""
+        """The record beside the file; as canonical JSON and a newline it is what `compile_neff.sh` writes."""
         return {
             "compiler": self.compiler,
             "flags": list(self.flags),
@@ -113,6 +113,11 @@ def check_modules(jobs: Sequence[CompileJob]) -> None:
         check_module(job, job.hlo)
 
 
+def hlo_path(folder: Path, name: str) -> Path:
+    """Where the module `name` lies in a build's folder."""
+    return folder / "hlo" / f"{name}{HLO_SUFFIX}"
+
+
 def neff_path(folder: Path, name: str) -> Path:
     """Where the compiled module `name` lies in a build's folder."""
     return folder / "neff" / f"{name}.neff"
@@ -139,7 +144,7 @@ def read_neffs(folder: Path, jobs: Sequence[CompileJob], target: Target, preset:
         again = f"remove it and compile {job.name} again"
         if neff is None:
             raise IntegrityError(f"{path} has no record of what it was compiled from beside it; {again}")
-        digest = digest_file(path)[0]
+        digest = digest_file(path)
         if digest != neff.digest:
             raise IntegrityError(f"{path} has the digest {digest}, its record says {neff.digest}; {again}")
         if neff.hlo != job.digest:
@@ -172,7 +177,7 @@ def check_versions(neffs: Mapping[str, Neff], version: str | None = None) -> str
 def check_module(job: CompileJob, path: Path) -> None:
     """Raise IntegrityError unless `path`, the module of `job` or a copy of it, has the digest it was lowered with."""
     try:
-        found = digest_file(path)[0]
+        found = digest_file(path)
     except OSError as error:
         raise IntegrityError(f"the module {path} cannot be read ({error.strerror}); lower {job.name} again") from error
     if found != job.digest:
@@ -188,7 +193,7 @@ def finished_neff(job: CompileJob, flags: tuple[str, ...], folder: Path) -> Neff
     if neff is None or (neff.hlo, neff.flags) != (job.digest, flags):
         return None
     try:
-        return neff if digest_file(neff_path(folder, job.name))[0] == neff.digest else None
+        return neff if digest_file(neff_path(folder, job.name)) == neff.digest else None
     except OSError:
         return None
 
@@ -197,8 +202,14 @@ def _read_record(folder: Path, name: str) -> Neff | None:
     """The record of a compiled module, or None where there is none that can be read."""
     path = record_path(folder, name)
     try:
-        record: Any = parse_json(path.read_bytes(), str(path))
+        record: Any = json.loads(path.read_bytes())
         neff = Neff(name, record["hlo"], tuple(record["flags"]), record["compiler"], record["neff"])
-    except (OSError, IntegrityError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     return neff if record == neff.to_json() else None
+
+
+def digest_file(path: Path) -> str:
+    """`sha256:<hex>` of a file."""
+    with path.open("rb") as file:
+        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()

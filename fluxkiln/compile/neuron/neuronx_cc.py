@@ -1,6 +1,5 @@
-"""The Neuron compiler, a command that lives elsewhere: found, given exact flags, run in parallel, remembered.
+"""The Neuron compiler, a command that lives elsewhere: found, told from PyPI's placeholder, called with exact flags.
 
-What decides a NEFF is the module, the flags and the compiler's version, and these are the key under which it is stored.
 Nothing here needs a Neuron device: the compiler runs on any host.
 
 Sources (AWS Neuron documentation): "Neuron Compiler CLI Reference Guide (neuronx-cc)" and "How to generate a NEFF file"
@@ -14,40 +13,24 @@ import os
 import re
 import shutil
 import subprocess
-import time
-from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from fluxkiln.artifacts.actions import Action, ActionCache, run_action
-from fluxkiln.artifacts.canonical import canonical_json
-from fluxkiln.artifacts.files import write_durably
-from fluxkiln.artifacts.store import Blob
 from fluxkiln.compile.neuron.advice import ADVICE, KILLED, advise, find_codes
 from fluxkiln.compile.neuron.neff import (
     COMMAND,
     HLO_SUFFIX,
     SCRIPT,
     CompileJob,
-    Neff,
     Preset,
     check_module,
-    check_modules,
     compile_flags,
-    finished_neff,
-    neff_path,
-    record_path,
 )
-from fluxkiln.compile.pool import JobPool
 from fluxkiln.compile.process import run_tool
 from fluxkiln.compile.target import Target
 from fluxkiln.errors import CompileError, ResourceError, ToolchainError
-from fluxkiln.progress import FROM_STORE, Progress, Silent
 
-# No code of ours is in the key: it cannot change what the compiler makes of a module.
-_RECIPE = "neuronx-cc compile/1"
 _COMPILER_LOG = "log-neuron-cc.txt"
 _VERSION = re.compile(r"NeuronX Compiler version ([0-9][0-9A-Za-z.+_-]*)")
 # Flags for the compiler come from here alone; frameworks read these from the environment.
@@ -110,103 +93,23 @@ def compile_argv(
     return [str(command), "compile", "--framework=XLA", str(model), "--output", str(output), *flags]
 
 
-def neff_action(job: CompileJob, target: Target, preset: Preset, version: str) -> Action:
-    """The key of a compiled module; names and paths are not in it, so equal modules are compiled once."""
-    return Action(
-        stage="neff",
-        what=f"{job.name} {target.chip}",
-        code_version=_RECIPE,
-        inputs={"hlo": job.digest},
-        settings={"target": target.chip, "flags": compile_flags(job.kind, target, preset)},
-        tools={COMMAND: version},
-    )
-
-
-def compile_kinds(
-    jobs: Sequence[CompileJob],
-    compiler: NeuronxCc,
-    target: Target,
-    cache: ActionCache,
-    folder: Path,
-    logs: Path,
-    *,
-    preset: Preset = "default",
-    workers: int | None = None,
-    memory: int | None = None,
-    progress: Progress | None = None,
-) -> tuple[Neff, ...]:
-    """Compile every module, or take it from the store, into `folder/neff/<name>.neff`, each with its record.
-
-    Files appear whole or not at all. After a kill or a failure the same call goes on: finished modules are in the
-    store. What `compile_neff.sh` finished in `folder` with this compiler is taken over.
-
-    Args:
-        workers: compilers at once. memory: bytes for all of them; one that may take more runs alone.
+def compile_module(job: CompileJob, compiler: NeuronxCc, target: Target, preset: Preset, work: Path, log: Path) -> Path:
+    """Compile one module in the folder `work`, from a copy of it; returns the output.
 
     Raises:
-        IntegrityError: a module is not the one that was lowered.
+        IntegrityError: the module is not the one that was lowered.
         CompileError: the compiler failed; with the log's telling lines, advice for its error codes, the log's place.
         ResourceError: it was killed for memory, or the disk is full.
     """
-    progress = progress or Silent()
-    check_modules(jobs)
-    logs.mkdir(parents=True, exist_ok=True)
-    (folder / "neff").mkdir(parents=True, exist_ok=True)
-    progress.stage("neff", len(jobs))
-    with JobPool[Neff](workers, memory) as pool:
-        futures = [
-            pool.submit(
-                f"the compile of {job.name}",
-                min(job.memory, pool.admission.budget),
-                partial(_compile, job, compiler, target, preset, cache, folder, logs, progress),
-            )
-            for job in jobs
-        ]
-        pool.wait()
-        return tuple(future.result() for future in futures)
-
-
-def _compile(
-    job: CompileJob,
-    compiler: NeuronxCc,
-    target: Target,
-    preset: Preset,
-    cache: ActionCache,
-    folder: Path,
-    logs: Path,
-    progress: Progress,
-) -> Neff:
-    started = time.perf_counter()
-    flags = compile_flags(job.kind, target, preset)
-    how = "compiled"
-
-    def produce(work: Path) -> tuple[Mapping[str, Path | Blob], dict[str, Any]]:
-        nonlocal how
-        found = finished_neff(job, flags, folder)
-        if found is not None and found.compiler == compiler.version:
-            how = f"taken over from {SCRIPT}"
-            return {"neff": neff_path(folder, job.name)}, {}
-        model = work / f"{job.name}{HLO_SUFFIX}"
-        shutil.copyfile(job.hlo, model)
-        check_module(job, model)
-        output = work / f"{job.name}.neff"
-        argv = compile_argv(job.kind, target, preset, model.name, output.name, compiler.path)
-        _run(argv, work, logs / f"{job.name}.log", f"{job.name} for {target.chip}")
-        if not output.is_file() or not output.stat().st_size:
-            raise CompileError(
-                f"{job.name} for {target.chip}: {COMMAND} ended well but wrote no output; whole log: "
-                f"{logs / f'{job.name}.log'}"
-            )
-        return {"neff": output}, {}
-
-    result = run_action(cache, neff_action(job, target, preset, compiler.version), produce)
-    blob = result.outputs["neff"]
-    cache.store.export(blob.digest, neff_path(folder, job.name), link=True)
-    neff = Neff(job.name, job.digest, flags, compiler.version, blob.digest, result.hit)
-    write_durably(record_path(folder, job.name), canonical_json(neff.to_json()) + b"\n")
-    spent = f"{how} in {time.perf_counter() - started:.1f} s"
-    progress.done("neff", job.name, FROM_STORE if result.hit else spent)
-    return neff
+    model = work / f"{job.name}{HLO_SUFFIX}"
+    shutil.copyfile(job.hlo, model)
+    check_module(job, model)
+    output = work / f"{job.name}.neff"
+    what = f"{job.name} for {target.chip}"
+    _run(compile_argv(job.kind, target, preset, model.name, output.name, compiler.path), work, log, what)
+    if not output.is_file() or not output.stat().st_size:
+        raise CompileError(f"{what}: {COMMAND} ended well but wrote no output; whole log: {log}")
+    return output
 
 
 def _run(argv: list[str], work: Path, log: Path, what: str) -> None:

@@ -5,19 +5,15 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 
-from fluxkiln.artifacts.files import disk_full_named, partial_file, publish
 from fluxkiln.compile.neuron.neff import (
     HLO_SUFFIX,
     RECORD_SCHEMA,
-    SCRIPT,
     CompileJob,
     Preset,
     compile_flags,
 )
 from fluxkiln.compile.target import Target
-from fluxkiln.errors import UsageError
 
 # Filled in: @TARGET@, @NAMES@, @CHECKS@, @COMPILES@, @SCHEMA@, @COUNT@.
 _TEMPLATE = r"""#!/bin/sh
@@ -166,30 +162,15 @@ say "Finished: $made compiled, $kept from before, in $here/neff. Go on with: flu
 """
 
 
-def write_compile_script(folder: Path, jobs: Sequence[CompileJob], target: Target, preset: Preset = "default") -> Path:
-    """Write `folder/compile_neff.sh`, which compiles the modules in `folder/hlo` to `folder/neff`.
+def compile_script(jobs: Sequence[CompileJob], target: Target, preset: Preset = "default") -> str:
+    """The script for a folder with the modules in `hlo/`, which compiles them to `neff/`.
 
     It checks every module's sha256 first, keeps what this compiler version made of the same module with the same flags,
     and puts each finished file in its place by renaming, with the record that `read_neffs` reads.
-
-    Returns:
-        The path of the script, executable.
-
-    Raises:
-        UsageError: a module lies elsewhere than in `folder/hlo`, or two have one name.
-        ResourceError: the disk is full.
     """
-    names = [job.name for job in jobs]
-    for job in jobs:
-        if job.hlo.absolute() != (folder / "hlo" / f"{job.name}{HLO_SUFFIX}").absolute():
-            raise UsageError(
-                f"the module {job.hlo} must be {folder / 'hlo' / job.name}{HLO_SUFFIX} to be compiled by {SCRIPT}"
-            )
-        if names.count(job.name) > 1:
-            raise UsageError(f"two modules are called {job.name}; each needs a name of its own")
     filled = {
         "@TARGET@": target.chip,
-        "@NAMES@": " ".join(names),
+        "@NAMES@": " ".join(job.name for job in jobs),
         "@COUNT@": str(len(jobs)),
         "@SCHEMA@": RECORD_SCHEMA,
         "@CHECKS@": "\n".join(_line("check_module", _file(job), _hex(job)) for job in jobs),
@@ -198,11 +179,7 @@ def write_compile_script(folder: Path, jobs: Sequence[CompileJob], target: Targe
     text = _TEMPLATE
     for mark, value in filled.items():
         text = text.replace(mark, value)
-    path = folder / SCRIPT
-    with disk_full_named(folder), partial_file(folder, f".{SCRIPT}") as (partial, file):
-        file.write(text.encode())
-        publish(file, partial, path, mode=0o755)
-    return path
+    return text
 
 
 def _compile_line(job: CompileJob, flags: Sequence[str]) -> str:

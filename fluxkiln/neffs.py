@@ -14,7 +14,7 @@ from typing import Any
 
 from fluxkiln.artifacts.actions import Action, ActionCache, run_action
 from fluxkiln.artifacts.canonical import canonical_json
-from fluxkiln.artifacts.files import disk_full_named, partial_file, publish, write_durably
+from fluxkiln.artifacts.files import disk_full_named, partial_file, publish, remove_unheld, write_durably
 from fluxkiln.artifacts.store import Blob
 from fluxkiln.compile.neuron.neff import (
     COMMAND,
@@ -74,14 +74,17 @@ def compile_kinds(
         workers: compilers at once. memory: bytes for all of them; one that may take more runs alone.
 
     Raises:
+        UsageError: two modules have one name.
         IntegrityError: a module is not the one that was lowered.
         CompileError: the compiler failed; with the log's telling lines, advice for its error codes, the log's place.
         ResourceError: it was killed for memory, or the disk is full.
     """
     progress = progress or Silent()
+    _check_names(jobs)
     check_modules(jobs)
     logs.mkdir(parents=True, exist_ok=True)
     (folder / "neff").mkdir(parents=True, exist_ok=True)
+    remove_unheld(folder / "neff")
     progress.stage("neff", len(jobs))
     with JobPool[Neff](workers, memory) as pool:
         futures = [
@@ -136,14 +139,19 @@ def write_compile_script(folder: Path, jobs: Sequence[CompileJob], target: Targe
         UsageError: a module lies elsewhere than in `folder/hlo`, or two have one name.
         ResourceError: the disk is full.
     """
-    names = [job.name for job in jobs]
+    _check_names(jobs)
     for job in jobs:
         if job.hlo.absolute() != hlo_path(folder, job.name).absolute():
             raise UsageError(f"the module {job.hlo} must be {hlo_path(folder, job.name)} to be compiled by {SCRIPT}")
-        if names.count(job.name) > 1:
-            raise UsageError(f"two modules are called {job.name}; each needs a name of its own")
     path = folder / SCRIPT
     with disk_full_named(folder), partial_file(folder, f".{SCRIPT}") as (unfinished, file):
         file.write(compile_script(jobs, target, preset).encode())
         publish(file, unfinished, path, mode=0o755)
     return path
+
+
+def _check_names(jobs: Sequence[CompileJob]) -> None:
+    names = [job.name for job in jobs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UsageError(f"two modules are called {twice}; files are named by it, each needs a name of its own")

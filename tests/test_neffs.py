@@ -28,7 +28,7 @@ from fluxkiln.compile.neuron.neff import (
 )
 from fluxkiln.compile.neuron.neuronx_cc import compile_argv, find_neuronx_cc
 from fluxkiln.compile.targets import find_target
-from fluxkiln.errors import CompileError, IntegrityError, ResourceError, ToolchainError
+from fluxkiln.errors import CompileError, IntegrityError, ResourceError, ToolchainError, UsageError
 from fluxkiln.neffs import compile_kinds, neff_action
 
 STUB = Path(__file__).parent / "compile" / "neuron" / "stub-neuronx-cc"
@@ -266,6 +266,21 @@ def test_changed_module_is_refused_before_anything_runs(run, jobs, calls, tmp_pa
     made[1].hlo.unlink()
     with pytest.raises(IntegrityError, match="cannot be read"):
         run(made)
+
+
+def test_two_modules_of_one_name(run, jobs, calls):
+    (job,) = jobs("double")
+    with pytest.raises(UsageError, match="two modules are called double"):
+        run([job, job])
+    assert called(calls) == []
+
+
+def test_what_a_kill_left_unfinished_is_removed(run, jobs, tmp_path):
+    leftover = tmp_path / "build" / "neff" / ".double.neff.x.partial"
+    leftover.parent.mkdir(parents=True)
+    leftover.touch()
+    run(jobs("double"))
+    assert not leftover.exists()
 
 
 def test_goes_on_after_a_kill(jobs, run, calls, tmp_path, monkeypatch):

@@ -70,7 +70,7 @@ def find_neuronx_cc() -> NeuronxCc:
             f"{command} --version ended with {done.returncode} and printed {said!r}; the Neuron compiler prints "
             f"'NeuronX Compiler version ...'; {_SOURCE}"
         )
-    return NeuronxCc(Path(command), version[1])
+    return NeuronxCc(Path(command).absolute(), version[1])  # PATH may be relative, compiles run elsewhere
 
 
 def _placeholder() -> str:

@@ -77,6 +77,12 @@ def test_the_command_is_found_by_its_version(calls, monkeypatch):
     assert find_neuronx_cc().version == "2.25.3371.0+f524f7f8"
 
 
+def test_a_relative_path_is_made_absolute(calls, monkeypatch):
+    monkeypatch.chdir(calls.parent)
+    monkeypatch.setenv("PATH", f"bin{os.pathsep}/usr/bin{os.pathsep}/bin")
+    assert find_neuronx_cc().path == calls.parent / "bin" / "neuronx-cc"
+
+
 def command(tmp_path, monkeypatch, body):
     path = tmp_path / "other" / "neuronx-cc"
     path.parent.mkdir()

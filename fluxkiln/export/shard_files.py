@@ -1,0 +1,346 @@
+"""The weights of every rank as files, cut from the checkpoint in one pass, and back.
+
+`weights/<part>/tp<rank>.safetensors` has the slots of a part in their order, bfloat16. A part's tensors are read once
+for all its ranks, some rows at a time, whatever their size; the digest of each file is taken while it is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fluxkiln.artifacts.types import Binding, TensorRef, TensorSpec
+from fluxkiln.errors import CheckpointError, IntegrityError, ResourceError
+from fluxkiln.export.bindings import apply_transforms
+from fluxkiln.export.checkpoint import Checkpoint, read_tensor
+from fluxkiln.export.safetensors_header import ITEM_BYTES, read_header
+from fluxkiln.export.sharding import SplitPart, Window, bind_shard, split_slots, window_of
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+# bytes done, bytes in all; of what is written
+Progress = Callable[[int, int], None]
+
+DTYPE = "BF16"
+_CONVERTED = ("BF16", "F16", "F32")
+_BLOCK_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFile:
+    """The weights of one rank of one part. `sha256` is of the file's bytes."""
+
+    part: str
+    rank: int
+    path: Path
+    sha256: str
+    nbytes: int
+
+
+def write_shards(
+    parts: Sequence[SplitPart],
+    checkpoint: Checkpoint,
+    tp_degree: int,
+    folder: Path,
+    *,
+    workers: int = 2,
+    progress: Progress | None = None,
+) -> tuple[ShardFile, ...]:
+    """Write the shards of every rank of the parts to `folder`.
+
+    A file appears under its name when it is complete and on the disk; what was there is replaced. Parts that run on one
+    core have one rank, see `SplitPart.ranks`. Memory: 20 MB a worker, whatever the size of tensors.
+
+    Args:
+        workers: parts that are written at once.
+
+    Returns:
+        The files, in the order of parts and ranks.
+
+    Raises:
+        UsageError: the ranks cannot share a weight; before anything is read. CheckpointError: a tensor is missing, has
+            another shape than its config says or a dtype that is not converted, or its file ends too early.
+        ResourceError: the disk is full or cannot be written to.
+    """
+    jobs, known = [], {}
+    for part in parts:
+        ranks, alike = part.ranks(tp_degree), (part.kind, len(part.members))
+        if alike not in known:
+            known[alike] = split_slots(part, checkpoint.configs, ranks)
+        slots = known[alike]
+        jobs.append((slots, [bind_shard(part, slots, checkpoint, ranks, rank) for rank in range(ranks)]))
+    total = sum(2 * math.prod(spec.shape) * len(bindings) for slots, bindings in jobs for spec in slots)
+    count = _counter(total, progress)
+    with ThreadPoolExecutor(workers, "shard") as pool:
+        writing = [pool.submit(_write_part, *job, checkpoint.tensors, folder, count) for job in jobs]
+        try:
+            return tuple(file for job in writing for file in job.result())
+        finally:
+            for job in writing:
+                job.cancel()
+
+
+def read_shard(path: Path, sha256: str | None = None) -> dict[str, NDArray[Any]]:
+    """The weights of a rank by slot, in the order of the slots, as `ml_dtypes.bfloat16`.
+
+    Raises:
+        CheckpointError: the file is damaged or cannot be read. IntegrityError: it has another digest than `sha256`.
+    """
+    if sha256 is not None:
+        with path.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        if found != sha256:
+            raise IntegrityError(f"{path} has the sha256 {found}, expected is {sha256}; shard the checkpoint again")
+    return {name: read_tensor(ref) for name, ref in read_header(path).items()}
+
+
+def join_shards(
+    part: SplitPart, checkpoint: Checkpoint, shards: Sequence[Mapping[str, NDArray[Any]]]
+) -> dict[str, NDArray[Any]]:
+    """What the shards of all ranks of a part, in rank order, say about the checkpoint's tensors, padding left out.
+
+    Args:
+        checkpoint: for names and shapes; no tensor is read.
+
+    Returns:
+        The tensors of the part by their names in the checkpoint, whole.
+
+    Raises:
+        IntegrityError: ranks have different values where all have the same, or padding that is not zero.
+    """
+    import numpy as np
+
+    ranks = len(shards)
+    slots = split_slots(part, checkpoint.configs, ranks)
+    placed = [
+        (slot, checkpoint.tensors[part.component][slot.sources[0]], shard[slot.slot], rank)
+        for rank, shard in enumerate(shards)
+        for slot in bind_shard(part, slots, checkpoint, ranks, rank).slots
+    ]
+    tensors: dict[str, NDArray[Any]] = {}
+    for slot, ref, piece, _ in placed:
+        target = tensors.setdefault(ref.name, np.zeros(ref.shape, piece.dtype))
+        window = window_of(ref.shape, slot.transforms)
+        spans = (window.rows, window.columns)[: len(ref.shape)]
+        inside = tuple(slice(0, stop - start) for start, stop in spans)
+        target[tuple(slice(*span) for span in spans)] = piece[inside]
+    for slot, ref, piece, rank in placed:
+        if apply_transforms(tensors[ref.name], slot.transforms).tobytes() != piece.tobytes():
+            raise IntegrityError(
+                f"{slot.slot} of rank {rank} is not what the other ranks have, or not zero where it is padded: "
+                "they are of different checkpoints; shard the checkpoint again"
+            )
+    return tensors
+
+
+def _counter(total: int, progress: Progress | None) -> Callable[[int], None]:
+    """A function to tell that bytes were written, from any thread."""
+    done, lock = 0, threading.Lock()
+
+    def count(nbytes: int) -> None:
+        nonlocal done
+        with lock:
+            done += nbytes
+            if progress is not None:
+                progress(done, total)
+
+    return count
+
+
+def _write_part(
+    slots: tuple[TensorSpec, ...],
+    bindings: Sequence[Binding],
+    tensors: Mapping[str, Mapping[str, TensorRef]],
+    folder: Path,
+    count: Callable[[int], None],
+) -> list[ShardFile]:
+    """The files of all ranks of one part."""
+    part, refs = bindings[0].part, tensors[bindings[0].component]
+    (folder / part).mkdir(parents=True, exist_ok=True)
+    header = _header(slots)
+    with ExitStack() as stack:
+        files = [
+            stack.enter_context(_PartialFile(folder / part / f"tp{rank}.safetensors")) for rank in range(len(bindings))
+        ]
+        spread = _Spreader(stack, files, count)
+        for file in files:
+            file.write(header)
+        for places in zip(*(binding.slots for binding in bindings), strict=True):
+            ref = refs[places[0].sources[0]]
+            spread(ref, [window_of(ref.shape, place.transforms) for place in places])
+        return [ShardFile(part, rank, file.path, file.finish(), file.nbytes) for rank, file in enumerate(files)]
+
+
+def _header(slots: tuple[TensorSpec, ...]) -> bytes:
+    """Source: see `fluxkiln.export.safetensors_header`."""
+    entries, position = {}, 0
+    for spec in slots:
+        end = position + math.prod(spec.shape) * ITEM_BYTES[DTYPE]
+        entries[spec.name] = {"dtype": DTYPE, "shape": spec.shape, "data_offsets": [position, end]}
+        position = end
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header
+
+
+class _PartialFile:
+    """A file that is hashed while it is written and gets its name at `finish`; left earlier, it is removed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.nbytes = path, 0
+        self._partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        self._digest = hashlib.sha256()
+
+    def __enter__(self) -> _PartialFile:
+        with _told(self._partial):
+            self._stream = self._partial.open("wb", buffering=0)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stream.close()
+        self._partial.unlink(missing_ok=True)
+
+    def write(self, data: Any) -> None:
+        view = memoryview(data).cast("B")
+        self._digest.update(view)
+        self.nbytes += len(view)
+        with _told(self._partial):
+            while view:
+                view = view[self._stream.write(view) :]
+
+    def finish(self) -> str:
+        """Put the file on the disk under its name; returns its sha256."""
+        with _told(self.path):
+            os.fsync(self._stream.fileno())
+            os.replace(self._partial, self.path)
+            descriptor = os.open(self.path.parent, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        return self._digest.hexdigest()
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ResourceError(
+            f"{path} cannot be written: {error.strerror}; free space, or choose another folder"
+        ) from error
+
+
+class _Spreader:
+    """Reads tensors block by block and gives every rank its rows and columns; buffers are kept between tensors."""
+
+    def __init__(self, stack: ExitStack, files: Sequence[_PartialFile], count: Callable[[int], None]) -> None:
+        import numpy as np
+
+        self._stack, self._files, self._count = stack, files, count
+        self._sources: dict[Path, int] = {}
+        self._read = np.empty(_BLOCK_BYTES, np.uint8)
+        self._copy = np.empty(_BLOCK_BYTES, np.uint8)
+
+    def __call__(self, ref: TensorRef, windows: Sequence[Window]) -> None:
+        """Append each rank's window of a tensor to its file."""
+        if ref.dtype not in _CONVERTED:
+            raise CheckpointError(
+                f"{ref.name} in {ref.file} has the dtype {ref.dtype}, shards are made of {', '.join(_CONVERTED)}; "
+                "convert the checkpoint to BF16"
+            )
+        inner = math.prod(ref.shape[2:])
+        columns = [tuple(inner * bound for bound in window.columns) for window in windows]
+        first = min(start for start, _ in columns)
+        last = max(stop for _, stop in columns)
+        top = min(window.rows[0] for window in windows)
+        bottom = max(window.rows[1] for window in windows)
+        height = max(1, _BLOCK_BYTES // (max(1, last - first) * max(ITEM_BYTES[ref.dtype], 2)))
+        for start in range(top, bottom, height):
+            stop = min(start + height, bottom)
+            block = self._block(ref, start, stop, first, last)
+            for file, window, (left, right) in zip(self._files, windows, columns, strict=True):
+                rows = block[max(window.rows[0] - start, 0) : max(window.rows[1] - start, 0)]
+                self._append(file, rows[:, left - first : right - first], _row_items(window))
+        for file, window in zip(self._files, windows, strict=True):
+            height = window.shape[0] if window.shape else 1
+            missing = 2 * (height - (window.rows[1] - window.rows[0])) * _row_items(window)
+            self._zeros(file, missing)
+
+    def _append(self, file: _PartialFile, rows: NDArray[Any], width: int) -> None:
+        """Write rows, with zeros behind each up to `width` items."""
+        import numpy as np
+
+        if not rows.shape[0]:
+            return
+        if rows.shape[1] == width and rows.flags.c_contiguous:
+            data = rows
+        else:
+            needed = 2 * rows.shape[0] * width
+            if needed > self._copy.nbytes:
+                self._copy = np.empty(needed, np.uint8)
+            data = self._copy[:needed].view(np.uint16).reshape(rows.shape[0], width)
+            data[:, : rows.shape[1]] = rows
+            data[:, rows.shape[1] :] = 0
+        file.write(data)
+        self._count(data.nbytes)
+
+    def _zeros(self, file: _PartialFile, nbytes: int) -> None:
+        while nbytes > 0:
+            self._copy[:] = 0
+            file.write(self._copy[:nbytes])
+            self._count(min(nbytes, self._copy.nbytes))
+            nbytes -= self._copy.nbytes
+
+    def _block(self, ref: TensorRef, start: int, stop: int, first: int, last: int) -> NDArray[np.uint16]:
+        """Rows and columns of a tensor as bfloat16 bits; nothing else of it is read."""
+        import ml_dtypes
+        import numpy as np
+
+        rows, width, item = stop - start, last - first, ITEM_BYTES[ref.dtype]
+        if rows * width * item > self._read.nbytes:
+            self._read = np.empty(rows * width * item, np.uint8)
+        raw = self._read[: rows * width * item]
+        row_items = math.prod(ref.shape[1:])
+        offset = ref.offset + (start * row_items + first) * item
+        if width == row_items:
+            self._fill(ref, raw, offset)
+        else:
+            for row, place in enumerate(raw.reshape(rows, -1)):
+                self._fill(ref, place, offset + row * row_items * item)
+        if ref.dtype == "BF16":
+            return raw.view(np.uint16).reshape(rows, width)
+        values = raw.view(np.float16 if ref.dtype == "F16" else np.float32)
+        return values.astype(ml_dtypes.bfloat16).view(np.uint16).reshape(rows, width)
+
+    def _fill(self, ref: TensorRef, place: NDArray[np.uint8], offset: int) -> None:
+        view = place.data
+        try:
+            source = self._sources.get(ref.file)
+            if source is None:
+                source = self._stack.enter_context(ref.file.open("rb", buffering=0)).fileno()
+                self._sources[ref.file] = source
+            while view:
+                read = os.preadv(source, [view], offset)
+                if not read:
+                    raise CheckpointError(
+                        f"{ref.file} ends inside {ref.name}; it was truncated: copy or fetch it again"
+                    )
+                view, offset = view[read:], offset + read
+        except OSError as error:
+            raise CheckpointError(f"{ref.file} cannot be read: {error.strerror}; fetch it again") from error
+
+
+def _row_items(window: Window) -> int:
+    return math.prod(window.shape[1:])

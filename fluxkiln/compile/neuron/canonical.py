@@ -36,7 +36,7 @@ def canonicalise(proto: bytes) -> bytes:
     for field in _ALIASES:
         if getattr(module, field):
             raise CompileError(
-                f"the module has an {field}, weights must outlive a run; lower it without donated inputs"
+                f"the module gives its inputs away ({field}), weights must outlive a run; lower it without donation"
             )
     _strip(module, "module")
     module.name = _MODULE_NAME

@@ -18,6 +18,7 @@ from jax import lax
 
 Array = Any  # jax.Array
 _WIDE = jnp.dtype("float32")
+_EPSILON = 2.0**-23
 
 
 def replacements() -> Mapping[Any, Callable[..., Any]]:
@@ -99,7 +100,10 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Array:
-    """softmax(Q K^T * scale + mask) V over [..., tokens, head_dim]; scores and softmax in float32."""
+    """softmax(Q K^T * scale + mask) V over [..., tokens, head_dim]; scores, softmax and sums in float32.
+
+    The division by the softmax's sum comes last, where it is on [tokens, head_dim] instead of [tokens, tokens].
+    """
     if dropout_p or enable_gqa:
         raise NotImplementedError("attention with dropout or grouped queries")
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
@@ -112,8 +116,11 @@ def attention(
     if attn_mask is not None:
         masked = attn_mask.dtype == jnp.bool_
         scores = jnp.where(attn_mask, scores, -jnp.inf) if masked else scores + attn_mask.astype(scores.dtype)
-    probabilities = jax.nn.softmax(scores, -1).astype(value.dtype)
-    return lax.dot_general(probabilities, value, (((last,), (tokens,)), (batch, batch)))
+    powers = jnp.exp(scores - jnp.max(scores, -1, keepdims=True))
+    weighted = lax.dot_general(
+        powers.astype(value.dtype), value, (((last,), (tokens,)), (batch, batch)), preferred_element_type=_WIDE
+    )
+    return (weighted / jnp.sum(powers, -1, keepdims=True)).astype(value.dtype)
 
 
 def layer_norm(
@@ -133,9 +140,7 @@ def rms_norm(
     axes = tuple(range(input.ndim - len(normalized_shape), input.ndim))
     wide = input.astype(_WIDE)
     mean = jnp.mean(wide * wide, axes, keepdims=True)
-    return _affine(
-        wide * lax.rsqrt(mean + (jnp.finfo(input.dtype).eps if eps is None else eps)), weight, None, input.dtype
-    )
+    return _affine(wide * lax.rsqrt(mean + (_EPSILON if eps is None else eps)), weight, None, input.dtype)
 
 
 def group_norm(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -142,9 +143,14 @@ class Replicas:
         what = f"executing on {self.ranks} virtual devices ({request['do']})"
         if not line:
             code = self._process.wait()
-            raise ResourceError(
-                f"{what}: the process ended with code {code} (-9: killed for memory): {self._last_lines()}; use a "
-                "smaller SIZE, fewer ranks or a machine with more memory"
+            if code == -signal.SIGKILL:
+                raise ResourceError(
+                    f"{what}: the process was killed (signal 9), which is how the system ends it when memory runs out; "
+                    "use a smaller SIZE, fewer ranks or a machine with more memory"
+                )
+            raise CompileError(
+                f"{what}: XLA ended with code {code}: {self._last_lines()}; check the module (check_hlo) and lower it "
+                "again with the pinned jaxlib"
             )
         answer: dict[str, Any] = json.loads(line)
         if not answer["ok"]:

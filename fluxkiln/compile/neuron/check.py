@@ -23,6 +23,7 @@ ALLOWED = frozenset({
     "sqrt", "subtract", "tanh", "transpose", "tuple",
 })  # fmt: skip
 ALLOWED_ELEMENTS = frozenset({"pred", "s32", "f32", "bf16"})
+_HIGHEST = 2  # PrecisionConfig.Precision
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,8 @@ def check_hlo(proto: bytes, *, all_reduces: int, all_gathers: int, ranks: int) -
     for instruction in _collectives(entry):
         _check_collective(instruction, everyone)
     by_id = {instruction.id: instruction for instruction in entry.instructions}
+    for instruction in entry.instructions:
+        _check_precision(instruction, by_id)
     return HloFacts(
         operations=dict(operations),
         all_reduce_bytes=tuple(_bytes(i.shape) for i in _collectives(entry) if i.opcode == "all-reduce"),
@@ -137,11 +140,6 @@ def _check_instruction(instruction: Any) -> None:
             f"{instruction.name} is a literal of {len(instruction.literal)} bytes, at most {LARGEST_LITERAL} are "
             "allowed; make it a parameter"
         )
-    if instruction.opcode in ("dot", "convolution") and instruction.precision_config.algorithm:
-        raise CompileError(
-            f"{instruction.name} asks for algorithm {instruction.precision_config.algorithm}; the precision of a dot "
-            "is that of its operands"
-        )
 
 
 def _check_shape(shape: Any, what: str) -> None:
@@ -174,6 +172,19 @@ def _check_collective(instruction: Any, everyone: tuple[tuple[int, ...], ...]) -
         raise CompileError(
             f"{instruction.name} has channel {instruction.channel_id}, use_global_device_ids "
             f"{instruction.use_global_device_ids}: replica groups would not name replicas; lower it with this frontend"
+        )
+
+
+def _check_precision(instruction: Any, by_id: Mapping[int, Any]) -> None:
+    """Products of float32 are computed in float32, whatever the device would do for speed."""
+    if instruction.opcode not in ("dot", "convolution"):
+        return
+    asked = instruction.precision_config
+    wide = any(ELEMENTS[by_id[i].shape.element_type][0] == "f32" for i in instruction.operand_ids)
+    if asked.algorithm or (wide and list(asked.operand_precision) != [_HIGHEST, _HIGHEST]):
+        raise CompileError(
+            f"{instruction.name} asks for precision {list(asked.operand_precision)}, algorithm {asked.algorithm}; "
+            f"products of float32 need [{_HIGHEST}, {_HIGHEST}] (HIGHEST), algorithm 0; lower it with this frontend"
         )
 
 

@@ -1,7 +1,8 @@
 """From a torch module on the meta device to an HLO module proto of one rank, its weights parameters of it.
 
-torch -> torchax -> `jax.shard_map` -> StableHLO -> HLO. All private API of jax, jaxlib and torchax is in this file,
-which is why it takes one version of each. Another frontend would have the same `lower_module`.
+torch -> torchax -> `jax.shard_map` -> StableHLO -> HLO. What is private API of jax, jaxlib and torchax is used here
+and in `replica_worker`, which is why they take one version of each. Another frontend would have the same
+`lower_module`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import functools
 import importlib.metadata
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +30,8 @@ RunDtype = Literal["float32", "bfloat16"]
 VERSIONS: Mapping[str, str] = {"jaxlib": "0.10.2", "jax": "0.10.2", "torchax": "0.0.13"}
 _INPUT_DTYPES = ("float32", "bfloat16", "int32", "bool")
 _AXIS = "ranks"
+# torchax's environment is one for all threads, and so are Python's warnings
+_one_at_a_time = threading.Lock()
 
 
 class Collectives(Protocol):
@@ -71,6 +75,17 @@ def lower_module(
         CompileError: the module is not on the meta device, or does what the frontend has no lowering for.
     """
     torchax = load_frontend()
+    with _one_at_a_time:
+        return _lower(torchax, make_module, inputs, ranks, dtype)
+
+
+def _lower(
+    torchax: Any,
+    make_module: Callable[[Collectives], Module],
+    inputs: Sequence[TensorSpec],
+    ranks: int,
+    dtype: RunDtype,
+) -> Lowered:
     import jax
     import torch
 
@@ -268,13 +283,8 @@ def _reported_as_compile_errors() -> Iterator[None]:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
-@functools.cache
-def load_frontend() -> Any:
-    """torchax's environment, with operators of ours.
-
-    Raises:
-        ToolchainError: a package is missing or of another version.
-    """
+def require_versions() -> None:
+    """Raise ToolchainError if jax, jaxlib or torchax is missing or of another version than this was written for."""
     for name, wanted in VERSIONS.items():
         try:
             found = importlib.metadata.version(name)
@@ -284,6 +294,12 @@ def load_frontend() -> Any:
             raise ToolchainError(
                 f"{name}: {found}; lowering for Neuron needs {name} {wanted} exactly: pip install 'fluxkiln[trn1]'"
             )
+
+
+@functools.cache
+def load_frontend() -> Any:
+    """torchax's environment, with operators of ours; errors as `require_versions`."""
+    require_versions()
     import jax
 
     jax.config.update("jax_platforms", "cpu")

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fluxkiln.artifacts.types import TensorSpec
+from fluxkiln.compile.neuron.frontend import require_versions
 from fluxkiln.compile.neuron.hlo_proto import entry_parameters
 from fluxkiln.compile.process import stop
 from fluxkiln.errors import CompileError, ResourceError
@@ -60,10 +61,12 @@ class Replicas:
         log: what XLA prints goes there; into a file of the process's own if left out.
 
     Raises:
-        CompileError: XLA takes a module or its arguments not. ResourceError: the process was killed.
+        ToolchainError: jax or jaxlib is missing or of another version. CompileError: XLA does not take a module or its
+        arguments. ResourceError: the process was killed.
     """
 
     def __init__(self, ranks: int, log: Path | None = None) -> None:
+        require_versions()
         self.ranks = ranks
         self._scratch = tempfile.TemporaryDirectory(prefix="fluxkiln-replicas-")
         self.log = log or Path(self._scratch.name) / "log"

@@ -126,6 +126,10 @@ def another_algorithm(module, main):
     first(main, "dot").precision_config.algorithm = 7
 
 
+def lower_precision(module, main):
+    first(main, "dot").precision_config.ClearField("operand_precision")
+
+
 def call_dot(module, main):
     module.computations[0].instructions[-1].opcode = "dot"
 
@@ -155,7 +159,8 @@ def lose_entry(module, main):
         (wide_callee, r"parameter\.1 has elements of u64"),
         (be_dynamic, r"dot\.\d+ has a dynamic dimension in \[1, 6, 48\]"),
         (another_operation, r"operation 'sort' is not among those that parts are made of \(abs, add,"),
-        (another_algorithm, r"dot\.\d+ asks for algorithm 7"),
+        (another_algorithm, r"dot\.\d+ asks for precision \[2, 2\], algorithm 7"),
+        (lower_precision, r"dot\.\d+ asks for precision \[\], algorithm 0.*need \[2, 2\] \(HIGHEST\)"),
         (call_dot, "dot in region_1: only the entry computation has those"),
         (lose_root, "has root 100000, which it does not hold"),
         (lose_entry, "the entry computation 4000 is not there"),

@@ -14,6 +14,7 @@ from fluxkiln.compile.neuron.canonical import canonicalise
 from fluxkiln.compile.neuron.check import check_hlo
 from fluxkiln.compile.neuron.frontend import load_frontend, lower_module
 from fluxkiln.compile.neuron.hlo_proto import parse_module
+from fluxkiln.compile.neuron.replicas import Replicas
 from fluxkiln.components import Shapes
 from fluxkiln.errors import CompileError, ToolchainError
 from fluxkiln.export.synth_presets import PRESETS
@@ -267,6 +268,8 @@ def test_other_versions_are_refused(monkeypatch, found, message):
     monkeypatch.setattr(frontend.importlib.metadata, "version", version)
     with pytest.raises(ToolchainError, match=rf"{message}.*jaxlib 0\.10\.2 exactly.*fluxkiln\[trn1\]"):
         load_frontend.__wrapped__()
+    with pytest.raises(ToolchainError, match=message):
+        Replicas(1)
 
 
 def test_torch_is_left_as_it_was():

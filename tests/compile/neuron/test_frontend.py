@@ -21,7 +21,8 @@ from fluxkiln.export.synth_presets import PRESETS
 from fluxkiln.export.trace import part_inputs
 from fluxkiln.patches.parts import build_part
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("jax")
+import torch  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.nn import functional  # noqa: E402
 

@@ -22,9 +22,9 @@ from fluxkiln.export.trace import part_inputs
 from fluxkiln.patches.parts import build_part
 
 pytest.importorskip("jax")
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
-from torch.nn import functional  # noqa: E402
+import torch
+from torch import nn
+from torch.nn import functional
 
 BOUND = 5e-6
 

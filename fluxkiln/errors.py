@@ -9,6 +9,7 @@ FluxkilnError                  exit 1   something the user or the machine can pu
 ├── ExportError                exit 1   a template that could not be traced or does not hold what it must
 ├── CompileError               exit 1   a compiler that failed, or whose result is not what was asked for
 ├── ResourceError              exit 1   not enough disk, memory or time; or another process holds the lock
+├── RegistryError              exit 1   a registry that cannot be reached, refuses, or answers what it must not
 ├── ParityError                exit 3   a gate of the parity ladder was missed
 ├── IntegrityError             exit 4   bytes that do not have the digest they should have
 └── ToolchainError             exit 5   a compiler or interpreter that is not installed or is the wrong one
@@ -58,6 +59,10 @@ class CompileError(FluxkilnError):
 
 class ResourceError(FluxkilnError):
     """Not enough disk or memory, or another process holds the lock."""
+
+
+class RegistryError(FluxkilnError):
+    """A registry that cannot be reached, refuses, or answers what it must not."""
 
 
 class ParityError(FluxkilnError):

@@ -36,7 +36,7 @@ FLOW = {
     f"fluxkiln.{name}"
     for name in (
         *("stages", "moulds", "casting", "compiling", "proving", "devices", "costs", "exchange", "extent"),
-        *("linking", "rungs", "parity", "blockwise", "bundling", "preparing", "planning", "build"),
+        *("linking", "rungs", "parity", "blockwise", "bundling", "preparing", "planning", "build", "publishing"),
         "neffs",
     )
 }

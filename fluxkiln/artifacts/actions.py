@@ -17,7 +17,7 @@ from pathlib import Path
 from fluxkiln.artifacts.canonical import Json, digest_json, plain_json
 from fluxkiln.artifacts.files import disk_full_named
 from fluxkiln.artifacts.locks import waiting_lock
-from fluxkiln.artifacts.store import Blob, Store, manifest_blobs, read_object
+from fluxkiln.artifacts.store import Blob, Store, read_object
 from fluxkiln.errors import FluxkilnError, IntegrityError
 
 SCHEMA = "fluxkiln.action/1"
@@ -151,14 +151,10 @@ class ActionCache:
 
     def reachable(self) -> frozenset[str]:
         """Digests that a record or a tag needs: what a garbage collection must keep."""
-        keep: set[str] = set()
+        keep = set(self.store.reachable())
         for record in self.records():
             outputs, _ = _parse_record_object(record, str(record["key"]))
             keep.update(blob.digest for blob in outputs.values())
-        for digest in self.store.tags().values():
-            keep.add(digest)
-            manifest = read_object(self.store.read(digest), f"manifest {digest}")
-            keep.update(blob.digest for blob in manifest_blobs(manifest, digest))
         return frozenset(keep)
 
     def count(self, stage: str, hit: bool) -> None:

@@ -160,7 +160,7 @@ def verify_bundle(bundle: Path) -> Manifest:
     manifest = read_manifest(bundle)
     listed = {file.path: file for file in manifest.files}
     faults = []
-    present = _walk(bundle)
+    present = walk_bundle(bundle)
     for path, entry in listed.items():
         if path not in present:
             faults.append(f"{path}: missing")
@@ -264,7 +264,7 @@ def _check_replaceable(destination: Path) -> None:
         )
 
 
-def _walk(bundle: Path) -> dict[str, bool]:
+def walk_bundle(bundle: Path) -> dict[str, bool]:
     """Path -> whether it is a regular file, for everything in the bundle that is no folder."""
     found = {}
     for folder, folders, names in os.walk(bundle):

@@ -21,6 +21,7 @@ WEIGHT_TYPE = "application/vnd.cncf.model.weight.v1.raw"
 WEIGHT_CONFIG_TYPE = "application/vnd.cncf.model.weight.config.v1.raw"
 DOC_TYPE = "application/vnd.cncf.model.doc.v1.raw"
 FILEPATH_ANNOTATION = "org.cncf.model.filepath"
+PARITY_ANNOTATION = "org.fluxkiln.parity"
 
 LAYER_TYPES: Mapping[Role, str] = {
     "binary": WEIGHT_TYPE,
@@ -62,7 +63,22 @@ def store_bundle(store: Store, bundle: Path, tag: str) -> str:
                 )
         layers.append(_layer(blob, LAYER_TYPES[entry.role], entry.path))
         digests.append(blob.digest)
-    config = store.add_bytes(canonical_json(_config(manifest, tuple(digests))))
+    config = store.add_bytes(modelpack_config(manifest, tuple(digests)))
+    document = modelpack_document(manifest, config, layers)
+    digest = store.add_bytes(document).digest
+    store.tag(tag, digest)
+    return digest
+
+
+def parity_word(parity: Mapping[str, Json]) -> str:
+    """`passed`, `failed`, or `unverified` where nothing was compared: what a manifest says for all to see."""
+    if not parity.get("verified", parity.get("rows")):
+        return "unverified"
+    return "passed" if parity.get("passed") is True else "failed"
+
+
+def modelpack_document(manifest: Manifest, config: Blob, layers: list[Json]) -> bytes:
+    """The OCI manifest of a bundle; `layers` are descriptors, each with its path annotation."""
     document: Json = {
         "schemaVersion": 2,
         "mediaType": MANIFEST_TYPE,
@@ -75,11 +91,10 @@ def store_bundle(store: Store, bundle: Path, tag: str) -> str:
             "org.fluxkiln.target": manifest.target,
             "org.fluxkiln.variant": manifest.variant,
             "org.fluxkiln.checkpoint": manifest.checkpoint.fingerprint,
+            PARITY_ANNOTATION: parity_word(manifest.parity),
         },
     }
-    digest = store.add_bytes(canonical_json(document)).digest
-    store.tag(tag, digest)
-    return digest
+    return canonical_json(document)
 
 
 def _layer(blob: Blob, media_type: str, path: str) -> dict[str, Json]:
@@ -87,13 +102,14 @@ def _layer(blob: Blob, media_type: str, path: str) -> dict[str, Json]:
     return {"mediaType": media_type, "digest": blob.digest, "size": blob.size, "annotations": annotations}
 
 
-def _config(manifest: Manifest, diff_ids: tuple[str, ...]) -> dict[str, Json]:
+def modelpack_config(manifest: Manifest, diff_ids: tuple[str, ...]) -> bytes:
+    """The ModelPack config of a bundle; `diff_ids` are the digests of all layers in the manifest's order."""
     # The schema allows no other keys; further facts are annotations of the manifest.
     schemes: dict[str, int] = {}
     for part in manifest.parts:
         schemes[part.scheme] = schemes.get(part.scheme, 0) + part.size
     formats = sorted({Path(part.file).suffix.lstrip(".") for part in manifest.parts})
-    return {
+    config: Json = {
         "descriptor": {"name": manifest.name, "family": "flux.1", "licenses": [manifest.licence.spdx]},
         "config": {
             "architecture": "flux",
@@ -104,3 +120,4 @@ def _config(manifest: Manifest, diff_ids: tuple[str, ...]) -> dict[str, Json]:
         },
         "modelfs": {"type": "layers", "diffIds": diff_ids},
     }
+    return canonical_json(config)

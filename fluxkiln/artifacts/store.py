@@ -65,19 +65,20 @@ class Store:
 
     root: Path
 
-    def add_file(self, source: Path, *, move: bool = False) -> Blob:
+    def add_file(self, source: Path, *, move: bool = False, known: str = "") -> Blob:
         """Add a file's bytes, or put a damaged blob right again.
 
         Args:
             source: a regular file; a symbolic link is followed and its target copied.
             move: `source` is given up. On the same file system it is hashed where it lies and renamed; nothing else
                 may write to it meanwhile.
+            known: the digest that this process took while it wrote `source`: a moved file is not read again.
 
         Raises:
             ResourceError: the disk is full.
         """
         self.prepare()
-        if move and (blob := self._adopt(source)) is not None:
+        if move and (blob := self._adopt(source, known)) is not None:
             return blob
         with source.open("rb") as reader:
             blob = self._add(reader, os.fstat(reader.fileno()).st_size)
@@ -175,26 +176,29 @@ class Store:
         """
         if not _TAG.fullmatch(name):
             raise UsageError(f"tag {name!r} is not legal; use letters and digits joined by one of - . _ : / +")
-        manifest = read_object(self.read(digest), f"manifest {digest}")
-        for blob in manifest_blobs(manifest, digest):
-            if not self.has(blob):
-                raise IntegrityError(f"manifest {digest} names {blob.digest} ({blob.size} bytes), which is not in the "
-                                     f"store {self.root}; add it before the tag {name!r}")  # fmt: skip
-        entry: dict[str, Json] = {
-            "mediaType": manifest.get("mediaType", MANIFEST_TYPE),
-            "digest": digest,
-            "size": os.stat(self.path(digest)).st_size,
-            "annotations": {TAG_ANNOTATION: name},
-        }
-        if "artifactType" in manifest:
-            entry["artifactType"] = manifest["artifactType"]
-        with self._index_lock():
+        # Under the lock: no garbage collection comes between looking and tagging.
+        with self.index_locked():
+            manifest = read_object(self.read(digest), f"manifest {digest}")
+            for blob in manifest_blobs(manifest, digest):
+                if not self.has(blob):
+                    raise IntegrityError(
+                        f"manifest {digest} names {blob.digest} ({blob.size} bytes), which is not in the store "
+                        f"{self.root}; add it before the tag {name!r}"
+                    )
+            entry: dict[str, Json] = {
+                "mediaType": manifest.get("mediaType", MANIFEST_TYPE),
+                "digest": digest,
+                "size": os.stat(self.path(digest)).st_size,
+                "annotations": {TAG_ANNOTATION: name},
+            }
+            if "artifactType" in manifest:
+                entry["artifactType"] = manifest["artifactType"]
             kept = [other for other in self._entries() if _tag_of(other) != name]
             self._write_index(sorted([*kept, entry], key=_tag_of))
 
     def untag(self, name: str) -> None:
         """Remove the tag `name`; UsageError when there is none. The blobs stay."""
-        with self._index_lock():
+        with self.index_locked():
             entries = self._entries()
             kept = [entry for entry in entries if _tag_of(entry) != name]
             if len(kept) == len(entries):
@@ -204,6 +208,26 @@ class Store:
     def tags(self) -> dict[str, str]:
         """Tag -> digest of its manifest."""
         return {_tag_of(entry): str(entry["digest"]) for entry in self._entries() if _tag_of(entry)}
+
+    def reachable(self) -> frozenset[str]:
+        """Digests of all manifests that the index names, tagged or not, and of what they name in turn.
+
+        Raises:
+            IntegrityError: one of the manifests is missing or damaged.
+        """
+        keep: set[str] = set()
+        todo = [str(entry["digest"]) for entry in self._entries()]
+        while todo:
+            if (digest := todo.pop()) in keep:
+                continue
+            keep.add(digest)
+            manifest = read_object(self.read(digest), f"manifest {digest}")
+            nested = manifest.get("manifests")
+            if isinstance(nested, list):  # an index of manifests, by another program
+                todo += [str(entry["digest"]) for entry in nested if isinstance(entry, dict) and "digest" in entry]
+            else:
+                keep.update(blob.digest for blob in manifest_blobs(manifest, digest))
+        return frozenset(keep)
 
     def resolve(self, name: str) -> str:
         """The digest of the manifest tagged `name`; UsageError with the tags there are otherwise."""
@@ -244,12 +268,12 @@ class Store:
         with disk_full_named(self.root):
             for folder in ("blobs/sha256", "actions", "tmp", "locks"):
                 (self.root / folder).mkdir(parents=True, exist_ok=True)
-        with self._index_lock():
+        with self.index_locked():
             if not (self.root / "index.json").exists():
                 self.write_record("oci-layout", {"imageLayoutVersion": LAYOUT_VERSION})
                 self._write_index([])
 
-    def _adopt(self, source: Path) -> Blob | None:
+    def _adopt(self, source: Path, known: str) -> Blob | None:
         """Hash `source` in place and rename it into the store; None where that is not safe or not possible."""
         fd = os.open(source, os.O_RDONLY)
         with os.fdopen(fd, "rb") as file:
@@ -257,7 +281,7 @@ class Store:
             # Another name of the same inode could change the blob later.
             if source.is_symlink() or before.st_nlink != 1 or before.st_dev != os.stat(self.root / "tmp").st_dev:
                 return None
-            digest = "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+            digest = known or "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
             after = os.fstat(fd)
             if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
                 raise IntegrityError(f"{source} was written to while it was added; let its writer finish first")
@@ -295,7 +319,8 @@ class Store:
         )
 
     @contextmanager
-    def _index_lock(self) -> Iterator[None]:
+    def index_locked(self) -> Iterator[None]:
+        """Nobody else changes tags, or takes blobs away, meanwhile."""
         with disk_full_named(self.root), waiting_lock(self.root / "locks" / "index.lock"):
             yield
 

@@ -11,10 +11,12 @@ import click
 
 from fluxkiln.cli.options import SettingsFor, settings_options
 from fluxkiln.cli.output import Output, count_text, json_option, parity_text, path_text, size_text
+from fluxkiln.cli.registry import inspect_published, transfer_options
 from fluxkiln.errors import IntegrityError, UsageError
 
 if TYPE_CHECKING:
     from fluxkiln.artifacts.manifest import Manifest
+    from fluxkiln.publishing import Transfers
 
 MANIFEST, REPORT, PAGE = "manifest.json", "report.json", "report.html"
 
@@ -22,22 +24,30 @@ _path = click.Path(path_type=Path)
 
 
 @click.command()
-@click.argument("bundle", type=_path)
+@click.argument("bundle")
 @click.option("--parts", "all_parts", is_flag=True, help="Every part, instead of one line per kind.")
 @click.option("--files", "all_files", is_flag=True, help="Every file, instead of one line per role.")
+@transfer_options
 @json_option
 @click.pass_obj
-def inspect(output: Output, bundle: Path, all_parts: bool, all_files: bool) -> None:
-    """Show what a bundle is made of.
+def inspect(output: Output, transfers: Transfers, bundle: str, all_parts: bool, all_files: bool) -> None:
+    """Show what a bundle is made of, in a folder or in a registry.
 
-    BUNDLE is the folder that a build wrote. Its manifest is read and checked; `fluxkiln verify` reads the files too.
+    BUNDLE is the folder that a build wrote, or a reference to a published one (oci-layout:PATH:TAG, HOST/REPO:TAG,
+    hf://ORG/REPO@REV). Its manifest is read and checked; `fluxkiln verify` reads a folder's files too.
     """
     from fluxkiln.artifacts.bundle import read_manifest
     from fluxkiln.artifacts.manifest import describe_manifest
+    from fluxkiln.artifacts.registry.reference import looks_like_reference
 
-    manifest = read_manifest(bundle_folder(bundle))
+    published: dict[str, Any] = {}
+    if looks_like_reference(bundle):
+        manifest, published["published"] = inspect_published(output, bundle, transfers)
+    else:
+        manifest = read_manifest(bundle_folder(Path(bundle)))
     described: dict[str, Any] = describe_manifest(manifest)
-    output.document({**manifest.to_json(), "summary": {key: described[key] for key in ("size", "kinds", "roles")}})
+    summary = {key: described[key] for key in ("size", "kinds", "roles")}
+    output.document({**manifest.to_json(), "summary": summary, **published})
     shapes = manifest.shapes
     output.facts(
         {

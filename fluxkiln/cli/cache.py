@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from fluxkiln.cli.options import open_existing, store_options
 from fluxkiln.cli.output import Output, count_text, json_option, size_text
 from fluxkiln.cli.usage import NamedCommands
-from fluxkiln.errors import IntegrityError
-
-if TYPE_CHECKING:
-    pass
+from fluxkiln.errors import IntegrityError, UsageError
 
 
 @click.group(cls=NamedCommands)
 def cache() -> None:
-    """Look into the store that builds share."""
+    """Look into the store that builds share, and tidy it."""
 
 
 @cache.command(name="ls")
@@ -78,3 +74,41 @@ def verify_store(output: Output, build_dir: Path, store: Path | None) -> None:
             f"promises ({damaged[0]}); put into {found.root / 'quarantine'}: the next build makes what it needs again"
         )
     output.line(f"{found.root}: {count_text(len(blobs), 'blob')}, {size_text(sum(b.size for b in blobs))}, all intact")
+
+
+@cache.command(name="gc")
+@store_options
+@click.option("--results", is_flag=True, help="Forget what builds recorded too: only what a tag reaches stays.")
+@click.option(
+    "--older-than", "hours", type=float, metavar="HOURS", default=1.0,
+    help="Leave younger blobs alone: somebody may be about to use them. Default: 1.",
+)  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Say what would go, and remove nothing.")
+@json_option
+@click.pass_obj
+def collect(output: Output, build_dir: Path, store: Path | None, results: bool, hours: float, dry_run: bool) -> None:
+    """Remove blobs that no tag and no recorded result reaches.
+
+    What a tag reaches always stays. If the index or a manifest is damaged nothing is removed.
+    """
+    from fluxkiln.artifacts.registry.collect import collect_garbage
+
+    if not hours >= 0:
+        raise UsageError(f"--older-than {hours}: it is a number of hours, 0 or more")
+    found = open_existing(build_dir, store)
+    done = collect_garbage(found, results=results, keep_seconds=hours * 3600, dry_run=dry_run)
+    output.document(
+        {
+            "store": str(found.root),
+            "removed": [blob.digest for blob in done.removed],
+            "size": done.size,
+            "young": len(done.young),
+            "kept": done.kept,
+            "dry_run": dry_run,
+        }
+    )
+    verb = "would be removed" if dry_run else "removed"
+    output.line(
+        f"{found.root}: {count_text(len(done.removed), 'blob')}, {size_text(done.size)}, {verb}; "
+        f"{count_text(done.kept, 'blob')} kept{f', {len(done.young)} of them unused but too new' if done.young else ''}"
+    )

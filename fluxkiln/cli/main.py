@@ -36,10 +36,15 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "synth": ("synth", "Write a synthetic checkpoint: FLUX.1's architecture, random weights."),
     "export": ("export", "Write the template of every kind of part, and how each part fills its slots."),
     "patches": ("patches", "List what is rewritten in diffusers and transformers, and whether it still fits."),
-    "inspect": ("bundle", "Show what a bundle is made of."),
+    "inspect": ("bundle", "Show what a bundle is made of, in a folder or in a registry."),
     "report": ("bundle", "Write a build's report.html again from its report.json."),
     "verify": ("bundle", "Compare every file of a bundle with the digest its manifest gives."),
-    "cache": ("cache", "Look into the store that builds share."),
+    "publish": ("registry", "Publish a bundle to a registry: a folder, an OCI registry or the Hub."),
+    "pull": ("registry", "Fetch a bundle from a registry and check every byte."),
+    "ls": ("registry", "List the bundles of a repository by their tags."),
+    "tag": ("registry", "Give a published bundle another tag."),
+    "diff": ("registry", "Show what changed from one bundle to another."),
+    "cache": ("cache", "Look into the store that builds share, and tidy it."),
 }
 
 

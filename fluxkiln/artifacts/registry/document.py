@@ -1,0 +1,217 @@
+"""The OCI manifest of a published bundle: written by this package, read from anyone.
+
+What is read here came from another machine. Everything that is later used as a path, a size or a number of things is
+checked before a byte is written. Sources: OCI image-spec v1.1, manifest.md; CNCF ModelPack, specs-go/v1/mediatype.go.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from fluxkiln.artifacts.canonical import Json
+from fluxkiln.artifacts.manifest import Manifest
+from fluxkiln.artifacts.modelpack import (
+    ARTIFACT_TYPE,
+    CONFIG_TYPE,
+    DOC_TYPE,
+    FILEPATH_ANNOTATION,
+    WEIGHT_CONFIG_TYPE,
+    WEIGHT_TYPE,
+)
+from fluxkiln.artifacts.paths import MANIFEST_FILE, validate_manifest_paths
+from fluxkiln.artifacts.store import MANIFEST_TYPE, Blob, read_object
+from fluxkiln.errors import IntegrityError
+
+CODE_TYPE = "application/vnd.cncf.model.code.v1.raw"
+CARD, PROVENANCE, REPORT, SIGNATURE = "README.md", "provenance.json", "report.json", "model.sig"
+LICENCES = "licenses"
+# Beside the files of the bundle; what each is for, see publishing.
+EXTRAS = (CARD, PROVENANCE, REPORT, SIGNATURE)
+
+# Of a pulled folder: the bundle, and what was pulled and how far it was checked.
+BUNDLE, RECORD = "bundle", "pulled.json"
+
+# What registries accept, and far above what a bundle has.
+MAX_DOCUMENT_BYTES = 4 << 20
+MAX_CONFIG_BYTES = 1 << 20
+MAX_EXTRA_BYTES = 64 << 20
+MAX_FILES = 10_000
+MAX_FILE_BYTES = 1 << 40
+MAX_TOTAL_BYTES = 4 << 40
+
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_LAYER_TYPES = (WEIGHT_TYPE, WEIGHT_CONFIG_TYPE, DOC_TYPE, CODE_TYPE)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One file of an artifact: where it belongs, and which bytes it must have."""
+
+    path: str
+    digest: str
+    size: int
+    media_type: str = DOC_TYPE
+
+    def descriptor(self) -> dict[str, Json]:
+        """The OCI descriptor of the layer."""
+        return {
+            "mediaType": self.media_type,
+            "digest": self.digest,
+            "size": self.size,
+            "annotations": {FILEPATH_ANNOTATION: self.path},
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """An OCI manifest that was checked, and its very bytes: the digest is over them."""
+
+    data: bytes
+    config: Blob
+    layers: tuple[Layer, ...]
+    annotations: Mapping[str, str]
+
+    @property
+    def digest(self) -> str:
+        return digest_bytes(self.data)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all layers."""
+        return sum(layer.size for layer in self.layers)
+
+    def find(self, path: str) -> Layer | None:
+        """The layer of that path, if there is one."""
+        return next((layer for layer in self.layers if layer.path == path), None)
+
+    def bundle_layers(self) -> tuple[Layer, ...]:
+        """Layers that are files of the bundle, `manifest.json` among them."""
+        return tuple(layer for layer in self.layers if not is_extra(layer.path))
+
+
+def digest_bytes(data: bytes) -> str:
+    """`sha256:<hex>` of `data`."""
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def is_extra(path: str) -> bool:
+    """Whether a layer of that path lies beside the bundle and not in it."""
+    return path in EXTRAS or path.startswith(LICENCES + "/")
+
+
+def pulled_path(path: str) -> str:
+    """Where a layer of that path lies in a pulled folder."""
+    return path if is_extra(path) else f"{BUNDLE}/{path}"
+
+
+def parse_document(data: bytes, where: str, digest: str = "") -> Document:
+    """Check the bytes of an OCI manifest.
+
+    Args:
+        where: what they are, for messages.
+        digest: what their digest must be; empty where nothing says so.
+
+    Raises:
+        IntegrityError: another digest, too large, no strict JSON, not a ModelPack manifest, an illegal path, size or
+            digest, two layers for one file, too many or too large layers.
+    """
+    if len(data) > MAX_DOCUMENT_BYTES:
+        raise _bad(where, f"is larger than {MAX_DOCUMENT_BYTES} bytes")
+    if digest and digest_bytes(data) != digest:
+        raise IntegrityError(
+            f"{where} has the digest {digest_bytes(data)}, {digest} was asked for; fetch it again, or publish it again"
+        )
+    value = read_object(data, where)
+    if value.get("schemaVersion") != 2 or isinstance(value.get("schemaVersion"), bool):
+        raise _bad(where, f"has schemaVersion {value.get('schemaVersion')!r}; 2 is the one that is read")
+    if value.get("mediaType") != MANIFEST_TYPE:
+        raise _bad(where, f"has the media type {value.get('mediaType')!r}; a bundle's is {MANIFEST_TYPE}")
+    if value.get("artifactType") != ARTIFACT_TYPE:
+        raise _bad(where, f"has the artifact type {value.get('artifactType')!r}; a bundle's is {ARTIFACT_TYPE}")
+    config = _layer(value.get("config"), f"{where}: config", (CONFIG_TYPE,), MAX_CONFIG_BYTES, with_path=False)
+    entries = value.get("layers")
+    if not isinstance(entries, list) or not entries:
+        raise _bad(where, "has no layers")
+    if len(entries) > MAX_FILES:
+        raise _bad(where, f"has {len(entries)} layers; {MAX_FILES} are the most")
+    layers = tuple(_layer(entry, f"{where}: layer {i}", _LAYER_TYPES) for i, entry in enumerate(entries))
+    annotations = value.get("annotations", {})
+    if not isinstance(annotations, Mapping) or not all(isinstance(text, str) for text in annotations.values()):
+        raise _bad(where, "has annotations that are no texts")
+    _check_layers(layers, where)
+    texts = {name: str(text) for name, text in annotations.items()}
+    return Document(data, Blob(config.digest, config.size), layers, texts)
+
+
+def check_config(document: Document, data: bytes, where: str) -> None:
+    """Compare the ModelPack config with the manifest that names it; IntegrityError where they differ."""
+    modelfs = read_object(data, f"{where}: config").get("modelfs")
+    if not isinstance(modelfs, Mapping) or modelfs.get("type") != "layers":
+        raise _bad(f"{where}: config", "has no modelfs of type 'layers'")
+    if modelfs.get("diffIds") != [layer.digest for layer in document.layers]:
+        raise _bad(f"{where}: config", "lists other layers than the manifest that names it")
+
+
+def check_bundle(document: Document, manifest: Manifest, where: str) -> None:
+    """Compare the layers with the bundle's own `manifest.json`: the same files, digests and sizes, and nothing else.
+
+    Raises:
+        IntegrityError: names the first file that differs.
+    """
+    layers = {layer.path: layer for layer in document.layers if layer.path != MANIFEST_FILE}
+    for file in manifest.files:
+        layer = layers.pop(file.path, None)
+        if layer is None:
+            raise _bad(where, f"has no layer for {file.path!r}, which {MANIFEST_FILE} names")
+        if (layer.digest, layer.size) != (file.digest, file.size):
+            raise _bad(where, f"gives {file.path!r} as {layer.digest} ({layer.size} bytes), {MANIFEST_FILE} says "
+                              f"{file.digest} ({file.size} bytes)")  # fmt: skip
+    for path in layers:
+        if not is_extra(path):
+            raise _bad(where, f"has a layer for {path!r}, which {MANIFEST_FILE} does not name")
+
+
+def _layer(
+    value: Json, where: str, types: Iterable[str], most: int = MAX_FILE_BYTES, *, with_path: bool = True
+) -> Layer:
+    if not isinstance(value, Mapping):
+        raise _bad(where, "is no descriptor")
+    media_type, digest, size = value.get("mediaType"), value.get("digest"), value.get("size")
+    if not isinstance(media_type, str) or media_type not in types:
+        raise _bad(where, f"has the media type {media_type!r}; it may be {', '.join(types)}")
+    if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+        raise _bad(where, f"has the digest {digest!r}; it must be 'sha256:' and 64 lower-case hex digits")
+    if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= most:
+        raise _bad(where, f"has the size {size!r}; it must be a whole number from 0 to {most}")
+    if "urls" in value:
+        raise _bad(where, "says that its bytes lie at another address; a registry must hold them itself")
+    if not with_path:
+        return Layer("", digest, size, media_type)
+    annotations = value.get("annotations")
+    path = annotations.get(FILEPATH_ANNOTATION) if isinstance(annotations, Mapping) else None
+    if not isinstance(path, str):
+        raise _bad(where, f"has no annotation {FILEPATH_ANNOTATION}; each layer is one file and says which")
+    return Layer(path, digest, size, media_type)
+
+
+def _check_layers(layers: tuple[Layer, ...], where: str) -> None:
+    paths = [layer.path for layer in layers]
+    if paths.count(MANIFEST_FILE) != 1:
+        raise _bad(where, f"has {paths.count(MANIFEST_FILE)} layers for {MANIFEST_FILE}; a bundle has one")
+    validate_manifest_paths(path for path in paths if path != MANIFEST_FILE)
+    sizes: dict[str, int] = {}
+    for layer in layers:
+        if sizes.setdefault(layer.digest, layer.size) != layer.size:
+            raise _bad(where, f"gives {layer.digest} two sizes")
+        if is_extra(layer.path) and layer.size > MAX_EXTRA_BYTES:
+            raise _bad(where, f"gives {layer.path} {layer.size} bytes; {MAX_EXTRA_BYTES} are the most")
+    total = sum(layer.size for layer in layers)
+    if total > MAX_TOTAL_BYTES:
+        raise _bad(where, f"has layers of {total} bytes in all; {MAX_TOTAL_BYTES} are the most")
+
+
+def _bad(where: str, fault: str) -> IntegrityError:
+    return IntegrityError(f"{where} {fault}. It is refused: have it published again, or use another tag")

@@ -1,0 +1,214 @@
+"""A model repository on the Hugging Face Hub.
+
+Files go to a branch of their own through huggingface_hub; when the Hub shows all of them with the right sizes and
+digests, the OCI manifest follows as `modelpack.json`, and only then a tag. What is fetched comes over our own session:
+resumed by Range, compared with the manifest, the token sent to the Hub and not to where it redirects.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fluxkiln.artifacts.registry.document import CARD, Document, Layer
+from fluxkiln.artifacts.registry.layout import changed
+from fluxkiln.artifacts.registry.oci import fetch
+from fluxkiln.artifacts.registry.reference import HubReference
+from fluxkiln.artifacts.registry.session import AuthorizationError, Session
+from fluxkiln.artifacts.registry.transfer import PIECE, Arrival, Departure, Patience, Stop
+from fluxkiln.errors import IntegrityError, RegistryError, UsageError
+
+MANIFEST_PATH, CONFIG_PATH = "modelpack.json", "modelpack-config.json"
+BRANCH = "fluxkiln-"
+
+
+class HubPlace:
+    """One repository. `api` is a huggingface_hub.HfApi."""
+
+    def __init__(self, reference: HubReference, api: Any, session: Session) -> None:
+        self._repository = reference.repository
+        self._api = api
+        self._session = session
+        self._lock = threading.Lock()
+        self._queued: dict[str, tuple[Layer, Path | bytes]] = {}
+        self._commit = ""
+
+    @property
+    def name(self) -> str:
+        return f"hf://{self._repository}"
+
+    def close(self) -> None:
+        self._session.close()
+
+    def manifest(self, reference: str) -> bytes:
+        with _told(self.name, reference):
+            self._commit = str(self._api.repo_info(self._repository, revision=reference).sha)
+        answer = self._session.ask(
+            "GET", self._url(MANIFEST_PATH), accept=(200, 404), what=f"{MANIFEST_PATH} of {self.name}"
+        )
+        if answer.status != 200:
+            raise UsageError(
+                f"{self.name}@{reference} has no {MANIFEST_PATH}, so it is no bundle of fluxkiln; give another"
+            )
+        return answer.body
+
+    def has(self, layer: Layer) -> bool:
+        # The Hub compares by digest itself when files are committed.
+        return False
+
+    def send(self, layer: Layer, departure: Departure) -> int:
+        departure.read_rest()
+        if departure.digest != layer.digest or departure.actual_size() != layer.size:
+            raise IntegrityError(changed(departure.source, layer))
+        with self._lock:
+            self._queued[layer.path or CONFIG_PATH] = (layer, departure.source)
+        return layer.size
+
+    def receive(self, layer: Layer, arrival: Arrival) -> None:
+        path = layer.path or CONFIG_PATH
+        fetch(self._session, self._url(path), arrival, f"fetching {path} from {self.name}")
+
+    def publish(self, document: Document, tag: str) -> None:
+        branch = BRANCH + document.digest.removeprefix("sha256:")[:16]
+        api, repository = self._api, self._repository
+        # One of equal files was queued; a repository needs them all.
+        sources = {layer.digest: source for layer, source in self._queued.values()}
+        queued = {**self._queued, **{one.path: (one, sources[one.digest]) for one in document.layers}}
+        with _told(self.name, tag):
+            # For its owner alone until they say otherwise.
+            api.create_repo(repository, private=True, exist_ok=True)
+            refs = api.list_repo_refs(repository)
+            if tag in [ref.name for ref in refs.branches]:
+                raise UsageError(
+                    f"{self.name} has a branch {tag!r}; a bundle gets a tag: publish to hf://{repository}@v1"
+                )
+            api.create_branch(repository, branch=branch, exist_ok=True)
+            self._commit_files({path: source for path, (_, source) in queued.items()}, branch, "files of")
+            self._check_tree({path: (layer.size, source) for path, (layer, source) in queued.items()}, branch)
+            self._commit = self._commit_files({MANIFEST_PATH: document.data}, branch, "manifest of")
+            self._check_tree({MANIFEST_PATH: (len(document.data), document.data)}, self._commit)
+            self._move_tag(tag, [ref.name for ref in refs.tags])
+            api.delete_branch(repository, branch=branch)
+            if CARD in queued:
+                # The page of a repository shows the card of its main branch.
+                self._commit_files({CARD: queued[CARD][1]}, "main", "model card of")
+
+    def retag(self, document: Document, tag: str) -> None:
+        with _told(self.name, tag):
+            self._move_tag(tag, list(self.tags()))
+
+    def tags(self) -> dict[str, str]:
+        with _told(self.name, ""):
+            return {str(ref.name): "" for ref in self._api.list_repo_refs(self._repository).tags}
+
+    def _url(self, path: str) -> str:
+        from huggingface_hub import hf_hub_url
+
+        endpoint = str(self._session.origin).rstrip("/")
+        return hf_hub_url(self._repository, path, revision=self._commit, endpoint=endpoint)
+
+    def _commit_files(self, files: Mapping[str, Path | bytes], branch: str, what: str) -> str:
+        from huggingface_hub import CommitOperationAdd
+
+        operations = [
+            CommitOperationAdd(path, source if isinstance(source, bytes) else str(source))
+            for path, source in sorted(files.items())
+        ]
+        message = f"{what} a bundle, by fluxkiln"
+        return str(self._api.create_commit(self._repository, operations, commit_message=message, revision=branch).oid)
+
+    def _check_tree(self, wanted: Mapping[str, tuple[int, Path | bytes]], revision: str) -> None:
+        """IntegrityError when the Hub does not show every file with its size and digest."""
+        shown = {
+            entry.path: entry
+            for entry in self._api.list_repo_tree(self._repository, recursive=True, revision=revision)
+            if hasattr(entry, "size")
+        }
+        for path, (size, source) in wanted.items():
+            entry = shown.get(path)
+            if entry is None or entry.size != size:
+                found = "is missing" if entry is None else f"has {entry.size} bytes instead of {size}"
+                raise IntegrityError(
+                    f"{path} {found} in {self.name} after it was sent; nothing was tagged, publish again"
+                )
+            lfs = getattr(entry, "lfs", None)
+            expected = _digest(source, "sha256") if lfs else _digest(source, "sha1", b"blob %d\0" % size)
+            if (lfs.sha256 if lfs else entry.blob_id) != expected:
+                raise IntegrityError(
+                    f"{path} has another digest in {self.name} than what was sent; nothing was tagged, publish again"
+                )
+
+    def _move_tag(self, tag: str, existing: list[str]) -> None:
+        # The Hub knows no move; between the two there is no tag, never a wrong one.
+        if tag in existing:
+            self._api.delete_tag(self._repository, tag=tag)
+        self._api.create_tag(self._repository, tag=tag, revision=self._commit)
+
+
+def open_hub(
+    reference: HubReference,
+    *,
+    patience: Patience | None = None,
+    stop: Stop | None = None,
+    transport: Any = None,
+) -> HubPlace:
+    """The repository that `reference` names; the token comes from HF_TOKEN or `hf auth login`.
+
+    Args:
+        transport: in place of the network for what is fetched, for tests.
+    """
+    import huggingface_hub
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    disable_progress_bars()
+    token = huggingface_hub.get_token()
+    session = Session(
+        huggingface_hub.constants.ENDPOINT,
+        patience=patience,
+        stop=stop,
+        authorization=f"Bearer {token}" if token else None,
+        transport=transport,
+        login="set HF_TOKEN or run: hf auth login",
+    )
+    return HubPlace(reference, huggingface_hub.HfApi(token=token), session)
+
+
+def _digest(source: Path | bytes, algorithm: str, prefix: bytes = b"") -> str:
+    digest = hashlib.new(algorithm, prefix, usedforsecurity=False)
+    if isinstance(source, bytes):
+        digest.update(source)
+        return digest.hexdigest()
+    with source.open("rb") as file:
+        while piece := file.read(PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _told(name: str, revision: str) -> Iterator[None]:
+    """huggingface_hub's errors in our words."""
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.RevisionNotFoundError:
+        raise UsageError(
+            f"{name} has no tag, branch or commit {revision!r}; `fluxkiln ls {name}` shows its tags"
+        ) from None
+    except errors.HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", 0)
+        if status in (401, 403) or isinstance(error, errors.GatedRepoError):
+            raise AuthorizationError(
+                f"{name} does not exist, or the token may not do that (the Hub answers {status}); check the name, and "
+                "HF_TOKEN or `hf auth login`"
+            ) from None
+        if status == 404:
+            raise UsageError(f"there is no repository {name}; check its name") from None
+        raise RegistryError(f"{name}: the Hub answers {status}; try again later") from None
+    except (errors.OfflineModeIsEnabled, ConnectionError) as error:
+        raise RegistryError(f"{name}: the Hub cannot be reached ({type(error).__name__}); check the network and "
+                            "HF_HUB_OFFLINE") from None  # fmt: skip

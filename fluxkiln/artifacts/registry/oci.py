@@ -1,0 +1,313 @@
+"""A repository of an OCI registry. Source: OCI distribution-spec v1.1."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from urllib.parse import quote
+
+import httpx2
+
+from fluxkiln.artifacts.registry.document import MAX_DOCUMENT_BYTES, Document, Layer, digest_bytes
+from fluxkiln.artifacts.registry.layout import changed
+from fluxkiln.artifacts.registry.reference import RegistryReference
+from fluxkiln.artifacts.registry.session import Answer, Session, refused
+from fluxkiln.artifacts.registry.transfer import Arrival, Departure, Patience, Stop, TransientError, retrying
+from fluxkiln.artifacts.store import MANIFEST_TYPE
+from fluxkiln.errors import FluxkilnError, IntegrityError, RegistryError, UsageError
+
+# A chunk that fails is sent again from where the registry says it stands; smaller blobs go in one request.
+CHUNK_BYTES = 64 << 20
+MAX_TAG_PAGES = 1000
+# Of one blob, after its upload was lost.
+MAX_RESTARTS = 3
+_RANGE = re.compile(r"(?:bytes=)?0-(\d+)")
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(?:\d+|\*)")
+
+
+class OciPlace:
+    """One repository, over one session."""
+
+    def __init__(self, reference: RegistryReference, session: Session, *, chunk: int = CHUNK_BYTES) -> None:
+        self._name = f"{reference.host}/{reference.repository}"
+        self._base = f"/v2/{reference.repository}"
+        self._session = session
+        self._chunk = chunk
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    def close(self) -> None:
+        self._session.close()
+
+    def manifest(self, reference: str) -> bytes:
+        what = f"manifest {reference} of {self.name}"
+
+        def once() -> Answer:
+            answer = self._session.ask(
+                "GET", f"{self._base}/manifests/{quote(reference, safe=':')}", headers={"Accept": MANIFEST_TYPE},
+                accept=(200, 404), what=what,
+            )  # fmt: skip
+            expected = reference if reference.startswith("sha256:") else answer.headers.get("Docker-Content-Digest", "")
+            if answer.status == 200 and expected and digest_bytes(answer.body) != expected:
+                raise TransientError(f"its bytes do not have the digest {expected}")
+            return answer
+
+        try:
+            answer = retrying(_briefly(self._session.patience), self._session.stop, what, once)
+        except RegistryError as error:
+            if isinstance(error.__cause__, TransientError) and "digest" in str(error.__cause__):
+                raise IntegrityError(
+                    f"{what}: {error.__cause__}, however often it is asked for; publish it again"
+                ) from error
+            raise
+        if answer.status == 404:
+            raise UsageError(
+                f"{self.name} has no tag or manifest {reference!r}; `fluxkiln ls {self.name}` shows its tags"
+            )
+        if len(answer.body) > MAX_DOCUMENT_BYTES:
+            raise IntegrityError(f"{what} is larger than {MAX_DOCUMENT_BYTES} bytes, which no manifest of a bundle is")
+        return answer.body
+
+    def has(self, layer: Layer) -> bool:
+        answer = self._session.ask(
+            "HEAD", f"{self._base}/blobs/{layer.digest}", accept=(200, 404), what=f"{layer.path} in {self.name}"
+        )
+        return answer.status == 200 and answer.headers.get("Content-Length", str(layer.size)) == str(layer.size)
+
+    def send(self, layer: Layer, departure: Departure) -> int:
+        what = f"sending {layer.path or 'the config'} to {self.name}"
+        if departure.actual_size() != layer.size:
+            raise IntegrityError(changed(departure.source, layer))
+        upload = _Upload(self._session, self._base, layer, departure, self._chunk, what)
+        retrying(self._session.patience, self._session.stop, what, upload.go_on)
+        if departure.digest != layer.digest:
+            raise IntegrityError(changed(departure.source, layer))
+        return upload.sent
+
+    def receive(self, layer: Layer, arrival: Arrival) -> None:
+        url = f"{self._base}/blobs/{layer.digest}"
+        fetch(self._session, url, arrival, f"fetching {layer.path or 'the config'} from {self.name}")
+
+    def publish(self, document: Document, tag: str) -> None:
+        # By digest first: the registry then compares every byte before a tag can lead to them.
+        self._put(document, document.digest)
+        self.retag(document, tag)
+
+    def retag(self, document: Document, tag: str) -> None:
+        def once() -> None:
+            self._put(document, tag)
+            # The tag's request could have been changed on its way as well.
+            answer = self._session.ask(
+                "HEAD", f"{self._base}/manifests/{tag}", headers={"Accept": MANIFEST_TYPE}, accept=(200, 404),
+                what=f"tag {tag} of {self.name}",
+            )  # fmt: skip
+            if (
+                answer.headers.get("Docker-Content-Digest", "") != document.digest
+                and self.manifest(tag) != document.data
+            ):
+                raise TransientError(f"{self.name}:{tag} is another manifest than the one that was sent")
+
+        retrying(self._session.patience, self._session.stop, f"tag {tag} of {self.name}", once)
+
+    def tags(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        url = f"{self._base}/tags/list"
+        for _ in range(MAX_TAG_PAGES):
+            answer = self._session.ask("GET", url, accept=(200, 404), what=f"tags of {self.name}")
+            if answer.status == 404:
+                raise UsageError(f"there is no repository {self.name}; check its name, or publish to it first")
+            try:
+                names = json.loads(answer.body)["tags"] or []
+            except (ValueError, KeyError, TypeError):
+                raise RegistryError(f"{self.name} answers no list of tags; check the registry's address") from None
+            found.update({str(name): "" for name in names})
+            after = re.match(r'<([^>]+)>;\s*rel="?next', answer.headers.get("Link", ""))
+            if after is None:
+                break
+            url = after.group(1)
+        return found
+
+    def _put(self, document: Document, reference: str) -> None:
+        what = f"manifest of {self.name}"
+        answer = self._session.ask(
+            "PUT", f"{self._base}/manifests/{reference}", headers={"Content-Type": MANIFEST_TYPE}, body=document.data,
+            accept=(201, 400, 404), what=what,
+        )  # fmt: skip
+        if answer.status == 201:
+            return
+        if b"UNKNOWN" in answer.body or b"DIGEST_INVALID" in answer.body:
+            raise BlobMissingError(str(refused(answer, what)))
+        raise refused(answer, what)
+
+
+class BlobMissingError(RegistryError):
+    """The registry does not have a blob that it said it had, or got another manifest than was sent."""
+
+
+class _Upload:
+    """One blob's way into a registry; `go_on` is called again after a failure and goes on from where it stands."""
+
+    def __init__(self, session: Session, base: str, layer: Layer, departure: Departure, chunk: int, what: str) -> None:
+        self.sent = 0
+        self._session, self._base, self._layer, self._departure, self._what = session, base, layer, departure, what
+        self._chunk = chunk
+        self._location: httpx2.URL | None = None
+        self._offset = 0
+        self._restarts = 0
+
+    def go_on(self) -> None:
+        before = self._offset
+        try:
+            self._steps()
+        except TransientError as error:
+            raise TransientError(str(error), wait=error.wait, progressed=self._offset > before) from error
+
+    def _steps(self) -> None:
+        if self._location is None:
+            self._begin()
+        elif self._offset or self._layer.size > self._chunk:
+            self._ask_where()
+        while self._layer.size > self._chunk and self._offset < self._layer.size:
+            end = min(self._offset + self._chunk, self._layer.size)
+            answer = self._send("PATCH", self._require_location(), self._offset, end)
+            if answer.status != 202:
+                raise self._lost(answer)
+            self._location = self._next(answer)
+            self._offset = _standing(answer, end)
+        self._finish()
+
+    def _finish(self) -> None:
+        location = self._require_location().copy_merge_params({"digest": self._layer.digest})
+        answer = self._send("PUT", location, self._offset, self._layer.size)
+        if answer.status != 201:
+            raise self._lost(answer)
+
+    def _begin(self) -> None:
+        answer = self._session.ask("POST", f"{self._base}/blobs/uploads/", accept=(202,), what=self._what)
+        self._location, self._offset = self._next(answer), 0
+
+    def _ask_where(self) -> None:
+        answer = self._session.ask("GET", self._require_location(), accept=(204, 400, 404, 416), what=self._what)
+        if answer.status != 204:
+            self._restarts += 1
+            if self._restarts > MAX_RESTARTS:
+                raise refused(answer, self._what)
+            self._begin()
+            return
+        self._location = self._next(answer)
+        self._offset = min(_standing(answer, 0), self._layer.size)
+
+    def _send(self, method: str, location: httpx2.URL, start: int, end: int) -> Answer:
+        headers = {"Content-Type": "application/octet-stream"}
+        if method == "PATCH":
+            headers["Content-Range"] = f"{start}-{end - 1}"
+        pieces = self._counted(start, end)
+        with self._session.stream(method, location, headers=headers, pieces=pieces, length=end - start) as response:
+            body = b"".join(response.iter_raw())[:1000]
+            return Answer(response.status_code, response.headers, body, response.url)
+
+    def _counted(self, start: int, end: int) -> Iterator[bytes]:
+        for piece in self._departure.pieces(start, end):
+            self._session.stop.check()
+            self.sent += len(piece)
+            yield piece
+
+    def _lost(self, answer: Answer) -> FluxkilnError | TransientError:
+        """The upload cannot go on; a few times it is begun anew, unless it is not allowed at all."""
+        self._location, self._offset = None, 0
+        digest = self._departure.digest
+        if digest is not None and digest != self._layer.digest:
+            return IntegrityError(changed(self._departure.source, self._layer))
+        self._restarts += 1
+        if answer.status in (401, 403, 405, 413) or self._restarts > MAX_RESTARTS:
+            return refused(answer, self._what)
+        return TransientError(f"the registry answers {answer.status} to the upload, which is begun again")
+
+    def _require_location(self) -> httpx2.URL:
+        assert self._location is not None
+        return self._location
+
+    def _next(self, answer: Answer) -> httpx2.URL:
+        location = answer.headers.get("Location")
+        if not location:
+            raise RegistryError(f"{self._what}: the registry does not say where to; check its address")
+        return answer.url.join(location)
+
+
+def fetch(session: Session, url: str, arrival: Arrival, what: str) -> None:
+    """Get a file from where `arrival` stands to its end, by Range, as often as it takes.
+
+    Raises:
+        RegistryError: no progress for too long. IntegrityError: it is not there, though a manifest names it.
+    """
+
+    def once() -> None:
+        before = arrival.received
+        try:
+            _fetch_once(session, url, arrival, what)
+        except TransientError as error:
+            raise TransientError(str(error), wait=error.wait, progressed=arrival.received > before) from error
+
+    if not arrival.complete or not arrival.size:
+        retrying(session.patience, session.stop, what, once)
+
+
+def _fetch_once(session: Session, url: str, arrival: Arrival, what: str) -> None:
+    headers = {"Range": f"bytes={arrival.received}-"} if arrival.received else {}
+    with session.stream("GET", url, headers=headers) as response:
+        if response.status_code == 206:
+            found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+            if found is None or int(found.group(1)) != arrival.received:
+                arrival.restart()
+                raise TransientError("another range was sent than was asked for")
+        elif response.status_code == 200:
+            if arrival.received:
+                arrival.restart()
+        elif response.status_code == 416:
+            arrival.restart()
+            raise TransientError("the file is shorter there than the manifest says")
+        elif response.status_code == 404:
+            raise IntegrityError(f"{what}: it is not there, though the manifest names it; have it published again")
+        else:
+            body = b"".join(response.iter_raw())[:1000]
+            raise refused(Answer(response.status_code, response.headers, body, response.url), what)
+        for piece in response.iter_raw():
+            session.stop.check()
+            arrival.write(piece)
+    if not arrival.complete:
+        raise TransientError(f"{arrival.received} of {arrival.size} bytes were sent")
+
+
+def _standing(answer: Answer, otherwise: int) -> int:
+    """How many bytes of an upload the registry has. `0-0` says one byte, or none: it cannot say nothing."""
+    found = _RANGE.fullmatch(answer.headers.get("Range", ""))
+    if found is None:
+        return otherwise
+    return int(found.group(1)) + 1 if found.group(1) != "0" else 0
+
+
+def _briefly(patience: Patience) -> Patience:
+    return Patience(3, patience.connect, patience.read, patience.first_wait, patience.longest_wait)
+
+
+def open_registry(
+    reference: RegistryReference,
+    *,
+    plain_http: bool = False,
+    patience: Patience | None = None,
+    stop: Stop | None = None,
+    transport: httpx2.BaseTransport | None = None,
+    connections: int = 8,
+) -> OciPlace:
+    """The repository that `reference` names; nothing is asked yet.
+
+    Args:
+        plain_http: no TLS; to this machine itself there is none anyway.
+    """
+    host = "registry-1.docker.io" if reference.host == "docker.io" else reference.host
+    scheme = "http" if plain_http or reference.is_loopback else "https"
+    session = Session(f"{scheme}://{host}", patience=patience, stop=stop, transport=transport, connections=connections)
+    return OciPlace(reference, session)

@@ -1,0 +1,289 @@
+"""Receiving a bundle: into a folder beside the destination, every byte checked, then two renames.
+
+States that a `kill -9` can leave, and what the next pull makes of them:
+
+    .NAME.pull-HEX           goes on in it when it is the same manifest, removes it otherwise
+    .NAME.old without NAME   killed between the renames: the old folder gets its name back
+    .NAME.old beside NAME    killed after them: the old folder is removed
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from fluxkiln.artifacts.canonical import Json, canonical_json
+from fluxkiln.artifacts.files import digest_file, disk_full_named, sync_directory, write_durably
+from fluxkiln.artifacts.locks import waiting_lock
+from fluxkiln.artifacts.manifest import Manifest, parse_manifest
+from fluxkiln.artifacts.paths import MANIFEST_FILE
+from fluxkiln.artifacts.registry.document import (
+    MAX_EXTRA_BYTES,
+    RECORD,
+    Document,
+    Layer,
+    check_bundle,
+    check_config,
+    parse_document,
+    pulled_path,
+)
+from fluxkiln.artifacts.registry.meter import Meter, Progress
+from fluxkiln.artifacts.registry.parallel import TRANSFERS, each
+from fluxkiln.artifacts.registry.place import Place
+from fluxkiln.artifacts.registry.transfer import Arrival, Stop
+from fluxkiln.errors import IntegrityError, ResourceError, UsageError
+
+_PARTS = "parts"
+# A file whose bytes are wrong is fetched anew once: a wire may have flipped a bit, a disk will do it again.
+_TRIES = 2
+# Left to others on the disk.
+_SPARE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What lies under a tag, without its files: the checked manifest and the bundle's own."""
+
+    document: Document
+    manifest: Manifest
+
+
+def look_up(place: Place, reference: str) -> Found:
+    """Fetch and check the manifest, the config and `manifest.json` of a bundle.
+
+    Raises:
+        UsageError: no such tag. IntegrityError: anything about them is not as it must be.
+    """
+    where = f"manifest {reference} of {place.name}"
+    data = place.manifest(reference)
+    document = parse_document(data, where, reference if reference.startswith("sha256:") else "")
+    config = Layer("", document.config.digest, document.config.size)
+    check_config(document, receive_small(place, config), where)
+    layer = document.find(MANIFEST_FILE)
+    assert layer is not None
+    manifest = parse_manifest(receive_small(place, layer), f"{MANIFEST_FILE} of {where}")
+    check_bundle(document, manifest, where)
+    return Found(document, manifest)
+
+
+def receive_small(place: Place, layer: Layer) -> bytes:
+    """The bytes of a layer that fits into memory, checked; IntegrityError when they are others or too many."""
+    if layer.size > MAX_EXTRA_BYTES:
+        raise IntegrityError(
+            f"{layer.path} has {layer.size} bytes in {place.name}, {MAX_EXTRA_BYTES} are the most; have the bundle "
+            "published again"
+        )
+    for turn in range(_TRIES):
+        buffer = io.BytesIO()
+        arrival = Arrival(buffer, layer.size)
+        place.receive(layer, arrival)
+        if arrival.digest == layer.digest:
+            return buffer.getvalue()
+        if turn + 1 == _TRIES:
+            raise IntegrityError(
+                f"{layer.path or 'the config'} from {place.name} has the digest {arrival.digest}, its manifest says "
+                f"{layer.digest}; it is damaged there: have it published again"
+            )
+    raise AssertionError
+
+
+def pull(
+    place: Place,
+    found: Found,
+    destination: Path,
+    *,
+    record: Json,
+    stop: Stop,
+    check: Callable[[Path, Document], None] | None = None,
+    jobs: int = TRANSFERS,
+    progress: Progress | None = None,
+) -> None:
+    """Fetch everything that `found` names into `destination`: `bundle/` and, beside it, card, provenance, report.
+
+    Args:
+        destination: nothing, an empty folder, or an earlier pull, which is replaced.
+        record: written to `pulled.json`.
+        check: called with the finished folder before it gets its name; what it raises ends the pull.
+
+    Raises:
+        IntegrityError: bytes that are not what the manifest says; they lie in quarantine beside `destination`, which
+            is unchanged.
+        RegistryError: the place failed for too long; the same pull goes on where this one ended.
+        ResourceError: the disk is full; nothing is left.
+        UsageError: `destination` is something else.
+    """
+    parent = destination.absolute().parent
+    parent.mkdir(parents=True, exist_ok=True)
+    name = destination.absolute().name
+    staging = parent / f".{name}.pull-{found.document.digest.removeprefix('sha256:')[:16]}"
+    with waiting_lock(parent / f".{name}.lock"):
+        _heal(destination, keep=staging)
+        check_replaceable(destination)
+        _check_room(parent, staging, found.document)
+        try:
+            with disk_full_named(parent, found.document.size):
+                _receive_all(place, found.document, staging, stop, jobs, progress)
+                write_durably(staging / RECORD, canonical_json(record))
+        except _DamagedError as error:
+            raise IntegrityError(f"{error}. What came lies in {_set_aside(destination, staging, error)}") from None
+        except (ResourceError, IntegrityError):
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        try:
+            if check is not None:
+                check(staging, found.document)
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        _swap(staging, destination)
+        _heal(destination)
+
+
+def quarantine_of(destination: Path) -> Path:
+    """Where files are put that did not have the bytes they should."""
+    absolute = destination.absolute()
+    return absolute.parent / f"{absolute.name}.quarantine"
+
+
+def check_replaceable(destination: Path) -> None:
+    """UsageError when `destination` is neither nothing, an empty folder, nor an earlier pull."""
+    if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
+        raise UsageError(f"{destination} is no folder; a pull makes a folder or replaces an earlier pull: name another")
+    if destination.is_dir() and any(destination.iterdir()) and not (destination / RECORD).is_file():
+        raise UsageError(
+            f"{destination} holds files but no {RECORD}, so it is no earlier pull and is not replaced; remove it or "
+            "name another folder"
+        )
+
+
+def _receive_all(
+    place: Place, document: Document, staging: Path, stop: Stop, jobs: int, progress: Progress | None
+) -> None:
+    staging.mkdir(exist_ok=True)
+    (staging / _PARTS).mkdir(exist_ok=True)
+    groups: dict[str, list[Layer]] = {}
+    for layer in document.layers:
+        groups.setdefault(layer.digest, []).append(layer)
+    meter = Meter(progress, "pull", [group[0] for group in groups.values()])
+
+    def work(group: Sequence[Layer]) -> None:
+        stop.check()
+        _receive_file(place, group[0], staging, meter)
+        for other in group[1:]:
+            _copy(staging / pulled_path(group[0].path), staging / pulled_path(other.path))
+
+    each(sorted(groups.values(), key=lambda group: -group[0].size), work, stop, jobs)
+    shutil.rmtree(staging / _PARTS)
+    for folder, _, _ in os.walk(staging):
+        sync_directory(Path(folder))
+
+
+def _receive_file(place: Place, layer: Layer, staging: Path, meter: Meter) -> None:
+    final = staging / pulled_path(layer.path)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    if final.exists():
+        # From an earlier process; only its bytes can tell whether they reached the disk.
+        if digest_file(final) == (layer.digest, layer.size):
+            meter.finish(layer, "there already")
+            return
+        final.unlink()
+    part = staging / _PARTS / layer.digest.removeprefix("sha256:")
+    fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    with os.fdopen(fd, "r+b") as file:
+        arrival = _Counted(file, layer, meter)
+        arrival.take_up()
+        for turn in range(_TRIES):
+            place.receive(layer, arrival)
+            if arrival.complete and arrival.digest == layer.digest:
+                break
+            if turn + 1 == _TRIES:
+                raise _DamagedError(layer, arrival.digest, place.name)
+            arrival.restart()
+        file.flush()
+        os.fsync(fd)
+    os.rename(part, final)
+    meter.finish(layer, "received")
+
+
+class _Counted(Arrival):
+    """An arrival that a meter is told of."""
+
+    def __init__(self, file: BinaryIO, layer: Layer, meter: Meter) -> None:
+        super().__init__(file, layer.size)
+        self._moved = meter.counter(layer)
+
+    def write(self, data: bytes) -> None:
+        super().write(data)
+        self._moved(len(data))
+
+
+class _DamagedError(IntegrityError):
+    """Bytes of a layer that are not those its digest names."""
+
+    def __init__(self, layer: Layer, digest: str, name: str) -> None:
+        self.layer = layer
+        super().__init__(
+            f"{layer.path} from {name} has the digest {digest}, its manifest says {layer.digest}, and so it was when "
+            "fetched again: it is damaged there. Have it published again"
+        )
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    shutil.copyfile(source, target)
+    with target.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _check_room(parent: Path, staging: Path, document: Document) -> None:
+    there = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file()) if staging.is_dir() else 0
+    stat = os.statvfs(parent)
+    free, needed = stat.f_bavail * stat.f_frsize, document.size - there + _SPARE_BYTES
+    if needed > free:
+        raise ResourceError(
+            f"{parent}: the bundle has {document.size} bytes, {free} are free, and {_SPARE_BYTES} are left to others; "
+            "make room, or pull to a larger disk. Nothing was fetched"
+        )
+
+
+def _set_aside(destination: Path, staging: Path, error: _DamagedError) -> Path:
+    """Keep a damaged file for those who want to look at it; the rest can be fetched again."""
+    aside = quarantine_of(destination)
+    name = error.layer.digest.removeprefix("sha256:")
+    with suppress(OSError):
+        aside.mkdir(exist_ok=True)
+        os.replace(staging / _PARTS / name, aside / name)
+    shutil.rmtree(staging, ignore_errors=True)
+    return aside / name
+
+
+def _old(destination: Path) -> Path:
+    absolute = destination.absolute()
+    return absolute.parent / f".{absolute.name}.old"
+
+
+def _swap(staging: Path, destination: Path) -> None:
+    old = _old(destination)
+    if destination.exists():
+        os.rename(destination, old)
+    os.rename(staging, destination)
+    sync_directory(destination.absolute().parent)
+
+
+def _heal(destination: Path, keep: Path | None = None) -> None:
+    old, absolute = _old(destination), destination.absolute()
+    if old.exists():
+        if absolute.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(old, absolute)
+    for path in absolute.parent.glob(f".{absolute.name}.pull-*"):
+        if path != keep:
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,92 @@
+"""Sending a bundle: blobs in parallel, each hashed as it is read; the manifest when all are there; the tag last."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fluxkiln.artifacts.registry.document import Document, Layer
+from fluxkiln.artifacts.registry.layout import changed
+from fluxkiln.artifacts.registry.meter import Meter, Progress
+from fluxkiln.artifacts.registry.oci import BlobMissingError
+from fluxkiln.artifacts.registry.parallel import TRANSFERS, each
+from fluxkiln.artifacts.registry.place import Place
+from fluxkiln.artifacts.registry.transfer import Departure, Stop
+from fluxkiln.errors import IntegrityError
+
+_ROUNDS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Pushed:
+    """What a push did: `sent` bytes of blobs went out, for the files in `files`; the others were there."""
+
+    digest: str
+    files: tuple[str, ...]
+    present: int
+    sent: int
+
+
+def push(
+    place: Place,
+    document: Document,
+    config: bytes,
+    sources: Mapping[str, Path | bytes],
+    tag: str,
+    *,
+    stop: Stop,
+    jobs: int = TRANSFERS,
+    progress: Progress | None = None,
+) -> Pushed:
+    """Send what is missing and publish the manifest under `tag`. Every byte of every source is read and hashed once.
+
+    Args:
+        config: the bytes that `document.config` names.
+        sources: a layer's path -> its file or its bytes.
+
+    Raises:
+        IntegrityError: a file does not have the digest its layer says; nothing was published.
+        RegistryError: the place refuses, or cannot be reached.
+    """
+    settings = Layer("", document.config.digest, document.config.size)
+    layers = list({layer.digest: layer for layer in document.layers}.values())
+    same = [layer for layer in document.layers if layer not in layers]
+    lock = threading.Lock()
+    for turn in range(_ROUNDS):
+        sent: dict[str, int] = {}
+        meter = Meter(progress, "push", layers)
+
+        def work(layer: Layer, again: bool = turn > 0, sent: dict[str, int] = sent, meter: Meter = meter) -> None:
+            stop.check()
+            source = config if layer is settings else sources[layer.path]
+            departure = Departure(source, layer.size, meter.counter(layer))
+            if not again and place.has(layer):
+                departure.read_rest()
+                if departure.digest != layer.digest or departure.actual_size() != layer.size:
+                    raise IntegrityError(changed(source, layer))
+                meter.finish(layer, "there already")
+                return
+            count = place.send(layer, departure)
+            with lock:
+                sent[layer.path] = count
+            meter.finish(layer, "sent")
+
+        # Large files first: the last one to end should be small.
+        each([*sorted(layers, key=lambda layer: -layer.size), settings], work, stop, jobs)
+        for layer in same:
+            # Equal digests in the manifest; whether the files are equal too is for the bytes to say.
+            departure = Departure(sources[layer.path], layer.size, lambda count: None)
+            departure.read_rest()
+            if departure.digest != layer.digest:
+                raise IntegrityError(changed(sources[layer.path], layer))
+        try:
+            place.publish(document, tag)
+            break
+        except BlobMissingError:
+            # It said that it had a blob, and has not: this time nothing is believed.
+            if turn + 1 == _ROUNDS:
+                raise
+    files = tuple(sorted(path for path in sent if path))
+    return Pushed(document.digest, files, len(layers) - len(files), sum(sent.values()))

@@ -1,0 +1,194 @@
+"""What a user may write for a place in a registry, and nothing else.
+
+    oci-layout:PATH:TAG     oci-layout:PATH@sha256:HEX      a folder; no server
+    HOST/REPO:TAG           HOST/REPO@sha256:HEX            an OCI registry
+    hf://ORG/REPO@REV                                       the Hugging Face Hub
+
+Source: OCI distribution-spec v1.1, "pulling manifests" (names and tags); the layout's tags follow image-spec.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeAlias
+
+from fluxkiln.errors import UsageError
+
+LAYOUT_PREFIX, HUB_PREFIX = "oci-layout:", "hf://"
+FORMS = "oci-layout:PATH:TAG, HOST/REPO:TAG or hf://ORG/REPO@REV"
+MAX_REPOSITORY = 255
+
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_HOST = re.compile(
+    r"(?:localhost|[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)+|[A-Za-z0-9-]+(?=:)|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?"
+)
+_REPOSITORY = re.compile(r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*(?:/[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*)*")
+_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+_LAYOUT_TAG = re.compile(r"[A-Za-z0-9]+(?:(?:[-._:@+/]|--)[A-Za-z0-9]+)*")
+_HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
+_REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(?:/[A-Za-z0-9][A-Za-z0-9._-]*)*")
+
+
+@dataclass(frozen=True, slots=True)
+class LayoutReference:
+    """A manifest in an OCI image layout on this machine; `tag` or `digest` may be empty."""
+
+    path: Path
+    tag: str = ""
+    digest: str = ""
+
+    def __str__(self) -> str:
+        return f"{LAYOUT_PREFIX}{self.path}{_ending(self.tag, self.digest)}"
+
+
+@dataclass(frozen=True, slots=True)
+class RegistryReference:
+    """A manifest in a repository of an OCI registry; `tag` or `digest` may be empty."""
+
+    host: str
+    repository: str
+    tag: str = ""
+    digest: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.host}/{self.repository}{_ending(self.tag, self.digest)}"
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether the host is this machine, by name or address: bytes to it cross no network."""
+        return is_loopback(self.host)
+
+
+@dataclass(frozen=True, slots=True)
+class HubReference:
+    """A revision (branch, tag or commit) of a model repository on the Hugging Face Hub; `tag` may be empty."""
+
+    repository: str
+    tag: str = ""
+
+    def __str__(self) -> str:
+        return f"{HUB_PREFIX}{self.repository}{'@' + self.tag if self.tag else ''}"
+
+
+Reference: TypeAlias = LayoutReference | RegistryReference | HubReference
+
+
+def looks_like_reference(text: str) -> bool:
+    """Whether `text` is meant as a reference and not as a folder."""
+    if text.startswith((LAYOUT_PREFIX, HUB_PREFIX)):
+        return True
+    host, slash, _ = text.partition("/")
+    return bool(slash and _HOST.fullmatch(host) and not text.startswith(".") and not Path(text).exists())
+
+
+def parse_reference(text: str, *, tagged: bool = True) -> Reference:
+    """The reference that `text` spells.
+
+    Args:
+        tagged: a tag, digest or revision must be there; otherwise it may be left out, as for a list of tags.
+
+    Raises:
+        UsageError: none of the forms; names the rule that is broken.
+    """
+    if text.startswith(LAYOUT_PREFIX):
+        found: Reference = _parse_layout(text)
+    elif text.startswith(HUB_PREFIX):
+        found = _parse_hub(text)
+    else:
+        found = _parse_registry(text)
+    if tagged and not (found.tag or getattr(found, "digest", "")):
+        mark = "@REV" if isinstance(found, HubReference) else ":TAG"
+        raise UsageError(f"reference {text!r} has no tag; add {mark}")
+    return found
+
+
+def with_tag(reference: Reference, tag: str) -> Reference:
+    """The same place under another tag; UsageError when the tag is not legal there."""
+    pattern, rule = {
+        LayoutReference: (_LAYOUT_TAG, "letters and digits joined by one of - . _ : / +"),
+        RegistryReference: (_TAG, "at most 128 letters, digits, _ . -, not beginning with . or -"),
+        HubReference: (_REVISION, "letters, digits, _ . - and / between them"),
+    }[type(reference)]
+    if not pattern.fullmatch(tag):
+        raise UsageError(f"tag {tag!r} is not legal; use {rule}")
+    if isinstance(reference, HubReference):
+        return replace(reference, tag=tag)
+    return replace(reference, tag=tag, digest="")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host` (with or without a port) is this machine by name or address."""
+    name = host[1:].split("]")[0] if host.startswith("[") else host.rsplit(":", 1)[0] if ":" in host else host
+    if name == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
+
+
+def _parse_layout(text: str) -> LayoutReference:
+    rest = text.removeprefix(LAYOUT_PREFIX)
+    path, at, digest = rest.partition("@")
+    if at and _DIGEST.fullmatch(digest):
+        if not path:
+            raise UsageError(f"reference {text!r} names no folder; write {LAYOUT_PREFIX}PATH@sha256:HEX")
+        return LayoutReference(Path(path), digest=digest)
+    path, colon, tag = rest.partition(":")
+    if not path or "\0" in path:
+        raise UsageError(f"reference {text!r} names no folder; write {LAYOUT_PREFIX}PATH:TAG")
+    found = LayoutReference(Path(path))
+    if not colon:
+        return found
+    tagged = with_tag(found, tag)
+    assert isinstance(tagged, LayoutReference)
+    return tagged
+
+
+def _parse_hub(text: str) -> HubReference:
+    repository, at, revision = text.removeprefix(HUB_PREFIX).partition("@")
+    names = repository.split("/")
+    if len(names) != 2 or not all(_HUB_NAME.fullmatch(name) for name in names):
+        raise UsageError(f"reference {text!r} names no repository of the Hub; write {HUB_PREFIX}ORG/REPO@REV")
+    found = HubReference(repository)
+    if not at:
+        return found
+    tagged = with_tag(found, revision)
+    assert isinstance(tagged, HubReference)
+    return tagged
+
+
+def _parse_registry(text: str) -> RegistryReference:
+    if "://" in text:
+        scheme = text.split("://")[0]
+        raise UsageError(f"reference {text!r} begins with {scheme}://; leave it out: TLS is the rule, --plain-http the "
+                         f"exception. The forms are {FORMS}")  # fmt: skip
+    host, slash, rest = text.partition("/")
+    if not slash or not _HOST.fullmatch(host):
+        raise UsageError(
+            f"reference {text!r} begins with no host ({host!r}); a host has a dot, a port, or is localhost. The forms "
+            f"are {FORMS}"
+        )
+    rest, at, digest = rest.partition("@")
+    if at and not _DIGEST.fullmatch(digest):
+        raise UsageError(f"reference {text!r} has the digest {digest!r}; a digest is 'sha256:' and 64 hex digits")
+    repository, colon, tag = rest.partition(":")
+    if not _REPOSITORY.fullmatch(repository) or len(repository) > MAX_REPOSITORY:
+        raise UsageError(
+            f"reference {text!r} has the repository {repository!r}; use lower-case letters and digits joined by one of "
+            ". _ - /, 255 at most"
+        )
+    found = RegistryReference(host, repository)
+    if colon:
+        tagged = with_tag(found, tag)
+        assert isinstance(tagged, RegistryReference)
+        found = tagged
+    # With both, the digest decides what is meant, as for other clients.
+    return replace(found, tag="" if digest else found.tag, digest=digest)
+
+
+def _ending(tag: str, digest: str) -> str:
+    return f"@{digest}" if digest else f":{tag}" if tag else ""

@@ -1,0 +1,299 @@
+"""HTTP to one registry: authorization, redirects, time-outs. Authorization goes to the registry's own origin only.
+
+Sources: OCI distribution-spec v1.1; docs.docker.com, "Token authentication specification"; RFC 9110.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx2
+
+from fluxkiln import __version__
+from fluxkiln.artifacts.registry.credentials import Credential, find_credential
+from fluxkiln.artifacts.registry.reference import is_loopback
+from fluxkiln.artifacts.registry.transfer import Patience, Stop, TransientError, retrying
+from fluxkiln.errors import FluxkilnError, RegistryError
+
+MAX_REDIRECTS = 5
+# Of an answer that is read whole: manifests and lists of tags.
+MAX_ANSWER_BYTES = 16 << 20
+_LATER = (408, 425, 429, 500, 502, 503, 504)
+_REDIRECT = (301, 302, 303, 307, 308)
+_PARAMETER = re.compile(r'([A-Za-z_]+)="([^"]*)"')
+
+
+class AuthorizationError(RegistryError):
+    """The registry does not let us: no credential, the wrong one, or one that may not do this."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer that was read whole."""
+
+    status: int
+    headers: httpx2.Headers
+    body: bytes
+    url: httpx2.URL
+
+
+class Session:
+    """Requests to one origin. Blocking, and safe to use from several threads.
+
+    Args:
+        origin: `https://HOST`, or `http://HOST` where that was allowed.
+        authorization: a header to begin with; otherwise credentials are looked for when the registry asks.
+        transport: in place of the network, for tests.
+        login: where `authorization` is all there is, how to get another; no other is then looked for.
+    """
+
+    def __init__(
+        self,
+        origin: str,
+        *,
+        patience: Patience | None = None,
+        stop: Stop | None = None,
+        authorization: str | None = None,
+        transport: httpx2.BaseTransport | None = None,
+        connections: int = 8,
+        login: str = "",
+    ) -> None:
+        self.origin = httpx2.URL(origin)
+        self.patience = patience or Patience()
+        self.stop = stop or Stop()
+        self._authorization = authorization
+        self._login = login
+        self._lock = threading.Lock()
+        timeout = httpx2.Timeout(self.patience.read, connect=self.patience.connect, pool=None)
+        self._client = httpx2.Client(
+            timeout=timeout,
+            transport=transport,
+            follow_redirects=False,
+            # A proxy of the environment is for other machines.
+            trust_env=not is_loopback(self.origin.netloc.decode()),
+            limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=connections),
+            headers={"User-Agent": f"fluxkiln/{__version__}", "Accept-Encoding": "identity"},
+        )
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._client.close()
+
+    def ask(
+        self,
+        method: str,
+        url: str | httpx2.URL,
+        *,
+        headers: Mapping[str, str] | None = None,
+        body: bytes = b"",
+        accept: Iterable[int],
+        what: str,
+    ) -> Answer:
+        """A request whose answer is read whole, repeated while it fails in a way that may pass.
+
+        Raises:
+            AuthorizationError: not allowed. RegistryError: unreachable, or another status than those of `accept`.
+        """
+
+        def once() -> Answer:
+            with self.stream(method, url, headers=headers, body=body) as response:
+                data = _read_whole(response, what)
+                answer = Answer(response.status_code, response.headers, data, response.url)
+            if answer.status not in accept:
+                raise refused(answer, what)
+            return answer
+
+        return retrying(self.patience, self.stop, what, once)
+
+    @contextmanager
+    def stream(
+        self,
+        method: str,
+        url: str | httpx2.URL,
+        *,
+        headers: Mapping[str, str] | None = None,
+        body: bytes | None = None,
+        pieces: Iterator[bytes] | None = None,
+        length: int = 0,
+    ) -> Iterator[httpx2.Response]:
+        """One request; the answer's body is read by the caller. Redirects are followed, a challenge is answered.
+
+        Args:
+            pieces: a body of `length` bytes that can be sent once only: a challenge then is a TransientError, and the
+                next try carries what it asks for.
+
+        Raises:
+            TransientError: the connection, the server or a proxy failed in a way that may pass.
+            AuthorizationError: not allowed.
+        """
+        target = self.origin.join(url)
+        challenged = False
+        for _ in range(MAX_REDIRECTS + 1):
+            self._check_scheme(target)
+            sent = dict(headers or {})
+            own = _same_origin(target, self.origin)
+            if own and (authorization := self._authorization):
+                sent["Authorization"] = authorization
+            if pieces is not None:
+                sent["Content-Length"] = str(length)
+            request = self._client.build_request(
+                method, target, headers=sent, content=pieces if pieces is not None else body or None
+            )
+            try:
+                response = self._client.send(request, stream=True)
+            except httpx2.TransportError as error:
+                raise TransientError(_describe(error, target)) from error
+            try:
+                if response.status_code == 401 and own and not challenged:
+                    challenged = True
+                    self._answer_challenge(response, sent.get("Authorization"))
+                    if pieces is not None:
+                        raise TransientError("the registry asked for authorization", progressed=False)
+                    continue
+                if response.status_code in _REDIRECT and method in ("GET", "HEAD") and "Location" in response.headers:
+                    target = target.join(response.headers["Location"])
+                    continue
+                if response.status_code in _LATER:
+                    raise TransientError(
+                        f"{target.host} answers {_status(response.status_code)}", wait=_retry_after(response)
+                    )
+                try:
+                    yield response
+                except httpx2.TransportError as error:
+                    raise TransientError(_describe(error, target)) from error
+                return
+            finally:
+                response.close()
+        raise RegistryError(
+            f"{self.origin.host} redirects more than {MAX_REDIRECTS} times; check the registry's address"
+        )
+
+    def _check_scheme(self, target: httpx2.URL) -> None:
+        if target.scheme == "https" or is_loopback(target.netloc.decode()):
+            return
+        if target.scheme == "http" and self.origin.scheme == "http":
+            return
+        raise RegistryError(f"{self.origin.host} sends us to {target.scheme}://{target.host}, which is not encrypted; "
+                            "that is not followed")  # fmt: skip
+
+    def _answer_challenge(self, response: httpx2.Response, tried: str | None) -> None:
+        """Find the authorization that the registry asks for; AuthorizationError when there is none left to try."""
+        host = self.origin.netloc.decode()
+        if self._login:
+            raise AuthorizationError(f"{host} does not let us in; {self._login}")
+        scheme, _, rest = response.headers.get("WWW-Authenticate", "").partition(" ")
+        parameters = dict(_PARAMETER.findall(rest))
+        with self._lock:
+            if self._authorization != tried:
+                return  # another thread was faster
+            credential = find_credential(host)
+            if scheme.lower() == "bearer":
+                self._authorization = self._fetch_token(parameters, credential)
+            elif scheme.lower() == "basic" and credential is not None and credential.basic() != tried:
+                self._authorization = credential.basic()
+            else:
+                raise AuthorizationError(_not_allowed(host, credential))
+
+    def _fetch_token(self, parameters: Mapping[str, str], credential: Credential | None) -> str:
+        host = self.origin.netloc.decode()
+        realm = httpx2.URL(parameters.get("realm", ""))
+        if not realm.host:
+            raise RegistryError(f"{host} asks for a token and does not say where from; check the registry's address")
+        self._check_scheme(realm)
+        wanted = {name: parameters[name] for name in ("service", "scope") if name in parameters}
+        try:
+            if credential is not None and credential.identity_token:
+                form = {
+                    "grant_type": "refresh_token",
+                    "refresh_token": credential.identity_token,
+                    "client_id": "fluxkiln",
+                }
+                response = self._client.post(realm, data={**form, **wanted})
+            else:
+                headers = {"Authorization": credential.basic()} if credential else {}
+                response = self._client.get(realm, params=wanted, headers=headers)
+        except httpx2.TransportError as error:
+            raise TransientError(_describe(error, realm)) from error
+        if response.status_code in _LATER:
+            raise TransientError(f"{realm.host} answers {_status(response.status_code)}")
+        if response.status_code != 200:
+            raise AuthorizationError(_not_allowed(host, credential))
+        try:
+            document: Any = response.json()
+            return "Bearer " + str(document.get("token") or document["access_token"])
+        except (ValueError, KeyError, AttributeError):
+            raise RegistryError(f"{realm.host} answers no token; check the registry's address") from None
+
+
+def refused(answer: Answer, what: str) -> FluxkilnError:
+    """The error for a status that is not one of those that were expected."""
+    host = answer.url.netloc.decode()
+    detail = answer.body[:300].decode(errors="replace").strip()
+    detail = re.sub(r"[^\x20-\x7e]+", " ", detail)
+    if answer.status in (401, 403):
+        return AuthorizationError(
+            f"{what}: {host} answers {_status(answer.status)}: the credential may not do that. Log in as somebody who "
+            "may (docker login, HF_TOKEN)"
+        )
+    if answer.status == 405:
+        return RegistryError(
+            f"{what}: {host} answers {_status(405)}: the registry, or this repository, is read-only; publish to another"
+        )
+    return RegistryError(f"{what}: {host} answers {_status(answer.status)}{': ' if detail else ''}{detail}; "
+                         "check the reference and the registry's log")  # fmt: skip
+
+
+def _read_whole(response: httpx2.Response, what: str) -> bytes:
+    found = bytearray()
+    for piece in response.iter_raw():
+        found += piece
+        if len(found) > MAX_ANSWER_BYTES:
+            raise RegistryError(f"{what}: the answer is larger than {MAX_ANSWER_BYTES} bytes, which none is; check the "
+                                "registry's address")  # fmt: skip
+    return bytes(found)
+
+
+def _same_origin(one: httpx2.URL, other: httpx2.URL) -> bool:
+    return (one.scheme, one.host, _port(one)) == (other.scheme, other.host, _port(other))
+
+
+def _port(url: httpx2.URL) -> int | None:
+    return url.port or {"https": 443, "http": 80}.get(url.scheme)
+
+
+def _status(status: int) -> str:
+    try:
+        return f"{status} {httpx2.codes(status).name.replace('_', ' ').lower()}"
+    except ValueError:
+        return str(status)
+
+
+def _retry_after(response: httpx2.Response) -> float:
+    text = response.headers.get("Retry-After", "")
+    return float(text) if text.isdigit() else 0.0
+
+
+def _describe(error: httpx2.TransportError, target: httpx2.URL) -> str:
+    # The address may hold a state that is worth as much as a password: the host is enough.
+    kind = {
+        httpx2.ConnectError: "cannot be reached",
+        httpx2.ConnectTimeout: "does not answer",
+        httpx2.ReadTimeout: "stopped answering",
+        httpx2.WriteTimeout: "stopped taking bytes",
+    }.get(type(error), "ended the connection")
+    hint = ""
+    if isinstance(error, httpx2.ConnectError) and target.scheme == "https" and "SSL" in str(error).upper():
+        hint = " (TLS failed; a registry without TLS needs --plain-http)"
+    return f"{target.netloc.decode()} {kind}{hint}"
+
+
+def _not_allowed(host: str, credential: Credential | None) -> str:
+    if credential is None:
+        return f"{host} asks for a login and there is none for it; run: docker login {host} (or skopeo login {host})"
+    who = f" of {credential.user}" if credential.user else ""
+    return f"{host} does not accept the credential{who}; log in again: docker login {host} (or skopeo login {host})"

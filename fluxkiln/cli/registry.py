@@ -1,0 +1,340 @@
+"""`fluxkiln publish`, `pull`, `tag`, `ls` and `diff`: bundles in registries."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from fluxkiln.cli.options import SettingsFor, settings_options
+from fluxkiln.cli.output import Output, count_text, json_option, size_text
+from fluxkiln.cli.progress import open_progress
+from fluxkiln.errors import UsageError
+
+if TYPE_CHECKING:
+    from fluxkiln.publishing import Published, Pulled, Transfers
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_path = click.Path(path_type=Path)
+
+REFERENCES = "REF is oci-layout:PATH:TAG (a folder, no server), HOST/REPO:TAG (any OCI registry) or hf://ORG/REPO@REV."
+PARITY_WORDS = {
+    "passed": "passed",
+    "failed": "FAILED: it missed a gate when it was built",
+    "unverified": "not verified when it was built",
+}
+
+
+def transfer_options(command: _F) -> _F:
+    """Adds --plain-http and --transfers and hands them over as `transfers`."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, plain_http: bool, parallel: int, **kwargs: Any) -> Any:
+        from fluxkiln.publishing import Transfers
+
+        if parallel < 1:
+            raise UsageError(f"--transfers {parallel}: at least 1 is needed; leave the option out for the default")
+        return command(*args, transfers=Transfers(plain_http, parallel), **kwargs)
+
+    plain = click.option(
+        "--plain-http", is_flag=True, help="No TLS. For a registry on this machine it is not used anyway."
+    )
+    parallel = click.option(
+        "--transfers", "parallel", type=int, metavar="N", default=4, help="Files under way at once. Default: 4."
+    )
+    return plain(parallel(wrapped))  # type: ignore[return-value]
+
+
+@click.command()
+@click.argument("bundle")
+@click.argument("reference", metavar="REF")
+@click.option(
+    "--accept-license", "accepted", multiple=True, metavar="NAME",
+    help="You have read this licence and may pass the bundle on under it: flux-1-dev.",
+)  # fmt: skip
+@click.option("--allow-failed-parity", is_flag=True, help="Publish a bundle that missed a gate, marked as failed.")
+@click.option("--sign", "sign_key", type=_path, metavar="KEY", help="Sign with this private key (PEM, P-256 say).")
+@click.option(
+    "--lora-license", "lora_licences", type=_path, multiple=True, metavar="FILE",
+    help="Licence of an adapter that is in the weights; goes with the bundle.",
+)  # fmt: skip
+@transfer_options
+@settings_options
+@json_option
+@click.pass_obj
+def publish(
+    output: Output,
+    settings_for: SettingsFor,
+    transfers: Transfers,
+    bundle: str,
+    reference: str,
+    accepted: tuple[str, ...],
+    allow_failed_parity: bool,
+    sign_key: Path | None,
+    lora_licences: tuple[Path, ...],
+) -> None:
+    """Publish a bundle to a registry: a folder, an OCI registry or the Hub.
+
+    Its report, provenance, model card and licence go with it. BUNDLE is the folder that a build wrote, or a target's
+    name: then the options of `fluxkiln build` say which of its builds. REF is oci-layout:PATH:TAG (a folder, no
+    server), HOST/REPO:TAG (any OCI registry) or hf://ORG/REPO@TAG; without a tag the target's name is the tag. What
+    the registry has is not sent again, and the tag appears when all of it is there. Credentials come from Docker's
+    configuration or HF_TOKEN.
+    """
+    from fluxkiln.publishing import Terms, publish_bundle
+
+    folder = _folder(bundle, settings_for)
+    terms = Terms(accepted, allow_failed_parity, sign_key, lora_licences)
+    with open_progress() as progress:
+        done = publish_bundle(folder, _tagged(reference, folder), terms, transfers=transfers, progress=progress)
+    output.document(_published(done))
+    pushed = done.pushed
+    output.facts(
+        {
+            "published": done.reference,
+            "digest": done.document.digest,
+            "sent": f"{size_text(pushed.sent)}: {count_text(len(pushed.files), 'file')}, {pushed.present} were there",
+            "parity": PARITY_WORDS[done.parity],
+            "signature": "signed" if done.signed else "unsigned: --sign KEY lets others tell that it is yours",
+        }
+    )
+
+
+@click.command()
+@click.argument("reference", metavar="REF")
+@click.argument("destination", metavar="DIR", type=_path)
+@click.option("--verify", "verify_key", type=_path, metavar="KEY", help="The publisher's public key (PEM).")
+@click.option("--require-signature", is_flag=True, help="Refuse what is not signed by that key.")
+@transfer_options
+@json_option
+@click.pass_obj
+def pull(
+    output: Output,
+    transfers: Transfers,
+    reference: str,
+    destination: Path,
+    verify_key: Path | None,
+    require_signature: bool,
+) -> None:
+    """Fetch a bundle from a registry and check every byte.
+
+    It comes into DIR/bundle, and beside it its model card, provenance, report and signature. DIR appears when all is
+    there; an interrupted pull goes on where it ended. An earlier pull in DIR is replaced. REF is as for
+    `fluxkiln publish`; @sha256:... names a digest in place of a tag.
+    """
+    from fluxkiln.publishing import pull_bundle
+
+    with open_progress() as progress:
+        done = pull_bundle(
+            reference, destination, verify_key=verify_key, require_signature=require_signature, transfers=transfers,
+            progress=progress,
+        )  # fmt: skip
+    output.document(_pulled(done, reference))
+    document = done.found.document
+    output.facts(
+        {
+            "pulled": str(destination),
+            "digest": document.digest,
+            "size": f"{size_text(document.size)} in {count_text(len(document.layers), 'file')}, all checked",
+            "parity": PARITY_WORDS[done.parity],
+            "signature": _signature_text(done.signature, verify_key),
+        }
+    )
+
+
+@click.command()
+@click.argument("reference", metavar="REF")
+@click.argument("tag")
+@transfer_options
+@json_option
+@click.pass_obj
+def tag(output: Output, transfers: Transfers, reference: str, tag: str) -> None:
+    """Give a published bundle another tag.
+
+    TAG is the new one, in the same repository; nothing but the manifest is sent.
+    """
+    from fluxkiln.publishing import tag_reference
+
+    target, document = tag_reference(reference, tag, transfers)
+    output.document({"reference": str(target), "digest": document.digest})
+    output.line(f"{target}: {document.digest}")
+
+
+@click.command(name="ls")
+@click.argument("repository", metavar="REPO")
+@transfer_options
+@json_option
+@click.pass_obj
+def ls(output: Output, transfers: Transfers, repository: str) -> None:
+    """List the bundles of a repository by their tags.
+
+    REPO is a reference without a tag: oci-layout:PATH, HOST/REPO or hf://ORG/REPO.
+    """
+    from fluxkiln.publishing import list_tags
+
+    place, found = list_tags(repository, transfers)
+    rows: list[dict[str, Any]] = []
+    for name, document in found.items():
+        if document is None:
+            rows.append({"tag": name, "bundle": False})
+            continue
+        notes = document.annotations
+        rows.append(
+            {
+                "tag": name,
+                "bundle": True,
+                "digest": document.digest,
+                "name": notes.get("org.opencontainers.image.title", ""),
+                "target": notes.get("org.fluxkiln.target", ""),
+                "licence": notes.get("org.opencontainers.image.licenses", ""),
+                "parity": notes.get("org.fluxkiln.parity", ""),
+                "signed": document.find("model.sig") is not None,
+                "size": document.size,
+            }
+        )
+    output.document({"repository": str(place), "tags": rows})
+    if not rows:
+        output.line(f"{place} has no tags")
+        return
+    output.table(
+        ("tag", "name", "target", "parity", "signed", "size", "digest"),
+        [
+            (
+                str(row["tag"]), str(row["name"]), str(row["target"]), str(row["parity"]),
+                "yes" if row["signed"] else "no", size_text(row["size"]), str(row["digest"]),
+            )
+            if row["bundle"]
+            else (str(row["tag"]), "no bundle of fluxkiln", "", "", "", "", "")
+            for row in rows
+        ],
+        numbers=("size",),
+    )  # fmt: skip
+
+
+@click.command()
+@click.argument("one", metavar="REF")
+@click.argument("other", metavar="REF")
+@transfer_options
+@json_option
+@click.pass_obj
+def diff(output: Output, transfers: Transfers, one: str, other: str) -> None:
+    """Show what changed from one bundle to another.
+
+    That is parts, schemes, tools, parity. Each REF is a reference or a bundle's folder. Only manifests are read.
+    """
+    from fluxkiln.artifacts.registry.differences import compare_manifests, is_same
+    from fluxkiln.publishing import read_described
+
+    found: dict[str, Any] = compare_manifests(read_described(one, transfers), read_described(other, transfers))
+    output.document({"one": one, "other": other, "same": is_same(found), **found})
+    if is_same(found):
+        output.line("no difference")
+        return
+    rows = [(group, *row) for group in ("facts", "settings", "tools", "parity") for row in _changed(found[group])]
+    for group in ("parts", "files"):
+        rows += [(group, *row) for row in _items(found[group])]
+    output.table(("what", "name", "from", "to"), rows)
+
+
+def inspect_published(output: Output, reference: str, transfers: Transfers) -> tuple[Any, dict[str, Any]]:
+    """The bundle's manifest under a reference, and what only the registry knows of it, for `fluxkiln inspect`."""
+    from fluxkiln.publishing import UNSIGNED, inspect_reference
+
+    found = inspect_reference(reference, transfers)
+    document = found.document
+    published = {
+        "reference": reference,
+        "digest": document.digest,
+        "size": document.size,
+        "signed": document.find("model.sig") is not None,
+        "annotations": dict(document.annotations),
+        "layers": [
+            {"path": layer.path, "digest": layer.digest, "size": layer.size, "media_type": layer.media_type}
+            for layer in document.layers
+        ],
+    }
+    signed = "there is one; `fluxkiln pull --verify KEY` compares it" if published["signed"] else UNSIGNED
+    output.facts({"reference": reference, "digest": document.digest, "signature": signed})
+    return found.manifest, published
+
+
+def _folder(given: str, settings_for: SettingsFor) -> Path:
+    """The bundle, or the folder around it, that is meant."""
+    if Path(given).exists():
+        return Path(given)
+    from fluxkiln.compile.targets import target_names
+
+    if given not in target_names():
+        raise UsageError(
+            f"{given} does not exist; give the folder of a bundle, or one of the targets {', '.join(target_names())}"
+        )
+    from fluxkiln.preparing import prepare
+
+    return prepare(settings_for(given)).folder
+
+
+def _tagged(reference: str, folder: Path) -> str:
+    """The reference, with the target's name as the tag where it has none."""
+    from fluxkiln.artifacts.registry.reference import parse_reference, with_tag
+    from fluxkiln.publishing import read_described
+
+    parsed = parse_reference(reference, tagged=False)
+    if parsed.tag or getattr(parsed, "digest", ""):
+        return reference
+    return str(with_tag(parsed, read_described(str(folder)).target))
+
+
+def _published(done: Published) -> dict[str, Any]:
+    return {
+        "reference": done.reference,
+        "digest": done.document.digest,
+        "size": done.document.size,
+        "sent": done.pushed.sent,
+        "sent_files": list(done.pushed.files),
+        "present_files": done.pushed.present,
+        "parity": done.parity,
+        "signed": done.signed,
+    }
+
+
+def _pulled(done: Pulled, reference: str) -> dict[str, Any]:
+    return {
+        "reference": reference,
+        "destination": str(done.destination),
+        "digest": done.found.document.digest,
+        "size": done.found.document.size,
+        "files": len(done.found.document.layers),
+        "parity": done.parity,
+        "signature": done.signature,
+    }
+
+
+def _signature_text(state: str, key: Path | None) -> str:
+    from fluxkiln.publishing import UNSIGNED
+
+    return {
+        "verified": f"made with the private half of {key}",
+        "not checked": "there is one, and it was not compared: --verify KEY does",
+        "unsigned": UNSIGNED,
+    }[state]
+
+
+def _changed(group: Any) -> list[tuple[str, str, str]]:
+    return [(name, _short(change["from"]), _short(change["to"])) for name, change in group.items()]
+
+
+def _items(group: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    rows = [(name, "", "added") for name in group["added"]] + [(name, "removed", "") for name in group["removed"]]
+    for name, change in group["changed"].items():
+        # A new scheme explains the new digest.
+        for what in [key for key in change if key != "digest"] or ["digest"]:
+            rows.append((f"{name} {what}", _short(change[what]["from"]), _short(change[what]["to"])))
+    return rows
+
+
+def _short(value: Any) -> str:
+    text = "-" if value is None else str(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -19,7 +19,7 @@ option = $(if $($(1)),--$(2)='$(subst ','\'',$($(1)))')
 OPTIONS = $(call option,MODEL,model) $(call option,SIZE,size) $(call option,TOKENS,tokens) $(call option,SCHEME,scheme) \
 	$(call option,VAE,vae) $(call option,COMPONENTS,components) $(call option,MODULATION,modulation) $(call option,LORA,lora) $(call option,JOBS,jobs)
 
-.PHONY: help env env-tpu-mlir envs bm1684x cpu report bench test check format clean distclean
+.PHONY: help env env-tpu-mlir envs bm1684x cpu report publish bench test check format clean distclean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 15
@@ -38,10 +38,15 @@ cpu: env  ## checkpoint -> verified ONNX Runtime bundle
 report: env  ## write the report of a build again: TARGET=bm1684x
 	@$(BIN)/fluxkiln report $(or $(TARGET),bm1684x) $(OPTIONS)
 
+publish: env  ## publish a build: REGISTRY=HOST/REPO:TAG TARGET=bm1684x, or BUNDLE=folder; ACCEPT_LICENSE, SIGN
+	@$(BIN)/fluxkiln publish '$(or $(BUNDLE),$(TARGET),bm1684x)' $(if $(REGISTRY),'$(REGISTRY)') \
+	$(call option,ACCEPT_LICENSE,accept-license) $(call option,SIGN,sign) $(OPTIONS)
+
 bench: envs  ## measure the figures that the README quotes
 	@$(BIN)/python -m bench $(BENCH)
 
-test: envs  ## all tests: real compiler, real simulator; PYTEST='-k name' picks some
+test: envs  ## all tests: real compiler, simulator and registry; PYTEST='-k name' picks some
+	@.ci/registry-tools
 	@$(BIN)/python -m pytest $(PYTEST)
 
 check: env  ## ruff, formatting, mypy

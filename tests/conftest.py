@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
+import shutil
 import signal
+import socket
+import subprocess
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -31,7 +36,9 @@ def interrupts_arrive() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-REGISTRY_VARIABLE = "FLUXKILN_TEST_REGISTRY"
+# The server, its password file and the independent client; all are Debian packages.
+REGISTRY_PROGRAMS = ("docker-registry", "htpasswd", "skopeo")
+HUB_VARIABLE = "FLUXKILN_TEST_HUB"
 
 # Nothing is fetched in a test: all checkpoints are synthetic.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -42,8 +49,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     missing = {}
     if find_tpu_mlir(default_tpu_mlir_root()) is None:
         missing["tpu_mlir"] = f"no finished TPU-MLIR environment in {default_tpu_mlir_root()}: run `make env-tpu-mlir`"
-    if not os.environ.get(REGISTRY_VARIABLE):
-        missing["registry"] = f"no registry: set {REGISTRY_VARIABLE}=host:port"
+    if absent := [name for name in REGISTRY_PROGRAMS if shutil.which(name) is None]:
+        missing["registry"] = f"{', '.join(absent)} not installed: run .ci/registry-tools as root"
+    if not os.environ.get(HUB_VARIABLE):
+        missing["hub"] = f"talks to huggingface.co: set {HUB_VARIABLE}=ORG/REPO and HF_TOKEN"
     for item in items:
         for marker, reason in missing.items():
             if item.get_closest_marker(marker):
@@ -197,3 +206,85 @@ def cast_alone() -> Callable[[Kiln, str], BinaryPart]:
         return replace(binary, bmodel=file.blob)
 
     return make
+
+
+@dataclass
+class RegistryServer:
+    """Debian's docker-registry on a free port of this machine; state in `root`, configuration as JSON, which is YAML.
+
+    `secret`: without it uploads do not outlive the process. `read_only`: it then refuses to store anything.
+    """
+
+    root: Path
+    port: int
+    users: dict[str, str]
+    read_only: bool = False
+    process: subprocess.Popen | None = None
+
+    @property
+    def host(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        storage = {"filesystem": {"rootdirectory": str(self.root / "data")}, "delete": {"enabled": True}}
+        if self.read_only:
+            storage["maintenance"] = {"readonly": {"enabled": True}}
+        config = {
+            "version": 0.1,
+            "log": {"level": "error", "accesslog": {"disabled": True}},
+            "storage": storage,
+            "http": {"addr": self.host, "secret": "of the tests"},
+        }
+        if self.users:
+            file = self.root / "htpasswd"
+            for number, (user, password) in enumerate(self.users.items()):
+                command = ["htpasswd", "-i", "-B", "-C", "4", *(["-c"] if not number else []), str(file), user]
+                subprocess.run(command, input=password, text=True, check=True, capture_output=True)
+            config["auth"] = {"htpasswd": {"realm": "tests", "path": str(file)}}
+        (self.root / "config.yml").write_text(json.dumps(config))
+        with (self.root / "log").open("ab") as log:
+            command = ["docker-registry", "serve", str(self.root / "config.yml")]
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        self._wait()
+
+    def kill(self) -> None:
+        """End it as a power cut would."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+    def blob(self, digest: str) -> Path:
+        """Where it keeps the bytes of a blob."""
+        name = digest.removeprefix("sha256:")
+        return self.root / "data/docker/registry/v2/blobs/sha256" / name[:2] / name / "data"
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            try:
+                with socket.create_connection(("127.0.0.1", self.port), timeout=2):
+                    return
+            except OSError:
+                time.sleep(0.02)
+        raise AssertionError((self.root / "log").read_text()[-2000:])
+
+
+@pytest.fixture
+def start_registry(tmp_path: Path):
+    """Start a registry, with users or read-only if asked for; all end with the test."""
+    started = []
+
+    def start(name: str = "registry", *, read_only: bool = False, **users: str) -> RegistryServer:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        server = RegistryServer(tmp_path / name, port, users, read_only)
+        server.start()
+        started.append(server)
+        return server
+
+    yield start
+    for server in started:
+        server.kill()

@@ -41,7 +41,7 @@ def validate_manifest_path(path: str) -> PurePosixPath:
         raise _refuse(path, "holds '..', '.' or an empty name")
     if len(path.encode()) > MAX_PATH_BYTES or any(len(name.encode()) > MAX_NAME_BYTES for name in names):
         raise _refuse(path, f"is longer than {MAX_PATH_BYTES} bytes, or a name in it longer than {MAX_NAME_BYTES}")
-    if _folded(path) in (MANIFEST_FILE, BUILD_FILE):
+    if _folded(names[0]) in (MANIFEST_FILE, BUILD_FILE):
         raise _refuse(path, f"is a name the bundle keeps for itself ({MANIFEST_FILE}, {BUILD_FILE})")
     return PurePosixPath(path)
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from fluxkiln.artifacts.registry.document import MAX_DOCUMENT_BYTES, Document, Layer
-from fluxkiln.artifacts.registry.transfer import PIECE, Arrival, Departure, Stop, TransientError
+from fluxkiln.artifacts.registry.transfer import PIECE, Arrival, Departure, Stop
 from fluxkiln.artifacts.store import Blob, Store, open_store
 from fluxkiln.errors import IntegrityError, UsageError
 
@@ -53,12 +54,16 @@ class LayoutPlace:
 
     def receive(self, layer: Layer, arrival: Arrival) -> None:
         with self.store.open(layer.digest) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != layer.size:
+                raise IntegrityError(
+                    f"{layer.path or 'the config'} in {self.name} has {size} bytes, its manifest says {layer.size}; it "
+                    "is damaged there: have it published again"
+                )
             file.seek(arrival.received)
             while piece := file.read(PIECE):
                 self.stop.check()
                 arrival.write(piece)
-        if not arrival.complete:
-            raise TransientError(f"{self.store.path(layer.digest)} has {arrival.received} of {layer.size} bytes")
 
     def publish(self, document: Document, tag: str) -> None:
         digest = self.store.add_bytes(document.data).digest

@@ -51,7 +51,8 @@ def push(
         RegistryError: the place refuses, or cannot be reached.
     """
     settings = Layer("", document.config.digest, document.config.size)
-    layers = list({layer.digest: layer for layer in document.layers}.values())
+    # Of equal files the first stands for all.
+    layers = list({layer.digest: layer for layer in reversed(document.layers)}.values())
     same = [layer for layer in document.layers if layer not in layers]
     lock = threading.Lock()
     for turn in range(_ROUNDS):

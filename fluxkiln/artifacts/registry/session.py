@@ -149,7 +149,10 @@ class Session:
             except httpx2.TransportError as error:
                 raise TransientError(_describe(error, target)) from error
             try:
-                if response.status_code == 401 and own and not challenged:
+                if response.status_code == 401 and own:
+                    if challenged:
+                        host = self.origin.netloc.decode()
+                        raise AuthorizationError(_not_allowed(host, find_credential(host)))
                     challenged = True
                     self._answer_challenge(response, sent.get("Authorization"))
                     if pieces is not None:

@@ -83,6 +83,10 @@ def build(settings: Settings, progress: Progress | None = None) -> BuildResult:
         if done is not None and not settings.prove:
             return done
         check_resources(prepared)
+        if prepared.kiln.split is not None:
+            from fluxkiln.neuron import build_split
+
+            return build_split(prepared, progress, laps)
         graphs: dict[str, Path] = {}
         if prepared.kiln.target.toolchain == "tpu_mlir":
             binaries, files = build_files(prepared.kiln, settings, progress, laps)

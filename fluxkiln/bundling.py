@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +16,12 @@ from fluxkiln.artifacts.bundle import write_bundle
 from fluxkiln.artifacts.files import digest_file
 from fluxkiln.artifacts.modelpack import store_bundle
 from fluxkiln.artifacts.store import Blob
-from fluxkiln.components import KINDS
+from fluxkiln.components import find_kind
 from fluxkiln.costs import estimate_ms, report_costs
-from fluxkiln.errors import ParityError
+from fluxkiln.errors import ParityError, ToolchainError
 from fluxkiln.progress import FROM_STORE, Laps, Progress
-from fluxkiln.stages import COMPILER_STAGES, BinaryPart, CombinedFile
+from fluxkiln.splitting import runtime_constants, split_settings
+from fluxkiln.stages import COMPILER_STAGES, SHARDED, BinaryPart, CombinedFile
 
 if TYPE_CHECKING:
     from fluxkiln.build import BuildResult
@@ -40,6 +41,7 @@ def build_action(prepared: Prepared) -> Action:
     tools = {name: _version(name) for name in (*EXPORT_TOOLS, "onnxruntime", "numpy")}
     if kiln.tpu_mlir is not None:
         tools["tpu_mlir"] = kiln.tpu_mlir.version
+    tools |= kiln.split.tools() if kiln.split is not None else {}
     return Action(
         stage="build",
         what=f"{prepared.name} for {kiln.target.name}",
@@ -55,6 +57,7 @@ def build_action(prepared: Prepared) -> Action:
             "steps": settings.steps,
             "prompt": settings.prompt,
             "verify": settings.verify,
+            **split_settings(prepared),
         },
         tools=tools,
     )
@@ -86,6 +89,8 @@ def finished_result(prepared: Prepared, laps: Laps) -> BuildResult | None:
     if parity.get("failure"):
         error = ParityError(f"{parity['failure']} (as found by the build that made {prepared.bundle})")
         raise _with_places(error, prepared)
+    if facts.get("missing"):
+        raise ToolchainError(str(facts["missing"]))
     return result
 
 
@@ -96,8 +101,17 @@ def finish_bundle(
     graphs: Mapping[str, Path],
     progress: Progress,
     laps: Laps,
+    verify: Callable[[Recording], Parity] | None = None,
+    lowering: Mapping[str, Any] | None = None,
+    missing: str = "",
 ) -> BuildResult:
-    """Verify, write the report and the bundle, tag it in the store; then raise if a gate was missed."""
+    """Verify, write the report and the bundle, tag it in the store; then raise if a gate was missed.
+
+    Args:
+        verify: climbs the ladder; `parity.verify_build` by default.
+        lowering: the report's facts of a split model.
+        missing: what the bundle lacks, remembered for the next call of the same build.
+    """
     kiln = prepared.kiln
     work = prepared.folder / "work"
     parity: Parity | None = None
@@ -106,10 +120,13 @@ def finish_bundle(
         from fluxkiln.parity import verify_build
 
         recording = _record(prepared, progress)
-        parity = verify_build(
-            kiln, prepared.settings, prepared.fingerprint, binaries, files, graphs, recording, work, progress
-        )
-        summary = _write_report(prepared, binaries, parity, laps)
+        if verify is not None:
+            parity = verify(recording)
+        else:
+            parity = verify_build(
+                kiln, prepared.settings, prepared.fingerprint, binaries, files, graphs, recording, work, progress
+            )
+        summary = _write_report(prepared, binaries, parity, laps, lowering)
         laps.lap("verify")
     sources = bundle_files(prepared, binaries, files, work)
     manifest = _manifest(prepared, binaries, files, summary)
@@ -130,6 +147,7 @@ def finish_bundle(
             "digest": digest,
             "parts": made,
             "parity": summary,
+            "missing": missing,
         },
     )
     progress.done("bundle", str(prepared.bundle), f"{sum(file.size for file in written.files) / 1e6:.0f} MB")
@@ -152,14 +170,12 @@ def bundle_files(
     """Everything a runtime needs, by its path in the bundle."""
     from safetensors.numpy import save_file
 
-    from fluxkiln.export.host import host_constants
-
     kiln, checkpoint = prepared.kiln, prepared.kiln.checkpoint
     sources: dict[str, Blob | Path] = {file.name: file.blob for file in files}
     sources.update(checkpoint.sidecars)
     constants = work / HOST_CONSTANTS
     constants.parent.mkdir(parents=True, exist_ok=True)
-    save_file(host_constants(checkpoint, kiln.shapes), constants)
+    save_file(runtime_constants(kiln), constants)
     sources[HOST_CONSTANTS] = constants
     configs = work / "configs.json"
     configs.write_text(json.dumps(checkpoint.configs, indent=1, sort_keys=True))
@@ -188,7 +204,13 @@ def _record(prepared: Prepared, progress: Progress) -> Recording:
     return recording
 
 
-def _write_report(prepared: Prepared, binaries: tuple[BinaryPart, ...], parity: Parity, laps: Laps) -> dict[str, Any]:
+def _write_report(
+    prepared: Prepared,
+    binaries: tuple[BinaryPart, ...],
+    parity: Parity,
+    laps: Laps,
+    lowering: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     from fluxkiln.verify.ladder import explain_failure
     from fluxkiln.verify.report import build_report, compare_pictures, write_report
 
@@ -216,7 +238,7 @@ def _write_report(prepared: Prepared, binaries: tuple[BinaryPart, ...], parity: 
             {"name": name, "seconds": seconds}
             for name, seconds in {**parity.seconds, **laps.seconds, "all": laps.total}.items()
         ],
-        **report_costs(kiln, binaries),
+        **(lowering if lowering is not None else report_costs(kiln, binaries)),
         "tools": build_action(prepared).tools,
         "machine": _machine(),
         "provenance": {
@@ -266,7 +288,12 @@ def _manifest(
         "shapes": {"height": kiln.shapes.height, "width": kiln.shapes.width, "tokens": kiln.shapes.tokens},
         "checkpoint": {"source": kiln.checkpoint.name, "fingerprint": f"sha256:{prepared.fingerprint}"},
         "licence": {"spdx": licence_id(prepared), "file": "LICENSE"},
-        "settings": {"vae": settings.vae, "seed": settings.seed, "steps": settings.steps},
+        "settings": {
+            "vae": settings.vae,
+            "seed": settings.seed,
+            "steps": settings.steps,
+            **split_settings(prepared),
+        },
         "parity": dict(summary),
         "tools": dict(build_action(prepared).tools),
         "parts": [_part_entry(binary, home[binary.part.name]) for binary in binaries],
@@ -274,10 +301,12 @@ def _manifest(
 
 
 def _part_entry(binary: BinaryPart, file: str) -> dict[str, Any]:
-    kind = KINDS[binary.part.kind]
+    kind = find_kind(binary.part.kind)
     sides = {}
     for side, names in (("inputs", kind.inputs), ("outputs", kind.outputs)):
         tensors: Any = binary.facts[side]
+        if binary.made == SHARDED:  # by their own names: an input that a model lacks is not the last one here
+            names = tuple(name for name, _, _ in tensors)
         sides[side] = [
             {"name": name, "dtype": dtype, "shape": shape}
             for name, (_, dtype, shape) in zip(names, tensors, strict=False)

@@ -130,6 +130,36 @@ KINDS: Mapping[str, Kind] = {
     )
 }
 
+_TIMES = ("pooled_projections", "timestep", "guidance")
+# Kinds that exist only where a model is cut over the cores of one accelerator. Blocks and tail are the hoisted form's,
+# a part of several blocks has the kind of one.
+SPLIT_KINDS: Mapping[str, Kind] = {
+    kind.name: kind
+    for kind in (
+        Kind("t5", "text_encoder_2", ("input_ids", "position_buckets"), ("last_hidden_state",)),
+        Kind(
+            "modulated_head",
+            "transformer",
+            ("hidden_states", "encoder_hidden_states", *_TIMES),
+            ("hidden_states_out", "encoder_hidden_states_out", "modulation"),
+        ),
+        Kind(
+            "transformer",
+            "transformer",
+            ("hidden_states", "encoder_hidden_states", *_TIMES, *_ROTARY),
+            ("sample",),
+        ),
+    )
+}
+
+
+def find_kind(name: str) -> Kind:
+    """The kind called `name`, of a whole or of a split model; UsageError with the legal names otherwise."""
+    known = {**KINDS, **SPLIT_KINDS}
+    if name not in known:
+        raise UsageError(f"no kind of part is called {name!r}; there are {', '.join(known)}")
+    return known[name]
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -141,7 +171,7 @@ class Part:
 
     @property
     def component(self) -> Component:
-        return KINDS[self.kind].component
+        return find_kind(self.kind).component
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +267,7 @@ def modulation_name(part: Part) -> str:
 
 def check_steps(parts: tuple[Part, ...], steps: int) -> None:
     """Raise UsageError when hoisted parts are asked for more steps than they have rows."""
-    if steps > MODULATION_ROWS and any(KINDS[part.kind].rows for part in parts):
+    if steps > MODULATION_ROWS and any(find_kind(part.kind).rows for part in parts):
         raise UsageError(
             f"{steps} steps: the hoisted modulation is computed for at most {MODULATION_ROWS} at once; use at most "
             f"{MODULATION_ROWS} steps, or the inline form"

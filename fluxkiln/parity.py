@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fluxkiln.artifacts.actions import Action, run_action, stage_code_version
 from fluxkiln.artifacts.canonical import digest_json
 from fluxkiln.artifacts.types import GraphFormat, PartRunner
-from fluxkiln.components import COMPONENTS, KINDS, Part, Shapes
+from fluxkiln.components import COMPONENTS, Part, Shapes, find_kind
 from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.export.checkpoint import TensorReader
 from fluxkiln.extent import LIMITS, Limits, multiplications, replayed_shapes
@@ -71,6 +71,12 @@ def record(kiln: Kiln, settings: Settings, print_: str, folder: Path, limits: Li
     )
     steps = settings.steps if shapes == kiln.shapes else 1
     recording = record_run(kiln, settings, print_, folder, both, shapes, steps, settings.prompt)
+    if kiln.split is not None:
+        from fluxkiln.splitting import inline_members
+        from fluxkiln.verify.split import view_split
+
+        pairs = zip(kiln.parts, kiln.split.parts, strict=True)
+        return view_split(recording, {part: inline_members(cut) for part, cut in pairs})
     return view_recording(recording, kiln.parts)
 
 
@@ -229,7 +235,7 @@ def replay(kiln: Kiln, settings: Settings, recording: Recording, rungs: Rungs, p
 
 def climb_pipeline(ladder: Ladder, kiln: Kiln, recording: Recording, rung: str, pipeline: PipelineResult) -> None:
     """Rows of the final latents and the image, under the scheme of the blocks."""
-    blocks = [part for part in kiln.parts if part.component == "transformer" and KINDS[part.kind].residual]
+    blocks = [part for part in kiln.parts if part.component == "transformer" and find_kind(part.kind).residual]
     scheme = _base_name(kiln.scheme(blocks[0]))
     ladder.climb_latents(recording.steps - 1, recording.latents, [(rung, pipeline.latents)], scheme)
     ladder.climb_image(-1, recording.image, [(rung, pipeline.image)], scheme)
@@ -264,12 +270,13 @@ def climb_stored(ladder: Ladder, kiln: Kiln, binaries: tuple[BinaryPart, ...], f
 
 def run_pipeline(kiln: Kiln, settings: Settings, runner: PartRunner) -> PipelineResult:
     """diffusers' own loop with `runner` in place of every model."""
-    from fluxkiln.export.host import host_constants, pooled_row
+    from fluxkiln.export.host import pooled_row
+    from fluxkiln.splitting import runtime_constants
     from fluxkiln.verify.pipeline import run_with_parts
 
     return run_with_parts(
         kiln.checkpoint.root, kiln.checkpoint.configs, kiln.shapes, kiln.parts,
-        host_constants(kiln.checkpoint, kiln.shapes), pooled_row, runner,
+        runtime_constants(kiln), pooled_row, runner,
         steps=settings.steps, seed=settings.seed, prompt=settings.prompt,
     )  # fmt: skip
 
@@ -309,7 +316,7 @@ def climb_part(
         label: what the part is called in the rows; its name by default.
     """
     inputs, expected = recording.inputs(part.name, step), recording.outputs(part.name, step)
-    residual = dict(KINDS[part.kind].residual)
+    residual = dict(find_kind(part.kind).residual)
     shown = step if part.component == "transformer" else -1
     for output, reference in expected.items():
         base = inputs[residual[output]] if output in residual else None

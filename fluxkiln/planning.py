@@ -17,15 +17,17 @@ from typing import TYPE_CHECKING, Any
 from fluxkiln.artifacts.types import GraphFormat, Template, TensorRef, TensorSpec
 from fluxkiln.casting import CAST_MEMORY, combine_action, part_action
 from fluxkiln.compile.pool import available_memory
-from fluxkiln.components import KINDS, Part
+from fluxkiln.components import KINDS, Part, find_kind
 from fluxkiln.devices import group_parts, lay_files, plan_devices
 from fluxkiln.errors import ResourceError
 from fluxkiln.export.bindings import tensors_of
 from fluxkiln.extent import replayed_shapes
+from fluxkiln.lowering import lower_action, module_name
 from fluxkiln.moulds import cast_part, compile_action, compile_memory, compile_part, find_mould
 from fluxkiln.proving import needs_proof, proof_part
 from fluxkiln.quantize.schemes import Scheme, check_groups
 from fluxkiln.settings import Settings
+from fluxkiln.splitting import holds_tensor, shard_action
 from fluxkiln.stages import BinaryPart, Kiln, Mould, count_elements, find_template, net_name
 
 if TYPE_CHECKING:
@@ -102,7 +104,7 @@ def plan_build(prepared: Prepared) -> dict[str, Any]:
 
 
 def _devices(kiln: Kiln) -> dict[str, Any]:
-    if not kiln.target.device_bytes:
+    if not kiln.target.device_bytes or kiln.split is not None:
         return {}
     return lay_files(kiln, group_parts(kiln, _known_or_lightest(kiln))).to_json()
 
@@ -120,7 +122,10 @@ def list_jobs(prepared: Prepared) -> list[Job]:
     from fluxkiln.bundling import build_action
 
     kiln = prepared.kiln
-    jobs = compile_jobs(kiln, prepared.settings) if kiln.target.toolchain == "tpu_mlir" else link_jobs(kiln)
+    if kiln.split is not None:
+        jobs = split_jobs(kiln)
+    else:
+        jobs = compile_jobs(kiln, prepared.settings) if kiln.target.toolchain == "tpu_mlir" else link_jobs(kiln)
     finished = kiln.cache.lookup(build_action(prepared).key) is not None
     weights = count_elements(ref for part in kiln.parts for ref in part_refs(kiln, part))
     if prepared.settings.verify:
@@ -129,6 +134,21 @@ def list_jobs(prepared: Prepared) -> list[Job]:
         jobs.append(Job("record", "reference run", "", "F32", TRACE_MEMORY + 8 * largest, finished, weights))
         jobs.append(Job("verify", "parity ladder", "", "", 2 * TRACE_MEMORY + 8 * largest, finished, weights))
     jobs.append(Job("bundle", prepared.name, "", "", 0, finished, weights))
+    return jobs
+
+
+def split_jobs(kiln: Kiln) -> list[Job]:
+    """Jobs of a target that cuts the model: modules, every part's shards, the compiler where there is one."""
+    modules = {module_name(cut): lower_action(kiln, cut).key for cut in kiln.split_parts}
+    jobs = [
+        Job("lower", name, "", "BF16", TRACE_MEMORY, kiln.cache.lookup(key) is not None)
+        for name, key in modules.items()
+    ]
+    for part in kiln.parts:
+        weights = count_elements(part_refs(kiln, part))
+        cut = kiln.split_parts[kiln.parts.index(part)]
+        known = bool(kiln.digests) and kiln.cache.lookup(shard_action(kiln, cut).key) is not None
+        jobs.append(Job("shard", part.name, part.kind, "BF16", CAST_MEMORY, known, weights))
     return jobs
 
 
@@ -212,6 +232,9 @@ def compile_job(kiln: Kiln, part: Part, template: Template | None) -> Job:
 def part_refs(kiln: Kiln, part: Part) -> list[TensorRef]:
     """The checkpoint tensors of a part, by their names alone."""
     refs = kiln.checkpoint.tensors[tensors_of(part)]
+    if kiln.split is not None:
+        cut = kiln.split.find(part.name)
+        return [ref for name, ref in refs.items() if holds_tensor(cut, name)]
     own: tuple[str, ...] = _OWN.get(part.kind, (part.prefix,))
     others: tuple[str, ...] = _OTHERS.get(part.kind, ())
     block, _, form = part.kind.partition("_")
@@ -246,7 +269,7 @@ def check_resources(prepared: Prepared) -> None:
 
 def check_devices(kiln: Kiln) -> None:
     """Refuse weights that no way of loading gets onto the devices; instructions and run-time memory come on top."""
-    if kiln.target.device_bytes:
+    if kiln.target.device_bytes and kiln.split is None:
         plan_devices(kiln, group_parts(kiln, _known_or_lightest(kiln)))
 
 
@@ -331,7 +354,7 @@ def disk_bytes(prepared: Prepared, todo: Iterable[Job]) -> int:
             # as well. A compile works on four float32 copies.
             total += KERNEL_BYTES + (2 * stored if job.stage == "compile" else 0)
             working.append(16 * job.weights)
-        elif job.stage == "cast":
+        elif job.stage in ("cast", "shard"):
             total += stored_bytes(kiln.schemes[job.kind], job.weights)
         elif job.stage == "combine":
             total += KERNEL_BYTES
@@ -359,15 +382,22 @@ def stored_bytes(scheme: Scheme, weights: int) -> int:
 
 def recording_bytes(kiln: Kiln, steps: int) -> int:
     """About the bytes of a recorded run: what goes into each part, in float32; most outputs are another's input."""
-    from fluxkiln.export.trace import part_inputs
-
     total = 0
     for part in kiln.parts:
         calls = steps if part.component == "transformer" else 1
-        specs: tuple[TensorSpec, ...] = part_inputs(part.kind, kiln.checkpoint.configs, kiln.shapes)
+        specs = _inputs_of(kiln, part)
         changing = [spec for spec in specs if not spec.name.startswith(("rotary", "position"))]
         total += 4 * calls * count_elements(changing)
     return 2 * total
+
+
+def _inputs_of(kiln: Kiln, part: Part) -> tuple[TensorSpec, ...]:
+    from fluxkiln.export.trace import part_inputs
+
+    if kiln.split is None or part.kind in KINDS:
+        return part_inputs(part.kind, kiln.checkpoint.configs, kiln.shapes)
+    known = {"t5": "t5_embed", "modulated_head": "head", "transformer": "head"}
+    return part_inputs(known[part.kind], kiln.checkpoint.configs, kiln.shapes)
 
 
 def peak_memory(todo: Iterable[Job], settings: Settings) -> int:
@@ -375,7 +405,7 @@ def peak_memory(todo: Iterable[Job], settings: Settings) -> int:
     pooled: list[int] = []
     alone = [0]
     for job in todo:
-        (pooled if job.stage in ("mould", "compile", "cast") else alone).append(job.memory_bytes)
+        (pooled if job.stage in ("mould", "compile", "cast", "shard") else alone).append(job.memory_bytes)
     return max(TRACE_MEMORY * bool(pooled) + _most(pooled, settings), *alone)
 
 
@@ -385,16 +415,16 @@ def estimate_seconds(prepared: Prepared, todo: Iterable[Job]) -> float:
     for job in todo:
         if job.stage in ("mould", "compile"):
             pooled += COMPILE_SECONDS + COMPILE_SECONDS_PER_WEIGHT * job.weights
-        elif job.stage in ("cast", "link"):
+        elif job.stage in ("cast", "link", "shard"):
             pooled += CAST_SECONDS + CAST_SECONDS_PER_WEIGHT * job.weights
-        elif job.stage == "template":
+        elif job.stage in ("template", "lower"):
             alone += TRACE_SECONDS
         elif job.stage == "record":
             alone += RECORD_SECONDS
         elif job.stage == "verify":
             parts = prepared.kiln.parts
             alone += CALL_SECONDS * sum(
-                settings.steps if KINDS[part.kind].component == "transformer" else 1 for part in parts
+                settings.steps if find_kind(part.kind).component == "transformer" else 1 for part in parts
             )
     return alone + pooled / min(_workers(settings), 2)
 

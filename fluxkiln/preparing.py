@@ -13,13 +13,14 @@ from fluxkiln.artifacts.actions import Action, ActionCache, stage_code_version
 from fluxkiln.artifacts.store import open_store
 from fluxkiln.compile.target import Target
 from fluxkiln.compile.targets import find_target
-from fluxkiln.components import COMPONENTS, Part, Shapes, check_steps, list_parts
+from fluxkiln.components import COMPONENTS, SPLIT_KINDS, Part, Shapes, check_steps, list_parts
 from fluxkiln.errors import CheckpointError
 from fluxkiln.export.checkpoint import Checkpoint, open_checkpoint
 from fluxkiln.export.fingerprint import DigestMemo, digest_tensors, fingerprint, scan_finite, shard_states
 from fluxkiln.export.source import resolve_model, synthetic_folder
 from fluxkiln.progress import STEP_BYTES, Progress, Silent, count_bytes
 from fluxkiln.settings import Settings
+from fluxkiln.splitting import parts_of_split, plan_memory, plan_split
 from fluxkiln.stages import Kiln
 
 
@@ -95,12 +96,15 @@ def unwritten_bytes(settings: Settings) -> int:
 def _prepared(settings: Settings, checkpoint: Checkpoint) -> Prepared:
     """What is fixed for a build, but for what depends on the bytes of the checkpoint."""
     target = find_target(settings.target)
-    _, schemes = target.parse_schemes(settings.scheme)
+    blocks, schemes = target.parse_schemes(settings.scheme)
     width, height = settings.size or default_size(checkpoint)
     shapes = Shapes(height, width, settings.tokens or default_tokens(checkpoint))
     shapes.check_variant(checkpoint.variant)
     check_vae(checkpoint, settings)
-    parts = chosen_parts(settings, checkpoint)
+    split = plan_split(settings, target, checkpoint) if target.toolchain == "neuron" else None
+    if split is not None:
+        schemes |= dict.fromkeys(SPLIT_KINDS, blocks)
+    parts = parts_of_split(split) if split is not None else chosen_parts(settings, checkpoint)
     check_steps(parts, settings.steps)
     folder = settings.build_dir.absolute() / target.name / _name(settings, target, checkpoint, shapes).lower()
     kiln = Kiln(
@@ -113,13 +117,22 @@ def _prepared(settings: Settings, checkpoint: Checkpoint) -> Prepared:
         cache=ActionCache(open_store(settings.store_path.absolute())),
         logs=folder / "logs",
         tpu_mlir=_tpu_mlir(target),
+        split=split,
     )
+    if split is not None:
+        plan_memory(kiln)
     return Prepared(settings, kiln, folder.name, "", folder)
 
 
 def _name(settings: Settings, target: Target, checkpoint: Checkpoint, shapes: Shapes) -> str:
     label = (settings.scheme or target.schemes[0]).replace(",", "-").replace("=", "-")
     chosen = "" if settings.chosen == COMPONENTS else "-" + "-".join(settings.chosen)
+    if target.toolchain == "neuron":
+        label += f"-{settings.instance}" * bool(settings.instance) + f"-tp{settings.tp_degree}" * bool(
+            settings.tp_degree
+        )
+        label += "" if settings.granularity == "block" else "-" + settings.granularity.replace(":", "")
+        label += "-published" * (settings.flags == "published")
     forms = "-inline" * (settings.modulation == "inline") + "-tiny-vae" * (settings.vae == "tiny")
     return f"{checkpoint.name}-{label}-{shapes.width}x{shapes.height}-{shapes.tokens}{forms}{chosen}"
 

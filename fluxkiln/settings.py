@@ -28,6 +28,9 @@ class Settings:
         vae: the checkpoint's own decoder, or taef1.
         components: only these of `COMPONENTS`; None for all.
         modulation: of the transformer: computed in every block in every step, or once per image before the first.
+        instance, tp_degree, granularity, lnc, flags: of a target that cuts the model over cores: the instance and how
+            many cores share a part, None for the target's default; how many blocks a module holds; physical cores of a
+            logical one; the preset of compiler flags.
         jobs: compilers at once; None for one per core.
         build_dir: where bundles and reports go; store: the content-addressed store.
         seed, steps, prompt: of the recorded reference run.
@@ -43,6 +46,11 @@ class Settings:
     vae: Literal["kl", "tiny"] = "kl"
     components: tuple[str, ...] | None = None
     modulation: Literal["inline", "hoisted"] = "hoisted"
+    instance: str | None = None
+    tp_degree: int | None = None
+    granularity: str = "block"
+    lnc: int = 1
+    flags: Literal["default", "published"] = "default"
     jobs: int | None = None
     build_dir: Path = Path("build")
     store: Path | None = None
@@ -57,12 +65,19 @@ class Settings:
             raise UsageError(f"no VAE is called {self.vae!r}; there are kl (the checkpoint's own) and tiny (taef1)")
         if self.modulation not in ("inline", "hoisted"):
             raise UsageError(f"no form of the transformer is called {self.modulation!r}; there are inline, hoisted")
+        if self.flags not in ("default", "published"):
+            raise UsageError(f"no preset of compiler flags is called {self.flags!r}; there are default, published")
         for component in self.components or ():
             if component not in COMPONENTS:
                 raise UsageError(f"no component is called {component!r}; there are {', '.join(COMPONENTS)}")
         if self.components == ():
             raise UsageError(f"no component was asked for; there are {', '.join(COMPONENTS)}")
-        for name, value in (("jobs", self.jobs), ("tokens", self.tokens), ("steps", self.steps)):
+        for name, value in (
+            ("jobs", self.jobs),
+            ("tokens", self.tokens),
+            ("steps", self.steps),
+            ("tp", self.tp_degree),
+        ):
             if value is not None and value < 1:
                 raise UsageError(f"{name} {value}: at least 1 is needed; leave the option out for the default")
 

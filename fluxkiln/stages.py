@@ -30,12 +30,16 @@ from fluxkiln.quantize.schemes import Scheme
 
 if TYPE_CHECKING:
     from fluxkiln.compile.tpu_mlir_env import TpuMlirEnv
+    from fluxkiln.export.sharding import SplitPart
+    from fluxkiln.splitting import Split
 
 EXPORT_TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir")
 # of no influence on one block's graph: models of another depth share its template and its mould
 _DEPTHS = ("num_layers", "num_single_layers")
 # stages in which the compiler runs
-COMPILER_STAGES = ("mould", "compile", "combine")
+COMPILER_STAGES = ("mould", "compile", "combine", "neff")
+# how a part of a split model is made
+SHARDED = "sharded"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,7 @@ class Kiln:
         digests: component -> tensor name -> sha256 of its bytes.
         shards: weight file -> its size, times and inode when those digests were taken.
         logs: where the compilers' logs go.
+        split: how the model is cut over cores, where it is.
     """
 
     target: Target
@@ -58,11 +63,18 @@ class Kiln:
     logs: Path
     tpu_mlir: TpuMlirEnv | None = None
     shards: Mapping[Path, tuple[int, ...]] = field(default_factory=dict)
+    split: Split | None = None
 
     def path(self, blob: Blob | None) -> Path:
         """Where a blob lies in the store; what has no blob must not be asked for."""
         assert blob is not None
         return self.cache.store.path(blob.digest)
+
+    @property
+    def split_parts(self) -> tuple[SplitPart, ...]:
+        """The parts as they are cut; of a split model only."""
+        assert self.split is not None
+        return self.split.parts
 
     def kinds(self) -> tuple[str, ...]:
         """The kinds of this model's parts, each once, in the order they run."""

@@ -36,8 +36,18 @@ FLOW = {
     f"fluxkiln.{name}"
     for name in (
         *("stages", "moulds", "casting", "compiling", "proving", "devices", "costs", "exchange", "extent"),
-        *("linking", "rungs", "parity", "blockwise", "bundling", "preparing", "planning", "build", "publishing"),
-        "neffs",
+        *(
+            "linking",
+            "rungs",
+            "parity",
+            "blockwise",
+            "bundling",
+            "preparing",
+            "planning",
+            "build",
+            "publishing",
+        ),
+        *("splitting", "lowering", "neffs", "replicating", "roofline", "neuron"),
     )
 }
 SEES_EVERYTHING = ("fluxkiln.cli", "fluxkiln.__main__")

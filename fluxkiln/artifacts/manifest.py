@@ -16,7 +16,7 @@ from fluxkiln.artifacts.canonical import Json, plain_json
 from fluxkiln.artifacts.paths import validate_manifest_paths
 from fluxkiln.artifacts.store import read_object
 from fluxkiln.artifacts.types import TensorSpec
-from fluxkiln.components import KINDS, Shapes, Variant
+from fluxkiln.components import KINDS, SPLIT_KINDS, Shapes, Variant, find_kind
 from fluxkiln.errors import IntegrityError, ShapeError, UsageError
 
 SCHEMA_VERSION = 1
@@ -181,7 +181,7 @@ def describe_manifest(manifest: Manifest) -> dict[str, Json]:
     """The summary that `fluxkiln inspect` shows: per kind and scheme how many parts and bytes, per role how many."""
     groups: dict[tuple[str, str, str], list[int]] = {}
     for part in manifest.parts:
-        group = groups.setdefault((KINDS[part.kind].component, part.kind, part.scheme), [0, 0])
+        group = groups.setdefault((find_kind(part.kind).component, part.kind, part.scheme), [0, 0])
         group[0] += 1
         group[1] += part.size
     roles: dict[str, list[int]] = {}
@@ -222,8 +222,8 @@ def _check_references(manifest: Manifest, where: str) -> None:
 def _part(value: Mapping[str, Json], where: str) -> PartEntry:
     _keys(value, where, PartEntry.__slots__)
     kind = _text(value, "kind", where)
-    if kind not in KINDS:
-        raise _bad(where, f"is of the kind {kind!r}; the kinds are {', '.join(KINDS)}")
+    if kind not in {**KINDS, **SPLIT_KINDS}:
+        raise _bad(where, f"is of the kind {kind!r}; the kinds are {', '.join([*KINDS, *SPLIT_KINDS])}")
     return PartEntry(
         name=_text(value, "name", where),
         kind=kind,

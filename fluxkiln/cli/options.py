@@ -11,7 +11,7 @@ import click
 
 from fluxkiln.components import Shapes
 from fluxkiln.errors import UsageError
-from fluxkiln.settings import DEFAULT_MODEL, STORE_VARIABLE, Settings, parse_size
+from fluxkiln.settings import DEFAULT_MODEL, DEFAULT_PROMPT, STORE_VARIABLE, Settings, parse_size
 
 if TYPE_CHECKING:
     from fluxkiln.artifacts.store import Store
@@ -53,6 +53,11 @@ def settings_options(command: _F) -> _F:
         vae: Any,
         components: str | None,
         modulation: Any,
+        instance: str | None,
+        tp_degree: int | None,
+        granularity: str,
+        lnc: int,
+        flags: Any,
         jobs: int | None,
         build_dir: Path,
         store: Path | None,
@@ -78,6 +83,11 @@ def settings_options(command: _F) -> _F:
                 vae=vae,
                 components=None if components is None else tuple(components.replace(",", " ").split()),
                 modulation=modulation,
+                instance=instance,
+                tp_degree=tp_degree,
+                granularity=granularity,
+                lnc=lnc,
+                flags=flags,
                 jobs=jobs,
                 build_dir=build_dir,
                 store=store,
@@ -85,7 +95,7 @@ def settings_options(command: _F) -> _F:
                 steps=steps,
                 verify=not no_verify,
                 prove=prove,
-                **({"prompt": prompt} if prompt else {}),
+                prompt=prompt or DEFAULT_PROMPT,
             )
             found.parse_schemes(scheme)
             return settings
@@ -113,6 +123,33 @@ def settings_options(command: _F) -> _F:
             metavar="inline|hoisted",
             default="hoisted",
             help="AdaLN modulation once per image, before the first step (the default), or in every block and step.",
+        ),
+        click.option(
+            "--instance",
+            metavar="NAME",
+            help="trn1, inf2: the instance type, trn1.32xlarge say. Default: the target's.",
+        ),
+        click.option(
+            "--tp",
+            "tp_degree",
+            type=int,
+            metavar="N",
+            help="trn1, inf2: cores that share the transformer and T5. Default: 8, or what the instance has.",
+        ),
+        click.option(
+            "--granularity",
+            metavar="block|group:N|whole",
+            default="block",
+            help="trn1, inf2: blocks in a compiled module. Default: block.",
+        ),
+        click.option(
+            "--lnc", type=int, metavar="N", default=1, help="trn1, inf2: cores of a logical core; 1 is legal."
+        ),
+        click.option(
+            "--flags",
+            metavar="default|published",
+            default="default",
+            help="trn1, inf2: the compiler's flags, ours or those of the published sample.",
         ),
         click.option("--jobs", type=int, metavar="N", help="Compilers at once. Default: one per core."),
         build_dir_option,

@@ -91,6 +91,17 @@ def write_shards(
                 job.cancel()
 
 
+def write_part(
+    slots: tuple[TensorSpec, ...], bindings: Sequence[Binding], checkpoint: Checkpoint, folder: Path
+) -> tuple[ShardFile, ...]:
+    """Write the shards of every rank of one part to `folder`; errors and memory as `write_shards`.
+
+    Args:
+        slots: with the shapes of a rank. bindings: of each rank, see `sharding.bind_shard`.
+    """
+    return tuple(_write_part(slots, bindings, checkpoint.tensors, folder, _counter(0, None)))
+
+
 def read_shard(path: Path, sha256: str | None = None) -> dict[str, NDArray[Any]]:
     """The weights of a rank by slot, in the order of the slots, as `ml_dtypes.bfloat16`.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -132,7 +133,7 @@ class Ladder:
 
         if not np.isfinite(reference).all():
             add("reference", failed, "reference", failed, "NaN or infinity in the reference itself")
-        last, below_name, below = "reference", "reference", reference
+        last, below_name, below, noise = "reference", "reference", reference, 0.0
         for rung, actual in rungs:
             _check_order(rung, last)
             last = rung
@@ -141,10 +142,14 @@ class Ladder:
                 add(rung, failed, below_name, failed, mismatch)
                 continue
             vs_reference = measure(actual, reference, base)
-            vs_previous = vs_reference if below is reference else measure(actual, below, base)
+            vs_previous = vs_reference
+            if below is not reference:
+                vs_previous = measure(actual, below, base)
+                vs_previous = replace(vs_previous, noise_ratio=_ratio(vs_reference.relative_l2, noise))
             if vs_reference.finite:
                 add(rung, vs_reference, below_name, vs_previous, "")
-                below_name, below = rung, actual  # a rung that cannot be compared is skipped, not inherited
+                # a rung that cannot be compared is skipped, not inherited
+                below_name, below, noise = rung, actual, vs_reference.relative_l2
             else:
                 add(rung, vs_reference, below_name, vs_previous, "NaN or infinity on one side")
         self.rows += made
@@ -212,6 +217,10 @@ def verdict_to_dict(verdict: Verdict, gates: Sequence[Gate] = GATES) -> dict[str
 def _metrics_to_dict(metrics: Metrics) -> dict[str, Any]:
     values = {name: getattr(metrics, name) for name in Metrics.__dataclass_fields__}
     return {name: value for name, value in values.items() if value is not None}
+
+
+def _ratio(noise: float, before: float) -> float:
+    return noise / before if before else (math.inf if noise else 1.0)
 
 
 def _severity(row: Row) -> float:

@@ -34,6 +34,8 @@ class Metrics:
         place moves a single channel, which the norms over the whole array dilute.
     delta_cosine, delta_relative_l2: the same for actual - base against expected - base; None without a base.
     psnr (dB), ssim: of images only, None otherwise.
+    noise_ratio: of a comparison with the rung before: how far the array is from the reference, divided by how far that
+        rung is; what a step adds to the noise that a dtype brings along. None in a comparison with the reference.
     """
 
     cosine: float
@@ -45,6 +47,7 @@ class Metrics:
     delta_relative_l2: float | None = None
     psnr: float | None = None
     ssim: float | None = None
+    noise_ratio: float | None = None
 
 
 def explain_mismatch(actual: AnyArray, expected: AnyArray, base: AnyArray | None = None) -> str | None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from fluxkiln.artifacts.types import PartRunner
-from fluxkiln.components import KINDS, MODULATION_ROWS, Part, list_parts, modulation_name
+from fluxkiln.components import MODULATION_ROWS, Part, find_kind, list_parts, modulation_name
 from fluxkiln.errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def run_rows(run_part: PartRunner, part: Part, inputs: Mapping[str, NDArray[Any]
     """
     import numpy as np
 
-    names = [name for name in KINDS[part.kind].rows if name in inputs]
+    names = [name for name in find_kind(part.kind).rows if name in inputs]
     if not names:
         return run_part(part.name, inputs)
     given = {inputs[name].shape[0] for name in names}
@@ -78,5 +78,5 @@ def _calls(recording: Recording, part: Part) -> tuple[Files, ...]:
     calls = []
     for call, modulation in zip(recording.calls[part.name], recording.calls[source], strict=True):
         known = {**call["inputs"], **modulation["outputs"]}
-        calls.append({**call, "inputs": {name: known[name] for name in KINDS[part.kind].inputs}})
+        calls.append({**call, "inputs": {name: known[name] for name in find_kind(part.kind).inputs}})
     return tuple(calls)

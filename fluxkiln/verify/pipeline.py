@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.artifacts.types import PartRunner
-from fluxkiln.components import CLIP_TOKENS, KINDS, Component, Part, Shapes, check_steps
+from fluxkiln.components import CLIP_TOKENS, Component, Part, Shapes, check_steps
 from fluxkiln.errors import ShapeError
 from fluxkiln.verify.modulation import run_rows
 
@@ -93,7 +93,8 @@ def run_with_parts(
         shapes: the shapes the parts were made for.
         parts: all parts in the order they run; which VAE and which form of the transformer is meant is seen from them.
             Of the hoisted form, the parts that take all steps at once run before the first step.
-        host_constants: `rotary_cos`, `rotary_sin` [J, K] and `position_bias` [1, H, T, T], float32.
+        host_constants: `rotary_cos`, `rotary_sin` [J, K] float32, and T5's `position_bias` [1, H, T, T] float32, or
+            `position_buckets` [T, T] int32 where it is split.
         pooled_row: picks CLIP's pooled output.
         steps, seed, prompt, guidance_scale: as FluxPipeline takes them; guidance counts where the model embeds it.
         on_step: called after each denoising step.
@@ -116,8 +117,8 @@ def run_with_parts(
         made.prompt_embeds,
         made.pooled_prompt_embeds,
         made.seconds,
-        seconds_by_kind={kind: chain.seconds[kind] for kind in KINDS if kind in chain.seconds},
-        calls_by_kind={kind: chain.calls[kind] for kind in KINDS if kind in chain.calls},
+        seconds_by_kind={kind: chain.seconds[kind] for kind in chain.seconds},
+        calls_by_kind={kind: chain.calls[kind] for kind in chain.calls},
     )
 
 
@@ -165,7 +166,10 @@ def render(
 def check_constants(host_constants: Mapping[str, NDArray[Any]], shapes: Shapes) -> None:
     """Raise ShapeError when host constants were made for other shapes."""
     lengths = {"rotary_cos": shapes.joint_tokens, "rotary_sin": shapes.joint_tokens, "position_bias": shapes.tokens}
+    lengths["position_buckets"] = shapes.tokens
     for name, length in lengths.items():
+        if name not in host_constants:
+            continue
         found = host_constants[name].shape[-2]
         if found != length:
             raise ShapeError(

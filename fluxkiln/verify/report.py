@@ -10,7 +10,8 @@ Keys of the dict, all but the first two optional (a section without facts is lef
     parts: list of name, kind, scheme, bytes, device_memory, estimate_ms, made (`cast`, `compiled`, ...).
     images: see `compare_pictures`. timings: list of name, seconds. memory: file -> {what: bytes}.
     devices: budget in bytes, peaks {way to load: bytes on each device}, load (the way that fits).
-    estimate: label, entries {what: value with its unit}, values for programs. tools, machine, provenance: what -> text.
+    estimate, lowering: label, entries {what: value with its unit}, values for programs.
+    tools, machine, provenance: what -> text.
 `build_report` adds schema, rows, gates, rungs, summary and verdict.
 """
 
@@ -40,7 +41,7 @@ MAX_HTML_BYTES = 3_000_000
 MAX_IMAGE_BYTES = 200_000
 FACTS = frozenset(
     {"title", "target", "reference", "model", "shapes", "schemes", "parts", "images", "timings", "memory", "estimate"}
-    | {"devices"}
+    | {"devices", "lowering"}
     | {"tools", "machine", "provenance"}
 )
 MEASURES: tuple[tuple[Measure, str], ...] = (

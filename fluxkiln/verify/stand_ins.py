@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fluxkiln.components import Component, Part, modulation_name
+from fluxkiln.components import MODULATION_CHUNKS, Component, Part, modulation_name
 from fluxkiln.errors import PatchError
 from fluxkiln.verify.pipeline import Configs, PartChain, PooledRow
 
@@ -61,14 +61,18 @@ class TextEncoder(_StandIn):
 class TextEncoder2(_StandIn):
     """T5: embedding, blocks, final norm."""
 
-    def __init__(self, chain: PartChain, config: Mapping[str, Any], position_bias: AnyArray) -> None:
+    def __init__(self, chain: PartChain, config: Mapping[str, Any], constants: Mapping[str, AnyArray]) -> None:
         super().__init__("text_encoder_2", chain, config)
-        self.position_bias = position_bias
+        self.constants = constants
 
     def forward(self, input_ids: Tensor, **_: Any) -> tuple[Tensor]:
+        if self.parts_of_kind("t5"):
+            buckets = self.constants["position_buckets"]
+            made = self.run_kind("t5", input_ids=input_ids.numpy(), position_buckets=buckets)
+            return (_tensor(made["last_hidden_state"]),)
         hidden = self.run_kind("t5_embed", input_ids=input_ids.numpy())["hidden_states_out"]
         for part in self.parts_of_kind("t5_block"):
-            inputs = {"hidden_states": hidden, "position_bias": self.position_bias}
+            inputs = {"hidden_states": hidden, "position_bias": self.constants["position_bias"]}
             hidden = self.chain.run(part, inputs)["hidden_states_out"]
         return (_tensor(self.run_kind("t5_final", hidden_states=hidden)["last_hidden_state"]),)
 
@@ -177,6 +181,32 @@ class HoistedTransformer(Transformer):
         }
 
 
+class SplitTransformer(Transformer):
+    """The form of a split model: a head with all modulation of the step, parts of one or several blocks, tail."""
+
+    def denoise(self, tokens: Mapping[str, AnyArray], times: Mapping[str, AnyArray]) -> AnyArray:
+        if self.parts_of_kind("transformer"):
+            return self.run_kind("transformer", **tokens, **times, **self.rotary)["sample"]
+        head = self.run_kind("modulated_head", **tokens, **times)
+        rows, position = {}, 0
+        for part in self.parts:
+            if part.kind.endswith("_modulated"):
+                taken = _blocks_of(part) * MODULATION_CHUNKS[part.kind.removesuffix("_modulated")]
+                rows[part.name] = head["modulation"][:, position : position + taken]
+                position += taken
+        return self.run_blocks(
+            head["hidden_states_out"],
+            head["encoder_hidden_states_out"],
+            lambda part: {"modulation": np.ascontiguousarray(rows[part.name])},
+        )
+
+
+def _blocks_of(part: Part) -> int:
+    """`double.04-07` holds four blocks, `double.04` and `tail` one."""
+    first, dash, last = part.name.partition(".")[2].partition("-")
+    return int(last) - int(first) + 1 if dash else 1
+
+
 class Vae(_StandIn):
     """Either decoder; the pipeline has undone scaling and shift."""
 
@@ -207,7 +237,10 @@ def build_pipeline(
     rotary = {name: host_constants[name] for name in ("rotary_cos", "rotary_sin")}
     vae = "vae_tiny" if chain.parts_of("vae")[0].kind == "tiny_vae_decoder" else "vae"
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(root / "scheduler")
-    if any(part.kind == "head" for part in chain.parts):
+    kinds = {part.kind for part in chain.parts}
+    if kinds & {"modulated_head", "transformer"}:
+        transformer: Transformer = SplitTransformer(chain, configs["transformer"], rotary)
+    elif "head" in kinds:
         transformer = Transformer(chain, configs["transformer"], rotary)
     else:
         transformer = HoistedTransformer(chain, configs["transformer"], rotary, scheduler)
@@ -216,7 +249,7 @@ def build_pipeline(
         tokenizer=CLIPTokenizer.from_pretrained(root / "tokenizer"),
         tokenizer_2=T5TokenizerFast.from_pretrained(root / "tokenizer_2"),
         text_encoder=TextEncoder(chain, configs["text_encoder"], pooled_row),
-        text_encoder_2=TextEncoder2(chain, configs["text_encoder_2"], host_constants["position_bias"]),
+        text_encoder_2=TextEncoder2(chain, configs["text_encoder_2"], host_constants),
         transformer=transformer,
         vae=Vae(chain, configs[vae]),
     )

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from fluxkiln.components import KINDS
+from fluxkiln.components import KINDS, SPLIT_KINDS
 from fluxkiln.verify.gates import (
     GATES,
     HIGHER_IS_BETTER,
@@ -18,7 +18,9 @@ from fluxkiln.verify.gates import (
 from fluxkiln.verify.ladder import Row
 from fluxkiln.verify.metrics import Metrics
 
-GOOD = Metrics(1.0, 0.0, 0.0, 0.0, True, 1.0, 0.0, math.inf, 1.0)
+GOOD = Metrics(1.0, 0.0, 0.0, 0.0, True, 1.0, 0.0, math.inf, 1.0, 1.0)
+# of a model that is cut over cores, which is stored in bfloat16
+SPLIT_RUNGS = ("split", "unsplit", "replicas")
 
 
 def row(kind, rung, scheme, output="hidden_states_out", vs_reference=GOOD, vs_previous=GOOD):
@@ -49,6 +51,9 @@ REQUIRED = [
     ("t5_block", "simulator", "W4BF16", "hidden_states_out", "delta_cosine", 0.99),
     ("double_modulated", "simulator", "W4BF16", "encoder_hidden_states_out", "delta_cosine", 0.99),
     ("single_modulated", "patched", "BF16", "hidden_states_out", "relative_l2", 1e-6),
+    ("t5", "split", "BF16", "last_hidden_state", "relative_l2", 5e-6),
+    ("modulated_head", "split", "BF16", "modulation", "relative_l2", 5e-6),
+    ("double_modulated", "split", "BF16", "hidden_states_out", "relative_l2", 5e-6),
 ]
 
 
@@ -76,9 +81,27 @@ def test_every_part_is_covered_at_every_rung():
     for kind in KINDS.values():
         for output in kind.outputs:
             for scheme in ("F32", "F16", "BF16", "W8BF16", "W4BF16"):
-                for rung in RUNGS[1:]:
+                for rung in (rung for rung in RUNGS[1:] if rung.name not in SPLIT_RUNGS):
                     judged = row(kind.name, rung.name, scheme, output)
                     assert judged.passed, (kind.name, rung.name, scheme, output, missed(judged))
+
+
+@pytest.mark.parametrize("rung", SPLIT_RUNGS)
+def test_every_split_part_is_covered(rung):
+    for kind in {**KINDS, **SPLIT_KINDS}.values():
+        for output in kind.outputs:
+            assert row(kind.name, rung, "BF16", output).passed
+
+
+@pytest.mark.parametrize("rung", ["split", "replicas"])
+def test_ranks_that_differ_by_one_bit_are_seen(rung):
+    spoilt = row("double_modulated", rung, "BF16", "ranks", vs_reference=replace(GOOD, max_abs=1e-7))
+    assert missed(spoilt) == [("max_abs", "reference")]
+
+
+def test_splitting_must_not_add_to_the_noise_of_bfloat16():
+    noisy = row("single_modulated", "replicas", "BF16", vs_previous=replace(GOOD, noise_ratio=1.26))
+    assert missed(noisy) == [("noise_ratio", "previous")]
 
 
 @pytest.mark.parametrize("output", ["latents", "image"])
@@ -103,7 +126,7 @@ def test_a_missing_delta_fails_its_gate():
 
 
 def test_nan_passes_nothing():
-    nan = Metrics(*[math.nan] * 4, False, *[math.nan] * 4)
+    nan = Metrics(*[math.nan] * 4, False, *[math.nan] * 5)
     for gate in GATES:
         if gate.metric != "finite":
             assert not gate.holds(getattr(nan, gate.metric)), gate

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,8 @@ class Kept:
 class Replicas:
     """A process with as many virtual CPU devices as there are ranks; executes canonical modules, once or many times.
 
+    Threads may share it; they take turns.
+
     Float32 is computed in float32 and every bfloat16 result is rounded: XLA's faster ways are off.
 
     Args:
@@ -68,6 +71,7 @@ class Replicas:
     def __init__(self, ranks: int, log: Path | None = None) -> None:
         require_versions()
         self.ranks = ranks
+        self._one = threading.RLock()  # callers share the files below; ranks use all cores as it is
         self._scratch = tempfile.TemporaryDirectory(prefix="fluxkiln-replicas-")
         self.log = log or Path(self._scratch.name) / "log"
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -82,17 +86,21 @@ class Replicas:
     def load(self, proto: bytes) -> Program:
         """Compile a module for these replicas."""
         file = Path(self._scratch.name) / "module.pb"
-        file.write_bytes(proto)
-        return Program(int(self._ask({"do": "load", "file": str(file)})["program"]), entry_parameters(proto))
+        with self._one:
+            file.write_bytes(proto)
+            number = int(self._ask({"do": "load", "file": str(file)})["program"])
+        return Program(number, entry_parameters(proto))
 
     def keep(self, arrays: Sequence[Sequence[Array]]) -> Kept:
         """Give each rank's arrays to its device, for all runs until `forget`: weights are moved once."""
-        request = {"do": "keep", **self._written(arrays)}
-        return Kept(int(self._ask(request)["kept"]), _specs(arrays[0]))
+        with self._one:
+            number = int(self._ask({"do": "keep", **self._written(arrays)})["kept"])
+        return Kept(number, _specs(arrays[0]))
 
     def forget(self, kept: Kept) -> None:
         """Free what `keep` moved."""
-        self._ask({"do": "forget", "kept": kept.number})
+        with self._one:
+            self._ask({"do": "forget", "kept": kept.number})
 
     def run(
         self, program: Program, arguments: Sequence[Sequence[Array]], weights: Kept | None = None
@@ -110,12 +118,13 @@ class Replicas:
         for rank, arrays in enumerate(arguments):
             _check_arguments((*_specs(arrays), *kept), program.parameters, f"rank {rank}")
         results = Path(self._scratch.name) / "results"
-        request = {"do": "run", "program": program.number, "kept": weights.number if weights else None,
-                   "results": str(results), **self._written(arguments)}  # fmt: skip
-        answer = self._ask(request)
-        with results.open("rb") as file:
-            made = [[_read(file, *entry) for entry in entries] for entries in answer["ranks"]]
-        results.unlink()
+        with self._one:
+            request = {"do": "run", "program": program.number, "kept": weights.number if weights else None,
+                       "results": str(results), **self._written(arguments)}  # fmt: skip
+            answer = self._ask(request)
+            with results.open("rb") as file:
+                made = [[_read(file, *entry) for entry in entries] for entries in answer["ranks"]]
+            results.unlink()
         return made
 
     def _written(self, arrays: Sequence[Sequence[Array]]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.export.fingerprint import check_shards
 from fluxkiln.moulds import STORED_CODE, require_compiler
 from fluxkiln.progress import FROM_STORE, Progress
+from fluxkiln.rounders import part_rounders, rounding_key
 from fluxkiln.stages import BinaryPart, CombinedFile, Kiln, make_template, weights_digest
 
 CAST_CODE = ("fluxkiln.compile.cast", *STORED_CODE)
@@ -128,7 +129,11 @@ def part_action(kiln: Kiln, binary: BinaryPart) -> Action:
         template = make_template(kiln, binary.part.kind, kiln.target.graph_format)
         binding = bind_part(binary.part, template.slots, kiln.checkpoint)
         inputs = {"map": binary.coefficients.digest, "weights": weights_digest(kiln, binding)}
-    return Action("cast", f"{binary.part.name} {binary.scheme.name}", stage_code_version(*CAST_CODE), inputs)
+    settings: dict[str, Any] = {}
+    if binary.coefficients is not None:
+        settings, calibration = rounding_key(kiln, binary.part)
+        inputs |= calibration
+    return Action("cast", f"{binary.part.name} {binary.scheme.name}", stage_code_version(*CAST_CODE), inputs, settings)
 
 
 def _fill(
@@ -199,7 +204,7 @@ def _fill_part(kiln: Kiln, binary: BinaryPart, key: str, place: Path, span: Any)
     template = make_template(kiln, binary.part.kind, kiln.target.graph_format)
     coefficients = CoefficientMap.from_json(json.loads(kiln.path(binary.coefficients).read_text()))
     reader = weight_reader(bind_part(binary.part, template.slots, kiln.checkpoint), kiln.checkpoint)
-    return cast_region(place, span, coefficients, reader).hex(), ""
+    return cast_region(place, span, coefficients, reader, part_rounders(kiln, binary.part)).hex(), ""
 
 
 def _copy(source: Path, start: int, place: Path, span: Any) -> str:

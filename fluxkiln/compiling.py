@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import Any
 
 from fluxkiln.artifacts.actions import Action
 from fluxkiln.artifacts.types import Template
 from fluxkiln.compile.pool import JobPool
 from fluxkiln.components import KINDS, Part
+from fluxkiln.errors import CompileError
 from fluxkiln.moulds import (
     cast_part,
     compile_action,
@@ -21,6 +23,7 @@ from fluxkiln.moulds import (
 )
 from fluxkiln.progress import FROM_STORE, Progress
 from fluxkiln.proving import needs_proof, proof_part
+from fluxkiln.rounders import check_methods
 from fluxkiln.settings import Settings
 from fluxkiln.stages import BinaryPart, Kiln, Mould, count_elements, tell_template
 
@@ -29,6 +32,7 @@ def compile_parts(
     kiln: Kiln, settings: Settings, progress: Progress
 ) -> tuple[tuple[BinaryPart, ...], list[tuple[BinaryPart, Mould]]]:
     """What the compiler has to do: moulds, the parts that have none, and proofs (a part with its mould)."""
+    check_methods(kiln)
     by_kind: dict[str, list[Part]] = {kind: [p for p in kiln.parts if p.kind == kind] for kind in kiln.kinds()}
     compiled: dict[str, Future[Any]] = {}
     with JobPool[Any](settings.jobs) as pool:
@@ -44,6 +48,11 @@ def compile_parts(
             mould: Mould = future.result()
             if mould.castable:
                 continue
+            if not kiln.schemes[kind].rounds_as_compiler:
+                raise CompileError(
+                    f"{kind}: {mould.why}, and the compiler rounds by itself alone; ask for "
+                    f"{kind}={replace(kiln.schemes[kind], method='rtn', symmetric=False).name}"
+                )
             progress.note(f"{kind}: {mould.why}")
             for part in by_kind[kind]:
                 if part.name not in compiled:

@@ -154,12 +154,12 @@ def _compile_action(kiln: Kiln, stage: str, template: Template, net: str, inputs
     scheme = kiln.schemes[template.kind]
     return Action(
         stage=stage,
-        what=f"{net} {scheme.name}",
+        what=f"{net} {scheme.compiled_name}",
         code_version=stage_code_version(*_COMPILE_CODE),
         inputs=inputs,
         settings={
             "net": net,
-            "scheme": scheme.name,
+            "scheme": scheme.compiled_name,
             "chip": kiln.target.chip,
             "narrow": [template.kind in kiln.target.narrow_inputs, template.kind in kiln.target.narrow_outputs],
         },

@@ -20,6 +20,7 @@ from fluxkiln.export.checkpoint import TensorReader
 from fluxkiln.extent import LIMITS, Limits, multiplications, replayed_shapes
 from fluxkiln.progress import Progress
 from fluxkiln.quantize.schemes import Scheme
+from fluxkiln.rounders import part_rounders
 from fluxkiln.rungs import Rungs, bm1684x_rungs, cpu_rungs
 from fluxkiln.settings import Settings
 from fluxkiln.stages import BinaryPart, CombinedFile, Kiln, find_template, make_template, tell_template
@@ -258,7 +259,8 @@ def climb_stored(ladder: Ladder, kiln: Kiln, binaries: tuple[BinaryPart, ...], f
         template = make_template(kiln, binary.part.kind, "onnx17")
         reader = weight_reader(bind_part(binary.part, template.slots, kiln.checkpoint), kiln.checkpoint)
         coefficients = CoefficientMap.from_json(json.loads(kiln.path(binary.coefficients).read_text()))
-        differing = compare_stored(homes[binary.part.name], binary.net, coefficients, reader)
+        rounder_of = part_rounders(kiln, binary.part)
+        differing = compare_stored(homes[binary.part.name], binary.net, coefficients, reader, rounder_of)
         worst = max(differing, key=lambda slot: float(differing[slot].max()))
         output = f"weights of {worst}" if differing[worst].any() else "weights"
         equal = np.concatenate([1 - shares for shares in differing.values()])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import replace
+from pathlib import Path
 
 from fluxkiln.artifacts.actions import Action, stage_code_version
 from fluxkiln.artifacts.files import digest_file
@@ -12,8 +13,9 @@ from fluxkiln.artifacts.types import Template
 from fluxkiln.casting import CAST_CODE
 from fluxkiln.components import Part
 from fluxkiln.errors import CompileError
+from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.moulds import compile_weights
-from fluxkiln.stages import BinaryPart, Kiln, Mould, mould_net
+from fluxkiln.stages import BinaryPart, Kiln, Mould, make_template, mould_net
 
 
 def proof_part(parts: list[Part], seed: int) -> Part:
@@ -68,7 +70,8 @@ def prove_cast(cast: BinaryPart, direct: BinaryPart, kiln: Kiln, mould: Mould) -
     """The cast part, marked as proven; later builds find the proof recorded for `mould`.
 
     Its stored weights must have the digest of those in the direct compile, and all else of the two must be the same
-    bytes but for the net's name.
+    bytes but for the net's name. Where the scheme's method is not the compiler's, the part is cast once more as the
+    compiler rounds: places, orders and formats are what is proven, and those of the shipped weights are the same.
 
     Raises:
         CompileError: the cast differs from what the compiler itself makes of the same weights.
@@ -79,12 +82,30 @@ def prove_cast(cast: BinaryPart, direct: BinaryPart, kiln: Kiln, mould: Mould) -
     assert direct.shell is not None
     compiled = kiln.path(direct.bmodel)
     (net,) = read_bmodel(compiled).nets
-    same = "sha256:" + hash_span(compiled, net.coefficients).hex() == cast.digest
+    expected = hash_span(compiled, net.coefficients)
     with kiln.cache.store.workdir(f"proof of {cast.part.name}") as folder:
+        if cast.scheme.rounds_as_compiler:
+            same = "sha256:" + expected.hex() == cast.digest
+        else:
+            same = _cast_as_compiler(cast, kiln, mould, net.coefficients.size, folder / "cast.bmodel") == expected
         make_shell(kiln.path(cast.shell), cast.net, folder / "shell.bmodel")
         _judge(cast.part.name, same, digest_file(folder / "shell.bmodel")[0] == direct.shell.digest)
     kiln.cache.record(proof_action(mould), {}, {"part": cast.part.name, "weights": cast.digest})
     return replace(cast, made="cast, compiled: identical")
+
+
+def _cast_as_compiler(part: BinaryPart, kiln: Kiln, mould: Mould, size: int, target: Path) -> bytes:
+    """The digest of a part's weights when they are cast with the compiler's own rounding."""
+    from fluxkiln.compile.cast import cast_region
+    from fluxkiln.compile.mould import CoefficientMap
+    from fluxkiln.compile.shell import lay_out
+
+    blobs = mould.result.outputs
+    region = lay_out(kiln.path(blobs["shell"]), {mould_net(kiln, mould.kind): size}, target)
+    coefficients = CoefficientMap.from_json(json.loads(kiln.path(blobs["map"]).read_text()))
+    template = make_template(kiln, part.part.kind, kiln.target.graph_format)
+    reader = weight_reader(bind_part(part.part, template.slots, kiln.checkpoint), kiln.checkpoint)
+    return cast_region(target, next(iter(region.values())), coefficients, reader)
 
 
 def _judge(what: str, same_weights: bool, same_shell: bool) -> None:

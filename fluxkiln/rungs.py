@@ -17,6 +17,7 @@ from fluxkiln.artifacts.types import PartRunner
 from fluxkiln.components import KINDS, find_part
 from fluxkiln.export.bindings import WeightReader, bind_part, weight_reader
 from fluxkiln.quantize.schemes import Scheme
+from fluxkiln.rounders import part_rounders
 from fluxkiln.stages import BinaryPart, CombinedFile, Kiln, make_template
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from fluxkiln.compile.feeding import Filling, Rewrite
     from fluxkiln.compile.simulate import Simulator
+    from fluxkiln.quantize.rounding import RounderOf
 
 # rung -> runner, from the bottom of the ladder to its top
 Rungs = dict[str, PartRunner]
@@ -143,13 +145,16 @@ def _fill_stored(kiln: Kiln, name: str) -> Filling:
     template = make_template(kiln, part.kind, "onnx17")
     quantized = {slot for slot, _ in quantized_matmuls(template.path, {spec.name for spec in template.inputs})}
     reader = weight_reader(bind_part(part, template.slots, kiln.checkpoint), kiln.checkpoint)
-    return Filling(template, partial(_stored, reader, kiln.scheme(part), quantized))
+    return Filling(template, partial(_stored, reader, kiln.scheme(part), quantized, part_rounders(kiln, part)))
 
 
-def _stored(reader: WeightReader, scheme: Scheme, quantized: set[str], slot: str) -> NDArray[Any]:
+def _stored(
+    reader: WeightReader, scheme: Scheme, quantized: set[str], rounder_of: RounderOf, slot: str
+) -> NDArray[Any]:
     from fluxkiln.quantize.stored import stored_weight
 
-    return stored_weight(reader(slot), scheme, slot in quantized)
+    rounder = rounder_of(slot, None) if slot in quantized and scheme.weight_bits else None
+    return stored_weight(reader(slot), scheme, slot in quantized, rounder)
 
 
 class Interpreted:
@@ -194,7 +199,7 @@ def lay_out_lowered(kiln: Kiln, binary: BinaryPart, folder: Path) -> None:
     template = make_template(kiln, binary.part.kind, "onnx17")
     reader = weight_reader(bind_part(binary.part, template.slots, kiln.checkpoint), kiln.checkpoint)
     coefficients = CoefficientMap.from_json(json.loads(kiln.path(binary.coefficients).read_text()))
-    cast_weight_file(coefficients, reader, target)
+    cast_weight_file(coefficients, reader, target, part_rounders(kiln, binary.part))
 
 
 def lay_out_files(kiln: Kiln, files: tuple[CombinedFile, ...], folder: Path) -> dict[str, Path]:

@@ -38,6 +38,7 @@ FLOW = {
         *("stages", "moulds", "casting", "compiling", "proving", "devices", "costs", "exchange", "extent"),
         *(
             "linking",
+            "rounders",
             "rungs",
             "parity",
             "blockwise",

@@ -19,11 +19,18 @@ from fluxkiln.compile.bmodel import Span, read_bmodel
 from fluxkiln.compile.forms import FormMaker, SlotRows
 from fluxkiln.compile.mould import CoefficientMap, Placement, WeightReader
 from fluxkiln.errors import CompileError
+from fluxkiln.quantize.rounding import RounderOf, as_compiler
 
 Blocks = Iterator[NDArray[np.uint8]]
 
 
-def cast_region(target: Path, region: Span, coefficients: CoefficientMap, read_weight: WeightReader) -> bytes:
+def cast_region(
+    target: Path,
+    region: Span,
+    coefficients: CoefficientMap,
+    read_weight: WeightReader,
+    rounder_of: RounderOf = as_compiler,
+) -> bytes:
     """Write a part's coefficients straight into their region of a file.
 
     Several threads may cast into regions of one file at once. A thread needs the memory of the largest weight that is
@@ -34,6 +41,7 @@ def cast_region(target: Path, region: Span, coefficients: CoefficientMap, read_w
         region: the net's region in it.
         read_weight: slot -> weight in torch's layout. Where it has a method `read_rows(slot, start, stop)`, weights
             are read with that, some rows at a time.
+        rounder_of: slot -> what makes its codes, scales and zero points; those of the compiler by default.
 
     Returns:
         sha256 of the region as written: the net's check code.
@@ -61,7 +69,7 @@ def cast_region(target: Path, region: Span, coefficients: CoefficientMap, read_w
                 position += count
                 left = left[count:]
 
-        for placement, blocks in _made(coefficients, coefficients.binary, read_weight):
+        for placement, blocks in _made(coefficients, coefficients.binary, read_weight, rounder_of):
             write(np.zeros(placement.offset - position, np.uint8))
             for block in blocks:
                 write(block)
@@ -82,10 +90,12 @@ def _reserve(file: int, region: Span) -> None:
         pass  # a system that cannot
 
 
-def cast_weight_file(coefficients: CoefficientMap, read_weight: WeightReader, target: Path) -> None:
+def cast_weight_file(
+    coefficients: CoefficientMap, read_weight: WeightReader, target: Path, rounder_of: RounderOf = as_compiler
+) -> None:
     """Write the weight file (npz) that the compiler's interpreter reads beside the mould's `*_tpu.mlir`."""
     with zipfile.ZipFile(target, "w") as archive:
-        for placement, blocks in _made(coefficients, coefficients.interpreter, read_weight):
+        for placement, blocks in _made(coefficients, coefficients.interpreter, read_weight, rounder_of):
             header = {"descr": placement.dtype, "fortran_order": False, "shape": placement.shape}
             with archive.open(f"{placement.array}.npy", "w", force_zip64=True) as file:
                 npy.write_array_header_1_0(file, header)
@@ -94,7 +104,11 @@ def cast_weight_file(coefficients: CoefficientMap, read_weight: WeightReader, ta
 
 
 def compare_stored(
-    bmodel: Path, net: str, coefficients: CoefficientMap, read_weight: WeightReader
+    bmodel: Path,
+    net: str,
+    coefficients: CoefficientMap,
+    read_weight: WeightReader,
+    rounder_of: RounderOf = as_compiler,
 ) -> dict[str, NDArray[np.float32]]:
     """Read the weights of one net back and compare them with what casting makes of the checkpoint's.
 
@@ -119,7 +133,7 @@ def compare_stored(
         )
     differing: dict[str, list[float]] = defaultdict(list)
     with bmodel.open("rb") as file:
-        for placement, blocks in _made(coefficients, coefficients.binary, read_weight):
+        for placement, blocks in _made(coefficients, coefficients.binary, read_weight, rounder_of):
             file.seek(nets[net].coefficients.start + placement.offset)
             wrong = size = 0
             for block in blocks:
@@ -131,10 +145,13 @@ def compare_stored(
 
 
 def _made(
-    coefficients: CoefficientMap, placements: tuple[Placement, ...], read_weight: WeightReader
+    coefficients: CoefficientMap,
+    placements: tuple[Placement, ...],
+    read_weight: WeightReader,
+    rounder_of: RounderOf,
 ) -> Iterator[tuple[Placement, Blocks]]:
     """Every placement with its bytes, in blocks that are good until the next."""
-    maker = FormMaker(coefficients.group_size, coefficients.bits)
+    maker = FormMaker(coefficients.group_size, coefficients.bits, rounder_of)
     rows_of = _row_reader(coefficients, read_weight)
     for placement in placements:
         form = placement.form

@@ -36,7 +36,7 @@ from fluxkiln.compile.reorder import (
     group_channels,
     store_as,
 )
-from fluxkiln.quantize.pack import pack_into
+from fluxkiln.quantize.rounding import RounderOf, as_compiler
 
 # how many equal slices the compiler has been seen to cut a weight into
 CHUNKS = (1, 2, 3, 4, 6)
@@ -133,11 +133,13 @@ class FormMaker:
 
     Args:
         group_size, bits: of the scheme's codes; 0 when it does not quantize.
+        rounder_of: slot -> what makes its codes.
     """
 
-    def __init__(self, group_size: int, bits: int) -> None:
+    def __init__(self, group_size: int, bits: int, rounder_of: RounderOf = as_compiler) -> None:
         self.group_size = group_size
         self.bits = bits
+        self.rounder_of = rounder_of
         self._sides: dict[tuple[str, int, int], tuple[NDArray[np.uint16], NDArray[np.uint8]]] = {}
         self._scratch = np.empty(0, np.uint8)
 
@@ -175,6 +177,7 @@ class FormMaker:
         scales = np.empty((count, columns // self.group_size), np.uint16)
         zeros = np.empty(scales.shape, np.uint8)
         first = form.chunk * count
+        pack_into = self.rounder_of(form.slot, None)
         for start, stop in _row_blocks(form, rows):
             codes = np.empty((stop - start, columns * self.bits // 8), np.uint8)
             own = slice(start - first, stop - first)

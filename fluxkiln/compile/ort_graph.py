@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from fluxkiln.compile.mould import WeightReader
     from fluxkiln.quantize.pack import PackedWeight
+    from fluxkiln.quantize.rounding import RounderOf
 
 CONTRIB = "com.microsoft"
 # operations that move a weight without computing: done before the cast, so that only what they keep is cast
@@ -56,6 +57,7 @@ def link_weights(
     read_weight: WeightReader,
     scheme: Scheme,
     target: Path,
+    rounder_of: RounderOf | None = None,
 ) -> Path:
     """Write `target`: the template with every slot turned into an initializer that lies in another file.
 
@@ -63,7 +65,7 @@ def link_weights(
     Arguments and errors as `link_graph`.
     """
     sidecar = Sidecar(sidecar_path(target, scheme))
-    model = link_graph(template, binding, refs, read_weight, scheme, sidecar).model
+    model = link_graph(template, binding, refs, read_weight, scheme, sidecar, rounder_of).model
     target.write_bytes(model.SerializeToString(deterministic=True))
     return target
 
@@ -75,6 +77,7 @@ def link_graph(
     read_weight: WeightReader,
     scheme: Scheme,
     sidecar: Sidecar,
+    rounder_of: RounderOf | None = None,
 ) -> LinkedGraph:
     """The template with every slot turned into an initializer that lies in another file.
 
@@ -86,6 +89,8 @@ def link_graph(
         scheme: its weight bits and group size; the arithmetic is float32 in any case.
         sidecar: takes the weights that the checkpoint has not got in the graph's form; the graph is meant for its
             folder.
+        rounder_of: slot and input channels -> what makes their codes; the scheme's own by default, which has no
+            calibration.
 
     Raises:
         CompileError: no such template can be linked, the binding is for another kind, or a weight cannot be read in
@@ -103,7 +108,7 @@ def link_graph(
     stored = {} if scheme.weight_bits else _expand_derived(graph, slots, shapes, refs)
     matmuls = _find_matmuls(graph, shapes)
     if scheme.weight_bits:
-        replaced = _quantized(matmuls, scheme, read_weight, sidecar)
+        replaced = _quantized(matmuls, scheme, read_weight, sidecar, rounder_of)
     else:
         replaced = {output: [_fused(matmul)] for output, matmul in matmuls.items()}
     nodes = [new for node in graph.node for new in replaced.get(node.output[0], [node])]
@@ -280,10 +285,14 @@ def _fused(matmul: _MatMul) -> NodeProto:
 
 
 def _quantized(
-    matmuls: Mapping[str, _MatMul], scheme: Scheme, read_weight: WeightReader, sidecar: Sidecar
+    matmuls: Mapping[str, _MatMul],
+    scheme: Scheme,
+    read_weight: WeightReader,
+    sidecar: Sidecar,
+    rounder_of: RounderOf | None,
 ) -> dict[str, list[NodeProto]]:
     """MatMulNBits for every product, by the name of its output; each slot is read once."""
-    from fluxkiln.quantize.pack import pack_int4, pack_int8
+    from fluxkiln.quantize.rounding import empty_packed, make_rounder
 
     by_slot: dict[str, dict[str, _MatMul]] = defaultdict(dict)
     for output, matmul in matmuls.items():
@@ -294,7 +303,10 @@ def _quantized(
         for index, (output, matmul) in enumerate(group.items()):
             part = weight[matmul.region]
             check_groups(scheme, slot, part.shape[1])
-            packed = (pack_int4 if scheme.weight_bits == 4 else pack_int8)(part, scheme.group_size)
+            packed = empty_packed(part.shape, scheme.group_size, scheme.weight_bits)
+            start, stop, _ = matmul.region[1].indices(weight.shape[1])
+            pack_into = make_rounder(scheme) if rounder_of is None else rounder_of(slot, (start, stop))
+            pack_into(part, scheme.weight_bits, packed.codes_OI, packed.scales_OG, packed.zeros_OG)
             nodes[output] = _packed_matmul(matmul, packed, scheme, sidecar, f"{slot}__{index}")
     return nodes
 

@@ -73,11 +73,17 @@ def pack_into(
     codes_OI: NDArray[np.uint8],
     scales_OG: NDArray[np.uint16],
     zeros_OG: NDArray[np.uint8],
+    through_zero: bool = False,
 ) -> None:
-    """Pack some rows of a weight into arrays, or rows of arrays, as `PackedWeight` has them; G of them are groups."""
+    """Pack some rows of a weight into arrays, or rows of arrays, as `PackedWeight` has them; G of them are groups.
+
+    Args:
+        through_zero: extend every group's range to 0, as the compiler does not: no zero point has to be clipped then.
+    """
     narrow = weight_OI.dtype == ml_dtypes.bfloat16
     source = np.ascontiguousarray(weight_OI, None if narrow else np.float32)
-    _pack_rows(source.view(np.uint16) if narrow else source, narrow, bits, codes_OI, scales_OG, zeros_OG)
+    words = source.view(np.uint16) if narrow else source
+    _pack_rows(words, narrow, bits, through_zero, codes_OI, scales_OG, zeros_OG)
 
 
 def dequantize(packed: PackedWeight, group_size: int) -> NDArray[np.float32]:
@@ -150,7 +156,7 @@ def _codes(values_GI: Any, scale_G: Any, zero_G: Any, top: Any, codes_GI: Any) -
 
 
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _pack_rows(source: Any, narrow: Any, bits: Any, codes: Any, scales: Any, zeros: Any) -> None:
+def _pack_rows(source: Any, narrow: Any, bits: Any, through_zero: Any, codes: Any, scales: Any, zeros: Any) -> None:
     rows, columns = source.shape
     groups = scales.shape[1]
     words = np.empty(columns, np.uint32)
@@ -172,6 +178,8 @@ def _pack_rows(source: Any, narrow: Any, bits: Any, codes: Any, scales: Any, zer
                 values[i] = source[row, i]
         _ranges(values_GI, low, high)
         for group in range(groups):
+            if through_zero:
+                low[group], high[group] = min(low[group], np.float32(0.0)), max(high[group], np.float32(0.0))
             scale[group] = max(high[group] - low[group], np.float32(1e-5)) / top
             zero[group] = max(_round_away(-low[group] / scale[group], top), np.float32(0.0))
         _codes(values_GI, scale, zero, top, codes_GI)

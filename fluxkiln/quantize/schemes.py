@@ -5,12 +5,41 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from fluxkiln.components import KINDS, MODULATION_KINDS
 from fluxkiln.errors import SchemeError
 
 Arithmetic = Literal["F32", "F16", "BF16"]
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """How codes, scales and zero points are found.
+
+    Attributes:
+        calibrated: from statistics of the inputs as well.
+        codes_only: nothing else is needed, so a mould takes them; the others change the graph.
+        symmetric: zero points may all be held in the middle.
+    """
+
+    meaning: str
+    calibrated: bool = False
+    codes_only: bool = True
+    symmetric: bool = False
+
+
+METHODS: Mapping[str, Method] = {
+    "rtn": Method("as the compiler rounds, code for code"),
+    "rtn0": Method("the same, every group's range extended to 0"),
+    "mse": Method("the range whose rounding leaves the least error", symmetric=True),
+    "ls": Method("the codes that leave the least error with their own least-squares scale", symmetric=True),
+    "gptq": Method("columns one by one, each making up for the errors before it", calibrated=True),
+    "awq": Method("input channels scaled by what they carry", calibrated=True, codes_only=False),
+    "svd": Method("the largest directions kept in bfloat16 beside the codes", calibrated=True, codes_only=False),
+}
+# what a scheme without a method means: of the methods without calibration the one that leaves least, where that shows
+DEFAULT_METHODS: Mapping[int, str] = {0: "rtn", 4: "ls", 8: "rtn"}
 GROUP_SIZES = (32, 64, 128)
 DEFAULT_GROUP_SIZE = 64
 
@@ -23,47 +52,85 @@ class Scheme:
         arithmetic: what activations are computed in, and what unquantized weights are stored in.
         weight_bits: 4, 8, or 0 for weights that are not quantized.
         group_size: input channels that share a scale; 0 without quantization. The compiler's 8 bits have groups too.
+        method: how the codes are found, of METHODS. A mould does not depend on it.
+        symmetric: all zero points are the middle level.
     """
 
     arithmetic: Arithmetic
     weight_bits: int = 0
     group_size: int = 0
+    method: str = "rtn"
+    symmetric: bool = False
 
     def __post_init__(self) -> None:
         if self.weight_bits not in (0, 4, 8):
             raise SchemeError(f"{self.weight_bits}-bit weights: 4, 8 and unquantized are supported")
         if self.weight_bits and self.group_size not in GROUP_SIZES:
             raise SchemeError(f"group size {self.group_size}: {', '.join(map(str, GROUP_SIZES))} are supported")
+        if self.method not in METHODS:
+            raise SchemeError(f"no method is called {self.method!r}; there are {', '.join(METHODS)}")
+        if self.symmetric and not METHODS[self.method].symmetric:
+            able = ", ".join(name for name, method in METHODS.items() if method.symmetric)
+            raise SchemeError(f"method {self.method} has no symmetric form; {able} have one")
 
     @property
     def name(self) -> str:
+        """As it is asked for; without the method where that is the default."""
+        if not self.weight_bits:
+            return self.arithmetic
+        method = "" if self.method == DEFAULT_METHODS[self.weight_bits] else f"-{self.method}"
+        return f"{self.compiled_name}{method}{'-sym' * self.symmetric}"
+
+    @property
+    def compiled_name(self) -> str:
+        """What a compiler has to know of it: methods share one mould, whose format and places are the same."""
         if not self.weight_bits:
             return self.arithmetic
         group = "" if self.group_size in (0, DEFAULT_GROUP_SIZE) else f"-g{self.group_size}"
         return f"W{self.weight_bits}{self.arithmetic}{group}"
+
+    @property
+    def rounds_as_compiler(self) -> bool:
+        """Whether the compiler itself, given the weights, would store the same codes."""
+        return not self.weight_bits or self.method == "rtn"
 
 
 _NAMED: Mapping[str, Scheme] = {
     "F32": Scheme("F32"),
     "F16": Scheme("F16"),
     "BF16": Scheme("BF16"),
-    "W8BF16": Scheme("BF16", weight_bits=8, group_size=DEFAULT_GROUP_SIZE),
-    "W4BF16": Scheme("BF16", weight_bits=4, group_size=DEFAULT_GROUP_SIZE),
+    "W8BF16": Scheme("BF16", 8, DEFAULT_GROUP_SIZE, DEFAULT_METHODS[8]),
+    "W4BF16": Scheme("BF16", 4, DEFAULT_GROUP_SIZE, DEFAULT_METHODS[4]),
 }
 SCHEME_NAMES = (*_NAMED, *(f"W4BF16-g{size}" for size in GROUP_SIZES if size != DEFAULT_GROUP_SIZE))
 
 
+_LEGAL = f"there are {', '.join(SCHEME_NAMES)}; quantized ones may name a method: -{', -'.join(METHODS)}"
+
+
 def parse_scheme(text: str) -> Scheme:
-    """`W4BF16-g128` -> Scheme; SchemeError with the legal names otherwise."""
-    match = re.fullmatch(r"(?i)([a-z0-9]+?)(?:-g(\d+))?", text.strip())
-    scheme = _NAMED.get(match.group(1).upper()) if match else None
-    if match is None or scheme is None:
-        raise SchemeError(f"no scheme is called {text!r}; there are {', '.join(SCHEME_NAMES)}")
-    if match.group(2) is None:
-        return scheme
-    if scheme.weight_bits != 4:
-        raise SchemeError(f"scheme {text!r}: only W4BF16 has groups; there are {', '.join(SCHEME_NAMES)}")
-    return replace(scheme, group_size=int(match.group(2)))
+    """`W4BF16-g128-mse-sym` -> Scheme; SchemeError with the legal names otherwise."""
+    base, *pieces = text.strip().split("-")
+    scheme = _NAMED.get(base.upper())
+    if scheme is None:
+        raise SchemeError(f"no scheme is called {text!r}; {_LEGAL}")
+    chosen: dict[str, Any] = {}
+    for piece in map(str.lower, pieces):
+        if re.fullmatch(r"g\d+", piece):
+            key = "group_size"
+            value: int | str | bool = int(piece[1:])
+            if scheme.weight_bits != 4:
+                raise SchemeError(f"scheme {text!r}: only W4BF16 has groups; {_LEGAL}")
+        elif piece in METHODS or piece == "sym":
+            key, value = ("symmetric", True) if piece == "sym" else ("method", piece)
+            if not scheme.weight_bits:
+                raise SchemeError(f"scheme {text!r}: {base} does not quantize, so it has no methods; {_LEGAL}")
+        else:
+            raise SchemeError(f"no scheme is called {text!r}; {_LEGAL}")
+        if key in chosen:
+            raise SchemeError(f"scheme {text!r} says two things about its {key.replace('_', ' ')}; keep one")
+        chosen[key] = value
+    return replace(scheme, **chosen)
 
 
 # Kinds that repeat: their weights are most of the model.

@@ -7,24 +7,30 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fluxkiln.quantize.pack import bf16_to_float32, dequantize, pack_int4, pack_int8, to_bf16_bits
+from fluxkiln.quantize.pack import bf16_to_float32, dequantize, to_bf16_bits
+from fluxkiln.quantize.rounding import Rounder, empty_packed, make_rounder
 from fluxkiln.quantize.schemes import Scheme
 
 
-def stored_weight(weight: NDArray[Any], scheme: Scheme, quantized: bool) -> NDArray[np.float32]:
+def stored_weight(
+    weight: NDArray[Any], scheme: Scheme, quantized: bool, rounder: Rounder | None = None
+) -> NDArray[np.float32]:
     """The numbers that are multiplied with when `weight` is stored under `scheme`.
 
     Args:
         weight: in torch's layout, [out_features, in_features] where it is quantized; float32, float16 or bfloat16.
         quantized: whether the slot is one of the matmul weights that the scheme quantizes; all others are stored in
             its arithmetic.
+        rounder: what makes the codes; the scheme's own by default, which has no calibration.
 
     Raises:
         SchemeError: the group size does not divide the input channels.
     """
     if quantized and scheme.weight_bits:
-        pack = pack_int4 if scheme.weight_bits == 4 else pack_int8
-        return dequantize(pack(weight, scheme.group_size), scheme.group_size)
+        packed = empty_packed(weight.shape, scheme.group_size, scheme.weight_bits)
+        pack_into = rounder or make_rounder(scheme)
+        pack_into(weight, scheme.weight_bits, packed.codes_OI, packed.scales_OG, packed.zeros_OG)
+        return dequantize(packed, scheme.group_size)
     if scheme.arithmetic == "BF16":
         return bf16_to_float32(to_bf16_bits(weight))
     values = weight.astype(np.float16) if scheme.arithmetic == "F16" else weight

@@ -32,7 +32,7 @@ NEIGHBOURS = {"t5_block.01": "t5_block.00", "double.01": "double.00", "single.02
 CASES = [
     (name, scheme)
     for scheme, names in {
-        "W4BF16,tail=W4BF16": ("t5_block.01", "double.01", "single.02", "tail"),
+        "W4BF16-rtn,tail=W4BF16-rtn": ("t5_block.01", "double.01", "single.02", "tail"),
         "BF16": ("t5_block.01", "double.01", "single.02", "tail"),
         "W8BF16": ("double.01", "single.02"),
     }.items()

@@ -30,6 +30,30 @@ def test_names_are_distinct():
     assert len({parse_scheme(name) for name in SCHEME_NAMES}) == len(SCHEME_NAMES) == 7
 
 
+@pytest.mark.parametrize(
+    ("text", "name", "compiled"),
+    [
+        ("W4BF16-ls", "W4BF16", "W4BF16"),
+        ("w4bf16-RTN", "W4BF16-rtn", "W4BF16"),
+        ("W4BF16-gptq-g128", "W4BF16-g128-gptq", "W4BF16-g128"),
+        ("W4BF16-sym-mse", "W4BF16-mse-sym", "W4BF16"),
+        ("W8BF16-rtn", "W8BF16", "W8BF16"),
+        ("W8BF16-ls", "W8BF16-ls", "W8BF16"),
+    ],
+)
+def test_methods_are_part_of_a_name_and_not_of_a_mould(text, name, compiled):
+    scheme = parse_scheme(text)
+    assert (scheme.name, scheme.compiled_name) == (name, compiled)
+    assert parse_scheme(scheme.name) == scheme
+
+
+def test_the_compilers_own_rounding_has_a_name():
+    assert parse_scheme("W4BF16").method == "ls"
+    assert [parse_scheme(name).rounds_as_compiler for name in ("W4BF16", "W4BF16-rtn", "W8BF16", "BF16")] == [
+        False, True, True, True,
+    ]  # fmt: skip
+
+
 def test_default_group_size_may_be_written():
     assert parse_scheme("W4BF16-g64") == parse_scheme("W4BF16")
 
@@ -45,6 +69,11 @@ def test_default_group_size_may_be_written():
         ("W8BF16-g64", "only W4BF16 has groups"),
         ("BF16-g64", "only W4BF16 has groups"),
         ("W4BF16-g", "W4BF16-g128"),
+        ("W4BF16-best", "-rtn, -rtn0, -mse, -ls"),
+        ("W4BF16-ls-gptq", "says two things about its method"),
+        ("W4BF16-g32-g64", "says two things about its group size"),
+        ("W4BF16-gptq-sym", "gptq has no symmetric form; mse, ls have one"),
+        ("BF16-ls", "does not quantize, so it has no methods"),
     ],
 )
 def test_unknown_schemes_are_refused_with_the_legal_ones(text, clue):

@@ -8,6 +8,7 @@ import pytest
 
 from fluxkiln.errors import SchemeError
 from fluxkiln.quantize.pack import dequantize, pack_int4, pack_int8
+from fluxkiln.quantize.rounding import as_compiler, pack_matrix
 from fluxkiln.quantize.schemes import SCHEME_NAMES, parse_scheme
 from fluxkiln.quantize.stored import stored_weight
 
@@ -38,7 +39,7 @@ def test_schemes_without_codes_do_not_look_at_quantized():
         np.testing.assert_array_equal(stored_weight(WEIGHT, scheme, True), stored_weight(WEIGHT, scheme, False))
 
 
-@pytest.mark.parametrize("name", ["W4BF16", "W4BF16-g32", "W4BF16-g128", "W8BF16"])
+@pytest.mark.parametrize("name", ["W4BF16-rtn", "W4BF16-g32-rtn", "W4BF16-g128-rtn", "W8BF16"])
 def test_quantized_weights_are_dequantized_codes(name):
     scheme = parse_scheme(name)
     pack = pack_int8 if scheme.weight_bits == 8 else pack_int4
@@ -49,9 +50,17 @@ def test_quantized_weights_are_dequantized_codes(name):
 
 def test_storing_twice_is_storing_once():
     """Groups that reach zero from both sides come back with the same codes."""
-    for name in ("F16", "BF16", "W4BF16", "W8BF16"):
+    for name in ("F16", "BF16", "W4BF16-rtn", "W8BF16"):
         once = stored_weight(WEIGHT, parse_scheme(name), True)
         np.testing.assert_array_equal(stored_weight(once, parse_scheme(name), True), once)
+
+
+def test_the_scheme_says_how_codes_are_found():
+    packed = pack_matrix(WEIGHT, parse_scheme("W4BF16"))
+    np.testing.assert_array_equal(stored_weight(WEIGHT, parse_scheme("W4BF16-ls"), True), dequantize(packed, 64))
+    by_hand = stored_weight(WEIGHT, parse_scheme("W4BF16-ls"), True, as_compiler())
+    np.testing.assert_array_equal(by_hand, stored_weight(WEIGHT, parse_scheme("W4BF16-rtn"), True))
+    assert not np.array_equal(by_hand, dequantize(packed, 64))
 
 
 def test_groups_that_do_not_divide_are_refused():

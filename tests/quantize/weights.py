@@ -1,0 +1,48 @@
+"""Weights of several distributions for tests: what 4 bits find easy and what they do not."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+
+from fluxkiln.quantize.pack import dequantize
+from fluxkiln.quantize.rounding import pack_matrix
+from fluxkiln.quantize.schemes import parse_scheme
+
+
+def make_weight(kind, shape, seed=0):
+    """bfloat16: `gaussian`, `uniform`, `student` (5 degrees of freedom), `cauchy` (2), `channels`."""
+    rng = np.random.default_rng(seed)
+    if kind == "uniform":
+        values = rng.uniform(-1, 1, shape)
+    elif kind in ("student", "cauchy"):
+        values = rng.standard_t({"student": 5, "cauchy": 2}[kind], shape)
+    else:
+        values = rng.standard_normal(shape)
+    if kind == "channels":
+        values[:, rng.choice(shape[1], shape[1] // 64, replace=False)] *= 8
+    return (values * 0.02).astype(ml_dtypes.bfloat16)
+
+
+def make_inputs(count, width, seed):
+    """Correlated inputs with outlier channels; the same correlations for every seed."""
+    fixed, rng = np.random.default_rng(99), np.random.default_rng(seed)
+    mixing = fixed.standard_normal((width // 4, width)) / np.sqrt(width // 4)
+    channels = np.exp(0.5 * fixed.standard_normal(width))
+    channels[fixed.choice(width, width // 64, replace=False)] *= 8
+    rows = rng.standard_normal((count, width // 4)) @ mixing + 0.5 * rng.standard_normal((count, width))
+    return (rows * channels).astype(np.float32)
+
+
+def relative_error(weight, name, statistics=None, inputs=None):
+    """Of the weight packed as scheme `name` says, or of its outputs where inputs are given."""
+    scheme = parse_scheme(name)
+    stored = dequantize(pack_matrix(weight, scheme, statistics), scheme.group_size)
+    return relative(stored, weight, inputs)
+
+
+def relative(stored, weight, inputs=None):
+    exact = weight.astype(np.float32)
+    if inputs is None:
+        return np.linalg.norm(stored - exact) / np.linalg.norm(exact)
+    return np.linalg.norm(inputs @ (stored - exact).T) / np.linalg.norm(inputs @ exact.T)

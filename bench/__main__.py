@@ -17,6 +17,7 @@ NAMES = (
     "tracing",
     "exporting",
     "formulations",
+    "registry",
     "tiny",
     "wide",
     "full",

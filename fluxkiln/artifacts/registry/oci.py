@@ -29,7 +29,7 @@ _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(?:\d+|\*)")
 class OciPlace:
     """One repository, over one session."""
 
-    def __init__(self, reference: RegistryReference, session: Session, *, chunk: int = CHUNK_BYTES) -> None:
+    def __init__(self, reference: RegistryReference, session: Session, *, chunk: int) -> None:
         self._name = f"{reference.host}/{reference.repository}"
         self._base = f"/v2/{reference.repository}"
         self._session = session
@@ -310,4 +310,4 @@ def open_registry(
     host = "registry-1.docker.io" if reference.host == "docker.io" else reference.host
     scheme = "http" if plain_http or reference.is_loopback else "https"
     session = Session(f"{scheme}://{host}", patience=patience, stop=stop, transport=transport, connections=connections)
-    return OciPlace(reference, session)
+    return OciPlace(reference, session, chunk=CHUNK_BYTES)

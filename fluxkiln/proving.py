@@ -15,6 +15,8 @@ from fluxkiln.components import Part
 from fluxkiln.errors import CompileError
 from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.moulds import compile_weights
+from fluxkiln.quantize.rounding import RounderOf, as_compiler
+from fluxkiln.rounders import part_rounders
 from fluxkiln.stages import BinaryPart, Kiln, Mould, make_template, mould_net
 
 
@@ -71,7 +73,8 @@ def prove_cast(cast: BinaryPart, direct: BinaryPart, kiln: Kiln, mould: Mould) -
 
     Its stored weights must have the digest of those in the direct compile, and all else of the two must be the same
     bytes but for the net's name. Where the scheme's method is not the compiler's, the part is cast once more as the
-    compiler rounds: places, orders and formats are what is proven, and those of the shipped weights are the same.
+    compiler rounds, which must be identical, and once more by its own method, which must be what was shipped: so the
+    shipped weights differ from the compiler's in their codes, scales and zero points, and in nothing else.
 
     Raises:
         CompileError: the cast differs from what the compiler itself makes of the same weights.
@@ -87,15 +90,19 @@ def prove_cast(cast: BinaryPart, direct: BinaryPart, kiln: Kiln, mould: Mould) -
         if cast.scheme.rounds_as_compiler:
             same = "sha256:" + expected.hex() == cast.digest
         else:
-            same = _cast_as_compiler(cast, kiln, mould, net.coefficients.size, folder / "cast.bmodel") == expected
+            size, again = net.coefficients.size, part_rounders(kiln, cast.part)
+            same = (
+                _cast_again(cast, kiln, mould, size, folder / "cast.bmodel", as_compiler) == expected
+                and "sha256:" + _cast_again(cast, kiln, mould, size, folder / "own.bmodel", again).hex() == cast.digest
+            )
         make_shell(kiln.path(cast.shell), cast.net, folder / "shell.bmodel")
         _judge(cast.part.name, same, digest_file(folder / "shell.bmodel")[0] == direct.shell.digest)
     kiln.cache.record(proof_action(mould), {}, {"part": cast.part.name, "weights": cast.digest})
     return replace(cast, made="cast, compiled: identical")
 
 
-def _cast_as_compiler(part: BinaryPart, kiln: Kiln, mould: Mould, size: int, target: Path) -> bytes:
-    """The digest of a part's weights when they are cast with the compiler's own rounding."""
+def _cast_again(part: BinaryPart, kiln: Kiln, mould: Mould, size: int, target: Path, rounder_of: RounderOf) -> bytes:
+    """The digest of a part's weights when they are cast with these rounders."""
     from fluxkiln.compile.cast import cast_region
     from fluxkiln.compile.mould import CoefficientMap
     from fluxkiln.compile.shell import lay_out
@@ -105,7 +112,7 @@ def _cast_as_compiler(part: BinaryPart, kiln: Kiln, mould: Mould, size: int, tar
     coefficients = CoefficientMap.from_json(json.loads(kiln.path(blobs["map"]).read_text()))
     template = make_template(kiln, part.part.kind, kiln.target.graph_format)
     reader = weight_reader(bind_part(part.part, template.slots, kiln.checkpoint), kiln.checkpoint)
-    return cast_region(target, next(iter(region.values())), coefficients, reader)
+    return cast_region(target, next(iter(region.values())), coefficients, reader, rounder_of)
 
 
 def _judge(what: str, same_weights: bool, same_shell: bool) -> None:

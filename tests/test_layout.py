@@ -39,6 +39,8 @@ FLOW = {
         *(
             "linking",
             "rounders",
+            "calibrating",
+            "quantizing",
             "rungs",
             "parity",
             "blockwise",

@@ -1,0 +1,157 @@
+"""`fluxkiln calibrate` and `fluxkiln quantize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fluxkiln.cli.options import build_dir_option, check_size, size_option, store_option, tokens_option
+from fluxkiln.cli.output import Output, count_text, json_option, seconds_text, size_text
+from fluxkiln.cli.progress import open_progress
+from fluxkiln.errors import UsageError
+from fluxkiln.settings import Settings
+
+_COMPONENTS = "text_encoder,text_encoder_2,transformer"
+
+
+@click.command()
+@click.argument("model")
+@click.option("--prompts", type=click.Path(path_type=Path), help="A text file, one prompt a line. Default: eight.")
+@click.option("--steps", type=int, default=4, metavar="N", help="Denoising steps of every prompt. Default: 4.")
+@click.option("--out", type=click.Path(path_type=Path), help="A file that gets a copy (safetensors).")
+@click.option("--use", type=click.Path(path_type=Path), help="Take this file instead of running anything.")
+@click.option("--block", type=int, metavar="N", help="Channels whose products are kept; 0: all. Default: 1024.")
+@click.option("--seed", type=int, default=0, metavar="N", help="Of the first prompt; each other's is one more.")
+@click.option("--components", default=_COMPONENTS, metavar="A,B", help=f"Default: {_COMPONENTS}.")
+@size_option
+@tokens_option
+@build_dir_option
+@store_option
+@json_option
+@click.pass_obj
+def calibrate(
+    output: Output,
+    model: str,
+    prompts: Path | None,
+    steps: int,
+    out: Path | None,
+    use: Path | None,
+    block: int | None,
+    seed: int,
+    components: str,
+    size: str | None,
+    tokens: int | None,
+    build_dir: Path,
+    store: Path | None,
+) -> None:
+    """Record what goes into every layer, for the methods that round by it.
+
+    MODEL runs over some prompts, and second moments of the inputs are kept. The result is kept in the store, and builds of this checkpoint with a calibrated method (--scheme W4BF16-gptq) use
+    the last one made.
+    """
+    settings = _settings(model, components, size, tokens, build_dir, store, steps=steps, seed=seed)
+    with open_progress() as progress:
+        from fluxkiln import calibrating
+        from fluxkiln.quantize.calibration import DEFAULT_BLOCK
+
+        if use is not None:
+            made = calibrating.use_calibration(settings, use, progress)
+        else:
+            texts = calibrating.read_prompts(prompts or calibrating.DEFAULT_PROMPTS)
+            side = DEFAULT_BLOCK if block is None else block
+            made = calibrating.calibrate(settings, texts, out, side, progress)
+    found = made.to_json()
+    output.document(found)
+    matrices = sum(found["matrices"].values())
+    output.line(
+        f"{count_text(matrices, 'layer')} with {count_text(found['inputs'], 'input')}, {size_text(made.size)}, "
+        f"{'from the store' if made.hit else 'recorded in ' + seconds_text(made.seconds)}"
+    )
+
+
+def _settings(
+    model: str,
+    components: str,
+    size: str | None,
+    tokens: int | None,
+    build_dir: Path,
+    store: Path | None,
+    **others: Any,
+) -> Settings:
+    chosen = tuple(components.replace(",", " ").split())
+    if not chosen:
+        raise UsageError(f"no component was asked for; the default is {_COMPONENTS}")
+    return Settings(
+        "cpu",
+        model,
+        size=check_size(size),
+        tokens=tokens,
+        components=chosen,
+        build_dir=build_dir,
+        store=store,
+        **others,
+    )
+
+
+@click.command()
+@click.argument("model")
+@click.option("--scheme", "schemes", multiple=True, metavar="NAME", help="May be repeated; the first is chosen.")
+@click.option("--budget", default="", metavar="BYTES", help="6.5GB, or 4.6bits a weight: choose a scheme per layer.")
+@click.option(
+    "--layer", "rules", multiple=True, metavar="PATTERN=SCHEME", help="'modulation=BF16' say. May be repeated."
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Write the packed layers to this safetensors file.")
+@click.option("--components", default="text_encoder_2,transformer", metavar="A,B", help="Default: both.")
+@build_dir_option
+@store_option
+@json_option
+@click.pass_obj
+def quantize(
+    output: Output,
+    model: str,
+    schemes: tuple[str, ...],
+    budget: str,
+    rules: tuple[str, ...],
+    out: Path | None,
+    components: str,
+    build_dir: Path,
+    store: Path | None,
+) -> None:
+    """Compare methods layer by layer, and choose a scheme for each within a budget.
+
+    Every layer of MODEL's blocks is measured beside the compiler's own rounding. Output errors are shown where the store has a calibration of this checkpoint (fluxkiln calibrate). With --budget
+    each layer gets the scheme that takes most error off a byte.
+    """
+    settings = _settings(model, components, None, None, build_dir, store)
+    with open_progress() as progress:
+        from fluxkiln.quantize.recipes import parse_rules
+        from fluxkiln.quantizing import BASELINE, quantize_model
+
+        made = quantize_model(settings, schemes, budget, parse_rules(rules), out, progress)
+    found = made.to_json()
+    output.document(found)
+    rows = []
+    for layer in found["layers"]:
+        one, base = layer["schemes"][layer["chosen"]], layer["schemes"][BASELINE]
+        rows.append(
+            (
+                layer["name"], layer["chosen"], f"{one['bits_per_weight']:.3f}", _percent(one["weight_error"]),
+                _percent(base["weight_error"]), _percent(one["output_error"]), _percent(base["output_error"]),
+                size_text(one["size"]), str(base["one_signed_groups"]),
+            )
+        )  # fmt: skip
+    output.table(
+        ("layer", "scheme", "bits", "weight", "compiler's", "output", "compiler's ", "size", "one-signed"),
+        rows,
+        numbers=("bits", "weight", "compiler's", "output", "compiler's ", "size", "one-signed"),
+    )
+    output.line(
+        f"{count_text(len(rows), 'layer')}, {size_text(found['size'])}, {found['bits_per_weight']:.3f} bits a weight, "
+        f"{'with' if made.calibrated else 'without'} calibration, in {seconds_text(made.seconds)}"
+    )
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f} %"

@@ -1,0 +1,136 @@
+"""What a scheme does to one matrix: error of the weight, error of the output, bytes, time. A few rows at a time."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fluxkiln.errors import SchemeError
+from fluxkiln.quantize.activation import DEFAULT_RANK, Corrected, pack_awq, pack_low_rank
+from fluxkiln.quantize.pack import bf16_to_float32, dequantize, to_bf16_bits
+from fluxkiln.quantize.rounding import empty_packed, inspect_groups, make_rounder
+from fluxkiln.quantize.schemes import METHODS, Scheme
+from fluxkiln.quantize.statistics import Statistics, output_error
+
+# elements that are in float32 at a time
+_BLOCK = 1 << 21
+# first and last row -> these rows of a weight
+ReadRows = Callable[[int, int], NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """One matrix under one scheme.
+
+    Attributes:
+        weight_error: relative L2 of the weight as it is stored.
+        output_error: relative L2 of what it makes of the inputs that were calibrated on; NaN without calibration.
+        size: bytes as the chip stores them.
+        seconds: of one core, to find the codes.
+        one_signed, empty: groups, see `rounding.GroupCounts`.
+    """
+
+    scheme: str
+    weight_error: float
+    output_error: float
+    size: int
+    weights: int
+    seconds: float
+    one_signed: int = 0
+    empty: int = 0
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.size / self.weights
+
+    @property
+    def error(self) -> float:
+        """The output's where it is known, else the weight's."""
+        return self.weight_error if math.isnan(self.output_error) else self.output_error
+
+
+def stored_size(shape: tuple[int, ...], scheme: Scheme, rank: int = 0) -> int:
+    """Bytes: codes, a bfloat16 scale and an 8-bit zero point a group, low-rank branches in bfloat16."""
+    rows, columns = shape
+    branch = 2 * rank * (rows + columns)
+    if not scheme.weight_bits:
+        return rows * columns * (4 if scheme.arithmetic == "F32" else 2)
+    scales = 2 * columns if scheme.method == "awq" else 0
+    return rows * columns * scheme.weight_bits // 8 + 3 * rows * columns // scheme.group_size + branch + scales
+
+
+def measure(
+    read_rows: ReadRows,
+    shape: tuple[int, int],
+    scheme: Scheme,
+    statistics: Statistics | None = None,
+    rank: int = DEFAULT_RANK,
+) -> Figures:
+    """Pack a matrix as the scheme says and compare.
+
+    Raises:
+        SchemeError: what is not finite, a group size that does not divide, or a method without its calibration.
+    """
+    started = time.thread_time()
+    correct = _corrected(read_rows, shape, scheme, statistics, rank)
+    rounder = make_rounder(scheme, statistics) if scheme.weight_bits and correct is None else None
+    taken = time.thread_time() - started
+    wrong = whole = lost = made = 0.0
+    one_signed = empty = 0
+    step = max(64, _BLOCK // shape[1])
+    for start in range(0, shape[0], step):
+        stop = min(start + step, shape[0])
+        rows = read_rows(start, stop)
+        exact = rows.astype(np.float32)
+        if scheme.weight_bits:
+            counts = inspect_groups(rows, scheme.group_size, scheme.weight_bits)
+            one_signed, empty = one_signed + counts.one_signed, empty + counts.empty
+            if not counts.finite:
+                raise SchemeError("the weight has NaN or infinite values, which have no code; fetch it again")
+        if correct is not None:
+            stored = correct[start:stop]
+        elif rounder is not None:
+            packed = empty_packed(exact.shape, scheme.group_size, scheme.weight_bits)
+            started = time.thread_time()
+            rounder(rows, scheme.weight_bits, packed.codes_OI, packed.scales_OG, packed.zeros_OG)
+            taken += time.thread_time() - started
+            stored = dequantize(packed, scheme.group_size)
+        else:
+            stored = _unquantized(exact, scheme)
+        error = stored - exact
+        wrong += float(np.vdot(error, error))
+        whole += float(np.vdot(exact, exact))
+        if statistics is not None:
+            lost += output_error(error, statistics)
+            made += output_error(exact, statistics)
+    size = stored_size(shape, scheme, rank if scheme.method == "svd" else 0)
+    output = math.sqrt(max(lost, 0.0) / made) if statistics is not None and made > 0 else math.nan
+    weight_error = math.sqrt(wrong / whole) if whole else 0.0
+    return Figures(scheme.name, weight_error, output, size, math.prod(shape), taken, one_signed, empty)
+
+
+def _corrected(
+    read_rows: ReadRows, shape: tuple[int, int], scheme: Scheme, statistics: Statistics | None, rank: int
+) -> NDArray[np.float32] | None:
+    """The matrix of a method that needs more than codes; it takes a whole one."""
+    if not scheme.weight_bits or METHODS[scheme.method].codes_only:
+        return None
+    if scheme.method == "awq":
+        if statistics is None:
+            raise SchemeError(f"{scheme.name} needs calibration; make some with fluxkiln calibrate")
+        made: Corrected = pack_awq(read_rows(0, shape[0]), scheme.group_size, statistics, scheme.weight_bits)
+    else:
+        made = pack_low_rank(read_rows(0, shape[0]), scheme.group_size, statistics, rank, scheme.weight_bits)
+    return made.dequantize(scheme.group_size)
+
+
+def _unquantized(values: NDArray[np.float32], scheme: Scheme) -> NDArray[np.float32]:
+    if scheme.arithmetic == "BF16":
+        return bf16_to_float32(to_bf16_bits(values))
+    return values.astype(np.float16).astype(np.float32) if scheme.arithmetic == "F16" else values

@@ -1,0 +1,118 @@
+"""A scheme for every layer: exceptions by name, and the choice among several within a budget of bytes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from fluxkiln.errors import SchemeError
+from fluxkiln.quantize.figures import Figures
+from fluxkiln.quantize.schemes import Scheme, parse_scheme
+
+# layers that are often left alone, by the names of the checkpoint's tensors
+LAYER_GROUPS: Mapping[str, tuple[str, ...]] = {
+    "modulation": ("*norm1.linear.weight", "*norm1_context.linear.weight", "*.norm.linear.weight", "norm_out.*"),
+    "embedders": ("x_embedder.*", "context_embedder.*", "time_text_embed.*", "proj_out.weight"),
+    "first_blocks": ("transformer_blocks.0.*", "single_transformer_blocks.0.*"),
+}
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRule:
+    """Layers whose name matches `pattern`, a shell pattern or a key of LAYER_GROUPS, are stored as `scheme`."""
+
+    pattern: str
+    scheme: Scheme
+
+    def matches(self, name: str) -> bool:
+        return any(fnmatchcase(name, one) for one in LAYER_GROUPS.get(self.pattern, (self.pattern,)))
+
+
+def parse_rules(texts: Sequence[str]) -> tuple[LayerRule, ...]:
+    """`modulation=BF16`, `transformer_blocks.0.*=W4BF16-g32`: rules, of which a later one overrides."""
+    rules = []
+    for text in texts:
+        pattern, sign, name = (piece.strip() for piece in text.rpartition("="))
+        if not sign or not pattern:
+            raise SchemeError(
+                f"exception {text!r} is not PATTERN=SCHEME; a pattern is a layer's name with * in it, or one of "
+                f"{', '.join(LAYER_GROUPS)}"
+            )
+        rules.append(LayerRule(pattern, parse_scheme(name)))
+    return tuple(rules)
+
+
+def assign_rules(names: Sequence[str], rules: Sequence[LayerRule]) -> dict[str, Scheme]:
+    """Layer -> the scheme that the last rule which matches it gives.
+
+    Raises:
+        SchemeError: a rule matches no layer.
+    """
+    found: dict[str, Scheme] = {}
+    for rule in rules:
+        matched = [name for name in names if rule.matches(name)]
+        if not matched:
+            near = ", ".join(list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))[:8])
+            raise SchemeError(f"no layer is called {rule.pattern!r}; there are {near} and others")
+        found |= dict.fromkeys(matched, rule.scheme)
+    return found
+
+
+def parse_budget(text: str, weights: int) -> int:
+    """`6.5GB`, `6500000000` or `4.6bits` (a weight) -> bytes.
+
+    Raises:
+        SchemeError: neither of them.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
+    if match is None or (match[2] not in _UNITS and match[2] not in ("bit", "bits")):
+        raise SchemeError(f"budget {text!r} is neither bytes (6.5GB) nor bits a weight (4.6bits)")
+    value = float(match[1])
+    return int(value * weights / 8) if match[2].startswith("bit") else int(value * _UNITS[match[2]])
+
+
+def choose(layers: Mapping[str, Sequence[Figures]], budget: int) -> dict[str, Figures]:
+    """For each layer one of its figures, so that all fit the budget and the squared errors add up to little.
+
+    Every layer begins with its smallest; the step that takes most squared error off a byte is taken as long as the
+    budget has room for it. Steps are along each layer's lower convex hull, so no better mixture has the same bytes but
+    for the last step.
+
+    Raises:
+        SchemeError: even the smallest of all do not fit.
+    """
+    chosen = {name: min(options, key=lambda one: (one.size, one.error)) for name, options in layers.items()}
+    used = sum(one.size for one in chosen.values())
+    if used > budget:
+        raise SchemeError(
+            f"a budget of {budget} bytes cannot be met: the smallest scheme of every layer takes {used}; give that "
+            "much, or larger groups"
+        )
+    steps = [(gain, name, option) for name, options in layers.items() for gain, option in _hull(options, chosen[name])]
+    closed: set[str] = set()
+    for _, name, option in sorted(steps, key=lambda step: -step[0]):
+        extra = option.size - chosen[name].size
+        if name in closed:
+            continue
+        if used + extra > budget:
+            closed.add(name)  # what follows on this layer's hull is larger still
+            continue
+        used += extra
+        chosen[name] = option
+    return chosen
+
+
+def _hull(options: Sequence[Figures], first: Figures) -> list[tuple[float, Figures]]:
+    """Steps from `first` on, each with the squared error it takes off a byte; gains fall from step to step."""
+    steps: list[tuple[float, Figures]] = []
+    here = first
+    while True:
+        better = [one for one in options if one.size > here.size and one.error < here.error]
+        if not better:
+            return steps
+        gains = [((here.error**2 - one.error**2) / (one.size - here.size), one) for one in better]
+        gain, here = max(gains, key=lambda pair: pair[0])
+        steps.append((gain, here))

@@ -57,9 +57,9 @@ def build(tmp_path: Path, store: Store, manifest_parts: dict, bundle_bytes: dict
 def dev_build(build) -> Callable[..., Path]:
     """A build of FLUX.1-dev, with its licence."""
 
-    def make(licence: bytes = DEV_LICENCE, **manifest: Any) -> Path:
+    def make(text: bytes = DEV_LICENCE, **manifest: Any) -> Path:
         terms = {"spdx": "LicenseRef-FLUX-1-dev-Non-Commercial", "file": "LICENSE.md"}
-        return build(files={"LICENSE.md": licence}, **{"variant": "dev", "licence": terms, **manifest})
+        return build(files={"LICENSE.md": text}, **{"variant": "dev", "licence": terms, **manifest})
 
     return make
 

@@ -17,9 +17,10 @@ NEED_PYTHON = @test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 found; in
 
 option = $(if $($(1)),--$(2)='$(subst ','\'',$($(1)))')
 OPTIONS = $(call option,MODEL,model) $(call option,SIZE,size) $(call option,TOKENS,tokens) $(call option,SCHEME,scheme) \
-	$(call option,VAE,vae) $(call option,COMPONENTS,components) $(call option,MODULATION,modulation) $(call option,LORA,lora) $(call option,JOBS,jobs)
+	$(call option,VAE,vae) $(call option,COMPONENTS,components) $(call option,MODULATION,modulation) $(call option,TP,tp) $(call option,INSTANCE,instance) \
+	$(call option,GRANULARITY,granularity) $(call option,FLAGS,flags) $(call option,LORA,lora) $(call option,JOBS,jobs)
 
-.PHONY: help env env-tpu-mlir envs bm1684x cpu report publish bench test check format clean distclean
+.PHONY: help env env-tpu-mlir envs bm1684x trn1 inf2 cpu report publish bench test check format clean distclean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 15
@@ -31,6 +32,12 @@ bm1684x:  ## checkpoint -> verified BM1684X bundle, environments included
 	@$(MAKE) --silent --jobs=2 --keep-going env env-tpu-mlir || { test -x $(BIN)/fluxkiln && \
 	echo "TPU-MLIR could not be made; going on with the moulds of the store" >&2; }
 	@$(BIN)/fluxkiln build bm1684x $(OPTIONS)
+
+trn1: env  ## checkpoint -> verified bundle for AWS Trainium, up to the NEFF; TP, INSTANCE, GRANULARITY
+	@$(BIN)/fluxkiln build trn1 $(OPTIONS)
+
+inf2: env  ## the same for AWS Inferentia2
+	@$(BIN)/fluxkiln build inf2 $(OPTIONS)
 
 cpu: env  ## checkpoint -> verified ONNX Runtime bundle
 	@$(BIN)/fluxkiln build cpu $(OPTIONS)

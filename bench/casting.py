@@ -33,7 +33,9 @@ def measure() -> Figure:
     rows = []
     for scheme in SCHEMES:
         # the shape has no part in a weight; a small one compiles faster
-        settings = Settings("bm1684x", "wide-dev", size=(64, 64), tokens=64, scheme=scheme, build_dir=WORK)
+        settings = Settings(
+            "bm1684x", "wide-dev", size=(64, 64), tokens=64, scheme=scheme, modulation="inline", build_dir=WORK
+        )
         kiln = replace(prepare(settings).kiln, logs=WORK / "logs")
         part = next(part for part in kiln.parts if part.kind == "single")
         template = make_template(kiln, "single", "onnx17")

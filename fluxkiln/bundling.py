@@ -90,7 +90,9 @@ def finished_result(prepared: Prepared, laps: Laps) -> BuildResult | None:
         error = ParityError(f"{parity['failure']} (as found by the build that made {prepared.bundle})")
         raise _with_places(error, prepared)
     if facts.get("missing"):
-        raise ToolchainError(str(facts["missing"]))
+        from fluxkiln.compile.neuron.neuronx_cc import compiler_missing
+
+        raise compiler_missing(ToolchainError(str(facts["missing"])), prepared.bundle)
     return result
 
 

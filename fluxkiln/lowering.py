@@ -89,9 +89,13 @@ def compile_jobs(kiln: Kiln, modules: Mapping[str, Module], folder: Path) -> tup
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
         kiln.cache.store.export(module.blob.digest, target)
-        kind = {"transformer": "whole"}.get(module.kind, "group" if name != module.kind else module.kind)
-        jobs.append(CompileJob(name, kind, target, module.blob.digest, COMPILE_MEMORY))
+        jobs.append(CompileJob(name, neff_kind(name, module.kind), target, module.blob.digest, COMPILE_MEMORY))
     return tuple(jobs)
+
+
+def neff_kind(name: str, kind: str) -> str:
+    """What the compile stage calls the kind of the module `name`."""
+    return "whole" if kind == "transformer" else "group" if name != kind else kind
 
 
 def _lower(kiln: Kiln, part: SplitPart, dtype: Dtype, ranks: int) -> Module:

@@ -23,10 +23,12 @@ from fluxkiln.compile.neuron.neff import (
     Neff,
     Preset,
     check_modules,
+    check_versions,
     compile_flags,
     finished_neff,
     hlo_path,
     neff_path,
+    read_neffs,
     record_path,
 )
 from fluxkiln.compile.neuron.neuronx_cc import NeuronxCc, compile_module
@@ -130,6 +132,15 @@ def _compile(
     spent = f"{how} in {time.perf_counter() - started:.1f} s"
     progress.done("neff", job.name, FROM_STORE if result.hit else spent)
     return neff
+
+
+def take_finished(folder: Path, jobs: Sequence[CompileJob], target: Target, flags: Any) -> tuple[Neff, ...] | None:
+    """The compiled modules in `folder` if none is missing and they are of one compiler; None otherwise."""
+    found = read_neffs(folder, jobs, target, flags)
+    if len(found) != len(jobs):
+        return None
+    check_versions(found)
+    return tuple(found[job.name] for job in jobs)
 
 
 def write_compile_script(folder: Path, jobs: Sequence[CompileJob], target: Target, preset: Preset = "default") -> Path:

@@ -18,7 +18,7 @@ from fluxkiln.compile.neuron.neff import HLO_SUFFIX, SCRIPT, CompileJob, Neff, n
 from fluxkiln.compile.neuron.neuronx_cc import compiler_missing, find_neuronx_cc
 from fluxkiln.errors import ToolchainError
 from fluxkiln.lowering import Module, compile_jobs, lower_modules, module_name
-from fluxkiln.neffs import compile_kinds, write_compile_script
+from fluxkiln.neffs import compile_kinds, take_finished, write_compile_script
 from fluxkiln.progress import Laps, Progress
 from fluxkiln.replicating import verify_split
 from fluxkiln.roofline import report_split
@@ -62,11 +62,10 @@ def build_split(prepared: Prepared, progress: Progress, laps: Laps) -> BuildResu
     description = describe_split(prepared, modules, shards)
     files.append(CombinedFile(DESCRIPTION, store.add_bytes(json.dumps(description, indent=1).encode() + b"\n"), ()))
     binaries = tuple(_binary(part, modules, shards) for part in zip(kiln.parts, kiln.split_parts, strict=True))
-    sentence = str(compiler_missing(missing, prepared.bundle)) if missing else ""
     result = finish_bundle(
         prepared, binaries, tuple(files), {}, progress, laps,
         lambda recording: verify_split(kiln, settings, modules, shards, recording, progress),
-        report_split(kiln, modules, plan_memory(kiln), neffs), sentence,
+        report_split(kiln, modules, plan_memory(kiln), neffs), str(missing or ""),
     )  # fmt: skip
     if missing is not None:
         raise compiler_missing(missing, prepared.bundle)
@@ -133,7 +132,9 @@ def _compile(
     try:
         compiler = find_neuronx_cc()
     except ToolchainError as error:
-        return (), error
+        _take_over(prepared.bundle, work)
+        taken = take_finished(work, jobs, kiln.target, settings.flags)
+        return (taken, None) if taken is not None else ((), error)
     _take_over(prepared.bundle, work)
     return compile_kinds(
         jobs, compiler, kiln.target, kiln.cache, work, kiln.logs, preset=settings.flags, workers=settings.jobs,

@@ -26,6 +26,7 @@ from fluxkiln.lowering import lower_action, module_name
 from fluxkiln.moulds import cast_part, compile_action, compile_memory, compile_part, find_mould
 from fluxkiln.proving import needs_proof, proof_part
 from fluxkiln.quantize.schemes import Scheme, check_groups
+from fluxkiln.replicating import LARGEST_PART
 from fluxkiln.settings import Settings
 from fluxkiln.splitting import holds_tensor, shard_action
 from fluxkiln.stages import BinaryPart, Kiln, Mould, count_elements, find_template, net_name
@@ -130,6 +131,8 @@ def list_jobs(prepared: Prepared) -> list[Job]:
     weights = count_elements(ref for part in kiln.parts for ref in part_refs(kiln, part))
     if prepared.settings.verify:
         largest = max(count_elements(part_refs(kiln, part)) for part in kiln.parts)
+        if kiln.split is not None:  # the reference runs block by block, and larger parts are not executed
+            largest = min(largest, LARGEST_PART // 4)
         # one part's weights in float32, and the next one's
         jobs.append(Job("record", "reference run", "", "F32", TRACE_MEMORY + 8 * largest, finished, weights))
         jobs.append(Job("verify", "parity ladder", "", "", 2 * TRACE_MEMORY + 8 * largest, finished, weights))
@@ -366,7 +369,7 @@ def disk_bytes(prepared: Prepared, todo: Iterable[Job]) -> int:
         total += binaries * ("bundle" in stages)
     if "verify" in stages:
         # one part at a time: the weights of the interpreter, and those of a graph in float32
-        working.append(8 * max(count_elements(part_refs(kiln, part)) for part in kiln.parts))
+        working.append(8 * max(count_elements(part_refs(kiln, part)) for part in kiln.parts) * (kiln.split is None))
         shapes = replayed_shapes(kiln)
         steps = settings.steps if shapes == kiln.shapes else 1
         total += recording_bytes(replace(kiln, shapes=shapes), steps)

@@ -16,7 +16,7 @@ from fluxkiln.parity import Parity, replay
 from fluxkiln.progress import Progress
 from fluxkiln.rungs import Rungs
 from fluxkiln.settings import Settings
-from fluxkiln.splitting import runtime_constants
+from fluxkiln.splitting import held_elements, runtime_constants
 from fluxkiln.stages import Kiln
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 # of all ranks together: how many bytes of weights a process keeps for later runs
 KEPT_BYTES = 2 << 30
+# of one part in float32; T5-XXL in one part has 19 GB
+LARGEST_PART = 3 << 30
 # part -> rank -> its weights in the order of the slots
 ReadWeights = Callable[[SplitPart], "Sequence[Sequence[NDArray[Any]]]"]
 
@@ -183,13 +185,13 @@ def verify_split(
     """
     import numpy as np
 
-    small = replace(kiln, shapes=recording.shapes)
+    small = _executed(replace(kiln, shapes=recording.shapes))
     if recording.shapes != kiln.shapes:
         modules = lower_modules(small, progress, stage="lower small")
     with split_rungs(small, modules, shards, progress) as rungs:
         parity = replay(small, settings, recording, rungs, progress)
         spreads = {rung: runner.spread for rung, runner in rungs.items() if isinstance(runner, ReplicaRunner)}
-    for part in kiln.parts:
+    for part in small.parts:
         equal = [
             (rung, np.array([1.0 - spread[part.name]], np.float32))
             for rung, spread in spreads.items()
@@ -199,4 +201,18 @@ def verify_split(
     facts = {"executed on": "XLA CPU replicas", "NEFF": "not executed: that takes a device"}
     if small.shapes != kiln.shapes:
         facts["every part replayed at"] = name_shapes(small.shapes)
+    if small.parts != kiln.parts:
+        facts["too large to be executed whole"] = ", ".join(part.name for part in kiln.parts if part not in small.parts)
     return replace(parity, facts=facts)
+
+
+def _executed(kiln: Kiln) -> Kiln:
+    """The build with the parts that fit the memory: one process has all ranks of a part, twice while they are moved."""
+    assert kiln.split is not None
+    fitting = [
+        (part, cut)
+        for part, cut in zip(kiln.parts, kiln.split.parts, strict=True)
+        if 4 * held_elements(kiln.checkpoint, cut) <= LARGEST_PART
+    ]
+    cuts = tuple(cut for _, cut in fitting)
+    return replace(kiln, parts=tuple(part for part, _ in fitting), split=replace(kiln.split, parts=cuts))

@@ -17,6 +17,7 @@ from fluxkiln.artifacts.store import Blob
 from fluxkiln.compile.neuron.neuronx_cc import NeuronxCc, find_neuronx_cc
 from fluxkiln.compile.neuron.profile import (
     CoreMemory,
+    all_instances,
     check_degree,
     check_lnc,
     check_memory,
@@ -30,7 +31,7 @@ from fluxkiln.errors import ToolchainError, UsageError
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.export.fingerprint import check_shards
 from fluxkiln.export.sharding import SplitPart, bind_shard, list_split_parts, split_slots
-from fluxkiln.patches.cuts import CUTS
+from fluxkiln.patches.cuts import CUTS, columns_of, head_count, share_of
 from fluxkiln.progress import FROM_STORE, Progress
 from fluxkiln.settings import Settings
 from fluxkiln.stages import Kiln
@@ -130,7 +131,7 @@ def inline_members(part: SplitPart) -> tuple[str, ...]:
 
 
 def plan_memory(kiln: Kiln) -> CoreMemory:
-    """What the fullest core holds when everything stays loaded.
+    """What the fullest core holds when everything stays loaded; by the checkpoint's shapes, no weight is read.
 
     Raises:
         ResourceError: too much, with the arithmetic and what would fit.
@@ -138,13 +139,9 @@ def plan_memory(kiln: Kiln) -> CoreMemory:
     split, configs = kiln.split, kiln.checkpoint.configs
     assert split is not None
     activations = estimate_activations(configs, kiln.shapes, split.degree)
-    weights = {split.degree: _weights_per_core(split.parts, configs, split.degree)}
-    needed = sum(weights[split.degree].values()) + activations
-    if needed > split.instance.core_bytes // 2:  # near the edge: say what else would do
-        heads, widths = split_axes(configs)
-        for degree in legal_degrees(split.instance, heads, widths):
-            if degree not in weights:
-                weights[degree] = _weights_per_core(split.parts, configs, degree)
+    heads, widths = split_axes(configs)
+    legal = {degree for one in all_instances() for degree in legal_degrees(one, heads, widths)}
+    weights = {degree: weights_per_core(split.parts, kiln.checkpoint, degree) for degree in {split.degree, *legal}}
     return check_memory(split.instance, split.degree, weights, activations)
 
 
@@ -276,25 +273,47 @@ def holds_tensor(part: SplitPart, name: str) -> bool:
     return False
 
 
+def held_elements(checkpoint: Checkpoint, part: SplitPart) -> int:
+    """Elements of all tensors that a part has some of."""
+    tensors = checkpoint.tensors[part.component].items()
+    return sum(math.prod(ref.shape) for name, ref in tensors if holds_tensor(part, name))
+
+
 def shard_file(part: str, rank: int) -> str:
     """The path of a rank's weights in a bundle."""
     return f"{WEIGHTS}/{part}/tp{rank}.safetensors"
 
 
-def _weights_per_core(
-    parts: tuple[SplitPart, ...], configs: Mapping[str, Mapping[str, Any]], degree: int
-) -> dict[str, int]:
+def weights_per_core(parts: tuple[SplitPart, ...], checkpoint: Checkpoint, degree: int) -> dict[str, int]:
     """Component -> bytes of its weights on the first core, which has the parts that are not cut."""
-    sizes: dict[tuple[str, int], int] = {}
     found: dict[str, int] = {}
-    for part in parts:
-        alike = (part.kind, len(part.members))
-        if alike not in sizes:
-            slots = split_slots(part, configs, part.ranks(degree))
-            sizes[alike] = _BF16 * sum(math.prod(spec.shape) for spec in slots)
-        component = _component(part)
-        found[component] = found.get(component, 0) + sizes[alike]
+    for component in dict.fromkeys(part.component for part in parts):
+        owners: dict[str, list[tuple[str, int]]] = {}
+        for part in parts:
+            for kind, prefix in part.members if part.component == component else ():
+                owners.setdefault(prefix, []).append((kind, part.ranks(degree)))
+        size = 0
+        for name, ref in checkpoint.tensors[component].items():
+            pieces = name.split(".")
+            for prefix in ("", *(".".join(pieces[: i + 1]) + "." for i in range(len(pieces) - 1))):
+                for kind, ranks in owners.get(prefix, ()):
+                    size += _BF16 * _share(kind, name.removeprefix(prefix), ref.shape, checkpoint.configs, ranks)
+        label = "vae" if component == "vae_tiny" else component
+        found[label] = found.get(label, 0) + size
     return found
+
+
+def _share(kind: str, slot: str, shape: tuple[int, ...], configs: Mapping[str, Mapping[str, Any]], ranks: int) -> int:
+    """Elements that rank 0 has of a tensor in a part of `kind`."""
+    total = 0
+    for cut in CUTS[kind]:
+        if slot == cut.source or (not cut.source and re.fullmatch(cut.slots, slot)):
+            start, stop = columns_of(cut, shape)
+            taken = (*shape[:-1], stop - start)
+            share = share_of(cut, slot, taken, head_count(kind, configs), ranks, 0)
+            local = taken if share is None else (*taken[: share.axis], share.size, *taken[share.axis + 1 :])
+            total += math.prod(local)
+    return total
 
 
 def _component(part: SplitPart) -> str:

@@ -31,6 +31,7 @@ INTERRUPTED_CODE = 130
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "build": ("build", "Build a verified bundle for TARGET, from checkpoint to report."),
     "plan": ("build", "Show the jobs of a build and their memory; build nothing."),
+    "compile": ("compile", "Complete a bundle for trn1 or inf2 where the compiler is."),
     "mould": ("mould", "Make moulds, and carry them to machines without the compiler."),
     "doctor": ("doctor", "Show every tool, its version, and what is missing for which target."),
     "synth": ("synth", "Write a synthetic checkpoint: FLUX.1's architecture, random weights."),
@@ -41,6 +42,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "inspect": ("bundle", "Show what a bundle is made of, in a folder or in a registry."),
     "report": ("bundle", "Write a build's report.html again from its report.json."),
     "verify": ("bundle", "Compare every file of a bundle with the digest its manifest gives."),
+    "debug": ("debug", "Find the first operation inside a part that leaves its tolerance."),
     "publish": ("registry", "Publish a bundle to a registry: a folder, an OCI registry or the Hub."),
     "pull": ("registry", "Fetch a bundle from a registry and check every byte."),
     "ls": ("registry", "List the bundles of a repository by their tags."),

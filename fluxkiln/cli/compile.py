@@ -1,0 +1,56 @@
+"""`fluxkiln compile`: a split model's bundle completed where the compiler is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from fluxkiln.cli.options import store_options
+from fluxkiln.cli.output import Output, count_text, json_option
+from fluxkiln.cli.progress import open_progress
+from fluxkiln.errors import UsageError
+from fluxkiln.settings import Settings
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path), required=False)
+@click.option("--resume", is_flag=True, help="Go on where a build for trn1 or inf2 had no compiler.")
+@click.option("--jobs", type=int, metavar="N", help="Compilers at once. Default: one per core.")
+@store_options
+@json_option
+@click.pass_obj
+def compile(
+    output: Output, bundle: Path | None, resume: bool, jobs: int | None, build_dir: Path, store: Path | None
+) -> None:
+    """Compile the modules in BUNDLE that have no NEFF yet. Default: the only such bundle of the build folder.
+
+    Needs neuronx-cc of the Neuron SDK on PATH, and nothing of the checkpoint. What compile_neff.sh compiled in the
+    bundle is checked and taken over.
+    """
+    if not resume:
+        raise UsageError("compile only goes on where a build stopped: say --resume, or use `fluxkiln build TARGET`")
+    from fluxkiln.artifacts.store import open_store
+    from fluxkiln.resuming import resume_compile
+
+    settings = Settings("trn1", build_dir=build_dir, store=store)
+    chosen = bundle or _only_bundle(build_dir)
+    with open_progress() as progress:
+        made = resume_compile(chosen, open_store(settings.store_path.absolute()), progress, jobs)
+    output.document(made.to_json())
+    output.facts(
+        {
+            "bundle": str(made.bundle),
+            "compiled": count_text(len(made.compiled), "module"),
+            "found compiled": count_text(len(made.taken), "module"),
+            "compiler": f"neuronx-cc {made.compiler}",
+        }
+    )
+
+
+def _only_bundle(build_dir: Path) -> Path:
+    found = sorted(path.parent for path in build_dir.glob("*/*/bundle/neuron.json"))
+    if len(found) != 1:
+        names = ", ".join(map(str, found)) or "none"
+        raise UsageError(f"{len(found)} bundles for trn1 or inf2 below {build_dir} ({names}); name one")
+    return found[0]

@@ -50,6 +50,7 @@ FLOW = {
             "build",
             "publishing",
         ),
+        *("executing", "generating"),
         *("splitting", "lowering", "neffs", "replicating", "roofline", "neuron"),
     )
 }

@@ -1,0 +1,63 @@
+"""Executor `ort`: the graphs of a cpu bundle on ONNX Runtime; weights stay in their files, mapped into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fluxkiln.compile.executors.interface import Net, find_net, require_file
+from fluxkiln.components import Component
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+class OrtExecutor:
+    """Runs parts on ONNX Runtime's CPU provider; a component's sessions stay open until it is released.
+
+    Args:
+        threads: for one operation; 0 leaves it to ONNX Runtime.
+        lean: memory goes back to the system as soon as it is free (see `ort_session.OrtRunner`).
+    """
+
+    name = "ort"
+
+    def __init__(self, nets: Mapping[str, Net], *, threads: int = 0, lean: bool = True) -> None:
+        for net in nets.values():
+            require_file(net)
+        self.nets = dict(nets)
+        self.threads = threads
+        self.lean = lean
+        self.sessions: dict[str, Any] = {}
+
+    def __call__(self, part: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        from fluxkiln.compile.ort_session import run_session
+
+        return run_session(self._session(part), part, inputs)
+
+    def load(self, component: Component) -> None:
+        for part, net in self.nets.items():
+            if net.component == component:
+                self._session(part)
+
+    def release(self, component: Component) -> None:
+        for part in [part for part in self.sessions if self.nets[part].component == component]:
+            del self.sessions[part]
+
+    def close(self) -> None:
+        self.sessions.clear()
+
+    @property
+    def facts(self) -> Mapping[str, str]:
+        import onnxruntime
+
+        return {"runtime": f"ONNX Runtime {onnxruntime.__version__}", "device": "CPU, float32 arithmetic"}
+
+    def _session(self, part: str) -> Any:
+        from fluxkiln.compile.ort_session import open_session
+
+        if part not in self.sessions:
+            file: Path = find_net(self.nets, part).file
+            self.sessions[part] = open_session(file, threads=self.threads, lean=self.lean)
+        return self.sessions[part]

@@ -50,7 +50,7 @@ FLOW = {
             "build",
             "publishing",
         ),
-        *("executing", "generating"),
+        *("executing", "generating", "pictures"),
         *("splitting", "lowering", "neffs", "replicating", "roofline", "neuron"),
     )
 }

@@ -39,6 +39,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "quantize": ("quantize", "Compare methods layer by layer, and choose a scheme for each within a budget."),
     "export": ("export", "Write the template of every kind of part, and how each part fills its slots."),
     "patches": ("patches", "List what is rewritten in diffusers and transformers, and whether it still fits."),
+    "generate": ("generate", "Make images from a bundle; no checkpoint is needed."),
     "inspect": ("bundle", "Show what a bundle is made of, in a folder or in a registry."),
     "report": ("bundle", "Write a build's report.html again from its report.json."),
     "verify": ("bundle", "Compare every file of a bundle with the digest its manifest gives."),

@@ -1,0 +1,217 @@
+"""`fluxkiln generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from fluxkiln.cli.options import check_size
+from fluxkiln.cli.output import Output, count_text, json_option, path_text, seconds_text, size_text
+from fluxkiln.cli.progress import open_progress
+from fluxkiln.errors import UsageError
+
+if TYPE_CHECKING:
+    from fluxkiln.executing import Bundle
+    from fluxkiln.generating import Painter, Picture, Request
+
+_path = click.Path(path_type=Path)
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """Where images go: a folder, or one file."""
+
+    out: Path
+    single: bool
+
+    def picture(self, number: int, seed: int) -> Path:
+        return self.out if self.single else self.out / f"{number:03d}-seed{seed}.png"
+
+    def grid(self) -> Path:
+        return self.out.with_name(f"{self.out.stem}-grid.png") if self.single else self.out / "grid.png"
+
+
+@click.command()
+@click.argument("prompts", nargs=-1, metavar="PROMPT...")
+@click.option("--bundle", type=_path, required=True, metavar="DIR", help="The bundle that a build wrote.")
+@click.option("--prompts", "file", type=_path, metavar="FILE", help="A file with a prompt on each line.")
+@click.option("--prompt-2", metavar="TEXT", help="What T5 gets, if not the prompt itself.")
+@click.option("--steps", type=int, metavar="N", help="Denoising steps. Default: dev 28, schnell 4.")
+@click.option("--guidance", type=float, metavar="X", help="Guidance scale, dev only. Default: 3.5.")
+@click.option("--seed", type=int, metavar="N", default=0, help="Seed of the first image of a prompt; others follow.")
+@click.option("--n-images", type=int, metavar="N", default=1, help="Images of each prompt. Default: 1.")
+@click.option("--rows", type=int, metavar="N", help="Write a grid of all images as well, in N rows.")
+@click.option("--size", metavar="WxH", help="Checked against the bundle, which is compiled for one size.")
+@click.option("--tokens", type=int, metavar="N", help="Checked against the bundle, like the size.")
+@click.option(
+    "--executor",
+    metavar="NAME",
+    help="ort (cpu), cmodel or sail (bm1684x, bm1688), neuron or replicas (trn1, inf2). Default: by the bundle.",
+)
+@click.option("--device", type=int, metavar="N", default=0, help="sail: the board's number. Default: 0.")
+@click.option("--threads", type=int, metavar="N", default=0, help="ort: threads of one operation. Default: all cores.")
+@click.option("--out", type=_path, default=Path("images"), help="A folder, or one .png file. Default: ./images.")
+@click.option("--save-latents", is_flag=True, help="Write each image's packed latents beside it, as .npy.")
+@json_option
+@click.pass_obj
+def generate(
+    output: Output,
+    prompts: tuple[str, ...],
+    bundle: Path,
+    file: Path | None,
+    prompt_2: str | None,
+    steps: int | None,
+    guidance: float | None,
+    seed: int,
+    n_images: int,
+    rows: int | None,
+    size: str | None,
+    tokens: int | None,
+    executor: str | None,
+    device: int,
+    threads: int,
+    out: Path,
+    save_latents: bool,
+) -> None:
+    """Make images from a bundle; no checkpoint is needed.
+
+    diffusers' own pipeline and scheduler run the loop, the bundle's parts are its modules. Each PNG carries its
+    prompt, its seed and the bundle's digest.
+    """
+    texts = (*prompts, *(read_prompts(file) if file else ()))
+    if not texts:
+        raise UsageError("there is no prompt; give one, or --prompts FILE with one on each line")
+    if n_images < 1:
+        raise UsageError(f"--n-images {n_images}: at least 1 is needed")
+    count = len(texts) * n_images
+    if rows is not None and not 1 <= rows <= count:
+        raise UsageError(f"--rows {rows}: there will be {count_text(count, 'image')}; give from 1 to {count}")
+    saved = _place(out, count)
+    checked = check_size(size)
+    from fluxkiln.executing import open_bundle, open_executor
+    from fluxkiln.generating import Painter, Request, check_request
+    from fluxkiln.progress import Laps
+
+    requests = [
+        Request(text, seed + number, prompt_2, steps, guidance, checked, tokens)
+        for text in texts
+        for number in range(n_images)
+    ]
+    laps = Laps()
+    with open_progress() as progress:
+        opened = open_bundle(bundle, progress)
+        laps.lap("check")
+        for request in requests:
+            check_request(opened, request)
+        with Painter(opened, open_executor(opened, executor, threads=threads, device=device), laps) as painter:
+            laps.lap("open")
+            estimate = getattr(painter.executor, "step_seconds", 0.0)
+            if estimate > 5:
+                progress.note(f"the simulator takes about {seconds_text(estimate)} for a step of the transformer")
+            document = _paint(painter, requests, saved, rows, save_latents, progress)
+            facts = dict(painter.executor.facts)
+            inside = painter.part_seconds
+    document["timings"] = {name: round(seconds, 3) for name, seconds in laps.seconds.items()}
+    document["part_seconds"] = round(inside, 3)
+    document["peak_memory"] = peak_bytes()
+    output.document({"bundle": str(bundle), "digest": opened.digest, "executor": facts, **document})
+    _show(output, opened, facts, document)
+
+
+def read_prompts(file: Path) -> tuple[str, ...]:
+    """The lines of a file that are not empty; UsageError when there is none, or it is no text."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{file} is no UTF-8 text ({error.reason}); save it as one prompt on each line") from error
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    if not prompts:
+        raise UsageError(f"{file} has no prompt; write one on each line")
+    return prompts
+
+
+def peak_bytes() -> int:
+    """The most memory that was resident at once, mapped weights included: of this process or of one that it started."""
+    import resource
+    import sys
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
+def _place(out: Path, count: int) -> Saved:
+    single = out.suffix.lower() == ".png"
+    if single and count > 1:
+        raise UsageError(f"--out {out}: one file for {count} images; name a folder")
+    if not single and out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is a file, and no .png; name a folder or a .png file")
+    return Saved(out, single)
+
+
+def _paint(
+    painter: Painter, requests: Sequence[Request], saved: Saved, rows: int | None, save_latents: bool, progress: Any
+) -> dict[str, Any]:
+    from fluxkiln.generating import paint
+    from fluxkiln.pictures import describe_picture, make_grid, png_bytes
+
+    (saved.out.parent if saved.single else saved.out).mkdir(parents=True, exist_ok=True)
+    rendered, notes = [], dict[str, None]()
+    entries: list[dict[str, Any]] = []
+    for number, picture in enumerate(paint(painter, requests, progress)):
+        path = saved.picture(number, picture.request.seed)
+        facts = describe_picture(painter.bundle, painter.executor.name, picture.request)
+        path.write_bytes(png_bytes(picture.image, facts))
+        entries.append({"file": str(path), **_entry(picture, facts), **_latents(path, picture, save_latents)})
+        rendered.append(picture.image)
+        notes.update(dict.fromkeys(picture.notes))
+    document: dict[str, Any] = {"images": entries, "notes": list(notes)}
+    if rows is not None:
+        facts = describe_picture(painter.bundle, painter.executor.name, requests[0])
+        facts |= {"prompt": "\n".join(dict.fromkeys(request.prompt for request in requests))}
+        saved.grid().write_bytes(png_bytes(make_grid(rendered, rows), facts))
+        document["grid"] = str(saved.grid())
+    painter.laps.lap("write")
+    return document
+
+
+def _entry(picture: Picture, facts: Mapping[str, str]) -> dict[str, Any]:
+    numbers = {name: float(facts[name]) for name in ("guidance",) if name in facts}
+    return {
+        "prompt": picture.request.prompt,
+        "prompt_2": picture.request.prompt_2,
+        "seed": picture.request.seed,
+        "steps": int(facts["steps"]),
+        **numbers,
+        "seconds": round(picture.seconds, 3),
+    }
+
+
+def _latents(path: Path, picture: Picture, wanted: bool) -> dict[str, str]:
+    import numpy as np
+
+    if not wanted:
+        return {}
+    file = path.with_suffix(".npy")
+    np.save(file, picture.latents)
+    return {"latents": str(file)}
+
+
+def _show(output: Output, bundle: Bundle, facts: Mapping[str, str], document: Mapping[str, Any]) -> None:
+    images, timings = document["images"], document["timings"]
+    steps = sum(image["steps"] for image in images)
+    shown = images[0]["file"] if len(images) == 1 else f"{Path(images[0]['file']).parent}"
+    output.facts(
+        {
+            "images": f"{path_text(Path(shown))}{'' if len(images) == 1 else f' ({len(images)} images)'}",
+            "grid": path_text(Path(document["grid"])) if "grid" in document else "",
+            "bundle": f"{bundle.manifest.name} for {bundle.manifest.target}, {bundle.digest}",
+            "executor": f"{facts['runtime']}; {facts['device']}",
+            "time": ", ".join(f"{name} {seconds_text(seconds)}" for name, seconds in timings.items() if seconds > 0.05),
+            "step": f"{seconds_text(timings.get('denoise', 0.0) / max(steps, 1))} on average of {steps}",
+            "peak memory": size_text(document["peak_memory"]),
+        }
+    )

@@ -38,21 +38,21 @@ def _measure() -> Figure:
     (ROOT / "policy.json").write_text('{"default": [{"type": "insecureAcceptAnything"}]}')
     bundle, changed = _write(ROOT / "one"), ROOT / "two"
     layout = f"{ROOT / 'layout'}:v1"
-    run(fluxkiln("publish", str(bundle), f"oci-layout:{layout}"))
+    _fluxkiln("publish", str(bundle), f"oci-layout:{layout}")
     taken: dict[str, list[Run]] = {}
     noop = part = {}
     for turn in range(TURNS):
         with _server() as host:
             ours = f"{host}/bench/ours:v1"
-            taken.setdefault("push", []).append(run(fluxkiln("publish", str(bundle), ours, "--json")))
+            taken.setdefault("push", []).append(_fluxkiln("publish", str(bundle), ours, "--json"))
             if turn == 0:
-                noop = run(fluxkiln("publish", str(bundle), ours, "--json")).document()
+                noop = _fluxkiln("publish", str(bundle), ours, "--json").document()
             pulled = ROOT / "pulled"
-            taken.setdefault("pull", []).append(run(fluxkiln("pull", ours, str(pulled), "--json")))
+            taken.setdefault("pull", []).append(_fluxkiln("pull", ours, str(pulled), "--json"))
             shutil.rmtree(pulled)
             if turn == 0:
                 _write(changed, _CHANGED)
-                part = run(fluxkiln("publish", str(changed), f"{host}/bench/ours:v2", "--json")).document()
+                part = _fluxkiln("publish", str(changed), f"{host}/bench/ours:v2", "--json").document()
                 shutil.rmtree(changed)
         with _server() as host:
             theirs = f"docker://{host}/bench/theirs:v1"
@@ -116,6 +116,11 @@ def _content(seed: int) -> bytes:
     import numpy as np
 
     return np.random.default_rng(seed).bytes(FILE_BYTES)
+
+
+def _fluxkiln(*arguments: str) -> Run:
+    # Nothing is known of the registry, and nothing of it is remembered.
+    return run(fluxkiln(*arguments), {"XDG_CACHE_HOME": str(ROOT / "cache"), "DOCKER_CONFIG": str(ROOT)})
 
 
 def _skopeo(*arguments: str) -> Run:

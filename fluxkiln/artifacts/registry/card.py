@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from fluxkiln.artifacts.canonical import Json
 from fluxkiln.artifacts.manifest import Manifest
 from fluxkiln.artifacts.modelpack import parity_word
 from fluxkiln.artifacts.registry.licence import is_from_dev, is_synthetic
@@ -36,6 +37,7 @@ def model_card(
         "library_name: fluxkiln",
         "pipeline_tag: text-to-image",
         f"tags: [fluxkiln, {json.dumps(manifest.target)}, flux-1-{manifest.variant}]",
+        f"fluxkiln: {json.dumps(_facts(manifest))}",
         "---",
     ]
     shapes = manifest.shapes
@@ -82,6 +84,19 @@ def _licence_lines(manifest: Manifest, licence: bytes) -> list[str]:
         return ["license: apache-2.0"]
     return ["license: other", f"license_name: {json.dumps(manifest.licence.spdx)}",
             f"license_link: {json.dumps(manifest.licence.file)}"]  # fmt: skip
+
+
+def _facts(manifest: Manifest) -> dict[str, Json]:
+    """What no hub has a field for, for programs that read cards. JSON in a line is YAML too."""
+    shapes = manifest.shapes
+    schemes: list[Json] = [*sorted({part.scheme for part in manifest.parts})]
+    return {
+        "target": manifest.target,
+        "schemes": schemes,
+        "shapes": {"height": shapes.height, "width": shapes.width, "tokens": shapes.tokens},
+        "parity": parity_word(manifest.parity),
+        "checkpoint": manifest.checkpoint.fingerprint,
+    }
 
 
 def _schemes(manifest: Manifest) -> str:

@@ -10,9 +10,11 @@ from urllib.parse import quote
 import httpx2
 
 from fluxkiln.artifacts.registry.document import MAX_DOCUMENT_BYTES, Document, Layer, digest_bytes
+from fluxkiln.artifacts.registry.hints import add_hints, read_hints
 from fluxkiln.artifacts.registry.layout import changed
+from fluxkiln.artifacts.registry.place import BlobMissingError
 from fluxkiln.artifacts.registry.reference import RegistryReference
-from fluxkiln.artifacts.registry.session import Answer, Session, refused
+from fluxkiln.artifacts.registry.session import Answer, AuthorizationError, Session, refused
 from fluxkiln.artifacts.registry.transfer import Arrival, Departure, Patience, Stop, TransientError, retrying
 from fluxkiln.artifacts.store import MANIFEST_TYPE
 from fluxkiln.errors import FluxkilnError, IntegrityError, RegistryError, UsageError
@@ -31,7 +33,9 @@ class OciPlace:
 
     def __init__(self, reference: RegistryReference, session: Session, *, chunk: int) -> None:
         self._name = f"{reference.host}/{reference.repository}"
+        self._host, self._repository = reference.host, reference.repository
         self._base = f"/v2/{reference.repository}"
+        self._hints = read_hints(reference.host)
         self._session = session
         self._chunk = chunk
 
@@ -81,11 +85,16 @@ class OciPlace:
         what = f"sending {layer.path or 'the config'} to {self.name}"
         if departure.actual_size() != layer.size:
             raise IntegrityError(changed(departure.source, layer))
-        upload = _Upload(self._session, self._base, layer, departure, self._chunk, what)
-        retrying(self._session.patience, self._session.stop, what, upload.go_on)
+        if self._take_over(layer, what):
+            departure.read_rest()
+            sent = 0
+        else:
+            upload = _Upload(self._session, self._base, layer, departure, self._chunk, what)
+            retrying(self._session.patience, self._session.stop, what, upload.go_on)
+            sent = upload.sent
         if departure.digest != layer.digest:
             raise IntegrityError(changed(departure.source, layer))
-        return upload.sent
+        return sent
 
     def receive(self, layer: Layer, arrival: Arrival) -> None:
         url = f"{self._base}/blobs/{layer.digest}"
@@ -95,6 +104,8 @@ class OciPlace:
         # By digest first: the registry then compares every byte before a tag can lead to them.
         self._put(document, document.digest)
         self.retag(document, tag)
+        digests = [document.config.digest, *(layer.digest for layer in document.layers)]
+        add_hints(self._host, self._repository, digests)
 
     def retag(self, document: Document, tag: str) -> None:
         def once() -> None:
@@ -130,6 +141,18 @@ class OciPlace:
             url = after.group(1)
         return found
 
+    def _take_over(self, layer: Layer, what: str) -> bool:
+        """Whether the registry had the blob in another repository and could link it into this one."""
+        source = self._hints.get(layer.digest, self._repository)
+        if source == self._repository:
+            return False
+        url = f"{self._base}/blobs/uploads/?mount={layer.digest}&from={quote(source)}"
+        try:
+            # 202 begins an upload, which the registry forgets by itself.
+            return self._session.ask("POST", url, accept=(201, 202), what=what).status == 201
+        except AuthorizationError:
+            return False  # not ours to read; to send it is another matter
+
     def _put(self, document: Document, reference: str) -> None:
         what = f"manifest of {self.name}"
         answer = self._session.ask(
@@ -141,10 +164,6 @@ class OciPlace:
         if b"UNKNOWN" in answer.body or b"DIGEST_INVALID" in answer.body:
             raise BlobMissingError(str(refused(answer, what)))
         raise refused(answer, what)
-
-
-class BlobMissingError(RegistryError):
-    """The registry does not have a blob that it said it had, or got another manifest than was sent."""
 
 
 class _Upload:

@@ -6,6 +6,11 @@ from typing import Protocol
 
 from fluxkiln.artifacts.registry.document import Document, Layer
 from fluxkiln.artifacts.registry.transfer import Arrival, Departure
+from fluxkiln.errors import RegistryError
+
+
+class BlobMissingError(RegistryError):
+    """The place does not have a blob that it said it had, or got another manifest than was sent."""
 
 
 class Place(Protocol):

@@ -12,8 +12,8 @@ from fluxkiln.artifacts.store import Blob
 
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "https://slsa.dev/provenance/v1"
-BUILD_TYPE = "https://fluxkiln.org/build/v1"
-BUILDER = "https://fluxkiln.org/fluxkiln"
+BUILD_TYPE = "urn:fluxkiln:build:v1"
+BUILDER = "urn:fluxkiln:builder"
 # Settings that are about the reference run and not about what is built.
 _INTERNAL = ("seed", "steps", "prompt")
 

@@ -10,9 +10,8 @@ from pathlib import Path
 from fluxkiln.artifacts.registry.document import Document, Layer
 from fluxkiln.artifacts.registry.layout import changed
 from fluxkiln.artifacts.registry.meter import Meter, Progress
-from fluxkiln.artifacts.registry.oci import BlobMissingError
 from fluxkiln.artifacts.registry.parallel import TRANSFERS, each
-from fluxkiln.artifacts.registry.place import Place
+from fluxkiln.artifacts.registry.place import BlobMissingError, Place
 from fluxkiln.artifacts.registry.transfer import Departure, Stop
 from fluxkiln.errors import IntegrityError
 

@@ -119,6 +119,11 @@ def with_tag(reference: Reference, tag: str) -> Reference:
     return replace(reference, tag=tag, digest="")
 
 
+def is_repository(name: str) -> bool:
+    """Whether an OCI registry could have a repository of that name."""
+    return len(name) <= MAX_REPOSITORY and _REPOSITORY.fullmatch(name) is not None
+
+
 def is_loopback(host: str) -> bool:
     """Whether `host` (with or without a port) is this machine by name or address."""
     name = host[1:].split("]")[0] if host.startswith("[") else host.rsplit(":", 1)[0] if ":" in host else host
@@ -176,7 +181,7 @@ def _parse_registry(text: str) -> RegistryReference:
     if at and not _DIGEST.fullmatch(digest):
         raise UsageError(f"reference {text!r} has the digest {digest!r}; a digest is 'sha256:' and 64 hex digits")
     repository, colon, tag = rest.partition(":")
-    if not _REPOSITORY.fullmatch(repository) or len(repository) > MAX_REPOSITORY:
+    if not is_repository(repository):
         raise UsageError(
             f"reference {text!r} has the repository {repository!r}; use lower-case letters and digits joined by one of "
             ". _ - /, 255 at most"

@@ -12,6 +12,7 @@ import pytest
 
 from fluxkiln.artifacts.bundle import verify_bundle
 from fluxkiln.artifacts.registry import oci
+from fluxkiln.artifacts.registry.hints import add_hints
 from fluxkiln.artifacts.registry.oci import open_registry
 from fluxkiln.artifacts.registry.pull import look_up, quarantine_of
 from fluxkiln.artifacts.registry.push import push
@@ -65,6 +66,33 @@ def test_only_what_changed_is_sent_and_counted(build, start_registry):
     assert other.pushed.files == changed
     sizes = {layer.path: layer.size for layer in other.document.layers}
     assert other.pushed.sent == sum(sizes[path] for path in changed) + other.document.config.size
+
+
+def test_another_repository_takes_over_what_the_registry_has(build, start_registry, tmp_path):
+    server = start_registry()
+    large = {"large.data": b"L" * (2 << 20)}
+    publish_bundle(build("one", files=large), f"{server.host}/group/one:v1")
+    folder = build("two", files={**large, "transformer.bmodel": b"new" * 1000})
+    other = publish_bundle(folder, f"{server.host}/group/two:v1")
+    assert other.pushed.sent < 20_000
+    pull_bundle(f"{server.host}/group/two:v1", tmp_path / "out")
+    # Hints that are wrong cost nothing but a question.
+    fresh = start_registry("fresh")
+    add_hints(fresh.host, "group/one", [layer.digest for layer in other.document.layers])
+    assert publish_bundle(folder, f"{fresh.host}/group/two:v1").pushed.sent > 2 << 20
+    pull_bundle(f"{fresh.host}/group/two:v1", tmp_path / "again")
+
+
+def test_a_file_changed_since_is_noticed_also_when_nothing_is_sent(build, start_registry):
+    server = start_registry()
+    publish_bundle(build("one"), f"{server.host}/one:v1")
+    folder = build("two")
+    path = folder / "bundle" / "text_encoder" / "model.onnx"
+    path.write_bytes(path.read_bytes().replace(b"clip", b"clap", 1))
+    for repository in ("one", "two"):
+        with pytest.raises(IntegrityError, match=r"model\.onnx does not have the digest"):
+            publish_bundle(folder, f"{server.host}/{repository}:v2")
+    assert list(list_tags(f"{server.host}/one")[1]) == ["v1"]
 
 
 def test_tags_and_repositories_that_are_not_there(build, start_registry):

@@ -130,6 +130,9 @@ def front_matter(card: bytes) -> dict[str, str]:
 def test_card_of_dev(dev_build):
     folder = dev_build(checkpoint={"source": "flux-dev", "fingerprint": "sha256:" + "ab" * 32}) / "bundle"
     front = front_matter(model_card(read_manifest(folder), (folder / "LICENSE.md").read_bytes()))
+    facts = json.loads(front.pop("fluxkiln"))
+    assert (facts["target"], facts["schemes"], facts["parity"]) == ("bm1684x", ["BF16", "F16", "W4BF16"], "passed")
+    assert facts["shapes"] == {"height": 64, "width": 64, "tokens": 32}
     assert front == {
         "license": "other",
         "license_name": "flux-1-dev-non-commercial-license",

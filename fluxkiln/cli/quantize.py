@@ -23,7 +23,7 @@ _COMPONENTS = "text_encoder,text_encoder_2,transformer"
 @click.option("--out", type=click.Path(path_type=Path), help="A file that gets a copy (safetensors).")
 @click.option("--use", type=click.Path(path_type=Path), help="Take this file instead of running anything.")
 @click.option("--block", type=int, metavar="N", help="Channels whose products are kept; 0: all. Default: 1024.")
-@click.option("--seed", type=int, default=0, metavar="N", help="Of the first prompt; each other's is one more.")
+@click.option("--seed", type=int, metavar="N", help="Of the first prompt, each other's is one more. Default: 1000.")
 @click.option("--components", default=_COMPONENTS, metavar="A,B", help=f"Default: {_COMPONENTS}.")
 @size_option
 @tokens_option
@@ -39,7 +39,7 @@ def calibrate(
     out: Path | None,
     use: Path | None,
     block: int | None,
-    seed: int,
+    seed: int | None,
     components: str,
     size: str | None,
     tokens: int | None,
@@ -51,7 +51,10 @@ def calibrate(
     MODEL runs over some prompts, and second moments of the inputs are kept. The result is kept in the store, and builds of this checkpoint with a calibrated method (--scheme W4BF16-gptq) use
     the last one made.
     """
-    settings = _settings(model, components, size, tokens, build_dir, store, steps=steps, seed=seed)
+    # other latents than verification begins with: what is measured there has not been calibrated on
+    settings = _settings(
+        model, components, size, tokens, build_dir, store, steps=steps, seed=1000 if seed is None else seed
+    )
     with open_progress() as progress:
         from fluxkiln import calibrating
         from fluxkiln.quantize.calibration import DEFAULT_BLOCK

@@ -34,6 +34,7 @@ from fluxkiln.artifacts.registry.document import (
     SIGNATURE,
     Document,
     Layer,
+    check_bundle,
     digest_bytes,
     parse_document,
     pulled_path,
@@ -207,6 +208,10 @@ def list_tags(reference: str, transfers: Transfers | None = None) -> tuple[Refer
     with _open(source, transfers or Transfers(), write=False) as (place, _):
         for tag in sorted(place.tags()):
             try:
+                with_tag(source, tag)
+            except UsageError:
+                continue  # no tag that anybody could ask for
+            try:
                 found[tag] = parse_document(place.manifest(tag), f"manifest {tag} of {place.name}")
             except IntegrityError:
                 found[tag] = None
@@ -269,7 +274,9 @@ def _compose(
     config = modelpack_config(manifest, tuple(layer.digest for layer in layers))
     data = modelpack_document(manifest, Blob(digest_bytes(config), len(config)), [one.descriptor() for one in layers])
     # What others would refuse is not sent.
-    return parse_document(data, f"the manifest of {folder}"), config, sources
+    document = parse_document(data, f"the manifest of {folder}")
+    check_bundle(document, manifest, f"the manifest of {folder}")
+    return document, config, sources
 
 
 def _check_files(folder: Path, manifest: Manifest) -> None:

@@ -43,6 +43,7 @@ MAX_FILE_BYTES = 1 << 40
 MAX_TOTAL_BYTES = 4 << 40
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _LAYER_TYPES = (WEIGHT_TYPE, WEIGHT_CONFIG_TYPE, DOC_TYPE, CODE_TYPE)
 
 
@@ -141,6 +142,7 @@ def parse_document(data: bytes, where: str, digest: str = "") -> Document:
     annotations = value.get("annotations", {})
     if not isinstance(annotations, Mapping) or not all(isinstance(text, str) for text in annotations.values()):
         raise _bad(where, "has annotations that are no texts")
+    _check_texts(annotations, f"{where}: annotations")
     _check_layers(layers, where)
     texts = {name: str(text) for name, text in annotations.items()}
     return Document(data, Blob(config.digest, config.size), layers, texts)
@@ -161,6 +163,7 @@ def check_bundle(document: Document, manifest: Manifest, where: str) -> None:
     Raises:
         IntegrityError: names the first file that differs.
     """
+    _check_texts(manifest.to_json(), f"{where}: {MANIFEST_FILE}")
     layers = {layer.path: layer for layer in document.layers if layer.path != MANIFEST_FILE}
     for file in manifest.files:
         layer = layers.pop(file.path, None)
@@ -172,6 +175,19 @@ def check_bundle(document: Document, manifest: Manifest, where: str) -> None:
     for path in layers:
         if not is_extra(path):
             raise _bad(where, f"has a layer for {path!r}, which {MANIFEST_FILE} does not name")
+
+
+def _check_texts(value: Json, where: str) -> None:
+    """IntegrityError where a text holds what would steer the terminal that it is shown on."""
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            _check_texts(name, where)
+            _check_texts(item, where)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _check_texts(item, where)
+    elif isinstance(value, str) and (found := _CONTROL.search(value)):
+        raise _bad(where, f"holds the control character {found.group()!r}")
 
 
 def _layer(

@@ -19,7 +19,7 @@ from fluxkiln.artifacts.registry.document import (
 from fluxkiln.artifacts.registry.layout import open_layout
 from fluxkiln.artifacts.store import Blob, open_store
 from fluxkiln.errors import IntegrityError
-from fluxkiln.publishing import inspect_reference, pull_bundle
+from fluxkiln.publishing import inspect_reference, publish_bundle, pull_bundle
 
 PATH = "org.cncf.model.filepath"
 
@@ -189,6 +189,15 @@ def test_layers_must_be_those_of_the_bundle(good, tmp_path):
 def test_config_must_name_the_same_layers(config, good, tmp_path):
     with pytest.raises(IntegrityError, match="config"):
         inspect_reference(publish_changed(tmp_path, good, lambda d: None, config))
+
+
+@pytest.mark.parametrize("text", ["\x1b[2J", "a\x07", "\u202egnp.exe", "\x9b31m"])
+def test_texts_that_steer_a_terminal_are_refused(good, tmp_path, text, build):
+    good["annotations"]["org.opencontainers.image.title"] = text
+    with pytest.raises(IntegrityError, match="control character"):
+        parse_document(json.dumps(good).encode(), "hostile")
+    with pytest.raises(IntegrityError, match="control character"):
+        publish_bundle(build("steering", tools={"a": f"1{text}"}), f"oci-layout:{tmp_path / 'layout'}:v2")
 
 
 def test_config_of_our_own_is_accepted(published, tmp_path):

@@ -25,7 +25,7 @@ OPTIONS = $(call option,MODEL,model) $(call option,SIZE,size) $(call option,TOKE
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 15
 	@echo
-	@echo "Variables: MODEL (preset, folder or Hugging Face id), SIZE=1024x1024, TOKENS, SCHEME, VAE=kl|tiny, LORA, JOBS"
+	@echo "Variables: MODEL (preset, folder or Hugging Face id), SIZE=1024x1024, TOKENS, SCHEME, VAE=kl|tiny, TP, INSTANCE, LORA, JOBS"
 
 # Where TPU-MLIR cannot be made, imported moulds do: the build says what it lacks.
 bm1684x:  ## checkpoint -> verified BM1684X bundle, environments included

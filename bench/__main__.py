@@ -21,6 +21,7 @@ NAMES = (
     "tiny",
     "wide",
     "full",
+    "neuron",
     "sample",
 )
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"

@@ -170,6 +170,7 @@ def bundle_files(
     prepared: Prepared, binaries: tuple[BinaryPart, ...], files: tuple[CombinedFile, ...], work: Path
 ) -> dict[str, Blob | Path]:
     """Everything a runtime needs, by its path in the bundle."""
+    import numpy as np
     from safetensors.numpy import save_file
 
     kiln, checkpoint = prepared.kiln, prepared.kiln.checkpoint
@@ -177,7 +178,8 @@ def bundle_files(
     sources.update(checkpoint.sidecars)
     constants = work / HOST_CONSTANTS
     constants.parent.mkdir(parents=True, exist_ok=True)
-    save_file(runtime_constants(kiln), constants)
+    # in row order: safetensors takes the bytes of an array as they lie, and a transposed one's lie otherwise
+    save_file({name: np.ascontiguousarray(array) for name, array in runtime_constants(kiln).items()}, constants)
     sources[HOST_CONSTANTS] = constants
     configs = work / "configs.json"
     configs.write_text(json.dumps(checkpoint.configs, indent=1, sort_keys=True))

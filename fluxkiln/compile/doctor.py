@@ -22,6 +22,8 @@ NEURON_TARGETS = tuple(name for name in ALL_TARGETS if name.startswith(("trn", "
 
 # What every build imports; the environment holds more, which these pull in.
 KEY_PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "numba", "safetensors")
+# what lowers for Neuron
+NEURON_PACKAGES = ("jax", "jaxlib", "torchax")
 
 _BUILD_DISK_GB = 5.0
 _BUILD_MEMORY_GB = 6.0
@@ -57,6 +59,7 @@ def examine(work: Path | None = None) -> list[ToolStatus]:
         _tpu_mlir(tpu_mlir, root),
         # Only needed while TPU-MLIR's environment has yet to be made.
         _python310(() if tpu_mlir else TPU_TARGETS),
+        *(_package(name, NEURON_TARGETS, "`make env`, or `pip install 'fluxkiln[trn1]'`") for name in NEURON_PACKAGES),
         _neuronx_cc(),
         _command("docker-registry", "the tests that push to a registry need it: apt install docker-registry"),
         _command("skopeo", "the tests that read the store with another client need it: apt install skopeo"),
@@ -79,12 +82,14 @@ def _main_python() -> ToolStatus:
     )
 
 
-def _package(name: str) -> ToolStatus:
+def _package(
+    name: str, needed_for: tuple[str, ...] = ALL_TARGETS, remedy: str = "`make env`, or `pip install fluxkiln`"
+) -> ToolStatus:
     try:
         distribution = importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:
-        return ToolStatus(name, False, "", "", ALL_TARGETS, "`make env`, or `pip install fluxkiln`")
-    return ToolStatus(name, True, distribution.version, str(distribution.locate_file("")), ALL_TARGETS, "")
+        return ToolStatus(name, False, "", "", needed_for, remedy)
+    return ToolStatus(name, True, distribution.version, str(distribution.locate_file("")), needed_for, "")
 
 
 def _tpu_mlir(env: TpuMlirEnv | None, root: Path) -> ToolStatus:
@@ -109,7 +114,7 @@ def _python310(needed_for: tuple[str, ...]) -> ToolStatus:
 
 def _neuronx_cc() -> ToolStatus:
     """The Neuron compiler; what PyPI has under its name is a placeholder without the command."""
-    source = "install it from the AWS Neuron package index, not from PyPI"
+    source = "install it from the AWS Neuron package index, not from PyPI; all up to its call works without it"
     command = shutil.which("neuronx-cc")
     if command is None:
         placeholder = _installed_version("neuronx-cc")

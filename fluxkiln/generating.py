@@ -16,6 +16,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 # as the model cards have it
 DEFAULT_STEPS: Mapping[str, int] = {"dev": 28, "schnell": 4}
 MOST_SEED = 2**63 - 1
+SHOWN_CUT = 160  # characters of what was cut from a prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,9 +321,9 @@ def paint(
     progress.stage("encode", len(prompts))
     for prompt in prompts:
         encoded[prompt] = painter.encode(*prompt)
-        progress.done("encode", f"{prompt[0][:40]!r}", "")
-        for note in encoded[prompt].notes:
-            progress.note(note)
+        progress.done("encode", repr(prompt[0][:40]), "encoded")
+    for note in dict.fromkeys(note for one in encoded.values() for note in one.notes):
+        progress.note(note)
     for component in components_to_release(bundle):
         executor.release(component)
     laps.lap("encode")
@@ -335,10 +337,11 @@ def paint(
             encoded[request.prompt, request.prompt_2],
             steps=request.steps, guidance=request.guidance, seed=request.seed,
         )  # fmt: skip
-        for step in steps:
-            progress.done("denoise", f"image {number + 1}, step {step.index}", f"in {step.seconds:.1f} s")
-            if on_step:
-                on_step(number, step)
+        with closing(steps):  # whoever stops in `on_step` has the loop's thread ended
+            for step in steps:
+                progress.done("denoise", f"image {number + 1}, step {step.index}", f"in {step.seconds:.1f} s")
+                if on_step:
+                    on_step(number, step)
         finished.append((request, step.latents, time.perf_counter() - began))
     executor.release("transformer")
     laps.lap("denoise")
@@ -347,7 +350,7 @@ def paint(
         began = time.perf_counter()
         image = painter.decode(latents)
         laps.lap("decode")
-        progress.done("decode", f"seed {request.seed}", "")
+        progress.done("decode", f"seed {request.seed}", "decoded")
         notes = encoded[request.prompt, request.prompt_2].notes
         yield Picture(request, image, latents, seconds + time.perf_counter() - began, notes)
     executor.release("vae")
@@ -360,7 +363,6 @@ def _cut_note(tokenizer: Any, prompt: str, tokens: int, name: str) -> tuple[str,
         return ()
     # the last token is the end mark, which the cut prompt has as well
     lost = ids[tokens - 1 : -1]
-    return (
-        f"{name} takes {tokens} tokens and the prompt has {len(ids)}: the last {len(lost)} were cut: "
-        f"{tokenizer.decode(lost, skip_special_tokens=True)!r}",
-    )
+    text = tokenizer.decode(lost, skip_special_tokens=True)
+    shown = text if len(text) <= SHOWN_CUT else f"{text[:SHOWN_CUT]}…"
+    return (f"{name} takes {tokens} tokens and the prompt has {len(ids)}: the last {len(lost)} were cut: {shown!r}",)

@@ -50,7 +50,7 @@ FLOW = {
             "build",
             "publishing",
         ),
-        *("executing", "generating", "pictures"),
+        *("executing", "generating", "pictures", "serving", "webpage"),
         *("splitting", "lowering", "neffs", "replicating", "roofline", "neuron"),
     )
 }
@@ -59,7 +59,7 @@ SEES_EVERYTHING = ("fluxkiln.cli", "fluxkiln.__main__")
 HEAVY = {
     "torch", "torchvision", "diffusers", "transformers", "tokenizers", "huggingface_hub", "safetensors", "accelerate",
     "onnx", "onnxruntime", "onnxscript", "onnx_ir", "numba", "numpy", "scipy", "skimage", "PIL", "rich", "jinja2",
-    "sentencepiece", "psutil", "jax", "jaxlib", "torchax", "ml_dtypes",
+    "sentencepiece", "psutil", "starlette", "uvicorn", "jax", "jaxlib", "torchax", "ml_dtypes",
 }  # fmt: skip
 
 MOST_LINES = 500

@@ -40,6 +40,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "export": ("export", "Write the template of every kind of part, and how each part fills its slots."),
     "patches": ("patches", "List what is rewritten in diffusers and transformers, and whether it still fits."),
     "generate": ("generate", "Make images from a bundle; no checkpoint is needed."),
+    "serve": ("serve", "Open a local page to type a prompt and watch the steps."),
     "inspect": ("bundle", "Show what a bundle is made of, in a folder or in a registry."),
     "report": ("bundle", "Write a build's report.html again from its report.json."),
     "verify": ("bundle", "Compare every file of a bundle with the digest its manifest gives."),

@@ -1,0 +1,136 @@
+"""Headless Chromium over its debugging pipe: what a page shows, says on its console, and looks like."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+PATIENCE = 60
+
+
+class Browser:
+    """One page. `errors` are what its console complained of, and exceptions nobody caught."""
+
+    def __init__(self) -> None:
+        assert CHROMIUM is not None
+        self._folder = tempfile.TemporaryDirectory(prefix="fluxkiln-chromium-", ignore_cleanup_errors=True)
+        read_end, self._to = os.pipe()
+        self._from, write_end = os.pipe()
+
+        def hand_over() -> None:
+            # clear of 3 and 4 first: one of the four may be there already
+            taken, given = os.dup(read_end), os.dup(write_end)
+            high_taken, high_given = os.dup2(taken, 100), os.dup2(given, 101)
+            os.dup2(high_taken, 3)
+            os.dup2(high_given, 4)
+
+        self._process = subprocess.Popen(
+            [
+                CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe",
+                f"--user-data-dir={self._folder.name}", "--no-first-run", "--disable-extensions",
+                "--disable-background-networking", "--disable-component-update", "--hide-scrollbars",
+                "--disable-dev-shm-usage", "about:blank",
+            ],
+            preexec_fn=hand_over, close_fds=False, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        os.close(read_end)
+        os.close(write_end)
+        self._buffer = b""
+        self._number = 0
+        self.errors: list[str] = []
+        target = self._call("Target.createTarget", {"url": "about:blank"}, None)["targetId"]
+        attached = self._call("Target.attachToTarget", {"targetId": target, "flatten": True}, None)
+        self._session = attached["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self._call(f"{domain}.enable")
+
+    def open(self, url: str) -> None:
+        self._call("Page.navigate", {"url": url})
+        self.wait("document.readyState === 'complete'")
+
+    def evaluate(self, expression: str) -> Any:
+        """The value of an expression, awaited."""
+        answer = self._call("Runtime.evaluate", {"expression": expression, "returnByValue": True, "awaitPromise": True})
+        assert "exceptionDetails" not in answer, answer["exceptionDetails"]
+        return answer["result"].get("value")
+
+    def wait(self, condition: str) -> None:
+        """Until an expression is true."""
+        until = time.monotonic() + PATIENCE
+        while time.monotonic() < until:
+            if self.evaluate(f"Boolean({condition})"):
+                return
+            time.sleep(0.05)
+        raise AssertionError(f"not so within {PATIENCE} s: {condition}")
+
+    def press(self, key: str, code: int, text: str = "", modifiers: int = 0) -> None:
+        """A key going down and up; modifiers: 1 Alt, 2 Ctrl, 8 Shift."""
+        common = {"key": key, "code": key, "windowsVirtualKeyCode": code, "modifiers": modifiers}
+        self._call("Input.dispatchKeyEvent", {"type": "keyDown" if text else "rawKeyDown", "text": text, **common})
+        self._call("Input.dispatchKeyEvent", {"type": "keyUp", **common})
+
+    def type(self, text: str) -> None:
+        self._call("Input.insertText", {"text": text})
+
+    def look_like(self, width: int, height: int, *, dark: bool = False, phone: bool = False) -> None:
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 2 if phone else 1, "mobile": phone}
+        self._call("Emulation.setDeviceMetricsOverride", metrics)
+        features = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+        self._call("Emulation.setEmulatedMedia", {"features": features})
+
+    def screenshot(self, path: Path) -> None:
+        answer = self._call("Page.captureScreenshot", {"captureBeyondViewport": True})
+        path.write_bytes(base64.b64decode(answer["data"]))
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        os.close(self._to)
+        os.close(self._from)
+        self._folder.cleanup()
+
+    def __enter__(self) -> Browser:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _call(self, method: str, parameters: dict[str, Any] | None = None, session: str | None = "") -> Any:
+        self._number += 1
+        message: dict[str, Any] = {"id": self._number, "method": method, "params": parameters or {}}
+        if session is not None:
+            message["sessionId"] = self._session
+        os.write(self._to, json.dumps(message).encode() + b"\0")
+        while True:
+            answer = self._read()
+            if answer.get("id") == self._number:
+                assert "error" not in answer, answer["error"]
+                return answer["result"]
+            self._note(answer)
+
+    def _read(self) -> dict[str, Any]:
+        while b"\0" not in self._buffer:
+            data = os.read(self._from, 1 << 16)
+            assert data, "Chromium ended"
+            self._buffer += data
+        line, self._buffer = self._buffer.split(b"\0", 1)
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    def _note(self, event: dict[str, Any]) -> None:
+        method, parameters = event.get("method"), event.get("params", {})
+        if method == "Runtime.exceptionThrown":
+            self.errors.append(json.dumps(parameters["exceptionDetails"])[:500])
+        elif method == "Runtime.consoleAPICalled" and parameters["type"] in ("error", "warning", "assert"):
+            self.errors.append(json.dumps(parameters["args"])[:500])
+        elif method == "Log.entryAdded" and parameters["entry"]["level"] in ("error", "warning"):
+            self.errors.append(parameters["entry"]["text"] + " " + parameters["entry"].get("url", ""))

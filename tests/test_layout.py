@@ -50,6 +50,7 @@ FLOW = {
             "build",
             "publishing",
         ),
+        *("debugging", "matching", "remedies"),
         *("executing", "generating", "pictures", "serving", "webpage"),
         *("splitting", "lowering", "neffs", "replicating", "roofline", "neuron"),
     )

@@ -106,7 +106,7 @@ def link_graph(
     shapes = {spec.name: spec.shape for spec in template.slots}
     activations = [value for value in graph.input if value.name not in shapes]
     stored = {} if scheme.weight_bits else _expand_derived(graph, slots, shapes, refs)
-    matmuls = _find_matmuls(graph, shapes)
+    matmuls = find_matmuls(graph, shapes)
     if scheme.weight_bits:
         replaced = _quantized(matmuls, scheme, read_weight, sidecar, rounder_of)
     else:
@@ -246,7 +246,7 @@ class _MatMul:
     region: tuple[slice, slice] = (slice(None), slice(None))
 
 
-def _find_matmuls(graph: Any, slots: Iterable[str]) -> dict[str, _MatMul]:
+def find_matmuls(graph: Any, slots: Iterable[str]) -> dict[str, _MatMul]:
     """All products with a slot, by the name of their output."""
     from onnx.numpy_helper import to_array
 

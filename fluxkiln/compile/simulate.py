@@ -54,10 +54,25 @@ class Simulator:
         Raises:
             CompileError: the net does not exist, or the run failed. ResourceError: the process was killed.
         """
+        made = list(self._ask(file, inputs, net, ()).values())
+        if len(made) != len(outputs):
+            raise CompileError(f"{file.name} {net} has {len(made)} outputs, {len(outputs)} are expected")
+        return dict(zip(outputs, made, strict=True))
+
+    def look(self, file: Path, inputs: Mapping[str, NDArray[Any]], values: tuple[str, ...]) -> dict[str, NDArray[Any]]:
+        """Values on the way through a lowered graph, by its own names, float32; all of them stay in memory meanwhile.
+
+        Raises: as `run`.
+        """
+        return self._ask(file, inputs, "", values)
+
+    def _ask(
+        self, file: Path, inputs: Mapping[str, NDArray[Any]], net: str, values: tuple[str, ...]
+    ) -> dict[str, NDArray[Any]]:
         scratch = Path(self._scratch.name)
         arrays: dict[str, Any] = dict(inputs)
         np.savez(scratch / "in.npz", **arrays)
-        request = {"file": str(file.absolute()), "net": net, "inputs": "in.npz", "outputs": "out.npz"}
+        request = {"file": str(file.absolute()), "net": net, "inputs": "in.npz", "outputs": "out.npz", "values": values}
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
@@ -77,10 +92,7 @@ class Simulator:
             raise CompileError(f"simulating {file.name} {net} failed: {answer['error']}; log: {self.log}")
         self.seconds += float(answer["seconds"])
         with np.load(scratch / "out.npz") as results:
-            made = [results[name] for name in results.files]
-        if len(made) != len(outputs):
-            raise CompileError(f"{file.name} {net} has {len(made)} outputs, {len(outputs)} are expected")
-        return dict(zip(outputs, made, strict=True))
+            return {name: results[name] for name in results.files}
 
     def close(self) -> None:
         """End the process; its scratch files go with it."""

@@ -2,8 +2,9 @@
 
 One JSON request a line on stdin, one JSON answer a line on the stream that was stdout (the libraries print on stdout
 themselves, so their prints are sent to stderr). Requests:
-    {"file": path, "net": name or "", "inputs": npz, "outputs": npz}
-A `.bmodel` runs on the chip's simulator, a `.mlir` in the compiler's interpreter. Answers: {"ok": true, "seconds": s}
+    {"file": path, "net": name or "", "inputs": npz, "outputs": npz, "values": names}
+A `.bmodel` runs on the chip's simulator, a `.mlir` in the compiler's interpreter. `values` asks for values of a lowered
+graph in place of its outputs. Answers: {"ok": true, "seconds": s}
 or {"ok": false, "error": text}. Inputs are float32 or integers; outputs are written as float32.
 """
 
@@ -30,8 +31,9 @@ def main() -> None:
         started = time.perf_counter()
         try:
             inputs = dict(np.load(request["inputs"]))
-            run = run_bmodel if request["file"].endswith(".bmodel") else run_lowered
-            outputs: dict[str, Any] = run(request["file"], request["net"], inputs)
+            binary = request["file"].endswith(".bmodel")
+            run, what = (run_bmodel, request["net"]) if binary else (run_lowered, request["values"])
+            outputs: dict[str, Any] = run(request["file"], what, inputs)
             np.savez(request["outputs"], **outputs)
             answer: dict[str, Any] = {"ok": True, "seconds": time.perf_counter() - started}
         except Exception as error:  # whatever the libraries raise belongs into the answer
@@ -59,10 +61,10 @@ def run_bmodel(file: str, name: str, inputs: Arrays) -> Arrays:
     return {tensor.name: widen(tensor.data, tensor.dtype) for tensor in net.outputs}
 
 
-def run_lowered(file: str, name: str, inputs: Arrays) -> Arrays:
+def run_lowered(file: str, values: list[str], inputs: Arrays) -> Arrays:
     import pymlir
 
-    pymlir.set_mem_mode("reused_mem" if inputs_first(file) else "value_mem")
+    pymlir.set_mem_mode("reused_mem" if inputs_first(file) and not values else "value_mem")
     module = pymlir.module()
     folder = os.getcwd()
     os.chdir(os.path.dirname(file))  # the graph names its weight file without a folder
@@ -71,11 +73,11 @@ def run_lowered(file: str, name: str, inputs: Arrays) -> Arrays:
     finally:
         os.chdir(folder)
     for tensor in module.input_names:
-        values = inputs.pop(tensor).astype(np.float32, copy=False)
-        module.set_tensor(tensor, values, values.shape)
-        del values  # the module has a copy
+        given = inputs.pop(tensor).astype(np.float32, copy=False)
+        module.set_tensor(tensor, given, given.shape)
+        del given  # the module has a copy
     module.invoke(True)
-    return {tensor: np.array(module.get_tensor(tensor), dtype=np.float32) for tensor in module.output_names}
+    return {tensor: np.array(module.get_tensor(tensor), np.float32) for tensor in values or module.output_names}
 
 
 def inputs_first(file: str) -> bool:

@@ -25,19 +25,30 @@ def run_rows(run_part: PartRunner, part: Part, inputs: Mapping[str, NDArray[Any]
     Raises:
         UsageError: too many rows, or not equally many in all inputs. Whatever `run_part` raises.
     """
+    filled, rows = fill_rows(part, inputs)
+    if not rows:
+        return run_part(part.name, inputs)
+    return {name: output[:rows] for name, output in run_part(part.name, filled).items()}
+
+
+def fill_rows(part: Part, inputs: Mapping[str, NDArray[Any]]) -> tuple[dict[str, NDArray[Any]], int]:
+    """Inputs with all the rows that `part` was made for, and how many were given; 0 where its kind takes no rows.
+
+    Raises:
+        UsageError: too many rows, or not equally many in all inputs.
+    """
     import numpy as np
 
     names = [name for name in find_kind(part.kind).rows if name in inputs]
     if not names:
-        return run_part(part.name, inputs)
+        return dict(inputs), 0
     given = {inputs[name].shape[0] for name in names}
     rows = given.pop()
     if given or not 1 <= rows <= MODULATION_ROWS:
         shown = ", ".join(f"{name} {inputs[name].shape[0]}" for name in names)
         raise UsageError(f"part {part.name} was given rows: {shown}; it takes 1 to {MODULATION_ROWS} of each")
     spread = np.minimum(np.arange(MODULATION_ROWS), rows - 1)
-    filled = {name: array[spread] if name in names else array for name, array in inputs.items()}
-    return {name: output[:rows] for name, output in run_part(part.name, filled).items()}
+    return {name: array[spread] if name in names else array for name, array in inputs.items()}, rows
 
 
 def recorded_parts(configs: Mapping[str, Mapping[str, Any]], vae: Literal["kl", "tiny"] = "kl") -> tuple[Part, ...]:

@@ -1,0 +1,120 @@
+"""`fluxkiln debug`: the first operation inside a part that leaves its tolerance."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from fluxkiln.cli.options import SettingsFor, settings_options
+from fluxkiln.cli.output import Output, json_option
+from fluxkiln.cli.progress import open_progress
+from fluxkiln.errors import ParityError
+
+if TYPE_CHECKING:
+    from fluxkiln.debugging import Culprit, Diagnosis, RungFindings
+    from fluxkiln.verify.bisect import Range
+
+DEFAULT_TARGET = "bm1684x"
+
+
+@click.command()
+@click.argument("part")
+@click.option("--target", metavar="NAME", default=DEFAULT_TARGET, help=f"bm1684x, bm1688 or cpu: {DEFAULT_TARGET}.")
+@click.option("--step", type=int, metavar="N", default=0, help="The denoising step to look at, from 0. Default: 0.")
+@click.option("--values", "every", is_flag=True, help="Every value of the lowest bad rung, or of the top one.")
+@settings_options
+@json_option
+@click.pass_obj
+def debug(output: Output, settings_for: SettingsFor, part: str, target: str, step: int, every: bool) -> None:
+    """Find the first operation inside PART whose output leaves its tolerance.
+
+    PART is a part's name, double.07 or time_embed; the options are those of the build it belongs to. The part's values
+    are compared one by one: the template with diffusers' own modules, the stored weights with the checkpoint's, the
+    compiled form with the template. Ends with 3 if something is found.
+    """
+    from fluxkiln.debugging import debug_part
+    from fluxkiln.preparing import prepare
+
+    settings = settings_for(target)
+    with open_progress() as progress:
+        found = debug_part(prepare(settings, progress), part, step, progress)
+    output.document(found.to_json())
+    _show(output, found, every)
+    if found.culprit is not None:
+        raise ParityError(culprit_text(found, found.culprit))
+
+
+def culprit_text(found: Diagnosis, culprit: Culprit) -> str:
+    """One sentence: where, what and why."""
+    lost = f", on the way to {' and '.join(culprit.remedy.through)}" if culprit.remedy.through else ""
+    return (
+        f"{found.part}, rung {culprit.rung}: the first operation out of tolerance is {culprit.operation} "
+        f"{culprit.finding.value}{lost}: {culprit.remedy.cause}; {culprit.remedy.advice}"
+    )
+
+
+def _show(output: Output, found: Diagnosis, every: bool) -> None:
+    output.facts({"part": f"{found.part} ({found.kind}, {found.scheme})", **found.facts, "step": _step(found.step)})
+    output.line()
+    output.table(
+        ("rung", "against", "values", "out", "largest own error", "in"),
+        [_rung_row(rung) for rung in found.rungs],
+        numbers=("values", "out", "largest own error"),
+    )
+    culprit = found.culprit
+    shown = next((rung for rung in found.rungs if rung.culprit is culprit), found.rungs[-1])
+    if culprit is None:
+        output.line("\nevery operation stays within its tolerance")
+        shown = found.rungs[-1]
+    else:
+        _show_culprit(output, culprit)
+    if every:
+        output.line()
+        output.table(
+            ("value", "own", "worst channel", "drift", "out"),
+            [
+                (one.value, f"{one.own:.1e}", f"{one.channel:.1e}", f"{one.drift:.1e}", one.missed)
+                for one in shown.findings
+            ],
+            numbers=("own", "worst channel", "drift"),
+        )
+
+
+def _show_culprit(output: Output, culprit: Culprit) -> None:
+    finding = culprit.finding
+    channels = ""
+    if finding.channels:
+        more = finding.bad_channels - len(finding.channels)
+        named = ", ".join(map(str, finding.channels)) + (f" and {more} more" if more else "")
+        channels = f"{finding.bad_channels} of {finding.all_channels}: {named}"
+    output.line()
+    output.facts(
+        {
+            "first out": f"{culprit.operation} {finding.value}" + f" ({culprit.lowered})" * bool(culprit.lowered),
+            "on the way to": ", ".join(culprit.remedy.through),
+            "errors": f"own {finding.own:.2g}, worst channel {finding.channel:.2g}, drift {finding.drift:.2g}",
+            "channels": channels,
+            "weights": ", ".join(culprit.slots),
+            **{f"reads {name}": _range_text(range_) for name, range_ in culprit.inputs.items()},
+            "makes": _range_text(culprit.output),
+            "cause": culprit.remedy.cause,
+            "remedy": culprit.remedy.advice,
+        }
+    )
+
+
+def _rung_row(rung: RungFindings) -> tuple[str, ...]:
+    missed = sum(1 for finding in rung.findings if finding.missed)
+    worst = rung.noisiest
+    own = (f"{worst.own:.1e}", worst.value) if worst is not None else ("", "")
+    return rung.rung, rung.against, str(len(rung.findings)), str(missed), *own
+
+
+def _range_text(range_: Range) -> str:
+    shape = "x".join(map(str, range_.shape))
+    return f"{range_.low:.4g} to {range_.high:.4g}, rms {range_.rms:.3g}, smallest {range_.smallest:.2g} [{shape}]"
+
+
+def _step(step: int) -> str:
+    return "once per image" if step < 0 else str(step)

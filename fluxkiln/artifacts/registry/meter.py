@@ -52,7 +52,7 @@ class Meter:
             new = steps - self._told.get(layer.path, 0)
             self._told[layer.path] = max(steps, self._told.get(layer.path, 0))
         for _ in range(new):
-            self._progress.done(self._stage, layer.path, how)
+            self._progress.done(self._stage, layer.path or "config", how)
 
 
 def _steps(size: int) -> int:

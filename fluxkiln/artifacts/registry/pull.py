@@ -126,15 +126,15 @@ def pull(
         _heal(destination, keep=staging)
         check_replaceable(destination)
         _check_room(parent, staging, found.document)
-        try:
-            with disk_full_named(parent, found.document.size):
+        with disk_full_named(parent, found.document.size):
+            try:
                 _receive_all(place, found.document, staging, stop, jobs, progress)
                 write_durably(staging / RECORD, canonical_json(record))
-        except _DamagedError as error:
-            raise IntegrityError(f"{error}. What came lies in {_set_aside(destination, staging, error)}") from None
-        except (ResourceError, IntegrityError):
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
+            except _DamagedError as error:
+                raise IntegrityError(f"{error}. What came lies in {_set_aside(destination, staging, error)}") from None
+            except (ResourceError, IntegrityError, OSError):
+                shutil.rmtree(staging, ignore_errors=True)
+                raise
         try:
             if check is not None:
                 check(staging, found.document)

@@ -56,7 +56,7 @@ def push(
     lock = threading.Lock()
     for turn in range(_ROUNDS):
         sent: dict[str, int] = {}
-        meter = Meter(progress, "push", layers)
+        meter = Meter(progress, "push", [*layers, settings])
 
         def work(layer: Layer, again: bool = turn > 0, sent: dict[str, int] = sent, meter: Meter = meter) -> None:
             stop.check()

@@ -27,7 +27,7 @@ from fluxkiln.export.safetensors_header import copy_tensors
 from fluxkiln.export.shards import check_unchanged, shard_states
 from fluxkiln.progress import Progress
 from fluxkiln.quantize.schemes import Scheme, parse_scheme
-from fluxkiln.rounders import part_rounders
+from fluxkiln.rounders import part_correctors, part_rounders
 from fluxkiln.stages import BinaryPart, CombinedFile, Kiln, make_template, tell_template
 
 GRAPHS = "onnx"
@@ -141,8 +141,11 @@ def link_parts(kiln: Kiln, schemes: Mapping[str, Scheme], folder: Path) -> dict[
             refs = copy_tensors(refs.values(), folder / WEIGHTS / f"{part.name}.safetensors")
         reader = weight_reader(binding, kiln.checkpoint)
         target = folder / f"{part.name}.onnx"
-        rounder_of = part_rounders(kiln, part, "onnx23") if schemes[part.kind].weight_bits else None
-        linked[part.name] = link_weights(template, binding, refs, reader, schemes[part.kind], target, rounder_of)
+        scheme, rounder_of, corrector_of = schemes[part.kind], None, None
+        if scheme.weight_bits:
+            corrector_of = part_correctors(kiln, part, "onnx23")
+            rounder_of = None if corrector_of else part_rounders(kiln, part, "onnx23")
+        linked[part.name] = link_weights(template, binding, refs, reader, scheme, target, rounder_of, corrector_of)
     return linked
 
 

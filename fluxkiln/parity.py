@@ -19,7 +19,7 @@ from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.export.checkpoint import TensorReader
 from fluxkiln.extent import LIMITS, Limits, multiplications, replayed_shapes
 from fluxkiln.progress import Progress
-from fluxkiln.quantize.schemes import Scheme
+from fluxkiln.quantize.schemes import METHODS, Scheme
 from fluxkiln.rounders import part_rounders
 from fluxkiln.rungs import Rungs, bm1684x_rungs, cpu_rungs
 from fluxkiln.settings import Settings
@@ -328,8 +328,9 @@ def climb_part(
 
 
 def _base_name(scheme: Scheme) -> str:
-    """The scheme as the gates know it: without the group size."""
-    return scheme.name.split("-")[0]
+    """The scheme as the gates know it: without group size or method, but with whether that is calibrated."""
+    calibrated = scheme.weight_bits and METHODS[scheme.method].calibrated
+    return scheme.name.split("-")[0] + "-calibrated" * bool(calibrated)
 
 
 def _version(package: str) -> str:

@@ -6,7 +6,7 @@ A mould does not depend on it: all methods write codes, scales and zero points o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fluxkiln.artifacts.actions import Action, ActionCache
 from fluxkiln.artifacts.canonical import digest_json
@@ -17,7 +17,11 @@ from fluxkiln.export.bindings import bind_part, tensors_of
 from fluxkiln.quantize.calibration import Calibration, open_calibration
 from fluxkiln.quantize.rounding import Rounder, RounderOf, as_compiler, make_rounder
 from fluxkiln.quantize.schemes import METHODS
+from fluxkiln.quantize.statistics import Statistics
 from fluxkiln.stages import Kiln, make_template
+
+if TYPE_CHECKING:
+    from fluxkiln.quantize.activation import CorrectorOf
 
 # what decides the codes of a method that is not the compiler's
 ROUNDING_CODE = (
@@ -114,6 +118,24 @@ def part_rounders(kiln: Kiln, part: Part, graph_format: Any = "onnx17") -> Round
     return _Calibrated(kiln, part, calibration, binding)
 
 
+def part_correctors(kiln: Kiln, part: Part, graph_format: Any = "onnx17") -> CorrectorOf | None:
+    """Slot of a part's template -> what packs it by a method that needs more than codes; None for all others.
+
+    Raises:
+        SchemeError: there is no calibration, or it is not of this checkpoint.
+    """
+    from fluxkiln.quantize.activation import pack_corrected
+
+    scheme = kiln.scheme(part)
+    if not scheme.weight_bits or METHODS[scheme.method].codes_only:
+        return None
+    calibration = part_calibration(kiln, part)
+    assert calibration is not None
+    binding = bind_part(part, make_template(kiln, part.kind, graph_format).slots, kiln.checkpoint)
+    known = _Calibrated(kiln, part, calibration, binding)
+    return lambda slot, columns: lambda weight: pack_corrected(weight, scheme, known.statistics(slot, columns))
+
+
 class _Calibrated:
     """Rounders with the statistics of their matrices. The last one is kept: codes are asked for, then scales."""
 
@@ -126,6 +148,18 @@ class _Calibrated:
         self._last: tuple[tuple[str, int, int], Rounder] | None = None
 
     def __call__(self, slot: str, columns: tuple[int, int] | None) -> Rounder:
+        key = self._channels(slot, columns)
+        if self._last is None or self._last[0] != key:
+            self._last = key, make_rounder(self.scheme, self.statistics(slot, columns))
+        return self._last[1]
+
+    def statistics(self, slot: str, columns: tuple[int, int] | None) -> Statistics:
+        """Of the inputs of a slot, or of some of its channels."""
+        name, start, stop = self._channels(slot, columns)
+        return self.calibration.statistics(self.component, name, self.tensors[name].shape[1]).columns(start, stop)
+
+    def _channels(self, slot: str, columns: tuple[int, int] | None) -> tuple[str, int, int]:
+        """The tensor of the checkpoint that a slot is cut from, and its first and last input channel."""
         bound = self.slots[slot]
         name = bound.sources[0]
         start, stop = 0, self.tensors[name].shape[1]
@@ -134,8 +168,4 @@ class _Calibrated:
                 start, stop = start + step.start, start + step.stop
         if columns is not None:
             start, stop = start + columns[0], start + columns[1]
-        key = (name, start, stop)
-        if self._last is None or self._last[0] != key:
-            statistics = self.calibration.statistics(self.component, name, self.tensors[name].shape[1])
-            self._last = key, make_rounder(self.scheme, statistics.columns(start, stop))
-        return self._last[1]
+        return name, start, stop

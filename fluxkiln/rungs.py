@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 from fluxkiln.artifacts.types import PartRunner
 from fluxkiln.components import KINDS, find_part
 from fluxkiln.export.bindings import WeightReader, bind_part, weight_reader
+from fluxkiln.quantize.rounding import RounderOf, as_compiler
 from fluxkiln.quantize.schemes import Scheme
-from fluxkiln.rounders import part_rounders
+from fluxkiln.rounders import part_correctors, part_rounders
 from fluxkiln.stages import BinaryPart, CombinedFile, Kiln, make_template
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from fluxkiln.compile.feeding import Filling, Rewrite
     from fluxkiln.compile.simulate import Simulator
-    from fluxkiln.quantize.rounding import RounderOf
+    from fluxkiln.quantize.activation import CorrectorOf
 
 # rung -> runner, from the bottom of the ladder to its top
 Rungs = dict[str, PartRunner]
@@ -145,7 +146,18 @@ def _fill_stored(kiln: Kiln, name: str) -> Filling:
     template = make_template(kiln, part.kind, "onnx17")
     quantized = {slot for slot, _ in quantized_matmuls(template.path, {spec.name for spec in template.inputs})}
     reader = weight_reader(bind_part(part, template.slots, kiln.checkpoint), kiln.checkpoint)
+    corrector_of = part_correctors(kiln, part)
+    if corrector_of is not None:
+        return Filling(template, partial(_corrected, reader, kiln.scheme(part), quantized, corrector_of))
     return Filling(template, partial(_stored, reader, kiln.scheme(part), quantized, part_rounders(kiln, part)))
+
+
+def _corrected(
+    reader: WeightReader, scheme: Scheme, quantized: set[str], corrector_of: CorrectorOf, slot: str
+) -> NDArray[Any]:
+    if slot not in quantized:
+        return _stored(reader, scheme, quantized, as_compiler, slot)
+    return corrector_of(slot, None)(reader(slot)).dequantize(scheme.group_size)
 
 
 def _stored(

@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 
 from fluxkiln.calibrating import Sums, read_prompts
+from fluxkiln.compile.bmodel import read_bmodel
 from fluxkiln.compile.cast import compare_stored
 from fluxkiln.compile.forms import FormMaker
 from fluxkiln.compile.mould import CoefficientMap
 from fluxkiln.components import Shapes, find_part
 from fluxkiln.errors import CheckpointError, SchemeError, UsageError
 from fluxkiln.export.bindings import bind_part, weight_reader
+from fluxkiln.linking import link_parts
 from fluxkiln.moulds import cast_part, make_mould, mould_action
+from fluxkiln.parity import climb_part, climb_stored
 from fluxkiln.quantize.calibration import open_calibration
 from fluxkiln.quantize.pack import pack_int4
 from fluxkiln.quantize.rounding import as_compiler, pack_matrix
@@ -28,8 +31,10 @@ from fluxkiln.rounders import (
     part_rounders,
     rounding_key,
 )
-from fluxkiln.rungs import bm1684x_rungs
+from fluxkiln.rungs import bm1684x_rungs, cpu_rungs, dequantized_rung
 from fluxkiln.stages import CombinedFile, make_template
+from fluxkiln.verify.gates import first_bad_rung
+from fluxkiln.verify.ladder import Ladder
 from fluxkiln.verify.metrics import compare
 
 NAME, SLOT = "single.00", "attn.to_q.weight__t"
@@ -207,3 +212,56 @@ def test_the_chip_multiplies_with_these_codes(kiln, cast_alone, calibrated, tiny
     assert not any(share.any() for share in same.values())
     wrong = compare_stored(path, binary.net, found, reader, as_compiler)
     assert wrong[SLOT].max() > 0.01
+
+
+@pytest.mark.tpu_mlir
+@pytest.mark.parametrize("what", ["nibbles", "zero point", "scales"])
+def test_wrong_bytes_of_one_group_miss_the_stored_gate(kiln, cast_alone, tmp_path, what):
+    made = one_part(kiln, "W4BF16", target="bm1684x")
+    (part,) = made.parts
+    mould, binary = make_mould(made, make_template(made, part.kind, "onnx17")), cast_alone(made, NAME)
+    found = CoefficientMap.from_json(json.loads(made.path(mould.result.outputs["map"]).read_text()))
+    (net,) = read_bmodel(made.path(binary.bmodel)).nets
+    wanted = {"nibbles": "codes", "zero point": "zero", "scales": "scale"}[what]
+    place = next(p for p in found.binary if p.form.slot == SLOT and p.form.name.startswith(wanted))
+    data = bytearray(made.path(binary.bmodel).read_bytes())
+    at = net.coefficients.start + place.offset
+    if what == "nibbles":
+        data[at : at + 32] = bytes((byte >> 4) | (byte & 15) << 4 for byte in data[at : at + 32])
+    elif what == "zero point":
+        data[at] ^= 1
+    else:
+        data[at : at + 4] = data[at + 2 : at + 4] + data[at : at + 2]
+    spoilt = tmp_path / "spoilt.bmodel"
+    spoilt.write_bytes(data)
+    ladder = Ladder()
+    files = (CombinedFile("x.bmodel", made.cache.store.add_file(spoilt), (NAME,)),)
+    climb_stored(ladder, made, (binary,), files)
+    assert first_bad_rung(ladder.rows) == {NAME: "stored"}
+    assert SLOT in ladder.rows[0].output
+
+
+@pytest.mark.parametrize("method", ["awq", "svd", "svd-r8", "gptq"])
+def test_onnx_runtime_runs_what_is_dequantized(kiln, calibrated, tiny_recording, tmp_path, method):
+    """The bundle's graph against its reference: codes, channel scales and low-rank branches are in both."""
+    made = one_part(kiln, f"W4BF16-{method}")
+    recording = tiny_recording("tiny-dev", "kl", Shapes(height=32, width=32, tokens=16))
+    inputs = recording.inputs(NAME, 0)
+    with cpu_rungs(made, link_parts(made, made.schemes, tmp_path / "onnx")) as rungs:
+        out = {
+            rung: rungs[rung](NAME, inputs)["hidden_states_out"] for rung in ("dequantized", "executed", "onnxruntime")
+        }
+    base = inputs["hidden_states"]
+    assert compare(out["executed"], out["dequantized"], base).relative_l2 <= 2e-3
+    assert compare(out["executed"], out["onnxruntime"], base).delta_cosine < 0.9999
+
+
+@pytest.mark.parametrize(("scheme", "passes"), [("W4BF16", True), ("W4BF16-gptq", False)])
+def test_calibration_of_other_inputs_misses_a_gate(kiln, calibrated, tiny_recording, scheme, passes):
+    """The moments of `calibrated` are not those of the model: the dequantized rung shows it."""
+    made = one_part(kiln, scheme)
+    recording = tiny_recording("tiny-dev", "kl", Shapes(height=32, width=32, tokens=16))
+    output = dequantized_rung(made)(NAME, recording.inputs(NAME, 0))
+    ladder = Ladder()
+    climb_part(ladder, made, recording, made.parts[0], 0, {"dequantized": output})
+    assert first_bad_rung(ladder.rows) == ({} if passes else {NAME: "dequantized"})

@@ -48,8 +48,8 @@ def calibrate(
 ) -> None:
     """Record what goes into every layer, for the methods that round by it.
 
-    MODEL runs over some prompts, and second moments of the inputs are kept. The result is kept in the store, and builds of this checkpoint with a calibrated method (--scheme W4BF16-gptq) use
-    the last one made.
+    MODEL runs over some prompts, and second moments of the inputs are kept in the store: builds of this checkpoint
+    with a calibrated method (--scheme W4BF16-gptq) use the last ones made.
     """
     # other latents than verification begins with: what is measured there has not been calibrated on
     settings = _settings(
@@ -124,8 +124,9 @@ def quantize(
 ) -> None:
     """Compare methods layer by layer, and choose a scheme for each within a budget.
 
-    Every layer of MODEL's blocks is measured beside the compiler's own rounding. Output errors are shown where the store has a calibration of this checkpoint (fluxkiln calibrate). With --budget
-    each layer gets the scheme that takes most error off a byte.
+    Every layer of MODEL's blocks is measured beside the compiler's own rounding. Output errors are shown where the
+    store has a calibration of this checkpoint (fluxkiln calibrate). With --budget each layer gets the scheme that
+    takes most error off a byte.
     """
     settings = _settings(model, components, None, None, build_dir, store)
     with open_progress() as progress:

@@ -116,7 +116,7 @@ def weights_as_inputs(template: Path) -> FedGraph:
     import onnx
     from onnx.helper import make_node, make_opsetid
 
-    from fluxkiln.compile.ort_graph import CONTRIB
+    from fluxkiln.compile.ort_packed import CONTRIB
 
     model = onnx.load(template)
     graph = model.graph

@@ -18,6 +18,7 @@ import numpy as np
 
 from fluxkiln.artifacts.types import Binding, SlotBinding, Template, TensorRef
 from fluxkiln.compile.external_data import Sidecar, external_range, in_place_tensor
+from fluxkiln.compile.ort_packed import CONTRIB, corrected_matmul, packed_matmul
 from fluxkiln.errors import CompileError, IntegrityError
 from fluxkiln.quantize.schemes import Scheme, check_groups
 
@@ -25,10 +26,9 @@ if TYPE_CHECKING:
     from onnx import NodeProto, TensorProto
 
     from fluxkiln.compile.mould import WeightReader
-    from fluxkiln.quantize.pack import PackedWeight
+    from fluxkiln.quantize.activation import CorrectorOf
     from fluxkiln.quantize.rounding import RounderOf
 
-CONTRIB = "com.microsoft"
 # operations that move a weight without computing: done before the cast, so that only what they keep is cast
 _MOVES = ("Gather", "Slice")
 
@@ -58,6 +58,7 @@ def link_weights(
     scheme: Scheme,
     target: Path,
     rounder_of: RounderOf | None = None,
+    corrector_of: CorrectorOf | None = None,
 ) -> Path:
     """Write `target`: the template with every slot turned into an initializer that lies in another file.
 
@@ -65,7 +66,7 @@ def link_weights(
     Arguments and errors as `link_graph`.
     """
     sidecar = Sidecar(sidecar_path(target, scheme))
-    model = link_graph(template, binding, refs, read_weight, scheme, sidecar, rounder_of).model
+    model = link_graph(template, binding, refs, read_weight, scheme, sidecar, rounder_of, corrector_of).model
     target.write_bytes(model.SerializeToString(deterministic=True))
     return target
 
@@ -78,6 +79,7 @@ def link_graph(
     scheme: Scheme,
     sidecar: Sidecar,
     rounder_of: RounderOf | None = None,
+    corrector_of: CorrectorOf | None = None,
 ) -> LinkedGraph:
     """The template with every slot turned into an initializer that lies in another file.
 
@@ -91,6 +93,7 @@ def link_graph(
             folder.
         rounder_of: slot and input channels -> what makes their codes; the scheme's own by default, which has no
             calibration.
+        corrector_of: the same for a method that needs more than codes; then it is what is asked.
 
     Raises:
         CompileError: no such template can be linked, the binding is for another kind, or a weight cannot be read in
@@ -108,7 +111,7 @@ def link_graph(
     stored = {} if scheme.weight_bits else _expand_derived(graph, slots, shapes, refs)
     matmuls = find_matmuls(graph, shapes)
     if scheme.weight_bits:
-        replaced = _quantized(matmuls, scheme, read_weight, sidecar, rounder_of)
+        replaced = _quantized(matmuls, scheme, read_weight, sidecar, rounder_of, corrector_of)
     else:
         replaced = {output: [_fused(matmul)] for output, matmul in matmuls.items()}
     nodes = [new for node in graph.node for new in replaced.get(node.output[0], [node])]
@@ -290,6 +293,7 @@ def _quantized(
     read_weight: WeightReader,
     sidecar: Sidecar,
     rounder_of: RounderOf | None,
+    corrector_of: CorrectorOf | None,
 ) -> dict[str, list[NodeProto]]:
     """MatMulNBits for every product, by the name of its output; each slot is read once."""
     from fluxkiln.quantize.rounding import empty_packed, make_rounder
@@ -303,48 +307,17 @@ def _quantized(
         for index, (output, matmul) in enumerate(group.items()):
             part = weight[matmul.region]
             check_groups(scheme, slot, part.shape[1])
-            packed = empty_packed(part.shape, scheme.group_size, scheme.weight_bits)
             start, stop, _ = matmul.region[1].indices(weight.shape[1])
+            name = f"{slot}__{index}"
+            if corrector_of is not None:
+                nodes[output] = corrected_matmul(
+                    matmul.node, corrector_of(slot, (start, stop))(part), scheme, sidecar, name
+                )
+                continue
+            packed = empty_packed(part.shape, scheme.group_size, scheme.weight_bits)
             pack_into = make_rounder(scheme) if rounder_of is None else rounder_of(slot, (start, stop))
             pack_into(part, scheme.weight_bits, packed.codes_OI, packed.scales_OG, packed.zeros_OG)
-            nodes[output] = _packed_matmul(matmul, packed, scheme, sidecar, f"{slot}__{index}")
-    return nodes
-
-
-def _packed_matmul(
-    matmul: _MatMul, packed: PackedWeight, scheme: Scheme, sidecar: Sidecar, name: str
-) -> list[NodeProto]:
-    """Source: ONNX Runtime's ContribOperators.md, `com.microsoft.MatMulNBits`."""
-    from onnx.helper import make_node
-
-    from fluxkiln.quantize.pack import bf16_to_float32
-
-    rows, groups = packed.scales_OG.shape
-    zeros = packed.zeros_OG
-    if scheme.weight_bits == 4:
-        even = np.pad(zeros, ((0, 0), (0, groups % 2)))
-        zeros = even[:, 0::2] | np.left_shift(even[:, 1::2], 4, dtype=np.uint8)
-    sidecar.append(f"{name}__codes", packed.codes_OI.reshape(rows, groups, -1))
-    sidecar.append(f"{name}__scales", bf16_to_float32(packed.scales_OG))
-    sidecar.append(f"{name}__zeros", zeros)
-    x, output = matmul.node.input[0], matmul.node.output[0]
-    bias = matmul.node.input[2] if len(matmul.node.input) > 2 else ""
-    product = f"{output}__product" if bias else output
-    nodes = [
-        make_node(
-            "MatMulNBits",
-            [x, f"{name}__codes", f"{name}__scales", f"{name}__zeros"],
-            [product],
-            domain=CONTRIB,
-            K=groups * scheme.group_size,
-            N=rows,
-            bits=scheme.weight_bits,
-            block_size=scheme.group_size,
-            accuracy_level=0,  # float32 throughout; level 4 would quantize the activations as well
-        )
-    ]
-    if bias:
-        nodes.append(make_node("Add", [product, bias], [output]))
+            nodes[output] = packed_matmul(matmul.node, packed, scheme, sidecar, name)
     return nodes
 
 

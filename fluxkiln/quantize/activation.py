@@ -12,6 +12,7 @@ Runtime, and are not cast into a bmodel.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +22,11 @@ from numpy.typing import NDArray
 from fluxkiln.errors import SchemeError
 from fluxkiln.quantize.pack import PackedWeight, bf16_to_float32, dequantize, to_bf16_bits
 from fluxkiln.quantize.rounding import empty_packed
+from fluxkiln.quantize.schemes import DEFAULT_RANK, Scheme
 from fluxkiln.quantize.search import search_into
 from fluxkiln.quantize.statistics import Statistics
 
 EXPONENTS = tuple(step / 12 for step in range(12))
-DEFAULT_RANK = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,23 @@ class Corrected:
         """The matrix that x is multiplied with in all, float32 [O, I]."""
         whole = dequantize(self.packed, group_size) / self.divisors
         return whole + bf16_to_float32(self.up) @ bf16_to_float32(self.down) if self.rank else whole
+
+
+# a slot, and the input channels of it that are packed if not all -> what packs its weight
+CorrectorOf = Callable[[str, "tuple[int, int] | None"], Callable[[NDArray[Any]], Corrected]]
+
+
+def pack_corrected(weight_OI: NDArray[Any], scheme: Scheme, statistics: Statistics | None) -> Corrected:
+    """Pack by the scheme's method, `awq` or `svd`.
+
+    Raises:
+        SchemeError: there are no statistics and `awq` needs some, or as the methods.
+    """
+    if scheme.method == "svd":
+        return pack_low_rank(weight_OI, scheme.group_size, statistics, scheme.rank, scheme.weight_bits)
+    if statistics is None:
+        raise SchemeError(f"{scheme.name} needs calibration; make some with fluxkiln calibrate")
+    return pack_awq(weight_OI, scheme.group_size, statistics, scheme.weight_bits)
 
 
 def pack_awq(weight_OI: NDArray[Any], group_size: int, statistics: Statistics, bits: int = 4) -> Corrected:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fluxkiln.errors import SchemeError
-from fluxkiln.quantize.activation import DEFAULT_RANK, Corrected, pack_awq, pack_low_rank
+from fluxkiln.quantize.activation import pack_corrected
 from fluxkiln.quantize.pack import bf16_to_float32, dequantize, to_bf16_bits
 from fluxkiln.quantize.rounding import empty_packed, inspect_groups, make_rounder
 from fluxkiln.quantize.schemes import METHODS, Scheme
@@ -55,10 +55,10 @@ class Figures:
         return self.weight_error if math.isnan(self.output_error) else self.output_error
 
 
-def stored_size(shape: tuple[int, ...], scheme: Scheme, rank: int = 0) -> int:
+def stored_size(shape: tuple[int, ...], scheme: Scheme) -> int:
     """Bytes: codes, a bfloat16 scale and an 8-bit zero point a group, low-rank branches in bfloat16."""
     rows, columns = shape
-    branch = 2 * rank * (rows + columns)
+    branch = 2 * scheme.rank * (rows + columns)
     if not scheme.weight_bits:
         return rows * columns * (4 if scheme.arithmetic == "F32" else 2)
     scales = 2 * columns if scheme.method == "awq" else 0
@@ -70,7 +70,6 @@ def measure(
     shape: tuple[int, int],
     scheme: Scheme,
     statistics: Statistics | None = None,
-    rank: int = DEFAULT_RANK,
 ) -> Figures:
     """Pack a matrix as the scheme says and compare.
 
@@ -78,7 +77,7 @@ def measure(
         SchemeError: what is not finite, a group size that does not divide, or a method without its calibration.
     """
     started = time.thread_time()
-    correct = _corrected(read_rows, shape, scheme, statistics, rank)
+    correct = _corrected(read_rows, shape, scheme, statistics)
     rounder = make_rounder(scheme, statistics) if scheme.weight_bits and correct is None else None
     taken = time.thread_time() - started
     wrong = whole = lost = made = 0.0
@@ -109,25 +108,19 @@ def measure(
         if statistics is not None:
             lost += output_error(error, statistics)
             made += output_error(exact, statistics)
-    size = stored_size(shape, scheme, rank if scheme.method == "svd" else 0)
+    size = stored_size(shape, scheme)
     output = math.sqrt(max(lost, 0.0) / made) if statistics is not None and made > 0 else math.nan
     weight_error = math.sqrt(wrong / whole) if whole else 0.0
     return Figures(scheme.name, weight_error, output, size, math.prod(shape), taken, one_signed, empty)
 
 
 def _corrected(
-    read_rows: ReadRows, shape: tuple[int, int], scheme: Scheme, statistics: Statistics | None, rank: int
+    read_rows: ReadRows, shape: tuple[int, int], scheme: Scheme, statistics: Statistics | None
 ) -> NDArray[np.float32] | None:
     """The matrix of a method that needs more than codes; it takes a whole one."""
     if not scheme.weight_bits or METHODS[scheme.method].codes_only:
         return None
-    if scheme.method == "awq":
-        if statistics is None:
-            raise SchemeError(f"{scheme.name} needs calibration; make some with fluxkiln calibrate")
-        made: Corrected = pack_awq(read_rows(0, shape[0]), scheme.group_size, statistics, scheme.weight_bits)
-    else:
-        made = pack_low_rank(read_rows(0, shape[0]), scheme.group_size, statistics, rank, scheme.weight_bits)
-    return made.dequantize(scheme.group_size)
+    return pack_corrected(read_rows(0, shape[0]), scheme, statistics).dequantize(scheme.group_size)
 
 
 def _unquantized(values: NDArray[np.float32], scheme: Scheme) -> NDArray[np.float32]:

@@ -38,6 +38,7 @@ METHODS: Mapping[str, Method] = {
     "awq": Method("input channels scaled by what they carry", calibrated=True, codes_only=False),
     "svd": Method("the largest directions kept in bfloat16 beside the codes", calibrated=True, codes_only=False),
 }
+DEFAULT_RANK = 32
 # what a scheme without a method means: of the methods without calibration the one that leaves least, where that shows
 DEFAULT_METHODS: Mapping[int, str] = {0: "rtn", 4: "ls", 8: "rtn"}
 GROUP_SIZES = (32, 64, 128)
@@ -54,6 +55,7 @@ class Scheme:
         group_size: input channels that share a scale; 0 without quantization. The compiler's 8 bits have groups too.
         method: how the codes are found, of METHODS. A mould does not depend on it.
         symmetric: all zero points are the middle level.
+        rank: of the branch beside the codes, of the method `svd`; 0 without one.
     """
 
     arithmetic: Arithmetic
@@ -61,6 +63,7 @@ class Scheme:
     group_size: int = 0
     method: str = "rtn"
     symmetric: bool = False
+    rank: int = 0
 
     def __post_init__(self) -> None:
         if self.weight_bits not in (0, 4, 8):
@@ -69,6 +72,8 @@ class Scheme:
             raise SchemeError(f"group size {self.group_size}: {', '.join(map(str, GROUP_SIZES))} are supported")
         if self.method not in METHODS:
             raise SchemeError(f"no method is called {self.method!r}; there are {', '.join(METHODS)}")
+        if bool(self.rank) != (self.method == "svd") or self.rank < 0:
+            raise SchemeError(f"rank {self.rank} of method {self.method}: svd has one of at least 1, no other has one")
         if self.symmetric and not METHODS[self.method].symmetric:
             able = ", ".join(name for name, method in METHODS.items() if method.symmetric)
             raise SchemeError(f"method {self.method} has no symmetric form; {able} have one")
@@ -79,7 +84,8 @@ class Scheme:
         if not self.weight_bits:
             return self.arithmetic
         method = "" if self.method == DEFAULT_METHODS[self.weight_bits] else f"-{self.method}"
-        return f"{self.compiled_name}{method}{'-sym' * self.symmetric}"
+        rank = "" if self.rank in (0, DEFAULT_RANK) else f"-r{self.rank}"
+        return f"{self.compiled_name}{method}{rank}{'-sym' * self.symmetric}"
 
     @property
     def compiled_name(self) -> str:
@@ -114,21 +120,25 @@ def parse_scheme(text: str) -> Scheme:
     scheme = _NAMED.get(base.upper())
     if scheme is None:
         raise SchemeError(f"no scheme is called {text!r}; {_LEGAL}")
-    chosen: dict[str, Any] = {}
+    chosen: dict[str, Any] = {"rank": DEFAULT_RANK} if "svd" in map(str.lower, pieces) else {}
+    said: set[str] = set()
     for piece in map(str.lower, pieces):
         if re.fullmatch(r"g\d+", piece):
             key = "group_size"
             value: int | str | bool = int(piece[1:])
             if scheme.weight_bits != 4:
                 raise SchemeError(f"scheme {text!r}: only W4BF16 has groups; {_LEGAL}")
+        elif re.fullmatch(r"r\d+", piece):
+            key, value = "rank", int(piece[1:])
         elif piece in METHODS or piece == "sym":
             key, value = ("symmetric", True) if piece == "sym" else ("method", piece)
             if not scheme.weight_bits:
                 raise SchemeError(f"scheme {text!r}: {base} does not quantize, so it has no methods; {_LEGAL}")
         else:
             raise SchemeError(f"no scheme is called {text!r}; {_LEGAL}")
-        if key in chosen:
+        if key in said:
             raise SchemeError(f"scheme {text!r} says two things about its {key.replace('_', ' ')}; keep one")
+        said.add(key)
         chosen[key] = value
     return replace(scheme, **chosen)
 

@@ -47,9 +47,9 @@ def test_bits_a_weight(name, bits):
 
 def test_what_a_low_rank_branch_costs_is_counted():
     scheme = parse_scheme("W4BF16-svd")
-    assert stored_size(SHAPE, scheme, 32) - stored_size(SHAPE, scheme) == 2 * 32 * (320 + 256)
+    assert stored_size(SHAPE, scheme) - stored_size(SHAPE, parse_scheme("W4BF16")) == 2 * 32 * (320 + 256)
     weight, statistics = make_weight("gaussian", SHAPE), gather(INPUTS, 0)
-    assert of(weight, "W4BF16-svd", statistics).size == stored_size(SHAPE, scheme, 32)
+    assert of(weight, "W4BF16-svd", statistics).size == stored_size(SHAPE, scheme)
     assert of(weight, "W4BF16-svd", statistics).output_error < of(weight, "W4BF16", statistics).output_error
     assert of(weight, "W4BF16-awq", statistics).output_error < of(weight, "W4BF16", statistics).output_error
 

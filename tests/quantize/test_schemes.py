@@ -39,6 +39,8 @@ def test_names_are_distinct():
         ("W4BF16-sym-mse", "W4BF16-mse-sym", "W4BF16"),
         ("W8BF16-rtn", "W8BF16", "W8BF16"),
         ("W8BF16-ls", "W8BF16-ls", "W8BF16"),
+        ("W4BF16-svd-r32", "W4BF16-svd", "W4BF16"),
+        ("W4BF16-r8-svd-g32", "W4BF16-g32-svd-r8", "W4BF16-g32"),
     ],
 )
 def test_methods_are_part_of_a_name_and_not_of_a_mould(text, name, compiled):
@@ -73,6 +75,8 @@ def test_default_group_size_may_be_written():
         ("W4BF16-ls-gptq", "says two things about its method"),
         ("W4BF16-g32-g64", "says two things about its group size"),
         ("W4BF16-gptq-sym", "gptq has no symmetric form; mse, ls have one"),
+        ("W4BF16-ls-r8", "rank 8 of method ls"),
+        ("W4BF16-svd-r0", "rank 0 of method svd"),
         ("BF16-ls", "does not quantize, so it has no methods"),
     ],
 )

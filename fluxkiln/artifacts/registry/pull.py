@@ -12,18 +12,20 @@ from __future__ import annotations
 import io
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from fluxkiln.artifacts.bundle import read_manifest
 from fluxkiln.artifacts.canonical import Json, canonical_json
 from fluxkiln.artifacts.files import digest_file, disk_full_named, sync_directory, write_durably
 from fluxkiln.artifacts.locks import waiting_lock
 from fluxkiln.artifacts.manifest import Manifest, parse_manifest
 from fluxkiln.artifacts.paths import MANIFEST_FILE
 from fluxkiln.artifacts.registry.document import (
+    BUNDLE,
     MAX_EXTRA_BYTES,
     RECORD,
     Document,
@@ -36,8 +38,8 @@ from fluxkiln.artifacts.registry.document import (
 from fluxkiln.artifacts.registry.meter import Meter, Progress
 from fluxkiln.artifacts.registry.parallel import TRANSFERS, each
 from fluxkiln.artifacts.registry.place import Place
-from fluxkiln.artifacts.registry.transfer import Arrival, Stop
-from fluxkiln.errors import IntegrityError, ResourceError, UsageError
+from fluxkiln.artifacts.registry.transfer import PIECE, Arrival, Stop
+from fluxkiln.errors import FluxkilnError, IntegrityError, ResourceError, UsageError
 
 _PARTS = "parts"
 # A file whose bytes are wrong is fetched anew once: a wire may have flipped a bit, a disk will do it again.
@@ -128,7 +130,8 @@ def pull(
         _check_room(parent, staging, found.document)
         with disk_full_named(parent, found.document.size):
             try:
-                _receive_all(place, found.document, staging, stop, jobs, progress)
+                earlier = _earlier_files(destination)
+                _receive_all(place, found.document, staging, stop, jobs, progress, earlier)
                 write_durably(staging / RECORD, canonical_json(record))
             except _DamagedError as error:
                 raise IntegrityError(f"{error}. What came lies in {_set_aside(destination, staging, error)}") from None
@@ -163,7 +166,13 @@ def check_replaceable(destination: Path) -> None:
 
 
 def _receive_all(
-    place: Place, document: Document, staging: Path, stop: Stop, jobs: int, progress: Progress | None
+    place: Place,
+    document: Document,
+    staging: Path,
+    stop: Stop,
+    jobs: int,
+    progress: Progress | None,
+    earlier: Mapping[str, Path],
 ) -> None:
     staging.mkdir(exist_ok=True)
     (staging / _PARTS).mkdir(exist_ok=True)
@@ -174,7 +183,7 @@ def _receive_all(
 
     def work(group: Sequence[Layer]) -> None:
         stop.check()
-        _receive_file(place, group[0], staging, meter)
+        _receive_file(place, group[0], staging, meter, earlier.get(group[0].digest))
         for other in group[1:]:
             _copy(staging / pulled_path(group[0].path), staging / pulled_path(other.path))
 
@@ -184,7 +193,7 @@ def _receive_all(
         sync_directory(Path(folder))
 
 
-def _receive_file(place: Place, layer: Layer, staging: Path, meter: Meter) -> None:
+def _receive_file(place: Place, layer: Layer, staging: Path, meter: Meter, earlier: Path | None) -> None:
     final = staging / pulled_path(layer.path)
     final.parent.mkdir(parents=True, exist_ok=True)
     if final.exists():
@@ -198,6 +207,8 @@ def _receive_file(place: Place, layer: Layer, staging: Path, meter: Meter) -> No
     with os.fdopen(fd, "r+b") as file:
         arrival = _Counted(file, layer, meter)
         arrival.take_up()
+        if earlier is not None and not arrival.received:
+            _copy_earlier(earlier, arrival, layer)
         for turn in range(_TRIES):
             place.receive(layer, arrival)
             if arrival.complete and arrival.digest == layer.digest:
@@ -209,6 +220,29 @@ def _receive_file(place: Place, layer: Layer, staging: Path, meter: Meter) -> No
         os.fsync(fd)
     os.rename(part, final)
     meter.finish(layer, "received")
+
+
+def _earlier_files(destination: Path) -> dict[str, Path]:
+    """Digest -> file of the bundle that is replaced: most of a new version is the old one."""
+    try:
+        manifest = read_manifest(destination / BUNDLE)
+    except (FluxkilnError, OSError):
+        return {}
+    return {file.digest: destination / BUNDLE / file.path for file in manifest.files}
+
+
+def _copy_earlier(source: Path, arrival: Arrival, layer: Layer) -> None:
+    """Take the bytes from a file that should have them; nothing of it when it does not."""
+    try:
+        fd = os.open(source, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:
+        return
+    with os.fdopen(fd, "rb") as file:
+        if os.fstat(fd).st_size == layer.size:
+            while piece := file.read(min(PIECE, layer.size - arrival.received)):
+                arrival.write(piece)
+    if arrival.digest != layer.digest:
+        arrival.restart()
 
 
 class _Counted(Arrival):

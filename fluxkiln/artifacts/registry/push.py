@@ -20,7 +20,7 @@ _ROUNDS = 2
 
 @dataclass(frozen=True, slots=True)
 class Pushed:
-    """What a push did: `sent` bytes of blobs went out, for the files in `files`; the others were there."""
+    """What a push did: `sent` bytes of blobs went out, for the files in `files`; the others were there already."""
 
     digest: str
     files: tuple[str, ...]
@@ -69,6 +69,9 @@ def push(
                 meter.finish(layer, "there already")
                 return
             count = place.send(layer, departure)
+            if not count and layer.size:
+                meter.finish(layer, "taken over from another repository")
+                return
             with lock:
                 sent[layer.path] = count
             meter.finish(layer, "sent")

@@ -13,6 +13,8 @@ import pytest
 
 from fluxkiln.artifacts.bundle import verify_bundle
 from fluxkiln.artifacts.registry import pull as pulling
+from fluxkiln.artifacts.registry.document import Layer
+from fluxkiln.artifacts.registry.layout import LayoutPlace
 from fluxkiln.artifacts.registry.pull import quarantine_of
 from fluxkiln.artifacts.registry.transfer import Arrival
 from fluxkiln.artifacts.store import Store
@@ -172,6 +174,8 @@ def test_damaged_blob_is_quarantined_named_and_nothing_is_left(build, layout, tm
     done = publish_bundle(build(), f"{layout}:v1")
     out = tmp_path / "out"
     pull_bundle(f"{layout}:v1", out)
+    # Or it would be taken from there.
+    (out / "bundle" / "transformer.bmodel").unlink()
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     layer = done.document.find("transformer.bmodel")
     flip(Store(tmp_path / "layout").path(layer.digest))
@@ -216,6 +220,30 @@ def test_a_pull_replaces_an_earlier_pull_and_nothing_else(build, layout, tmp_pat
         with pytest.raises(UsageError, match="pull"):
             pull_bundle(f"{layout}:one", tmp_path / name)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years of work"
+
+
+def test_what_the_earlier_pull_has_is_not_fetched_again(build, layout, tmp_path, monkeypatch):
+    publish_bundle(build("one"), f"{layout}:one")
+    publish_bundle(build("two", files={"transformer.bmodel": b"other"}), f"{layout}:two")
+    out, fetched = tmp_path / "out", []
+    pull_bundle(f"{layout}:one", out)
+    receive = LayoutPlace.receive
+
+    def watch(self: LayoutPlace, layer: Layer, arrival: Arrival) -> None:
+        fetched.extend([layer.path] if arrival.received < layer.size else [])
+        receive(self, layer, arrival)
+
+    monkeypatch.setattr(LayoutPlace, "receive", watch)
+    pull_bundle(f"{layout}:two", out)
+    assert set(fetched) == {"", "manifest.json", "transformer.bmodel", "README.md", "provenance.json", "report.json"}
+    verify_bundle(out / "bundle")
+    # What was changed meanwhile is no help, and does no harm.
+    flip(out / "bundle" / "text_encoder" / "model.onnx")
+    fetched.clear()
+    pull_bundle(f"{layout}:one", out)
+    assert {"transformer.bmodel", "text_encoder/model.onnx"} <= set(fetched)
+    assert "tokenizer/vocab.json" not in fetched
+    verify_bundle(out / "bundle")
 
 
 def test_what_a_kill_between_the_renames_leaves_is_healed(build, layout, tmp_path):

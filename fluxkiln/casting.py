@@ -22,7 +22,8 @@ from fluxkiln.artifacts.actions import Action, run_action, stage_code_version
 from fluxkiln.artifacts.files import disk_full_named
 from fluxkiln.artifacts.store import Blob
 from fluxkiln.compile.tpu_mlir_env import TPU_MLIR_VERSION
-from fluxkiln.export.bindings import bind_part, weight_reader
+from fluxkiln.export.bindings import bind_part, binding_refs, weight_reader
+from fluxkiln.export.checkpoint import expect_tensors
 from fluxkiln.export.fingerprint import check_shards
 from fluxkiln.moulds import STORED_CODE, require_compiler
 from fluxkiln.progress import FROM_STORE, Progress
@@ -176,13 +177,29 @@ def _fill(
             progress.done("cast", binary.part.name, how)
             return net, digest
 
-        with ThreadPoolExecutor(jobs or os.cpu_count() or 1, "cast") as pool:
-            futures = [pool.submit(fill, binary) for binary in binaries]
+        # What was hashed last is in memory still, so the last parts come first; the system reads ahead of the threads.
+        order, threads = binaries[::-1], jobs or os.cpu_count() or 1
+        following = dict(zip((binary.net for binary in order), order[threads:], strict=False))
+
+        def fill_next(binary: BinaryPart) -> tuple[str, str]:
+            if binary.net in following:
+                _expect(kiln, following[binary.net])
+            return fill(binary)
+
+        with ThreadPoolExecutor(threads, "cast") as pool:
+            futures = [pool.submit(fill_next, binary) for binary in order]
             try:
                 return dict(future.result() for future in futures)
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
+
+
+def _expect(kiln: Kiln, binary: BinaryPart) -> None:
+    """Have the system read what a part is cast of."""
+    if binary.coefficients is not None:
+        template = make_template(kiln, binary.part.kind, kiln.target.graph_format)
+        expect_tensors(binding_refs(bind_part(binary.part, template.slots, kiln.checkpoint), kiln.checkpoint))
 
 
 def _fill_part(kiln: Kiln, binary: BinaryPart, key: str, place: Path, span: Any) -> tuple[str, str]:

@@ -71,11 +71,11 @@ def test_what_a_kill_left_is_not_trusted(blocks, tmp_path, damage):
         cast_file(kiln, NAME, parts, Told(limit=2), jobs=1)
     place, journal = tmp_path / "casting" / NAME, tmp_path / "casting" / f"{NAME}.journal"
     lines = journal.read_text().splitlines()
-    assert [json.loads(line)[0] for line in lines][:4] == ["file", "double_00", "double_01", "single_00"]
+    assert [json.loads(line)[0] for line in lines][:4] == ["file", "single_02", "single_01", "single_00"]
     finished = len(lines) - 1
     again = {"region": finished - 1, "half a line": finished - 1, "another file": 0, "no journal": 0}[damage]
     if damage == "region":
-        (net,) = (net for net in read_bmodel(place).nets if net.name == "double_00")
+        (net,) = (net for net in read_bmodel(place).nets if net.name == "single_02")
         with place.open("r+b") as file:
             file.seek(net.coefficients.start + 100)
             file.write(b"\x55" * 8)

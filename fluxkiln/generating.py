@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.compile.executors.interface import Executor
-from fluxkiln.components import CLIP_TOKENS, Shapes, check_steps
+from fluxkiln.components import CLIP_TOKENS, Shapes, check_steps, find_kind
 from fluxkiln.errors import ShapeError, UsageError
 from fluxkiln.executing import Bundle, components_to_release
 from fluxkiln.export.host import pooled_row
@@ -98,10 +98,13 @@ class Painter:
     laps: Laps = field(default_factory=Laps)
     _chain: PartChain = field(init=False)
     _pipe: Any = field(init=False)
+    # hoisted modulation: a quarter of the transformer's weights, and needed before the first step only
+    _once: frozenset[str] = field(init=False)
 
     def __post_init__(self) -> None:
         check_constants(self.bundle.constants, self.bundle.manifest.shapes)
-        self._chain = PartChain(self.bundle.parts, self.executor)
+        self._once = frozenset(part.name for part in self.bundle.parts if find_kind(part.kind).rows)
+        self._chain = PartChain(self.bundle.parts, self._run_part)
         with quiet():
             from fluxkiln.verify.stand_ins import build_pipeline
 
@@ -184,6 +187,12 @@ class Painter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _run_part(self, part: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        outputs = self.executor(part, inputs)
+        if part in self._once:
+            self.executor.drop(part)
+        return outputs
 
     def _steps(
         self, encoded: Encoded, request: Request, latents: NDArray[Any] | None, on_step: OnStep | None

@@ -80,6 +80,9 @@ class CmodelExecutor:
     def release(self, component: Component) -> None:
         """The simulator holds one file at a time as it is."""
 
+    def drop(self, part: str) -> None:
+        """As `release`."""
+
     def close(self) -> None:
         if self._simulator is not None:
             self._simulator.close()

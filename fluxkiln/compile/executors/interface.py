@@ -60,6 +60,9 @@ class Executor(Protocol):
     def release(self, component: Component) -> None:
         """Let go of a component's memory; its parts are loaded again when they are run."""
 
+    def drop(self, part: str) -> None:
+        """Let go of one part's memory, if its runtime can: it ran, and is not needed again soon."""
+
     def close(self) -> None:
         """Let go of everything."""
 

@@ -91,6 +91,9 @@ class NeuronExecutor:
             self._weights.pop(part, None)
             self._models.pop(self.bundle.part_modules[part], None)
 
+    def drop(self, part: str) -> None:
+        self._weights.pop(part, None)
+
     def close(self) -> None:
         self._weights.clear()
         self._models.clear()

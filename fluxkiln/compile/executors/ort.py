@@ -45,6 +45,9 @@ class OrtExecutor:
         for part in [part for part in self.sessions if self.nets[part].component == component]:
             del self.sessions[part]
 
+    def drop(self, part: str) -> None:
+        self.sessions.pop(part, None)
+
     def close(self) -> None:
         self.sessions.clear()
 

@@ -60,6 +60,10 @@ class ReplicaExecutor:
 
     def release(self, component: Component) -> None:
         for part in [part for part in self._kept if find_kind(self.kinds[part]).component == component]:
+            self.drop(part)
+
+    def drop(self, part: str) -> None:
+        if part in self._kept:
             self._worker(self.bundle.module_of(part).ranks).forget(self._kept.pop(part))
 
     def close(self) -> None:

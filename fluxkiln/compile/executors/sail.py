@@ -98,6 +98,9 @@ class SailExecutor:
         for file in {net.file for net in self.nets.values() if net.component == component} - others:
             self._engines.pop(file, None)
 
+    def drop(self, part: str) -> None:
+        """SAIL loads and frees whole files."""
+
     def close(self) -> None:
         self._engines.clear()
 

@@ -20,6 +20,7 @@ NAMES = (
     "registry",
     "tiny",
     "wide",
+    "generate",
     "full",
     "neuron",
     "sample",

@@ -6,23 +6,10 @@ which is taken), NeuronLink-v2 192 GiB/s per chip. Degrees: the "NxD Inference F
 "Inf2: 1, 2, 4, 8, and 24"; 6 and 12, half an instance's cores, are not in that list and were not run on a device.
 """
 
-from fluxkiln.compile.target import Instance, Target
+from fluxkiln.compile.neuron.core_v2 import instance
+from fluxkiln.compile.target import Target
 
 _DEGREES = (1, 2, 4, 6, 8, 12, 24)
-
-
-def _instance(name: str, cores: int, vcpus: int, host_gib: int, link_gib: int) -> Instance:
-    return Instance(
-        name=name,
-        cores=cores,
-        core_bytes=16 << 30,
-        core_flops=95e12,
-        core_bandwidth=410e9,
-        link_bandwidth=float(link_gib << 30),
-        vcpus=vcpus,
-        host_bytes=host_gib << 30,
-        degrees=tuple(degree for degree in _DEGREES if degree <= cores),
-    )
 
 
 TARGET = Target(
@@ -34,8 +21,8 @@ TARGET = Target(
     uniform=True,
     device_bytes=16 << 30,
     instances=(
-        _instance("inf2.48xlarge", 24, 192, 768, 192),
-        _instance("inf2.24xlarge", 12, 96, 384, 192),
-        _instance("inf2.8xlarge", 2, 32, 128, 0),
+        instance("inf2.48xlarge", 24, 192, 768, 192, _DEGREES),
+        instance("inf2.24xlarge", 12, 96, 384, 192, _DEGREES),
+        instance("inf2.8xlarge", 2, 32, 128, 0, _DEGREES),
     ),
 )

@@ -6,23 +6,10 @@ Architecture" (trn1-arch): 820 GiB/s of device memory and 190 bfloat16 TFLOPS pe
 Configuration Guide", tensor-parallelism support: "Trn1: 1, 2, 8, 16, and 32".
 """
 
-from fluxkiln.compile.target import Instance, Target
+from fluxkiln.compile.neuron.core_v2 import instance
+from fluxkiln.compile.target import Target
 
 _DEGREES = (1, 2, 8, 16, 32)
-
-
-def _instance(name: str, cores: int, vcpus: int, host_gib: int, link_gib: int) -> Instance:
-    return Instance(
-        name=name,
-        cores=cores,
-        core_bytes=16 << 30,
-        core_flops=95e12,
-        core_bandwidth=410e9,
-        link_bandwidth=float(link_gib << 30),
-        vcpus=vcpus,
-        host_bytes=host_gib << 30,
-        degrees=tuple(degree for degree in _DEGREES if degree <= cores),
-    )
 
 
 TARGET = Target(
@@ -33,5 +20,5 @@ TARGET = Target(
     schemes=("BF16",),
     uniform=True,
     device_bytes=16 << 30,
-    instances=(_instance("trn1.32xlarge", 32, 128, 512, 384), _instance("trn1.2xlarge", 2, 8, 32, 0)),
+    instances=(instance("trn1.32xlarge", 32, 128, 512, 384, _DEGREES), instance("trn1.2xlarge", 2, 8, 32, 0, _DEGREES)),
 )

@@ -14,7 +14,7 @@ from fluxkiln.artifacts.registry.hints import add_hints, read_hints
 from fluxkiln.artifacts.registry.layout import changed
 from fluxkiln.artifacts.registry.place import BlobMissingError
 from fluxkiln.artifacts.registry.reference import RegistryReference
-from fluxkiln.artifacts.registry.session import Answer, AuthorizationError, Session, refused
+from fluxkiln.artifacts.registry.session import Answer, AuthorizationError, Session, follow, refused
 from fluxkiln.artifacts.registry.transfer import Arrival, Departure, Patience, Stop, TransientError, retrying
 from fluxkiln.artifacts.store import MANIFEST_TYPE
 from fluxkiln.errors import FluxkilnError, IntegrityError, RegistryError, UsageError
@@ -131,10 +131,10 @@ class OciPlace:
             if answer.status == 404:
                 raise UsageError(f"there is no repository {self.name}; check its name, or publish to it first")
             try:
-                names = json.loads(answer.body)["tags"] or []
-            except (ValueError, KeyError, TypeError):
+                names = [str(name) for name in json.loads(answer.body)["tags"] or ()]
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise RegistryError(f"{self.name} answers no list of tags; check the registry's address") from None
-            found.update({str(name): "" for name in names})
+            found.update(dict.fromkeys(names, ""))
             after = re.match(r'<([^>]+)>;\s*rel="?next', answer.headers.get("Link", ""))
             if after is None:
                 break
@@ -253,7 +253,7 @@ class _Upload:
         location = answer.headers.get("Location")
         if not location:
             raise RegistryError(f"{self._what}: the registry does not say where to; check its address")
-        return answer.url.join(location)
+        return follow(answer.url, location)
 
 
 def fetch(session: Session, url: str, arrival: Arrival, what: str) -> None:

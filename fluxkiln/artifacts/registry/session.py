@@ -131,7 +131,7 @@ class Session:
             TransientError: the connection, the server or a proxy failed in a way that may pass.
             AuthorizationError: not allowed.
         """
-        target = self.origin.join(url)
+        target = follow(self.origin, url)
         challenged = False
         for _ in range(MAX_REDIRECTS + 1):
             self._check_scheme(target)
@@ -159,7 +159,7 @@ class Session:
                         raise TransientError("the registry asked for authorization", progressed=False)
                     continue
                 if response.status_code in _REDIRECT and method in ("GET", "HEAD") and "Location" in response.headers:
-                    target = target.join(response.headers["Location"])
+                    target = follow(target, response.headers["Location"])
                     continue
                 if response.status_code in _LATER:
                     raise TransientError(
@@ -204,8 +204,8 @@ class Session:
 
     def _fetch_token(self, parameters: Mapping[str, str], credential: Credential | None) -> str:
         host = self.origin.netloc.decode()
-        realm = httpx2.URL(parameters.get("realm", ""))
-        if not realm.host:
+        realm = follow(self.origin, parameters.get("realm", ""))
+        if "realm" not in parameters:
             raise RegistryError(f"{host} asks for a token and does not say where from; check the registry's address")
         self._check_scheme(realm)
         wanted = {name: parameters[name] for name in ("service", "scope") if name in parameters}
@@ -251,6 +251,14 @@ def refused(answer: Answer, what: str) -> FluxkilnError:
                          "check the reference and the registry's log")  # fmt: skip
 
 
+def follow(base: httpx2.URL, address: str | httpx2.URL) -> httpx2.URL:
+    """The address as seen from `base`; TransientError when it is none, as after a flipped bit."""
+    try:
+        return base.join(address)
+    except (httpx2.InvalidURL, ValueError) as error:
+        raise TransientError(f"{base.netloc.decode()} sends us to an address that is none") from error
+
+
 def _read_whole(response: httpx2.Response, what: str) -> bytes:
     found = bytearray()
     for piece in response.iter_raw():
@@ -278,7 +286,7 @@ def _status(status: int) -> str:
 
 def _retry_after(response: httpx2.Response) -> float:
     text = response.headers.get("Retry-After", "")
-    return float(text) if text.isdigit() else 0.0
+    return float(text) if re.fullmatch(r"[0-9]{1,6}", text) else 0.0
 
 
 def _describe(error: httpx2.TransportError, target: httpx2.URL) -> str:

@@ -132,6 +132,14 @@ def test_redirect_to_plain_http_is_not_followed(stub, session):
         one._check_scheme(one.origin.copy_with(scheme="ftp", host="example.invalid"))
 
 
+@pytest.mark.parametrize("address", ["http://[::1", "http://a\x7fb/", "\x01", "http://host:99999999/"])
+def test_an_address_that_is_none_is_no_bug(stub, session, address):
+    """As after a flipped bit in a header."""
+    registry = stub(lambda method, path, authorization: (302, {"Location": address}, b""))
+    with pytest.raises(RegistryError):
+        session(registry.host).ask("GET", "/", accept=(200,), what="x")
+
+
 def test_redirects_in_a_circle_end(stub, session):
     registry = stub(lambda method, path, authorization: (302, {"Location": "/again"}, b""))
     with pytest.raises(RegistryError, match="redirects more than 5 times"):

@@ -13,6 +13,7 @@ NAMES = (
     "start",
     "noop",
     "packing",
+    "quantize",
     "casting",
     "tracing",
     "exporting",

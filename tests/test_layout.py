@@ -41,6 +41,7 @@ FLOW = {
             "rounders",
             "calibrating",
             "quantizing",
+            "effects",
             "rungs",
             "parity",
             "blockwise",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,8 @@ def _settings(
     "--layer", "rules", multiple=True, metavar="PATTERN=SCHEME", help="'modulation=BF16' say. May be repeated."
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Write the packed layers to this safetensors file.")
-@click.option("--components", default="text_encoder_2,transformer", metavar="A,B", help="Default: both.")
+@click.option("--components", metavar="A,B", help="Default: text_encoder_2,transformer.")
+@click.option("--pipeline", is_flag=True, help="Also run the whole pipeline under each scheme, 2 and 8 steps.")
 @build_dir_option
 @store_option
 @json_option
@@ -118,7 +120,8 @@ def quantize(
     budget: str,
     rules: tuple[str, ...],
     out: Path | None,
-    components: str,
+    components: str | None,
+    pipeline: bool,
     build_dir: Path,
     store: Path | None,
 ) -> None:
@@ -128,13 +131,22 @@ def quantize(
     store has a calibration of this checkpoint (fluxkiln calibrate). With --budget each layer gets the scheme that
     takes most error off a byte.
     """
-    settings = _settings(model, components, None, None, build_dir, store)
+    if pipeline and components:
+        raise UsageError("--pipeline needs all components; leave --components out")
+    settings = _settings(model, components or "text_encoder_2,transformer", None, None, build_dir, store)
     with open_progress() as progress:
         from fluxkiln.quantize.recipes import parse_rules
         from fluxkiln.quantizing import BASELINE, quantize_model
 
         made = quantize_model(settings, schemes, budget, parse_rules(rules), out, progress)
-    found = made.to_json()
+        effects = []
+        if pipeline:
+            from fluxkiln.effects import measure_effects
+
+            compared = list(dict.fromkeys([BASELINE, *(schemes or ("W4BF16",))]))
+            whole = replace(settings, components=None, target="bm1684x")
+            effects = measure_effects(whole, compared, progress=progress)
+    found = {**made.to_json(), "pipeline": [effect.to_json() for effect in effects]}
     output.document(found)
     rows = []
     for layer in found["layers"]:
@@ -155,6 +167,15 @@ def quantize(
         f"{count_text(len(rows), 'layer')}, {size_text(found['size'])}, {found['bits_per_weight']:.3f} bits a weight, "
         f"{'with' if made.calibrated else 'without'} calibration, in {seconds_text(made.seconds)}"
     )
+    if effects:
+        output.table(
+            ("scheme", "steps", "latents", "PSNR", "SSIM"),
+            [
+                (one.scheme, str(one.steps), _percent(one.latents_relative_l2), f"{one.psnr:.1f} dB", f"{one.ssim:.4f}")
+                for one in effects
+            ],
+            numbers=("steps", "latents", "PSNR", "SSIM"),
+        )
 
 
 def _percent(value: float | None) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+import ml_dtypes
 import numba
 import numpy as np
 from numpy.typing import NDArray
@@ -63,7 +64,7 @@ def pack_matrix(weight_OI: NDArray[Any], scheme: Scheme, statistics: Statistics 
             `make_rounder`.
     """
     packed = empty_packed(weight_OI.shape, scheme.group_size, scheme.weight_bits)
-    if not inspect_groups(weight_OI, scheme.group_size).finite:
+    if not is_finite(weight_OI):
         raise SchemeError("the weight has NaN or infinite values, which have no code; fetch the checkpoint again")
     rounder = make_rounder(scheme, statistics)
     rounder(weight_OI, scheme.weight_bits, packed.codes_OI, packed.scales_OG, packed.zeros_OG)
@@ -106,9 +107,15 @@ class GroupCounts:
 def inspect_groups(weight_OI: NDArray[Any], group_size: int, bits: int = 4) -> GroupCounts:
     """Count them."""
     words = to_bf16_bits(weight_OI)
-    finite = _finite(words) if weight_OI.dtype.itemsize == 2 else bool(np.isfinite(weight_OI).all())
     clipped, empty = _count(words, group_size, np.float32((1 << bits) - 1))
-    return GroupCounts(words.size // group_size, int(clipped), int(empty), finite)
+    return GroupCounts(words.size // group_size, int(clipped), int(empty), is_finite(weight_OI))
+
+
+def is_finite(weight_OI: NDArray[Any]) -> bool:
+    """Whether no value is NaN or infinite."""
+    if weight_OI.dtype != ml_dtypes.bfloat16:
+        return bool(np.isfinite(weight_OI).all())
+    return bool(_finite(np.ascontiguousarray(weight_OI).view(np.uint16)))
 
 
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]

@@ -93,7 +93,7 @@ def verify_blockwise(
         except BaseException:
             upper.shutdown(wait=False, cancel_futures=True)
             raise
-    ladder.rows += executed.rows
+    ladder.absorb(executed)
     if pipeline is not None:
         climb_pipeline(ladder, small, recording, PIPELINE_RUNG, pipeline)
         progress.done("verify", "whole pipeline", f"1 step at {name_shapes(small.shapes)}")

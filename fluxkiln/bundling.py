@@ -238,6 +238,7 @@ def _write_report(
         "schemes": {kind: kiln.schemes[kind].name for kind in kiln.kinds()},
         "parts": [_part_row(binary) for binary in binaries],
         **({"images": compare_pictures(parity.recording.image, made.image, parity.pipeline_rung)} if made else {}),
+        "heat": parity.ladder.maps.to_json(),
         "timings": [
             {"name": name, "seconds": seconds}
             for name, seconds in {**parity.seconds, **laps.seconds, "all": laps.total}.items()

@@ -21,6 +21,13 @@ BINS = 17  # half decades from 1e-8: the first bin holds everything below, the l
 COLUMNS = 24  # a panel wraps after this many parts, so that it still fits a telephone
 LABEL_WIDTH, CELL, ROW_HEIGHT = 82, 13, 20
 NUMBERED_CELL = 56
+# rungs that compare bytes: they have no place on a logarithmic axis
+EXACT_RUNGS = frozenset({"stored"})
+# a colour and a mark per rung; rungs of different targets share one
+SERIES: Mapping[str, int] = {
+    "reference": 0, "patched": 1, "onnxruntime": 2, "dequantized": 3, "split": 3, "executed": 4, "unsplit": 4,
+    "interpreter": 4, "replicas": 5, "simulator": 5, "stored": 1,
+}  # fmt: skip
 FLOOR = 1e-9
 
 
@@ -40,17 +47,37 @@ def value_of(row: ReportRow, measure: Measure) -> float:
     return float(metrics[name])
 
 
+def split_name(part: str) -> tuple[str, str]:
+    """A part's name and the shapes it was executed at, where these are others: `double.06 at 1024x1024`."""
+    name, _, shapes = part.partition(" at ")
+    return name, shapes
+
+
+def at_build_shapes(rows: Iterable[ReportRow]) -> list[ReportRow]:
+    """Rows of parts that ran where the others did; the compiled forms of a large model ran at larger shapes."""
+    return [row for row in rows if not split_name(row["part"])[1]]
+
+
 def ladder_panels(rows: Sequence[ReportRow], measure: Measure) -> list[tuple[str, str]]:
-    """Heat maps rung x part, one (title, svg) per kind; kinds that exist once share the first panel."""
+    """Heat maps rung x part, one (title, svg) per kind.
+
+    Kinds that exist once share the first panel; parts executed at other shapes than the rest share one with numbers.
+    """
     cells = _worst_cells(rows, measure)
-    rungs = sorted({row["rung"] for row in rows}, key=RUNG_ORDER.__getitem__, reverse=True)
+    panels: list[tuple[str, str]] = []
     kinds: dict[str, list[str]] = {}
+    elsewhere: dict[str, list[str]] = {}
     for row in rows:
-        parts = kinds.setdefault(row["kind"], [])
+        shapes = split_name(row["part"])[1]
+        parts = elsewhere.setdefault(shapes, []) if shapes else kinds.setdefault(row["kind"], [])
         if row["part"] not in parts:
             parts.append(row["part"])
+    rungs = _rungs_of(cells, [part for parts in kinds.values() for part in parts])
     single = [parts[0] for parts in kinds.values() if len(parts) == 1]
-    panels = [("parts that exist once", _numbered_panel(single, rungs, cells))] if single else []
+    if single:
+        panels.append(("parts that exist once", _numbered_panel(single, rungs, cells)))
+    for shapes, parts in elsewhere.items():
+        panels.append((f"compiled form at {shapes}", _numbered_panel(parts, _rungs_of(cells, parts), cells)))
     for kind, parts in kinds.items():
         if len(parts) == 1:
             continue
@@ -59,8 +86,14 @@ def ladder_panels(rows: Sequence[ReportRow], measure: Measure) -> list[tuple[str
         for start in range(0, len(parts), size):
             piece = parts[start : start + size]
             name = f"{kind} {_index(piece[0])}–{_index(piece[-1])}"
-            panels.append((name, _dense_panel(name, piece, rungs, cells)))
+            panels.append((name, _dense_panel(name, piece, _rungs_of(cells, parts), cells)))
     return panels
+
+
+def _rungs_of(cells: Mapping[tuple[str, str], Cell], parts: Sequence[str]) -> list[str]:
+    """The rungs that any of `parts` climbed, the highest first."""
+    known = set(parts)
+    return sorted({rung for part, rung in cells if part in known}, key=RUNG_ORDER.__getitem__, reverse=True)
 
 
 def depth_chart(rows: Sequence[ReportRow], kinds: Sequence[str], measure: Measure) -> str:
@@ -69,7 +102,7 @@ def depth_chart(rows: Sequence[ReportRow], kinds: Sequence[str], measure: Measur
     A dashed line marks the delta cosine bound as the error it allows when only the direction is wrong,
     sqrt(2 (1 - cosine)).
     """
-    chosen = [row for row in rows if row["kind"] in kinds]
+    chosen = [row for row in at_build_shapes(rows) if row["kind"] in kinds and row["rung"] not in EXACT_RUNGS]
     if not chosen:
         return ""
     cells = _worst_cells(chosen, measure)
@@ -89,12 +122,48 @@ def depth_chart(rows: Sequence[ReportRow], kinds: Sequence[str], measure: Measur
     return _svg(plot.width, plot.height, label, out, css="depth")
 
 
-def _worst_cells(rows: Iterable[ReportRow], measure: Measure) -> dict[tuple[str, str], Cell]:
+def step_chart(rows: Sequence[ReportRow], kinds: Sequence[str], measure: Measure) -> str:
+    """Error over denoising steps: per rung a line of the worst block and a dotted one of the middle block.
+
+    Empty where fewer than two steps were recorded.
+    """
+    chosen = [row for row in at_build_shapes(rows) if row["kind"] in kinds and row["rung"] not in EXACT_RUNGS]
+    steps = sorted({row["step"] for row in chosen if row["step"] >= 0})
+    if len(steps) < 2:
+        return ""
+    blocks: dict[tuple[str, str], list[Cell]] = {}
+    for step in steps:
+        for (_, rung), cell in _worst_cells((row for row in chosen if row["step"] == step), measure, True).items():
+            blocks.setdefault((str(step), rung), []).append(cell)
+    worst = {key: max(cells, key=lambda cell: (math.isnan(cell.value), cell.value)) for key, cells in blocks.items()}
+    middle = {key: sorted(cell.value for cell in cells)[len(cells) // 2] for key, cells in blocks.items()}
+    rungs = sorted({rung for _, rung in blocks}, key=RUNG_ORDER.__getitem__)
+    shown = [max(value, FLOOR) for cell in worst.values() if math.isfinite(value := cell.value)]
+    shown += [max(value, FLOOR) for value in middle.values() if math.isfinite(value)]
+    low = math.floor(math.log10(min(shown, default=FLOOR)))
+    high = max(math.ceil(math.log10(max(shown, default=1.0)) + 1e-9), low + 1, -1)
+    plot = _Plot(low, high, len(steps))
+    names = [str(step) for step in steps]
+    out = [plot.axes(), _text((plot.left + plot.width - plot.right) / 2, 12, "denoising step", "label", "middle")]
+    every = max(1, math.ceil(len(steps) / 20))
+    out += [_text(plot.x(i), plot.height - 12, name, "tick", "middle") for i, name in enumerate(names) if not i % every]
+    for rung in rungs:
+        values = [middle.get((name, rung)) for name in names]
+        points = "L".join(f"{plot.x(i):.1f} {plot.y(v):.1f}" for i, v in enumerate(values) if v is not None)
+        out.append(f'<g class="series s{_series(rung)}"><path class="run middle" d="M{points}"/></g>')
+        out.append(plot.line(rung, [worst.get((name, rung)) for name in names], [f"step {name}" for name in names]))
+    out.append(plot.names({rung: worst[name, rung].value for name in names for rung in rungs if (name, rung) in worst}))
+    label = f"error of {' and '.join(kinds)} parts over {len(steps)} steps, worst and middle, relative L2, logarithmic"
+    return _svg(plot.width, plot.height, label, out, css="depth")
+
+
+def _worst_cells(rows: Iterable[ReportRow], measure: Measure, name_part: bool = False) -> dict[tuple[str, str], Cell]:
     cells: dict[tuple[str, str], Cell] = {}
     for row in rows:
         key = (row["part"], row["rung"])
         value = value_of(row, measure)
         where = row["output"] if row["step"] < 0 else f"{row['output']}, step {row['step']}"
+        where = f"{row['part']} {row['output']}" if name_part else where
         old = cells.get(key)
         passed = row["passed"] and (old is None or old.passed)
         if old is None or math.isnan(value) or value > old.value:
@@ -116,14 +185,15 @@ def _dense_panel(name: str, parts: list[str], rungs: list[str], cells: Mapping[t
 
 
 def _numbered_panel(parts: list[str], rungs: list[str], cells: Mapping[tuple[str, str], Cell]) -> str:
-    longest = max(len(part) for part in parts)
+    names = [split_name(part)[0] for part in parts]
+    longest = max(map(len, names))
     top = 14 + 3 * longest if longest > 9 else 20
     width, height = LABEL_WIDTH + NUMBERED_CELL * len(parts) + 40, top + ROW_HEIGHT * len(rungs) + 1
     out = _rung_labels(rungs, top)
     for column, part in enumerate(parts):
         x = LABEL_WIDTH + NUMBERED_CELL * column
         turn = f' transform="rotate(-28 {x + 8} {top - 7})"' if top > 20 else ""
-        out.append(f'<text class="tick" x="{x + 8}" y="{top - 7}"{turn}>{escape(part)}</text>')
+        out.append(f'<text class="tick" x="{x + 8}" y="{top - 7}"{turn}>{escape(names[column])}</text>')
         out += [_cell(x, top + ROW_HEIGHT * i, NUMBERED_CELL, part, rung, cells, True) for i, rung in enumerate(rungs)]
     return _svg(width, height, "error of the parts that exist once, by rung", out, css="heat numbered")
 
@@ -233,7 +303,7 @@ class _Plot:
         return line + _text(self.left + 6, y - 6 if above <= below else y + 14, name, "bound-name", "start")
 
     def line(self, rung: str, cells: list[Cell | None], parts: list[str]) -> str:
-        series = f"s{RUNG_ORDER[rung]}"
+        series = f"s{_series(rung)}"
         path, marks, pen = "", "", "M"
         for column, (cell, part) in enumerate(zip(cells, parts, strict=True)):
             if cell is None:
@@ -242,7 +312,7 @@ class _Plot:
             x, y = self.x(column), self.y(cell.value)
             path += f"{pen}{x:.1f} {y:.1f}"
             pen = "L"
-            mark = _marker(RUNG_ORDER[rung], x, y) if cell.passed else _cross(x, y, 5)
+            mark = _marker(_series(rung), x, y) if cell.passed else _cross(x, y, 5)
             title = f"{part} · {rung}: {cell.value:.2e} ({cell.where})"
             marks += f"<g><title>{escape(title)}</title>{mark}</g>"
         return f'<g class="series {series}"><path class="run" d="{path}"/>{marks}</g>'
@@ -256,10 +326,14 @@ class _Plot:
         overflow = max(0.0, placed[-1][0] - (self.height - self.bottom + 6)) if placed else 0.0
         x = self.width - self.right + 6
         return "".join(
-            f'<g class="series s{RUNG_ORDER[rung]}">{_marker(RUNG_ORDER[rung], x + 4, y - overflow - 4)}'
+            f'<g class="series s{_series(rung)}">{_marker(_series(rung), x + 4, y - overflow - 4)}'
             f"{_text(x + 14, y - overflow, rung, 'name', 'start')}</g>"
             for y, rung in placed
         )
+
+
+def _series(rung: str) -> int:
+    return SERIES.get(rung, 0)
 
 
 def _marker(series: int, x: float, y: float) -> str:
@@ -294,4 +368,4 @@ def _svg(width: float, height: float, label: str, body: Iterable[str], css: str)
 
 
 def _index(part: str) -> str:
-    return part.rpartition(".")[2]
+    return split_name(part)[0].rpartition(".")[2]

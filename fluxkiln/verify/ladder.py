@@ -21,6 +21,7 @@ from fluxkiln.verify.gates import (
     first_bad_rung,
     judge_row,
 )
+from fluxkiln.verify.heat import WorstMaps
 from fluxkiln.verify.metrics import AnyArray, Metrics, compare, compare_images, explain_mismatch, failed_metrics
 
 
@@ -62,6 +63,12 @@ class Ladder:
     def __init__(self, gates: Sequence[Gate] = GATES) -> None:
         self.gates = tuple(gates)
         self.rows: list[Row] = []
+        self.maps = WorstMaps()
+
+    def absorb(self, other: Ladder) -> None:
+        """Take over what was climbed on another ladder."""
+        self.rows += other.rows
+        self.maps.absorb(other.maps)
 
     def climb(
         self,
@@ -146,6 +153,9 @@ class Ladder:
             if below is not reference:
                 vs_previous = measure(actual, below, base)
                 vs_previous = replace(vs_previous, noise_ratio=_ratio(vs_reference.relative_l2, noise))
+            if key[0] != PIPELINE:
+                severity = math.inf if math.isnan(vs_previous.worst_channel) else vs_previous.worst_channel
+                self.maps.offer((key[0], key[2], key[3], rung), severity, actual, below, base)
             if vs_reference.finite:
                 add(rung, vs_reference, below_name, vs_previous, "")
                 # a rung that cannot be compared is skipped, not inherited

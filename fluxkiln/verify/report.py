@@ -10,6 +10,7 @@ Keys of the dict, all but the first two optional (a section without facts is lef
     parts: list of name, kind, scheme, bytes, device_memory, estimate_ms, made (`cast`, `compiled`, ...).
     images: see `compare_pictures`. timings: list of name, seconds. memory: file -> {what: bytes}.
     devices: budget in bytes, peaks {way to load: bytes on each device}, load (the way that fits).
+    heat: maps of `verify.heat`. runs: of `verify.runs`: several prompts and seeds.
     estimate, lowering: label, entries {what: value with its unit}, values for programs.
     tools, machine, provenance: what -> text.
 `build_report` adds schema, rows, gates, rungs, summary and verdict.
@@ -29,8 +30,11 @@ from typing import Any
 import numpy as np
 
 from fluxkiln.errors import UsageError
-from fluxkiln.verify.charts import Measure, depth_chart, ladder_panels
+from fluxkiln.verify.charts import Measure, depth_chart, ladder_panels, step_chart
+from fluxkiln.verify.drift import drift_chart
+from fluxkiln.verify.embedding import compact_json, embed_document, static_rows
 from fluxkiln.verify.gates import GATES, GROUP_NAMES, PIPELINE, RUNG_ORDER, RUNGS, Gate, first_bad_rung
+from fluxkiln.verify.heat import map_picture
 from fluxkiln.verify.ladder import Row, name_culprit, row_to_dict, verdict_to_dict
 from fluxkiln.verify.metrics import AnyArray
 
@@ -41,7 +45,7 @@ MAX_HTML_BYTES = 3_000_000
 MAX_IMAGE_BYTES = 200_000
 FACTS = frozenset(
     {"title", "target", "reference", "model", "shapes", "schemes", "parts", "images", "timings", "memory", "estimate"}
-    | {"devices", "lowering"}
+    | {"devices", "lowering", "heat", "runs"}
     | {"tools", "machine", "provenance"}
 )
 MEASURES: tuple[tuple[Measure, str], ...] = (
@@ -121,11 +125,53 @@ def write_report(destination: Path, report: Mapping[str, Any]) -> tuple[Path, Pa
 
 def render_html(report: Mapping[str, Any]) -> str:
     """`report.html` from a dict of `build_report`, as built or as read back from `report.json`."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
     document = plain(report)
     rows = document["rows"]
+    environment = page_environment()
+    blocks = [row for row in rows if row["kind"] in BLOCK_KINDS]
+    encoder = [row for row in rows if row["kind"] == "t5_block"]
+    embedded = embed_document(document)
+    context = {
+        "report": dict.fromkeys(FACTS) | document,
+        "embedded": Markup(embedded.text),
+        "packed": embedded.packed,
+        "static_rows": static_rows(rows),
+        "measures": MEASURES,
+        "panels": {
+            measure: [(title, Markup(svg)) for title, svg in ladder_panels(rows, measure)] if rows else []
+            for measure, _ in MEASURES
+        },
+        "depth": [
+            (
+                title,
+                [(measure, Markup(depth_chart(chosen, kinds, measure))) for measure in ("added", "delta")],
+                [(measure, Markup(step_chart(chosen, kinds, measure))) for measure in ("added", "delta")],
+            )
+            for title, kinds, chosen in (
+                ("Transformer blocks", BLOCK_KINDS, blocks),
+                ("T5 blocks", ("t5_block",), encoder),
+            )
+            if len({row["part"] for row in chosen}) > 1
+        ],
+        "heat": [{**entry, "picture": map_picture(entry)} for entry in document.get("heat") or ()],
+        "drift": Markup(drift_chart(document["runs"]["entries"])) if document.get("runs") else "",
+        "rung_order": RUNG_ORDER,
+        "rung_names": list(dict.fromkeys(sorted((row["rung"] for row in rows), key=RUNG_ORDER.__getitem__))),
+        "kind_names": list(dict.fromkeys(row["kind"] for row in rows)),
+    }
+    template = environment.get_template("report.html.j2")
+    html: str = template.render(context)
+    if len(html.encode()) > MAX_HTML_BYTES:
+        html = template.render(context | {"embedded": "", "static_rows": rows})
+    return html
+
+
+def page_environment() -> Any:
+    """Templates of the pages, and how they write numbers."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -134,33 +180,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters.update(number=_number, cosine=_cosine, size=_size, seconds=_seconds, word=_word, bound=_bound)
-    blocks = [row for row in rows if row["kind"] in BLOCK_KINDS]
-    encoder = [row for row in rows if row["kind"] == "t5_block"]
-    context = {
-        "report": dict.fromkeys(FACTS) | document,
-        "embedded": Markup(_embed(document)),
-        "measures": MEASURES,
-        "panels": {
-            measure: [(title, Markup(svg)) for title, svg in ladder_panels(rows, measure)] if rows else []
-            for measure, _ in MEASURES
-        },
-        "depth": [
-            (title, [(measure, Markup(depth_chart(chosen, kinds, measure))) for measure in ("added", "delta")])
-            for title, kinds, chosen in (
-                ("Transformer blocks", BLOCK_KINDS, blocks),
-                ("T5 blocks", ("t5_block",), encoder),
-            )
-            if len({row["part"] for row in chosen}) > 1
-        ],
-        "rung_order": RUNG_ORDER,
-        "rung_names": list(dict.fromkeys(sorted((row["rung"] for row in rows), key=RUNG_ORDER.__getitem__))),
-        "kind_names": list(dict.fromkeys(row["kind"] for row in rows)),
-    }
-    template = environment.get_template("report.html.j2")
-    html = template.render(context)
-    if len(html.encode()) > MAX_HTML_BYTES:
-        html = template.render(context | {"embedded": ""})
-    return html
+    return environment
 
 
 def plain(value: Any) -> Any:
@@ -253,38 +273,18 @@ def _data_uri(image: np.ndarray[Any, np.dtype[np.uint8]]) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def _json_safe(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _json_safe(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_json_safe(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value
-
-
-def _compact(value: Any) -> str:
-    return json.dumps(_json_safe(value), sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-
-
 def _dump(document: Mapping[str, Any]) -> str:
     """JSON with one line per top-level key and per element of a top-level list: compact, and diffs read well."""
     lines = []
     for key in sorted(document):
         value = document[key]
         text = (
-            "[\n" + ",\n".join(map(_compact, value)) + "\n]" if isinstance(value, list) and value else _compact(value)
+            "[\n" + ",\n".join(map(compact_json, value)) + "\n]"
+            if isinstance(value, list) and value
+            else compact_json(value)
         )
         lines.append(f"{json.dumps(key)}: {text}")
     return "{\n" + ",\n".join(lines) + "\n}\n"
-
-
-def _embed(document: Mapping[str, Any]) -> str:
-    """The document without its pictures, in a form no HTML parser can mistake for markup."""
-    text = _compact({key: value for key, value in document.items() if key != "images"})
-    for character in "<>&\u2028\u2029":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
 
 
 def _number(value: Any) -> str:

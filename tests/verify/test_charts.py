@@ -4,7 +4,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from fluxkiln.verify.charts import BINS, _bin, depth_chart, ladder_panels
+from fluxkiln.verify.charts import BINS, _bin, depth_chart, ladder_panels, step_chart, value_of
 from fluxkiln.verify.ladder import row_to_dict
 
 MEASURES = ("delta", "whole", "added")
@@ -72,3 +72,36 @@ def test_bins_rise_with_the_error():
     assert bins == sorted(bins)
     assert bins[0] == 0
     assert bins[-1] == BINS - 1
+
+
+def test_parts_executed_at_other_shapes_have_a_panel_of_their_own(rows):
+    chosen = [row for row in rows if row["part"] in ("double.00", "clip")]
+    elsewhere = [
+        row | {"part": f"{row['part']} at 1024x1024"} for row in chosen if row["rung"] in ("dequantized", "interpreter")
+    ]
+    panels = dict(ladder_panels([*rows, *elsewhere], "delta"))
+    assert list(panels)[:2] == ["parts that exist once", "compiled form at 1024x1024"]
+    assert dict(ladder_panels(rows, "delta")).keys() == panels.keys() - {"compiled form at 1024x1024"}
+    svg = parse(panels["compiled form at 1024x1024"])
+    assert {group.get("data-part") for group in svg.iter("g")} == {"double.00 at 1024x1024", "clip at 1024x1024"}
+    assert {group.get("data-rung") for group in svg.iter("g")} == {"dequantized", "interpreter"}
+    assert "at 1024x1024" not in [text.text for text in svg.iter("text")]
+    assert depth_chart([*rows, *elsewhere], ("double",), "delta") == depth_chart(rows, ("double",), "delta")
+
+
+def test_stored_weights_have_no_place_on_a_logarithmic_axis(rows):
+    stored = [row | {"rung": "stored"} for row in rows if row["rung"] == "simulator"]
+    assert depth_chart([*rows, *stored], ("double", "single"), "delta") == depth_chart(
+        rows, ("double", "single"), "delta"
+    )
+
+
+def test_error_over_steps_shows_the_worst_block_of_each(rows):
+    svg = parse(step_chart(rows, ("double", "single"), "delta"))
+    titles = [title.text for title in svg.iter("title")]
+    steps = {title.split(" · ")[0] for title in titles}
+    assert steps == {"step 0", "step 1"}
+    blocks = [row for row in rows if row["kind"] in ("double", "single") and row["rung"] == "simulator"]
+    worst = max((row for row in blocks if row["step"] == 1), key=lambda row: value_of(row, "delta"))
+    assert f"step 1 · simulator: {value_of(worst, 'delta'):.2e} ({worst['part']} {worst['output']})" in titles
+    assert step_chart([row for row in rows if row["step"] == 0], ("double",), "delta") == ""

@@ -1,0 +1,71 @@
+"""What a page carries of its report: the rows that stand in it, and the whole document for its script."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# rows in the page itself; a script shows the others from the embedded document
+MOST_STATIC_ROWS = 1200
+# bytes of a document that is embedded as it is; a larger one is compressed
+MOST_PLAIN_BYTES = 700_000
+# in the page already
+_PICTURES = ("reference", "actual", "difference")
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """The text of a script element: JSON, or base64 of gzip of JSON."""
+
+    text: str
+    packed: bool
+
+
+def compact_json(value: Any) -> str:
+    """JSON without spaces; NaN and infinity, which it has no number for, become strings."""
+    return json.dumps(_json_safe(value), sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def embed_document(document: Mapping[str, Any]) -> Embedded:
+    """The document without its pictures, in a form no HTML parser can mistake for markup."""
+    kept = {key: value for key, value in document.items() if key != "images"}
+    if kept.get("runs"):
+        entries = kept["runs"]["entries"]
+        bare = [{key: value for key, value in entry.items() if key not in _PICTURES} for entry in entries]
+        kept["runs"] = {**kept["runs"], "entries": bare}
+    text = compact_json(kept)
+    data = text.encode()
+    if len(data) > MOST_PLAIN_BYTES:
+        return Embedded(base64.b64encode(gzip.compress(data, 6, mtime=0)).decode(), True)
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Embedded(text, False)
+
+
+def static_rows(rows: Sequence[Mapping[str, Any]], most: int = MOST_STATIC_ROWS) -> list[Mapping[str, Any]]:
+    """The rows that stand in the page without a script: all, or those that took most of their allowance, in order."""
+    if len(rows) <= most:
+        return list(rows)
+    worst = sorted(range(len(rows)), key=lambda index: (-_severity(rows[index]), index))[:most]
+    return [rows[index] for index in sorted(worst)]
+
+
+def _severity(row: Mapping[str, Any]) -> float:
+    if not row["passed"]:
+        return math.inf
+    return max((float(v["excess"]) for v in row["verdicts"] if v["metric"] != "finite"), default=0.0)
+
+
+def _json_safe(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _json_safe(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_json_safe(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value

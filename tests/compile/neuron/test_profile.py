@@ -60,12 +60,12 @@ def test_the_first_instance_is_the_default():
 
 
 def test_all_kinds_are_stored_alike():
-    """The lowering knows bfloat16 and float32, and one module has one of them."""
+    """Shards are bfloat16, and one module has one dtype; float32 is for verification."""
     blocks, schemes = TRN1.parse_schemes(None)
     assert blocks.name == "BF16"
     assert {scheme.name for scheme in schemes.values()} == {"BF16"}
-    assert {scheme.name for scheme in INF2.parse_schemes("F32")[1].values()} == {"F32"}
-    with pytest.raises(SchemeError, match="target trn1 stores all kinds alike; use BF16 or F32"):
+    assert {scheme.name for scheme in INF2.parse_schemes("BF16")[1].values()} == {"BF16"}
+    with pytest.raises(SchemeError, match="target trn1 stores all kinds alike; use BF16"):
         TRN1.parse_schemes("BF16,clip=F32")
     with pytest.raises(SchemeError, match="F16"):
         TRN1.parse_schemes("F16")

@@ -65,7 +65,7 @@ class CmodelExecutor:
         self.chip = chip
         self.step_seconds = work / SPEED
         self._env = env
-        self._scratch = tempfile.TemporaryDirectory(prefix="fluxkiln-cmodel-")
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._simulator: Simulator | None = None
 
     def __call__(self, part: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -87,6 +87,9 @@ class CmodelExecutor:
         if self._simulator is not None:
             self._simulator.close()
             self._simulator = None
+        if self._scratch is not None:
+            self._scratch.cleanup()
+            self._scratch = None
 
     @property
     def facts(self) -> Mapping[str, str]:
@@ -96,6 +99,7 @@ class CmodelExecutor:
         if self._simulator is None:
             from fluxkiln.compile.simulate import Simulator
 
+            self._scratch = tempfile.TemporaryDirectory(prefix="fluxkiln-cmodel-")
             self._simulator = Simulator(self._env, self.chip, Path(self._scratch.name) / "simulator.log")
         return self._simulator
 

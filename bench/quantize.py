@@ -11,12 +11,13 @@ import numpy as np
 
 from bench.figure import Figure, one_core, ratio
 from fluxkiln.quantize.activation import pack_corrected
+from fluxkiln.quantize.calibration import DEFAULT_BLOCK
 from fluxkiln.quantize.pack import dequantize
 from fluxkiln.quantize.rounding import pack_matrix
 from fluxkiln.quantize.schemes import METHODS, parse_scheme
 from fluxkiln.quantize.statistics import Statistics, gather
 
-WIDTH, GROUP, BLOCK = 3072, 64, 1024
+WIDTH, GROUP, BLOCK = 3072, 64, DEFAULT_BLOCK
 ROWS_SEEN, ROWS_UNSEEN = 4096, 512
 TIMES = 3
 SCHEMES = (
@@ -112,11 +113,11 @@ def _errors(weight: Any, name: str, statistics: Statistics, inputs: Any) -> tupl
 
 
 def _seconds(work: Callable[[], Any]) -> float:
-    """Least CPU seconds of this thread, after a first run, which compiles and warms up."""
+    """Least CPU seconds of this process, after a first run, which compiles and warms up."""
     work()
     taken = []
     for _ in range(TIMES):
-        started = time.thread_time()
+        started = time.process_time()
         work()
-        taken.append(time.thread_time() - started)
+        taken.append(time.process_time() - started)
     return min(taken)

@@ -23,7 +23,7 @@ _COMPONENTS = "text_encoder,text_encoder_2,transformer"
 @click.option("--steps", type=int, default=4, metavar="N", help="Denoising steps of every prompt. Default: 4.")
 @click.option("--out", type=click.Path(path_type=Path), help="A file that gets a copy (safetensors).")
 @click.option("--use", type=click.Path(path_type=Path), help="Take this file instead of running anything.")
-@click.option("--block", type=int, metavar="N", help="Channels whose products are kept; 0: all. Default: 1024.")
+@click.option("--block", type=int, metavar="N", help="Channels whose products are kept; 0: all. Default: 1536.")
 @click.option("--seed", type=int, metavar="N", help="Of the first prompt, each other's is one more. Default: 1000.")
 @click.option("--components", default=_COMPONENTS, metavar="A,B", help=f"Default: {_COMPONENTS}.")
 @size_option

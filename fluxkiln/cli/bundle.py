@@ -1,24 +1,21 @@
-"""`fluxkiln inspect`, `fluxkiln report` and `fluxkiln verify`: what a finished build is asked for."""
+"""`fluxkiln inspect` and `fluxkiln verify`: what a finished bundle is asked for."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from fluxkiln.cli.options import SettingsFor, settings_options
-from fluxkiln.cli.output import Output, count_text, json_option, parity_text, path_text, size_text
+from fluxkiln.cli.output import Output, count_text, json_option, parity_text, size_text
 from fluxkiln.cli.registry import inspect_published, transfer_options
-from fluxkiln.errors import IntegrityError, UsageError
 
 if TYPE_CHECKING:
     from fluxkiln.artifacts.manifest import Manifest
     from fluxkiln.publishing import Transfers
 
-MANIFEST, REPORT, PAGE = "manifest.json", "report.json", "report.html"
+MANIFEST = "manifest.json"
 
 _path = click.Path(path_type=Path)
 
@@ -68,34 +65,6 @@ def inspect(output: Output, transfers: Transfers, bundle: str, all_parts: bool, 
 
 
 @click.command()
-@click.argument("where", metavar="BUILD", type=_path)
-@settings_options
-@json_option
-@click.pass_obj
-def report(output: Output, settings_for: SettingsFor, where: Path) -> None:
-    """Write a build's report.html again from its report.json.
-
-    BUILD is a bundle, the folder around it, a report.json, or a target's name: then the options of `fluxkiln build`
-    say which of its builds.
-    """
-    from fluxkiln.artifacts.files import write_durably
-    from fluxkiln.verify.report import render_html
-
-    source = report_file(where, settings_for)
-    document = read_report(source)
-    try:
-        page = render_html(document)
-    except Exception as error:  # whatever a template makes of a document with holes
-        raise IntegrityError(
-            f"{source} is not complete ({type(error).__name__}: {error}); run the build again to write it"
-        ) from error
-    write_durably(source.with_name(PAGE), page.encode())
-    verdict = document.get("verdict") or {}
-    output.document({"report": str(source), "html": str(source.with_name(PAGE)), "verdict": verdict})
-    output.line(f"{path_text(source.with_name(PAGE))}: {verdict.get('headline', 'written')}")
-
-
-@click.command()
 @click.argument("bundle", type=_path)
 @json_option
 @click.pass_obj
@@ -118,45 +87,6 @@ def bundle_folder(given: Path) -> Path:
     """The bundle that is meant: `given`, or the `bundle` inside it when a build's folder was given."""
     inside = given / "bundle"
     return inside if not (given / MANIFEST).exists() and (inside / MANIFEST).exists() else given
-
-
-def report_file(given: Path, settings_for: SettingsFor) -> Path:
-    """The report.json that is meant; UsageError when there is none."""
-    from fluxkiln.compile.targets import target_names
-
-    if str(given) in target_names():
-        from fluxkiln.preparing import prepare
-
-        given = prepare(settings_for(str(given))).folder
-    if given.is_file():
-        return given
-    for folder in (given, given.parent if (given / MANIFEST).exists() else given):
-        if (folder / REPORT).is_file():
-            return folder / REPORT
-    if not given.exists():
-        raise UsageError(f"{given} does not exist; give a bundle, the folder around it, a {REPORT}, or a target's name")
-    raise UsageError(
-        f"{given} has no {REPORT}; give a bundle, the folder around it, or one of the targets "
-        f"{', '.join(target_names())}: a build with verification writes it"
-    )
-
-
-def read_report(source: Path) -> dict[str, Any]:
-    """The document in a report.json.
-
-    Raises:
-        IntegrityError: no JSON object. UsageError: JSON of another kind or schema.
-    """
-    from fluxkiln.verify.report import SCHEMA
-
-    try:
-        document = json.loads(source.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise IntegrityError(f"{source} is no JSON ({error}); run the build again to write it") from error
-    found = document.get("schema") if isinstance(document, dict) else None
-    if not isinstance(document, dict) or found != SCHEMA:
-        raise UsageError(f"{source} has the schema {found!r}, a report has {SCHEMA!r}; give the {REPORT} of a build")
-    return document
 
 
 def _shown(values: Mapping[str, Any]) -> str:

@@ -42,7 +42,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "generate": ("generate", "Make images from a bundle; no checkpoint is needed."),
     "serve": ("serve", "Open a local page to type a prompt and watch the steps."),
     "inspect": ("bundle", "Show what a bundle is made of, in a folder or in a registry."),
-    "report": ("bundle", "Write a build's report.html again from its report.json."),
+    "report": ("report", "Write a build's report.html again, or a page that compares several builds."),
     "verify": ("bundle", "Compare every file of a bundle with the digest its manifest gives."),
     "debug": ("debug", "Find the first operation inside a part that leaves its tolerance."),
     "publish": ("registry", "Publish a bundle to a registry: a folder, an OCI registry or the Hub."),

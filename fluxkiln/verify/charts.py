@@ -212,8 +212,8 @@ def _cell(
     box = f'x="{x + 0.5:g}" y="{y + 0.5:g}" width="{width - 1:g}" height="{ROW_HEIGHT - 1}" rx="1.5"'
     if cell is None:
         return f'<rect class="none" {box}><title>{escape(part)}: {rung} not climbed</title></rect>'
-    shade = _bin(cell.value)
-    number = "NaN" if math.isnan(cell.value) else f"{cell.value:.1e}".replace("e-0", "e-")
+    shade = shade_of(cell.value)
+    number = "NaN" if math.isnan(cell.value) else f"{cell.value:.1e}".replace("e-0", "e-") if cell.value else "0"
     state = "within its gates" if cell.passed else "missed a gate"
     title = f"{part} · {rung}: {number} ({cell.where}), {state}"
     out = (
@@ -227,7 +227,8 @@ def _cell(
     return out + "</g>"
 
 
-def _bin(value: float) -> int:
+def shade_of(value: float) -> int:
+    """The shade of an error, 0 to BINS - 1; NaN and infinity have the strongest."""
     if not math.isfinite(value):
         return BINS - 1
     return 0 if value <= 0.0 else min(BINS - 1, max(0, math.floor(2.0 * (math.log10(value) + 8.0))))

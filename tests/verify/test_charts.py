@@ -4,7 +4,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from fluxkiln.verify.charts import BINS, _bin, depth_chart, ladder_panels, step_chart, value_of
+from fluxkiln.verify.charts import BINS, depth_chart, ladder_panels, shade_of, step_chart, value_of
 from fluxkiln.verify.ladder import row_to_dict
 
 MEASURES = ("delta", "whole", "added")
@@ -68,7 +68,7 @@ def test_names_are_escaped(rows):
 
 def test_bins_rise_with_the_error():
     values = [0.0, 1e-12, 1e-8, 5e-8, 1e-6, 1e-3, 0.09, 0.11, 1.0, 100.0, math.inf, math.nan]
-    bins = [_bin(value) for value in values]
+    bins = [shade_of(value) for value in values]
     assert bins == sorted(bins)
     assert bins[0] == 0
     assert bins[-1] == BINS - 1

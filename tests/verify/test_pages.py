@@ -1,0 +1,135 @@
+"""The report and the comparison in a real browser: sorting, filtering, keys, phone, dark mode, and a quiet console."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from fluxkiln.verify.comparison import render_comparison
+from fluxkiln.verify.report import build_report, compare_pictures, render_html
+from tests.browser import CHROMIUM, Browser
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+
+BODY = "document.getElementById('table').tBodies[0]"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with Browser() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def report(full_recording, pictures):
+    ladder = full_recording.climb()
+    ladder.climb_image(-1, pictures[0], [("simulator", pictures[1])], "W4BF16")
+    images = compare_pictures(*pictures, "simulator")
+    entries = [
+        {"prompt": "a kiln", "seed": seed, "psnr": 30.0 + seed, "ssim": 0.9, "drift": [1e-3, 2e-3]} for seed in (0, 1)
+    ]
+    runs = {"rung": "simulator", "steps": 2, "entries": entries, "statistics": []}
+    return build_report(
+        ladder.rows, {"title": "t", "target": "bm1684x", "images": images, "heat": ladder.maps.to_json(), "runs": runs}
+    )
+
+
+@pytest.fixture(params=["plain", "packed"])
+def page(request, browser, report, tmp_path, monkeypatch):
+    """The report opened: with all rows in the page, or with few of them and the others compressed."""
+    if request.param == "packed":
+        monkeypatch.setattr("fluxkiln.verify.embedding.MOST_PLAIN_BYTES", 1000)
+        monkeypatch.setattr("fluxkiln.verify.embedding.static_rows.__defaults__", (50,))
+    path = tmp_path / "report.html"
+    path.write_text(render_html(report))
+    browser.errors.clear()
+    browser.look_like(1200, 900)
+    browser.open(path.as_uri())
+    yield browser
+    assert browser.errors == []
+
+
+def set_value(browser, name, value):
+    element = f"document.getElementById('{name}')"
+    browser.evaluate(f"{element}.value = '{value}', {element}.dispatchEvent(new Event('input'))")
+
+
+def shown(browser):
+    return browser.evaluate("document.getElementById('shown').textContent")
+
+
+def test_filters_see_every_row(page, report):
+    wanted = [row for row in report["rows"] if row["part"] == "double.07" and row["rung"] == "interpreter"]
+    set_value(page, "find", "double.07")
+    set_value(page, "rung", "interpreter")
+    page.wait(f"document.getElementById('shown').textContent === '{len(wanted)} of {len(report['rows'])} rows'")
+    parts = page.evaluate(f"[...{BODY}.rows].map(row => row.cells[0].textContent)")
+    assert parts == ["double.07"] * len(wanted)
+    classes = page.evaluate(f"[...{BODY}.rows[0].cells].map(cell => cell.textContent.trim()).length")
+    assert classes == 15
+
+
+def test_sorting_is_by_number(page, report):
+    page.evaluate("document.querySelectorAll('#table thead tr:nth-child(2) button')[6].click()")
+    page.wait("document.querySelector('#table th[aria-sort=descending]') !== null")
+    page.wait(f"{BODY}.rows.length > 50")
+    values = page.evaluate(f"[...{BODY}.rows].slice(0, 100).map(row => Number(row.cells[6].textContent))")
+    assert values == sorted(values, reverse=True)
+    worst = max(row["vs_reference"]["relative_l2"] for row in report["rows"])
+    assert values[0] == pytest.approx(worst, rel=1e-2)
+
+
+def test_panels_can_be_walked_by_keyboard(page):
+    page.evaluate("document.querySelector('.panels .heat g[data-part][tabindex=\"0\"]').focus()")
+    first = page.evaluate("document.activeElement.getAttribute('aria-label')")
+    page.press("ArrowRight", 39)
+    second = page.evaluate("document.activeElement.getAttribute('aria-label')")
+    page.press("ArrowDown", 40)
+    third = page.evaluate("document.activeElement.dataset.rung")
+    assert first != second
+    assert third != first.split(" · ")[1].split(":")[0]
+    part = page.evaluate("document.activeElement.dataset.part")
+    page.press("Enter", 13, "\r")
+    page.wait(f"document.getElementById('find').value === '{part}'")
+    page.wait(f"{BODY}.rows.length < 20")
+    assert page.evaluate("document.activeElement.id") == "find"
+
+
+def test_the_swipe_moves_by_keyboard(page):
+    page.evaluate("document.querySelector('.swipe input').focus()")
+    before = page.evaluate("getComputedStyle(document.querySelector('.pair')).getPropertyValue('--x')")
+    page.press("ArrowRight", 39)
+    after = page.evaluate("getComputedStyle(document.querySelector('.pair')).getPropertyValue('--x')")
+    assert (before.strip(), after.strip()) == ("50%", "51%")
+
+
+def test_phone_and_dark_mode(page):
+    page.look_like(390, 844, phone=True)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    light = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    page.look_like(390, 844, dark=True, phone=True)
+    dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    brightness = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (light, dark)]
+    assert brightness[0] > 600 > 150 > brightness[1]
+
+
+def test_maps_are_drawn(page):
+    assert page.evaluate("document.querySelectorAll('.map').length") > 10
+    size = page.evaluate(
+        "(()=>{const b=document.querySelector('.map').getBoundingClientRect();return [b.width,b.height]})()"
+    )
+    assert min(size) > 20
+    mask = page.evaluate("getComputedStyle(document.querySelector('.map'), '::before').maskImage")
+    assert mask.startswith("url(")
+
+
+def test_comparison_is_quiet_and_fits_a_phone(browser, report, tmp_path):
+    path = tmp_path / "comparison.html"
+    path.write_text(render_comparison([report, {**report, "title": "other"}, {**report, "title": "third"}]))
+    browser.errors.clear()
+    browser.look_like(390, 844, phone=True)
+    browser.open(path.as_uri())
+    assert browser.evaluate("document.documentElement.scrollWidth") <= 390
+    assert browser.evaluate("document.querySelectorAll('#kinds tbody tr').length") > 5
+    assert browser.errors == []

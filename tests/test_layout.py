@@ -53,7 +53,7 @@ FLOW = {
         ),
         *("debugging", "matching", "remedies"),
         *("executing", "generating", "pictures", "serving", "webpage"),
-        *("splitting", "lowering", "neffs", "replicating", "roofline", "neuron"),
+        *("splitting", "lowering", "neffs", "replicating", "roofline", "neuron", "resuming"),
     )
 }
 SEES_EVERYTHING = ("fluxkiln.cli", "fluxkiln.__main__")

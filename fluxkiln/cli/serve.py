@@ -28,9 +28,10 @@ PORT = 7860
 @json_option
 @click.pass_obj
 def serve(output: Output, bundle: Path, host: str, port: int, executor: str | None, device: int, threads: int) -> None:
-    """Open a local page to type a prompt, watch the steps and compare with the reference.
+    """Open a local page to type a prompt and watch the steps.
 
-    One image is made at a time, the others wait in a queue. Ctrl-C ends it.
+    One image is made at a time, the others wait in a queue. With the reference's settings an image is compared with
+    it. Ctrl-C ends the page.
     """
     with listen(host, port) as listening:
         from fluxkiln.executing import open_bundle, open_executor

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # what the simulator makes in a second, and how many multiplications a step may have: five minutes
 SPEED = 5e7
 MOST_MULTIPLICATIONS = 15e9
+# what every net takes besides, however small
+NET_SECONDS = 2.5
 # how often a weight of the VAE's decoder is used for every position of the latents, on average
 DECODED = 6.4
 _BYTES = {"W4BF16": 0.5625, "W8BF16": 1.0625, "BF16": 2.0, "F16": 2.0, "F32": 4.0}
@@ -63,7 +65,8 @@ class CmodelExecutor:
             )
         self.nets = dict(nets)
         self.chip = chip
-        self.step_seconds = work / SPEED
+        each_step = sum(find_kind(net.kind).each_step for net in nets.values())
+        self.step_seconds = work / SPEED + NET_SECONDS * each_step
         self._env = env
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._simulator: Simulator | None = None

@@ -6,7 +6,7 @@ import pytest
 
 from fluxkiln.artifacts.types import TensorSpec
 from fluxkiln.compile import tpu_mlir_env
-from fluxkiln.compile.executors.cmodel import CmodelExecutor, count_work
+from fluxkiln.compile.executors.cmodel import NET_SECONDS, CmodelExecutor, count_work
 from fluxkiln.compile.executors.interface import Net
 from fluxkiln.components import Shapes
 from fluxkiln.errors import CompileError, ToolchainError, UsageError
@@ -50,7 +50,7 @@ def test_inputs_are_checked_before_the_simulator_sees_them(nets):
     import numpy as np
 
     executor = CmodelExecutor(nets, "bm1684x", SHAPES, SCHEMES)
-    assert executor.step_seconds == pytest.approx(0.96)
+    assert executor.step_seconds == pytest.approx(0.96 + NET_SECONDS)
     with pytest.raises(CompileError, match=r"hidden_states has shape \[1, 5\]"):
         executor("single.00", {"hidden_states": np.zeros((1, 5))})
     assert executor._simulator is None

@@ -23,7 +23,9 @@ from fluxkiln.settings import Settings
 def compile(
     output: Output, bundle: Path | None, resume: bool, jobs: int | None, build_dir: Path, store: Path | None
 ) -> None:
-    """Compile the modules in BUNDLE that have no NEFF yet. Default: the only such bundle of the build folder.
+    """Complete a bundle for trn1 or inf2 where the compiler is.
+
+    Compiles the modules in BUNDLE that have no NEFF yet. Default: the only such bundle of the build folder.
 
     Needs neuronx-cc of the Neuron SDK on PATH, and nothing of the checkpoint. What compile_neff.sh compiled in the
     bundle is checked and taken over.

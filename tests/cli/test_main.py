@@ -72,7 +72,7 @@ def test_without_a_command_help_and_exit_2(fluxkiln):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["bake"], "fluxkiln has no command 'bake'; there are build, plan, mould, doctor"),
+        (["bake"], "fluxkiln has no command 'bake'; there are build, plan, compile, mould, doctor"),
         (["cache", "rm"], "fluxkiln cache has no command 'rm'; there are gc, ls, verify"),
         (["--bake"], "fluxkiln has no option --bake; `fluxkiln --help`"),
         (["build"], "TARGET is missing; the command reads: fluxkiln build [OPTIONS] TARGET"),

@@ -109,26 +109,28 @@ def run_session(
     return dict(zip(names, results, strict=True))
 
 
-def open_session(graph: Path, *, threads: int = 0, lean: bool = True) -> Any:
-    """An `onnxruntime.InferenceSession` of the file `graph` on the CPU.
+def open_session(graph: Path, *, threads: int = 0, lean: bool = True, spin: bool = True) -> Any:
+    """An `onnxruntime.InferenceSession` of the file `graph` on the CPU; arguments as `make_session`.
 
     Raises:
         IntegrityError: a file with weights is missing or too short.
         CompileError: ONNX Runtime refuses the graph.
     """
     try:
-        return make_session(graph, str(graph), threads=threads, lean=lean)
+        return make_session(graph, str(graph), threads=threads, lean=lean, spin=spin)
     except CompileError:
         _check_files(graph)
         raise
 
 
-def make_session(graph: Path | bytes, what: str, *, threads: int = 0, lean: bool = True) -> Any:
+def make_session(graph: Path | bytes, what: str, *, threads: int = 0, lean: bool = True, spin: bool = True) -> Any:
     """An `onnxruntime.InferenceSession` of a graph on the CPU.
 
     Args:
         graph: a file, or a serialized model.
         what: what to call the graph in an error.
+        spin: threads that wait for work keep their core busy for a while. Each session has its own, so with many
+            sessions in turn they take it from the one that works.
 
     Raises:
         CompileError: ONNX Runtime refuses the graph.
@@ -138,6 +140,8 @@ def make_session(graph: Path | bytes, what: str, *, threads: int = 0, lean: bool
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = FATAL_ONLY
+    if not spin:
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # in the order of the file, where a weight is cast right before its use: one cast weight in memory at a time;
     # fusions would undo that order and save no time
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -13,11 +13,15 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+# of all sessions together; those that do not work sleep, but systems limit their number
+MOST_THREADS = 4000
+
+
 class OrtExecutor:
     """Runs parts on ONNX Runtime's CPU provider; a component's sessions stay open until it is released.
 
     Args:
-        threads: for one operation; 0 leaves it to ONNX Runtime.
+        threads: for one operation; 0 for one on each core.
         lean: memory goes back to the system as soon as it is free (see `ort_session.OrtRunner`).
     """
 
@@ -27,7 +31,7 @@ class OrtExecutor:
         for net in nets.values():
             require_file(net)
         self.nets = dict(nets)
-        self.threads = threads
+        self.threads = threads or _threads(len(nets))
         self.lean = lean
         self.sessions: dict[str, Any] = {}
 
@@ -62,5 +66,13 @@ class OrtExecutor:
 
         if part not in self.sessions:
             file: Path = find_net(self.nets, part).file
-            self.sessions[part] = open_session(file, threads=self.threads, lean=self.lean)
+            self.sessions[part] = open_session(file, threads=self.threads, lean=self.lean, spin=False)
         return self.sessions[part]
+
+
+def _threads(sessions: int) -> int:
+    """0, which lets ONNX Runtime take all cores, unless that many sessions would have too many threads."""
+    import os
+
+    most = max(1, MOST_THREADS // max(1, sessions))
+    return 0 if (os.cpu_count() or 1) <= most else most

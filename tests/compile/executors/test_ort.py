@@ -44,6 +44,14 @@ def test_components_are_loaded_and_released(nets):
     assert executor.facts["runtime"].startswith("ONNX Runtime ")
 
 
+def test_many_cores_and_many_sessions_share_a_limit_of_threads(nets, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    assert OrtExecutor(nets).threads == 0
+    many = {f"{part}.{i}": net for i in range(50) for part, net in nets.items()}
+    assert OrtExecutor(many).threads == 26
+    assert OrtExecutor(many, threads=64).threads == 64
+
+
 def test_what_is_refused(nets):
     executor = OrtExecutor(nets, threads=1)
     with pytest.raises(CompileError, match=r"no part 'head'; it has t5_final"):

@@ -55,7 +55,7 @@ def measure_effects(
         kiln = prepared[scheme] = prepare(replace(settings, scheme=scheme)).kiln
         if not is_complete(kiln):
             raise UsageError("the effect on the whole pipeline needs all components; leave --components out")
-        if scheme not in (REFERENCE,) and not any(one.method in ("awq", "svd") for one in kiln.schemes.values()):
+        if not any(one.method in ("awq", "svd") for one in kiln.schemes.values()):
             check_methods(kiln)
     effects = []
     for count in steps:
@@ -64,8 +64,9 @@ def measure_effects(
             runner = dequantized_rung(kiln, threads=0)
             made[scheme] = run_pipeline(kiln, replace(settings, scheme=scheme, steps=count), runner)
             progress.done("pipeline", scheme, f"{count} steps")
-        base = made.pop(REFERENCE)
-        for scheme, result in made.items():
+        base = made[REFERENCE]
+        for scheme in schemes:
+            result = made[scheme]
             latents = compare(result.latents, base.latents)
             image = compare_images(result.image, base.image)
             assert image.psnr is not None

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fluxkiln.calibrating import Sums, read_prompts
+from fluxkiln.calibrating import read_prompts
 from fluxkiln.compile.bmodel import read_bmodel
 from fluxkiln.compile.cast import compare_stored
 from fluxkiln.compile.forms import FormMaker
@@ -23,6 +23,7 @@ from fluxkiln.quantize.calibration import open_calibration
 from fluxkiln.quantize.pack import pack_int4
 from fluxkiln.quantize.rounding import as_compiler, pack_matrix
 from fluxkiln.quantize.schemes import parse_scheme
+from fluxkiln.quantize.sums import Sums
 from fluxkiln.rounders import (
     calibration_action,
     check_methods,

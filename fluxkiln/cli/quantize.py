@@ -155,12 +155,13 @@ def quantize(
             (
                 layer["name"], layer["chosen"], f"{one['bits_per_weight']:.3f}", _percent(one["weight_error"]),
                 _percent(base["weight_error"]), _percent(one["output_error"]), _percent(base["output_error"]),
-                size_text(one["size"]), str(base["one_signed_groups"]),
+                size_text(one["size"]), str(base["one_signed_groups"]), _options(layer["schemes"]) if budget else "",
             )
         )  # fmt: skip
+    columns = ("layer", "scheme", "bits", "weight", "compiler's", "output", "compiler's ", "size", "one-signed")
     output.table(
-        ("layer", "scheme", "bits", "weight", "compiler's", "output", "compiler's ", "size", "one-signed"),
-        rows,
+        (*columns, "chosen from, bits: error") if budget else columns,
+        rows if budget else [row[:-1] for row in rows],
         numbers=("bits", "weight", "compiler's", "output", "compiler's ", "size", "one-signed"),
     )
     output.line(
@@ -176,6 +177,15 @@ def quantize(
             ],
             numbers=("steps", "latents", "PSNR", "SSIM"),
         )
+
+
+def _options(schemes: dict[str, Any]) -> str:
+    """What a layer's scheme was chosen from."""
+    found = sorted(schemes.values(), key=lambda one: float(one["bits_per_weight"]))
+    errors = [one["weight_error"] if one["output_error"] is None else one["output_error"] for one in found]
+    return ", ".join(
+        f"{one['bits_per_weight']:.2f}: {_percent(error)}" for one, error in zip(found, errors, strict=True)
+    )
 
 
 def _percent(value: float | None) -> str:

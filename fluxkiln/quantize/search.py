@@ -52,15 +52,6 @@ def search_into(
     _search_rows(words, narrow, bits, shrinks, method == "ls", symmetric, codes_OI, scales_OG, zeros_OG)
 
 
-def weighted_fit(values_RI: NDArray[np.float32], importance_I: NDArray[np.float32], bits: int) -> tuple[Any, Any]:
-    """`ls` for one group of each row, with squared errors weighted by channel: scales (float32) and zero points."""
-    scales, zeros = np.empty(len(values_RI), np.float32), np.empty(len(values_RI), np.float32)
-    shrinks = np.array(SHRINKS, np.float32)
-    for row in range(len(values_RI)):
-        scales[row], zeros[row] = fit_group(values_RI[row], importance_I, shrinks, np.float32((1 << bits) - 1))
-    return scales, zeros
-
-
 @numba.njit(cache=True, nogil=True, fastmath=_FAST)  # type: ignore[untyped-decorator]
 def _sums(values: Any, inverse: Any, zero: Any, top: Any) -> Any:
     """sum(q q) and sum(q w) of the nearest codes."""

@@ -87,7 +87,7 @@ OnStep = Callable[[Step], "NDArray[Any] | None"]
 
 @dataclass(slots=True)
 class Painter:
-    """diffusers' pipeline on a bundle's parts.
+    """diffusers' pipeline on a bundle's parts. One image at a time: the scheduler counts the steps of one.
 
     Raises:
         ShapeError: the bundle's constants are for other shapes than its parts.

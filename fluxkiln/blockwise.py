@@ -31,7 +31,8 @@ from fluxkiln.parity import (
     trace_templates,
 )
 from fluxkiln.progress import Progress
-from fluxkiln.rungs import executed_rung, rungs_below, stored_rung
+from fluxkiln.rungs import executed_rung, onnxruntime_rung, rungs_below, stored_rung
+from fluxkiln.sampling import sample_runs
 from fluxkiln.settings import Settings
 from fluxkiln.stages import BinaryPart, Kiln
 
@@ -94,9 +95,11 @@ def verify_blockwise(
             upper.shutdown(wait=False, cancel_futures=True)
             raise
     ladder.absorb(executed)
+    runs = None
     if pipeline is not None:
         climb_pipeline(ladder, small, recording, PIPELINE_RUNG, pipeline)
         progress.done("verify", "whole pipeline", f"1 step at {name_shapes(small.shapes)}")
+        runs = sample_runs(small, settings, ladder, onnxruntime_rung(small, 0), PIPELINE_RUNG, progress)
     left_out = dict.fromkeys(part.kind for part in kiln.parts if part.kind not in {part.kind for part in chosen})
     facts = {
         "every part replayed at": f"{name_shapes(small.shapes)}, 1 step",
@@ -104,7 +107,7 @@ def verify_blockwise(
         f"compiled form not executed, {'too large' if able else 'no compiler here'}": ", ".join(left_out) or "none",
     }
     seconds = {"verify": time.perf_counter() - started, **recording.seconds}
-    return Parity(ladder, recording, pipeline, PIPELINE_RUNG, seconds, facts)
+    return Parity(ladder, recording, pipeline, PIPELINE_RUNG, seconds, facts, runs)
 
 
 def _replay_all(

@@ -57,6 +57,8 @@ def build_action(prepared: Prepared) -> Action:
             "steps": settings.steps,
             "prompt": settings.prompt,
             "verify": settings.verify,
+            **({"prompts": list(settings.prompts)} if settings.prompts else {}),
+            **({"seeds": list(settings.seeds)} if settings.seeds else {}),
             **split_settings(prepared),
         },
         tools=tools,
@@ -239,6 +241,7 @@ def _write_report(
         "parts": [_part_row(binary) for binary in binaries],
         **({"images": compare_pictures(parity.recording.image, made.image, parity.pipeline_rung)} if made else {}),
         "heat": parity.ladder.maps.to_json(),
+        **({"runs": parity.runs} if parity.runs else {}),
         "timings": [
             {"name": name, "seconds": seconds}
             for name, seconds in {**parity.seconds, **laps.seconds, "all": laps.total}.items()

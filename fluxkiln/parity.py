@@ -43,6 +43,7 @@ class Parity:
 
     `pipeline` is the image made by parts at the rung `pipeline_rung`, None where not all components are built. `facts`
     says at which shapes a large model was verified; it is empty where everything ran at the shapes of the build.
+    `runs` are the whole images of further prompts and seeds, where they are asked for.
     """
 
     ladder: Ladder
@@ -51,6 +52,7 @@ class Parity:
     pipeline_rung: str
     seconds: Mapping[str, float]
     facts: Mapping[str, str] = field(default_factory=dict)
+    runs: Mapping[str, Any] | None = None
 
 
 def record(kiln: Kiln, settings: Settings, print_: str, folder: Path, limits: Limits = LIMITS) -> Recording:
@@ -231,7 +233,13 @@ def replay(kiln: Kiln, settings: Settings, recording: Recording, rungs: Rungs, p
     if pipeline is not None:
         climb_pipeline(ladder, kiln, recording, top, pipeline)
         progress.done("verify", "whole pipeline", f"{recording.steps} steps")
-    return Parity(ladder, recording, pipeline, top, {"verify": time.perf_counter() - started, **recording.seconds})
+    runs = None
+    if pipeline is not None:
+        from fluxkiln.sampling import sample_runs
+
+        runs = sample_runs(kiln, settings, ladder, rungs[top], top, progress)
+    seconds = {"verify": time.perf_counter() - started, **recording.seconds}
+    return Parity(ladder, recording, pipeline, top, seconds, runs=runs)
 
 
 def climb_pipeline(ladder: Ladder, kiln: Kiln, recording: Recording, rung: str, pipeline: PipelineResult) -> None:

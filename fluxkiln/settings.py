@@ -34,6 +34,8 @@ class Settings:
         jobs: compilers at once; None for one per core.
         build_dir: where bundles and reports go; store: the content-addressed store.
         seed, steps, prompt: of the recorded reference run.
+        prompts, seeds: whole images besides it: each of one with each of the other. `prompt` or `seed` stands in for
+            the one that is empty; none where both are.
         verify: climb the parity ladder.
         prove: compile one part of each cast kind even if casts from its mould have been proven before.
     """
@@ -57,6 +59,8 @@ class Settings:
     seed: int = 0
     steps: int = 2
     prompt: str = DEFAULT_PROMPT
+    prompts: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
     verify: bool = True
     prove: bool = False
 
@@ -72,6 +76,14 @@ class Settings:
                 raise UsageError(f"no component is called {component!r}; there are {', '.join(COMPONENTS)}")
         if self.components == ():
             raise UsageError(f"no component was asked for; there are {', '.join(COMPONENTS)}")
+        if self.prompts or self.seeds:
+            if set(self.chosen) != set(COMPONENTS):
+                raise UsageError(
+                    f"prompts and seeds make whole images, and only {', '.join(self.chosen)} is built; leave "
+                    "--components out"
+                )
+            if not self.verify:
+                raise UsageError("prompts and seeds are for verification, which --no-verify leaves out; drop either")
         for name, value in (
             ("jobs", self.jobs),
             ("tokens", self.tokens),

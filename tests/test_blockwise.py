@@ -133,6 +133,19 @@ def test_what_is_too_large_is_left_out_and_said(large):
     assert f"vae_decoder{AT}" not in {row.part for row in parity.ladder.rows}
 
 
+def test_further_images_are_made_at_the_smaller_shapes(large):
+    settings = replace(large.settings, seeds=(1, 2), steps=3)
+    parity = verify_blockwise(
+        large.kiln, settings, "tiny", (), large.graphs, large.recording, large.folder / "work", Silent(), large.limits
+    )
+    runs = parity.runs
+    assert (runs["rung"], runs["shapes"], runs["steps"]) == ("onnxruntime", "16x16, 8 tokens", 3)
+    assert [entry["seed"] for entry in runs["entries"]] == [1, 2]
+    rows = [row for row in parity.ladder.rows if row.part.startswith("pipeline.")]
+    assert len(rows) == 4
+    assert all(row.passed for row in rows)
+
+
 def swap(kiln, one, other):
     """A kiln in which two parts have the weights of one another."""
     prefixes = {part.name: part.prefix for part in kiln.parts}

@@ -51,7 +51,7 @@ FLOW = {
             "build",
             "publishing",
         ),
-        *("debugging", "matching", "remedies"),
+        *("debugging", "matching", "remedies", "sampling"),
         *("executing", "generating", "pictures", "serving", "webpage"),
         *("splitting", "lowering", "neffs", "replicating", "roofline", "neuron", "resuming"),
     )

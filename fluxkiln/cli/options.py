@@ -22,6 +22,8 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 SettingsFor = Callable[[str], Settings]
 
 BUILD_DIR = Path("build")
+MOST_SEEDS = 256
+MOST_SEED = 2**63 - 1
 
 size_option = click.option(
     "--size", metavar="WxH", help="Image size in pixels, multiples of 16. Default: the model's own, 1024x1024."
@@ -64,6 +66,8 @@ def settings_options(command: _F) -> _F:
         seed: int,
         steps: int,
         prompt: str | None,
+        prompts: Path | None,
+        seeds: str | None,
         no_verify: bool,
         prove: bool,
         lora: str | None,
@@ -96,6 +100,8 @@ def settings_options(command: _F) -> _F:
                 verify=not no_verify,
                 prove=prove,
                 prompt=prompt or DEFAULT_PROMPT,
+                prompts=() if prompts is None else read_prompts(prompts),
+                seeds=() if seeds is None else parse_seeds(seeds),
             )
             found.parse_schemes(scheme)
             return settings
@@ -161,6 +167,13 @@ def settings_options(command: _F) -> _F:
             "--steps", type=int, metavar="N", default=2, help="Denoising steps of the reference run. Default: 2."
         ),
         click.option("--prompt", help="What the reference run draws."),
+        click.option(
+            "--prompts",
+            type=click.Path(path_type=Path),
+            metavar="FILE",
+            help="Compare whole images of these prompts too, one a line, each with every seed of --seeds.",
+        ),
+        click.option("--seeds", metavar="A,B-C", help="Compare whole images of these seeds too, 0-3,7 say."),
         click.option("--no-verify", is_flag=True, help="Build without climbing the parity ladder."),
         click.option(
             "--prove", is_flag=True, help="Compile one part of each cast kind again, also for moulds of the store."
@@ -171,6 +184,53 @@ def settings_options(command: _F) -> _F:
     for option in reversed(options):
         wrapped = option(wrapped)
     return wrapped  # type: ignore[return-value]
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """The prompts of a file, one a line; empty lines and lines that start with # are left out.
+
+    Raises:
+        UsageError: no such file, no text, no prompt, or one twice.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--prompts {path} is no UTF-8 text ({error.reason}); save it as UTF-8") from error
+    except OSError as error:
+        raise UsageError(f"--prompts {path}: {error.strerror}; give a text file with a prompt a line") from error
+    prompts = [line for line in lines if line and not line.startswith("#")]
+    if not prompts:
+        raise UsageError(f"--prompts {path} has no prompt in it; write one a line")
+    twice = next((prompt for prompt in prompts if prompts.count(prompt) > 1), None)
+    if twice is not None:
+        raise UsageError(f"--prompts {path} has {twice[:60]!r} twice; write each prompt once")
+    return tuple(prompts)
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """`0-3,7` -> (0, 1, 2, 3, 7).
+
+    Raises:
+        UsageError: no such list, too many, a seed twice or too large.
+    """
+    seeds: list[int] = []
+    for piece in text.replace(",", " ").split():
+        first, dash, last = piece.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise UsageError(
+                f"--seeds {text}: {piece!r} is no seed and no range; write whole numbers from 0, 0-3,7 say"
+            )
+        start, stop = int(first), int(last) if dash else int(first)
+        if stop < start or stop - start >= MOST_SEEDS:
+            raise UsageError(f"--seeds {text}: {piece!r} must rise, over at most {MOST_SEEDS} seeds")
+        seeds += range(start, stop + 1)
+    if not seeds or len(seeds) > MOST_SEEDS:
+        raise UsageError(f"--seeds {text!r} has {len(seeds)} seeds; give 1 to {MOST_SEEDS}")
+    if len(set(seeds)) < len(seeds):
+        raise UsageError(f"--seeds {text} has a seed twice; give each once")
+    if max(seeds) > MOST_SEED:
+        raise UsageError(f"--seeds {text}: {max(seeds)} is too large; a seed is at most {MOST_SEED}")
+    return tuple(seeds)
 
 
 def store_options(command: _F) -> _F:

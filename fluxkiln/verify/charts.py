@@ -69,7 +69,9 @@ def ladder_panels(rows: Sequence[ReportRow], measure: Measure) -> list[tuple[str
     elsewhere: dict[str, list[str]] = {}
     for row in rows:
         shapes = split_name(row["part"])[1]
-        parts = elsewhere.setdefault(shapes, []) if shapes else kinds.setdefault(row["kind"], [])
+        # the pipeline, beside the numbered runs of it
+        group = row["kind"] if "." in row["part"] else row["part"]
+        parts = elsewhere.setdefault(shapes, []) if shapes else kinds.setdefault(group, [])
         if row["part"] not in parts:
             parts.append(row["part"])
     rungs = _rungs_of(cells, [part for parts in kinds.values() for part in parts])

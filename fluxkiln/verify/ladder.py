@@ -99,20 +99,24 @@ class Ladder:
         return self._climb((part, kind, output, step, scheme), reference, base, rungs, compare)
 
     def climb_image(
-        self, step: int, reference: AnyArray, rungs: Iterable[tuple[str, AnyArray]], scheme: str
+        self, step: int, reference: AnyArray, rungs: Iterable[tuple[str, AnyArray]], scheme: str, part: str = PIPELINE
     ) -> tuple[Row, ...]:
-        """Compare the pipeline's final image, [height, width, 3], uint8 or float in 0..1, at every rung given."""
+        """Compare the pipeline's final image, [height, width, 3], uint8 or float in 0..1, at every rung given.
+
+        Args:
+            part: what the run is called, where there are several.
+        """
 
         def measure(actual: AnyArray, expected: AnyArray, base: AnyArray | None) -> Metrics:
             return compare_images(actual, expected)
 
-        return self._climb((PIPELINE, PIPELINE, "image", step, scheme), reference, None, rungs, measure)
+        return self._climb((part, PIPELINE, "image", step, scheme), reference, None, rungs, measure)
 
     def climb_latents(
-        self, step: int, reference: AnyArray, rungs: Iterable[tuple[str, AnyArray]], scheme: str
+        self, step: int, reference: AnyArray, rungs: Iterable[tuple[str, AnyArray]], scheme: str, part: str = PIPELINE
     ) -> tuple[Row, ...]:
-        """Compare the pipeline's final latents at every rung given."""
-        return self._climb((PIPELINE, PIPELINE, "latents", step, scheme), reference, None, rungs, compare)
+        """Compare the pipeline's final latents at every rung given; arguments as `climb_image`."""
+        return self._climb((part, PIPELINE, "latents", step, scheme), reference, None, rungs, compare)
 
     def raise_if_failed(self, report: Path | str) -> None:
         """Raise one ParityError that names the first bad rung and where the report lies, if any row failed.
@@ -153,7 +157,7 @@ class Ladder:
             if below is not reference:
                 vs_previous = measure(actual, below, base)
                 vs_previous = replace(vs_previous, noise_ratio=_ratio(vs_reference.relative_l2, noise))
-            if key[0] != PIPELINE:
+            if key[1] != PIPELINE:
                 severity = math.inf if math.isnan(vs_previous.worst_channel) else vs_previous.worst_channel
                 self.maps.offer((key[0], key[2], key[3], rung), severity, actual, below, base)
             if vs_reference.finite:

@@ -22,6 +22,8 @@ Configs = Mapping[str, Mapping[str, Any]]
 PooledRow = Callable[["NDArray[Any]", Mapping[str, Any]], int]
 # (steps done, steps in all)
 OnStep = Callable[[int, int], None]
+# packed latents [1, S, 4C] float32, a copy, after each step
+OnLatents = Callable[["NDArray[Any]"], None]
 
 PROMPT = "a kiln at night, glowing"
 GUIDANCE_SCALE = 3.5
@@ -84,6 +86,7 @@ def run_with_parts(
     prompt: str = PROMPT,
     guidance_scale: float = GUIDANCE_SCALE,
     on_step: OnStep | None = None,
+    on_latents: OnLatents | None = None,
 ) -> PipelineResult:
     """Make an image with `run_part` in place of the torch models, which are not loaded.
 
@@ -97,7 +100,7 @@ def run_with_parts(
             `position_buckets` [T, T] int32 where it is split.
         pooled_row: picks CLIP's pooled output.
         steps, seed, prompt, guidance_scale: as FluxPipeline takes them; guidance counts where the model embeds it.
-        on_step: called after each denoising step.
+        on_step, on_latents: called after each denoising step.
 
     Raises:
         ShapeError: the host constants were made for other shapes. UsageError: too many steps for the hoisted form.
@@ -110,7 +113,7 @@ def run_with_parts(
         check_constants(host_constants, shapes)
         chain = PartChain(parts, run_part)
         pipe = build_pipeline(root, configs, chain, host_constants, pooled_row)
-    made = render(pipe, shapes, steps, seed, prompt, guidance_scale, on_step)
+    made = render(pipe, shapes, steps, seed, prompt, guidance_scale, on_step, on_latents)
     return PipelineResult(
         made.latents,
         made.image,
@@ -130,6 +133,7 @@ def render(
     prompt: str,
     guidance_scale: float,
     on_step: OnStep | None = None,
+    on_latents: OnLatents | None = None,
 ) -> Rendering:
     """Encode the prompt and run `pipe`, a `diffusers.FluxPipeline`, on the CPU's random numbers for `seed`."""
     import torch
@@ -140,6 +144,8 @@ def render(
         final.update(tensors)
         if on_step:
             on_step(step + 1, steps)
+        if on_latents:
+            on_latents(tensors["latents"].float().numpy().copy())
         return {}
 
     pipe.set_progress_bar_config(disable=True)

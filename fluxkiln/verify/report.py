@@ -215,8 +215,8 @@ def _summarise(rows: Sequence[Row], gates: Sequence[Gate]) -> dict[str, Any]:
     return {
         "rows": len(rows),
         "failed": sum(not row.passed for row in rows),
-        "parts": len({row.part for row in rows} - {PIPELINE}),
-        "pipeline": any(row.part == PIPELINE for row in rows),
+        "parts": len({row.part for row in rows if row.kind != PIPELINE}),
+        "pipeline": any(row.kind == PIPELINE for row in rows),
         "rungs": rungs,
         "first_bad": first_bad_rung(rows),
     }

@@ -15,6 +15,7 @@ from fluxkiln.artifacts.bundle import read_manifest
 from fluxkiln.artifacts.files import digest_file
 from fluxkiln.artifacts.manifest import FileEntry, Manifest
 from fluxkiln.artifacts.paths import MANIFEST_FILE, resolve_inside
+from fluxkiln.bundling import HOST_CONSTANTS
 from fluxkiln.compile.executors.interface import Executor, Net
 from fluxkiln.compile.target import Target
 from fluxkiln.compile.targets import find_target
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 CONFIGS = "configs.json"
-CONSTANTS = "host/constants.safetensors"
 # toolchain -> its executors, the default first
 EXECUTORS: Mapping[str, tuple[str, ...]] = {
     "onnxruntime": ("ort",),
@@ -89,7 +89,7 @@ def open_bundle(folder: Path, progress: Progress | None = None) -> Bundle:
         digest,
         find_target(manifest.target),
         json.loads((folder / CONFIGS).read_bytes()),
-        load_file(folder / CONSTANTS),
+        load_file(folder / HOST_CONSTANTS),
     )
 
 

@@ -13,8 +13,9 @@ from safetensors.numpy import save_file
 
 from fluxkiln.artifacts.bundle import write_bundle
 from fluxkiln.artifacts.store import open_store
+from fluxkiln.bundling import HOST_CONSTANTS
 from fluxkiln.components import Component, Shapes, list_parts
-from fluxkiln.executing import CONFIGS, CONSTANTS, Bundle, open_bundle
+from fluxkiln.executing import CONFIGS, Bundle, open_bundle
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.export.eager import PatchedRunner
 from fluxkiln.export.host import host_constants
@@ -64,7 +65,7 @@ def make_bundle(checkpoint: Checkpoint, folder: Path, modulation: str = "hoisted
     (work / "parts.bin").write_bytes(b"\0" * 100_000)
     files = {
         **checkpoint.sidecars,
-        CONSTANTS: constants,
+        HOST_CONSTANTS: constants,
         CONFIGS: configs,
         "LICENSE": work / "LICENSE",
         "parts.bin": work / "parts.bin",

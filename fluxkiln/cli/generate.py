@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from fluxkiln.cli.bundle import bundle_folder
 from fluxkiln.cli.options import check_size
 from fluxkiln.cli.output import Output, count_text, json_option, path_text, seconds_text, size_text
 from fluxkiln.cli.progress import open_progress
@@ -37,7 +38,7 @@ class Saved:
 
 @click.command()
 @click.argument("prompts", nargs=-1, metavar="PROMPT...")
-@click.option("--bundle", type=_path, required=True, metavar="DIR", help="The bundle that a build wrote.")
+@click.option("--bundle", type=_path, required=True, metavar="DIR", help="A bundle, or the folder of a build.")
 @click.option("--prompts", "file", type=_path, metavar="FILE", help="A file with a prompt on each line.")
 @click.option("--prompt-2", metavar="TEXT", help="What T5 gets, if not the prompt itself.")
 @click.option("--steps", type=int, metavar="N", help="Denoising steps. Default: dev 28, schnell 4.")
@@ -103,7 +104,7 @@ def generate(
     ]
     laps = Laps()
     with open_progress() as progress:
-        opened = open_bundle(bundle, progress)
+        opened = open_bundle(bundle_folder(bundle), progress)
         laps.lap("check")
         for request in requests:
             check_request(opened, request)
@@ -118,7 +119,7 @@ def generate(
     document["timings"] = {name: round(seconds, 3) for name, seconds in laps.seconds.items()}
     document["part_seconds"] = round(inside, 3)
     document["peak_memory"] = peak_bytes()
-    output.document({"bundle": str(bundle), "digest": opened.digest, "executor": facts, **document})
+    output.document({"bundle": str(opened.folder), "digest": opened.digest, "executor": facts, **document})
     _show(output, opened, facts, document)
 
 

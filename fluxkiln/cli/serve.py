@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from fluxkiln.cli.bundle import bundle_folder
 from fluxkiln.cli.output import Output, json_option
 from fluxkiln.cli.progress import open_progress
 from fluxkiln.errors import ResourceError, ToolchainError, UsageError
@@ -18,7 +19,11 @@ PORT = 7860
 
 @click.command()
 @click.option(
-    "--bundle", type=click.Path(path_type=Path), required=True, metavar="DIR", help="The bundle that a build wrote."
+    "--bundle",
+    type=click.Path(path_type=Path),
+    required=True,
+    metavar="DIR",
+    help="A bundle, or the folder of a build.",
 )
 @click.option("--host", metavar="ADDRESS", default="127.0.0.1", help="Where to listen. Default: this machine only.")
 @click.option("--port", type=int, metavar="N", default=PORT, help=f"Default: {PORT}; 0 picks a free one.")
@@ -46,12 +51,12 @@ def serve(output: Output, bundle: Path, host: str, port: int, executor: str | No
                 f"fluxkiln serve needs starlette and uvicorn ({error}); install them: pip install 'fluxkiln[serve]'"
             ) from error
         with open_progress() as progress:
-            opened = open_bundle(bundle, progress)
+            opened = open_bundle(bundle_folder(bundle), progress)
             painter = Painter(opened, open_executor(opened, executor, threads=threads, device=device))
         with Studio(painter, find_reference(opened)) as studio:
             app = make_app(studio, LOOPBACK if is_loopback(host) else ("*",))
             url = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/"
-            output.document({"url": url, "bundle": str(bundle), "digest": opened.digest})
+            output.document({"url": url, "bundle": str(opened.folder), "digest": opened.digest})
             output.line(f"{opened.manifest.name} at {url}; Ctrl-C ends it")
             if not is_loopback(host):
                 click.echo(f"note: everybody who reaches {host} can use this page; there is no password", err=True)

@@ -92,6 +92,13 @@ def test_what_is_refused(generate, arguments, code, words, tmp_path):
     assert list((tmp_path / "work").iterdir()) == []
 
 
+def test_a_builds_folder_is_its_bundle(generate, folder):
+    # the later option counts
+    run = generate("a kiln", "--bundle", folder.parent, "--steps", 1, "--json")
+    assert run.code == 0, run.err
+    assert run.document["bundle"] == str(folder)
+
+
 def test_prompt_files_that_hold_none(generate, tmp_path):
     (tmp_path / "work/empty.txt").write_text("\n \n")
     (tmp_path / "work/binary.txt").write_bytes(b"\xff\xfe\x00")

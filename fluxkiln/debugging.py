@@ -22,8 +22,8 @@ from fluxkiln.moulds import cast_part, compile_part, make_mould
 from fluxkiln.preparing import Prepared
 from fluxkiln.progress import Progress, Silent
 from fluxkiln.remedies import Remedy, find_remedy
-from fluxkiln.rounders import part_rounders
-from fluxkiln.rungs import lay_out_lowered
+from fluxkiln.rounders import part_correctors, part_rounders
+from fluxkiln.rungs import dequantized_rung, lay_out_lowered
 from fluxkiln.stages import Kiln, make_template
 from fluxkiln.verify.bisect import Finding, Range, first_missed, judge_values, tolerance_of, value_range
 
@@ -223,18 +223,11 @@ def look_inside(kiln: Kiln, part: Part, inputs: Values, graph_format: GraphForma
 
 def _stored_17(kiln: Kiln, part: Part, template: Template, reader: WeightReader) -> WeightReader:
     """Every weight as the compiled form holds it."""
-    from fluxkiln.compile.pour import quantized_matmuls
-    from fluxkiln.quantize.stored import stored_weight
+    from fluxkiln.compile.feeding import TemplateRunner
 
-    scheme = kiln.scheme(part)
-    matmuls = {slot for slot, _ in quantized_matmuls(template.path, {spec.name for spec in template.inputs})}
-    rounder_of = part_rounders(kiln, part) if scheme.weight_bits else None
-
-    def stored(slot: str) -> NDArray[Any]:
-        rounder = rounder_of(slot, None) if rounder_of is not None and slot in matmuls else None
-        return stored_weight(reader(slot), scheme, slot in matmuls, rounder)
-
-    return stored
+    rung = dequantized_rung(kiln)
+    assert isinstance(rung, TemplateRunner)
+    return rung.fill(part.name).read_weight
 
 
 def _stored_23(kiln: Kiln, part: Part, template: Template, reader: WeightReader) -> WeightReader:
@@ -248,13 +241,17 @@ def _stored_23(kiln: Kiln, part: Part, template: Template, reader: WeightReader)
     if not scheme.weight_bits:
         return reader
     regions = quantized_regions(template.path, [spec.name for spec in template.slots])
-    rounder_of = part_rounders(kiln, part, "onnx23")
+    corrector_of = part_correctors(kiln, part, "onnx23")
+    rounder_of = None if corrector_of is not None else part_rounders(kiln, part, "onnx23")
 
     def stored(slot: str) -> NDArray[Any]:
         weight = np.array(reader(slot), np.float32)
         for region in regions.get(slot, ()):
             start, stop, _ = region[1].indices(weight.shape[1])
-            weight[region] = stored_weight(weight[region], scheme, True, rounder_of(slot, (start, stop)))
+            if corrector_of is not None:
+                weight[region] = corrector_of(slot, (start, stop))(weight[region]).dequantize(scheme.group_size)
+            elif rounder_of is not None:
+                weight[region] = stored_weight(weight[region], scheme, True, rounder_of(slot, (start, stop)))
         return weight
 
     return stored

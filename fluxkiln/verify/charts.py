@@ -65,12 +65,12 @@ def ladder_panels(rows: Sequence[ReportRow], measure: Measure) -> list[tuple[str
     """
     cells = _worst_cells(rows, measure)
     panels: list[tuple[str, str]] = []
-    kinds: dict[str, list[str]] = {}
+    kinds: dict[tuple[str, bool], list[str]] = {}
     elsewhere: dict[str, list[str]] = {}
     for row in rows:
         shapes = split_name(row["part"])[1]
-        # the pipeline, beside the numbered runs of it
-        group = row["kind"] if "." in row["part"] else row["part"]
+        # the pipeline stands apart from the numbered runs of it
+        group = row["kind"], "." in row["part"]
         parts = elsewhere.setdefault(shapes, []) if shapes else kinds.setdefault(group, [])
         if row["part"] not in parts:
             parts.append(row["part"])
@@ -80,7 +80,7 @@ def ladder_panels(rows: Sequence[ReportRow], measure: Measure) -> list[tuple[str
         panels.append(("parts that exist once", _numbered_panel(single, rungs, cells)))
     for shapes, parts in elsewhere.items():
         panels.append((f"compiled form at {shapes}", _numbered_panel(parts, _rungs_of(cells, parts), cells)))
-    for kind, parts in kinds.items():
+    for (kind, _), parts in kinds.items():
         if len(parts) == 1:
             continue
         pieces = math.ceil(len(parts) / COLUMNS)

@@ -89,6 +89,14 @@ def test_parts_executed_at_other_shapes_have_a_panel_of_their_own(rows):
     assert depth_chart([*rows, *elsewhere], ("double",), "delta") == depth_chart(rows, ("double",), "delta")
 
 
+def test_runs_of_the_pipeline_stand_apart_from_it(rows):
+    clip = next(row for row in rows if row["part"] == "clip")
+    runs = [clip | {"kind": "pipeline", "part": f"pipeline{n}"} for n in ("", ".00", ".01")]
+    panels = dict(ladder_panels([*rows, *runs], "whole"))
+    assert "pipeline 00–01" in panels
+    assert 'data-part="pipeline"' in panels["parts that exist once"]
+
+
 def test_stored_weights_have_no_place_on_a_logarithmic_axis(rows):
     stored = [row | {"rung": "stored"} for row in rows if row["rung"] == "simulator"]
     assert depth_chart([*rows, *stored], ("double", "single"), "delta") == depth_chart(

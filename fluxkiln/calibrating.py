@@ -146,10 +146,12 @@ def use_calibration(settings: Settings, file: Path, progress: Progress | None = 
     """Make a calibration that was written before the one that builds of this checkpoint use.
 
     Raises:
-        SchemeError: it was made with other weights. IntegrityError: it is no calibration.
+        SchemeError: it was made with other weights. IntegrityError: it is no calibration, or not as it was recorded.
     """
     started = time.perf_counter()
     kiln = prepare(settings, progress).kiln
+    if not file.is_file():
+        raise UsageError(f"{file} is no file; fluxkiln calibrate --out writes one")
     found = open_calibration(file, digest_file(file)[0])
     digests = {name: component_digest(kiln.digests, name) for name in found.components if name in kiln.digests}
     if not digests:
@@ -159,6 +161,7 @@ def use_calibration(settings: Settings, file: Path, progress: Progress | None = 
         for name, ref in kiln.checkpoint.tensors[component].items():
             if name in found.matrices.get(component, {}):
                 found.statistics(component, name, ref.shape[1])
+    found.check_data()
     blob = kiln.cache.store.add_file(file)
     for component, digest in digests.items():
         kiln.cache.record(calibration_action(component, digest), {"calibration": blob}, {})

@@ -93,6 +93,11 @@ def test_what_does_not_fit_is_refused(settings, calibration, tiny_checkpoint, tm
     def cut(tensors, _):
         tensors[f"{key}.peaks"] = tensors[f"{key}.peaks"][:-1]
 
+    def shuffle(tensors, _):
+        blocks = tensors[f"{key}.blocks"]
+        order = np.random.default_rng(0).permutation(blocks.shape[1])
+        tensors[f"{key}.blocks"] = np.ascontiguousarray(blocks[:, order][:, :, order])
+
     def drop(tensors, _):
         del tensors[f"{key}.peaks"]
 
@@ -106,6 +111,7 @@ def test_what_does_not_fit_is_refused(settings, calibration, tiny_checkpoint, tm
     for change, error, clue in (
         (spoil, SchemeError, "has NaN, infinite or negative moments"),
         (cut, SchemeError, "input channels, the weight has 256"),
+        (shuffle, IntegrityError, "are not the ones that were recorded"),
         (drop, IntegrityError, "has no statistics of"),
         (date, IntegrityError, "has format 99"),
         (empty, IntegrityError, "is no calibration"),

@@ -9,6 +9,7 @@ Source: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ class Calibration:
         components: component -> digest of its weights.
         matrices: component -> tensor name of the checkpoint -> key of its input, and how many rows of it were seen.
         facts: prompts, steps, shapes: what a report says of it.
+        data: sha256 of its statistics, as it was when they were recorded.
     """
 
     path: Path
@@ -40,6 +42,17 @@ class Calibration:
     components: Mapping[str, str]
     matrices: Mapping[str, Mapping[str, tuple[str, int]]]
     facts: Mapping[str, Any] = field(default_factory=dict)
+    data: str = ""
+
+    def check_data(self) -> None:
+        """Raise IntegrityError unless all statistics are those that were recorded, each in its place."""
+        with self.path.open("rb") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+        if digest_data(self.path, start) != self.data:
+            raise IntegrityError(
+                f"the statistics in {self.path} are not the ones that were recorded; fetch the file again, or run "
+                "fluxkiln calibrate"
+            )
 
     def check_checkpoint(self, component: str, digest: str) -> None:
         """Raise SchemeError unless it was made with this component's weights."""
@@ -80,6 +93,16 @@ class Calibration:
         return found
 
 
+def digest_data(path: Path, start: int) -> str:
+    """sha256 of a file from a byte on."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        file.seek(start)
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def open_calibration(path: Path, digest: str) -> Calibration:
     """Read what a calibration is of; its statistics are read later.
 
@@ -101,6 +124,6 @@ def open_calibration(path: Path, digest: str) -> Calibration:
         keys = {key for entries in matrices.values() for key, _ in entries.values()}
         if missing := [key for key in sorted(keys) if not {f"{key}.peaks", f"{key}.blocks"} <= names]:
             raise IntegrityError(f"{path} has no statistics of {missing[0]}; run fluxkiln calibrate again")
-        return Calibration(path, digest, known["components"], matrices, known["facts"])
+        return Calibration(path, digest, known["components"], matrices, known["facts"], known["data"])
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise IntegrityError(f"{path} is no calibration ({error}); run fluxkiln calibrate to make one") from error

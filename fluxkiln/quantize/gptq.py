@@ -1,10 +1,11 @@
 """GPTQ: columns are rounded one after the other, and each one's error is made up for by the columns not yet rounded.
 
-With H = X^T X / N (plus some of its mean diagonal) and U the upper Cholesky factor of H^-1, rounding column i with the
-error e = (w_i - w^_i) / U_ii leaves the least output error when e U_ij is taken from every later column j. A group's
-scale and zero point are found when its first column is reached, from the weights as they are then, by least squares
-weighted with the diagonal of H. H is taken in blocks, see `statistics`; rows do not depend on one another, so a weight
-may be given some rows at a time, and the sums are in one order whatever their number: the codes are the same.
+With H = X^T X / N (its products a little smaller, its diagonal a little larger) and U the upper Cholesky factor of
+H^-1, rounding column i with the error e = (w_i - w^_i) / U_ii leaves the least output error when e U_ij is taken from
+every later column j. A group's scale and zero point are found when its first column is reached, from the weights as
+they are then, by least squares weighted with the diagonal of H. H is taken in blocks, see `statistics`; rows do not
+depend on one another, so a weight may be given some rows at a time, and the sums are in one order whatever their
+number: the codes are the same.
 
 Source: Frantar et al., GPTQ (arXiv 2210.17323), algorithm 1; the least-squares groups are our own.
 """
@@ -25,6 +26,9 @@ from fluxkiln.quantize.statistics import Statistics
 
 # of the mean diagonal of H, added to it: what few samples say of channels that hardly move is not believed
 DAMPING = 0.02
+# products of channels are believed less the fewer rows there were: of b channels seen in N rows, b / (b + 4 N) is taken
+# off them. Measured on inputs that were not calibrated on: 4 is the best of 1, 2, 4, 8, with 128 rows as with 4096
+BELIEF = 4.0
 # rows that share what is read of a factor
 ROWS = 8
 _FAST = {"nnan", "ninf", "nsz", "contract"}  # no reordering
@@ -46,7 +50,7 @@ class Gptq:
         # of each channel: its block, and where that begins and ends
         self._places = np.empty((statistics.in_features, 3), np.int64)
         for index, (first, block) in enumerate(statistics.starts()):
-            self._factors[index, : len(block), : len(block)] = _inverse_factor(block, damping)
+            self._factors[index, : len(block), : len(block)] = _inverse_factor(block, damping, statistics.count)
             self._places[first : first + len(block)] = index, first, first + len(block)
         self._importance = np.ascontiguousarray(statistics.diagonal)
         self._importance += np.float32(max(float(self._importance.mean()) * damping, 1e-30))
@@ -80,10 +84,13 @@ class Gptq:
             np.bitwise_or(wide[:, 0::2], wide[:, 1::2] << 4, out=codes_OI)
 
 
-def _inverse_factor(block: NDArray[np.float32], damping: float) -> NDArray[np.float32]:
-    """Upper U with U^T U = (H + damping)^-1."""
+def _inverse_factor(block: NDArray[np.float32], damping: float, count: int) -> NDArray[np.float32]:
+    """Upper U with U^T U = (H + damping)^-1, products of channels reduced by what few rows leave unknown."""
     moments = block.astype(np.float64)
     mean = float(np.trace(moments)) / len(moments)
+    diagonal = np.diag(moments).copy()
+    moments *= BELIEF * count / (len(moments) + BELIEF * count)
+    np.fill_diagonal(moments, diagonal)
     # channels that were never anything but 0 say nothing
     moments[np.diag_indices(len(moments))] += damping * mean if mean > 0 else 1.0
     try:

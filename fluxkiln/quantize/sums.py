@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fluxkiln.errors import CheckpointError
-from fluxkiln.quantize.calibration import FORMAT, METADATA
+from fluxkiln.quantize.calibration import FORMAT, METADATA, digest_data
 
 
 @dataclass(slots=True)
@@ -106,7 +106,8 @@ class Sums:
         matrices: dict[str, dict[str, list[Any]]] = {}
         for (component, name), key in self._names.items():
             matrices.setdefault(component, {})[name] = [key, self._places[key].count]
-        text = json.dumps({"format": FORMAT, "matrices": matrices, **known}, sort_keys=True)
+        data = digest_data(self.path, self._room + 8)
+        text = json.dumps({"format": FORMAT, "matrices": matrices, "data": data, **known}, sort_keys=True)
         raw = json.dumps({"__metadata__": {METADATA: text}, **header}).encode()
         assert len(raw) <= self._room
         os.pwrite(self._file, self._room.to_bytes(8, "little") + raw.ljust(self._room), 0)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fluxkiln.errors import SchemeError
-from fluxkiln.quantize.gptq import DAMPING, Gptq
+from fluxkiln.quantize.gptq import BELIEF, DAMPING, Gptq
 from fluxkiln.quantize.pack import bf16_to_float32, dequantize
 from fluxkiln.quantize.rounding import empty_packed, pack_matrix
 from fluxkiln.quantize.schemes import parse_scheme
@@ -24,6 +24,9 @@ def test_equals_the_restated_rule():
     statistics = gather(SEEN, 0)
     packed = pack_matrix(weight, GPTQ, statistics)
     (moments,) = (block.astype(np.float64) for block in statistics.blocks)
+    shrunk = moments * BELIEF * len(SEEN) / (WIDTH + BELIEF * len(SEEN))
+    shrunk[np.diag_indices(WIDTH)] = np.diag(moments)
+    moments = shrunk
     moments[np.diag_indices(WIDTH)] += DAMPING * np.trace(moments) / WIDTH
     factor = np.linalg.cholesky(np.linalg.inv(moments)).T
     left, codes = weight.astype(np.float64), np.empty(weight.shape, np.int64)
@@ -81,6 +84,14 @@ def test_blocks_that_cut_groups():
     stored = dequantize(pack_matrix(weight, GPTQ, statistics), 64)
     assert np.isfinite(stored).all()
     assert np.linalg.norm(stored - weight.astype(np.float32)) < 0.3 * np.linalg.norm(weight.astype(np.float32))
+
+
+def test_few_rows_are_not_believed():
+    """Fewer rows than channels: what they seem to say of products must not make the unseen worse."""
+    weight = make_weight("student", (192, WIDTH))
+    for count in (32, 128):
+        few = gather(make_inputs(count, WIDTH, 1), 0)
+        assert relative_error(weight, "W4BF16-gptq", few, UNSEEN) < relative_error(weight, "W4BF16", inputs=UNSEEN)
 
 
 def test_uncorrelated_inputs_leave_nothing_to_make_up_for():

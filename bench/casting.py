@@ -21,11 +21,12 @@ from fluxkiln.compile.mould import CoefficientMap
 from fluxkiln.export.bindings import bind_part, binding_refs, weight_reader
 from fluxkiln.moulds import make_mould
 from fluxkiln.preparing import prepare
+from fluxkiln.rounders import part_rounders
 from fluxkiln.settings import Settings
 from fluxkiln.stages import make_template
 
 TIMES = 5
-SCHEMES = ("W4BF16", "W8BF16", "BF16", "F16", "F32")
+SCHEMES = ("W4BF16-rtn", "W4BF16", "W8BF16", "BF16", "F16", "F32")
 BLOCK = 1 << 20
 
 
@@ -48,6 +49,7 @@ def measure() -> Figure:
         binding = bind_part(part, template.slots, kiln.checkpoint)
         refs = binding_refs(binding, kiln.checkpoint)
         reader = weight_reader(binding, kiln.checkpoint)
+        rounder_of = part_rounders(kiln, part)
         size = sum(ref.nbytes for ref in refs)
         with tempfile.TemporaryDirectory(dir=WORK) as folder, one_core():
             target, block = Path(folder) / "cast", np.empty(BLOCK, np.uint8)
@@ -55,7 +57,7 @@ def measure() -> Figure:
             def cast() -> None:
                 target.write_bytes(b"")  # noqa: B023
                 os.truncate(target, coefficients.size)  # noqa: B023
-                cast_region(target, Span(0, coefficients.size), coefficients, reader)  # noqa: B023
+                cast_region(target, Span(0, coefficients.size), coefficients, reader, rounder_of)  # noqa: B023
 
             def copy() -> None:
                 with target.open("wb", buffering=0) as written:  # noqa: B023
@@ -96,7 +98,8 @@ def measure() -> Figure:
         (
             f"CPU seconds of one core, best of {TIMES}, files in the page cache. A cast reads the weights, packs or "
             "reorders them, writes them to their region of a file without blocks, and hashes the region (the check "
-            "code, sha256, which no method can leave out). The plain copy reads the same byte ranges of the checkpoint "
+            "code, sha256, which no method can leave out). W4BF16-rtn rounds as the compiler does, W4BF16 "
+            "searches, see `bench quantize`. The plain copy reads the same byte ranges of the checkpoint "
             "and writes them to such a file; neither waits for the disk.",
         ),
     )  # fmt: skip

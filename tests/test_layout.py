@@ -51,7 +51,7 @@ FLOW = {
             "build",
             "publishing",
         ),
-        *("debugging", "matching", "remedies", "sampling"),
+        *("debugging", "matching", "probing", "remedies", "sampling"),
         *("executing", "generating", "pictures", "serving", "webpage"),
         *("splitting", "lowering", "neffs", "replicating", "roofline", "neuron", "resuming"),
     )

@@ -12,7 +12,8 @@ from fluxkiln.cli.progress import open_progress
 from fluxkiln.errors import ParityError
 
 if TYPE_CHECKING:
-    from fluxkiln.debugging import Culprit, Diagnosis, RungFindings
+    from fluxkiln.debugging import Diagnosis
+    from fluxkiln.probing import Culprit, RungFindings
     from fluxkiln.verify.bisect import Range
 
 DEFAULT_TARGET = "bm1684x"
@@ -97,7 +98,7 @@ def _show_culprit(output: Output, culprit: Culprit) -> None:
             "channels": channels,
             "weights": ", ".join(culprit.slots),
             **{f"reads {name}": _range_text(range_) for name, range_ in culprit.inputs.items()},
-            "makes": _range_text(culprit.output),
+            "makes": _range_text(culprit.output) if culprit.output.shape else "",
             "cause": culprit.remedy.cause,
             "remedy": culprit.remedy.advice,
         }

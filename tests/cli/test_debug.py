@@ -27,11 +27,11 @@ def test_a_sound_part_is_said_to_be(fluxkiln, shared):
 
 
 def test_a_culprit_ends_with_3_and_a_sentence(fluxkiln, shared, monkeypatch):
-    from fluxkiln import debugging
+    from fluxkiln import probing
     from fluxkiln.verify import bisect
 
     strict = bisect.Tolerance(0.0, 0.0, 0.0)
-    monkeypatch.setattr(debugging, "tolerance_of", lambda rung, scheme: strict)
+    monkeypatch.setattr(probing, "tolerance_of", lambda rung, scheme: strict)
     run = fluxkiln("debug", "tail", *shared)
     assert run.code == 3
     assert "tail, rung onnxruntime: the first operation out of tolerance is" in run.err

@@ -59,7 +59,7 @@ def build_block(env: TpuMlirEnv, kind: Kind) -> dict[str, Run]:
     with tempfile.TemporaryDirectory(dir=WORK) as name:
         folder = Path(name)
         runs = {"export": run([sys.executable, "-c", _EXPORT, kind, str(folder)])}
-        for tool, *arguments in compile_arguments(folder / f"{NAMES[kind]}.onnx", input_shapes(kind), SCHEME):
+        for tool, *arguments in compile_arguments(folder / f"{NAMES[kind]}.onnx", input_shapes(kind)):
             environ = tpu_mlir_environ(env, "bm1684x")
             runs[tool] = run([*tool_argv(env, tool), *arguments], environ, folder)
         if not list(folder.glob("*.bmodel")):

@@ -13,9 +13,8 @@ from fluxkiln.quantize.schemes import Scheme, parse_scheme
 
 # layers that are often left alone, by the names of the checkpoint's tensors
 LAYER_GROUPS: Mapping[str, tuple[str, ...]] = {
-    "modulation": ("*norm1.linear.weight", "*norm1_context.linear.weight", "*.norm.linear.weight", "norm_out.*"),
-    "embedders": ("x_embedder.*", "context_embedder.*", "time_text_embed.*", "proj_out.weight"),
-    "first_blocks": ("transformer_blocks.0.*", "single_transformer_blocks.0.*"),
+    "modulation": ("*norm1.linear.weight", "*norm1_context.linear.weight", "*.norm.linear.weight"),
+    "first_blocks": ("transformer_blocks.0.*", "single_transformer_blocks.0.*", "encoder.block.0.*"),
 }
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 

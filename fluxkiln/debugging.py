@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fluxkiln.components import Part, find_part
+from fluxkiln.components import Part, find_kind, find_part
 from fluxkiln.errors import UsageError
 from fluxkiln.moulds import cast_part, compile_part, find_mould, make_mould
 from fluxkiln.preparing import Prepared
@@ -85,17 +85,16 @@ def debug_part(prepared: Prepared, name: str, step: int = 0, progress: Progress 
             "look at; `fluxkiln report` shows every output of every part; debug bm1684x or cpu for the graphs before"
         )
     part = find_part(kiln.parts, name)
-    inputs, expected, kiln = _recorded(prepared, part, step, progress)
+    inputs, kiln = _recorded(prepared, part, step, progress)
     with tempfile.TemporaryDirectory(prefix="fluxkiln-debug-") as scratch:
         rungs = _look(prepared, kiln, part, inputs, Path(scratch), progress)
     facts = {"shapes": f"{kiln.shapes.width}x{kiln.shapes.height}, {kiln.shapes.tokens} tokens"}
-    return Diagnosis(part.name, part.kind, kiln.scheme(part).name, step if expected > 1 else -1, rungs, facts)
+    shown = step if find_kind(part.kind).each_step else -1
+    return Diagnosis(part.name, part.kind, kiln.scheme(part).name, shown, rungs, facts)
 
 
-def _recorded(
-    prepared: Prepared, part: Part, step: int, progress: Progress
-) -> tuple[dict[str, NDArray[Any]], int, Kiln]:
-    """What the part was given, how often it ran, and the kiln at the shapes of the recording."""
+def _recorded(prepared: Prepared, part: Part, step: int, progress: Progress) -> tuple[dict[str, NDArray[Any]], Kiln]:
+    """What the part was given, and the kiln at the shapes of the recording; parts that run once have one step."""
     from fluxkiln.parity import record
     from fluxkiln.verify.modulation import fill_rows
 
@@ -103,13 +102,13 @@ def _recorded(
     kiln = prepared.kiln
     recording = record(kiln, prepared.settings, prepared.fingerprint, prepared.folder / "recording")
     progress.done("record", "reference run", f"{recording.steps} step(s)")
-    calls = len(recording.calls[part.name])
-    if not 0 <= step < max(calls, 1) and calls > 1:
+    if not 0 <= step < recording.steps:
         raise UsageError(
-            f"step {step} was not recorded, there are 0 to {calls - 1}; --steps gives the reference run more of them"
+            f"step {step} was not recorded, there are 0 to {recording.steps - 1}; --steps gives the reference run more "
+            "of them"
         )
-    inputs, _ = fill_rows(part, recording.inputs(part.name, step if calls > 1 else 0))
-    return inputs, calls, replace(kiln, shapes=recording.shapes)
+    inputs, _ = fill_rows(part, recording.inputs(part.name, step if find_kind(part.kind).each_step else 0))
+    return inputs, replace(kiln, shapes=recording.shapes)
 
 
 def _look(

@@ -64,10 +64,14 @@ def _show(output: Output, found: Diagnosis, every: bool) -> None:
         numbers=("values", "out", "largest own error"),
     )
     culprit = found.culprit
-    shown = next((rung for rung in found.rungs if rung.culprit is culprit), found.rungs[-1])
+    # what was read back byte by byte has no noise to show
+    computed = [rung for rung in found.rungs if rung.rung != "stored"]
+    shown = next((rung for rung in found.rungs if culprit is not None and rung.culprit is culprit), computed[-1])
     if culprit is None:
-        output.line("\nevery operation stays within its tolerance")
-        shown = found.rungs[-1]
+        noisiest = sorted(shown.findings, key=lambda finding: -finding.own)[:3]
+        named = ", ".join(f"{finding.value} {finding.own:.1e}" for finding in noisiest)
+        output.line("\nevery operation stays within its tolerance: what a part misses then is the sum of their noise")
+        output.line(f"noisiest at rung {shown.rung}: {named}")
     else:
         _show_culprit(output, culprit)
     if every:

@@ -100,11 +100,20 @@ def fact_lines(documents: Sequence[Document]) -> list[Line]:
             by_scheme.setdefault(str(scheme), []).append(str(kind))
         return "; ".join(f"{scheme}: {', '.join(kinds)}" for scheme, kinds in by_scheme.items())
 
+    def images(document: Document) -> str:
+        found = document.get("runs") or {}
+        psnr = next((line for line in found.get("statistics") or () if line["unit"] == "dB"), None)
+        if psnr is None:
+            return ""
+        mean, worst = float(psnr["mean"]), float(psnr["worst"])
+        return f"{len(found['entries'])}, {mean:.1f} dB in the mean, {worst:.1f} dB at worst"
+
     asked: tuple[tuple[str, Callable[[Document], str]], ...] = (
         ("target", lambda document: str(document["target"])),
         ("model", lambda document: str((document.get("model") or {}).get("name", ""))),
         ("shapes", shapes),
         ("schemes", schemes),
+        ("images of prompts and seeds", images),
         ("comparisons", lambda document: f"{document['summary']['rows']}, {document['summary']['failed']} missed"),
     )
     return [Line(name, tuple(ask(document) for document in documents)) for name, ask in asked]

@@ -31,8 +31,12 @@ def compact_json(value: Any) -> str:
     return json.dumps(_json_safe(value), sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
-def embed_document(document: Mapping[str, Any]) -> Embedded:
-    """The document without its pictures, in a form no HTML parser can mistake for markup."""
+def embed_document(document: Mapping[str, Any], most_plain: int | None = None) -> Embedded:
+    """The document without its pictures, in a form no HTML parser can mistake for markup.
+
+    Args:
+        most_plain: bytes up to which it is embedded as it is; MOST_PLAIN_BYTES by default.
+    """
     kept = {key: value for key, value in document.items() if key != "images"}
     if kept.get("runs"):
         entries = kept["runs"]["entries"]
@@ -40,7 +44,7 @@ def embed_document(document: Mapping[str, Any]) -> Embedded:
         kept["runs"] = {**kept["runs"], "entries": bare}
     text = compact_json(kept)
     data = text.encode()
-    if len(data) > MOST_PLAIN_BYTES:
+    if len(data) > (MOST_PLAIN_BYTES if most_plain is None else most_plain):
         return Embedded(base64.b64encode(gzip.compress(data, 6, mtime=0)).decode(), True)
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")

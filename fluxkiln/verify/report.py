@@ -42,6 +42,7 @@ SCHEMA = "fluxkiln.report/1"
 SIGNIFICANT_DIGITS = 6
 BLOCK_KINDS = ("double", "single", "double_modulated", "single_modulated")
 MAX_HTML_BYTES = 3_000_000
+FEW_ROWS = 300  # in a page that would be larger
 MAX_IMAGE_BYTES = 200_000
 FACTS = frozenset(
     {"title", "target", "reference", "model", "shapes", "schemes", "parts", "images", "timings", "memory", "estimate"}
@@ -164,7 +165,12 @@ def render_html(report: Mapping[str, Any]) -> str:
     template = environment.get_template("report.html.j2")
     html: str = template.render(context)
     if len(html.encode()) > MAX_HTML_BYTES:
-        html = template.render(context | {"embedded": "", "static_rows": rows})
+        packed = embed_document(document, most_plain=0)
+        html = template.render(
+            context | {"embedded": Markup(packed.text), "packed": True, "static_rows": static_rows(rows, FEW_ROWS)}
+        )
+    if len(html.encode()) > MAX_HTML_BYTES:
+        html = template.render(context | {"embedded": ""})
     return html
 
 

@@ -17,6 +17,8 @@ def test_a_sound_part_is_said_to_be(fluxkiln, shared):
     run = fluxkiln("debug", "tail", "--values", *shared)
     assert run.code == 0, run.err
     assert "every operation stays within its tolerance" in run.out
+    assert "noisiest at rung executed: " in run.out
+    assert "step    0\n" in run.out
     assert "onnxruntime" in run.out
     assert "executed" in run.out
     assert "sample" in run.out
@@ -48,6 +50,7 @@ def test_a_culprit_ends_with_3_and_a_sentence(fluxkiln, shared, monkeypatch):
         (("tails",), "no part is called 'tails'; this model has"),
         (("tail", "--step", "7"), "step 7 was not recorded, there are 0 to 1; --steps gives the reference run more"),
         (("tail", "--step", "-1"), "step -1 was not recorded"),
+        (("double_modulation.00", "--step", "2"), "step 2 was not recorded"),
         (("tail", "--target", "trn1"), "there are no values to look at"),
         (("tail", "--target", "gpu"), "gpu"),
     ],

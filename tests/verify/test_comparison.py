@@ -17,6 +17,12 @@ from fluxkiln.verify.comparison import (
     short_names,
 )
 from fluxkiln.verify.report import build_report, compare_pictures, plain
+from fluxkiln.verify.runs import Run, summarise_runs
+
+RUNS = [
+    {"prompt": "a", "seed": seed, "drift": (0.1, 0.2), "cosine": 0.99, "psnr": 33.0 + 2 * seed, "ssim": 0.9}
+    for seed in (0, 1)
+]
 
 
 @pytest.fixture
@@ -33,6 +39,9 @@ def documents(recording, pictures):
         "estimate": {"label": "", "entries": {"one step": "6.58 s"}},
         "timings": [{"name": "verify", "seconds": 3.0}],
         "tools": {"torch": "2.13.0", "numpy": "2.0"}, "provenance": {"seed": 0},
+        "runs": {
+            "rung": "simulator", "steps": 2, "entries": RUNS, "statistics": summarise_runs([Run(**r) for r in RUNS]),
+        },
     }  # fmt: skip
     one = build_report(sound.rows, first)
     recording.outputs["clip", "last_hidden_state", 1]["onnxruntime"] *= 1.5
@@ -52,6 +61,7 @@ def test_facts(documents):
     assert facts["target"] == ("bm1684x", "cpu")
     assert facts["shapes"] == ("64 x 64, 16 tokens, 2 steps", "")
     assert facts["schemes"] == ("W4BF16: double; F16: clip", "")
+    assert facts["images of prompts and seeds"] == ("2, 34.0 dB in the mean, 33.0 dB at worst", "")
     assert facts["comparisons"][1].endswith("1 missed")
 
 

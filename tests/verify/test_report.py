@@ -1,15 +1,19 @@
 import base64
+import gzip
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 
 from fluxkiln.errors import UsageError
+from fluxkiln.verify.embedding import MOST_STATIC_ROWS
 from fluxkiln.verify.ladder import Ladder
 from fluxkiln.verify.report import (
+    FEW_ROWS,
     MAX_HTML_BYTES,
     MAX_IMAGE_BYTES,
     build_report,
@@ -200,6 +204,24 @@ def test_full_size_report_stays_small(full_recording, pictures):
     html = render_html(report)
     assert len(report["rows"]) > 1000
     assert len(html.encode()) < MAX_HTML_BYTES
+
+
+def test_ten_steps_of_every_block_stay_small_and_whole(full_recording, pictures):
+    noise = np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), dtype=np.uint8)
+    climbed = full_recording.climb()
+    rows = [replace(row, step=row.step + 2 * n) for n in range(5) for row in climbed.rows]
+    heat = climbed.maps.to_json()
+    report = build_report(rows, facts(images=compare_pictures(noise, 255 - noise, "simulator"), heat=heat))
+    html = render_html(report)
+    assert len(rows) > 4000
+    assert len(html.encode()) < MAX_HTML_BYTES
+    assert html.count("<tr data-kind=") == FEW_ROWS, "three pictures of noise leave no room for more"
+    packed = html.partition('type="application/gzip" id="data">')[2].partition("<")[0]
+    assert len(json.loads(gzip.decompress(base64.b64decode(packed)))["rows"]) == len(rows)
+    assert f"{FEW_ROWS} of {len(rows)} rows stand here" in html
+    without = render_html({key: value for key, value in report.items() if key != "images"})
+    assert without.count("<tr data-kind=") == MOST_STATIC_ROWS
+    assert len(without.encode()) < MAX_HTML_BYTES
 
 
 def test_a_report_too_large_for_the_page_drops_only_the_embedded_copy(good, monkeypatch):

@@ -30,6 +30,7 @@ from fluxkiln.components import Part, Shapes
 from fluxkiln.errors import ToolchainError, UsageError
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.export.fingerprint import check_shards
+from fluxkiln.export.shard_files import WORKERS, write_part
 from fluxkiln.export.sharding import SplitPart, bind_shard, list_split_parts, split_slots
 from fluxkiln.patches.cuts import CUTS, columns_of, head_count, share_of
 from fluxkiln.progress import FROM_STORE, Progress
@@ -176,7 +177,7 @@ def shard_weights(kiln: Kiln, progress: Progress, jobs: int | None = None) -> di
     for part in parts:  # building a module is not for threads: it changes torch's default device
         alike = (part.kind, len(part.members))
         known[alike] = known.get(alike) or split_slots(part, kiln.checkpoint.configs, kiln.split.ranks(part))
-    with ThreadPoolExecutor(jobs or 2, "shard") as pool:
+    with ThreadPoolExecutor(jobs or WORKERS, "shard") as pool:
         futures = {
             part.name: pool.submit(_shard_part, kiln, part, known[part.kind, len(part.members)], progress)
             for part in parts
@@ -189,8 +190,6 @@ def shard_weights(kiln: Kiln, progress: Progress, jobs: int | None = None) -> di
 
 
 def _shard_part(kiln: Kiln, part: SplitPart, slots: Any, progress: Progress) -> tuple[Blob, ...]:
-    from fluxkiln.export.shard_files import write_part
-
     assert kiln.split is not None
     ranks = kiln.split.ranks(part)
     bindings = [bind_shard(part, slots, kiln.checkpoint, ranks, rank) for rank in range(ranks)]

@@ -35,6 +35,8 @@ Progress = Callable[[int, int], None]
 DTYPE = "BF16"
 _CONVERTED = ("BF16", "F16", "F32")
 _BLOCK_BYTES = 4 << 20
+# twice the usual two cores: half of them wait until their files are on the disk
+WORKERS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +56,7 @@ def write_shards(
     tp_degree: int,
     folder: Path,
     *,
-    workers: int = 2,
+    workers: int = WORKERS,
     progress: Progress | None = None,
 ) -> tuple[ShardFile, ...]:
     """Write the shards of every rank of the parts to `folder`.

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxkiln.components import Part, find_kind, find_part
 from fluxkiln.errors import UsageError
+from fluxkiln.extent import name_shapes
 from fluxkiln.moulds import cast_part, compile_part, find_mould, make_mould
 from fluxkiln.preparing import Prepared
 from fluxkiln.probing import (
@@ -75,7 +76,7 @@ def debug_part(prepared: Prepared, name: str, step: int = 0, progress: Progress 
 
     Raises:
         UsageError: no such part or step, or a target whose parts cannot be looked into.
-        ToolchainError: no mould in the store and no compiler. Whatever recording or compiling raises.
+        Whatever recording or compiling raises.
     """
     progress = progress or Silent()
     kiln = prepared.kiln
@@ -88,7 +89,9 @@ def debug_part(prepared: Prepared, name: str, step: int = 0, progress: Progress 
     inputs, kiln = _recorded(prepared, part, step, progress)
     with tempfile.TemporaryDirectory(prefix="fluxkiln-debug-") as scratch:
         rungs = _look(prepared, kiln, part, inputs, Path(scratch), progress)
-    facts = {"shapes": f"{kiln.shapes.width}x{kiln.shapes.height}, {kiln.shapes.tokens} tokens"}
+    facts = {"shapes": name_shapes(kiln.shapes)}
+    if kiln.target.toolchain == "tpu_mlir" and kiln.tpu_mlir is None:
+        facts["lowered graph"] = "not looked into: its interpreter is TPU-MLIR's, which is not installed here"
     shown = step if find_kind(part.kind).each_step else -1
     return Diagnosis(part.name, part.kind, kiln.scheme(part).name, shown, rungs, facts)
 
@@ -126,15 +129,14 @@ def _look(
     if tpu_mlir:
         from fluxkiln.compile.simulate import Simulator
 
-        folder = scratch / "lowered"
-        template = make_template(kiln, part.kind, "onnx17")
-        mould = make_mould(kiln, template)
-        binary = cast_part(kiln, part, mould) if mould.castable else compile_part(kiln, part, template)
-        lay_out_lowered(kiln, binary, folder)
-        # as the compiler wrote it: in groups of heads the scores have names of their own
-        (folder / "lowered.mlir").write_text(kiln.path(binary.lowered).read_text())
-        assert kiln.tpu_mlir is not None or mould.castable
         if kiln.tpu_mlir is not None:
+            folder = scratch / "lowered"
+            template = make_template(kiln, part.kind, "onnx17")
+            mould = make_mould(kiln, template)
+            binary = cast_part(kiln, part, mould) if mould.castable else compile_part(kiln, part, template)
+            lay_out_lowered(kiln, binary, folder)
+            # as the compiler wrote it: in groups of heads the scores have names of their own
+            (folder / "lowered.mlir").write_text(kiln.path(binary.lowered).read_text())
             with Simulator(kiln.tpu_mlir, kiln.target.chip, kiln.logs / "debug.log") as simulator:
                 rungs.append(check_lowered(inside, folder / "lowered.mlir", simulator, scheme))
         stored = _read_back(prepared, part, inside)

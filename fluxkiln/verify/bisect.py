@@ -78,7 +78,7 @@ TOLERANCES: Mapping[str, Mapping[str, Tolerance]] = {
         # one matmul with 4-bit codes errs by 9 %, its worst channel by 20 %
         "W4BF16": Tolerance(0.15, 0.5, 0.5),
     },
-    "executed": {"F32": _F32, "*": Tolerance(2e-3, 2e-2, 5e-2)},
+    "executed": {"*": _F32},  # the same numbers on both sides, whatever the scheme: 5e-7 was measured
     "interpreter": {"F32": _F32, "F16": _F16, "*": _BF16},
 }
 

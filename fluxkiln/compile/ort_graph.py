@@ -159,7 +159,7 @@ def external_files(graph: Path) -> dict[Path, int]:
         IntegrityError: `graph` is no ONNX file.
     """
     import onnx
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from google.protobuf.message import DecodeError
 
     needed: dict[Path, int] = defaultdict(int)
     try:

@@ -16,10 +16,12 @@ from fluxkiln.errors import IntegrityError, ParityError, ResourceError, Toolchai
 from fluxkiln.export.shard_files import join_shards, read_shard
 from fluxkiln.export.sharding import list_split_parts
 from fluxkiln.lowering import lower_modules
+from fluxkiln.parity import record
 from fluxkiln.preparing import describe, prepare
 from fluxkiln.progress import Silent
 from fluxkiln.resuming import resume_compile
 from fluxkiln.settings import Settings
+from fluxkiln.splitting import shard_weights
 
 STUB = Path(__file__).parent / "compile" / "neuron" / "stub-neuronx-cc"
 
@@ -168,6 +170,19 @@ def test_other_granularities_pass_the_same_gates(built, granularity, monkeypatch
     report = json.loads((prepare(changed).folder / "report.json").read_text())
     assert report["summary"]["failed"] == 0
     assert report["lowering"]["values"]["all_reduces"] == 2 * 2 + 3
+
+
+def test_more_ranks_than_heads_are_padded_and_pass_the_same_gates(built, tmp_path):
+    """2 heads on 4 ranks: half of them zeros, which no instance is given but every rank computes."""
+    changed = settings(built[0], steps=1)
+    prepared = prepare(changed)
+    kiln = replace(prepared.kiln, split=replace(prepared.kiln.split, degree=4), logs=tmp_path / "logs")
+    modules, shards = lower_modules(kiln, Silent()), shard_weights(kiln, Silent())
+    recording = record(kiln, changed, prepared.fingerprint, tmp_path / "recording")
+    parity = replicating.verify_split(kiln, changed, modules, shards, recording, Silent())
+    assert {module.ranks for module in modules.values()} == {1, 4}
+    assert parity.pipeline is not None
+    assert [row for row in parity.ladder.rows if not row.passed] == []
 
 
 def swapped(ranks):

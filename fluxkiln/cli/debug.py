@@ -28,7 +28,7 @@ DEFAULT_TARGET = "bm1684x"
 @json_option
 @click.pass_obj
 def debug(output: Output, settings_for: SettingsFor, part: str, target: str, step: int, every: bool) -> None:
-    """Find the first operation inside PART whose output leaves its tolerance.
+    """Find the first operation inside a part that leaves its tolerance.
 
     PART is a part's name, double.07 or time_embed; the options are those of the build it belongs to. The part's values
     are compared one by one: the template with diffusers' own modules, the stored weights with the checkpoint's, the

@@ -16,9 +16,10 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 NEED_PYTHON = @test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 found; install one or name it: make PYTHON=..." >&2; exit 5; }
 
 option = $(if $($(1)),--$(2)='$(subst ','\'',$($(1)))')
-OPTIONS = $(call option,MODEL,model) $(call option,SIZE,size) $(call option,TOKENS,tokens) $(call option,SCHEME,scheme) \
-	$(call option,VAE,vae) $(call option,COMPONENTS,components) $(call option,MODULATION,modulation) $(call option,TP,tp) $(call option,INSTANCE,instance) \
-	$(call option,GRANULARITY,granularity) $(call option,FLAGS,flags) $(call option,LORA,lora) $(call option,JOBS,jobs)
+# variable:option of `fluxkiln build`
+NAMES = MODEL:model SIZE:size TOKENS:tokens SCHEME:scheme VAE:vae COMPONENTS:components MODULATION:modulation TP:tp \
+	INSTANCE:instance GRANULARITY:granularity FLAGS:flags STEPS:steps PROMPTS:prompts SEEDS:seeds LORA:lora JOBS:jobs
+OPTIONS = $(foreach pair,$(NAMES),$(call option,$(firstword $(subst :, ,$(pair))),$(lastword $(subst :, ,$(pair)))))
 
 .PHONY: help env env-tpu-mlir envs bm1684x trn1 inf2 cpu report publish bench test check format clean distclean
 

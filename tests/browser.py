@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import shutil
@@ -26,25 +27,23 @@ class Browser:
         read_end, self._to = os.pipe()
         self._from, write_end = os.pipe()
 
-        def hand_over() -> None:
-            # clear of 3 and 4 first: one of the four may be there already
-            taken, given = os.dup(read_end), os.dup(write_end)
-            high_taken, high_given = os.dup2(taken, 100), os.dup2(given, 101)
-            os.dup2(high_taken, 3)
-            os.dup2(high_given, 4)
-
+        # Chromium reads from 3 and writes to 4. A shell moves them there: code of ours between fork and exec would have
+        # Python fork, which JAX warns of. From numbers above 20, as 3 or 4 may be one of the two already.
+        ends = tuple(fcntl.fcntl(end, fcntl.F_DUPFD, 20) for end in (read_end, write_end))
+        move = f'exec 3<&{ends[0]} 4>&{ends[1]} && exec "$@"'
         self._process = subprocess.Popen(
             [
+                "/bin/bash", "-c", move, "chromium",
                 CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-pipe",
                 f"--user-data-dir={self._folder.name}", "--no-first-run", "--disable-extensions",
                 "--disable-background-networking", "--disable-component-update", "--hide-scrollbars",
                 "--disable-dev-shm-usage", "about:blank",
             ],
-            preexec_fn=hand_over, close_fds=False, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            pass_fds=ends, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
-        os.close(read_end)
-        os.close(write_end)
+        for end in (read_end, write_end, *ends):
+            os.close(end)
         self._buffer = b""
         self._number = 0
         self.errors: list[str] = []

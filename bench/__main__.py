@@ -34,7 +34,7 @@ in one table was measured in one run, so ratios hold better than seconds. Memory
 all its descendants, summed, at its peak.
 
 The load average tells how busy the machine was with other work before a measurement: where it is above the number of
-cores, as it was for all of these tables so far, the machine was shared and the seconds are too long.
+cores, the machine was shared and the seconds are too long.
 """
 
 

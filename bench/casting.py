@@ -6,15 +6,12 @@ import hashlib
 import json
 import os
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from bench.figure import WORK, Figure, one_core, ratio
+from bench.figure import WORK, Figure, cpu_seconds, one_core, ratio
 from fluxkiln.compile.bmodel import Span
 from fluxkiln.compile.cast import cast_region
 from fluxkiln.compile.mould import CoefficientMap
@@ -75,7 +72,7 @@ def measure() -> Figure:
                     digest.update(block[: min(BLOCK, coefficients.size - start)].data)  # noqa: B023
                 digest.digest()
 
-            casting, copying, hashing = (_cpu_seconds(work) for work in (cast, copy, check_code))
+            casting, copying, hashing = (cpu_seconds(work, TIMES) for work in (cast, copy, check_code))
         rows.append(
             (
                 scheme,
@@ -103,14 +100,3 @@ def measure() -> Figure:
             "and writes them to such a file; neither waits for the disk.",
         ),
     )  # fmt: skip
-
-
-def _cpu_seconds(work: Callable[[], Any]) -> float:
-    """Least of several runs after a first, which compiles and warms up."""
-    work()
-    taken = []
-    for _ in range(TIMES):
-        started = time.process_time()
-        work()
-        taken.append(time.process_time() - started)
-    return min(taken)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from bench.figure import Figure, one_core, ratio
+from bench.figure import Figure, cpu_seconds, one_core, ratio
 from fluxkiln.quantize.activation import pack_corrected
 from fluxkiln.quantize.calibration import DEFAULT_BLOCK
 from fluxkiln.quantize.pack import dequantize
@@ -38,9 +36,9 @@ def measure() -> Figure:
     with one_core():
         first = weights["Student, 5"]
         transposed = np.ascontiguousarray(first.astype(np.float32).T)
-        slowest = _seconds(lambda: theirs.qbits_block_quant(transposed))
+        slowest = cpu_seconds(lambda: theirs.qbits_block_quant(transposed), TIMES)
         for scheme in SCHEMES:
-            taken = _seconds(lambda: _pack(first, scheme, statistics))  # noqa: B023
+            taken = cpu_seconds(lambda: _pack(first, scheme, statistics), TIMES)  # noqa: B023
             found = {name: _errors(weight, scheme, statistics, unseen) for name, weight in weights.items()}
             rows.append(
                 (
@@ -110,14 +108,3 @@ def _errors(weight: Any, name: str, statistics: Statistics, inputs: Any) -> tupl
         float(np.linalg.norm(error) / np.linalg.norm(exact)),
         float(np.linalg.norm(inputs @ error.T) / np.linalg.norm(inputs @ exact.T)),
     )
-
-
-def _seconds(work: Callable[[], Any]) -> float:
-    """Least CPU seconds of this process, after a first run, which compiles and warms up."""
-    work()
-    taken = []
-    for _ in range(TIMES):
-        started = time.process_time()
-        work()
-        taken.append(time.process_time() - started)
-    return min(taken)

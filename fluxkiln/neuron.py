@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxkiln.artifacts.store import Blob
 from fluxkiln.bundling import HOST_CONSTANTS, finish_bundle
+from fluxkiln.compile.neuron.loading import DESCRIPTION, SCHEMA
 from fluxkiln.compile.neuron.neff import HLO_SUFFIX, SCRIPT, CompileJob, Neff, neff_path, record_path
 from fluxkiln.compile.neuron.neuronx_cc import compiler_missing, find_neuronx_cc
 from fluxkiln.errors import ToolchainError
@@ -28,9 +29,6 @@ from fluxkiln.stages import SHARDED, BinaryPart, CombinedFile
 if TYPE_CHECKING:
     from fluxkiln.build import BuildResult
     from fluxkiln.preparing import Prepared
-
-DESCRIPTION = "neuron.json"
-SCHEMA = "fluxkiln.neuron/1"
 
 
 def build_split(prepared: Prepared, progress: Progress, laps: Laps) -> BuildResult:

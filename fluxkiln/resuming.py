@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,13 @@ from fluxkiln.artifacts.locks import build_lock
 from fluxkiln.artifacts.manifest import FileEntry, Manifest
 from fluxkiln.artifacts.paths import MANIFEST_FILE, resolve_inside
 from fluxkiln.artifacts.store import Store
+from fluxkiln.compile.neuron.loading import DESCRIPTION, read_split_bundle
 from fluxkiln.compile.neuron.neff import CompileJob, check_versions, neff_path, read_neffs, record_path
 from fluxkiln.compile.neuron.neuronx_cc import compiler_missing, find_neuronx_cc
-from fluxkiln.compile.target import Target
 from fluxkiln.compile.targets import find_target
 from fluxkiln.errors import IntegrityError, ToolchainError, UsageError
 from fluxkiln.lowering import neff_kind
 from fluxkiln.neffs import compile_kinds
-from fluxkiln.neuron import DESCRIPTION, SCHEMA
 from fluxkiln.progress import Progress
 
 
@@ -56,15 +54,19 @@ def resume_compile(bundle: Path, store: Store, progress: Progress, jobs: int | N
         what its record says. ToolchainError: no compiler, or modules of several versions. CompileError: it failed.
     """
     manifest = read_manifest(bundle)
-    described, target = _describe(bundle, manifest)
+    if DESCRIPTION not in {file.path for file in manifest.files}:
+        raise UsageError(
+            f"{bundle} is a bundle for {manifest.target}, which is complete; one for trn1 or inf2 is compiled later"
+        )
     with build_lock(bundle.parent / f".{bundle.name}.resume.lock", f"the compile of {bundle}"):
         _check_files(bundle, manifest)
-        modules: Mapping[str, Any] = described["modules"]
+        split = read_split_bundle(bundle)
+        target, modules = find_target(split.target), split.modules
         wanted = [
-            CompileJob(name, neff_kind(name, one["kind"]), resolve_inside(bundle, one["hlo"]), one["digest"])
-            for name, one in modules.items()
+            CompileJob(name, neff_kind(name, module.kind), module.hlo, module.digest)
+            for name, module in modules.items()
         ]
-        found = read_neffs(bundle, wanted, target, described["flags"])
+        found = read_neffs(bundle, wanted, target, split.flags)
         if found.keys() != modules.keys():
             try:
                 compiler = find_neuronx_cc()
@@ -75,7 +77,7 @@ def resume_compile(bundle: Path, store: Store, progress: Progress, jobs: int | N
             missing = [job for job in wanted if job.name not in found]
             made = compile_kinds(
                 missing, compiler, target, ActionCache(store), bundle, bundle.parent / "logs",
-                preset=described["flags"], workers=jobs, progress=progress,
+                preset=split.flags, workers=jobs, progress=progress,
             )  # fmt: skip
             compiled = {neff.name: neff for neff in made}
         else:
@@ -84,20 +86,6 @@ def resume_compile(bundle: Path, store: Store, progress: Progress, jobs: int | N
         _rewrite(bundle, manifest, modules)
         verify_bundle(bundle)
     return Resumed(bundle, version, tuple(compiled), tuple(found))
-
-
-def _describe(bundle: Path, manifest: Manifest) -> tuple[Mapping[str, Any], Target]:
-    if DESCRIPTION not in {file.path for file in manifest.files}:
-        raise UsageError(
-            f"{bundle} is a bundle for {manifest.target}, which is complete; one for trn1 or inf2 is compiled later"
-        )
-    described = json.loads(resolve_inside(bundle, DESCRIPTION).read_bytes())
-    if described.get("schema") != SCHEMA:
-        raise UsageError(
-            f"{bundle / DESCRIPTION} has the schema {described.get('schema')!r}, this fluxkiln reads {SCHEMA}; build "
-            "it again"
-        )
-    return described, find_target(str(described["target"]))
 
 
 def _check_files(bundle: Path, manifest: Manifest) -> None:
@@ -112,7 +100,7 @@ def _check_files(bundle: Path, manifest: Manifest) -> None:
                 )
 
 
-def _rewrite(bundle: Path, manifest: Manifest, modules: Mapping[str, Any]) -> None:
+def _rewrite(bundle: Path, manifest: Manifest, modules: Iterable[str]) -> None:
     entries = {file.path: file for file in manifest.files if not file.path.startswith("neff/")}
     for name in modules:
         for path in (neff_path(bundle, name), record_path(bundle, name)):

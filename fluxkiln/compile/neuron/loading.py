@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxkiln.artifacts.types import TensorSpec
-from fluxkiln.compile.neuron.neff import neff_path, record_path
+from fluxkiln.compile.neuron.neff import Preset, neff_path, record_path
 from fluxkiln.errors import IntegrityError, ToolchainError, UsageError
 
 DESCRIPTION = "neuron.json"
@@ -55,6 +55,7 @@ class SplitBundle:
     target: str
     instance: str
     tp_degree: int
+    flags: Preset
     modules: Mapping[str, SplitModule]
     part_modules: Mapping[str, str]
     shards: Mapping[str, tuple[ShardRef, ...]]
@@ -151,6 +152,7 @@ def _parse(folder: Path, described: Mapping[str, Any]) -> SplitBundle:
         described["target"],
         described["instance"],
         int(described["tp_degree"]),
+        described["flags"],
         modules,
         {name: part["module"] for name, part in parts.items()},
         {

@@ -83,6 +83,8 @@ def resume_compile(bundle: Path, store: Store, progress: Progress, jobs: int | N
         else:
             compiled = {}
         version = check_versions({**found, **compiled})
+        for log in (bundle / "neff").glob("*.log*"):  # of a failure that is mended now
+            log.unlink()
         _rewrite(bundle, manifest, modules)
         verify_bundle(bundle)
     return Resumed(bundle, version, tuple(compiled), tuple(found))

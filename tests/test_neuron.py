@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -237,6 +238,17 @@ def test_a_bundle_is_completed_elsewhere(bundle, tmp_path, monkeypatch):
     again = resume_compile(bundle, open_store(tmp_path / "store"), Silent())
     assert (again.compiled, len(again.taken)) == ((), 7)
     assert len(list(calls.glob("call.*"))) == 7
+
+
+def test_the_script_of_the_bundle_runs_as_it_is(bundle, tmp_path, monkeypatch):
+    with pytest.MonkeyPatch.context() as patch:
+        calls = with_stub(patch, tmp_path)
+        subprocess.run([bundle / "compile_neff.sh"], cwd="/", check=True, capture_output=True)
+    assert len(list(calls.glob("call.*"))) == 7
+    without_compiler(monkeypatch)
+    made = resume_compile(bundle, open_store(tmp_path / "store"), Silent())
+    assert (made.compiled, len(made.taken)) == ((), 7)
+    verify_bundle(bundle)
 
 
 def test_a_compiled_module_of_another_version_is_never_used(bundle, tmp_path, monkeypatch):

@@ -95,6 +95,7 @@ def write_bundle(
                 target = resolve_inside(folder, path)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 entries[path] = _place(source, target, store)
+                make_runnable(target)
             complete = _complete(manifest, entries, roles or {})
             if build is not None:
                 write_durably(folder / BUILD_FILE, _pretty(build))
@@ -187,6 +188,12 @@ def heal_bundle(destination: Path) -> None:
     if destination.parent.is_dir():
         with disk_full_named(destination.parent), waiting_lock(destination.parent / f".{destination.name}.lock"):
             _heal(destination)
+
+
+def make_runnable(path: Path) -> None:
+    """Let a script be run; stores and registries keep bytes and no modes."""
+    if path.suffix == ".sh":
+        path.chmod(0o755)
 
 
 def role_of(path: str) -> Role:

@@ -137,6 +137,6 @@ def compiler_missing(error: ToolchainError, folder: Path) -> ToolchainError:
     ready += [name for name in ("weights/", SCRIPT) if (folder / name).exists()]
     return ToolchainError(
         f"{error}. No NEFF was compiled; all before that is ready in {folder}: {', '.join(ready) or 'nothing'}. To go "
-        f"on, run {SCRIPT} on any machine with the Neuron SDK, or `fluxkiln compile --resume` where {COMMAND} is on "
-        "PATH"
+        f"on, run `bash {SCRIPT}` on any machine with the Neuron SDK, or `fluxkiln compile --resume` where {COMMAND} "
+        "is on PATH"
     )

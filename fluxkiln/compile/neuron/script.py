@@ -132,7 +132,8 @@ compile_module() {
     record "$name" "$digest" "$json" "$(sha256 "$work/$name.neff")" >"$work/$name.json"
     mv -f "$work/$name.neff" "$output" || exit 1
     mv -f "$work/$name.json" "neff/$name.json" || exit 1
-    rm -rf "$work"
+    # the bundle holds what its manifest will name, and a log says something where it failed
+    rm -rf "$work" "neff/$name.log" "neff/$name.log-neuron-cc.txt"
     made=$((made + 1))
     say "$name: finished"
 }

@@ -12,15 +12,15 @@ from pathlib import Path
 import numpy as np
 
 from bench.figure import WORK, Figure, cpu_seconds, one_core, ratio
+from fluxkiln.calibrate.rounders import part_rounders
 from fluxkiln.compile.bmodel import Span
 from fluxkiln.compile.cast import cast_region
 from fluxkiln.compile.mould import CoefficientMap
 from fluxkiln.export.bindings import bind_part, binding_refs, weight_reader
-from fluxkiln.moulds import make_mould
-from fluxkiln.preparing import prepare
-from fluxkiln.rounders import part_rounders
+from fluxkiln.flow.moulds import make_mould
+from fluxkiln.flow.preparing import prepare
+from fluxkiln.flow.stages import make_template
 from fluxkiln.settings import Settings
-from fluxkiln.stages import make_template
 
 TIMES = 5
 SCHEMES = ("W4BF16-rtn", "W4BF16", "W8BF16", "BF16", "F16", "F32")

@@ -18,14 +18,14 @@ from typing import Literal
 
 import pytest
 
-from fluxkiln.casting import cast_file
 from fluxkiln.compile.tpu_mlir_env import TpuMlirEnv, default_tpu_mlir_root, find_tpu_mlir
 from fluxkiln.components import Part, Shapes, find_part, list_parts
 from fluxkiln.export.checkpoint import Checkpoint, TensorReader, open_checkpoint
-from fluxkiln.moulds import cast_part, compile_part, make_mould
+from fluxkiln.flow.casting import cast_file
+from fluxkiln.flow.moulds import cast_part, compile_part, make_mould
+from fluxkiln.flow.stages import BinaryPart, Kiln, Mould, make_template
 from fluxkiln.progress import Silent
 from fluxkiln.settings import Settings
-from fluxkiln.stages import BinaryPart, Kiln, Mould, make_template
 from fluxkiln.verify.modulation import recorded_parts, view_recording
 from fluxkiln.verify.record import Recording, record_reference
 
@@ -158,7 +158,7 @@ def kiln(tiny_checkpoint: Callable[..., Checkpoint], tmp_path_factory: pytest.Te
 
     All kilns have one store, so that a mould is compiled once a session. For tests marked `tpu_mlir`.
     """
-    from fluxkiln.preparing import prepare
+    from fluxkiln.flow.preparing import prepare
 
     folder = tmp_path_factory.mktemp("kiln")
 

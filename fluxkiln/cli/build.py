@@ -13,7 +13,7 @@ from fluxkiln.cli.progress import open_progress
 from fluxkiln.errors import ResourceError
 
 if TYPE_CHECKING:
-    from fluxkiln.build import BuildResult
+    from fluxkiln.flow.build import BuildResult
 
 
 @click.command()
@@ -29,7 +29,7 @@ def build(output: Output, settings_for: SettingsFor, target: str) -> None:
     """
     settings = settings_for(target)
     with open_progress() as progress:
-        from fluxkiln.build import build as run_build
+        from fluxkiln.flow.build import build as run_build
 
         result = run_build(settings, progress)
     output.document(result.to_json())
@@ -47,7 +47,7 @@ def plan(output: Output, settings_for: SettingsFor, target: str) -> None:
     What the store holds already is marked. With --json, the list can feed another scheduler.
     """
     settings = settings_for(target)
-    from fluxkiln.build import plan as make_plan
+    from fluxkiln.flow.build import plan as make_plan
 
     planned = make_plan(settings)
     output.document(planned)

@@ -13,7 +13,7 @@ from fluxkiln.cli.registry import inspect_published, transfer_options
 
 if TYPE_CHECKING:
     from fluxkiln.artifacts.manifest import Manifest
-    from fluxkiln.publishing import Transfers
+    from fluxkiln.flow.publishing import Transfers
 
 MANIFEST = "manifest.json"
 

@@ -12,8 +12,8 @@ from fluxkiln.cli.progress import open_progress
 from fluxkiln.errors import ParityError
 
 if TYPE_CHECKING:
-    from fluxkiln.debugging import Diagnosis
-    from fluxkiln.probing import Culprit, RungFindings
+    from fluxkiln.debug.debugging import Diagnosis
+    from fluxkiln.debug.probing import Culprit, RungFindings
     from fluxkiln.verify.bisect import Range
 
 DEFAULT_TARGET = "bm1684x"
@@ -34,8 +34,8 @@ def debug(output: Output, settings_for: SettingsFor, part: str, target: str, ste
     are compared one by one: the template with diffusers' own modules, the stored weights with the checkpoint's, the
     compiled form with the template. Ends with 3 if something is found.
     """
-    from fluxkiln.debugging import debug_part
-    from fluxkiln.preparing import prepare
+    from fluxkiln.debug.debugging import debug_part
+    from fluxkiln.flow.preparing import prepare
 
     settings = settings_for(target)
     with open_progress() as progress:

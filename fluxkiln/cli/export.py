@@ -100,7 +100,7 @@ def export(
     """
     from fluxkiln.export.checkpoint import open_checkpoint
     from fluxkiln.export.source import resolve_model
-    from fluxkiln.preparing import check_vae, chosen_parts, default_size, default_tokens
+    from fluxkiln.flow.preparing import check_vae, chosen_parts, default_size, default_tokens
 
     chosen_formats = parse_formats(formats)
     settings = Settings(
@@ -218,7 +218,7 @@ def check_kinds(names: Sequence[str], vae: Any, modulation: Any = "inline") -> N
 def check_linked(components: Sequence[str], kinds: Sequence[str], formats: Sequence[GraphFormat]) -> None:
     """Raise UsageError for a component that does not exist, or options that do not go with --whole and --part."""
     from fluxkiln.export.whole import component_graphs
-    from fluxkiln.linking import LINKED_FORMATS
+    from fluxkiln.flow.linking import LINKED_FORMATS
 
     for component in components:
         component_graphs((), component)
@@ -259,7 +259,7 @@ def write_graphs(
     progress: Progress,
 ) -> dict[str, Any]:
     """Write graphs with their weights; return what they are made of. Errors as `linking.export_graphs`."""
-    from fluxkiln.linking import export_graphs
+    from fluxkiln.flow.linking import export_graphs
 
     made = export_graphs(checkpoint, files, shapes, directory, progress, graph_format=graph_format, copy=copy)
     return {

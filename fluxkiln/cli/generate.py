@@ -16,8 +16,8 @@ from fluxkiln.cli.progress import open_progress
 from fluxkiln.errors import UsageError
 
 if TYPE_CHECKING:
-    from fluxkiln.executing import Bundle
-    from fluxkiln.generating import Painter, Picture, Request
+    from fluxkiln.generate.executing import Bundle
+    from fluxkiln.generate.generating import Painter, Picture, Request
 
 _path = click.Path(path_type=Path)
 
@@ -93,8 +93,8 @@ def generate(
         raise UsageError(f"--rows {rows}: there will be {count_text(count, 'image')}; give from 1 to {count}")
     saved = _place(out, count)
     checked = check_size(size)
-    from fluxkiln.executing import open_bundle, open_executor
-    from fluxkiln.generating import Painter, Request, check_request
+    from fluxkiln.generate.executing import open_bundle, open_executor
+    from fluxkiln.generate.generating import Painter, Request, check_request
     from fluxkiln.progress import Laps
 
     requests = [
@@ -156,8 +156,8 @@ def _place(out: Path, count: int) -> Saved:
 def _paint(
     painter: Painter, requests: Sequence[Request], saved: Saved, rows: int | None, save_latents: bool, progress: Any
 ) -> dict[str, Any]:
-    from fluxkiln.generating import paint
-    from fluxkiln.pictures import describe_picture, make_grid, png_bytes
+    from fluxkiln.generate.generating import paint
+    from fluxkiln.generate.pictures import describe_picture, make_grid, png_bytes
 
     (saved.out.parent if saved.single else saved.out).mkdir(parents=True, exist_ok=True)
     rendered, notes = [], dict[str, None]()

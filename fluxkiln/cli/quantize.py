@@ -57,7 +57,7 @@ def calibrate(
         model, components, size, tokens, build_dir, store, steps=steps, seed=1000 if seed is None else seed
     )
     with open_progress() as progress:
-        from fluxkiln import calibrating
+        from fluxkiln.calibrate import calibrating
         from fluxkiln.quantize.calibration import DEFAULT_BLOCK
 
         if use is not None:
@@ -135,13 +135,13 @@ def quantize(
         raise UsageError("--pipeline needs all components; leave --components out")
     settings = _settings(model, components or "text_encoder_2,transformer", None, None, build_dir, store)
     with open_progress() as progress:
+        from fluxkiln.calibrate.quantizing import BASELINE, quantize_model
         from fluxkiln.quantize.recipes import parse_rules
-        from fluxkiln.quantizing import BASELINE, quantize_model
 
         made = quantize_model(settings, schemes, budget, parse_rules(rules), out, progress)
         effects = []
         if pipeline:
-            from fluxkiln.effects import measure_effects
+            from fluxkiln.calibrate.effects import measure_effects
 
             compared = list(dict.fromkeys([BASELINE, *(schemes or ("W4BF16",))]))
             whole = replace(settings, components=None, target="bm1684x")

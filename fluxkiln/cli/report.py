@@ -80,7 +80,7 @@ def report_file(given: Path, settings_for: SettingsFor) -> Path:
     from fluxkiln.compile.targets import target_names
 
     if str(given) in target_names():
-        from fluxkiln.preparing import prepare
+        from fluxkiln.flow.preparing import prepare
 
         given = prepare(settings_for(str(given))).folder
     if given.is_file():

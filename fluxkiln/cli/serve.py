@@ -39,10 +39,10 @@ def serve(output: Output, bundle: Path, host: str, port: int, executor: str | No
     it. Ctrl-C ends the page.
     """
     with listen(host, port) as listening:
-        from fluxkiln.executing import open_bundle, open_executor
-        from fluxkiln.generating import Painter
-        from fluxkiln.serving import Studio, find_reference
-        from fluxkiln.webpage import LOOPBACK, make_app
+        from fluxkiln.generate.executing import open_bundle, open_executor
+        from fluxkiln.generate.generating import Painter
+        from fluxkiln.generate.serving import Studio, find_reference
+        from fluxkiln.generate.webpage import LOOPBACK, make_app
 
         try:
             import uvicorn

@@ -29,7 +29,7 @@ def test_a_sound_part_is_said_to_be(fluxkiln, shared):
 
 
 def test_a_culprit_ends_with_3_and_a_sentence(fluxkiln, shared, monkeypatch):
-    from fluxkiln import probing
+    from fluxkiln.debug import probing
     from fluxkiln.verify import bisect
 
     strict = bisect.Tolerance(0.0, 0.0, 0.0)

@@ -23,8 +23,8 @@ from fluxkiln.components import find_part
 from fluxkiln.errors import CompileError, IntegrityError
 from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.export.synth import synthesize
-from fluxkiln.moulds import make_mould
-from fluxkiln.stages import make_template
+from fluxkiln.flow.moulds import make_mould
+from fluxkiln.flow.stages import make_template
 
 pytestmark = pytest.mark.tpu_mlir
 

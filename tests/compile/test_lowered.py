@@ -13,8 +13,8 @@ from fluxkiln.compile.simulator_worker import inputs_first
 from fluxkiln.compile.tpu_mlir import weight_file
 from fluxkiln.components import KINDS, Shapes, find_part
 from fluxkiln.errors import CompileError
-from fluxkiln.moulds import compile_part
-from fluxkiln.stages import make_template
+from fluxkiln.flow.moulds import compile_part
+from fluxkiln.flow.stages import make_template
 
 SMALLEST = Shapes(height=32, width=32, tokens=16)
 # softmax(query @ key) @ value of 4 heads, as the compiler writes it

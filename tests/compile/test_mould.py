@@ -9,21 +9,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fluxkiln import moulds as moulds_module
 from fluxkiln.artifacts.types import TensorSpec
 from fluxkiln.compile import mould as mould_module
 from fluxkiln.compile.bmodel import read_bmodel
 from fluxkiln.compile.cast import cast_region
 from fluxkiln.compile.mould import CoefficientMap, Placement, Probe, learn_map, probe_reader, probe_weight
-from fluxkiln.compiling import compile_parts
 from fluxkiln.components import find_part
 from fluxkiln.errors import CompileError
 from fluxkiln.export.bindings import bind_part, weight_reader
-from fluxkiln.moulds import make_mould, mould_action
+from fluxkiln.flow import moulds as moulds_module
+from fluxkiln.flow.compiling import compile_parts
+from fluxkiln.flow.moulds import make_mould, mould_action
+from fluxkiln.flow.proving import prove_cast
+from fluxkiln.flow.stages import make_template
 from fluxkiln.progress import Silent
-from fluxkiln.proving import prove_cast
 from fluxkiln.settings import Settings
-from fluxkiln.stages import make_template
 
 SLOTS = (TensorSpec("a.weight__t", (64, 32)), TensorSpec("a.bias", (32,)), TensorSpec("norm.weight", (64,)))
 

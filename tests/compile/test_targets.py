@@ -9,9 +9,9 @@ from fluxkiln.compile.bmodel import read_bmodel
 from fluxkiln.compile.targets import find_target, target_names
 from fluxkiln.components import KINDS, MODULATION_KINDS, find_part, list_parts
 from fluxkiln.errors import SchemeError, UsageError
-from fluxkiln.moulds import compile_part
+from fluxkiln.flow.moulds import compile_part
+from fluxkiln.flow.stages import make_template
 from fluxkiln.quantize.schemes import SCHEME_NAMES, parse_scheme
-from fluxkiln.stages import make_template
 
 
 def test_every_target_is_found_by_its_own_name():

@@ -19,8 +19,8 @@ from fluxkiln.compile.tpu_mlir import CompileJob, check_fusions, compile_graph, 
 from fluxkiln.components import KINDS, find_part
 from fluxkiln.errors import CompileError, SchemeError
 from fluxkiln.export.bindings import bind_part, weight_reader
+from fluxkiln.flow.stages import make_template
 from fluxkiln.quantize.schemes import parse_scheme
-from fluxkiln.stages import make_template
 from fluxkiln.verify.gates import first_bad_rung
 from fluxkiln.verify.ladder import Ladder
 

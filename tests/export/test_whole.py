@@ -20,7 +20,7 @@ from fluxkiln.components import MODULATION_ROWS, Part, Shapes, list_parts
 from fluxkiln.errors import ExportError, UsageError
 from fluxkiln.export.host import T5_BIAS_TABLE, host_constants
 from fluxkiln.export.whole import LinkedPart, component_graphs, stitch_parts
-from fluxkiln.linking import export_graphs
+from fluxkiln.flow.linking import export_graphs
 from fluxkiln.progress import Silent
 
 SHAPES = Shapes(height=64, width=64, tokens=32)

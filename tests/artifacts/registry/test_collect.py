@@ -10,7 +10,7 @@ from fluxkiln.artifacts.actions import Action, ActionCache
 from fluxkiln.artifacts.registry.collect import collect_garbage
 from fluxkiln.artifacts.store import Store, open_store
 from fluxkiln.errors import IntegrityError
-from fluxkiln.publishing import publish_bundle, pull_bundle
+from fluxkiln.flow.publishing import publish_bundle, pull_bundle
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from fluxkiln.artifacts.registry.document import (
 from fluxkiln.artifacts.registry.layout import open_layout
 from fluxkiln.artifacts.store import Blob, open_store
 from fluxkiln.errors import IntegrityError
-from fluxkiln.publishing import inspect_reference, publish_bundle, pull_bundle
+from fluxkiln.flow.publishing import inspect_reference, publish_bundle, pull_bundle
 
 PATH = "org.cncf.model.filepath"
 

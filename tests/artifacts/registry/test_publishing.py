@@ -19,7 +19,7 @@ from fluxkiln.artifacts.registry.pull import quarantine_of
 from fluxkiln.artifacts.registry.transfer import Arrival
 from fluxkiln.artifacts.store import Store
 from fluxkiln.errors import IntegrityError, ParityError, ResourceError, UsageError
-from fluxkiln.publishing import (
+from fluxkiln.flow.publishing import (
     Terms,
     inspect_reference,
     list_tags,

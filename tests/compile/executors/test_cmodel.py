@@ -1,4 +1,4 @@
-"""Executor cmodel: what it refuses before a simulator starts. `tests/test_executing.py` paints with it."""
+"""Executor cmodel: what it refuses before a simulator starts. `tests/generate/test_executing.py` paints with it."""
 
 from __future__ import annotations
 

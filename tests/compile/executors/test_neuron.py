@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-import fluxkiln.neuron
+import fluxkiln.split.neuron
 from fluxkiln.artifacts.types import TensorSpec
 from fluxkiln.compile.executors import neuron
 from fluxkiln.compile.executors.neuron import NeuronExecutor, match_names
@@ -192,7 +192,7 @@ def test_a_neff_with_other_tensors_is_refused():
 
 
 def test_the_loader_reads_what_a_build_describes(folder):
-    assert (loading.DESCRIPTION, loading.SCHEMA) == (fluxkiln.neuron.DESCRIPTION, fluxkiln.neuron.SCHEMA)
+    assert (loading.DESCRIPTION, loading.SCHEMA) == (fluxkiln.split.neuron.DESCRIPTION, fluxkiln.split.neuron.SCHEMA)
     bundle = read_split_bundle(folder)
     module = bundle.module_of("single.01")
     assert [spec.name for spec in module.parameters] == MODULES["single"][2]

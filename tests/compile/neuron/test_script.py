@@ -22,7 +22,7 @@ from fluxkiln.compile.neuron.neff import CompileJob, neff_path, read_neffs, reco
 from fluxkiln.compile.neuron.neuronx_cc import compile_argv, find_neuronx_cc
 from fluxkiln.compile.targets import find_target
 from fluxkiln.errors import UsageError
-from fluxkiln.neffs import compile_kinds, write_compile_script
+from fluxkiln.split.neffs import compile_kinds, write_compile_script
 
 STUB = Path(__file__).with_name("stub-neuronx-cc")
 STUB_VERSION = "2.26.6360.0+stub"

@@ -1,0 +1,171 @@
+"""Which rounder each slot of a part gets: the scheme's method, with the checkpoint's calibration where it takes one.
+
+A mould does not depend on it: all methods write codes, scales and zero points of one format to the same places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from fluxkiln.artifacts.actions import Action, ActionCache
+from fluxkiln.artifacts.canonical import digest_json
+from fluxkiln.artifacts.types import Binding, SlotBinding
+from fluxkiln.components import Part
+from fluxkiln.errors import SchemeError
+from fluxkiln.export.bindings import bind_part, tensors_of
+from fluxkiln.flow.stages import Kiln, make_template
+from fluxkiln.quantize.calibration import Calibration, open_calibration
+from fluxkiln.quantize.rounding import Rounder, RounderOf, as_compiler, make_rounder
+from fluxkiln.quantize.schemes import METHODS
+from fluxkiln.quantize.statistics import Statistics
+
+if TYPE_CHECKING:
+    from fluxkiln.quantize.activation import CorrectorOf
+
+# what decides the codes of a method that is not the compiler's
+ROUNDING_CODE = (
+    "fluxkiln.quantize.search",
+    "fluxkiln.quantize.gptq",
+    "fluxkiln.quantize.rounding",
+    "fluxkiln.quantize.statistics",
+    "fluxkiln.calibrate.rounders",
+)
+
+
+def calibration_action(component: str, digest: str) -> Action:
+    """The key under which the store keeps the calibration that builds of these weights use: the last one made."""
+    return Action("calibration", f"calibration of {component}", "1", {component: digest})
+
+
+def component_digest(digests: Mapping[str, Mapping[str, str]], component: str) -> str:
+    """A digest over all tensors of a component."""
+    return digest_json(dict(digests[component]))
+
+
+def find_calibration(cache: ActionCache, component: str, digest: str) -> Calibration | None:
+    """The calibration of a component's weights, if the store has one.
+
+    Raises:
+        SchemeError: it was made with other weights. IntegrityError: it is damaged.
+    """
+    found = cache.lookup(calibration_action(component, digest).key)
+    if found is None:
+        return None
+    blob = found.outputs["calibration"]
+    calibration = open_calibration(cache.store.path(blob.digest), blob.digest)
+    calibration.check_checkpoint(component, digest)
+    return calibration
+
+
+def part_calibration(kiln: Kiln, part: Part) -> Calibration | None:
+    """The calibration that a part's scheme asks for; None where it asks for none.
+
+    Raises:
+        SchemeError: there is none in the store, or the method needs more than codes.
+    """
+    scheme = kiln.scheme(part)
+    if not scheme.weight_bits or not METHODS[scheme.method].calibrated:
+        return None
+    component = tensors_of(part)
+    found = find_calibration(kiln.cache, component, component_digest(kiln.digests, component))
+    if found is None:
+        raise SchemeError(
+            f"{part.name} is to be stored as {scheme.name}, which needs calibration, and the store has none for the "
+            f"{component} of {kiln.checkpoint.name}; run fluxkiln calibrate on this model first"
+        )
+    return found
+
+
+def check_methods(kiln: Kiln) -> None:
+    """Raise SchemeError before anything is compiled, where a method cannot be had."""
+    for kind in kiln.kinds():
+        part = next(part for part in kiln.parts if part.kind == kind)
+        scheme = kiln.scheme(part)
+        if part_calibration(kiln, part) is None or not METHODS[scheme.method].codes_only:
+            make_rounder(scheme)
+
+
+def rounding_key(kiln: Kiln, part: Part) -> tuple[dict[str, Any], dict[str, str]]:
+    """Settings and inputs that a part's method adds to the key of its weights; nothing for the compiler's own."""
+    scheme = kiln.scheme(part)
+    if scheme.rounds_as_compiler:
+        return {}, {}
+    from fluxkiln.artifacts.actions import stage_code_version
+
+    calibration = part_calibration(kiln, part)
+    settings = {"method": scheme.method, "symmetric": scheme.symmetric, "code": stage_code_version(*ROUNDING_CODE)}
+    return settings, {} if calibration is None else {"calibration": calibration.digest}
+
+
+def part_rounders(kiln: Kiln, part: Part, graph_format: Any = "onnx17") -> RounderOf:
+    """Slot of a part's template -> its rounder.
+
+    Args:
+        graph_format: of the template whose slots are asked for.
+
+    Raises:
+        SchemeError: the method needs a calibration, and there is none or not of this checkpoint.
+    """
+    scheme = kiln.scheme(part)
+    if scheme.rounds_as_compiler:
+        return as_compiler
+    calibration = part_calibration(kiln, part)
+    if calibration is None:
+        plain = make_rounder(scheme)
+        return lambda slot, columns: plain
+    binding = bind_part(part, make_template(kiln, part.kind, graph_format).slots, kiln.checkpoint)
+    return _Calibrated(kiln, part, calibration, binding)
+
+
+def part_correctors(kiln: Kiln, part: Part, graph_format: Any = "onnx17") -> CorrectorOf | None:
+    """Slot of a part's template -> what packs it by a method that needs more than codes; None for all others.
+
+    Raises:
+        SchemeError: there is no calibration, or it is not of this checkpoint.
+    """
+    from fluxkiln.quantize.activation import pack_corrected
+
+    scheme = kiln.scheme(part)
+    if not scheme.weight_bits or METHODS[scheme.method].codes_only:
+        return None
+    calibration = part_calibration(kiln, part)
+    assert calibration is not None
+    binding = bind_part(part, make_template(kiln, part.kind, graph_format).slots, kiln.checkpoint)
+    known = _Calibrated(kiln, part, calibration, binding)
+    return lambda slot, columns: lambda weight: pack_corrected(weight, scheme, known.statistics(slot, columns))
+
+
+class _Calibrated:
+    """Rounders with the statistics of their matrices. The last one is kept: codes are asked for, then scales."""
+
+    def __init__(self, kiln: Kiln, part: Part, calibration: Calibration, binding: Binding) -> None:
+        self.scheme = kiln.scheme(part)
+        self.calibration = calibration
+        self.component = tensors_of(part)
+        self.tensors = kiln.checkpoint.tensors[self.component]
+        self.slots: Mapping[str, SlotBinding] = {slot.slot: slot for slot in binding.slots}
+        self._last: tuple[tuple[str, int, int], Rounder] | None = None
+
+    def __call__(self, slot: str, columns: tuple[int, int] | None) -> Rounder:
+        key = self._channels(slot, columns)
+        if self._last is None or self._last[0] != key:
+            self._last = key, make_rounder(self.scheme, self.statistics(slot, columns))
+        return self._last[1]
+
+    def statistics(self, slot: str, columns: tuple[int, int] | None) -> Statistics:
+        """Of the inputs of a slot, or of some of its channels."""
+        name, start, stop = self._channels(slot, columns)
+        return self.calibration.statistics(self.component, name, self.tensors[name].shape[1]).columns(start, stop)
+
+    def _channels(self, slot: str, columns: tuple[int, int] | None) -> tuple[str, int, int]:
+        """The tensor of the checkpoint that a slot is cut from, and its first and last input channel."""
+        bound = self.slots[slot]
+        name = bound.sources[0]
+        start, stop = 0, self.tensors[name].shape[1]
+        for step in bound.transforms:
+            if step.op == "slice" and step.dim == 1:
+                start, stop = start + step.start, start + step.stop
+        if columns is not None:
+            start, stop = start + columns[0], start + columns[1]
+        return name, start, stop

@@ -1,0 +1,290 @@
+"""One part at one rung after the other, looked into: its values against those of the rung below."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fluxkiln.artifacts.types import GraphFormat, Template
+from fluxkiln.calibrate.rounders import part_correctors, part_rounders
+from fluxkiln.components import Part
+from fluxkiln.debug.remedies import Remedy, find_remedy
+from fluxkiln.export.bindings import WeightReader, bind_part, weight_reader
+from fluxkiln.flow.rungs import dequantized_rung
+from fluxkiln.flow.stages import BinaryPart, Kiln, make_template
+from fluxkiln.verify.bisect import Finding, Range, first_missed, judge_values, tolerance_of, value_range
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from fluxkiln.compile.inside import LoweredValue, Operation
+    from fluxkiln.compile.simulate import Simulator
+
+Values = Mapping[str, "NDArray[Any]"]
+
+
+@dataclass(frozen=True, slots=True)
+class Inside:
+    """A part that can be looked into.
+
+    Attributes:
+        template: the file of its graph, whose operations are `operations`.
+        inputs: one recorded call, filled up where the kind takes rows.
+        weights: the checkpoint's by slot, as the template takes them; stored: as the scheme stores them.
+    """
+
+    part: Part
+    template: Path
+    operations: tuple[Operation, ...]
+    inputs: Values
+    weights: Values
+    stored: Values
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        return tuple(operation.output for operation in self.operations)
+
+    def operation(self, value: str) -> Operation:
+        return next(operation for operation in self.operations if operation.output == value)
+
+
+@dataclass(frozen=True, slots=True)
+class Culprit:
+    """The first operation that leaves its tolerance.
+
+    Attributes:
+        operation: its type in the template; lowered: what it became in the compiled form, '' elsewhere.
+        inputs: value -> its range at this rung.
+        output: the range of what it makes.
+    """
+
+    rung: str
+    finding: Finding
+    operation: str
+    lowered: str
+    slots: tuple[str, ...]
+    inputs: Mapping[str, Range]
+    output: Range
+    remedy: Remedy
+
+
+@dataclass(frozen=True, slots=True)
+class RungFindings:
+    """What was found at one rung, compared with the rung `against`; `culprit` is None where nothing is out."""
+
+    rung: str
+    against: str
+    findings: tuple[Finding, ...]
+    culprit: Culprit | None = None
+
+    @property
+    def noisiest(self) -> Finding | None:
+        """The value with the largest error of its own."""
+        return max(self.findings, key=lambda finding: finding.own, default=None)
+
+
+def look_inside(kiln: Kiln, part: Part, inputs: Values, graph_format: GraphFormat) -> Inside:
+    """The part's template with its weights, the checkpoint's and the stored ones.
+
+    Args:
+        graph_format: `onnx17` for what TPU-MLIR compiles, `onnx23` for the graphs of a cpu bundle.
+    """
+    from fluxkiln.compile.inside import list_operations, read_weights
+
+    template = make_template(kiln, part.kind, graph_format)
+    slots = [spec.name for spec in template.slots]
+    reader = weight_reader(bind_part(part, template.slots, kiln.checkpoint), kiln.checkpoint)
+    stored = _stored_17 if graph_format == "onnx17" else _stored_23
+    return Inside(
+        part, template.path, list_operations(template.path, slots), inputs,
+        read_weights(slots, reader), read_weights(slots, stored(kiln, part, template, reader)),
+    )  # fmt: skip
+
+
+def _stored_17(kiln: Kiln, part: Part, template: Template, reader: WeightReader) -> WeightReader:
+    """Every weight as the compiled form holds it."""
+    from fluxkiln.compile.feeding import TemplateRunner
+
+    rung = dequantized_rung(kiln)
+    assert isinstance(rung, TemplateRunner)
+    return rung.fill(part.name).read_weight
+
+
+def _stored_23(kiln: Kiln, part: Part, template: Template, reader: WeightReader) -> WeightReader:
+    """Weights in codes as a linked graph holds them, product by product; all others as the checkpoint has them."""
+    import numpy as np
+
+    from fluxkiln.compile.inside import quantized_regions
+    from fluxkiln.quantize.stored import stored_weight
+
+    scheme = kiln.scheme(part)
+    if not scheme.weight_bits:
+        return reader
+    regions = quantized_regions(template.path, [spec.name for spec in template.slots])
+    corrector_of = part_correctors(kiln, part, "onnx23")
+    rounder_of = None if corrector_of is not None else part_rounders(kiln, part, "onnx23")
+
+    def stored(slot: str) -> NDArray[Any]:
+        weight = np.array(reader(slot), np.float32)
+        for region in regions.get(slot, ()):
+            start, stop, _ = region[1].indices(weight.shape[1])
+            if corrector_of is not None:
+                weight[region] = corrector_of(slot, (start, stop))(weight[region]).dequantize(scheme.group_size)
+            elif rounder_of is not None:
+                weight[region] = stored_weight(weight[region], scheme, True, rounder_of(slot, (start, stop)))
+        return weight
+
+    return stored
+
+
+def check_template(inside: Inside, kiln: Kiln) -> RungFindings:
+    """The template with the checkpoint's weights against diffusers' own modules, one by one in the order they run.
+
+    A module's output is looked for among the template's values: patches may cut it in pieces, which are not judged.
+    """
+    from fluxkiln.compile.inside import template_values
+    from fluxkiln.debug.matching import match_leaves
+    from fluxkiln.export.leaves import see_leaves
+
+    seen = template_values(inside.template, inside.inputs, inside.weights, inside.order)
+    leaves = see_leaves(inside.part, kiln.checkpoint, inside.inputs)
+    matched = match_leaves(leaves, inside.operations, seen, tolerance_of("onnxruntime", "*"))
+    made = RungFindings("onnxruntime", "reference", tuple(matched))
+    # a module is several operations: its operands are what the modules before it made
+    judged = {finding.value: seen[finding.value] for finding in matched}
+    return _with_culprit(made, inside, {**inside.inputs, **judged}, {}, "*")
+
+
+def check_stored(inside: Inside, scheme: str) -> RungFindings:
+    """The template with the weights as the scheme stores them, against the checkpoint's."""
+    from fluxkiln.compile.inside import local_values, template_values
+
+    below = template_values(inside.template, inside.inputs, inside.weights, inside.order)
+    seen = template_values(inside.template, inside.inputs, inside.stored, inside.order)
+    local = local_values(inside.template, {**inside.inputs, **seen}, inside.weights)
+    findings = judge_values(inside.order, seen, below, local, tolerance_of("dequantized", scheme))
+    made = RungFindings("dequantized", "onnxruntime", findings)
+    return _with_culprit(made, inside, {**inside.inputs, **seen}, {}, scheme)
+
+
+def check_lowered(inside: Inside, lowered: Path, simulator: Simulator, scheme: str) -> RungFindings:
+    """The compiler's lowered graph, its weights beside it, against the template with the stored weights."""
+    from fluxkiln.compile.inside import local_values, lowered_run, lowered_values, template_values
+
+    below = template_values(inside.template, inside.inputs, inside.stored, inside.order)
+    found = lowered_values(lowered.read_text(), inside.order)
+    look = partial(simulator.look, lowered, inside.inputs)
+    seen = lowered_run(look, found, {name: array.shape for name, array in below.items()})
+    local = local_values(inside.template, {**inside.inputs, **seen}, inside.stored)
+    findings = judge_values(inside.order, seen, below, local, tolerance_of("interpreter", scheme))
+    made = RungFindings("interpreter", "dequantized", _with_epsilons(findings, inside, found))
+    return _with_culprit(made, inside, {**inside.inputs, **seen}, found, scheme)
+
+
+def check_linked(inside: Inside, graph: Path, scheme: str) -> RungFindings:
+    """A graph of a cpu bundle, as ONNX Runtime runs it, against the template with the stored weights."""
+    from fluxkiln.compile.inside import graph_values, local_values, template_values
+
+    below = template_values(inside.template, inside.inputs, inside.stored, inside.order)
+    seen = graph_values(graph, inside.inputs, list(below))
+    local = local_values(inside.template, {**inside.inputs, **seen}, inside.stored)
+    findings = judge_values(inside.order, seen, below, local, tolerance_of("executed", scheme))
+    made = RungFindings("executed", "dequantized" if "W" in scheme else "onnxruntime", findings)
+    return _with_culprit(made, inside, {**inside.inputs, **seen}, {}, scheme)
+
+
+def check_binary(inside: Inside, kiln: Kiln, binary: BinaryPart, file: Path, net: str) -> RungFindings:
+    """The weights in a file of the bundle, read back, against what casting makes of the checkpoint's.
+
+    Args:
+        kiln: at the shapes of the bundle. binary: the cast part, for its map. net: the part's in `file`.
+    """
+    import numpy as np
+
+    from fluxkiln.compile.cast import compare_stored
+    from fluxkiln.compile.mould import CoefficientMap
+
+    template = make_template(kiln, binary.part.kind, "onnx17")
+    reader = weight_reader(bind_part(binary.part, template.slots, kiln.checkpoint), kiln.checkpoint)
+    coefficients = CoefficientMap.from_json(json.loads(kiln.path(binary.coefficients).read_text()))
+    differing = compare_stored(file, net, coefficients, reader, part_rounders(kiln, binary.part))
+    findings = []
+    for operation in inside.operations:
+        shares = [float(differing[slot].max()) for slot in operation.slots if slot in differing]
+        if shares:
+            share = max(shares)
+            findings.append(Finding(operation.output, share, share, share, "own" if share else ""))
+    made = RungFindings("stored", "dequantized", tuple(findings))
+    first = first_missed(findings)
+    if first is None:
+        return made
+    operation = inside.operation(first.value)
+    wrong = tuple(slot for slot in operation.slots if slot in differing and bool(np.any(differing[slot])))
+    remedy = Remedy(
+        f"{', '.join(wrong)} in {file.name}: a share of {first.own:.2g} of the bytes is not what this checkpoint and "
+        "scheme make",
+        "check the bundle (`fluxkiln verify`), then build it again",
+    )
+    nothing = Range(0.0, 0.0, 0.0, 0.0, ())
+    return replace(made, culprit=Culprit("stored", first, operation.op_type, "", wrong, {}, nothing, remedy))
+
+
+def _with_epsilons(
+    findings: tuple[Finding, ...], inside: Inside, found: Mapping[str, LoweredValue]
+) -> tuple[Finding, ...]:
+    """A norm with another epsilon is out of its tolerance, also where these inputs do not show it."""
+    made = []
+    for finding in findings:
+        wanted, has = inside.operation(finding.value).epsilon, found[finding.value].epsilon
+        differs = wanted is not None and has is not None and abs(has - wanted) > 1e-3 * wanted
+        made.append(replace(finding, missed=finding.missed or "epsilon") if differs else finding)
+    return tuple(made)
+
+
+def _with_culprit(
+    made: RungFindings, inside: Inside, seen: Values, found: Mapping[str, LoweredValue], scheme: str
+) -> RungFindings:
+    first = first_missed(made.findings)
+    if first is None:
+        return made
+    operation = inside.operation(first.value)
+    lowered = found.get(first.value)
+    sources = _seen_sources(operation, inside, seen)
+    culprit = Culprit(
+        made.rung, first, operation.op_type, lowered.operation if lowered else "",
+        _slots_between(operation, inside, seen),
+        {name: value_range(seen[name]) for name in sources}, value_range(seen[first.value]),
+        find_remedy(made.rung, first, operation, inside.operations, lowered, scheme),
+    )  # fmt: skip
+    return replace(made, culprit=culprit)
+
+
+def _seen_sources(operation: Operation, inside: Inside, seen: Values) -> tuple[str, ...]:
+    """The nearest values that were seen and lead to the operation: those between were fused away."""
+    found: dict[str, None] = {}
+    pending = list(reversed(operation.inputs))
+    makers = {one.output: one for one in inside.operations}
+    while pending:
+        name = pending.pop()
+        if name in seen:
+            found[name] = None
+        elif name in makers:
+            pending += reversed(makers[name].inputs)
+    return tuple(found)
+
+
+def _slots_between(operation: Operation, inside: Inside, seen: Values) -> tuple[str, ...]:
+    """The weights of the operation and of those fused into it."""
+    found: dict[str, None] = dict.fromkeys(operation.slots)
+    makers = {one.output: one for one in inside.operations}
+    pending = [name for name in operation.inputs if name not in seen]
+    while pending:
+        maker = makers.get(pending.pop())
+        if maker is not None:
+            found |= dict.fromkeys(maker.slots)
+            pending += [name for name in maker.inputs if name not in seen]
+    return tuple(found)

@@ -15,18 +15,34 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 NEED_PYTHON = @test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 found; install one or name it: make PYTHON=..." >&2; exit 5; }
 
-option = $(if $($(1)),--$(2)='$(subst ','\'',$($(1)))')
+quoted = '$(subst ','\'',$(1))'
+option = $(if $($(1)),--$(2)=$(call quoted,$($(1))))
+options = $(foreach pair,$(1),$(call option,$(firstword $(subst :, ,$(pair))),$(lastword $(subst :, ,$(pair)))))
 # variable:option of `fluxkiln build`
-NAMES = MODEL:model SIZE:size TOKENS:tokens SCHEME:scheme VAE:vae COMPONENTS:components MODULATION:modulation TP:tp \
-	INSTANCE:instance GRANULARITY:granularity FLAGS:flags STEPS:steps PROMPTS:prompts SEEDS:seeds LORA:lora JOBS:jobs
-OPTIONS = $(foreach pair,$(NAMES),$(call option,$(firstword $(subst :, ,$(pair))),$(lastword $(subst :, ,$(pair)))))
+MODELS = MODEL:model SIZE:size TOKENS:tokens SCHEME:scheme VAE:vae COMPONENTS:components MODULATION:modulation TP:tp \
+	INSTANCE:instance GRANULARITY:granularity FLAGS:flags LORA:lora JOBS:jobs
+NAMES = $(MODELS) STEPS:steps PROMPTS:prompts SEEDS:seeds
+OPTIONS = $(call options,$(NAMES))
 
-.PHONY: help env env-tpu-mlir envs bm1684x trn1 inf2 cpu report publish bench test check format clean distclean
+# What is given is text: make does not look for variables and functions of its own in it.
+$(foreach name,PROMPT PART BUNDLE OUT TARGET REGISTRY ACCEPT_LICENSE SIGN SEED STEP PORT $(foreach pair,$(NAMES),$(firstword $(subst :, ,$(pair)))),\
+	$(eval override $(name) := $$(value $(name))))
+# These may have lines of their own, which a recipe has not.
+export PROMPT PART
+
+# Of images: a bundle that is there, or the one of the build that the variables name.
+BUNDLE_FIRST = bundle=$(if $(BUNDLE),$(call quoted,$(BUNDLE)),"$$($(BIN)/fluxkiln build \
+	$(call quoted,$(or $(TARGET),cpu)) $(call options,$(MODELS)) --json | \
+	$(BIN)/python -c 'import json, sys; print(json.load(sys.stdin).get("bundle", ""))')") || exit
+
+.PHONY: help env env-tpu-mlir envs bm1684x trn1 inf2 cpu generate serve debug report publish bench test check format \
+	clean distclean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 15
 	@echo
 	@echo "Variables: MODEL (preset, folder or Hugging Face id), SIZE=1024x1024, TOKENS, SCHEME, VAE=kl|tiny, TP, INSTANCE, LORA, JOBS"
+	@echo "Of images: BUNDLE=folder, or TARGET=cpu and the variables above for the build that is made first"
 
 # Where TPU-MLIR cannot be made, imported moulds do: the build says what it lacks.
 bm1684x:  ## checkpoint -> verified BM1684X bundle, environments included
@@ -43,11 +59,25 @@ inf2: env  ## the same for AWS Inferentia2
 cpu: env  ## checkpoint -> verified ONNX Runtime bundle
 	@$(BIN)/fluxkiln build cpu $(OPTIONS)
 
+generate: env  ## an image: PROMPT="a kiln at night" STEPS, SEED, OUT=images, PROMPTS=file; of BUNDLE or TARGET=cpu
+	@test -n "$$PROMPT"$(if $(PROMPTS), || true) || { echo 'error: there is no prompt; give one: PROMPT="..."' >&2; exit 2; }
+	@$(BUNDLE_FIRST); \
+	$(BIN)/fluxkiln generate --bundle="$$bundle" $(call options,STEPS:steps SEED:seed OUT:out PROMPTS:prompts) \
+	$(if $(PROMPT),-- "$$PROMPT")
+
+serve: env  ## a local page that makes images: PORT=7860; of BUNDLE or TARGET=cpu
+	@$(BUNDLE_FIRST); $(BIN)/fluxkiln serve --bundle="$$bundle" $(call option,PORT,port)
+
+debug: env  ## the first operation of a part that is out of tolerance: PART=double.07 TARGET=bm1684x STEP=0
+	@test -n "$$PART" || { echo "error: no part is named; give one: PART=double.00" >&2; exit 2; }
+	@$(BIN)/fluxkiln debug --target=$(call quoted,$(or $(TARGET),bm1684x)) $(call option,STEP,step) $(OPTIONS) -- "$$PART"
+
 report: env  ## write the report of a build again: TARGET=bm1684x
-	@$(BIN)/fluxkiln report $(or $(TARGET),bm1684x) $(OPTIONS)
+	@$(BIN)/fluxkiln report $(call quoted,$(or $(TARGET),bm1684x)) $(OPTIONS)
 
 publish: env  ## publish a build: REGISTRY=HOST/REPO:TAG TARGET=bm1684x, or BUNDLE=folder; ACCEPT_LICENSE, SIGN
-	@$(BIN)/fluxkiln publish '$(or $(BUNDLE),$(TARGET),bm1684x)' $(if $(REGISTRY),'$(REGISTRY)') \
+	@$(BIN)/fluxkiln publish $(call quoted,$(or $(BUNDLE),$(TARGET),bm1684x)) \
+	$(if $(REGISTRY),$(call quoted,$(REGISTRY))) \
 	$(call option,ACCEPT_LICENSE,accept-license) $(call option,SIGN,sign) $(OPTIONS)
 
 bench: envs  ## measure the figures that the README quotes

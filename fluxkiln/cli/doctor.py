@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import click
 
 from fluxkiln.cli.output import Output, json_option
 from fluxkiln.errors import ToolchainError, UsageError
+
+if TYPE_CHECKING:
+    from fluxkiln.compile.doctor import ToolStatus
 
 
 @click.command()
@@ -17,7 +21,8 @@ from fluxkiln.errors import ToolchainError, UsageError
 def doctor(output: Output, target: str | None) -> None:
     """Show every tool, its version, and what is missing for which target.
 
-    With TARGET, exit with 5 when something that it needs is missing.
+    With TARGET, exit with 5 when something that building for it needs is missing. What is optional runs the images of
+    finished bundles.
     """
     from fluxkiln.compile.doctor import ALL_TARGETS, examine, missing_for
 
@@ -26,7 +31,7 @@ def doctor(output: Output, target: str | None) -> None:
     statuses = examine()
     missing = {name: [status.name for status in missing_for(name, statuses)] for name in ALL_TARGETS}
     output.document({"tools": [asdict(status) for status in statuses], "missing": missing})
-    shown = [status for status in statuses if target is None or target in status.needed_for]
+    shown = [status for status in statuses if target in (None, *status.needed_for, *status.optional_for)]
     output.table(
         ("tool", "state", "version", "needed for"),
         [
@@ -34,7 +39,7 @@ def doctor(output: Output, target: str | None) -> None:
                 status.name,
                 "ok" if status.found else "missing" if status.needed_for else "absent",
                 status.version,
-                "every target" if status.needed_for == ALL_TARGETS else ", ".join(status.needed_for) or "-",
+                _use(status),
             )
             for status in shown
         ],
@@ -47,6 +52,14 @@ def doctor(output: Output, target: str | None) -> None:
     if target is not None and missing[target]:
         first = missing_for(target, statuses)[0]
         raise ToolchainError(f"{target} lacks {', '.join(missing[target])}; {first.name}: {first.remedy}")
+
+
+def _use(status: ToolStatus) -> str:
+    from fluxkiln.compile.doctor import ALL_TARGETS
+
+    targets = status.needed_for or status.optional_for
+    named = "every target" if targets == ALL_TARGETS else ", ".join(targets) or "-"
+    return named if status.needed_for or not targets else f"optional: {named}"
 
 
 def _readiness(target: str, missing: list[str]) -> str:

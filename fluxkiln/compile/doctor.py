@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fluxkiln.compile.python310 import find_python310
@@ -24,6 +25,8 @@ NEURON_TARGETS = tuple(name for name in ALL_TARGETS if name.startswith(("trn", "
 KEY_PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "numba", "safetensors")
 # what lowers for Neuron
 NEURON_PACKAGES = ("jax", "jaxlib", "torchax")
+# what `fluxkiln serve` is made of
+SERVE_PACKAGES = ("starlette", "uvicorn")
 
 _BUILD_DISK_GB = 5.0
 _BUILD_MEMORY_GB = 6.0
@@ -34,7 +37,8 @@ class ToolStatus:
     """One line of `fluxkiln doctor`.
 
     `found` is whether the tool is usable as it stands; `path` where it lies. `needed_for` lists targets, and is empty
-    for what only tests and reports use. `remedy` is empty when `found`.
+    for what no build needs. `optional_for` lists targets whose bundles it helps to run: what is missing there keeps
+    nothing from being built. `remedy` is empty when `found`.
     """
 
     name: str
@@ -43,6 +47,7 @@ class ToolStatus:
     path: str
     needed_for: tuple[str, ...]
     remedy: str
+    optional_for: tuple[str, ...] = ()
 
 
 def examine(work: Path | None = None) -> list[ToolStatus]:
@@ -61,6 +66,29 @@ def examine(work: Path | None = None) -> list[ToolStatus]:
         _python310(() if tpu_mlir else TPU_TARGETS),
         *(_package(name, NEURON_TARGETS, "`make env`, or `pip install 'fluxkiln[trn1]'`") for name in NEURON_PACKAGES),
         _neuronx_cc(),
+        _runtime(
+            "sophon-sail",
+            "sophon",
+            ("sophon", "sophon-arm", "sophon-sail"),
+            TPU_TARGETS,
+            "sail",
+            "the executor sail needs it, on a machine with a BM1684X: install the wheel of your Sophgo SDK",
+        ),
+        _runtime(
+            "nrtpy",
+            "nrtpy",
+            ("nrtpy",),
+            NEURON_TARGETS,
+            "",
+            "the executor neuron needs it, on a Trainium or Inferentia instance: install nrtpy and "
+            "aws-neuronx-runtime-lib from the AWS Neuron package index",
+        ),
+        *(
+            replace(
+                _package(name, (), "`fluxkiln serve` needs it: pip install 'fluxkiln[serve]'"), optional_for=ALL_TARGETS
+            )
+            for name in SERVE_PACKAGES
+        ),
         _command("docker-registry", "the tests that push to a registry need it: apt install docker-registry"),
         _command("skopeo", "the tests that read the store with another client need it: apt install skopeo"),
         _command("chromium", "only pictures of a report need it: apt install chromium"),
@@ -125,6 +153,24 @@ def _neuronx_cc() -> ToolStatus:
         remedy = f"{command} --version names no version, so it is no compiler: {source}"
         return ToolStatus("neuronx-cc", False, "", command, NEURON_TARGETS, remedy)
     return ToolStatus("neuronx-cc", True, version, command, NEURON_TARGETS, "")
+
+
+def _runtime(
+    name: str, module: str, distributions: tuple[str, ...], runs: tuple[str, ...], inside: str, remedy: str
+) -> ToolStatus:
+    """A vendor's runtime library, which is looked up and not imported: that would start its driver.
+
+    Args:
+        module: its package; `inside`: what must lie in it, as others have a package of the same name.
+        distributions: the names under which it is installed, any of them.
+        runs: the targets whose bundles it runs.
+    """
+    spec = importlib.util.find_spec(module)
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()] if spec is not None else []
+    if spec is None or (inside and not any(any(folder.glob(f"{inside}*")) for folder in folders)):
+        return ToolStatus(name, False, "", "", (), remedy, runs)
+    version = next((found for one in distributions if (found := _installed_version(one))), "")
+    return ToolStatus(name, True, version, str(folders[0] if folders else spec.origin or ""), (), "", runs)
 
 
 def _command(name: str, remedy: str) -> ToolStatus:

@@ -16,6 +16,7 @@ TOOLS = [
     ToolStatus("torch", True, "2.13.0", "/lib", target_names(), ""),
     ToolStatus("tpu-mlir", False, "", "", ("bm1684x", "bm1688"), "run make env-tpu-mlir"),
     ToolStatus("skopeo", False, "", "", (), "only a test needs it"),
+    ToolStatus("sail", False, "", "", (), "install its wheel", ("bm1684x", "bm1688")),
 ]
 
 
@@ -31,16 +32,19 @@ def test_doctor(fluxkiln, tools):
     assert ["torch", "ok", "2.13.0", "every", "target"] in lines
     assert ["tpu-mlir", "missing", "bm1684x,", "bm1688"] in lines
     assert ["skopeo", "absent", "-"] in lines
+    assert ["sail", "absent", "optional:", "bm1684x,", "bm1688"] in lines
     assert "cpu      ready: fluxkiln build cpu" in run.out
     assert "bm1684x  not ready: tpu-mlir missing" in run.out
     assert "run make env-tpu-mlir" in run.out
 
 
 def test_doctor_of_a_target(fluxkiln, tools):
-    assert fluxkiln("doctor", "cpu").code == 0
+    run = fluxkiln("doctor", "cpu")
+    assert (run.code, "sail" in run.out) == (0, False)
     run = fluxkiln("doctor", "bm1684x")
     assert run.code == 5
     assert "skopeo" not in run.out
+    assert "install its wheel" in run.out
     assert run.err == "error: bm1684x lacks tpu-mlir; tpu-mlir: run make env-tpu-mlir\n"
 
 

@@ -106,6 +106,34 @@ def test_optional_commands_are_needed_for_no_target(commands):
         assert not status(name).found
 
 
+@pytest.mark.parametrize(("name", "targets"), [("sophon-sail", doctor.TPU_TARGETS), ("nrtpy", doctor.NEURON_TARGETS)])
+def test_a_vendor_s_runtime_is_optional_and_told_from_others_of_its_name(name, targets, tmp_path, monkeypatch):
+    row = status(name)
+    assert (row.found, row.needed_for, row.optional_for) == (False, (), targets)
+    assert "executor" in row.remedy
+    assert name not in [missing.name for target in targets for missing in missing_for(target, examine())]
+    package = tmp_path / {"sophon-sail": "sophon", "nrtpy": "nrtpy"}[name]
+    package.mkdir()
+    (package / "__init__.py").write_text("raise SystemExit('it was imported')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert status(name).found == (name == "nrtpy")
+    (package / "sail.cpython-311-x86_64-linux-gnu.so").touch()
+    (tmp_path / f"{package.name}-3.8.0.dist-info").mkdir()
+    (tmp_path / f"{package.name}-3.8.0.dist-info" / "METADATA").write_text(f"Name: {package.name}\nVersion: 3.8.0\n")
+    found = status(name)
+    assert (found.found, found.version, found.path, found.remedy) == (True, "3.8.0", str(package), "")
+
+
+def test_what_the_page_needs_is_optional(monkeypatch):
+    for name in doctor.SERVE_PACKAGES:
+        assert status(name).found
+    monkeypatch.setattr(doctor, "SERVE_PACKAGES", ("no-such-package",))
+    row = status("no-such-package")
+    assert (row.found, row.needed_for, row.optional_for) == (False, (), doctor.ALL_TARGETS)
+    assert "fluxkiln[serve]" in row.remedy
+    assert "no-such-package" not in [missing.name for missing in missing_for("cpu", examine())]
+
+
 def test_only_targets_that_can_be_built_are_judged():
     assert set(doctor.ALL_TARGETS) == set(target_names())
     assert {name for row in examine() for name in row.needed_for} <= set(target_names())

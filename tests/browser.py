@@ -17,6 +17,57 @@ from typing import Any
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PATIENCE = 60
 
+# Texts on the page with the contrast to what is behind them: an ancestor's ground, or a bar or cell drawn before them.
+CONTRASTS = """(() => {
+  const paint = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+  const rgba = (colour) => {
+    paint.clearRect(0, 0, 1, 1);
+    paint.fillStyle = colour;
+    paint.fillRect(0, 0, 1, 1);
+    return [...paint.getImageData(0, 0, 1, 1).data];
+  };
+  const over = ([r, g, b, a], ground) => [r, g, b].map((part, i) => (part * a + ground[i] * (255 - a)) / 255);
+  const ground = (element) => {
+    if (!element) return [255, 255, 255];
+    const colour = rgba(getComputedStyle(element).backgroundColor);
+    return colour[3] === 255 ? colour.slice(0, 3) : over(colour, ground(element.parentElement));
+  };
+  const light = (colour) => {
+    const linear = (x) => x <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4;
+    const [r, g, b] = colour.map((part) => linear(part / 255));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05;
+  };
+  const found = new Map();
+  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (texts.nextNode()) {
+    const text = texts.currentNode.textContent.trim(), element = texts.currentNode.parentElement;
+    const box = element.getBoundingClientRect(), style = getComputedStyle(element);
+    if (!text || Math.min(box.width, box.height) < 2 || element.closest("title, option, script, style")) continue;
+    const inside = element instanceof SVGElement, before = element.previousElementSibling;
+    const grounds = [ground(element)];
+    if (inside && before?.matches("rect[class^=q]")) grounds[0] = rgba(getComputedStyle(before).fill).slice(0, 3);
+    const bar = !inside && before?.tagName === "I" && element.closest(".bar");
+    if (bar) grounds.splice(0, bar.matches(".over") ? 1 : 0, ground(before));
+    for (const behind of grounds) {
+      const own = light(over(rgba(inside ? style.fill : style.color), behind)), other = light(behind);
+      const ratio = Math.max(own, other) / Math.min(own, other);
+      const key = `${style.color} ${style.fill} ${behind}`;
+      if (!found.has(key)) found.set(key, [Math.round(100 * ratio) / 100, text.slice(0, 60)]);
+    }
+  }
+  return [...found.values()];
+})()"""
+# Whether the element that has the focus shows it: by an outline of its own or of what stands for it, or a stroke.
+RING = """(() => {
+  const element = document.activeElement;
+  const outlined = (style) => style.outlineStyle !== "none" && parseFloat(style.outlineWidth) >= 2;
+  const next = element.nextElementSibling;
+  const styles = [getComputedStyle(element), next && getComputedStyle(next), next && getComputedStyle(next, "::after")];
+  const rect = element instanceof SVGElement && element.querySelector("rect");
+  const stroked = rect && parseFloat(getComputedStyle(rect).strokeWidth) >= 2;
+  return Boolean(stroked || styles.some((style) => style && outlined(style)));
+})()"""
+
 
 class Browser:
     """One page. `errors` are what its console complained of, and exceptions nobody caught."""
@@ -77,6 +128,23 @@ class Browser:
         common = {"key": key, "code": key, "windowsVirtualKeyCode": code, "modifiers": modifiers}
         self._call("Input.dispatchKeyEvent", {"type": "keyDown" if text else "rawKeyDown", "text": text, **common})
         self._call("Input.dispatchKeyEvent", {"type": "keyUp", **common})
+
+    def illegible(self, least: float) -> list[tuple[float, str]]:
+        """Texts whose contrast with their ground is less: the ratio and the text, one for each pair of colours."""
+        found: list[tuple[float, str]] = [tuple(one) for one in self.evaluate(CONTRASTS)]
+        assert found, "the page has no text"
+        return [one for one in found if one[0] < least]
+
+    def walk(self, stops: int) -> list[tuple[str, bool]]:
+        """Press Tab so many times: what has the focus then, and whether it shows that."""
+        found = []
+        for _ in range(stops):
+            self.press("Tab", 9)
+            name = (
+                "(e => `${e.tagName.toLowerCase()}#${e.id}.${e.getAttribute('class') ?? ''}`)(document.activeElement)"
+            )
+            found.append((self.evaluate(name), self.evaluate(RING)))
+        return found
 
     def type(self, text: str) -> None:
         self._call("Input.insertText", {"text": text})

@@ -1,4 +1,4 @@
-"""The report's charts as inline SVG. Colours are CSS classes, so that light and dark mode share one drawing.
+"""The report's charts as inline SVG: heat maps of rungs and parts, and errors over depth and over steps.
 
 Every function takes rows as `report.json` holds them (see `ladder.row_to_dict`) and returns markup whose variable
 text is escaped. What a chart shows stands in the report's table as well; the charts carry a one-line description.
@@ -13,6 +13,7 @@ from html import escape
 from typing import Any, Literal
 
 from fluxkiln.verify.gates import RUNG_ORDER
+from fluxkiln.verify.plot import Plot, Point, cross, decades, marker, series_of, svg, svg_text
 
 Measure = Literal["delta", "whole", "added"]
 ReportRow = Mapping[str, Any]
@@ -23,12 +24,12 @@ LABEL_WIDTH, CELL, ROW_HEIGHT = 82, 13, 20
 NUMBERED_CELL = 56
 # rungs that compare bytes: they have no place on a logarithmic axis
 EXACT_RUNGS = frozenset({"stored"})
-# a colour and a mark per rung; rungs of different targets share one
-SERIES: Mapping[str, int] = {
-    "reference": 0, "patched": 1, "onnxruntime": 2, "dequantized": 3, "split": 3, "executed": 4, "unsplit": 4,
-    "interpreter": 4, "replicas": 5, "simulator": 5, "stored": 1,
+MOST_TICKS = 20
+# as the kinds are called above their part of a chart
+BLOCKS: Mapping[str, str] = {
+    "double": "double blocks", "double_modulated": "double blocks", "single": "single blocks",
+    "single_modulated": "single blocks", "t5_block": "T5 blocks",
 }  # fmt: skip
-FLOOR = 1e-9
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,24 +105,24 @@ def depth_chart(rows: Sequence[ReportRow], kinds: Sequence[str], measure: Measur
     A dashed line marks the delta cosine bound as the error it allows when only the direction is wrong,
     sqrt(2 (1 - cosine)).
     """
-    chosen = [row for row in at_build_shapes(rows) if row["kind"] in kinds and row["rung"] not in EXACT_RUNGS]
+    chosen = _drawn(rows, kinds)
     if not chosen:
         return ""
     cells = _worst_cells(chosen, measure)
     parts = list(dict.fromkeys(row["part"] for kind in kinds for row in chosen if row["kind"] == kind))
-    rungs = sorted({row["rung"] for row in chosen}, key=RUNG_ORDER.__getitem__)
-    shown = [max(cell.value, FLOOR) for cell in cells.values() if math.isfinite(cell.value)]
-    low = math.floor(math.log10(min(shown, default=FLOOR)))
-    high = max(math.ceil(math.log10(max(shown, default=1.0)) + 1e-9), low + 1, -1)
-    plot = _Plot(low, high, len(parts))
-    out = [plot.axes(), plot.sections(parts, {row["part"]: row["kind"] for row in chosen})]
-    out += [plot.bound(bound, names, shown) for bound, names in _delta_bounds(chosen, measure).items()]
-    out += [plot.line(rung, [cells.get((part, rung)) for part in parts], parts) for rung in rungs]
-    ends = {rung: cells[(part, rung)].value for rung in rungs for part in parts if (part, rung) in cells}
-    out.append(plot.names(ends))
+    rungs = rungs_drawn(rows, kinds)
+    shown = [cell.value for cell in cells.values()]
+    bounds = {math.sqrt(2.0 * (1.0 - cosine)): (cosine, on) for cosine, on in _delta_bounds(chosen, measure).items()}
+    plot = Plot(*decades([*shown, *bounds]), len(parts))
+    out = [plot.axes("block"), _sections(plot, parts, {row["part"]: row["kind"] for row in chosen})]
+    for allowed, (cosine, on) in bounds.items():
+        out.append(plot.bound(allowed, f"gate of {', '.join(on)}: delta cosine {cosine:g}", shown))
+    out += [plot.line(rung, [_point(part, rung, cells.get((part, rung))) for part in parts]) for rung in rungs]
+    out.append(plot.names({rung: cells[part, rung].value for rung in rungs for part in parts if (part, rung) in cells}))
     what = "what each rung adds to the error" if measure == "added" else "error against the reference"
-    label = f"{what}, {len(parts)} {' and '.join(kinds)} parts, relative L2 on a logarithmic axis"
-    return _svg(plot.width, plot.height, label, out, css="depth")
+    named = " and ".join(dict.fromkeys(_blocks(row["kind"]) for row in chosen))
+    label = f"{what}, {len(parts)} {named}, relative L2 on a logarithmic axis"
+    return svg(plot.width, plot.height, label, out, css="depth")
 
 
 def step_chart(rows: Sequence[ReportRow], kinds: Sequence[str], measure: Measure) -> str:
@@ -129,34 +130,75 @@ def step_chart(rows: Sequence[ReportRow], kinds: Sequence[str], measure: Measure
 
     Empty where fewer than two steps were recorded.
     """
-    chosen = [row for row in at_build_shapes(rows) if row["kind"] in kinds and row["rung"] not in EXACT_RUNGS]
+    chosen = _drawn(rows, kinds)
     steps = sorted({row["step"] for row in chosen if row["step"] >= 0})
     if len(steps) < 2:
         return ""
-    blocks: dict[tuple[str, str], list[Cell]] = {}
+    blocks: dict[tuple[int, str], list[Cell]] = {}
     for step in steps:
         for (_, rung), cell in _worst_cells((row for row in chosen if row["step"] == step), measure, True).items():
-            blocks.setdefault((str(step), rung), []).append(cell)
+            blocks.setdefault((step, rung), []).append(cell)
     worst = {key: max(cells, key=lambda cell: (math.isnan(cell.value), cell.value)) for key, cells in blocks.items()}
     middle = {key: sorted(cell.value for cell in cells)[len(cells) // 2] for key, cells in blocks.items()}
-    rungs = sorted({rung for _, rung in blocks}, key=RUNG_ORDER.__getitem__)
-    shown = [max(value, FLOOR) for cell in worst.values() if math.isfinite(value := cell.value)]
-    shown += [max(value, FLOOR) for value in middle.values() if math.isfinite(value)]
-    low = math.floor(math.log10(min(shown, default=FLOOR)))
-    high = max(math.ceil(math.log10(max(shown, default=1.0)) + 1e-9), low + 1, -1)
-    plot = _Plot(low, high, len(steps))
-    names = [str(step) for step in steps]
-    out = [plot.axes(), _text((plot.left + plot.width - plot.right) / 2, 12, "denoising step", "label", "middle")]
-    every = max(1, math.ceil(len(steps) / 20))
-    out += [_text(plot.x(i), plot.height - 12, name, "tick", "middle") for i, name in enumerate(names) if not i % every]
+    plot = Plot(*decades([*middle.values(), *(cell.value for cell in worst.values())]), len(steps))
+    every = math.ceil(len(steps) / MOST_TICKS)
+    out = [plot.axes("denoising step"), *(plot.tick(i, str(step)) for i, step in enumerate(steps) if not i % every)]
+    rungs = rungs_drawn(rows, kinds)
     for rung in rungs:
-        values = [middle.get((name, rung)) for name in names]
-        points = "L".join(f"{plot.x(i):.1f} {plot.y(v):.1f}" for i, v in enumerate(values) if v is not None)
-        out.append(f'<g class="series s{_series(rung)}"><path class="run middle" d="M{points}"/></g>')
-        out.append(plot.line(rung, [worst.get((name, rung)) for name in names], [f"step {name}" for name in names]))
-    out.append(plot.names({rung: worst[name, rung].value for name in names for rung in rungs if (name, rung) in worst}))
-    label = f"error of {' and '.join(kinds)} parts over {len(steps)} steps, worst and middle, relative L2, logarithmic"
-    return _svg(plot.width, plot.height, label, out, css="depth")
+        values = plot.path([middle.get((step, rung)) for step in steps])
+        out.append(f'<g class="series s{series_of(rung)}"><path class="run middle" d="{values}"/></g>')
+        out.append(plot.line(rung, [_point(f"step {step}", rung, worst.get((step, rung))) for step in steps]))
+    out.append(plot.names({rung: worst[step, rung].value for step in steps for rung in rungs if (step, rung) in worst}))
+    named = " and ".join(dict.fromkeys(_blocks(row["kind"]) for row in chosen))
+    label = f"error of the {named} over {len(steps)} steps, worst and middle, relative L2 on a logarithmic axis"
+    return svg(plot.width, plot.height, label, out, css="depth")
+
+
+def rungs_drawn(rows: Sequence[ReportRow], kinds: Sequence[str]) -> list[str]:
+    """The rungs that the charts of these kinds have a line for, the lowest first."""
+    return sorted({row["rung"] for row in _drawn(rows, kinds)}, key=RUNG_ORDER.__getitem__)
+
+
+def rung_keys(rungs: Sequence[str]) -> str:
+    """Which mark and colour is which rung, as HTML: for where the names in a chart are out of sight."""
+    return "".join(
+        f'<span class="series s{series_of(rung)}"><svg width="12" height="12" aria-hidden="true">'
+        f"{marker(series_of(rung), 6, 6)}</svg> {escape(rung)}</span> "
+        for rung in rungs
+    )
+
+
+def _drawn(rows: Sequence[ReportRow], kinds: Sequence[str]) -> list[ReportRow]:
+    return [row for row in at_build_shapes(rows) if row["kind"] in kinds and row["rung"] not in EXACT_RUNGS]
+
+
+def _blocks(kind: str) -> str:
+    return BLOCKS.get(kind, kind)
+
+
+def _point(place: str, rung: str, cell: Cell | None) -> Point | None:
+    if cell is None:
+        return None
+    return Point(cell.value, cell.passed, f"{place} · {rung}: {cell.value:.2e} ({cell.where})")
+
+
+def _sections(plot: Plot, parts: list[str], kinds: Mapping[str, str]) -> str:
+    """The numbers of the blocks, the name of each kind above it, and a line between kinds."""
+    every = 1 if len(parts) <= MOST_TICKS else 6
+    out, start = "", 0
+    for column, part in enumerate(parts):
+        end = column == len(parts) - 1 or kinds[parts[column + 1]] != kinds[part]
+        # the last one stands close to the first of the next kind
+        if (column - start) % every == 0 and (every == 1 or not end or column == start):
+            out += plot.tick(column, _index(part))
+        if not end:
+            continue
+        out += svg_text((plot.x(start) + plot.x(column)) / 2, 12, _blocks(kinds[part]), "label", "middle")
+        if column < len(parts) - 1:
+            x = (plot.x(column) + plot.x(column + 1)) / 2
+            out += f'<path class="divide" d="M{x:.1f} 4V{plot.height - plot.bottom}"/>'
+        start = column + 1
+    return out
 
 
 def _worst_cells(rows: Iterable[ReportRow], measure: Measure, name_part: bool = False) -> dict[tuple[str, str], Cell]:
@@ -182,8 +224,8 @@ def _dense_panel(name: str, parts: list[str], rungs: list[str], cells: Mapping[t
         x = LABEL_WIDTH + CELL * column
         out += [_cell(x, ROW_HEIGHT * i, CELL, part, rung, cells, False) for i, rung in enumerate(rungs)]
         if column % 6 == 0 or (column == len(parts) - 1 and column % 6 > 1):
-            out.append(_text(x + CELL / 2, height - 5, _index(part), "tick", "middle"))
-    return _svg(width, height, f"error of {name} by rung; every value stands in the table below", out, css="heat")
+            out.append(svg_text(x + CELL / 2, height - 5, _index(part), "tick", "middle"))
+    return svg(width, height, f"error of {name} by rung; every value stands in the table below", out, css="heat")
 
 
 def _numbered_panel(parts: list[str], rungs: list[str], cells: Mapping[tuple[str, str], Cell]) -> str:
@@ -197,12 +239,12 @@ def _numbered_panel(parts: list[str], rungs: list[str], cells: Mapping[tuple[str
         turn = f' transform="rotate(-28 {x + 8} {top - 7})"' if top > 20 else ""
         out.append(f'<text class="tick" x="{x + 8}" y="{top - 7}"{turn}>{escape(names[column])}</text>')
         out += [_cell(x, top + ROW_HEIGHT * i, NUMBERED_CELL, part, rung, cells, True) for i, rung in enumerate(rungs)]
-    return _svg(width, height, "error of the parts that exist once, by rung", out, css="heat numbered")
+    return svg(width, height, "error of the parts that exist once, by rung", out, css="heat numbered")
 
 
 def _rung_labels(rungs: list[str], top: float) -> list[str]:
     return [
-        _text(LABEL_WIDTH - 8, top + ROW_HEIGHT * i + ROW_HEIGHT * 0.68, rung, "label", "end")
+        svg_text(LABEL_WIDTH - 8, top + ROW_HEIGHT * i + ROW_HEIGHT * 0.68, rung, "label", "end")
         for i, rung in enumerate(rungs)
     ]
 
@@ -222,9 +264,9 @@ def _cell(
         f'<g data-part="{escape(part)}" data-rung="{rung}"><title>{escape(title)}</title><rect class="q{shade}" {box}/>'
     )
     if numbered:
-        out += _text(x + width / 2, y + ROW_HEIGHT * 0.68, number, f"n{shade}", "middle")
+        out += svg_text(x + width / 2, y + ROW_HEIGHT * 0.68, number, f"n{shade}", "middle")
     if not cell.passed:
-        inset = "" if numbered else _cross(x + width / 2, y + ROW_HEIGHT / 2, 3.5)
+        inset = "" if numbered else cross(x + width / 2, y + ROW_HEIGHT / 2, 3.5)
         out += f'<rect class="miss" {box}/>{inset}'
     return out + "</g>"
 
@@ -245,129 +287,6 @@ def _delta_bounds(rows: Iterable[ReportRow], measure: Measure) -> dict[float, li
             if verdict["metric"] == "delta_cosine" and verdict["against"] == side:
                 bounds.setdefault(float(verdict["bound"]), set()).add(row["rung"])
     return {bound: sorted(rungs, key=RUNG_ORDER.__getitem__) for bound, rungs in sorted(bounds.items())}
-
-
-@dataclass(frozen=True, slots=True)
-class _Plot:
-    """Geometry of a depth chart: decades low..high upwards, one column per part."""
-
-    low: int
-    high: int
-    columns: int
-    width: int = 860
-    height: int = 330
-    left: int = 48
-    right: int = 96
-    top: int = 24
-    bottom: int = 30
-
-    def x(self, column: float) -> float:
-        return self.left + (column + 0.5) * (self.width - self.left - self.right) / self.columns
-
-    def y(self, value: float) -> float:
-        exponent = math.log10(max(value, FLOOR)) if math.isfinite(value) else self.high
-        share = (min(max(exponent, self.low), self.high) - self.low) / (self.high - self.low)
-        return self.height - self.bottom - share * (self.height - self.top - self.bottom)
-
-    def axes(self) -> str:
-        out = ""
-        for exponent in range(self.low, self.high + 1):
-            y = self.y(10.0**exponent)
-            name = "0" if 10.0**exponent <= FLOOR else f"1e{exponent}" if exponent else "1"
-            out += f'<path class="grid" d="M{self.left} {y:.1f}H{self.width - self.right}"/>'
-            out += _text(self.left - 8, y + 3.5, name, "tick", "end")
-        return out
-
-    def sections(self, parts: list[str], kinds: Mapping[str, str]) -> str:
-        out, start = "", 0
-        for column, part in enumerate(parts):
-            end = column == len(parts) - 1 or kinds[parts[column + 1]] != kinds[part]
-            if (column - start) % 6 == 0 and (not end or column == start):
-                out += _text(self.x(column), self.height - 12, _index(part), "tick", "middle")
-            if not end:
-                continue
-            out += _text((self.x(start) + self.x(column)) / 2, 12, kinds[part], "label", "middle")
-            if column < len(parts) - 1:
-                x = (self.x(column) + self.x(column + 1)) / 2
-                out += f'<path class="divide" d="M{x:.1f} 4V{self.height - self.bottom}"/>'
-            start = column + 1
-        return out
-
-    def bound(self, cosine: float, rungs: list[str], shown: Sequence[float]) -> str:
-        """A dashed line, its name on the side where fewer points lie."""
-        allowed = math.sqrt(2.0 * (1.0 - cosine))
-        if not 10.0**self.low < allowed < 10.0**self.high:
-            return ""
-        y = self.y(allowed)
-        above = sum(allowed < value < 5.0 * allowed for value in shown)
-        below = sum(allowed / 5.0 < value <= allowed for value in shown)
-        name = f"gate of {', '.join(rungs)}: delta cosine {cosine:g}"
-        line = f'<path class="bound" d="M{self.left} {y:.1f}H{self.width - self.right}"/>'
-        return line + _text(self.left + 6, y - 6 if above <= below else y + 14, name, "bound-name", "start")
-
-    def line(self, rung: str, cells: list[Cell | None], parts: list[str]) -> str:
-        series = f"s{_series(rung)}"
-        path, marks, pen = "", "", "M"
-        for column, (cell, part) in enumerate(zip(cells, parts, strict=True)):
-            if cell is None:
-                pen = "M"
-                continue
-            x, y = self.x(column), self.y(cell.value)
-            path += f"{pen}{x:.1f} {y:.1f}"
-            pen = "L"
-            mark = _marker(_series(rung), x, y) if cell.passed else _cross(x, y, 5)
-            title = f"{part} · {rung}: {cell.value:.2e} ({cell.where})"
-            marks += f"<g><title>{escape(title)}</title>{mark}</g>"
-        return f'<g class="series {series}"><path class="run" d="{path}"/>{marks}</g>'
-
-    def names(self, ends: Mapping[str, float]) -> str:
-        """Rung names at the right ends of their lines, pushed apart where lines meet."""
-        placed: list[tuple[float, str]] = []
-        for rung, value in sorted(ends.items(), key=lambda end: (self.y(end[1]), -RUNG_ORDER[end[0]])):
-            y = self.y(value) + 4
-            placed.append((max(y, placed[-1][0] + 15) if placed else y, rung))
-        overflow = max(0.0, placed[-1][0] - (self.height - self.bottom + 6)) if placed else 0.0
-        x = self.width - self.right + 6
-        return "".join(
-            f'<g class="series s{_series(rung)}">{_marker(_series(rung), x + 4, y - overflow - 4)}'
-            f"{_text(x + 14, y - overflow, rung, 'name', 'start')}</g>"
-            for y, rung in placed
-        )
-
-
-def _series(rung: str) -> int:
-    return SERIES.get(rung, 0)
-
-
-def _marker(series: int, x: float, y: float) -> str:
-    """A shape per rung, so that lines stay apart without colour."""
-    if series % 5 == 1:
-        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>'
-    if series % 5 == 2:
-        return f'<rect x="{x - 2.4:.1f}" y="{y - 2.4:.1f}" width="4.8" height="4.8"/>'
-    size = 3.4
-    shapes = {
-        3: f"M{x:.1f} {y - size:.1f}l{size} {size * 1.8:.1f}h{-2 * size}z",
-        4: f"M{x:.1f} {y - size:.1f}l{size} {size}l{-size} {size}l{-size} {-size}z",
-        0: f"M{x:.1f} {y + size:.1f}l{size} {-size * 1.8:.1f}h{-2 * size}z",
-    }
-    return f'<path d="{shapes[series % 5]}"/>'
-
-
-def _cross(x: float, y: float, size: float) -> str:
-    d = f"M{x - size:g} {y - size:.1f}l{2 * size:g} {2 * size:g}m0 {-2 * size:g}l{-2 * size:g} {2 * size:g}"
-    return f'<path class="cross" d="{d}"/>'
-
-
-def _text(x: float, y: float, text: str, css: str, anchor: str) -> str:
-    return f'<text class="{css}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
-
-
-def _svg(width: float, height: float, label: str, body: Iterable[str], css: str) -> str:
-    return (
-        f'<svg class="{css}" viewBox="0 0 {width:g} {height:g}" width="{width:g}" height="{height:g}" role="img" '
-        f'aria-label="{escape(label)}">{"".join(body)}</svg>'
-    )
 
 
 def _index(part: str) -> str:

@@ -30,7 +30,8 @@ from typing import Any
 import numpy as np
 
 from fluxkiln.errors import UsageError
-from fluxkiln.verify.charts import Measure, depth_chart, ladder_panels, step_chart
+from fluxkiln.verify import wording
+from fluxkiln.verify.charts import Measure, depth_chart, ladder_panels, rung_keys, rungs_drawn, step_chart
 from fluxkiln.verify.drift import drift_chart
 from fluxkiln.verify.embedding import compact_json, embed_document, static_rows
 from fluxkiln.verify.gates import GATES, GROUP_NAMES, PIPELINE, RUNG_ORDER, RUNGS, Gate, first_bad_rung
@@ -87,7 +88,8 @@ def compare_pictures(reference: AnyArray, actual: AnyArray, rung: str) -> dict[s
 
     Returns:
         reference, actual, difference: data URIs; gain: the power of two the difference was multiplied by so that
-        all but the largest half percent of it fits into 8 bits (1 when there is none); width, height, rung.
+        all but the largest half percent of it fits into 8 bits (1 when there is none); largest: of the difference, 0
+        to 255; width, height, rung.
     """
     shown, other = _to_uint8(reference), _to_uint8(actual)
     difference = np.abs(shown.astype(np.int16) - other.astype(np.int16))
@@ -98,6 +100,7 @@ def compare_pictures(reference: AnyArray, actual: AnyArray, rung: str) -> dict[s
         "actual": _data_uri(other),
         "difference": _data_uri(np.minimum(difference * gain, 255).astype(np.uint8)),
         "gain": gain,
+        "largest": int(difference.max()),
         "width": int(shown.shape[1]),
         "height": int(shown.shape[0]),
         "rung": rung,
@@ -147,6 +150,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         "depth": [
             (
                 title,
+                Markup(rung_keys(rungs_drawn(chosen, kinds))),
                 [(measure, Markup(depth_chart(chosen, kinds, measure))) for measure in ("added", "delta")],
                 [(measure, Markup(step_chart(chosen, kinds, measure))) for measure in ("added", "delta")],
             )
@@ -185,7 +189,7 @@ def page_environment() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(number=_number, cosine=_cosine, size=_size, seconds=_seconds, word=_word, bound=_bound)
+    environment.filters.update(wording.FILTERS)
     return environment
 
 
@@ -291,42 +295,3 @@ def _dump(document: Mapping[str, Any]) -> str:
         )
         lines.append(f"{json.dumps(key)}: {text}")
     return "{\n" + ",\n".join(lines) + "\n}\n"
-
-
-def _number(value: Any) -> str:
-    """2.4e-3; 0; NaN."""
-    number = float(value)
-    if not math.isfinite(number):
-        return "NaN" if math.isnan(number) else "∞"
-    if number == 0.0 or 0.1 <= abs(number) < 1000.0:
-        return f"{number:.3g}"
-    mantissa, _, exponent = f"{number:.2e}".partition("e")
-    return f"{mantissa}e{int(exponent)}"
-
-
-def _bound(value: Any) -> str:
-    """1e-6, 0.006, 18."""
-    return f"{float(value):g}".replace("e-0", "e-")
-
-
-def _cosine(value: Any) -> str:
-    number = float(value)
-    return f"{number:.6f}" if math.isfinite(number) else "NaN"
-
-
-def _size(count: Any) -> str:
-    number = float(count)
-    for unit in ("B", "kB", "MB"):
-        if number < 1000.0:
-            return f"{number:.3g} {unit}"
-        number /= 1000.0
-    return f"{number:.2f} GB"
-
-
-def _seconds(value: Any) -> str:
-    number = float(value)
-    return f"{number:.2g} s" if number < 10.0 else f"{number:.0f} s" if number < 120.0 else f"{number / 60.0:.1f} min"
-
-
-def _word(name: str) -> str:
-    return name.replace("_", " ")

@@ -87,8 +87,8 @@ def summarise_runs(runs: Sequence[Run]) -> list[dict[str, Any]]:
     measures: tuple[tuple[str, str, Callable[[Run], float], bool], ...] = (
         ("PSNR of the image", "dB", lambda run: run.psnr, True),
         ("SSIM of the image", "", lambda run: run.ssim, True),
-        ("drift of the latents after the first step", "", lambda run: run.drift[0], False),
-        ("drift of the latents after the last step", "", lambda run: run.drift[-1], False),
+        ("drift of the latents after the first step, relative L2", "", lambda run: run.drift[0], False),
+        ("drift of the latents after the last step, relative L2", "", lambda run: run.drift[-1], False),
         ("cosine of the last latents", "", lambda run: run.cosine, True),
     )
     lines = []

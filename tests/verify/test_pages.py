@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 
 from fluxkiln.verify.comparison import render_comparison
 from fluxkiln.verify.report import build_report, compare_pictures, render_html
 from tests.browser import CHROMIUM, Browser
+from tests.colours import LEGIBLE, brightness
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 
+# what does not depend on where the rows are
+plain = pytest.mark.parametrize("page", ["plain"], indirect=True)
 BODY = "document.getElementById('table').tBodies[0]"
 
 
@@ -96,6 +97,7 @@ def test_panels_can_be_walked_by_keyboard(page):
     assert page.evaluate("document.activeElement.id") == "find"
 
 
+@plain
 def test_the_swipe_moves_by_keyboard(page):
     page.evaluate("document.querySelector('.swipe input').focus()")
     before = page.evaluate("getComputedStyle(document.querySelector('.pair')).getPropertyValue('--x')")
@@ -104,16 +106,59 @@ def test_the_swipe_moves_by_keyboard(page):
     assert (before.strip(), after.strip()) == ("50%", "51%")
 
 
-def test_phone_and_dark_mode(page):
+@plain
+@pytest.mark.parametrize("dark", [False, True])
+def test_no_text_fades_into_its_ground(page, dark):
+    page.look_like(1280, 900, dark=dark)
+    page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
+    assert page.illegible(LEGIBLE) == []
+    # and where a gate was missed
+    page.evaluate("document.querySelectorAll('.bar').forEach(bar => bar.classList.add('over'))")
+    page.evaluate("document.querySelector('.verdict').className = 'verdict fail'")
+    assert page.illegible(LEGIBLE) == []
+    # negative control
+    page.evaluate("document.querySelector('h1').style.color = 'var(--line)'")
+    assert [text for _, text in page.illegible(LEGIBLE)] == ["t"]
+
+
+@plain
+def test_the_focus_is_seen_at_every_stop(page):
+    stops = page.walk(45)
+    assert [name for name, seen in stops if not seen] == []
+    assert any(name.startswith("g#") for name, _ in stops), "the cells of a panel"
+    assert any("#find" in name for name, _ in stops)
+    page.evaluate("document.head.append(Object.assign(document.createElement('style'), "
+                  "{textContent: ':focus-visible { outline: none !important }'}))")  # fmt: skip
+    page.evaluate("document.getElementById('find').focus()")
+    assert not page.walk(1)[0][1], "negative control"
+
+
+@plain
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_phone_scrolls_down_only(page, dark):
+    page.look_like(390, 844, phone=True, dark=dark)
+    page.evaluate("document.querySelectorAll('details').forEach(one => one.open = true)")
+    for place in range(0, page.evaluate("document.documentElement.scrollHeight"), 5000):
+        page.evaluate(f"window.scrollTo(9, {place})")
+        assert page.evaluate("[document.documentElement.scrollWidth <= 390, window.scrollX]") == [True, 0]
+    # what is wider scrolls by itself, and can be reached by keyboard
+    wide = "[...document.querySelectorAll('.scroll')].filter(one => one.scrollWidth > one.clientWidth + 1)"
+    assert page.evaluate(f"{wide}.length") > 3
+    assert page.evaluate(f"{wide}.every(one => one.tabIndex === 0 && one.getAttribute('role') === 'region')")
+    assert page.illegible(LEGIBLE) == []
+
+
+@plain
+def test_dark_mode_is_dark(page):
     page.look_like(390, 844, phone=True)
-    assert page.evaluate("document.documentElement.scrollWidth") <= 390
     light = page.evaluate("getComputedStyle(document.body).backgroundColor")
     page.look_like(390, 844, dark=True, phone=True)
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    brightness = [sum(map(int, re.findall(r"\d+", colour)[:3])) for colour in (light, dark)]
-    assert brightness[0] > 600 > 150 > brightness[1]
+    assert brightness(light) > 0.8
+    assert brightness(dark) < 0.02
 
 
+@plain
 def test_maps_are_drawn(page):
     assert page.evaluate("document.querySelectorAll('.map').length") > 10
     size = page.evaluate(
@@ -132,4 +177,7 @@ def test_comparison_is_quiet_and_fits_a_phone(browser, report, tmp_path):
     browser.open(path.as_uri())
     assert browser.evaluate("document.documentElement.scrollWidth") <= 390
     assert browser.evaluate("document.querySelectorAll('#kinds tbody tr').length") > 5
+    for dark in (False, True):
+        browser.look_like(1280, 900, dark=dark)
+        assert browser.illegible(LEGIBLE) == []
     assert browser.errors == []

@@ -4,7 +4,10 @@ import io
 import json
 import re
 from dataclasses import replace
+from html import unescape
 from html.parser import HTMLParser
+from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +24,9 @@ from fluxkiln.verify.report import (
     render_html,
     write_report,
 )
+from tests.colours import LEGIBLE, contrast, variables
 
+TEMPLATES = Path(__file__).parents[2] / "fluxkiln/verify/templates"
 VOID = {"meta", "img", "input", "br", "link"}
 
 
@@ -183,6 +188,65 @@ def test_all_rows_stand_in_the_html_without_script(bad):
     assert "NaN or infinity on one side" in text
     for gate in bad["gates"]:
         assert gate["reason"] in text
+
+
+def test_readers_that_do_not_see_are_told(good):
+    entry = {"prompt": "a kiln", "seed": 0, "psnr": 30.0, "ssim": 0.9, "drift": [1e-3]}
+    entry |= {"reference": "data:", "actual": "data:"}
+    runs = {"rung": "simulator", "steps": 1, "statistics": [], "entries": [entry]}
+    html = render_html(good | {"runs": runs})
+    levels = [int(level) for level in re.findall(r"<h(\d)", html)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after - before <= 1 for before, after in pairwise(levels))
+    for tag in re.findall(r"<img [^>]*>", html):
+        assert re.search(r' alt="[^"]+"', tag), tag
+    for tag in re.findall(r'<[^>]* role="(?:img|region|group)"[^>]*>', html):
+        assert "aria-label" in tag, tag
+    for head in re.findall(r"<thead>.*?</thead>", html, re.DOTALL):
+        names = re.findall(r"<th[ >][^<]*", head)
+        assert names
+        assert all('scope="col' in name for name in names), names
+
+
+def test_colours_can_be_read():
+    css = (TEMPLATES / "report.css.j2").read_text()
+    for scheme, colours in variables(css).items():
+        for text in ("ink", "muted", "accent", "good", "bad", "s1", "s2", "s3", "s4", "s5"):
+            for ground in ("bg", "panel", "good-bg", "bad-bg")[: 2 if text[0] == "s" else 4]:
+                assert contrast(colours[text], colours[ground]) >= LEGIBLE, (scheme, text, ground)
+        # numbers on the shades, with the switch from dark to light that the sheet has
+        for shade in range(9):
+            text = colours["n-low"] if shade < 5 else "#000" if shade < 6 else colours["n-high"]
+            assert contrast(text, colours[f"q{shade}"]) >= LEGIBLE, (scheme, shade)
+        assert contrast(colours["miss"], colours["bg"]) >= 3, "what is drawn"
+    assert contrast("#767676", "#fff") == pytest.approx(4.54, abs=0.01)
+    assert contrast("rgb(0, 0, 0)", "#ffffff") == pytest.approx(21)
+
+
+def test_gates_that_judged_nothing_stand_behind_the_others(good):
+    html = render_html(good)
+    section = unescape(html.partition('id="gates"')[2].partition("</section>")[0])
+    seen, folded = section.split("<details>")
+    for gate in good["gates"]:
+        assert gate["reason"] in (seen if gate["judged"] else folded)
+    assert f"{sum(not gate['judged'] for gate in good['gates'])} more gates" in folded
+
+
+def test_memory_of_a_device_is_shown_where_there_is_one(recording):
+    rows = recording.climb().rows
+    assert render_html(build_report(rows, facts())).count("Device memory</th>") == 2
+    none = [part | {"device_memory": 0} for part in facts()["parts"]]
+    assert "Device memory</th>" not in render_html(build_report(rows, facts(parts=none)))
+
+
+def test_no_difference_is_said(good, pictures):
+    assert "none, all pixels are equal" not in render_html(good)
+    same = compare_pictures(pictures[0], pictures[0], "simulator")
+    assert (same["largest"], good["images"]["largest"] > 0) == (0, True)
+    assert "none, all pixels are equal" in render_html(good | {"images": same})
+    old = {key: value for key, value in same.items() if key != "largest"}
+    assert "not amplified" in render_html(good | {"images": old})
 
 
 def test_hostile_text_stays_text(recording):

@@ -64,7 +64,7 @@ def test_mean_and_worst_of_every_measure():
     lines = {line["name"]: line for line in summarise_runs(runs)}
     psnr = lines["PSNR of the image"]
     assert (psnr["mean"], psnr["worst"], psnr["where"], psnr["unit"]) == (32.0, 30.0, "a, seed 0", "dB")
-    first, last = (lines[f"drift of the latents after the {which} step"] for which in ("first", "last"))
+    first, last = (lines[f"drift of the latents after the {which} step, relative L2"] for which in ("first", "last"))
     assert (first["mean"], first["worst"], first["where"]) == (pytest.approx(0.2), 0.3, "a, seed 1")
     assert (last["mean"], last["worst"], last["where"]) == (pytest.approx(0.3), 0.6, "b, seed 0")
     assert lines["SSIM of the image"]["where"] == lines["cosine of the last latents"]["where"] == "b, seed 0"

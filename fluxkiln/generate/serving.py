@@ -190,13 +190,15 @@ class Studio:
             return None
         import numpy as np
 
-        from fluxkiln.verify.metrics import compare_images
+        from fluxkiln.verify.metrics import compare_images, gain_of
 
-        found = compare_images(image, (reference.image * 255).round().astype(np.uint8))
+        wanted = (reference.image * 255).round().astype(np.uint8)
+        found = compare_images(image, wanted)
         return {
             "psnr": None if found.psnr is None or not np.isfinite(found.psnr) else round(float(found.psnr), 2),
             "ssim": None if found.ssim is None else round(float(found.ssim), 4),
             "identical": bool(found.max_abs == 0),
+            "gain": gain_of(np.abs(image.astype(np.int16) - wanted)),
         }
 
 

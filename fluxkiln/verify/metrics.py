@@ -144,6 +144,19 @@ def compare_images(actual: AnyArray, expected: AnyArray) -> Metrics:
     )
 
 
+def gain_of(difference: AnyArray) -> int:
+    """What to multiply a difference of pictures by to see it.
+
+    Args:
+        difference: of 8-bit pictures, 0 to 255, any shape.
+
+    Returns:
+        The power of two at which all but the largest half percent of it fits into 8 bits; 1 when there is none.
+    """
+    high = float(np.percentile(difference, 99.5)) or float(difference.max())
+    return int(2 ** max(0, math.floor(math.log2(255.0 / high)))) if high else 1
+
+
 def failed_metrics(has_delta: bool) -> Metrics:
     """The metrics of a comparison that could not be made: NaN everywhere, passes no gate."""
     return _not_finite(has_delta)

@@ -21,7 +21,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,7 +36,7 @@ from fluxkiln.verify.embedding import compact_json, embed_document, static_rows
 from fluxkiln.verify.gates import GATES, GROUP_NAMES, PIPELINE, RUNG_ORDER, RUNGS, Gate, first_bad_rung
 from fluxkiln.verify.heat import map_picture
 from fluxkiln.verify.ladder import Row, name_culprit, row_to_dict, verdict_to_dict
-from fluxkiln.verify.metrics import AnyArray
+from fluxkiln.verify.metrics import AnyArray, gain_of
 
 SCHEMA = "fluxkiln.report/1"
 SIGNIFICANT_DIGITS = 6
@@ -87,14 +86,12 @@ def compare_pictures(reference: AnyArray, actual: AnyArray, rung: str) -> dict[s
         rung: the rung that `actual` was made at.
 
     Returns:
-        reference, actual, difference: data URIs; gain: the power of two the difference was multiplied by so that
-        all but the largest half percent of it fits into 8 bits (1 when there is none); largest: of the difference, 0
-        to 255; width, height, rung.
+        reference, actual, difference: data URIs; gain: what the difference was multiplied by (see `gain_of`);
+        largest: of the difference, 0 to 255; width, height, rung.
     """
     shown, other = _to_uint8(reference), _to_uint8(actual)
     difference = np.abs(shown.astype(np.int16) - other.astype(np.int16))
-    high = float(np.percentile(difference, 99.5)) or float(difference.max())
-    gain = 2 ** max(0, math.floor(math.log2(255.0 / high))) if high else 1
+    gain = gain_of(difference)
     return {
         "reference": _data_uri(shown),
         "actual": _data_uri(other),

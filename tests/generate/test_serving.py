@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,8 +20,10 @@ from fluxkiln.generate.generating import Painter, Request
 from fluxkiln.generate.serving import Preview, Studio, find_reference, is_reference, parse_request
 from fluxkiln.verify.record import read_recording
 from tests.browser import CHROMIUM, Browser
+from tests.colours import LEGIBLE, brightness, contrast, variables
 from tests.painting import SHAPES, make_bundle, open_eager
 
+TEMPLATES = Path(__file__).parents[2] / "fluxkiln/generate/templates"
 uvicorn = pytest.importorskip("uvicorn", reason="the extra serve is not installed")
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: apt install chromium")
 
@@ -152,6 +156,7 @@ def test_the_references_settings_are_compared_with_it(studio, folder):
     found = finish(studio.submit(request))["comparison"]
     assert found["identical"] or found["psnr"] > 55
     assert found["ssim"] > 0.999
+    assert found["gain"] >= 1
     other = Request(reference.prompt, reference.seed + 1, steps=reference.steps)
     assert finish(studio.submit(other))["comparison"] is None
 
@@ -282,14 +287,25 @@ def test_in_a_browser(studio, tmp_path):
         browser.evaluate("document.getElementById('reference').click()")
         browser.evaluate("document.getElementById('form').requestSubmit()")
         browser.wait("!document.getElementById('compare').hidden")
-        assert browser.evaluate("document.getElementById('metrics').textContent") != ""
+        found = browser.evaluate("document.getElementById('metrics').textContent")
+        assert found == "every pixel is the same" or re.fullmatch(r"PSNR \d+\.\d dB, SSIM [01]\.\d{4}", found)
         browser.evaluate(
             "const s = document.getElementById('swipe'); s.value = 20; s.dispatchEvent(new Event('input'))"
         )
         assert "80%" in browser.evaluate("document.getElementById('under').style.clipPath")
         browser.evaluate("document.getElementById('difference').click()")
         assert browser.evaluate("document.getElementById('stage').classList.contains('difference')")
+        gain = browser.evaluate("getComputedStyle(document.getElementById('stage')).getPropertyValue('--gain')")
+        assert browser.evaluate("getComputedStyle(document.getElementById('stage')).filter") == f"brightness({gain})"
         assert browser.evaluate("document.querySelectorAll('#history li').length") == 2
+        # every control shows that it has the focus, and every text stands out
+        stops = browser.walk(18)
+        assert [name for name, seen in stops if not seen and not name.startswith("body")] == []
+        assert {"input#difference.", "a#download.button", "button#paint.primary"} <= {name for name, _ in stops}
+        for width, dark in ((1280, True), (390, True), (390, False), (1280, False)):
+            browser.look_like(width, 900, dark=dark, phone=width == 390)
+            assert browser.evaluate("document.documentElement.scrollWidth") <= width
+            assert browser.illegible(LEGIBLE) == []
         browser.screenshot(tmp_path / "page.png")
         assert browser.errors == []
         # the bundle's own refusal reaches the page
@@ -298,6 +314,14 @@ def test_in_a_browser(studio, tmp_path):
         browser.wait("!document.getElementById('error').hidden")
         assert "65 steps" in browser.evaluate("document.getElementById('error').textContent")
         assert [error for error in browser.errors if "400" not in error] == []
+
+
+def test_colours_can_be_read():
+    for scheme, colours in variables((TEMPLATES / "serve.css.j2").read_text()).items():
+        pairs = [(text, ground) for text in ("ink", "muted", "bad") for ground in ("bg", "panel")]
+        for text, ground in [*pairs, ("muted", "well"), ("bad", "bad-bg"), ("on-accent", "accent")]:
+            assert contrast(colours[text], colours[ground]) >= LEGIBLE, (scheme, text, ground)
+        assert contrast(colours["accent"], colours["bg"]) >= 3, "the ring of the focus"
 
 
 @needs_browser
@@ -317,15 +341,3 @@ def test_on_a_phone_in_the_dark(studio):
         browser.look_like(390, 844, phone=True)
         assert brightness(browser.evaluate("getComputedStyle(document.body).backgroundColor")) > 0.8
         assert browser.errors == []
-
-
-def brightness(colour: str) -> float:
-    """Relative luminance of `rgb(r, g, b)`."""
-    parts = [int(part) / 255 for part in colour.removeprefix("rgb(").removesuffix(")").split(",")]
-    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
-    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-
-def contrast(one: str, other: str) -> float:
-    high, low = sorted((brightness(one), brightness(other)), reverse=True)
-    return (high + 0.05) / (low + 0.05)

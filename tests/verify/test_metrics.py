@@ -6,7 +6,7 @@ import pytest
 
 from fluxkiln.errors import ParityError
 from fluxkiln.verify import metrics
-from fluxkiln.verify.metrics import compare, compare_images
+from fluxkiln.verify.metrics import compare, compare_images, gain_of
 
 
 @pytest.fixture
@@ -171,3 +171,17 @@ def test_image_refusals(pictures):
         compare_images(image / 255, image)
     with pytest.raises(ParityError, match="7 x 7"):
         compare_images(image[:5], image[:5])
+
+
+def test_a_difference_is_amplified_as_far_as_it_fits():
+    difference = np.full((10, 10, 3), 7, np.uint8)
+    assert gain_of(difference) == 32
+    assert gain_of(difference * 0) == 1
+    assert gain_of(difference * 36) == 1
+    # one wrong pixel among many others does not hide them, alone it counts
+    spoilt = np.pad(difference, ((0, 90), (0, 0), (0, 0)), constant_values=7)
+    spoilt[5, 5] = 255
+    assert gain_of(spoilt) == 32
+    alone = np.zeros((100, 100, 3), np.int16)
+    alone[5, 5] = 60
+    assert gain_of(alone) == 4

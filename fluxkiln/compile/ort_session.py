@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fluxkiln.compile.ort_chunks import split_products
 from fluxkiln.compile.ort_graph import external_files
 from fluxkiln.errors import CompileError, IntegrityError
 
@@ -112,18 +113,30 @@ def run_session(
 def open_session(graph: Path, *, threads: int = 0, lean: bool = True, spin: bool = True) -> Any:
     """An `onnxruntime.InferenceSession` of the file `graph` on the CPU; arguments as `make_session`.
 
+    Products with large 16-bit weights are done in ranges of rows (see `ort_chunks`).
+
     Raises:
         IntegrityError: a file with weights is missing or too short.
         CompileError: ONNX Runtime refuses the graph.
     """
     try:
-        return make_session(graph, str(graph), threads=threads, lean=lean, spin=spin)
+        return make_session(
+            _in_ranges(graph) or graph, str(graph), threads=threads, lean=lean, spin=spin, weights=graph.parent
+        )
     except CompileError:
         _check_files(graph)
         raise
 
 
-def make_session(graph: Path | bytes, what: str, *, threads: int = 0, lean: bool = True, spin: bool = True) -> Any:
+def make_session(
+    graph: Path | bytes,
+    what: str,
+    *,
+    threads: int = 0,
+    lean: bool = True,
+    spin: bool = True,
+    weights: Path | None = None,
+) -> Any:
     """An `onnxruntime.InferenceSession` of a graph on the CPU.
 
     Args:
@@ -131,6 +144,7 @@ def make_session(graph: Path | bytes, what: str, *, threads: int = 0, lean: bool
         what: what to call the graph in an error.
         spin: threads that wait for work keep their core busy for a while. Each session has its own, so with many
             sessions in turn they take it from the one that works.
+        weights: the folder that the files with a serialized model's weights are named from.
 
     Raises:
         CompileError: ONNX Runtime refuses the graph.
@@ -142,6 +156,8 @@ def make_session(graph: Path | bytes, what: str, *, threads: int = 0, lean: bool
     options.log_severity_level = FATAL_ONLY
     if not spin:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if weights is not None and isinstance(graph, bytes):
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights))
     # in the order of the file, where a weight is cast right before its use: one cast weight in memory at a time;
     # fusions would undo that order and save no time
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -159,6 +175,21 @@ def make_session(graph: Path | bytes, what: str, *, threads: int = 0, lean: bool
         )
     except _failures() as error:
         raise CompileError(f"ONNX Runtime refuses {what}: {error}") from error
+
+
+def _in_ranges(graph: Path) -> bytes | None:
+    """The model with its large products split; None where there are none, or it is no model."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(graph, load_external_data=False)
+    except (OSError, DecodeError):
+        return None  # ONNX Runtime says what is wrong with it
+    if not split_products(model):
+        return None
+    serialized: bytes = model.SerializeToString(deterministic=True)
+    return serialized
 
 
 def _check_files(graph: Path) -> None:

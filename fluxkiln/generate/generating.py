@@ -98,8 +98,10 @@ class Painter:
     laps: Laps = field(default_factory=Laps)
     _chain: PartChain = field(init=False)
     _pipe: Any = field(init=False)
-    # hoisted modulation: a quarter of the transformer's weights, and needed before the first step only
+    # hoisted modulation: a quarter of the transformer's weights, and needed before the first step only; images of the
+    # same prompt, steps and guidance have the same
     _once: frozenset[str] = field(init=False)
+    _known: dict[str, tuple[bytes, dict[str, NDArray[Any]]]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         check_constants(self.bundle.constants, self.bundle.manifest.shapes)
@@ -178,6 +180,7 @@ class Painter:
 
     def close(self) -> None:
         """Close the executor."""
+        self._known.clear()
         self.executor.close()
 
     def __enter__(self) -> Painter:
@@ -189,9 +192,14 @@ class Painter:
         self.close()
 
     def _run_part(self, part: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        outputs = self.executor(part, inputs)
-        if part in self._once:
-            self.executor.drop(part)
+        if part not in self._once:
+            return self.executor(part, inputs)
+        digest = _digest(inputs)
+        known, outputs = self._known.get(part, (b"", {}))
+        if known != digest:
+            outputs = self.executor(part, inputs)
+            self._known[part] = digest, outputs
+        self.executor.drop(part)
         return outputs
 
     def _steps(
@@ -363,6 +371,18 @@ def paint(
         notes = encoded[request.prompt, request.prompt_2].notes
         yield Picture(request, image, latents, seconds + time.perf_counter() - began, notes)
     executor.release("vae")
+
+
+def _digest(inputs: Mapping[str, NDArray[Any]]) -> bytes:
+    import hashlib
+
+    import numpy as np
+
+    found = hashlib.blake2b()
+    for name in sorted(inputs):
+        found.update(f"{name} {inputs[name].dtype} {inputs[name].shape}\n".encode())
+        found.update(np.ascontiguousarray(inputs[name]).view(np.uint8).data)
+    return found.digest()
 
 
 def _cut_note(tokenizer: Any, prompt: str, tokens: int, name: str) -> tuple[str, ...]:

@@ -100,6 +100,32 @@ def test_a_callback_may_change_the_latents(painter):
     assert np.abs(plain[1].latents - zeroed[1].latents).max() > 0.1
 
 
+def test_images_of_the_same_settings_share_their_modulation(painter):
+    made = painter()
+    encoded, other = made.encode("a kiln"), made.encode("a river")
+    hoisted = [part.name for part in made.bundle.parts if "modulation" in part.name or part.name == "time_embed"]
+    assert len(hoisted) > 2
+
+    def paint_one(encoded, **settings):
+        """Final latents, and what of the modulation was run for them."""
+        made.executor.order.clear()
+        *_, last = made.denoise(encoded, steps=2, **settings)
+        assert [f"drop {part}" in made.executor.order for part in hoisted] == [True] * len(hoisted)
+        return last.latents, [part for part in made.executor.order if part in hoisted]
+
+    first, ran = paint_one(encoded, seed=1)
+    assert sorted(ran) == sorted(hoisted)
+    again, ran = paint_one(encoded, seed=1)
+    assert ran == []
+    np.testing.assert_array_equal(first, again)
+    assert paint_one(encoded, seed=2)[1] == []
+    # what it is made from: guidance, prompt
+    assert sorted(paint_one(encoded, seed=1, guidance=7.0)[1]) == sorted(hoisted)
+    assert sorted(paint_one(other, seed=1)[1]) == sorted(hoisted)
+    back, _ = paint_one(encoded, seed=1)
+    np.testing.assert_array_equal(first, back)
+
+
 def test_errors_of_a_part_come_out_of_the_loop(painter, monkeypatch):
     made = painter()
     encoded = made.encode("x")

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fluxkiln.compile.ort_chunks import split_products
+from fluxkiln.compile.ort_fast import quantize_activations
 from fluxkiln.compile.ort_graph import external_files
 from fluxkiln.errors import CompileError, IntegrityError
 
@@ -110,10 +111,13 @@ def run_session(
     return dict(zip(names, results, strict=True))
 
 
-def open_session(graph: Path, *, threads: int = 0, lean: bool = True, spin: bool = True) -> Any:
+def open_session(graph: Path, *, threads: int = 0, lean: bool = True, spin: bool = True, fast: bool = False) -> Any:
     """An `onnxruntime.InferenceSession` of the file `graph` on the CPU; arguments as `make_session`.
 
     Products with large 16-bit weights are done in ranges of rows (see `ort_chunks`).
+
+    Args:
+        fast: products with packed weights round their activations to 8 bits (see `ort_fast`).
 
     Raises:
         IntegrityError: a file with weights is missing or too short.
@@ -121,7 +125,7 @@ def open_session(graph: Path, *, threads: int = 0, lean: bool = True, spin: bool
     """
     try:
         return make_session(
-            _in_ranges(graph) or graph, str(graph), threads=threads, lean=lean, spin=spin, weights=graph.parent
+            _rewritten(graph, fast) or graph, str(graph), threads=threads, lean=lean, spin=spin, weights=graph.parent
         )
     except CompileError:
         _check_files(graph)
@@ -177,8 +181,8 @@ def make_session(
         raise CompileError(f"ONNX Runtime refuses {what}: {error}") from error
 
 
-def _in_ranges(graph: Path) -> bytes | None:
-    """The model with its large products split; None where there are none, or it is no model."""
+def _rewritten(graph: Path, fast: bool) -> bytes | None:
+    """The model with its large products split and, if `fast`, its packed ones in integers; None without either."""
     import onnx
     from google.protobuf.message import DecodeError
 
@@ -186,7 +190,7 @@ def _in_ranges(graph: Path) -> bytes | None:
         model = onnx.load(graph, load_external_data=False)
     except (OSError, DecodeError):
         return None  # ONNX Runtime says what is wrong with it
-    if not split_products(model):
+    if not split_products(model) + (quantize_activations(model) if fast else 0):
         return None
     serialized: bytes = model.SerializeToString(deterministic=True)
     return serialized

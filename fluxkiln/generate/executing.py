@@ -22,6 +22,7 @@ from fluxkiln.components import COMPONENTS, Component, Part, find_kind
 from fluxkiln.errors import IntegrityError, UsageError
 from fluxkiln.flow.bundling import HOST_CONSTANTS
 from fluxkiln.progress import Progress, Silent
+from fluxkiln.quantize.schemes import parse_scheme
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -131,23 +132,33 @@ def choose_executor(bundle: Bundle, name: str | None = None) -> str:
     return name
 
 
-def open_executor(bundle: Bundle, name: str | None = None, *, threads: int = 0, device: int = 0) -> Executor:
+def open_executor(
+    bundle: Bundle, name: str | None = None, *, threads: int = 0, device: int = 0, fast: bool = False
+) -> Executor:
     """What runs a bundle's parts.
 
     Args:
         name: of EXECUTORS; by default as `choose_executor`.
         threads: of `ort`; 0 leaves it to ONNX Runtime. device: of `sail`.
+        fast: of `ort` with packed weights; activations are rounded to 8 bits (see `compile/ort_fast.py`).
 
     Raises:
-        UsageError: it cannot run this bundle. ToolchainError: its library, device or compiled files are missing.
+        UsageError: it cannot run this bundle, or not so. ToolchainError: its library, device or compiled files are
+        missing.
     """
     chosen = choose_executor(bundle, name)
     nets = list_nets(bundle)
     manifest = bundle.manifest
+    packed = sorted({entry.scheme for entry in manifest.parts if parse_scheme(entry.scheme).weight_bits})
+    if fast and (chosen != "ort" or not packed):
+        raise UsageError(
+            f"--fast: it is for 4- or 8-bit weights on ort, and this is {chosen} with "
+            f"{', '.join(packed) or 'no packed weights'}; leave it out"
+        )
     if chosen == "ort":
         from fluxkiln.compile.executors.ort import OrtExecutor
 
-        return OrtExecutor(nets, threads=threads)
+        return OrtExecutor(nets, threads=threads, fast=fast)
     if chosen == "cmodel":
         from fluxkiln.compile.executors.cmodel import CmodelExecutor
 

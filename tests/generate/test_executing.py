@@ -128,6 +128,18 @@ def test_executors_by_target(folder):
     assert [choose_executor(board), choose_executor(board, "sail")] == ["cmodel", "sail"]
 
 
+def test_fast_is_for_packed_weights_on_ort(folder):
+    with pytest.raises(UsageError, match=r"--fast: .* this is ort with no packed weights; leave it out"):
+        open_executor(open_bundle(folder), fast=True)
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace('"scheme": "BF16"', '"scheme": "W4BF16-g64-mse"', 3))
+    bundle = open_bundle(folder)
+    assert [open_executor(bundle, fast=fast).name for fast in (False, True)] == ["ort", "ort, fast"]
+    board = open_bundle(retarget(folder, "bm1684x"))
+    with pytest.raises(UsageError, match=r"this is cmodel with W4BF16-g64-mse"):
+        open_executor(board, fast=True)
+
+
 def test_neuron_bundles_run_on_replicas_until_they_are_compiled(folder):
     bundle = open_bundle(retarget(folder, "trn1"))
     assert choose_executor(bundle) == "replicas"

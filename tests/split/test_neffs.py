@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
@@ -30,22 +28,15 @@ from fluxkiln.compile.neuron.neuronx_cc import compile_argv, find_neuronx_cc
 from fluxkiln.compile.targets import find_target
 from fluxkiln.errors import CompileError, IntegrityError, ResourceError, ToolchainError, UsageError
 from fluxkiln.split.neffs import compile_kinds, neff_action
+from tests.stub_compiler import STUB_VERSION, install_stub
 
-STUB = Path(__file__).parents[1] / "compile" / "neuron" / "stub-neuronx-cc"
-STUB_VERSION = "2.26.6360.0+stub"
 TRN1, INF2 = find_target("trn1"), find_target("inf2")
 
 
 @pytest.fixture
 def calls(tmp_path, monkeypatch):
     """The stub first on PATH; the folder of its calls."""
-    folder, path = tmp_path / "calls", tmp_path / "bin"
-    folder.mkdir()
-    path.mkdir()
-    shutil.copy(STUB, path / "neuronx-cc")
-    monkeypatch.setenv("PATH", f"{path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("STUB_CALLS", str(folder))
-    return folder
+    return install_stub(tmp_path, monkeypatch)
 
 
 @pytest.fixture

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import signal
-import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any
 
 import numpy as np
@@ -22,7 +17,7 @@ from numpy.typing import NDArray
 from fluxkiln.artifacts.types import TensorSpec
 from fluxkiln.compile.neuron.frontend import require_versions
 from fluxkiln.compile.neuron.hlo_proto import entry_parameters
-from fluxkiln.compile.process import stop
+from fluxkiln.compile.worker import Worker
 from fluxkiln.errors import CompileError, ResourceError
 
 Array = NDArray[Any]
@@ -53,7 +48,7 @@ class Kept:
     parameters: tuple[TensorSpec, ...]
 
 
-class Replicas:
+class Replicas(Worker):
     """A process with as many virtual CPU devices as there are ranks; executes canonical modules, once or many times.
 
     Threads may share it; they take turns.
@@ -72,20 +67,13 @@ class Replicas:
         require_versions()
         self.ranks = ranks
         self._one = threading.RLock()  # callers share the files below; ranks use all cores as it is
-        self._scratch = tempfile.TemporaryDirectory(prefix="fluxkiln-replicas-")
-        self.log = log or Path(self._scratch.name) / "log"
-        self.log.parent.mkdir(parents=True, exist_ok=True)
         flags = (*_XLA_FLAGS, f"--xla_force_host_platform_device_count={ranks}")
-        self._log_file = self.log.open("ab")
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", str(_WORKER)], cwd=self._scratch.name,
-            env={**os.environ, "XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "0"},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log_file, start_new_session=True,
-        )  # fmt: skip
+        environ = {**os.environ, "XLA_FLAGS": " ".join(flags), "JAX_PLATFORMS": "cpu", "JAX_ENABLE_X64": "0"}
+        super().__init__([sys.executable, "-P", str(_WORKER)], environ, "replicas", log)
 
     def load(self, proto: bytes) -> Program:
         """Compile a module for these replicas."""
-        file = Path(self._scratch.name) / "module.pb"
+        file = self.folder / "module.pb"
         with self._one:
             file.write_bytes(proto)
             number = int(self._ask({"do": "load", "file": str(file)})["program"])
@@ -117,7 +105,7 @@ class Replicas:
         kept = weights.parameters if weights else ()
         for rank, arrays in enumerate(arguments):
             _check_arguments((*_specs(arrays), *kept), program.parameters, f"rank {rank}")
-        results = Path(self._scratch.name) / "results"
+        results = self.folder / "results"
         with self._one:
             request = {"do": "run", "program": program.number, "kept": weights.number if weights else None,
                        "results": str(results), **self._written(arguments)}  # fmt: skip
@@ -131,7 +119,7 @@ class Replicas:
         """The arrays in a file, those that ranks share once, and where each is."""
         if len(arrays) != self.ranks:
             raise CompileError(f"arguments for {len(arrays)} ranks, there are {self.ranks}; give each rank its own")
-        path = Path(self._scratch.name) / "arrays"
+        path = self.folder / "arrays"
         offsets: dict[int, int] = {}
         with path.open("wb") as file:
             for array in (array for rank in arrays for array in rank):
@@ -144,27 +132,18 @@ class Replicas:
         }
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        try:
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        except BrokenPipeError:
-            line = b""
+        answer = self.request(request)
         what = f"executing on {self.ranks} virtual devices ({request['do']})"
-        if not line:
-            code = self._process.wait()
-            if code == -signal.SIGKILL:
+        if isinstance(answer, int):
+            if answer == -signal.SIGKILL:
                 raise ResourceError(
                     f"{what}: the process was killed (signal 9), which is how the system ends it when memory runs out; "
                     "use a smaller SIZE, fewer ranks or a machine with more memory"
                 )
             raise CompileError(
-                f"{what}: XLA ended with code {code}: {self._last_lines()}; check the module (check_hlo) and lower it "
-                "again with the pinned jaxlib"
+                f"{what}: XLA ended with code {answer}: {self._last_lines()}; check the module (check_hlo) and lower "
+                "it again with the pinned jaxlib"
             )
-        answer: dict[str, Any] = json.loads(line)
         if not answer["ok"]:
             raise CompileError(f"{what} failed: {answer['error']}; lower the module again with the pinned jaxlib")
         return answer
@@ -172,23 +151,6 @@ class Replicas:
     def _last_lines(self) -> str:
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
         return " | ".join([line.strip() for line in lines if line.strip()][-3:]) or "it printed nothing"
-
-    def close(self) -> None:
-        """End the process; its files and what it kept go with it."""
-        stop(self._process)
-        for stream in (self._process.stdin, self._process.stdout, self._log_file):
-            if stream is not None:
-                with contextlib.suppress(BrokenPipeError):  # a request that the process did not live to read
-                    stream.close()
-        self._scratch.cleanup()
-
-    def __enter__(self) -> Replicas:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def run_replicas(proto: bytes, arguments: Sequence[Sequence[Array]], ranks: int) -> list[list[Array]]:

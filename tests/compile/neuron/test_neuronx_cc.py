@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -14,22 +13,15 @@ from fluxkiln.compile.neuron.neff import NEFF_KINDS, CompileJob, compile_flags
 from fluxkiln.compile.neuron.neuronx_cc import compile_argv, compile_module, compiler_missing, find_neuronx_cc
 from fluxkiln.compile.targets import find_target
 from fluxkiln.errors import CompileError, IntegrityError, ToolchainError, UsageError
+from tests.stub_compiler import STUB_VERSION, install_stub
 
-STUB = Path(__file__).with_name("stub-neuronx-cc")
-STUB_VERSION = "2.26.6360.0+stub"
 TRN1, INF2 = find_target("trn1"), find_target("inf2")
 
 
 @pytest.fixture
 def calls(tmp_path, monkeypatch):
     """The stub first on PATH; the folder of its calls."""
-    folder, path = tmp_path / "calls", tmp_path / "bin"
-    folder.mkdir()
-    path.mkdir()
-    shutil.copy(STUB, path / "neuronx-cc")
-    monkeypatch.setenv("PATH", f"{path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("STUB_CALLS", str(folder))
-    return folder
+    return install_stub(tmp_path, monkeypatch)
 
 
 # Flags

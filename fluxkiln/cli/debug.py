@@ -21,7 +21,7 @@ DEFAULT_TARGET = "bm1684x"
 
 @click.command()
 @click.argument("part")
-@click.option("--target", metavar="NAME", default=DEFAULT_TARGET, help=f"bm1684x, bm1688 or cpu: {DEFAULT_TARGET}.")
+@click.option("--target", metavar="NAME", default=DEFAULT_TARGET, help=f"Of the build. Default: {DEFAULT_TARGET}.")
 @click.option("--step", type=int, metavar="N", default=0, help="The denoising step to look at, from 0. Default: 0.")
 @click.option("--values", "every", is_flag=True, help="Every value of the lowest bad rung, or of the top one.")
 @settings_options
@@ -32,7 +32,8 @@ def debug(output: Output, settings_for: SettingsFor, part: str, target: str, ste
 
     PART is a part's name, double.07 or time_embed; the options are those of the build it belongs to. The part's values
     are compared one by one: the template with diffusers' own modules, the stored weights with the checkpoint's, the
-    compiled form with the template. Ends with 3 if something is found.
+    compiled form with the template; of a model cut over cores, the values of every rank. Ends with 3 if something is
+    found.
     """
     from fluxkiln.debug.debugging import debug_part
     from fluxkiln.flow.preparing import prepare
@@ -49,10 +50,15 @@ def debug(output: Output, settings_for: SettingsFor, part: str, target: str, ste
 def culprit_text(found: Diagnosis, culprit: Culprit) -> str:
     """One sentence: where, what and why."""
     lost = f", on the way to {' and '.join(culprit.remedy.through)}" if culprit.remedy.through else ""
+    rank = _rank_text(culprit)
     return (
-        f"{found.part}, rung {culprit.rung}: the first operation out of tolerance is {culprit.operation} "
+        f"{found.part}, rung {culprit.rung}{rank}: the first operation out of tolerance is {culprit.operation} "
         f"{culprit.finding.value}{lost}: {culprit.remedy.cause}; {culprit.remedy.advice}"
     )
+
+
+def _rank_text(culprit: Culprit) -> str:
+    return f" on rank {culprit.finding.rank}" if culprit.finding.rank >= 0 else ""
 
 
 def _show(output: Output, found: Diagnosis, every: bool) -> None:
@@ -96,7 +102,9 @@ def _show_culprit(output: Output, culprit: Culprit) -> None:
     output.line()
     output.facts(
         {
-            "first out": f"{culprit.operation} {finding.value}" + f" ({culprit.lowered})" * bool(culprit.lowered),
+            "first out": f"{culprit.operation} {finding.value}"
+            + f" ({culprit.lowered})" * bool(culprit.lowered)
+            + _rank_text(culprit),
             "on the way to": ", ".join(culprit.remedy.through),
             "errors": f"own {finding.own:.2g}, worst channel {finding.channel:.2g}, drift {finding.drift:.2g}",
             "channels": channels,

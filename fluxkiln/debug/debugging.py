@@ -3,7 +3,7 @@
 The rungs are those of the ladder that can be looked into: the template against diffusers' own modules, the stored
 weights against the checkpoint's, and the compiled form (the compiler's lowered graph, or the graph of a cpu bundle)
 against the template with the stored weights. A chip's binary shows its outputs only; the weights in it, where the
-bundle is there, are read back byte by byte.
+bundle is there, are read back byte by byte. For a model cut over cores see `fluxkiln.debug.split_probing`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fluxkiln.components import Part, find_kind, find_part
 from fluxkiln.debug.probing import (
@@ -27,6 +27,7 @@ from fluxkiln.debug.probing import (
     check_template,
     look_inside,
 )
+from fluxkiln.debug.split_probing import check_can_be_debugged, look_on_ranks
 from fluxkiln.errors import UsageError
 from fluxkiln.flow.extent import name_shapes
 from fluxkiln.flow.moulds import cast_part, compile_part, find_mould, make_mould
@@ -34,9 +35,6 @@ from fluxkiln.flow.preparing import Prepared
 from fluxkiln.flow.rungs import lay_out_lowered
 from fluxkiln.flow.stages import Kiln, find_template, make_template
 from fluxkiln.progress import Progress, Silent
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,24 +78,32 @@ def debug_part(prepared: Prepared, name: str, step: int = 0, progress: Progress 
     """
     progress = progress or Silent()
     kiln = prepared.kiln
-    if kiln.split is not None:
-        raise UsageError(
-            f"{kiln.target.name} cuts its model over cores, and XLA fuses what a part computes: there are no values to "
-            "look at; `fluxkiln report` shows every output of every part; debug bm1684x or cpu for the graphs before"
-        )
     part = find_part(kiln.parts, name)
-    inputs, kiln = _recorded(prepared, part, step, progress)
+    if kiln.split is not None:
+        check_can_be_debugged(kiln, kiln.split.find(name))
+    inputs, outputs, kiln = _recorded(prepared, part, step, progress)
+    if kiln.split is not None:
+        rungs = look_on_ranks(kiln, part, inputs, outputs, prepared.bundle, progress)
+        executed = {"executed on": "XLA CPU replicas", "ranks": str(kiln.split.ranks(kiln.split.find(name)))}
+        return _diagnosis(kiln, part, step, rungs, executed)
     with tempfile.TemporaryDirectory(prefix="fluxkiln-debug-") as scratch:
         rungs = _look(prepared, kiln, part, inputs, Path(scratch), progress)
-    facts = {"shapes": name_shapes(kiln.shapes)}
+    facts = {}
     if kiln.target.toolchain == "tpu_mlir" and kiln.tpu_mlir is None:
         facts["lowered graph"] = "not looked into: its interpreter is TPU-MLIR's, which is not installed here"
+    return _diagnosis(kiln, part, step, rungs, facts)
+
+
+def _diagnosis(
+    kiln: Kiln, part: Part, step: int, rungs: tuple[RungFindings, ...], facts: Mapping[str, str]
+) -> Diagnosis:
     shown = step if find_kind(part.kind).each_step else -1
-    return Diagnosis(part.name, part.kind, kiln.scheme(part).name, shown, rungs, facts)
+    shapes = {"shapes": name_shapes(kiln.shapes)}
+    return Diagnosis(part.name, part.kind, kiln.scheme(part).name, shown, rungs, {**shapes, **facts})
 
 
-def _recorded(prepared: Prepared, part: Part, step: int, progress: Progress) -> tuple[dict[str, NDArray[Any]], Kiln]:
-    """What the part was given, and the kiln at the shapes of the recording; parts that run once have one step."""
+def _recorded(prepared: Prepared, part: Part, step: int, progress: Progress) -> tuple[Values, Values, Kiln]:
+    """What the part was given and made, and the kiln at the shapes of the recording; what runs once has one step."""
     from fluxkiln.flow.parity import record
     from fluxkiln.verify.modulation import fill_rows
 
@@ -110,8 +116,9 @@ def _recorded(prepared: Prepared, part: Part, step: int, progress: Progress) -> 
             f"step {step} was not recorded, there are 0 to {recording.steps - 1}; --steps gives the reference run more "
             "of them"
         )
-    inputs, _ = fill_rows(part, recording.inputs(part.name, step if find_kind(part.kind).each_step else 0))
-    return inputs, replace(kiln, shapes=recording.shapes)
+    place = step if find_kind(part.kind).each_step else 0
+    inputs, _ = fill_rows(part, recording.inputs(part.name, place))
+    return inputs, recording.outputs(part.name, place), replace(kiln, shapes=recording.shapes)
 
 
 def _look(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -76,6 +76,83 @@ def find_remedy(
         "compare the patch, the converter and the compiler's version for this operation: `fluxkiln doctor`, "
         "`fluxkiln patches`",
     )
+
+
+def find_split_remedy(
+    rung: str,
+    finding: Finding,
+    operation: Operation,
+    operations: Sequence[Operation],
+    wrong: Mapping[str, Mapping[int, float]],
+    on_every_rank: bool = False,
+) -> Remedy:
+    """The likely cause and its remedy in a part that is cut over ranks.
+
+    Args:
+        operation: that makes the first value out of tolerance, among the `operations` of the module.
+        wrong: of its slots those whose shards are not the checkpoint's: rank -> share of elements.
+        on_every_rank: the error is the bias, once too often for every further rank.
+    """
+    place = _place(operation, operations)
+    if wrong:
+        said = "; ".join(
+            f"{slot} on rank {', '.join(map(str, ranks))}: a share of {max(ranks.values()):.2g} of the elements"
+            for slot, ranks in wrong.items()
+        )
+        return Remedy(
+            f"{said} is not what the checkpoint cut anew has",
+            "check the bundle (`fluxkiln verify`), then build it again",
+        )
+    if on_every_rank:
+        return Remedy(
+            f"every rank adds the bias, so the sum has it once for each of them{place}",
+            "add it after the reduction: fluxkiln/patches/parallel_transformer.py",
+        )
+    if rung == "split":
+        return Remedy(
+            f"in float32 the ranks together make something else than diffusers' module{place}: it is cut, put "
+            "together or lowered wrongly",
+            "compare the table of cuts (fluxkiln/patches/cuts.py) and the module (fluxkiln/patches/parallel*.py) with "
+            "upstream: `fluxkiln patches`; lower it again with the pinned jax (`fluxkiln doctor`)",
+        )
+    if finding.missed == "finite":
+        return Remedy(
+            f"NaN or infinity that the float32 arithmetic has not{place}",
+            "look at the ranges above: a number beyond the type, or a division by 0; compute it in float32 in "
+            "fluxkiln/patches/parallel_transformer.py",
+        )
+    if finding.missed == "drift":
+        return Remedy(
+            f"the operation is right in itself{place} but amplifies what bfloat16 lost before it",
+            "compute what feeds it in float32, as norms and softmax are: fluxkiln/patches/parallel_transformer.py, "
+            "FLOAT32_INPUTS in parallel.py",
+        )
+    if rung == "unsplit":
+        return Remedy(
+            f"bfloat16 is too coarse for it{place}",
+            "compute it in float32: fluxkiln/patches/parallel_transformer.py, FLOAT32_INPUTS in parallel.py",
+        )
+    return Remedy(
+        f"with the checkpoint's weights the ranks make something else of these operands than float32 does{place}",
+        "compare the collectives of the module with the part's (fluxkiln/patches/parallel*.py), and the rung unsplit",
+    )
+
+
+def _place(operation: Operation, operations: Sequence[Operation]) -> str:
+    """Behind which weights an operation without any of its own is."""
+    makers = {one.output: one for one in operations}
+    slots: dict[str, None] = dict.fromkeys(operation.slots)
+    pending = [] if slots else list(operation.inputs)
+    seen = set(pending)
+    while pending:
+        maker = makers.get(pending.pop())
+        if maker is None:
+            continue
+        slots |= dict.fromkeys(maker.slots)
+        more = [] if maker.slots else [name for name in maker.inputs if name not in seen]
+        seen |= set(more)
+        pending += more
+    return "" if operation.slots or not slots else f" (behind {', '.join(slots)})"
 
 
 def _product(finding: Finding, rung: str) -> Remedy:

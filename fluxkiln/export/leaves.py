@@ -13,6 +13,7 @@ from fluxkiln.patches.parts import load_part, part_slots, slot_name
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from torch.nn import Module
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +41,26 @@ def see_leaves(part: Part, checkpoint: Checkpoint, inputs: Mapping[str, NDArray[
     import numpy as np
     import torch
 
+    module = load_whole(part, checkpoint)
+    seen = watch_leaves(module)
+    tensors = [torch.from_numpy(np.array(inputs[name])) for name in KINDS[part.kind].inputs if name in inputs]
+    with torch.no_grad():
+        module(*tensors)
+    return tuple(seen)
+
+
+def load_whole(part: Part, checkpoint: Checkpoint) -> Module:
+    """The wrapper module of a part with its weights in float32; errors as `see_leaves`."""
+    import torch
+
     state = part_state(part, part_slots(part.kind, checkpoint.configs), checkpoint)
-    weights = {slot: torch.from_numpy(weight) for slot, weight in state.items()}
-    module = load_part(part.kind, checkpoint.configs, weights)
+    return load_part(part.kind, checkpoint.configs, {slot: torch.from_numpy(weight) for slot, weight in state.items()})
+
+
+def watch_leaves(module: Module) -> list[Leaf]:
+    """A list that gets what the leaf modules of `module` make whenever it runs, in call order."""
+    import torch
+
     seen: list[Leaf] = []
 
     def watch(name: str, leaf: Any) -> None:
@@ -57,7 +75,4 @@ def see_leaves(part: Part, checkpoint: Checkpoint, inputs: Mapping[str, NDArray[
     for name, leaf in module.named_modules():
         if not list(leaf.children()):
             watch(name, leaf)
-    tensors = [torch.from_numpy(np.array(inputs[name])) for name in KINDS[part.kind].inputs if name in inputs]
-    with torch.no_grad():
-        module(*tensors)
-    return tuple(seen)
+    return seen

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,7 @@ class Finding:
         own, channel, drift: relative L2 of the own error, its worst channel, relative L2 of the whole error.
         missed: the first bound that does not hold, '' when all do: `own`, `channel`, `drift`, `finite`.
         channels: those whose own error is beyond the bound, the worst first, at most MOST_NAMED of `bad_channels`.
+        rank: of a part that runs on several cores, the one where it is worst; else -1.
     """
 
     value: str
@@ -51,6 +52,7 @@ class Finding:
     channels: tuple[int, ...] = ()
     bad_channels: int = 0
     all_channels: int = 0
+    rank: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,10 @@ TOLERANCES: Mapping[str, Mapping[str, Tolerance]] = {
     },
     "executed": {"*": _F32},  # the same numbers on both sides, whatever the scheme: 5e-7 was measured
     "interpreter": {"F32": _F32, "F16": _F16, "*": _BF16},
+    # of a model cut over cores: float32 in another order of sums than the modules'; then bfloat16
+    "split": {"*": Tolerance(2e-5, 2e-4, 2e-5)},
+    "unsplit": {"*": _BF16},
+    "replicas": {"*": _BF16},
 }
 
 
@@ -114,6 +120,27 @@ def judge_values(
         _judge(name, seen[name], below[name], local[name], tolerance)
         for name in order
         if name in seen and name in below and name in local and not explain_mismatch(seen[name], below[name])
+    )
+
+
+def judge_ranks(
+    order: Sequence[str],
+    seen: Sequence[Mapping[str, NDArray[Any]]],
+    below: Sequence[Mapping[str, NDArray[Any]]],
+    local: Sequence[Mapping[str, NDArray[Any]]],
+    tolerance: Tolerance,
+) -> tuple[Finding, ...]:
+    """As `judge_values`, of each rank; a value's finding is that of the rank where it is worst.
+
+    Each rank is judged by itself: what is wrong on one of many would drown in the norms of all.
+    """
+    ranks = [judge_values(order, *one, tolerance) for one in zip(seen, below, local, strict=True)]
+    return tuple(
+        max(
+            (replace(finding, rank=rank) for rank, finding in enumerate(findings)),
+            key=lambda finding: (bool(finding.missed), finding.own),
+        )
+        for findings in zip(*ranks, strict=True)
     )
 
 

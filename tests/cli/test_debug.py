@@ -51,7 +51,7 @@ def test_a_culprit_ends_with_3_and_a_sentence(fluxkiln, shared, monkeypatch):
         (("tail", "--step", "7"), "step 7 was not recorded, there are 0 to 1; --steps gives the reference run more"),
         (("tail", "--step", "-1"), "step -1 was not recorded"),
         (("double_modulation.00", "--step", "2"), "step 2 was not recorded"),
-        (("tail", "--target", "trn1"), "there are no values to look at"),
+        (("double.00-01", "--target", "trn1", "--granularity", "group:2"), "one is looked into at a time"),
         (("tail", "--target", "gpu"), "gpu"),
     ],
 )

@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from fluxkiln.errors import SchemeError
-from fluxkiln.verify.bisect import MOST_NAMED, Tolerance, first_missed, judge_values, tolerance_of, value_range
+from fluxkiln.verify.bisect import (
+    MOST_NAMED,
+    Tolerance,
+    first_missed,
+    judge_ranks,
+    judge_values,
+    tolerance_of,
+    value_range,
+)
 
 BOUNDS = Tolerance(own=1e-2, channel=5e-2, drift=0.1)
 
@@ -87,3 +95,12 @@ def test_tolerances():
     assert tolerance_of("interpreter", "F32").own < tolerance_of("interpreter", "F16").own
     with pytest.raises(SchemeError, match="no tolerance is known for F32 at rung simulator; there are none"):
         tolerance_of("simulator", "F32")
+
+
+def test_one_rank_of_many_is_named(values):
+    """Of 32 ranks one: in the norm of all it would be a sixth of what it is."""
+    wrong = {**values, "b": values["b"] * 1.02}
+    ranks = [values] * 20 + [wrong] + [values] * 11
+    first = first_missed(judge_ranks("abc", ranks, [values] * 32, [values] * 32, BOUNDS))
+    assert (first.value, first.rank, first.missed) == ("b", 20, "own")
+    assert first_missed(judge_ranks("abc", [values] * 32, [values] * 32, [values] * 32, BOUNDS)) is None

@@ -153,7 +153,8 @@ def gain_of(difference: AnyArray) -> int:
     Returns:
         The power of two at which all but the largest half percent of it fits into 8 bits; 1 when there is none.
     """
-    high = float(np.percentile(difference, 99.5)) or float(difference.max())
+    shown = difference.astype(np.float32)
+    high = float(np.percentile(shown, 99.5)) or float(shown.max())
     return int(2 ** max(0, math.floor(math.log2(255.0 / high)))) if high else 1
 
 

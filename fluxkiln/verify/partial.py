@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from fluxkiln.components import Shapes
-from fluxkiln.verify.pipeline import OnStep, Rendering, quiet, render
+from fluxkiln.verify.pipeline import OnStep, Rendering, denoise, quiet, render
 
 _COMPONENTS = ("text_encoder", "text_encoder_2", "transformer", "vae")
 
@@ -46,28 +46,17 @@ def render_present(
         elif pipe.transformer is not None:
             pooled = torch.randn(1, pipe.transformer.config.pooled_projection_dim, generator=random)
         if pipe.transformer is not None:
-            final: dict[str, Any] = {}
-
-            def after_step(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-                final.update(tensors)
-                if on_step:
-                    on_step(step + 1, steps)
-                return {}
-
-            pipe.set_progress_bar_config(disable=True)
-            made = pipe(
-                prompt_embeds=embeds,
-                pooled_prompt_embeds=pooled,
-                height=shapes.height,
-                width=shapes.width,
-                num_inference_steps=steps,
-                guidance_scale=guidance_scale,
-                generator=random,
-                output_type="latent" if pipe.vae is None else "np",
-                callback_on_step_end=after_step,
-                callback_on_step_end_tensor_inputs=["latents"],
-            ).images
-            latents = final["latents"]
+            latents, made = denoise(
+                pipe,
+                embeds,
+                pooled,
+                shapes,
+                steps,
+                guidance_scale,
+                random,
+                "latent" if pipe.vae is None else "np",
+                on_step,
+            )
             image = image if pipe.vae is None else made[0]
         elif pipe.vae is not None:
             config = pipe.vae.config

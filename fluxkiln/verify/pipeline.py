@@ -15,6 +15,7 @@ from fluxkiln.errors import ShapeError
 from fluxkiln.verify.modulation import run_rows
 
 if TYPE_CHECKING:
+    import torch
     from numpy.typing import NDArray
 
 Configs = Mapping[str, Mapping[str, Any]]
@@ -138,6 +139,35 @@ def render(
     """Encode the prompt and run `pipe`, a `diffusers.FluxPipeline`, on the CPU's random numbers for `seed`."""
     import torch
 
+    random = torch.Generator("cpu").manual_seed(seed)
+    start = time.perf_counter()
+    # quiet: a prompt cut to the build's few tokens is meant, and encode_prompt warns of it
+    with torch.no_grad(), quiet():
+        embeds, pooled, _ = pipe.encode_prompt(prompt, max_sequence_length=shapes.tokens)
+        latents, images = denoise(
+            pipe, embeds, pooled, shapes, steps, guidance_scale, random, "np", on_step, on_latents
+        )
+    seconds = time.perf_counter() - start
+    return Rendering(latents.numpy(), images[0], embeds.numpy(), pooled.numpy(), seconds)
+
+
+def denoise(
+    pipe: Any,
+    embeds: torch.Tensor,
+    pooled: torch.Tensor,
+    shapes: Shapes,
+    steps: int,
+    guidance_scale: float,
+    random: torch.Generator,
+    output_type: str,
+    on_step: OnStep | None = None,
+    on_latents: OnLatents | None = None,
+) -> tuple[torch.Tensor, Any]:
+    """Run `pipe`, a `diffusers.FluxPipeline`, on encoded prompts: the latents after the last step, and its images.
+
+    Args:
+        output_type: of the images, as diffusers names it: `np`, or `latent` for none.
+    """
     final: dict[str, Any] = {}
 
     def after_step(_: Any, step: int, __: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -149,24 +179,19 @@ def render(
         return {}
 
     pipe.set_progress_bar_config(disable=True)
-    start = time.perf_counter()
-    # quiet: a prompt cut to the build's few tokens is meant, and encode_prompt warns of it
-    with torch.no_grad(), quiet():
-        embeds, pooled, _ = pipe.encode_prompt(prompt, max_sequence_length=shapes.tokens)
-        images = pipe(
-            prompt_embeds=embeds,
-            pooled_prompt_embeds=pooled,
-            height=shapes.height,
-            width=shapes.width,
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            generator=torch.Generator("cpu").manual_seed(seed),
-            output_type="np",
-            callback_on_step_end=after_step,
-            callback_on_step_end_tensor_inputs=["latents"],
-        ).images
-    seconds = time.perf_counter() - start
-    return Rendering(final["latents"].numpy(), images[0], embeds.numpy(), pooled.numpy(), seconds)
+    images = pipe(
+        prompt_embeds=embeds,
+        pooled_prompt_embeds=pooled,
+        height=shapes.height,
+        width=shapes.width,
+        num_inference_steps=steps,
+        guidance_scale=guidance_scale,
+        generator=random,
+        output_type=output_type,
+        callback_on_step_end=after_step,
+        callback_on_step_end_tensor_inputs=["latents"],
+    ).images
+    return final["latents"], images
 
 
 def check_constants(host_constants: Mapping[str, NDArray[Any]], shapes: Shapes) -> None:

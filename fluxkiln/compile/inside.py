@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections import ChainMap
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,13 +70,23 @@ def list_operations(template: Path, slots: Collection[str]) -> tuple[Operation, 
     return tuple(found)
 
 
-def read_weights(slots: Collection[str], read_weight: WeightReader) -> dict[str, NDArray[np.float32]]:
-    """The weights of all slots as a template takes them, float32."""
-    made = {}
-    for slot in slots:
-        weight = read_weight(slot)
-        made[slot] = np.ascontiguousarray(weight.T if slot.endswith(TRANSPOSED) else weight, np.float32)
-    return made
+class SlotWeights(Mapping[str, NDArray[np.float32]]):
+    """The weights of all slots as a template takes them, float32; each is read when it is asked for, and not kept."""
+
+    def __init__(self, slots: Collection[str], read_weight: WeightReader) -> None:
+        self._slots, self._read_weight = tuple(slots), read_weight
+
+    def __getitem__(self, slot: str) -> NDArray[np.float32]:
+        if slot not in self._slots:
+            raise KeyError(slot)
+        weight = self._read_weight(slot)
+        return np.ascontiguousarray(weight.T if slot.endswith(TRANSPOSED) else weight, np.float32)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._slots)
+
+    def __len__(self) -> int:
+        return len(self._slots)
 
 
 def quantized_regions(template: Path, slots: Collection[str]) -> dict[str, list[tuple[slice, slice]]]:
@@ -96,19 +107,22 @@ def template_values(template: Path, inputs: Values, weights: Values, names: Coll
     """
     model = _load(template)
     kept = [name for name in names if name in _made(model)]
-    return _run(model, {**weights, **inputs}, kept, f"template {template}")
+    return _run(model, ChainMap({**inputs}, weights), kept, f"template {template}")
 
 
-def local_values(template: Path, seen: Values, weights: Values) -> dict[str, NDArray[Any]]:
+def local_values(
+    template: Path, seen: Values, weights: Values, names: Collection[str] | None = None
+) -> dict[str, NDArray[Any]]:
     """What the template's operations make of values seen elsewhere: for each, float32 arithmetic on the nearest ones.
 
     An error that came along with the operands is on both sides then, and what is left is the operation's own.
 
     Args:
         seen: the part's inputs, and values of a compiled form in the template's shapes.
+        names: the values that are wanted, all by default; only what they are made of is read and computed.
 
     Returns:
-        value -> what it should be, for all values in `seen` but the inputs.
+        value -> what it should be, for the wanted values in `seen` but the inputs.
     """
     model = _load(template)
     made = _made(model)
@@ -119,9 +133,13 @@ def local_values(template: Path, seen: Values, weights: Values) -> dict[str, NDA
                 node.output[place] = _own(name)
     types = {value.name: value for value in [*model.graph.value_info, *model.graph.output]}
     model.graph.input.extend(types[name] for name in fed)
-    outputs = {_own(name): types[name] for name in fed}
-    results = _run(model, {**weights, **seen}, list(outputs), f"template {template}", renamed=outputs)
-    return {name: results[_own(name)] for name in fed}
+    wanted = [name for name in fed if names is None or name in names]
+    if not wanted:
+        return {}
+    outputs = {_own(name): types[name] for name in wanted}
+    _keep_makers(model, outputs)
+    results = _run(model, ChainMap({**seen}, weights), list(outputs), f"template {template}", renamed=outputs)
+    return {name: results[_own(name)] for name in wanted}
 
 
 def graph_values(graph: Path, inputs: Values, names: Collection[str]) -> dict[str, NDArray[Any]]:
@@ -191,6 +209,29 @@ def _made(model: ModelProto) -> list[str]:
     types = {value.name: value.type.tensor_type for value in [*model.graph.value_info, *model.graph.output]}
     floats = {name for name, type_ in types.items() if type_.elem_type == onnx.TensorProto.FLOAT}
     return [name for node in model.graph.node if node.op_type not in _SHAPES for name in node.output if name in floats]
+
+
+def _keep_makers(model: ModelProto, names: Iterable[str]) -> None:
+    """Leave out what the values `names` are not made of, inputs included."""
+    nodes = list(model.graph.node)
+    makers = {output: place for place, node in enumerate(nodes) for output in node.output}
+    pending, kept = list(names), set()
+    while pending:
+        place = makers.get(pending.pop())
+        if place is not None and place not in kept:
+            kept.add(place)
+            pending += nodes[place].input
+    read = {name for place in kept for name in nodes[place].input}
+    for field, wanted in (
+        (model.graph.node, [nodes[place] for place in sorted(kept)]),
+        (model.graph.input, [value for value in model.graph.input if value.name in read]),
+        (model.graph.initializer, [value for value in model.graph.initializer if value.name in read]),
+    ):
+        copies = [type(one)() for one in wanted]
+        for copy, one in zip(copies, wanted, strict=True):
+            copy.CopyFrom(one)
+        del field[:]
+        field.extend(copies)
 
 
 def _own(name: str) -> str:

@@ -16,7 +16,7 @@ from fluxkiln.debug.remedies import Remedy, find_remedy
 from fluxkiln.export.bindings import WeightReader, bind_part, weight_reader
 from fluxkiln.flow.rungs import dequantized_rung
 from fluxkiln.flow.stages import BinaryPart, Kiln, make_template
-from fluxkiln.verify.bisect import Finding, Range, first_missed, judge_values, tolerance_of, value_range
+from fluxkiln.verify.bisect import Finding, Range, Tolerance, first_missed, judge_values, tolerance_of, value_range
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from fluxkiln.compile.simulate import Simulator
 
 Values = Mapping[str, "NDArray[Any]"]
+# operations whose values are computed anew at once
+PIECE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,8 @@ class Inside:
     Attributes:
         template: the file of its graph, whose operations are `operations`.
         inputs: one recorded call, filled up where the kind takes rows.
-        weights: the checkpoint's by slot, as the template takes them; stored: as the scheme stores them.
+        weights: the checkpoint's by slot, as the template takes them; stored: as the scheme stores them. What is read
+            and not computed is read whenever it is needed: a block has a gigabyte of each.
     """
 
     part: Part
@@ -93,16 +96,17 @@ def look_inside(kiln: Kiln, part: Part, inputs: Values, graph_format: GraphForma
     Args:
         graph_format: `onnx17` for what TPU-MLIR compiles, `onnx23` for the graphs of a cpu bundle.
     """
-    from fluxkiln.compile.inside import list_operations, read_weights
+    from fluxkiln.compile.inside import SlotWeights, list_operations
 
     template = make_template(kiln, part.kind, graph_format)
     slots = [spec.name for spec in template.slots]
     reader = weight_reader(bind_part(part, template.slots, kiln.checkpoint), kiln.checkpoint)
-    stored = _stored_17 if graph_format == "onnx17" else _stored_23
-    return Inside(
-        part, template.path, list_operations(template.path, slots), inputs,
-        read_weights(slots, reader), read_weights(slots, stored(kiln, part, template, reader)),
-    )  # fmt: skip
+    read_stored = _stored_17 if graph_format == "onnx17" else _stored_23
+    stored: Values = SlotWeights(slots, read_stored(kiln, part, template, reader))
+    if kiln.scheme(part).weight_bits:  # rounding takes longer than reading
+        stored = dict(stored)
+    weights = SlotWeights(slots, reader)
+    return Inside(part, template.path, list_operations(template.path, slots), inputs, weights, stored)
 
 
 def _stored_17(kiln: Kiln, part: Part, template: Template, reader: WeightReader) -> WeightReader:
@@ -150,8 +154,8 @@ def check_template(inside: Inside, kiln: Kiln) -> RungFindings:
     from fluxkiln.debug.matching import match_leaves
     from fluxkiln.export.leaves import see_leaves
 
-    seen = template_values(inside.template, inside.inputs, inside.weights, inside.order)
     leaves = see_leaves(inside.part, kiln.checkpoint, inside.inputs)
+    seen = template_values(inside.template, inside.inputs, inside.weights, inside.order)
     matched = match_leaves(leaves, inside.operations, seen, tolerance_of("onnxruntime", "*"))
     made = RungFindings("onnxruntime", "reference", tuple(matched))
     # a module is several operations: its operands are what the modules before it made
@@ -161,38 +165,35 @@ def check_template(inside: Inside, kiln: Kiln) -> RungFindings:
 
 def check_stored(inside: Inside, scheme: str) -> RungFindings:
     """The template with the weights as the scheme stores them, against the checkpoint's."""
-    from fluxkiln.compile.inside import local_values, template_values
+    from fluxkiln.compile.inside import template_values
 
     below = template_values(inside.template, inside.inputs, inside.weights, inside.order)
     seen = template_values(inside.template, inside.inputs, inside.stored, inside.order)
-    local = local_values(inside.template, {**inside.inputs, **seen}, inside.weights)
-    findings = judge_values(inside.order, seen, below, local, tolerance_of("dequantized", scheme))
+    findings = _judge_pieces(inside, seen, below, inside.weights, tolerance_of("dequantized", scheme))
     made = RungFindings("dequantized", "onnxruntime", findings)
     return _with_culprit(made, inside, {**inside.inputs, **seen}, {}, scheme)
 
 
 def check_lowered(inside: Inside, lowered: Path, simulator: Simulator, scheme: str) -> RungFindings:
     """The compiler's lowered graph, its weights beside it, against the template with the stored weights."""
-    from fluxkiln.compile.inside import local_values, lowered_run, lowered_values, template_values
+    from fluxkiln.compile.inside import lowered_run, lowered_values, template_values
 
     below = template_values(inside.template, inside.inputs, inside.stored, inside.order)
     found = lowered_values(lowered.read_text(), inside.order)
     look = partial(simulator.look, lowered, inside.inputs)
     seen = lowered_run(look, found, {name: array.shape for name, array in below.items()})
-    local = local_values(inside.template, {**inside.inputs, **seen}, inside.stored)
-    findings = judge_values(inside.order, seen, below, local, tolerance_of("interpreter", scheme))
+    findings = _judge_pieces(inside, seen, below, inside.stored, tolerance_of("interpreter", scheme))
     made = RungFindings("interpreter", "dequantized", _with_epsilons(findings, inside, found))
     return _with_culprit(made, inside, {**inside.inputs, **seen}, found, scheme)
 
 
 def check_linked(inside: Inside, graph: Path, scheme: str) -> RungFindings:
     """A graph of a cpu bundle, as ONNX Runtime runs it, against the template with the stored weights."""
-    from fluxkiln.compile.inside import graph_values, local_values, template_values
+    from fluxkiln.compile.inside import graph_values, template_values
 
     below = template_values(inside.template, inside.inputs, inside.stored, inside.order)
     seen = graph_values(graph, inside.inputs, list(below))
-    local = local_values(inside.template, {**inside.inputs, **seen}, inside.stored)
-    findings = judge_values(inside.order, seen, below, local, tolerance_of("executed", scheme))
+    findings = _judge_pieces(inside, seen, below, inside.stored, tolerance_of("executed", scheme))
     made = RungFindings("executed", "dequantized" if "W" in scheme else "onnxruntime", findings)
     return _with_culprit(made, inside, {**inside.inputs, **seen}, {}, scheme)
 
@@ -231,6 +232,21 @@ def check_binary(inside: Inside, kiln: Kiln, binary: BinaryPart, file: Path, net
     )
     nothing = Range(0.0, 0.0, 0.0, 0.0, ())
     return replace(made, culprit=Culprit("stored", first, operation.op_type, "", wrong, {}, nothing, remedy))
+
+
+def _judge_pieces(
+    inside: Inside, seen: Values, below: Values, weights: Values, tolerance: Tolerance
+) -> tuple[Finding, ...]:
+    """Findings of all values, what their operations should make of their operands computed for a few at a time."""
+    from fluxkiln.compile.inside import local_values
+
+    known: list[Finding] = []
+    given = {**inside.inputs, **seen}
+    for start in range(0, len(inside.order), PIECE):
+        names = inside.order[start : start + PIECE]
+        local = local_values(inside.template, given, weights, names)
+        known += judge_values(names, seen, below, local, tolerance)
+    return tuple(known)
 
 
 def _with_epsilons(

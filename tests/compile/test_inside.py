@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from fluxkiln.compile.inside import (
+    SlotWeights,
     graph_values,
     list_operations,
     local_values,
     lowered_run,
     lowered_values,
     quantized_regions,
-    read_weights,
     template_values,
 )
 from fluxkiln.compile.mould import probe_reader
@@ -33,7 +33,7 @@ LOWERED = """
 def tail(tiny_template):
     template = tiny_template("tail", "onnx17")
     slots = [spec.name for spec in template.slots]
-    weights = read_weights(slots, probe_reader(template.slots, 0))
+    weights = SlotWeights(slots, probe_reader(template.slots, 0))
     random = np.random.default_rng(1)
     inputs = {spec.name: random.standard_normal(spec.shape).astype(np.float32) for spec in template.inputs}
     operations = list_operations(template.path, slots)
@@ -80,6 +80,42 @@ def test_local_values_are_those_of_the_operands_that_were_seen(tail):
     assert not np.allclose(local[reader.output], values[reader.output])
 
 
+def test_some_local_values_need_their_own_weights_only(tail):
+    template, inputs, weights, operations, values = tail
+    (gemm,) = (one for one in operations if one.op_type == "Gemm")
+    read = []
+
+    class Watched(SlotWeights):
+        def __getitem__(self, slot):
+            read.append(slot)
+            return super().__getitem__(slot)
+
+    watched = Watched(tuple(weights), weights.__getitem__)
+    local = local_values(template.path, {**inputs, **values}, watched, [gemm.output])
+    assert list(local) == [gemm.output]
+    np.testing.assert_allclose(local[gemm.output], values[gemm.output], rtol=1e-5, atol=1e-6)
+    assert sorted(read) == sorted(gemm.slots)
+    assert len(gemm.slots) < len(weights)
+    assert local_values(template.path, {**inputs, **values}, watched, ["unknown"]) == {}
+
+
+def test_weights_are_read_when_they_are_asked_for():
+    calls = []
+
+    def read(slot):
+        calls.append(slot)
+        return np.arange(6.0).reshape(2, 3)
+
+    weights = SlotWeights(("a", "b__t"), read)
+    assert (list(weights), len(weights), calls) == (["a", "b__t"], 2, [])
+    shapes = [weights[slot].shape for slot in weights]
+    assert shapes == [(2, 3), (3, 2)]
+    assert calls == ["a", "b__t"]
+    assert weights["a"].dtype == np.float32
+    with pytest.raises(KeyError):
+        weights["c"]
+
+
 def test_local_values_go_through_what_was_not_seen(tail):
     template, inputs, weights, operations, values = tail
     last = operations[-1].output
@@ -98,7 +134,7 @@ def test_values_of_a_linked_graph(link, tiny_checkpoint, tiny_template, tiny_par
     inputs = {spec.name: np.ones(spec.shape, np.float32) for spec in template.inputs}
     names = [one.output for one in list_operations(template.path, slots)]
     seen = graph_values(graph, inputs, names)
-    wanted = template_values(template.path, inputs, read_weights(slots, reader), names)
+    wanted = template_values(template.path, inputs, SlotWeights(slots, reader), names)
     assert len(seen) > 5
     assert all(np.allclose(seen[name], wanted[name], rtol=1e-4, atol=1e-5) for name in seen)
     assert sorted(path.name for path in graph.parent.glob("*.onnx")) == ["tail.onnx"], "nothing is left behind"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,6 +29,7 @@ class Settings:
         scheme: how the blocks are stored; None for the target's default.
         vae: the checkpoint's own decoder, or taef1.
         components: only these of `COMPONENTS`; None for all.
+        loras: LoRA files and their strengths, fused into the transformer before anything else.
         modulation: of the transformer: computed in every block in every step, or once per image before the first.
         instance, tp_degree, granularity, lnc, flags: of a target that cuts the model over cores: the instance and how
             many cores share a part, None for the target's default; how many blocks a module holds; physical cores of a
@@ -47,6 +50,7 @@ class Settings:
     scheme: str | None = None
     vae: Literal["kl", "tiny"] = "kl"
     components: tuple[str, ...] | None = None
+    loras: tuple[tuple[Path, float], ...] = ()
     modulation: Literal["inline", "hoisted"] = "hoisted"
     instance: str | None = None
     tp_degree: int | None = None
@@ -76,6 +80,11 @@ class Settings:
                 raise UsageError(f"no component is called {component!r}; there are {', '.join(COMPONENTS)}")
         if self.components == ():
             raise UsageError(f"no component was asked for; there are {', '.join(COMPONENTS)}")
+        if self.loras and "transformer" not in self.chosen:
+            raise UsageError(
+                f"LoRAs go into the transformer, and only {', '.join(self.chosen)} is built; leave out --lora, or add "
+                "transformer to --components"
+            )
         if self.prompts or self.seeds:
             if set(self.chosen) != set(COMPONENTS):
                 raise UsageError(
@@ -110,3 +119,43 @@ def parse_size(text: str) -> tuple[int, int]:
         raise ShapeError(f"size {text!r} is not WIDTHxHEIGHT in pixels; 1024x1024 is FLUX.1's own")
     width = int(match.group(1))
     return width, int(match.group(2) or width)
+
+
+def parse_loras(texts: Iterable[str]) -> tuple[tuple[Path, float], ...]:
+    """`style.safetensors:0.8,other.safetensors` -> files and strengths, 1 where none is given.
+
+    The name of a file that exists is taken as it is, colons and commas included.
+
+    Raises:
+        UsageError: no such file, or a strength that is no finite number.
+    """
+    return tuple(
+        _parse_lora(piece.strip())
+        for text in texts
+        for piece in ([text] if _is_file(text) else text.split(","))
+        if piece.strip()
+    )
+
+
+def _parse_lora(text: str) -> tuple[Path, float]:
+    head, colon, tail = text.rpartition(":")
+    if not colon or _is_file(text):
+        head, tail = text, "1"
+    file = Path(head).expanduser()
+    if not file.is_file():
+        what = "is a folder" if file.is_dir() else "there is no such file"
+        raise UsageError(f"--lora {text}: {what}; give a LoRA's .safetensors file, as FILE or FILE:STRENGTH")
+    try:
+        strength = float(tail)
+    except ValueError:
+        strength = math.nan
+    if not math.isfinite(strength):
+        raise UsageError(f"--lora {text}: strength {tail!r} is no number; 1 is as trained, 0.8 is weaker")
+    return file, strength
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).expanduser().is_file()
+    except (OSError, ValueError, RuntimeError):  # no name that a file could have
+        return False

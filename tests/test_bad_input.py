@@ -68,7 +68,7 @@ def refuse(capsys, monkeypatch, tmp_path):
         ("build cpu --jobs 0", 2, "jobs 0: at least 1 is needed"),
         ("build cpu --steps 0", 2, "steps 0: at least 1 is needed"),
         ("build cpu --jobs many", 2, "'many' is not a valid integer"),
-        ("build cpu --lora style.safetensors", 2, "LoRA is not supported yet"),
+        ("build cpu --lora style.safetensors", 2, "--lora style.safetensors: there is no such file; give a LoRA's"),
         ("plan cpu --model tiny-deb", 2, "'tiny-deb' is no model"),
         ("export tiny-dev out --kind doubel", 2, "no kind of part is called 'doubel'"),
     ],

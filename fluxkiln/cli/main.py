@@ -35,6 +35,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "mould": ("mould", "Make moulds, and carry them to machines without the compiler."),
     "doctor": ("doctor", "Show every tool, its version, and what is missing for which target."),
     "synth": ("synth", "Write a synthetic checkpoint: FLUX.1's architecture, random weights."),
+    "fuse": ("fuse", "Write a checkpoint with LoRAs fused into its transformer."),
     "calibrate": ("quantize", "Record what goes into every layer, for the methods that round by it."),
     "quantize": ("quantize", "Compare methods layer by layer, and choose a scheme for each within a budget."),
     "export": ("export", "Write the template of every kind of part, and how each part fills its slots."),

@@ -11,7 +11,7 @@ import click
 
 from fluxkiln.components import Shapes
 from fluxkiln.errors import UsageError
-from fluxkiln.settings import DEFAULT_MODEL, DEFAULT_PROMPT, STORE_VARIABLE, Settings, parse_size
+from fluxkiln.settings import DEFAULT_MODEL, DEFAULT_PROMPT, STORE_VARIABLE, Settings, parse_loras, parse_size
 
 if TYPE_CHECKING:
     from fluxkiln.artifacts.store import Store
@@ -32,6 +32,13 @@ tokens_option = click.option(
     "--tokens", type=int, metavar="N", help="Text tokens. Default: the most the model takes (dev 512, schnell 256)."
 )
 vae_option = click.option("--vae", metavar="kl|tiny", default="kl", help="The checkpoint's own decoder, or taef1.")
+lora_option = click.option(
+    "--lora",
+    "loras",
+    multiple=True,
+    metavar="FILE[:STRENGTH]",
+    help="A LoRA to fuse into the transformer, style.safetensors:0.8 say; again, or after a comma, for another.",
+)
 build_dir_option = click.option(
     "--build-dir", type=click.Path(path_type=Path), default=BUILD_DIR, help="Where builds go. Default: ./build."
 )
@@ -70,14 +77,13 @@ def settings_options(command: _F) -> _F:
         seeds: str | None,
         no_verify: bool,
         prove: bool,
-        lora: str | None,
+        loras: tuple[str, ...],
         **kwargs: Any,
     ) -> Any:
         def settings_for(target: str) -> Settings:
             from fluxkiln.compile.targets import find_target
 
             found = find_target(target)
-            refuse_lora(lora)
             settings = Settings(
                 target=target,
                 model=model,
@@ -86,6 +92,7 @@ def settings_options(command: _F) -> _F:
                 scheme=scheme,
                 vae=vae,
                 components=None if components is None else tuple(components.replace(",", " ").split()),
+                loras=parse_loras(loras),
                 modulation=modulation,
                 instance=instance,
                 tp_degree=tp_degree,
@@ -124,6 +131,7 @@ def settings_options(command: _F) -> _F:
         ),
         vae_option,
         click.option("--components", metavar="A,B", help="Build only these, transformer,vae say. Default: all."),
+        lora_option,
         click.option(
             "--modulation",
             metavar="inline|hoisted",
@@ -178,8 +186,6 @@ def settings_options(command: _F) -> _F:
         click.option(
             "--prove", is_flag=True, help="Compile one part of each cast kind again, also for moulds of the store."
         ),
-        # A Make variable already: refused in words, not ignored.
-        click.option("--lora", hidden=True),
     )
     for option in reversed(options):
         wrapped = option(wrapped)
@@ -258,12 +264,3 @@ def open_existing(build_dir: Path, store: Path | None) -> Store:
             f"{STORE_VARIABLE} name another"
         )
     return Store(root)
-
-
-def refuse_lora(lora: str | None) -> None:
-    """Raise UsageError when a LoRA is asked for."""
-    if lora:
-        raise UsageError(
-            f"--lora {lora}: LoRA is not supported yet; fuse it first with diffusers' fuse_lora and save_pretrained, "
-            "and give that folder as the model"
-        )

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import glob
 import json
 import math
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from fluxkiln.artifacts.types import TensorRef
-from fluxkiln.errors import ResourceError, UsageError
+from fluxkiln.errors import UsageError
 from fluxkiln.export.checkpoint import COMPONENT_CLASSES, PIPELINE_CLASS, Checkpoint
+from fluxkiln.export.folders import check_destination, whole_or_nothing
 from fluxkiln.export.synth_layout import component_layout
 from fluxkiln.export.synth_presets import PRESETS, Preset
 
@@ -28,9 +22,7 @@ _TOKENIZERS = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
 _STEMS = {"text_encoder": "model", "text_encoder_2": "model"}
 # As many files as FLUX.1 has; one for the others.
 _SHARDS = {"text_encoder_2": 2, "transformer": 3}
-# Leave this much of the disk to others.
-_SPARE_BYTES = 64 << 20
-_PARTIAL = ".partial"
+_SMALLER = "choose another folder or a smaller preset"
 
 _LICENSE = """\
 This is a synthetic checkpoint, written by `fluxkiln synth`.
@@ -123,7 +115,7 @@ def synthesize(
     chosen = find_preset(preset)
     names = parse_components(components)
     total = synthesized_bytes(chosen, names)
-    _check_destination(destination)
+    check_destination(destination)
     written = 0
 
     def count(nbytes: int) -> None:
@@ -132,7 +124,7 @@ def synthesize(
         if progress:
             progress(written, total)
 
-    with _whole_or_nothing(destination, total) as folder:
+    with whole_or_nothing(destination, total, _SMALLER) as folder:
         _write_small_files(folder, chosen, names)
         for name in names:
             config = chosen.configs[name]
@@ -174,68 +166,3 @@ def _write_small_files(folder: Path, preset: Preset, components: Collection[str]
 def _write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _check_destination(destination: Path) -> None:
-    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
-        raise UsageError(f"{destination} is not empty; give a folder that does not exist yet, or remove it first")
-
-
-@contextmanager
-def _whole_or_nothing(destination: Path, nbytes: int) -> Iterator[Path]:
-    """A locked folder beside `destination` that takes its place when the block ends, and vanishes when it raises."""
-    parent = destination.absolute().parent
-    parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(parent, destination.name)
-    free = shutil.disk_usage(parent).free
-    if free < nbytes + _SPARE_BYTES:
-        raise ResourceError(
-            f"{parent} has {free / 1e9:.1f} GB free, {destination.name} takes {nbytes / 1e9:.1f} GB; free some space, "
-            f"or choose another folder or a smaller preset"
-        )
-    partial = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=parent))
-    partial.chmod(0o777 & ~_umask())
-    lock = os.open(partial, os.O_RDONLY)
-    try:
-        # Tells other processes that this folder is being written; the kernel drops it when this process dies.
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        # Only now under the name that `_remove_stale` looks for.
-        partial = partial.rename(f"{partial}{_PARTIAL}")
-        yield partial
-        try:
-            os.rename(partial, destination)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                raise
-            raise UsageError(
-                f"{destination} was filled by another process meanwhile; use it, or remove it first"
-            ) from error
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise ResourceError(
-            f"the disk of {parent} is full after part of {nbytes / 1e9:.1f} GB; free some space"
-        ) from error
-    finally:
-        os.close(lock)
-        # After a successful rename there is nothing left under this name.
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _remove_stale(parent: Path, name: str) -> None:
-    """Remove what killed processes left: partial folders of `name` that nobody holds locked."""
-    for path in parent.glob(f".{glob.escape(name)}.*{_PARTIAL}"):
-        # Gone meanwhile, or locked by the process that writes it.
-        with suppress(FileNotFoundError, BlockingIOError):
-            lock = os.open(path, os.O_RDONLY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path, ignore_errors=True)
-            finally:
-                os.close(lock)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

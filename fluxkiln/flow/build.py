@@ -18,7 +18,7 @@ from fluxkiln.flow.casting import cast_file
 from fluxkiln.flow.compiling import compile_parts
 from fluxkiln.flow.devices import group_parts, plan_devices
 from fluxkiln.flow.linking import link_components
-from fluxkiln.flow.preparing import Prepared, describe, prepare, unwritten_bytes
+from fluxkiln.flow.preparing import Prepared, outline, prepare, unwritten_bytes
 from fluxkiln.flow.proving import prove_cast
 from fluxkiln.flow.stages import BinaryPart, CombinedFile, Kiln
 from fluxkiln.progress import Laps, Progress, Silent
@@ -149,8 +149,8 @@ def _already_done(prepared: Prepared, laps: Laps) -> BuildResult | None:
 def plan(settings: Settings) -> dict[str, Any]:
     """The jobs of a build without running them, with memory estimates and which of them the store has already.
 
-    Nothing is written: a synthetic checkpoint that is not there yet is planned from its shapes.
+    Nothing is written: a checkpoint that is not there yet, synthetic or with LoRAs in it, is planned from its shapes.
     """
     from fluxkiln.flow.planning import plan_build
 
-    return plan_build(describe(settings) if unwritten_bytes(settings) else prepare(settings))
+    return plan_build(outline(settings) if unwritten_bytes(settings) else prepare(settings))

@@ -19,6 +19,7 @@ from fluxkiln.artifacts.store import Blob
 from fluxkiln.components import find_kind
 from fluxkiln.errors import ParityError, ToolchainError
 from fluxkiln.flow.costs import estimate_ms, report_costs
+from fluxkiln.flow.fusing import lora_facts
 from fluxkiln.flow.stages import COMPILER_STAGES, SHARDED, BinaryPart, CombinedFile
 from fluxkiln.progress import FROM_STORE, Laps, Progress
 from fluxkiln.split.splitting import runtime_constants, split_settings
@@ -137,7 +138,7 @@ def finish_bundle(
     progress.stage("bundle", 1)
     written = write_bundle(
         prepared.bundle, sources, manifest, kiln.cache.store, roles={HOST_CONSTANTS: "constants"},
-        build={"machine": _machine(), "fluxkiln": __version__},
+        build={"machine": _machine(), "fluxkiln": __version__, **lora_facts(kiln.checkpoint)},
     )  # fmt: skip
     digest = store_bundle(kiln.cache.store, prepared.bundle, f"{prepared.name}:{kiln.target.name}")
     _remove_work(work)
@@ -222,6 +223,7 @@ def _write_report(
 
     kiln = prepared.kiln
     rows, made = parity.ladder.rows, parity.pipeline
+    loras = lora_facts(kiln.checkpoint).get("lora", ())
     facts = {
         "title": prepared.name,
         "target": kiln.target.name,
@@ -253,6 +255,7 @@ def _write_report(
             "checkpoint": f"sha256:{prepared.fingerprint}",
             "prompt": prepared.settings.prompt,
             "seed": str(prepared.settings.seed),
+            **{f"LoRA {lora['file']}": f"sha256:{lora['sha256']} x {lora['strength']}" for lora in loras},
             **parity.facts,
         },
     }
@@ -301,6 +304,7 @@ def _manifest(
             "seed": settings.seed,
             "steps": settings.steps,
             **split_settings(prepared),
+            **lora_facts(kiln.checkpoint),
         },
         "parity": dict(summary),
         "tools": dict(build_action(prepared).tools),

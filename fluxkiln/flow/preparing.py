@@ -18,6 +18,7 @@ from fluxkiln.errors import CheckpointError
 from fluxkiln.export.checkpoint import Checkpoint, open_checkpoint
 from fluxkiln.export.fingerprint import DigestMemo, digest_tensors, fingerprint, scan_finite, shard_states
 from fluxkiln.export.source import resolve_model, synthetic_folder
+from fluxkiln.flow.fusing import fused_root, lora_label, unfused_bytes
 from fluxkiln.flow.stages import Kiln
 from fluxkiln.progress import STEP_BYTES, Progress, Silent, count_bytes
 from fluxkiln.settings import Settings
@@ -47,12 +48,13 @@ def prepare(settings: Settings, progress: Progress | None = None) -> Prepared:
     from fluxkiln.flow.planning import check_resources
 
     progress = progress or Silent()
-    if unwritten_bytes(settings):
-        check_resources(describe(settings))
+    if unwritten_bytes(settings, _read_progress(progress)):
+        check_resources(outline(settings))
     report = count_bytes(progress, "synthesize", "written")
     root = resolve_model(settings.model, _models(settings), report, settings.components and settings.chosen)
-    checkpoint = open_checkpoint(root, settings.chosen)
     memo = DigestMemo(settings.store_path.absolute() / "memo" / "tensors.json")
+    root = fused_root(root, settings, _models(settings), memo, progress, _read_progress(progress))
+    checkpoint = open_checkpoint(root, settings.chosen)
     prepared = _prepared(settings, checkpoint)
     shards = shard_states(checkpoint)
     print_ = fingerprint(checkpoint, memo, _read_progress(progress))
@@ -81,16 +83,20 @@ def describe(settings: Settings) -> Prepared:
     return _prepared(settings, unwritten_checkpoint(PRESETS[settings.model], settings.chosen))
 
 
-def unwritten_bytes(settings: Settings) -> int:
-    """Bytes of the synthetic checkpoint that a build has to write first; 0 for any other."""
+def unwritten_bytes(settings: Settings, reading: Callable[[int, int], None] | None = None) -> int:
+    """Bytes that a build has to write first: of a synthetic checkpoint, of one with LoRAs in it; 0 for any other."""
     from fluxkiln.export.synth import synthesized_bytes, with_tiny_vae
     from fluxkiln.export.synth_presets import PRESETS
 
     preset = PRESETS.get(settings.model)
-    if preset is None:
+    chosen = settings.components and settings.chosen
+    if preset is not None and not (synthetic_folder(preset, _models(settings), chosen) / "model_index.json").is_file():
+        fused = synthesized_bytes(preset, ("transformer",)) if settings.loras else 0
+        return synthesized_bytes(preset, with_tiny_vae(settings.chosen)) + fused
+    if not settings.loras:
         return 0
-    folder = synthetic_folder(preset, _models(settings), settings.components and settings.chosen)
-    return 0 if (folder / "model_index.json").is_file() else synthesized_bytes(preset, with_tiny_vae(settings.chosen))
+    root = resolve_model(settings.model, _models(settings), None, chosen)
+    return unfused_bytes(root, settings, _models(settings), reading)
 
 
 def _prepared(settings: Settings, checkpoint: Checkpoint) -> Prepared:
@@ -134,7 +140,9 @@ def _name(settings: Settings, target: Target, checkpoint: Checkpoint, shapes: Sh
         label += "" if settings.granularity == "block" else "-" + settings.granularity.replace(":", "")
         label += "-published" * (settings.flags == "published")
     forms = "-inline" * (settings.modulation == "inline") + "-tiny-vae" * (settings.vae == "tiny")
-    return f"{checkpoint.name}-{label}-{shapes.width}x{shapes.height}-{shapes.tokens}{forms}{chosen}"
+    return (
+        f"{checkpoint.name}-{label}-{shapes.width}x{shapes.height}-{shapes.tokens}{forms}{lora_label(settings)}{chosen}"
+    )
 
 
 def chosen_parts(settings: Settings, checkpoint: Checkpoint) -> tuple[Part, ...]:

@@ -92,7 +92,7 @@ def test_without_a_command_help_and_exit_2(fluxkiln):
         (["build", "cpu", "--size", "0x64"], "width 0 is not"),
         (["build", "cpu", "--size", "large"], "size 'large' is not WIDTHxHEIGHT"),
         (["build", "cpu", "--vae", "huge"], "no VAE is called 'huge'; there are kl"),
-        (["build", "cpu", "--lora", "style"], "LoRA is not supported yet; fuse it first with diffusers' fuse_lora"),
+        (["build", "cpu", "--lora", "style"], "--lora style: there is no such file; give a LoRA's .safetensors file"),
         (["export", "tiny-dev", "out", "--kind", "triple"], "no kind of part is called 'triple'; there are clip"),
         (["export", "tiny-dev", "out", "--format", "onnx18"], "no graph format is called 'onnx18'; there are onnx17"),
         (["export", "tiny-dev", "out", "--kind", "vae_decoder", "--vae", "tiny"], "use --vae kl"),

@@ -1,0 +1,243 @@
+"""A LoRA for FLUX.1's transformer, read from any of the forms that people have, as what it adds to which tensor.
+
+Names are converted by diffusers' own converters (diffusers.loaders.FluxLoraLoaderMixin.lora_state_dict): PEFT's and
+diffusers' names, kohya's and ComfyUI's with fused qkv and linear1, XLabs', Black Forest Labs' own. Where these leave
+something out without a word, the file is refused here: a LoRA counts as a whole or not at all.
+
+Shapes: O = out features, I = in features, R = rank.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fluxkiln.errors import CheckpointError, UsageError
+from fluxkiln.export.safetensors_header import read_header
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    Tensors = dict[str, Tensor]
+
+METADATA_KEY = "lora_adapter_metadata"
+_ELSEWHERE = "fuse it with the tool that made it and give that folder as the model"
+# What a tensor's name tells that the file has besides low-rank pairs for the transformer.
+_REFUSED = (
+    (r"dora_scale|lora_magnitude_vector", "is a DoRA, which has magnitudes of its own; only LoRA is fused"),
+    (r"\.(lokr|hada|oft|glora)_|lora_mid", "is a LyCORIS adapter, not a LoRA of two matrices; only LoRA is fused"),
+    (r"^(lora_)?te\d?_|^text_encoder", "has layers for the text encoders; only the transformer's are fused"),
+    (r"\.diff(_b)?$", "has whole differences besides low-rank pairs; only pairs are fused"),
+)  # fmt: skip
+_DOWN = re.compile(r"\.(lora_A|lora_down|down)\.weight$")
+_UP = re.compile(r"\.(lora_B|lora_up|up)\.weight$")
+# The roots of Black Forest Labs' own names, which PEFT writes behind the same prefix as diffusers' names.
+_ORIGINAL = re.compile(r"(double_blocks|single_blocks|final_layer|img_in|txt_in|time_in|vector_in|guidance_in)\b")
+_PEFT_PREFIX = "base_model.model."
+_SWAPPED = "final_layer.adaLN_modulation.1.lora_A.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What is added to one tensor: `scale` * up_OR @ down_RI in float32; put in its place instead if it `replaces`.
+
+    A bias and a norm's weight count as [O, 1].
+    """
+
+    tensor: str
+    up_OR: Tensor
+    down_RI: Tensor
+    scale: float = 1.0
+    replaces: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.up_OR.shape[0], self.down_RI.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class LoraFile:
+    """A LoRA as it was read; `sha256` is of the file's bytes."""
+
+    file: Path
+    sha256: str
+    pieces: tuple[Piece, ...]
+
+
+def digest_lora(file: Path) -> str:
+    """sha256 of the file's bytes; UsageError when there is no such file."""
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise UsageError(
+            f"--lora {file}: {error.strerror}; give a LoRA's .safetensors file, as FILE or FILE:STRENGTH"
+        ) from error
+
+
+def read_lora(file: Path) -> LoraFile:
+    """Read, convert and check a LoRA file; tensors become float32.
+
+    Memory: twice 4 bytes for each of the file's numbers, at most.
+
+    Raises:
+        UsageError: no such file.
+        CheckpointError: no safetensors file, no LoRA in it, something besides pairs for FLUX.1's transformer, names
+            that diffusers cannot convert, a NaN or Inf.
+    """
+    sha256 = digest_lora(file)
+    names = list(read_header(file))
+    for pattern, what in _REFUSED:
+        hits = [name for name in names if re.search(pattern, name)]
+        if hits:
+            raise CheckpointError(f"{file} {what} ({_some(hits)}); {_ELSEWHERE}")
+    if not any(map(_DOWN.search, names)):
+        raise CheckpointError(
+            f"{file} holds no LoRA: none of its {len(names)} tensors ({_some(names)}) is one of a low-rank pair, "
+            "lora_A.weight or lora_down.weight say; give the file that a LoRA trainer wrote"
+        )
+    tensors, metadata = _load(file)
+    if not any(".lora_A." in name for name in names):
+        metadata = {}  # PEFT's; the other forms have their alphas in tensors
+    tensors = _prepare(tensors)
+    rows = sum(tensor.shape[0] for name, tensor in tensors.items() if _UP.search(name) and tensor.ndim)
+    converted, alphas = _convert(file, tensors)
+    placed = sum(tensor.shape[0] for name, tensor in converted.items() if _UP.search(name) and tensor.ndim)
+    if placed != rows:
+        raise CheckpointError(
+            f"{file} has layers with {rows} output rows, and diffusers' converter finds a place for {placed} of them; "
+            f"it mixes forms or has layers that FLUX.1 has not: {_ELSEWHERE}"
+        )
+    pieces = _pieces(file, converted, alphas, metadata)
+    return LoraFile(file, sha256, tuple(sorted(pieces, key=lambda piece: piece.tensor)))
+
+
+def _load(file: Path) -> tuple[Tensors, dict[str, Any]]:
+    """Every tensor in float32, and what PEFT wrote about ranks and alphas."""
+    import torch
+    from safetensors import safe_open
+
+    tensors = {}
+    with safe_open(str(file), framework="pt") as stream:
+        told = (stream.metadata() or {}).get(METADATA_KEY)
+        for name in stream.keys():  # noqa: SIM118
+            tensors[name] = stream.get_tensor(name).to(torch.float32)
+            if not torch.isfinite(tensors[name]).all():
+                raise CheckpointError(
+                    f"{name} in {file} has a NaN or Inf, weights must be finite; its training diverged: use another"
+                )
+    try:
+        metadata = json.loads(told) if told else {}
+        return tensors, {key.removeprefix("transformer."): value for key, value in metadata.items()}
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{file} has a {METADATA_KEY} that is no JSON object; save the LoRA again") from error
+
+
+def _prepare(tensors: Tensors) -> Tensors:
+    """Names and alphas that diffusers' converters do not take as they are meant."""
+    stripped = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in tensors.items()}
+    if len(stripped) == len(tensors) and not any(map(_ORIGINAL.match, stripped)):
+        # What PEFT saves by itself; behind this prefix diffusers looks for the original names only.
+        tensors = stripped
+    for name in [name for name in tensors if "final_layer" in name and name.endswith(".alpha")]:
+        # Thrown away by the converter, which scales all the other layers of this form.
+        alpha, layer = tensors.pop(name), name.removesuffix(".alpha")
+        up = f"{layer}.lora_up.weight"
+        if up in tensors:
+            tensors[up] = tensors[up] * (float(alpha) / tensors[up].shape[1])
+    if _SWAPPED in tensors:
+        # The converter swaps scale and shift, which are halves of the output, in this matrix of ranks as well: undo it.
+        tensors[_SWAPPED] = tensors[_SWAPPED].roll((tensors[_SWAPPED].shape[0] + 1) // 2, 0)
+    return tensors
+
+
+def _convert(file: Path, tensors: Tensors) -> tuple[Tensors, Mapping[str, Any]]:
+    from diffusers.loaders import FluxLoraLoaderMixin
+
+    try:
+        # A copy: converters empty what they are given.
+        converted, alphas = FluxLoraLoaderMixin.lora_state_dict(dict(tensors), return_alphas=True)
+    except (LookupError, ValueError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{file} has layers that diffusers' converter cannot place in FLUX.1 ({type(error).__name__}: {reason}); "
+            "it is for another model or not whole: give the file as its trainer wrote it for FLUX.1"
+        ) from error
+    return converted, alphas or {}
+
+
+def _pieces(file: Path, converted: Tensors, alphas: Mapping[str, Any], metadata: Mapping[str, Any]) -> list[Piece]:
+    import torch
+
+    names = {name.removeprefix("transformer."): tensor for name, tensor in converted.items()}
+    told = {_layer_of_alpha(name): float(alpha) for name, alpha in alphas.items()}
+    # One of the converters hands them through.
+    told |= {_layer_of_alpha(name): float(names.pop(name)) for name in list(names) if name.endswith(".alpha")}
+    if told and metadata:
+        raise CheckpointError(
+            f"{file} gives alphas twice, as tensors and in its metadata; save the LoRA again with either"
+        )
+    pieces = []
+    one = torch.ones(1, 1)
+    for name in sorted(names):
+        layer, _, role = name.rpartition(".lora_")
+        if role == "A.weight":
+            up = names.get(f"{layer}.lora_B.weight")
+            pieces.append(_pair(file, layer, names[name], up, told, metadata))
+        elif role == "B.weight" and f"{layer}.lora_A.weight" in names:
+            continue
+        elif role == "B.bias" and f"{layer}.lora_A.weight" in names:
+            scale = _scale(layer, names[f"{layer}.lora_A.weight"].shape[0], told, metadata)
+            pieces.append(Piece(f"{layer}.bias", names[name].reshape(-1, 1), one, scale))
+        elif re.search(r"\.norm_(added_)?[qk]\.weight$", name):
+            # As diffusers does with those of a control LoRA, whatever the strength.
+            pieces.append(Piece(name, names[name].reshape(-1, 1), one, replaces=True))
+        else:
+            raise CheckpointError(
+                f"{file} has {name}, which is no half of a low-rank pair with its other half beside it; only pairs are "
+                f"fused: {_ELSEWHERE}"
+            )
+    return pieces
+
+
+def _pair(
+    file: Path, layer: str, down: Tensor, up: Tensor | None, told: Mapping[str, float], metadata: Mapping[str, Any]
+) -> Piece:
+    if up is None:
+        raise CheckpointError(f"{file} has lora_A of {layer} without its lora_B; it is not whole: fetch it again")
+    if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or not down.shape[0]:
+        raise CheckpointError(
+            f"{file} has lora_A {list(down.shape)} and lora_B {list(up.shape)} for {layer}; a pair is [rank, in] and "
+            "[out, rank]: it is damaged or for another model"
+        )
+    return Piece(f"{layer}.weight", up, down, _scale(layer, down.shape[0], told, metadata))
+
+
+def _scale(layer: str, rank: int, told: Mapping[str, float], metadata: Mapping[str, Any]) -> float:
+    """alpha / rank, 1 without an alpha; or as PEFT's own config says.
+
+    Source: PEFT, LoraLayer.update_layer and get_pattern_key; its patterns are regular expressions for the end of a
+    layer's name.
+    """
+    if not metadata:
+        return told.get(layer, float(rank)) / rank
+    alpha = metadata.get("lora_alpha", rank)
+    for pattern, value in (metadata.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", layer):
+            alpha = value
+            break
+    return float(alpha) / (math.sqrt(rank) if metadata.get("use_rslora") else rank)
+
+
+def _layer_of_alpha(name: str) -> str:
+    return name.removeprefix("transformer.").split(".lora_")[0].removesuffix(".alpha")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")

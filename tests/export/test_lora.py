@@ -1,0 +1,521 @@
+"""LoRAs fused into a tiny checkpoint, against sums computed here and against diffusers' own fusing."""
+
+import json
+import os
+import shutil
+import signal
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fluxkiln.errors import CheckpointError, FluxkilnError, ResourceError, UsageError
+from fluxkiln.export.checkpoint import open_checkpoint, read_tensor
+from fluxkiln.export.fingerprint import DigestMemo
+from fluxkiln.export.folders import shutil as folders_shutil
+from fluxkiln.export.lora import RECORD, fuse_lora, fuse_once, fused_folder, is_fused, read_record
+from fluxkiln.export.lora_file import METADATA_KEY, read_lora
+
+Q = "transformer_blocks.0.attn.to_q"
+K = "transformer_blocks.0.attn.to_k"
+V = "transformer_blocks.0.attn.to_v"
+OUT = "single_transformer_blocks.0.proj_out"
+
+
+@pytest.fixture(scope="module")
+def base(tiny_checkpoint):
+    return tiny_checkpoint("tiny-dev").root
+
+
+@pytest.fixture(scope="module")
+def shapes(base):
+    return {name: ref.shape for name, ref in open_checkpoint(base, ("transformer",)).tensors["transformer"].items()}
+
+
+def weights(folder):
+    """Every tensor of the transformer, as it is stored."""
+    files = sorted((folder / "transformer").glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def exact(rows, columns, seed):
+    """Multiples of 1/16 up to 1: sums of a few products of two are exact in float32, in any order."""
+    drawn = torch.randint(-16, 17, (rows, columns), generator=torch.Generator().manual_seed(seed))
+    return drawn.to(torch.float32) / 16
+
+
+def pair(shapes, layer, rank=4, seed=0):
+    """(down, up) for a layer."""
+    out, width = shapes[f"{layer}.weight"]
+    return exact(rank, width, seed), exact(out, rank, seed + 1)
+
+
+def peft(shapes, *layers, rank=4, alpha=None, prefix="transformer."):
+    tensors = {}
+    for i, layer in enumerate(layers):
+        down, up = pair(shapes, layer, rank, 2 * i)
+        tensors |= {f"{prefix}{layer}.lora_A.weight": down, f"{prefix}{layer}.lora_B.weight": up}
+        if alpha is not None:
+            tensors[f"{prefix}{layer}.alpha"] = torch.tensor(alpha)
+    return tensors
+
+
+def write(path, tensors, metadata=None):
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+    return path
+
+
+def bits(tensor):
+    return tensor.contiguous().view(torch.int16)
+
+
+def added(old, *terms):
+    """W + s * (B @ A) for each term, rounded to bfloat16 at the end."""
+    total = old.float()
+    for down, up, scale in terms:
+        total = total + scale * (up @ down)
+    return total.to(torch.bfloat16)
+
+
+def test_weights_bit_for_bit(tmp_path, base, shapes):
+    file = write(tmp_path / "style.safetensors", peft(shapes, Q, OUT, alpha=2.0))
+    done = []
+    fused = fuse_lora(base, [(file, 0.5)], tmp_path / "fused", lambda *counts: done.append(counts))
+    old, new = weights(base), weights(tmp_path / "fused")
+    assert fused.tensors == tuple(sorted([f"{Q}.weight", f"{OUT}.weight"]))
+    for i, layer in enumerate((Q, OUT)):
+        wanted = added(old[f"{layer}.weight"], (*pair(shapes, layer, seed=2 * i), 0.5 * 2 / 4))
+        assert torch.equal(bits(new[f"{layer}.weight"]), bits(wanted))
+        assert not torch.equal(new[f"{layer}.weight"], old[f"{layer}.weight"])
+    assert old.keys() == new.keys()
+    for name in old.keys() - set(fused.tensors):
+        assert torch.equal(bits(old[name]), bits(new[name])), name
+    assert done[-1] == (fused.nbytes, fused.nbytes)
+
+
+def test_rows_come_in_blocks(tmp_path, base, shapes, monkeypatch):
+    tensors = {name: torch.randn(t.shape, generator=torch.Generator().manual_seed(5)) for name, t in
+               peft(shapes, Q, OUT).items()}  # fmt: skip
+    file = write(tmp_path / "style.safetensors", tensors)
+    fuse_lora(base, [(file, 1.0)], tmp_path / "whole")
+    monkeypatch.setattr("fluxkiln.export.lora._BLOCK_ITEMS", 3 * shapes[f"{Q}.weight"][1] + 1)
+    monkeypatch.setattr("fluxkiln.export.lora._BLOCK_BYTES", 777)
+    fuse_lora(base, [(file, 1.0)], tmp_path / "blocks")
+    whole, blocks, old = weights(tmp_path / "whole"), weights(tmp_path / "blocks"), weights(base)
+    for name in whole:
+        # Other blocks may add up in another order: at most the last bit of a bfloat16 differs, in very few of them.
+        differ = bits(whole[name]) != bits(blocks[name])
+        assert differ.sum() <= 1 + differ.numel() // 1000, name
+    reference = old[f"{Q}.weight"].double() + (
+        tensors[f"transformer.{Q}.lora_B.weight"].double() @ tensors[f"transformer.{Q}.lora_A.weight"].double()
+    )
+    error = (blocks[f"{Q}.weight"].double() - reference).abs()
+    assert bool((error <= reference.abs() * 2.0**-8 + 1e-6).all())
+
+
+def test_several_and_the_same_twice(tmp_path, base, shapes):
+    one = write(tmp_path / "one.safetensors", peft(shapes, Q))
+    two = write(tmp_path / "two.safetensors", {
+        f"transformer.{Q}.lora_A.weight": exact(2, shapes[f"{Q}.weight"][1], 8),
+        f"transformer.{Q}.lora_B.weight": exact(shapes[f"{Q}.weight"][0], 2, 9),
+    })  # fmt: skip
+    fuse_lora(base, [(one, 0.5), (two, -0.25), (one, 0.25)], tmp_path / "fused")
+    down, up = pair(shapes, Q)
+    second = (exact(2, shapes[f"{Q}.weight"][1], 8), exact(shapes[f"{Q}.weight"][0], 2, 9))
+    wanted = added(weights(base)[f"{Q}.weight"], (down, up, 0.5), (*second, -0.25), (down, up, 0.25))
+    assert torch.equal(bits(weights(tmp_path / "fused")[f"{Q}.weight"]), bits(wanted))
+    record = read_record(tmp_path / "fused")
+    assert [(lora["file"], lora["strength"]) for lora in record["lora"]] == [
+        ("one.safetensors", 0.5), ("two.safetensors", -0.25), ("one.safetensors", 0.25)
+    ]  # fmt: skip
+    assert record["tensors"] == [f"{Q}.weight"]
+    # Fused once more, the record tells both.
+    fuse_lora(tmp_path / "fused", [(two, 1.0)], tmp_path / "again")
+    assert [lora["file"] for lora in read_record(tmp_path / "again")["lora"]][-2:] == [
+        "one.safetensors", "two.safetensors"
+    ]  # fmt: skip
+
+
+def test_untouched_files_are_links(tmp_path, base, shapes):
+    file = write(tmp_path / "style.safetensors", peft(shapes, Q))
+    out = tmp_path / "fused"
+    shutil.copytree(base, tmp_path / "base")
+    (tmp_path / "base" / "flux1-dev.safetensors").write_bytes(b"the old weights in another form")
+    (tmp_path / "base" / "transformer" / "old.bin").write_bytes(b"as well")
+    fuse_lora(tmp_path / "base", [(file, 1.0)], out)
+    touched = open_checkpoint(out).tensors["transformer"][f"{Q}.weight"].file
+    new = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    old = {str(path.relative_to(base)) for path in base.rglob("*") if path.is_file()}
+    assert new == old | {RECORD}
+    apart = {name for name in old if not (out / name).samefile(tmp_path / "base" / name)}
+    assert apart == {str(touched.relative_to(out))}
+    # The header and every byte but the tensor's are the same.
+    before, after = (tmp_path / "base" / next(iter(apart))).read_bytes(), touched.read_bytes()
+    ref = open_checkpoint(out).tensors["transformer"][f"{Q}.weight"]
+    assert len(before) == len(after)
+    assert before[: ref.offset] == after[: ref.offset]
+    assert before[ref.offset + ref.nbytes :] == after[ref.offset + ref.nbytes :]
+    assert before != after
+
+
+def test_files_that_cannot_be_linked_are_copied(tmp_path, base, shapes, monkeypatch):
+    def refuse(*names):
+        raise OSError(1, "no hard links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    file = write(tmp_path / "style.safetensors", peft(shapes, Q))
+    fuse_lora(base, [(file, 1.0)], tmp_path / "fused")
+    config = tmp_path / "fused" / "model_index.json"
+    assert config.read_bytes() == (base / "model_index.json").read_bytes()
+    assert not config.samefile(base / "model_index.json")
+
+
+def test_kohya_qkv_is_split(tmp_path, base, shapes):
+    out, width = shapes[f"{Q}.weight"]
+    down, up = exact(4, width, 1), exact(3 * out, 4, 2)
+    name = "lora_unet_double_blocks_0_img_attn_qkv"
+    file = write(tmp_path / "kohya.safetensors", {
+        f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(1.0),
+    })  # fmt: skip
+    fuse_lora(base, [(file, 2.0)], tmp_path / "fused")
+    old, new = weights(base), weights(tmp_path / "fused")
+    for i, layer in enumerate((Q, K, V)):
+        wanted = added(old[f"{layer}.weight"], (down, up[i * out : (i + 1) * out], 2.0 / 4))
+        assert torch.equal(bits(new[f"{layer}.weight"]), bits(wanted)), layer
+
+
+def product(pieces, tensor):
+    """scale * up @ down of a tensor."""
+    piece = next(piece for piece in pieces if piece.tensor == tensor)
+    return piece.scale * (piece.up_OR @ piece.down_RI)
+
+
+def test_kohya_linear1_and_final_layer(tmp_path):
+    single, final = "lora_unet_single_blocks_7_linear1", "lora_unet_final_layer_adaLN_modulation_1"
+    down, up = exact(2, 3072, 1), exact(3 * 3072 + 12288, 2, 2)
+    ends = exact(2, 3072, 3), exact(2 * 3072, 2, 4)
+    file = write(tmp_path / "kohya.safetensors", {
+        f"{single}.lora_down.weight": down, f"{single}.lora_up.weight": up, f"{single}.alpha": torch.tensor(0.5),
+        f"{final}.lora_down.weight": ends[0], f"{final}.lora_up.weight": ends[1], f"{final}.alpha": torch.tensor(1.0),
+    })  # fmt: skip
+    pieces = read_lora(file).pieces
+    block = "single_transformer_blocks.7"
+    names = [f"{block}.attn.to_k", f"{block}.attn.to_q", f"{block}.attn.to_v", f"{block}.proj_mlp", "norm_out.linear"]
+    assert [piece.tensor for piece in pieces] == sorted(f"{name}.weight" for name in names)
+    wanted = 0.25 * (up @ down)
+    for i, name in enumerate(("attn.to_q", "attn.to_k", "attn.to_v")):
+        assert torch.equal(product(pieces, f"{block}.{name}.weight"), wanted[3072 * i : 3072 * (i + 1)])
+    assert torch.equal(product(pieces, f"{block}.proj_mlp.weight"), wanted[3 * 3072 :])
+    # Black Forest Labs have the shift first, diffusers the scale; the alpha, which the converter drops, counts.
+    shift, scale = (0.5 * (ends[1] @ ends[0])).chunk(2)
+    assert torch.equal(product(pieces, "norm_out.linear.weight"), torch.cat([scale, shift]))
+
+
+def test_xlabs(tmp_path, base, shapes):
+    out, width = shapes[f"{Q}.weight"]
+    down, up, proj = exact(4, width, 1), exact(3 * out, 4, 2), (exact(4, out, 3), exact(width, 4, 4))
+    block = "double_blocks.0.processor"
+    file = write(tmp_path / "xlabs.safetensors", {
+        f"{block}.qkv_lora1.down.weight": down, f"{block}.qkv_lora1.up.weight": up,
+        f"{block}.proj_lora2.down.weight": proj[0], f"{block}.proj_lora2.up.weight": proj[1],
+    })  # fmt: skip
+    fuse_lora(base, [(file, 1.0)], tmp_path / "fused")
+    old, new = weights(base), weights(tmp_path / "fused")
+    for i, layer in enumerate((Q, K, V)):
+        assert torch.equal(new[f"{layer}.weight"], added(old[f"{layer}.weight"], (down, up[i * out :][:out], 1.0)))
+    name = "transformer_blocks.0.attn.to_add_out.weight"
+    assert torch.equal(new[name], added(old[name], (*proj, 1.0)))
+
+
+def test_control_lora_is_read_and_does_not_fit(tmp_path, base):
+    tensors = {}
+
+    def layer(name, out, width):
+        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = torch.ones(2, width), torch.ones(out, 2)
+
+    for name in ("time_in", "vector_in", "guidance_in"):
+        layer(f"{name}.in_layer", 3072, 768 if name == "vector_in" else 256)
+        layer(f"{name}.out_layer", 3072, 3072)
+    layer("txt_in", 3072, 4096)
+    layer("img_in", 3072, 128)
+    layer("final_layer.linear", 64, 3072)
+    layer("final_layer.adaLN_modulation.1", 6144, 3072)
+    for i in range(19):
+        for side in ("img", "txt"):
+            layer(f"double_blocks.{i}.{side}_mod.lin", 18432, 3072)
+            layer(f"double_blocks.{i}.{side}_attn.qkv", 9216, 3072)
+            layer(f"double_blocks.{i}.{side}_attn.proj", 3072, 3072)
+            layer(f"double_blocks.{i}.{side}_mlp.0", 12288, 3072)
+            layer(f"double_blocks.{i}.{side}_mlp.2", 3072, 12288)
+            for norm in ("query", "key"):
+                tensors[f"double_blocks.{i}.{side}_attn.norm.{norm}_norm.scale"] = torch.full((128,), 2.0)
+    for i in range(38):
+        layer(f"single_blocks.{i}.modulation.lin", 9216, 3072)
+        layer(f"single_blocks.{i}.linear1", 21504, 3072)
+        layer(f"single_blocks.{i}.linear2", 3072, 15360)
+        for norm in ("query", "key"):
+            tensors[f"single_blocks.{i}.norm.{norm}_norm.scale"] = torch.full((128,), 2.0)
+    tensors["double_blocks.3.img_attn.proj.lora_B.bias"] = torch.arange(3072.0)
+    down, up = exact(2, 3072, 1), exact(6144, 2, 2)
+    tensors |= {f"final_layer.adaLN_modulation.1.lora_{half}.weight": t for half, t in (("A", down), ("B", up))}
+    file = write(tmp_path / "control.safetensors", tensors)
+    pieces = {piece.tensor: piece for piece in read_lora(file).pieces}
+    assert pieces["x_embedder.weight"].shape == (3072, 128)
+    assert pieces["transformer_blocks.3.attn.norm_added_q.weight"].replaces
+    assert pieces["transformer_blocks.3.attn.to_out.0.bias"].up_OR[7, 0] == 7
+    assert pieces["single_transformer_blocks.37.proj_mlp.weight"].shape == (12288, 3072)
+    shift, scale = (up @ down).chunk(2)
+    assert torch.equal(product(pieces.values(), "norm_out.linear.weight"), torch.cat([scale, shift]))
+    with pytest.raises(CheckpointError, match="is for another model"):
+        fuse_lora(base, [(file, 1.0)], tmp_path / "fused")
+    assert not (tmp_path / "fused").exists()
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", "", "base_model.model."])
+def test_prefixes(tmp_path, shapes, prefix):
+    file = write(tmp_path / "style.safetensors", peft(shapes, Q, prefix=prefix))
+    assert [piece.tensor for piece in read_lora(file).pieces] == [f"{Q}.weight"]
+
+
+@pytest.mark.parametrize(
+    ("config", "scale"),
+    [
+        ({"r": 4, "lora_alpha": 8}, 2.0),
+        ({"r": 4, "lora_alpha": 8, "use_rslora": True}, 4.0),
+        ({"r": 4, "lora_alpha": 8, "alpha_pattern": {"attn.to_k": 1, r"^transformer_blocks.0.attn.to_q": 2}}, 0.5),
+    ],
+)
+def test_alpha_of_the_metadata(tmp_path, shapes, config, scale):
+    told = {METADATA_KEY: json.dumps({f"transformer.{key}": value for key, value in config.items()})}
+    file = write(tmp_path / "style.safetensors", peft(shapes, Q), told)
+    assert [piece.scale for piece in read_lora(file).pieces] == [scale]
+
+
+def test_replaced_norms_and_biases(tmp_path, base, shapes):
+    """What a control LoRA has besides pairs, in diffusers' names."""
+    bias, norm = f"{Q}.bias", "transformer_blocks.0.attn.norm_q.weight"
+    tensors = peft(shapes, Q, alpha=2.0)
+    tensors[f"transformer.{Q}.lora_B.bias"] = exact(1, shapes[bias][0], 3)[0]
+    tensors[f"transformer.{norm}"] = exact(1, shapes[norm][0], 4)[0]
+    fuse_lora(base, [(write(tmp_path / "style.safetensors", tensors), 0.5)], tmp_path / "fused")
+    old, new = weights(base), weights(tmp_path / "fused")
+    wanted = (old[bias].float() + 0.25 * tensors[f"transformer.{Q}.lora_B.bias"]).to(torch.bfloat16)
+    assert torch.equal(new[bias], wanted)
+    assert torch.equal(new[norm].float(), tensors[f"transformer.{norm}"])
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_as_diffusers_fuses(tmp_path, base, shapes):
+    pytest.importorskip("peft", reason="diffusers fuses with peft, which is no dependency of ours")
+    from diffusers import FluxPipeline, FluxTransformer2DModel
+
+    transformer = FluxTransformer2DModel.from_pretrained(base / "transformer", torch_dtype=torch.float32)
+    pipeline = FluxPipeline(None, None, None, None, None, None, transformer)
+    down, up = torch.randn(4, shapes[f"{Q}.weight"][1]), torch.randn(3 * shapes[f"{Q}.weight"][0], 4)
+    name = "lora_unet_double_blocks_0_img_attn_qkv"
+    one = write(tmp_path / "one.safetensors", {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up,
+                                               f"{name}.alpha": torch.tensor(3.0)})  # fmt: skip
+    two = write(tmp_path / "two.safetensors", peft(shapes, Q, OUT, alpha=2.0))
+    pipeline.load_lora_weights(str(one), adapter_name="one")
+    pipeline.load_lora_weights(str(two), adapter_name="two")
+    pipeline.set_adapters(["one", "two"], [0.7, 0.4])
+    pipeline.fuse_lora(adapter_names=["one", "two"])
+    theirs = transformer.state_dict()
+    fused = fuse_lora(base, [(one, 0.7), (two, 0.4)], tmp_path / "fused")
+    new, old = weights(tmp_path / "fused"), weights(base)
+    assert len(fused.tensors) == 4
+    for tensor in fused.tensors:
+        wanted = theirs[tensor.replace(".weight", ".base_layer.weight")]
+        assert torch.allclose(new[tensor].float(), wanted, rtol=2.0**-8, atol=1e-6)
+        assert not torch.allclose(old[tensor].float(), wanted, rtol=2.0**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("broken")])
+def test_interrupted(tmp_path, base, shapes, error):
+    def stop(done, total):
+        raise error
+
+    file = write(tmp_path / "style.safetensors", peft(shapes, Q))
+    with pytest.raises(type(error)):
+        fuse_lora(base, [(file, 1.0)], tmp_path / "out" / "fused", stop)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_killed_and_started_again(tmp_path, base, shapes):
+    file, out = write(tmp_path / "style.safetensors", peft(shapes, Q)), tmp_path / "out"
+    child = os.fork()
+    if not child:
+        fuse_lora(base, [(file, 1.0)], out / "fused", lambda *counts: os.kill(os.getpid(), signal.SIGKILL))
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert [path.name.startswith(".fused.") for path in out.iterdir()] == [True]
+    fuse_lora(base, [(file, 1.0)], out / "fused")
+    assert [path.name for path in out.iterdir()] == ["fused"]
+
+
+def test_made_once_and_found_again(tmp_path, base, shapes):
+    memo, models = DigestMemo(tmp_path / "memo.json"), tmp_path / "models"
+    file = write(tmp_path / "style.safetensors", peft(shapes, Q))
+    states = {path: path.stat() for path in base.rglob("*") if path.is_file()}
+    folder = fused_folder(base, [(file, 1.0)], models, memo)
+    assert folder.name == base.name
+    assert not is_fused(folder)
+    fuse_once(base, [(file, 1.0)], folder)
+    assert is_fused(folder)
+    # Whoever reads the checkpoint meanwhile sees no change, not even of a ctime.
+    assert {path: path.stat() for path in states} == states
+    assert open_checkpoint(folder).name == "tiny-dev"
+    made = (folder / RECORD).stat()
+    assert fuse_once(base, [(file, 1.0)], fused_folder(base, [(file, 1.0)], models, memo)) == folder
+    assert (folder / RECORD).stat() == made
+    others = [[(file, 0.5)], [(file, 1.0), (file, 1.0)],
+              [(write(tmp_path / "other.safetensors", peft(shapes, K)), 1.0)]]  # fmt: skip
+    keys = {fused_folder(base, loras, models, memo) for loras in others}
+    assert len(keys | {folder}) == 4
+    # By what is in the file, not by its name.
+    renamed = shutil.copy(file, tmp_path / "renamed.safetensors")
+    assert fused_folder(base, [(Path(renamed), 1.0)], models, memo) == folder
+
+
+def test_made_again_when_its_links_lead_nowhere(tmp_path, base, shapes):
+    shutil.copytree(base, copy := tmp_path / "base")
+    file = write(tmp_path / "style.safetensors", peft(shapes, Q))
+    folder = fuse_once(copy, [(file, 1.0)], tmp_path / "fused")
+    (copy / "LICENSE").rename(copy / "LICENSE.md")
+    assert not is_fused(folder)
+    assert is_fused(fuse_once(copy, [(file, 1.0)], folder))
+    assert (folder / "LICENSE.md").is_file()
+
+
+def damaged(tmp_path, shapes, what):
+    """A file that must be refused."""
+    path, tensors = tmp_path / "bad.safetensors", peft(shapes, Q)
+    down, up = f"transformer.{Q}.lora_A.weight", f"transformer.{Q}.lora_B.weight"
+    if what == "absent":
+        return path
+    if what == "folder":
+        return tmp_path
+    if what == "pickle":
+        path.write_bytes(b"\x80\x02}q\x00." * 40)
+        return path
+    if what == "cut":
+        write(path, tensors)
+        path.write_bytes(path.read_bytes()[:-8])
+        return path
+    if what == "empty":
+        path.write_bytes(struct.pack("<Q", 2) + b"{}")
+        return path
+    changed = {
+        "none": lambda: {"some.weight": torch.ones(2, 2)},
+        "layer": lambda: peft({"transformer_blocks.77.attn.to_q.weight": shapes[f"{Q}.weight"]},
+                              "transformer_blocks.77.attn.to_q"),
+        "shape": lambda: {down: torch.ones(4, 12), up: tensors[up]},
+        "rank": lambda: {down: tensors[down], up: tensors[up][:, :3]},
+        "half": lambda: {down: tensors[down]},
+        "other half": lambda: {up: tensors[up], f"transformer.{K}.lora_A.weight": tensors[down],
+                               f"transformer.{K}.lora_B.weight": tensors[up].clone()},
+        "nan": lambda: {**tensors, up: torch.full_like(tensors[up], torch.nan)},
+        "inf": lambda: {**tensors, down: torch.full_like(tensors[down], torch.inf)},
+        "clip": lambda: {**tensors, "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_A.weight": torch.ones(1, 2)},
+        "te1": lambda: {**tensors, "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(1, 2)},
+        "t5": lambda: {**tensors, "text_encoders.t5xxl.transformer.x.lora_down.weight": torch.ones(1, 2)},
+        "dora": lambda: {**tensors, f"transformer.{Q}.lora_magnitude_vector": torch.ones(2)},
+        "dora scale": lambda: {**tensors, f"transformer.{Q}.dora_scale": torch.ones(2)},
+        "lokr": lambda: {f"transformer.{Q}.lokr_w1": torch.ones(2, 2)},
+        "diff": lambda: {**tensors, "lora_unet_img_in.diff_b": torch.ones(2)},
+        "mixed": lambda: {f"transformer.{Q}.lora_down.weight": tensors[down],
+                          f"transformer.{Q}.lora_up.weight": tensors[up],
+                          "lora_unet_img_in.lora_down.weight": torch.ones(1, 2),
+                          "lora_unet_img_in.lora_up.weight": torch.ones(2, 1)},
+        "kohya block": lambda: {"lora_unet_double_blocks_40_img_attn_proj.lora_down.weight": torch.ones(1, 2),
+                                "lora_unet_double_blocks_40_img_attn_proj.lora_up.weight": torch.ones(2, 1)},
+        "extra": lambda: {**tensors, f"transformer.{K}.weight": torch.ones(2, 2)},
+    }[what]()  # fmt: skip
+    return write(path, changed)
+
+
+@pytest.mark.parametrize(
+    ("what", "kind", "sentence"),
+    [
+        ("absent", UsageError, "No such file or directory; give a LoRA's .safetensors file"),
+        ("folder", UsageError, "Is a directory; give a LoRA's .safetensors file"),
+        ("pickle", CheckpointError, "it is truncated or no safetensors file"),
+        ("cut", CheckpointError, "it is truncated; fetch or copy the file again"),
+        ("empty", CheckpointError, "holds no LoRA: none of its 0 tensors"),
+        ("none", CheckpointError, r"holds no LoRA: none of its 1 tensors \(some.weight\)"),
+        ("layer", CheckpointError, r"transformer_blocks.77.attn.to_q.weight, which .* tiny-dev has not \(near are tra"),
+        ("shape", CheckpointError, r"as \[\d+, 12\], in tiny-dev it is \[\d+, \d+\]; it is for another model"),
+        ("rank", CheckpointError, r"a pair is \[rank, in\] and \[out, rank\]"),
+        ("half", CheckpointError, "without its lora_B"),
+        ("other half", CheckpointError, "which is no half of a low-rank pair with its other half beside it"),
+        ("nan", CheckpointError, "lora_B.weight in .* has a NaN or Inf"),
+        ("inf", CheckpointError, "lora_A.weight in .* has a NaN or Inf"),
+        ("clip", CheckpointError, "has layers for the text encoders; only the transformer's are fused"),
+        ("te1", CheckpointError, "has layers for the text encoders"),
+        ("t5", CheckpointError, "has layers for the text encoders"),
+        ("dora", CheckpointError, "is a DoRA"),
+        ("dora scale", CheckpointError, "is a DoRA"),
+        ("lokr", CheckpointError, "is a LyCORIS adapter"),
+        ("diff", CheckpointError, "has whole differences"),
+        ("mixed", CheckpointError, "finds a place for"),
+        ("kohya block", CheckpointError, "converter cannot place in FLUX.1"),
+        ("extra", CheckpointError, "only pairs are fused"),
+    ],
+)
+def test_refused(tmp_path, base, shapes, what, kind, sentence):
+    file = damaged(tmp_path, shapes, what)
+    with pytest.raises(kind, match=sentence) as caught:
+        fuse_lora(base, [(file, 1.0)], tmp_path / "out" / "fused")
+    assert str(file) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("strength", [float("nan"), float("inf")])
+def test_strength_that_is_no_number(tmp_path, base, shapes, strength):
+    file = write(tmp_path / "style.safetensors", peft(shapes, Q))
+    with pytest.raises(UsageError, match="is not finite"):
+        fuse_lora(base, [(file, strength)], tmp_path / "fused")
+
+
+def test_strength_that_is_too_large(tmp_path, base, shapes):
+    file = write(tmp_path / "style.safetensors", peft(shapes, Q))
+    with pytest.raises(CheckpointError, match=rf"{Q}.weight has a NaN or Inf in BF16 .* use a smaller strength"):
+        fuse_lora(base, [(file, 1e39)], tmp_path / "out" / "fused")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_no_room(tmp_path, base, shapes, monkeypatch):
+    file = write(tmp_path / "style.safetensors", peft(shapes, Q))
+    usage = type(shutil.disk_usage(tmp_path))
+    monkeypatch.setattr(folders_shutil, "disk_usage", lambda path: usage(10**9, 0, 10**5))
+    with pytest.raises(ResourceError, match="free some space, or choose another folder"):
+        fuse_lora(base, [(file, 1.0)], tmp_path / "fused")
+
+
+def test_destination_with_something_in_it(tmp_path, base, shapes):
+    file = write(tmp_path / "style.safetensors", peft(shapes, Q))
+    with pytest.raises(FluxkilnError, match="is not empty"):
+        fuse_lora(base, [(file, 1.0)], tmp_path)
+
+
+def test_checkpoint_that_changes_meanwhile(tmp_path, base, shapes):
+    shutil.copytree(base, copy := tmp_path / "base")
+    file = write(tmp_path / "style.safetensors", peft(shapes, Q))
+    shard = open_checkpoint(copy).tensors["transformer"][f"{Q}.weight"].file
+
+    def change(done, total):
+        os.utime(shard, ns=(1, 1))
+
+    with pytest.raises(CheckpointError, match="was written to meanwhile"):
+        fuse_lora(copy, [(file, 1.0)], tmp_path / "fused", change)
+    assert not (tmp_path / "fused").exists()
+
+
+def test_fused_tensor_reads_as_any(tmp_path, base, shapes):
+    file = write(tmp_path / "style.safetensors", peft(shapes, Q))
+    fuse_lora(base, [(file, 1.0)], tmp_path / "fused")
+    ref = open_checkpoint(tmp_path / "fused").tensors["transformer"][f"{Q}.weight"]
+    assert read_tensor(ref).tobytes() == bits(weights(tmp_path / "fused")[f"{Q}.weight"]).numpy().tobytes()

@@ -55,8 +55,7 @@ def measure_effects(
         kiln = prepared[scheme] = prepare(replace(settings, scheme=scheme)).kiln
         if not is_complete(kiln):
             raise UsageError("the effect on the whole pipeline needs all components; leave --components out")
-        if not any(one.method in ("awq", "svd") for one in kiln.schemes.values()):
-            check_methods(kiln)
+        check_methods(kiln)
     effects = []
     for count in steps:
         made = {}

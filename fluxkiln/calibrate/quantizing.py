@@ -1,7 +1,8 @@
 """Schemes compared layer by layer, chosen within a budget, and packed into one file.
 
-Only one matrix is in memory at a time, and of that some rows. What is chosen here runs on ONNX Runtime and on other
-runtimes of packed weights; a bmodel takes one scheme a kind (`fluxkiln build --scheme`), any method with it.
+Only one matrix is in memory at a time, and of that some rows. What is chosen layer by layer is for runtimes of packed
+weights. A bmodel takes one scheme a kind, any method with it, and BF16 for some of its slots: that is what is chosen
+per kind (`fluxkiln.calibrate.mixing`), and `fluxkiln build --scheme` takes it as it is printed.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.artifacts.files import disk_full_named
+from fluxkiln.calibrate.mixing import choose_slots
 from fluxkiln.calibrate.rounders import component_digest, find_calibration
 from fluxkiln.errors import SchemeError
 from fluxkiln.export.checkpoint import read_rows
@@ -61,7 +63,10 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """What `quantize_model` found: figures by layer and scheme, and the figures chosen for each layer."""
+    """What `quantize_model` found: figures by layer and scheme, and the figures chosen for each layer.
+
+    `scheme` is what a build takes, where slots were chosen per kind.
+    """
 
     layers: tuple[Layer, ...]
     figures: Mapping[str, Mapping[str, Figures]]
@@ -70,6 +75,7 @@ class Quantized:
     calibrated: bool
     seconds: float
     path: Path | None
+    scheme: str = ""
 
     def by_part(self) -> dict[str, dict[str, tuple[float, float, int]]]:
         """Block -> scheme -> relative errors of weights and outputs over its layers (root mean square), bytes."""
@@ -92,6 +98,7 @@ class Quantized:
             "bits_per_weight": round(8 * size / weights, 4),
             "seconds": round(self.seconds, 3),
             "path": str(self.path) if self.path else None,
+            "scheme": self.scheme or None,
             "layers": [
                 {
                     "component": layer.component,
@@ -118,6 +125,7 @@ def quantize_model(
     rules: Sequence[LayerRule] = (),
     out: Path | None = None,
     progress: Progress | None = None,
+    per_kind: bool = False,
 ) -> Quantized:
     """Measure every layer of the blocks under some schemes, and choose one for each.
 
@@ -126,6 +134,7 @@ def quantize_model(
         budget: bytes or bits a weight for all layers; then the choice is among BUDGET_SCHEMES.
         rules: layers with a scheme of their own.
         out: a safetensors file for what was chosen: `<layer>.codes`, `.scales`, `.zeros`, or the layer as it is.
+        per_kind: a budget is spent on slots, for all blocks of a kind alike: in the first of `schemes`, or in BF16.
 
     Raises:
         SchemeError: a scheme, rule or budget that cannot be had, or calibration of another checkpoint.
@@ -138,7 +147,9 @@ def quantize_model(
     layers = tuple(find_layers(kiln))
     calibrations = {name: _calibration(kiln, name) for name in dict.fromkeys(layer.component for layer in layers)}
     compared = [parse_scheme(name) for name in schemes or ("W4BF16",)]
-    if budget:
+    if per_kind:
+        compared = _per_kind(compared, budget, rules)
+    elif budget:
         method = compared[0].method
         compared = [parse_scheme(name.format(method)) for name in BUDGET_SCHEMES]
     fixed = assign_rules([layer.name for layer in layers], rules)
@@ -160,11 +171,27 @@ def quantize_model(
         layer.name: [figures[layer.name][s.name] for s in ([fixed[layer.name]] if layer.name in fixed else compared)]
         for layer in layers
     }
-    chosen = choose(options, limit) if budget else {name: found[0] for name, found in options.items()}
+    chosen, text = {name: found[0] for name, found in options.items()}, ""
+    if per_kind:
+        chosen, text = choose_slots(figures, compared[0].name, compared[1].name, limit)
+    elif budget:
+        chosen = choose(options, limit)
     if out is not None:
         write_packed(layers, {name: parse_scheme(found.scheme) for name, found in chosen.items()}, calibrations, out)
     calibrated = all(calibrations.values())
-    return Quantized(layers, figures, chosen, limit, calibrated, time.perf_counter() - started, out)
+    return Quantized(layers, figures, chosen, limit, calibrated, time.perf_counter() - started, out, text)
+
+
+def _per_kind(compared: Sequence[Scheme], budget: str, rules: Sequence[LayerRule]) -> list[Scheme]:
+    """The scheme that is asked for and the one of what it leaves out."""
+    if not budget or rules or len(compared) > 1:
+        raise SchemeError(
+            "slots are chosen per kind between one scheme and BF16, within a budget; give --budget, one --scheme, and "
+            "no --layer"
+        )
+    if not compared[0].weight_bits:
+        raise SchemeError(f"{compared[0].name} does not quantize, so there is nothing to choose; give W4BF16 say")
+    return [compared[0], parse_scheme(compared[0].arithmetic)]
 
 
 def find_layers(kiln: Kiln) -> Iterator[Layer]:

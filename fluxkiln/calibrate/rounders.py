@@ -1,11 +1,13 @@
 """Which rounder each slot of a part gets: the scheme's method, with the checkpoint's calibration where it takes one.
 
-A mould does not depend on it: all methods write codes, scales and zero points of one format to the same places.
+A mould does not depend on it: all methods write codes, scales and zero points of one format to the same places. For
+methods that need more than codes see `fluxkiln.calibrate.correcting`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.artifacts.actions import Action, ActionCache
@@ -21,15 +23,19 @@ from fluxkiln.quantize.schemes import METHODS
 from fluxkiln.quantize.statistics import Statistics
 
 if TYPE_CHECKING:
-    from fluxkiln.quantize.activation import CorrectorOf
+    from numpy.typing import NDArray
+
+    from fluxkiln.quantize.activation import Corrected, CorrectorOf
 
 # what decides the codes of a method that is not the compiler's
 ROUNDING_CODE = (
     "fluxkiln.quantize.search",
     "fluxkiln.quantize.gptq",
+    "fluxkiln.quantize.activation",
     "fluxkiln.quantize.rounding",
     "fluxkiln.quantize.statistics",
     "fluxkiln.calibrate.rounders",
+    "fluxkiln.calibrate.correcting",
 )
 
 
@@ -62,7 +68,7 @@ def part_calibration(kiln: Kiln, part: Part) -> Calibration | None:
     """The calibration that a part's scheme asks for; None where it asks for none.
 
     Raises:
-        SchemeError: there is none in the store, or the method needs more than codes.
+        SchemeError: there is none in the store.
     """
     scheme = kiln.scheme(part)
     if not scheme.weight_bits or not METHODS[scheme.method].calibrated:
@@ -78,12 +84,9 @@ def part_calibration(kiln: Kiln, part: Part) -> Calibration | None:
 
 
 def check_methods(kiln: Kiln) -> None:
-    """Raise SchemeError before anything is compiled, where a method cannot be had."""
+    """Raise SchemeError before anything is compiled, where a method cannot be had for lack of calibration."""
     for kind in kiln.kinds():
-        part = next(part for part in kiln.parts if part.kind == kind)
-        scheme = kiln.scheme(part)
-        if part_calibration(kiln, part) is None or not METHODS[scheme.method].codes_only:
-            make_rounder(scheme)
+        part_calibration(kiln, next(part for part in kiln.parts if part.kind == kind))
 
 
 def rounding_key(kiln: Kiln, part: Part) -> tuple[dict[str, Any], dict[str, str]]:
@@ -94,12 +97,17 @@ def rounding_key(kiln: Kiln, part: Part) -> tuple[dict[str, Any], dict[str, str]
     from fluxkiln.artifacts.actions import stage_code_version
 
     calibration = part_calibration(kiln, part)
-    settings = {"method": scheme.method, "symmetric": scheme.symmetric, "code": stage_code_version(*ROUNDING_CODE)}
+    settings = {
+        "method": scheme.method,
+        "symmetric": scheme.symmetric,
+        "rank": scheme.rank,
+        "code": stage_code_version(*ROUNDING_CODE),
+    }
     return settings, {} if calibration is None else {"calibration": calibration.digest}
 
 
 def part_rounders(kiln: Kiln, part: Part, graph_format: Any = "onnx17") -> RounderOf:
-    """Slot of a part's template -> its rounder.
+    """Slot of a part's template -> its rounder; by a method that needs more than codes, that of what is in codes.
 
     Args:
         graph_format: of the template whose slots are asked for.
@@ -110,12 +118,12 @@ def part_rounders(kiln: Kiln, part: Part, graph_format: Any = "onnx17") -> Round
     scheme = kiln.scheme(part)
     if scheme.rounds_as_compiler:
         return as_compiler
-    calibration = part_calibration(kiln, part)
+    calibration = part_calibration(kiln, part) if scheme.codes_only else None
     if calibration is None:
-        plain = make_rounder(scheme)
+        plain = make_rounder(scheme if scheme.codes_only else replace(scheme, method="ls", rank=0))
         return lambda slot, columns: plain
     binding = bind_part(part, make_template(kiln, part.kind, graph_format).slots, kiln.checkpoint)
-    return _Calibrated(kiln, part, calibration, binding)
+    return CalibratedSlots(kiln, part, calibration, binding)
 
 
 def part_correctors(kiln: Kiln, part: Part, graph_format: Any = "onnx17") -> CorrectorOf | None:
@@ -124,19 +132,37 @@ def part_correctors(kiln: Kiln, part: Part, graph_format: Any = "onnx17") -> Cor
     Raises:
         SchemeError: there is no calibration, or it is not of this checkpoint.
     """
-    from fluxkiln.quantize.activation import pack_corrected
+    from fluxkiln.calibrate.correcting import shared_divisors
+    from fluxkiln.quantize.activation import pack_corrected, pack_scaled
 
     scheme = kiln.scheme(part)
-    if not scheme.weight_bits or METHODS[scheme.method].codes_only:
+    if scheme.codes_only:
         return None
+    known = part_statistics(kiln, part, graph_format)
+    divisors = shared_divisors(kiln, part) if scheme.method == "awq" else {}
+
+    def corrector_of(slot: str, columns: tuple[int, int] | None) -> Callable[[NDArray[Any]], Corrected]:
+        shared = divisors.get(known.channels(slot, columns))
+        if shared is not None:
+            return lambda weight: pack_scaled(weight, scheme.group_size, shared, scheme.weight_bits)
+        return lambda weight: pack_corrected(weight, scheme, known.statistics(slot, columns))
+
+    return corrector_of
+
+
+def part_statistics(kiln: Kiln, part: Part, graph_format: Any = "onnx17") -> CalibratedSlots:
+    """What calibration knows of the slots of a part's template.
+
+    Raises:
+        SchemeError: there is no calibration, or it is not of this checkpoint.
+    """
     calibration = part_calibration(kiln, part)
     assert calibration is not None
     binding = bind_part(part, make_template(kiln, part.kind, graph_format).slots, kiln.checkpoint)
-    known = _Calibrated(kiln, part, calibration, binding)
-    return lambda slot, columns: lambda weight: pack_corrected(weight, scheme, known.statistics(slot, columns))
+    return CalibratedSlots(kiln, part, calibration, binding)
 
 
-class _Calibrated:
+class CalibratedSlots:
     """Rounders with the statistics of their matrices. The last one is kept: codes are asked for, then scales."""
 
     def __init__(self, kiln: Kiln, part: Part, calibration: Calibration, binding: Binding) -> None:
@@ -148,17 +174,17 @@ class _Calibrated:
         self._last: tuple[tuple[str, int, int], Rounder] | None = None
 
     def __call__(self, slot: str, columns: tuple[int, int] | None) -> Rounder:
-        key = self._channels(slot, columns)
+        key = self.channels(slot, columns)
         if self._last is None or self._last[0] != key:
             self._last = key, make_rounder(self.scheme, self.statistics(slot, columns))
         return self._last[1]
 
     def statistics(self, slot: str, columns: tuple[int, int] | None) -> Statistics:
         """Of the inputs of a slot, or of some of its channels."""
-        name, start, stop = self._channels(slot, columns)
+        name, start, stop = self.channels(slot, columns)
         return self.calibration.statistics(self.component, name, self.tensors[name].shape[1]).columns(start, stop)
 
-    def _channels(self, slot: str, columns: tuple[int, int] | None) -> tuple[str, int, int]:
+    def channels(self, slot: str, columns: tuple[int, int] | None) -> tuple[str, int, int]:
         """The tensor of the checkpoint that a slot is cut from, and its first and last input channel."""
         bound = self.slots[slot]
         name = bound.sources[0]

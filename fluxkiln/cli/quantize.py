@@ -106,6 +106,7 @@ def _settings(
 @click.option(
     "--layer", "rules", multiple=True, metavar="PATTERN=SCHEME", help="'modulation=BF16' say. May be repeated."
 )
+@click.option("--per-kind", is_flag=True, help="Spend it on slots, for all blocks alike: BF16 or --scheme, one mould.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the packed layers to this safetensors file.")
 @click.option("--components", metavar="A,B", help="Default: text_encoder_2,transformer.")
 @click.option("--pipeline", is_flag=True, help="Also run the whole pipeline under each scheme, 2 and 8 steps.")
@@ -119,6 +120,7 @@ def quantize(
     schemes: tuple[str, ...],
     budget: str,
     rules: tuple[str, ...],
+    per_kind: bool,
     out: Path | None,
     components: str | None,
     pipeline: bool,
@@ -129,7 +131,8 @@ def quantize(
 
     Every layer of MODEL's blocks is measured beside the compiler's own rounding. Output errors are shown where the
     store has a calibration of this checkpoint (fluxkiln calibrate). With --budget each layer gets the scheme that
-    takes most error off a byte.
+    takes most error off a byte. With --per-kind as well, the same layers of all blocks stay in BF16, and the scheme
+    that is printed is one for fluxkiln build.
     """
     if pipeline and components:
         raise UsageError("--pipeline needs all components; leave --components out")
@@ -138,7 +141,7 @@ def quantize(
         from fluxkiln.calibrate.quantizing import BASELINE, quantize_model
         from fluxkiln.quantize.recipes import parse_rules
 
-        made = quantize_model(settings, schemes, budget, parse_rules(rules), out, progress)
+        made = quantize_model(settings, schemes, budget, parse_rules(rules), out, progress, per_kind)
         effects = []
         if pipeline:
             from fluxkiln.calibrate.effects import measure_effects
@@ -168,6 +171,8 @@ def quantize(
         f"{count_text(len(rows), 'layer')}, {size_text(found['size'])}, {found['bits_per_weight']:.3f} bits a weight, "
         f"{'with' if made.calibrated else 'without'} calibration, in {seconds_text(made.seconds)}"
     )
+    if made.scheme:
+        output.line(f"fluxkiln build bm1684x --model {model} --scheme '{made.scheme}'")
     if effects:
         output.table(
             ("scheme", "steps", "latents", "PSNR", "SSIM"),

@@ -110,10 +110,10 @@ def link_graph(
     activations = [value for value in graph.input if value.name not in shapes]
     stored = {} if scheme.weight_bits else _expand_derived(graph, slots, shapes, refs)
     matmuls = find_matmuls(graph, shapes)
+    replaced = {output: [_fused(matmul)] for output, matmul in matmuls.items()}
     if scheme.weight_bits:
-        replaced = _quantized(matmuls, scheme, read_weight, sidecar, rounder_of, corrector_of)
-    else:
-        replaced = {output: [_fused(matmul)] for output, matmul in matmuls.items()}
+        coded = {output: matmul for output, matmul in matmuls.items() if not scheme.keeps(matmul.slot)}
+        replaced |= _quantized(coded, scheme, read_weight, sidecar, rounder_of, corrector_of)
     nodes = [new for node in graph.node for new in replaced.get(node.output[0], [node])]
     nodes = _without_unused(nodes, {value.name for value in graph.output})
     used = {name for node in nodes for name in node.input}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,17 +65,48 @@ def pour(template: Path, activations: set[str], read_weight: WeightReader, targe
     ir.save(model, target)
 
 
-def quantized_matmuls(template: Path, activations: set[str]) -> list[tuple[str, int]]:
-    """The matmuls of a template that have a weight: slot and input width. W4BF16 must quantize every one of them."""
+@dataclass(frozen=True, slots=True)
+class WeightMatMul:
+    """A node that multiplies with a slot.
+
+    Attributes:
+        output, operation: its output's name; `MatMul` or `Gemm`.
+        source: what is multiplied.
+        slot, in_features: the weight and its input channels.
+        sums: the outputs of additions that read its own: its bias may be among them.
+    """
+
+    output: str
+    operation: str
+    source: str
+    slot: str
+    in_features: int
+    sums: tuple[str, ...] = ()
+
+
+def weight_matmuls(template: Path, activations: set[str]) -> list[WeightMatMul]:
+    """The matmuls of a template that have a weight, in the order of the graph."""
     import onnx_ir as ir
 
     model = ir.load(template)
     slots = {id(value): value for value in model.graph.inputs if str(value.name) not in activations}
-    found = []
-    for node in model.graph:
-        if node.op_type in ("MatMul", "Gemm") and len(node.inputs) > 1 and id(node.inputs[1]) in slots:
-            found.append((str(slots[id(node.inputs[1])].name), _in_features(node)))
-    return found
+    return [
+        WeightMatMul(
+            str(node.outputs[0].name),
+            node.op_type,
+            str(node.inputs[0].name) if node.inputs[0] is not None else "",
+            str(slots[id(node.inputs[1])].name),
+            _in_features(node),
+            tuple(str(user.outputs[0].name) for user in node.outputs[0].consumers() if user.op_type == "Add"),
+        )
+        for node in model.graph
+        if node.op_type in ("MatMul", "Gemm") and len(node.inputs) > 1 and id(node.inputs[1]) in slots
+    ]
+
+
+def quantized_matmuls(template: Path, activations: set[str]) -> list[tuple[str, int]]:
+    """Slot and input width of the matmuls with a weight: those that a scheme quantizes, but for what it keeps."""
+    return [(one.slot, one.in_features) for one in weight_matmuls(template, activations)]
 
 
 def _in_features(node: ir.Node) -> int:

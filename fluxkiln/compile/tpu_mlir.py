@@ -6,15 +6,16 @@ Source of flags and file names: TPU-MLIR 1.30.2, `model_transform.py` and `model
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.compile.bmodel import normalise_time, read_bmodel
+from fluxkiln.compile.corrected import in_codes
 from fluxkiln.compile.estimate import read_estimate
 from fluxkiln.compile.gelu import count_gelus
-from fluxkiln.compile.pour import quantized_matmuls
+from fluxkiln.compile.pour import WeightMatMul, weight_matmuls
 from fluxkiln.compile.process import run_tool
 from fluxkiln.compile.tpu_mlir_env import TpuMlirEnv, tool_argv, tpu_mlir_environ
 from fluxkiln.errors import CompileError, SchemeError
@@ -31,6 +32,7 @@ ORDERED_KINDS = frozenset({"double", "single", "tail", "double_modulated", "sing
 _ORDERED = ["--disable_topo_sort", "--shape_secs_search_strategy", "2"]
 _TRANSFORM = Path(__file__).with_name("tpu_mlir_transform.py")
 _DEPLOY = Path(__file__).with_name("tpu_mlir_deploy.py")
+_LOCATION = re.compile(r'loc\("([^"]+)"\)')
 _SHAPE = re.compile(r"tensor<([0-9x]+)x([a-z0-9]+)>")
 
 
@@ -80,9 +82,10 @@ def compile_graph(env: TpuMlirEnv, job: CompileJob, folder: Path, log: Path) -> 
         SchemeError: the group size does not divide a weight (the compiler would leave it unquantized without a word).
         ResourceError: the compiler was killed for memory.
     """
-    matmuls = quantized_matmuls(job.template, set(job.activations))
-    for slot, in_features in matmuls:
-        check_groups(job.scheme, slot, in_features)
+    every = weight_matmuls(job.template, set(job.activations))
+    matmuls = [one for one in every if in_codes(one.slot, job.scheme)]
+    for one in matmuls:
+        check_groups(job.scheme, one.slot, one.in_features)
     environ = tpu_mlir_environ(env, job.chip)
     python, tool = tool_argv(env, "model_transform")
     transform = [python, str(_TRANSFORM), tool, "--model_name", job.net, "--model_def", str(job.graph)]
@@ -96,9 +99,12 @@ def compile_graph(env: TpuMlirEnv, job: CompileJob, folder: Path, log: Path) -> 
         deploy += ["--q_group_size", str(job.scheme.group_size)]
     if job.scheme.arithmetic != "F32":
         deploy += ["--quant_input"] * job.narrow_inputs + ["--quant_output"] * job.narrow_outputs
-        table = f32_table(job.graph) if job.keep_f32 else ()
+        table = dict.fromkeys(f32_table(job.graph), "F32") if job.keep_f32 else {}
+        if job.scheme.weight_bits:
+            kept = [one for one in every if one not in matmuls]
+            table |= dict.fromkeys(_lowered_names(kept, folder / "top.mlir"), job.scheme.arithmetic)
         if table:
-            (folder / "table").write_text("".join(f"{name} F32\n" for name in table))
+            (folder / "table").write_text("".join(f"{name} {mode}\n" for name, mode in table.items()))
             deploy += ["--quantize_table", "table"]
     run_tool(deploy, folder, environ, log, f"{job.net} deploy")
     return _check(job, matmuls, folder)
@@ -133,11 +139,22 @@ def f32_table(graph: Path) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
+def _lowered_names(matmuls: list[WeightMatMul], top: Path) -> Iterator[str]:
+    """What the compiler calls these matmuls: a bias that is merged into one has given it the name of its addition."""
+    known = set(_LOCATION.findall(top.read_text())) if matmuls else set()
+    for one in matmuls:
+        names = (f"{one.output}_{one.operation}", *(f"{output}_Add" for output in one.sums))
+        found = [name for name in names if name in known]
+        if not found:
+            raise CompileError(f"the compiler has no operation for {one.output}, which multiplies with {one.slot}")
+        yield found[0]
+
+
 def _operation_name(node: ir.Node) -> str:
     return f"{node.outputs[0].name}_{node.op_type}"
 
 
-def _check(job: CompileJob, matmuls: list[tuple[str, int]], folder: Path) -> Compiled:
+def _check(job: CompileJob, matmuls: list[WeightMatMul], folder: Path) -> Compiled:
     lowered = _only(folder, "*_tpu.mlir", job)
     text = lowered.read_text()
     weights = folder / weight_file(text)
@@ -223,15 +240,15 @@ def _quantized_shapes(text: str) -> list[tuple[int, ...]]:
     return shapes
 
 
-def _weight_elements(template: Path, matmuls: list[tuple[str, int]]) -> int:
+def _weight_elements(template: Path, matmuls: list[WeightMatMul]) -> int:
     import onnx_ir as ir
 
     shapes = {str(value.name): value.shape for value in ir.load(template).graph.inputs}
     total = 0
-    for slot, _ in matmuls:
-        shape = shapes[slot]
+    for one in matmuls:
+        shape = shapes[one.slot]
         if shape is None:
-            raise SchemeError(f"slot {slot} has no shape")
+            raise SchemeError(f"slot {one.slot} has no shape")
         total += _elements(tuple(int(size) for size in shape.numpy()))
     return total
 

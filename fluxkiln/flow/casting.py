@@ -21,9 +21,10 @@ from typing import Any
 from fluxkiln.artifacts.actions import Action, run_action, stage_code_version
 from fluxkiln.artifacts.files import disk_full_named
 from fluxkiln.artifacts.store import Blob
+from fluxkiln.calibrate.correcting import part_weights
 from fluxkiln.calibrate.rounders import part_rounders, rounding_key
 from fluxkiln.compile.tpu_mlir_env import TPU_MLIR_VERSION
-from fluxkiln.export.bindings import bind_part, binding_refs, weight_reader
+from fluxkiln.export.bindings import bind_part, binding_refs
 from fluxkiln.export.checkpoint import expect_tensors
 from fluxkiln.export.fingerprint import check_shards
 from fluxkiln.flow.moulds import STORED_CODE, require_compiler
@@ -220,7 +221,7 @@ def _fill_part(kiln: Kiln, binary: BinaryPart, key: str, place: Path, span: Any)
         return copy_region(kiln.path(binary.bmodel), place, span).hex(), "copied from its own bmodel"
     template = make_template(kiln, binary.part.kind, kiln.target.graph_format)
     coefficients = CoefficientMap.from_json(json.loads(kiln.path(binary.coefficients).read_text()))
-    reader = weight_reader(bind_part(binary.part, template.slots, kiln.checkpoint), kiln.checkpoint)
+    reader = part_weights(kiln, binary.part, template)
     return cast_region(place, span, coefficients, reader, part_rounders(kiln, binary.part)).hex(), ""
 
 

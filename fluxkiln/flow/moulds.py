@@ -1,7 +1,8 @@
 """The stages that need the compiler: moulds, and parts compiled with their own weights.
 
 A mould is a kind compiled once with random probe weights: its bmodel without them (the shell), the map that says which
-bytes of its weights come from which slot, and the lowered graph for the interpreter. No checkpoint is in its key.
+bytes of its weights come from which slot, and the lowered graph for the interpreter. No checkpoint is in its key, and
+no method of rounding, unless it needs more than codes: then the kind is compiled with that.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from fluxkiln.artifacts.actions import Action, run_action, stage_code_version
+from fluxkiln.artifacts.canonical import digest_json
 from fluxkiln.artifacts.types import Template
+from fluxkiln.calibrate.correcting import part_weights
+from fluxkiln.calibrate.rounders import rounding_key
 from fluxkiln.compile.tpu_mlir_env import TPU_MLIR_VERSION, TpuMlirEnv, default_tpu_mlir_root
 from fluxkiln.components import Part
 from fluxkiln.errors import CompileError, ToolchainError
-from fluxkiln.export.bindings import bind_part, weight_reader
+from fluxkiln.export.bindings import bind_part
 from fluxkiln.flow.stages import BinaryPart, Kiln, Mould, mould_net, net_name, weights_digest
 
 # what decides the bytes of a coefficient region
@@ -32,6 +36,7 @@ STORED_CODE = (
 )
 _COMPILE_CODE = (
     "fluxkiln.compile.pour",
+    "fluxkiln.compile.corrected",
     "fluxkiln.compile.gelu",
     "fluxkiln.compile.order",
     "fluxkiln.compile.estimate",
@@ -54,11 +59,13 @@ def make_mould(kiln: Kiln, template: Template) -> Mould:
     def produce(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
         import numpy as np
 
+        form = compiled_form(kiln, template, folder)
+
         def compile_probe(seed: int) -> Any:
             place = folder / f"probe-{seed}"
             place.mkdir()
-            reader = probe_reader(template.slots, seed)
-            return compile_weights(kiln, template, net, reader, place, f"mould.{template.kind}.{seed}"), reader
+            reader = probe_reader(form.slots, seed)
+            return compile_weights(kiln, form, net, reader, place, f"mould.{template.kind}.{seed}"), reader
 
         def again() -> Probe:
             other, reader = compile_probe(1)
@@ -67,11 +74,13 @@ def make_mould(kiln: Kiln, template: Template) -> Mould:
         compiled, reader = compile_probe(0)
         with ExitStack() as loaded:
             arrays = loaded.enter_context(np.load(compiled.weights))
-            names = [spec.name for spec in template.slots]
+            names = [spec.name for spec in form.slots]
             bits, group = scheme.weight_bits, scheme.group_size
             try:
                 found = learn_map(compiled.bmodel, arrays, names, reader, group, bits, again)
             except CompileError as error:
+                if not scheme.codes_only:
+                    raise  # compiled one by one, its parts would be rounded as the compiler does
                 return {}, {**compiled.facts, "why": str(error)}
         outputs = {"shell": folder / "shell.bmodel", "lowered": compiled.lowered, "map": folder / "map.json"}
         make_shell(compiled.bmodel, net, outputs["shell"])
@@ -80,6 +89,16 @@ def make_mould(kiln: Kiln, template: Template) -> Mould:
 
     result = run_action(kiln.cache, mould_action(kiln, template), produce)
     return Mould(template.kind, result, str(result.facts["why"]))
+
+
+def compiled_form(kiln: Kiln, template: Template, folder: Path) -> Template:
+    """What is compiled of a kind: its template, or where the method needs more than codes, a graph with that."""
+    scheme = kiln.schemes[template.kind]
+    if scheme.codes_only:
+        return template
+    from fluxkiln.compile.corrected import correct_template
+
+    return correct_template(template, scheme, folder / "corrected.onnx")
 
 
 def mould_action(kiln: Kiln, template: Template) -> Action:
@@ -106,11 +125,9 @@ def compile_part(kiln: Kiln, part: Part, template: Template) -> BinaryPart:
     """A part compiled with its own weights."""
     from fluxkiln.compile.shell import make_shell
 
-    binding = bind_part(part, template.slots, kiln.checkpoint)
-
     def produce(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
-        reader = weight_reader(binding, kiln.checkpoint)
-        compiled = compile_weights(kiln, template, net_name(part), reader, folder, part.name)
+        form, reader = compiled_form(kiln, template, folder), part_weights(kiln, part, template)
+        compiled = compile_weights(kiln, form, net_name(part), reader, folder, part.name)
         shell = folder / "shell.bmodel"
         make_shell(compiled.bmodel, net_name(part), shell)
         outputs = {"bmodel": compiled.bmodel, "lowered": compiled.lowered, "weights": compiled.weights}
@@ -128,6 +145,9 @@ def compile_action(kiln: Kiln, part: Part, template: Template) -> Action:
     """The key of a part compiled with its own weights."""
     binding = bind_part(part, template.slots, kiln.checkpoint)
     inputs = {"template": template.digest, "weights": weights_digest(kiln, binding)}
+    if not kiln.scheme(part).codes_only:  # what is packed follows from the method
+        settings, calibration = rounding_key(kiln, part)
+        inputs |= {"method": digest_json(settings), **calibration}
     return _compile_action(kiln, "compile", template, net_name(part), inputs)
 
 

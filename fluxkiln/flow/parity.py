@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from fluxkiln.artifacts.actions import Action, run_action, stage_code_version
 from fluxkiln.artifacts.canonical import digest_json
 from fluxkiln.artifacts.types import GraphFormat, PartRunner
+from fluxkiln.calibrate.correcting import part_weights
 from fluxkiln.calibrate.rounders import part_rounders
 from fluxkiln.components import COMPONENTS, Part, Shapes, find_kind
-from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.export.checkpoint import TensorReader
 from fluxkiln.flow.extent import LIMITS, Limits, multiplications, replayed_shapes
 from fluxkiln.flow.rungs import Rungs, bm1684x_rungs, cpu_rungs
@@ -264,8 +264,7 @@ def climb_stored(ladder: Ladder, kiln: Kiln, binaries: tuple[BinaryPart, ...], f
     for binary in binaries:
         if binary.coefficients is None:
             continue
-        template = make_template(kiln, binary.part.kind, "onnx17")
-        reader = weight_reader(bind_part(binary.part, template.slots, kiln.checkpoint), kiln.checkpoint)
+        reader = part_weights(kiln, binary.part, make_template(kiln, binary.part.kind, "onnx17"))
         coefficients = CoefficientMap.from_json(json.loads(kiln.path(binary.coefficients).read_text()))
         rounder_of = part_rounders(kiln, binary.part)
         differing = compare_stored(homes[binary.part.name], binary.net, coefficients, reader, rounder_of)

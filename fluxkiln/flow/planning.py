@@ -6,7 +6,6 @@ shapes of the checkpoint's tensors, and everything that follows from the templat
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 from collections.abc import Iterable
@@ -14,22 +13,22 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fluxkiln.artifacts.types import GraphFormat, Template, TensorRef, TensorSpec
+from fluxkiln.artifacts.types import GraphFormat, Template, TensorSpec
 from fluxkiln.compile.pool import available_memory
 from fluxkiln.components import KINDS, Part, find_kind
 from fluxkiln.errors import ResourceError
-from fluxkiln.export.bindings import tensors_of
 from fluxkiln.flow.casting import CAST_MEMORY, combine_action, part_action
 from fluxkiln.flow.devices import group_parts, lay_files, plan_devices
 from fluxkiln.flow.extent import replayed_shapes
 from fluxkiln.flow.moulds import cast_part, compile_action, compile_memory, compile_part, find_mould
 from fluxkiln.flow.proving import needs_proof, proof_part
 from fluxkiln.flow.stages import BinaryPart, Kiln, Mould, count_elements, find_template, net_name
-from fluxkiln.quantize.schemes import Scheme, check_groups
+from fluxkiln.flow.tensors import part_bytes, search_memory, stored_bytes
+from fluxkiln.flow.tensors import part_refs as part_refs
 from fluxkiln.settings import Settings
 from fluxkiln.split.lowering import lower_action, module_name
 from fluxkiln.split.replicating import LARGEST_PART
-from fluxkiln.split.splitting import holds_tensor, shard_action
+from fluxkiln.split.splitting import shard_action
 
 if TYPE_CHECKING:
     from fluxkiln.flow.preparing import Prepared
@@ -45,25 +44,13 @@ SMALL_FILES = 20 << 20
 # The chip's kernel module, which every bmodel brings along whatever its weights.
 KERNEL_BYTES = 6 << 20
 
-# Kinds whose tensors have no prefix of their own: the beginnings of their names, or of those they do not have.
-_OWN = {
-    "t5_embed": ("shared.",),
-    "tail": ("norm_out.", "proj_out."),
-    "time_embed": ("time_text_embed.",),
-    "token_embed": ("x_embedder.", "context_embedder."),
-    "tail_modulation": ("norm_out.linear.",),
-    "tail_modulated": ("proj_out.",),
-}
-_OTHERS = {"head": ("transformer_blocks.", "single_transformer_blocks.", "norm_out.", "proj_out.")}
-# Kinds that share a block's prefix, the one having of it what the other has not.
-_MODULATION = {"double": ("norm1.linear.", "norm1_context.linear."), "single": ("norm.linear.",)}
-# Matrices that are looked up in, not multiplied with.
-_TABLES = ("embedding.weight", "shared.weight", "relative_attention_bias.weight")
-
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One job of a build. `what` is a part, a kind or a file; `weights` how many numbers it works on."""
+    """One job of a build. `what` is a part, a kind or a file; `weights` how many numbers it works on.
+
+    `estimate_ms` is how long the compiler expects one run of a mould of the store to take on the chip.
+    """
 
     stage: str
     what: str
@@ -72,6 +59,7 @@ class Job:
     memory_bytes: int
     in_store: bool
     weights: int = 0
+    estimate_ms: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         shown = asdict(self)
@@ -161,7 +149,17 @@ def link_jobs(kiln: Kiln) -> list[Job]:
     for part in kiln.parts:
         weights = count_elements(part_refs(kiln, part))
         # Linking is not a cached action: it takes the time of a copy.
-        jobs.append(Job("link", part.name, part.kind, kiln.scheme(part).name, CAST_MEMORY, False, weights))
+        jobs.append(
+            Job(
+                "link",
+                part.name,
+                part.kind,
+                kiln.scheme(part).name,
+                search_memory(kiln, part) + CAST_MEMORY,
+                False,
+                weights,
+            )
+        )
     return jobs
 
 
@@ -176,7 +174,8 @@ def compile_jobs(kiln: Kiln, settings: Settings) -> list[Job]:
         weights = count_elements(template.slots if template else part_refs(kiln, parts[0]))
         mould = find_mould(kiln, template) if template else None
         scheme, memory = kiln.schemes[kind].name, compile_memory(weights)
-        made.append(Job("mould", f"mould {kind}", kind, scheme, memory, mould is not None, weights))
+        spent: Any = mould.result.facts.get("estimate_ms") if mould else None
+        made.append(Job("mould", f"mould {kind}", kind, scheme, memory, mould is not None, weights, spent))
         if mould is not None and not mould.castable:
             made += [compile_job(kiln, part, template) for part in parts]
         elif settings.prove or needs_proof(kiln, mould):
@@ -184,7 +183,9 @@ def compile_jobs(kiln: Kiln, settings: Settings) -> list[Job]:
         for part in parts:
             binary = _find_binary(kiln, part, template, mould)
             in_store = binary is not None and kiln.cache.lookup(part_action(kiln, binary).key) is not None
-            cast.append(Job("cast", part.name, kind, scheme, CAST_MEMORY, in_store, weights))
+            cast.append(
+                Job("cast", part.name, kind, scheme, search_memory(kiln, part) + CAST_MEMORY, in_store, weights)
+            )
             known += [binary] if binary is not None else []
     return [*templates, *made, *_combine_jobs(kiln, known), *cast]
 
@@ -232,32 +233,6 @@ def compile_job(kiln: Kiln, part: Part, template: Template | None) -> Job:
     return Job("compile", part.name, part.kind, kiln.scheme(part).name, compile_memory(weights), known, weights)
 
 
-def part_refs(kiln: Kiln, part: Part) -> list[TensorRef]:
-    """The checkpoint tensors of a part, by their names alone."""
-    refs = kiln.checkpoint.tensors[tensors_of(part)]
-    if kiln.split is not None:
-        cut = kiln.split.find(part.name)
-        return [ref for name, ref in refs.items() if holds_tensor(cut, name)]
-    own: tuple[str, ...] = _OWN.get(part.kind, (part.prefix,))
-    others: tuple[str, ...] = _OTHERS.get(part.kind, ())
-    block, _, form = part.kind.partition("_")
-    modulation = tuple(part.prefix + name for name in _MODULATION.get(block, ()))
-    if modulation and form == "modulation":
-        own = modulation
-    elif modulation and form == "modulated":
-        others = modulation
-    return [ref for name, ref in refs.items() if name.startswith(own) and not (others and name.startswith(others))]
-
-
-def check_weights(kiln: Kiln) -> None:
-    """Raise SchemeError when a group size does not divide the width of a weight that the scheme quantizes."""
-    for part in kiln.parts:
-        scheme = kiln.scheme(part)
-        for ref in part_refs(kiln, part) if scheme.weight_bits else ():
-            if len(ref.shape) == 2 and not ref.name.endswith(_TABLES):
-                check_groups(scheme, ref.name, ref.shape[1])
-
-
 def check_resources(prepared: Prepared) -> None:
     """Refuse a build that the devices, the disk or the memory cannot hold, before anything is started.
 
@@ -291,7 +266,7 @@ def _known_or_lightest(kiln: Kiln) -> list[BinaryPart]:
 
 
 def _lightest(kiln: Kiln, part: Part) -> BinaryPart:
-    size = stored_bytes(kiln.scheme(part), count_elements(part_refs(kiln, part)))
+    size = part_bytes(kiln, part)
     facts = {"weight_bytes": size, "instruction_bytes": 0, "runtime_bytes": 0}
     return BinaryPart(part, net_name(part), kiln.scheme(part), facts, "planned")
 
@@ -361,7 +336,7 @@ def disk_bytes(prepared: Prepared, todo: Iterable[Job]) -> int:
             total += stored_bytes(kiln.schemes[job.kind], job.weights)
         elif job.stage == "combine":
             total += KERNEL_BYTES
-    binaries = sum(stored_bytes(kiln.scheme(part), count_elements(part_refs(kiln, part))) for part in kiln.parts)
+    binaries = sum(part_bytes(kiln, part) for part in kiln.parts)
     stages = {job.stage for job in todo}
     # Graphs lie in the working folder and in the store; a bundle has links to bmodels where it can.
     total += 2 * binaries * ("link" in stages)
@@ -374,13 +349,6 @@ def disk_bytes(prepared: Prepared, todo: Iterable[Job]) -> int:
         steps = settings.steps if shapes == kiln.shapes else 1
         total += recording_bytes(replace(kiln, shapes=shapes), steps)
     return total + _most(working, settings)
-
-
-def stored_bytes(scheme: Scheme, weights: int) -> int:
-    """Bytes of so many weights in a binary: codes with a scale and an offset per group, or numbers of 2 or 4 bytes."""
-    if scheme.weight_bits:
-        return math.ceil(weights * (scheme.weight_bits / 8 + 3 / scheme.group_size))
-    return weights * (4 if scheme.arithmetic == "F32" else 2)
 
 
 def recording_bytes(kiln: Kiln, steps: int) -> int:

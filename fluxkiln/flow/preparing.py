@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -125,13 +127,17 @@ def _prepared(settings: Settings, checkpoint: Checkpoint) -> Prepared:
         tpu_mlir=_tpu_mlir(target),
         split=split,
     )
+    if any(scheme.kept for scheme in schemes.values()):
+        from fluxkiln.flow.tensors import settle_kept
+
+        kiln = settle_kept(kiln)
     if split is not None:
         plan_memory(kiln)
     return Prepared(settings, kiln, folder.name, "", folder)
 
 
 def _name(settings: Settings, target: Target, checkpoint: Checkpoint, shapes: Shapes) -> str:
-    label = (settings.scheme or target.schemes[0]).replace(",", "-").replace("=", "-")
+    label = _label(settings.scheme or target.schemes[0], target)
     chosen = "" if settings.chosen == COMPONENTS else "-" + "-".join(settings.chosen)
     if target.toolchain == "neuron":
         label += f"-{settings.instance}" * bool(settings.instance) + f"-tp{settings.tp_degree}" * bool(
@@ -143,6 +149,14 @@ def _name(settings: Settings, target: Target, checkpoint: Checkpoint, shapes: Sh
     return (
         f"{checkpoint.name}-{label}-{shapes.width}x{shapes.height}-{shapes.tokens}{forms}{lora_label(settings)}{chosen}"
     )
+
+
+def _label(scheme: str, target: Target) -> str:
+    """A scheme's text as part of a folder's name; where it is long or has signs in it, a digest instead."""
+    label = scheme.replace(",", "-").replace("=", "-")
+    if re.fullmatch(r"[\w.-]{1,100}", label):
+        return label
+    return f"{target.parse_schemes(scheme)[0].base_name}-{hashlib.sha256(scheme.encode()).hexdigest()[:10]}"
 
 
 def chosen_parts(settings: Settings, checkpoint: Checkpoint) -> tuple[Part, ...]:
@@ -192,7 +206,7 @@ def _read_progress(progress: Progress) -> Callable[[int, int], None] | None:
 def _validate(kiln: Kiln, print_: str, memo: DigestMemo, progress: Progress) -> None:
     """Groups that fit; shapes against upstream's classes and no NaN or Inf, once per checkpoint."""
     from fluxkiln.export.validate import validate_checkpoint
-    from fluxkiln.flow.planning import check_weights
+    from fluxkiln.flow.tensors import check_weights
 
     action = Action(
         stage="validate",

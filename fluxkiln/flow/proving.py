@@ -10,12 +10,12 @@ from pathlib import Path
 from fluxkiln.artifacts.actions import Action, stage_code_version
 from fluxkiln.artifacts.files import digest_file
 from fluxkiln.artifacts.types import Template
+from fluxkiln.calibrate.correcting import part_weights
 from fluxkiln.calibrate.rounders import part_rounders
 from fluxkiln.components import Part
 from fluxkiln.errors import CompileError
-from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.flow.casting import CAST_CODE
-from fluxkiln.flow.moulds import compile_weights
+from fluxkiln.flow.moulds import compile_weights, compiled_form
 from fluxkiln.flow.stages import BinaryPart, Kiln, Mould, make_template, mould_net
 from fluxkiln.quantize.rounding import RounderOf, as_compiler
 
@@ -55,9 +55,10 @@ def prove_mould(kiln: Kiln, template: Template, mould: Mould) -> None:
     from fluxkiln.compile.shell import lay_out, make_shell
 
     blobs, net = mould.result.outputs, mould_net(kiln, mould.kind)
-    reader = probe_reader(template.slots, seed=1)
     with kiln.cache.store.workdir(f"proof of {mould.kind}") as folder:
-        compiled = compile_weights(kiln, template, net, reader, folder, f"proof.{mould.kind}").bmodel
+        form = compiled_form(kiln, template, folder)
+        reader = probe_reader(form.slots, seed=1)
+        compiled = compile_weights(kiln, form, net, reader, folder, f"proof.{mould.kind}").bmodel
         (direct,) = read_bmodel(compiled).nets
         make_shell(compiled, net, folder / "shell.bmodel")
         cast = folder / "cast.bmodel"
@@ -74,7 +75,8 @@ def prove_cast(cast: BinaryPart, direct: BinaryPart, kiln: Kiln, mould: Mould) -
     Its stored weights must have the digest of those in the direct compile, and all else of the two must be the same
     bytes but for the net's name. Where the scheme's method is not the compiler's, the part is cast once more as the
     compiler rounds, which must be identical, and once more by its own method, which must be what was shipped: so the
-    shipped weights differ from the compiler's in their codes, scales and zero points, and in nothing else.
+    shipped weights differ from the compiler's in their codes, scales and zero points, and in nothing else. By a method
+    that needs more than codes both round what is left of the weights, and what stands beside the codes is the same.
 
     Raises:
         CompileError: the cast differs from what the compiler itself makes of the same weights.
@@ -111,7 +113,7 @@ def _cast_again(part: BinaryPart, kiln: Kiln, mould: Mould, size: int, target: P
     region = lay_out(kiln.path(blobs["shell"]), {mould_net(kiln, mould.kind): size}, target)
     coefficients = CoefficientMap.from_json(json.loads(kiln.path(blobs["map"]).read_text()))
     template = make_template(kiln, part.part.kind, kiln.target.graph_format)
-    reader = weight_reader(bind_part(part.part, template.slots, kiln.checkpoint), kiln.checkpoint)
+    reader = part_weights(kiln, part.part, template)
     return cast_region(target, next(iter(region.values())), coefficients, reader, rounder_of)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.artifacts.types import PartRunner
+from fluxkiln.calibrate.correcting import part_weights
 from fluxkiln.calibrate.rounders import part_correctors, part_rounders
 from fluxkiln.components import KINDS, find_part
 from fluxkiln.export.bindings import WeightReader, bind_part, weight_reader
@@ -143,13 +144,14 @@ def _fill_stored(kiln: Kiln, name: str) -> Filling:
     from fluxkiln.compile.pour import quantized_matmuls
 
     part = find_part(kiln.parts, name)
-    template = make_template(kiln, part.kind, "onnx17")
-    quantized = {slot for slot, _ in quantized_matmuls(template.path, {spec.name for spec in template.inputs})}
+    template, scheme = make_template(kiln, part.kind, "onnx17"), kiln.scheme(part)
+    matmuls = quantized_matmuls(template.path, {spec.name for spec in template.inputs})
+    quantized = {slot for slot, _ in matmuls if not scheme.keeps(slot)}
     reader = weight_reader(bind_part(part, template.slots, kiln.checkpoint), kiln.checkpoint)
     corrector_of = part_correctors(kiln, part)
     if corrector_of is not None:
-        return Filling(template, partial(_corrected, reader, kiln.scheme(part), quantized, corrector_of))
-    return Filling(template, partial(_stored, reader, kiln.scheme(part), quantized, part_rounders(kiln, part)))
+        return Filling(template, partial(_corrected, reader, scheme, quantized, corrector_of))
+    return Filling(template, partial(_stored, reader, scheme, quantized, part_rounders(kiln, part)))
 
 
 def _corrected(
@@ -208,8 +210,7 @@ def lay_out_lowered(kiln: Kiln, binary: BinaryPart, folder: Path) -> None:
     if binary.coefficients is None:
         shutil.copyfile(kiln.path(binary.weights), target)
         return
-    template = make_template(kiln, binary.part.kind, "onnx17")
-    reader = weight_reader(bind_part(binary.part, template.slots, kiln.checkpoint), kiln.checkpoint)
+    reader = part_weights(kiln, binary.part, make_template(kiln, binary.part.kind, "onnx17"))
     coefficients = CoefficientMap.from_json(json.loads(kiln.path(binary.coefficients).read_text()))
     cast_weight_file(coefficients, reader, target, part_rounders(kiln, binary.part))
 

@@ -1,13 +1,15 @@
 """Two methods that need more than codes: scaled input channels (`awq`), and a low-rank branch beside them (`svd`).
 
 - `awq`: input channel i of the weight is multiplied by s_i and the input divided by it, so that the channels that
-  matter get finer steps. s = peaks^a, with the exponent a that leaves the least output error. Source: Lin et al., AWQ
-  (arXiv 2306.00978), section 3.2.
+  matter get finer steps. s = peaks^a, with the exponent a that leaves the least output error; weights that have one
+  input in common share it, so that it is divided once. Source: Lin et al., AWQ (arXiv 2306.00978), section 3.2.
 - `svd`: W S = L R + Q, where L R are the largest singular directions of W S and S = sqrt(diagonal) makes them those of
   the output; the rest is packed. Source: Li et al., SVDQuant (arXiv 2411.05007), without its 4-bit activations.
 
-Both change the graph (a product of the input by 1 / s, two small matmuls), so they are measured and run by ONNX
-Runtime, and are not cast into a bmodel.
+Both change the graph (a product of the input by 1 / s, two small matmuls): ONNX Runtime's is written with them
+(`fluxkiln.compile.ort_packed`), and for the chip the template is rewritten before it is compiled, so that a kind has a
+mould for each method and rank (`fluxkiln.compile.corrected`). What is packed is in bfloat16, as the compiler gets it,
+and is made row by row, so that a cast makes the same of some rows as of all.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
+import numba
 import numpy as np
 from numpy.typing import NDArray
 
@@ -71,26 +75,47 @@ def pack_corrected(weight_OI: NDArray[Any], scheme: Scheme, statistics: Statisti
 
 
 def pack_awq(weight_OI: NDArray[Any], group_size: int, statistics: Statistics, bits: int = 4) -> Corrected:
-    """Pack with the channel scales that leave the least output error, as the diagonal of X^T X knows it."""
+    """Pack with the channel scales that leave the least output error, see `find_divisors`."""
+    return pack_scaled(weight_OI, group_size, find_divisors(weight_OI, group_size, statistics, bits), bits)
+
+
+def find_divisors(
+    weight_OI: NDArray[Any], group_size: int, statistics: Statistics, bits: int = 4
+) -> NDArray[np.float32]:
+    """The channel scales that leave the least output error, as the diagonal of X^T X knows it: float32 [I].
+
+    They are reciprocals of bfloat16 numbers, since the chip multiplies the input.
+
+    Args:
+        weight_OI: one weight, or rows of all that have one input: they are scaled alike.
+
+    Raises:
+        SchemeError: no scales leave a finite error.
+    """
     wide = weight_OI.astype(np.float32)
     importance = statistics.diagonal
     peaks = np.maximum(statistics.peaks, max(float(statistics.peaks.max()) * 1e-4, 1e-12))
     best, found = np.inf, None
     for exponent in EXPONENTS:
         scales = peaks**exponent
-        scales = (scales / np.sqrt(scales.max() * scales.min())).astype(np.float32)
-        packed = empty_packed(wide.shape, group_size, bits)
-        search_into(wide * scales, bits, packed.codes_OI, packed.scales_OG, packed.zeros_OG)
-        error = dequantize(packed, group_size)
-        error /= scales
+        scales /= np.sqrt(scales.max() * scales.min())
+        divisors: NDArray[np.float32] = np.reciprocal(bf16_to_float32(to_bf16_bits(1 / scales)))
+        error = dequantize(pack_scaled(wide, group_size, divisors, bits).packed, group_size)
+        error /= divisors
         error -= wide
         lost = float(np.einsum("oi,oi,i->", error, error, importance, optimize=True))
         if lost < best:
-            best, found = lost, (packed, scales)
+            best, found = lost, divisors
     if found is None:
         raise SchemeError("no channel scale leaves a finite error: the weight or its calibration is not finite")
-    empty = np.empty((len(wide), 0), np.uint16), np.empty((0, wide.shape[1]), np.uint16)
-    return Corrected(*found, *empty)
+    return found
+
+
+def pack_scaled(weight_OI: NDArray[Any], group_size: int, divisors: NDArray[np.float32], bits: int = 4) -> Corrected:
+    """Pack a weight whose input is divided by `divisors`, float32 [I]."""
+    rows, columns = weight_OI.shape
+    up, down = np.empty((rows, 0), np.uint16), np.empty((0, columns), np.uint16)
+    return Corrected(_search(packed_rows(weight_OI, divisors, up, down), group_size, bits), divisors, up, down)
 
 
 def pack_low_rank(
@@ -105,18 +130,52 @@ def pack_low_rank(
         SchemeError: more directions than the matrix has.
     """
     wide = weight_OI.astype(np.float32)
-    if not 0 < rank <= min(wide.shape):
-        raise SchemeError(f"rank {rank}: a matrix of {wide.shape[0]} x {wide.shape[1]} has 1 to {min(wide.shape)}")
+    check_rank(rank, wide.shape)
     smooth = np.ones(wide.shape[1], np.float32)
     if statistics is not None:
         smooth = np.sqrt(statistics.diagonal)
         smooth = np.maximum(smooth, max(float(smooth.max()) * 1e-4, 1e-12))
     up, down = _directions(wide * smooth, rank)
     up_bits, down_bits = to_bf16_bits(up), to_bf16_bits(down / smooth)
-    rest = wide - bf16_to_float32(up_bits) @ bf16_to_float32(down_bits)
-    packed = empty_packed(wide.shape, group_size, bits)
-    search_into(rest, bits, packed.codes_OI, packed.scales_OG, packed.zeros_OG)
-    return Corrected(packed, np.ones(wide.shape[1], np.float32), up_bits, down_bits)
+    ones = np.ones(wide.shape[1], np.float32)
+    return Corrected(_search(packed_rows(wide, ones, up_bits, down_bits), group_size, bits), ones, up_bits, down_bits)
+
+
+def check_rank(rank: int, shape: tuple[int, ...], what: str = "a matrix") -> None:
+    """Raise SchemeError when a matrix has fewer directions than are asked for."""
+    if not 0 < rank <= min(shape):
+        raise SchemeError(f"rank {rank}: {what} of {shape[0]} x {shape[1]} has 1 to {min(shape)}")
+
+
+def packed_rows(
+    weight_OI: NDArray[Any], divisors: NDArray[np.float32], up_OR: NDArray[np.uint16], down_RI: NDArray[np.uint16]
+) -> NDArray[Any]:
+    """What is packed of some rows of a weight, or of all: W * divisors - up down, as ml_dtypes.bfloat16.
+
+    Args:
+        up_OR: of the same rows, bfloat16 bits; down_RI: of all, see `Corrected`.
+    """
+    wide = np.array(weight_OI, np.float32, order="C")
+    wide *= divisors
+    if len(down_RI):
+        _subtract(wide, bf16_to_float32(up_OR), bf16_to_float32(down_RI))
+    return wide.astype(ml_dtypes.bfloat16)
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _subtract(weight_OI: Any, up_OR: Any, down_RI: Any) -> None:
+    """Not by BLAS, whose sums depend on how many rows it is given."""
+    for row in range(weight_OI.shape[0]):
+        for r in range(down_RI.shape[0]):
+            factor = up_OR[row, r]
+            for i in range(weight_OI.shape[1]):
+                weight_OI[row, i] -= factor * down_RI[r, i]
+
+
+def _search(rows: NDArray[Any], group_size: int, bits: int) -> PackedWeight:
+    packed = empty_packed(rows.shape, group_size, bits)
+    search_into(rows, bits, packed.codes_OI, packed.scales_OG, packed.zeros_OG)
+    return packed
 
 
 def _directions(matrix: NDArray[np.float32], rank: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -11,10 +11,13 @@ from fluxkiln.errors import SchemeError
 from fluxkiln.quantize.figures import Figures
 from fluxkiln.quantize.schemes import Scheme, parse_scheme
 
-# layers that are often left alone, by the names of the checkpoint's tensors
+_STACKS = ("transformer_blocks.", "single_transformer_blocks.", "encoder.block.")
+# layers that are often left alone, by the names of the checkpoint's tensors; LAST is the number of a stack's last block
+LAST = "<last>"
 LAYER_GROUPS: Mapping[str, tuple[str, ...]] = {
     "modulation": ("*norm1.linear.weight", "*norm1_context.linear.weight", "*.norm.linear.weight"),
-    "first_blocks": ("transformer_blocks.0.*", "single_transformer_blocks.0.*", "encoder.block.0.*"),
+    "first_blocks": tuple(f"{stack}0.*" for stack in _STACKS),
+    "last_blocks": tuple(f"{stack}{LAST}.*" for stack in _STACKS),
 }
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 
@@ -26,8 +29,19 @@ class LayerRule:
     pattern: str
     scheme: Scheme
 
-    def matches(self, name: str) -> bool:
-        return any(fnmatchcase(name, one) for one in LAYER_GROUPS.get(self.pattern, (self.pattern,)))
+    def matching(self, names: Sequence[str]) -> list[str]:
+        """Those of a model's layers that it is for."""
+        patterns = [_with_last(one, names) for one in LAYER_GROUPS.get(self.pattern, (self.pattern,))]
+        return [name for name in names if any(fnmatchcase(name, one) for one in patterns)]
+
+
+def _with_last(pattern: str, names: Sequence[str]) -> str:
+    """A pattern with the number of its stack's last block in the place of LAST; 0 where the model has no such stack."""
+    stack, last, _ = pattern.partition(LAST)
+    if not last:
+        return pattern
+    numbers = (name.removeprefix(stack).split(".")[0] for name in names if name.startswith(stack))
+    return pattern.replace(LAST, str(max(map(int, numbers), default=0)))
 
 
 def parse_rules(texts: Sequence[str]) -> tuple[LayerRule, ...]:
@@ -52,7 +66,7 @@ def assign_rules(names: Sequence[str], rules: Sequence[LayerRule]) -> dict[str, 
     """
     found: dict[str, Scheme] = {}
     for rule in rules:
-        matched = [name for name in names if rule.matches(name)]
+        matched = rule.matching(names)
         if not matched:
             near = ", ".join(list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))[:8])
             raise SchemeError(f"no layer is called {rule.pattern!r}; there are {near} and others")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from fluxkiln.components import KINDS, MODULATION_KINDS
@@ -19,7 +20,8 @@ class Method:
 
     Attributes:
         calibrated: from statistics of the inputs as well.
-        codes_only: nothing else is needed, so a mould takes them; the others change the graph.
+        codes_only: nothing else is needed, so all such methods share a mould; each of the others changes the graph, and
+            has moulds of its own.
         symmetric: zero points may all be held in the middle.
     """
 
@@ -42,6 +44,9 @@ DEFAULT_RANK = 32
 # what a scheme without a method means: of the methods without calibration the one that leaves least, where that shows
 DEFAULT_METHODS: Mapping[int, str] = {0: "rtn", 4: "ls", 8: "rtn"}
 GROUP_SIZES = (32, 64, 128)
+# what `kept` is called in a scheme's name, and what its patterns may consist of
+_KEPT = "bf16:"
+_PATTERN = re.compile(r"[\w.*?\[\]!]+")
 DEFAULT_GROUP_SIZE = 64
 
 
@@ -53,9 +58,10 @@ class Scheme:
         arithmetic: what activations are computed in, and what unquantized weights are stored in.
         weight_bits: 4, 8, or 0 for weights that are not quantized.
         group_size: input channels that share a scale; 0 without quantization. The compiler's 8 bits have groups too.
-        method: how the codes are found, of METHODS. A mould does not depend on it.
+        method: how the codes are found, of METHODS. A mould depends on it only where it needs more than codes.
         symmetric: all zero points are the middle level.
         rank: of the branch beside the codes, of the method `svd`; 0 without one.
+        kept: shell patterns on the names of weights that are not quantized, each once and sorted; see `keeps`.
     """
 
     arithmetic: Arithmetic
@@ -64,6 +70,7 @@ class Scheme:
     method: str = "rtn"
     symmetric: bool = False
     rank: int = 0
+    kept: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.weight_bits not in (0, 4, 8):
@@ -77,6 +84,26 @@ class Scheme:
         if self.symmetric and not METHODS[self.method].symmetric:
             able = ", ".join(name for name, method in METHODS.items() if method.symmetric)
             raise SchemeError(f"method {self.method} has no symmetric form; {able} have one")
+        object.__setattr__(self, "kept", tuple(sorted(set(self.kept))))
+        if self.kept and not self.weight_bits:
+            raise SchemeError(
+                f"{self.arithmetic} does not quantize, so no weight ({self.kept[0]}) can be left out of it"
+            )
+        for pattern in self.kept:
+            if not _PATTERN.fullmatch(pattern):
+                raise SchemeError(
+                    f"{pattern!r} is no pattern of weights; letters, digits and _ . * ? [ ] ! may be in it"
+                )
+
+    def keeps(self, slot: str) -> bool:
+        """Whether a slot stays in the scheme's arithmetic though the others of its part are quantized.
+
+        Patterns are compared with the name of the checkpoint's tensor within its part, with and without `.weight`; what
+        a template does to a tensor (`__s1.0.3072__t`) does not count.
+        """
+        base = slot.split("__")[0]
+        names = (base, base.removesuffix(".weight"))
+        return any(fnmatchcase(name, pattern) for pattern in self.kept for name in names)
 
     @property
     def name(self) -> str:
@@ -84,16 +111,38 @@ class Scheme:
         if not self.weight_bits:
             return self.arithmetic
         method = "" if self.method == DEFAULT_METHODS[self.weight_bits] else f"-{self.method}"
-        rank = "" if self.rank in (0, DEFAULT_RANK) else f"-r{self.rank}"
-        return f"{self.compiled_name}{method}{rank}{'-sym' * self.symmetric}"
+        return f"{self._format}{method}{self._rank}{'-sym' * self.symmetric}{self._kept}"
 
     @property
     def compiled_name(self) -> str:
-        """What a compiler has to know of it: methods share one mould, whose format and places are the same."""
+        """What a compiler has to know of it: methods of codes alone share one mould, format and places are the same."""
         if not self.weight_bits:
             return self.arithmetic
+        method = "" if self.codes_only else f"-{self.method}{self._rank}"
+        return f"{self._format}{method}{self._kept}"
+
+    @property
+    def base_name(self) -> str:
+        """Bits and arithmetic alone: `W4BF16`."""
+        return self.name.split("-")[0]
+
+    @property
+    def codes_only(self) -> bool:
+        """Whether weights are stored as codes and nothing beside them, or not quantized."""
+        return not self.weight_bits or METHODS[self.method].codes_only
+
+    @property
+    def _format(self) -> str:
         group = "" if self.group_size in (0, DEFAULT_GROUP_SIZE) else f"-g{self.group_size}"
         return f"W{self.weight_bits}{self.arithmetic}{group}"
+
+    @property
+    def _rank(self) -> str:
+        return "" if self.rank in (0, DEFAULT_RANK) else f"-r{self.rank}"
+
+    @property
+    def _kept(self) -> str:
+        return f"-{_KEPT}{'+'.join(self.kept)}" if self.kept else ""
 
     @property
     def rounds_as_compiler(self) -> bool:
@@ -115,17 +164,20 @@ _LEGAL = f"there are {', '.join(SCHEME_NAMES)}; quantized ones may name a method
 
 
 def parse_scheme(text: str) -> Scheme:
-    """`W4BF16-g128-mse-sym` -> Scheme; SchemeError with the legal names otherwise."""
+    """`W4BF16-g128-mse-sym`, any scheme's `name` -> Scheme; SchemeError with the legal names otherwise."""
     base, *pieces = text.strip().split("-")
     scheme = _NAMED.get(base.upper())
     if scheme is None:
         raise SchemeError(f"no scheme is called {text!r}; {_LEGAL}")
     chosen: dict[str, Any] = {"rank": DEFAULT_RANK} if "svd" in map(str.lower, pieces) else {}
     said: set[str] = set()
-    for piece in map(str.lower, pieces):
-        if re.fullmatch(r"g\d+", piece):
-            key = "group_size"
-            value: int | str | bool = int(piece[1:])
+    value: int | str | bool | tuple[str, ...]
+    for written in pieces:
+        piece = written.lower()
+        if piece.startswith(_KEPT):
+            key, value = "kept", tuple(written[len(_KEPT) :].split("+"))
+        elif re.fullmatch(r"g\d+", piece):
+            key, value = "group_size", int(piece[1:])
             if scheme.weight_bits != 4:
                 raise SchemeError(f"scheme {text!r}: only W4BF16 has groups; {_LEGAL}")
         elif re.fullmatch(r"r\d+", piece):
@@ -157,6 +209,17 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "tail": ("tail", "tail_modulated"),
     "modulation": MODULATION_KINDS,
 }
+# The same for single weights: those of the modulation are in the block that it belongs to, as in the inline form.
+_SLOT_GROUPS: Mapping[str, tuple[str, ...]] = {
+    **GROUPS,
+    **{block: (*GROUPS[block], f"{block}_modulation") for block in ("double", "single", "tail")},
+}
+
+
+def form_group(kind: str) -> tuple[str, ...]:
+    """All kinds that have weights of the block that a kind is of, in either form."""
+    return next((kinds for kinds in _SLOT_GROUPS.values() if kind in kinds), (kind,))
+
 
 # T5's residual stream leaves the range of F16, so its blocks never run in it
 _F16_OVERFLOWS = ("t5_block", "t5_final")
@@ -189,7 +252,8 @@ def part_schemes(blocks: Scheme) -> dict[str, Scheme]:
 def parse_schemes(text: str | None, default: str) -> tuple[Scheme, dict[str, Scheme]]:
     """`W4BF16` or `W4BF16,vae_decoder=BF16`: the block scheme, and the scheme of every kind.
 
-    An exception is for a kind or a group of GROUPS; a later one overrides an earlier one.
+    An exception is for a kind or a group of GROUPS, and a later one overrides an earlier one; or for some weights of
+    one, `single.proj_out=BF16`, with a shell pattern (`Scheme.keeps`), and then it is added to what was said before.
 
     Raises:
         SchemeError: a scheme or kind that does not exist.
@@ -200,12 +264,32 @@ def parse_schemes(text: str | None, default: str) -> tuple[Scheme, dict[str, Sch
     blocks = parse_scheme(head)
     schemes = part_schemes(blocks)
     for exception in exceptions:
-        kind, _, name = (piece.strip() for piece in exception.partition("="))
+        place, _, name = (piece.strip() for piece in exception.partition("="))
+        kind, dot, pattern = place.partition(".")
         if kind not in schemes and kind not in GROUPS:
             known = ", ".join(dict.fromkeys([*schemes, *GROUPS]))
             raise SchemeError(f"scheme {text!r}: no kind of part is called {kind!r}; there are {known}")
-        schemes.update(dict.fromkeys(GROUPS.get(kind, (kind,)), parse_scheme(name)))
+        if dot:
+            schemes.update(_keeping(text or "", schemes, kind, pattern, name))
+        else:
+            schemes.update(dict.fromkeys(GROUPS.get(kind, (kind,)), parse_scheme(name)))
     return blocks, schemes
+
+
+def _keeping(
+    text: str, schemes: Mapping[str, Scheme], kind: str, pattern: str, name: str
+) -> Iterator[tuple[str, Scheme]]:
+    """Kinds with their schemes, of which the weights of `pattern` are left out now."""
+    kinds = [one for one in _SLOT_GROUPS.get(kind, (kind,)) if schemes[one].weight_bits]
+    arithmetic = schemes[kinds[0]].arithmetic if kinds else schemes[GROUPS.get(kind, (kind,))[0]].name
+    if not kinds:
+        raise SchemeError(f"scheme {text!r}: {kind} is not quantized, it is {arithmetic} as a whole; leave it out")
+    if parse_scheme(name).name != arithmetic:
+        raise SchemeError(
+            f"scheme {text!r}: {kind}.{pattern} cannot be {name}: single weights of a quantized kind are {arithmetic} "
+            f"or as the others; write {kind}.{pattern}={arithmetic}"
+        )
+    return ((one, replace(schemes[one], kept=(*schemes[one].kept, pattern))) for one in kinds)
 
 
 def check_groups(scheme: Scheme, slot: str, in_features: int) -> None:

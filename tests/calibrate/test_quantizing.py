@@ -11,9 +11,12 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from fluxkiln.calibrate.calibrating import CALIBRATED, calibrate, use_calibration
+from fluxkiln.calibrate.mixing import slot_of
 from fluxkiln.calibrate.quantizing import quantize_model
 from fluxkiln.errors import IntegrityError, SchemeError, UsageError
 from fluxkiln.export.checkpoint import read_tensor
+from fluxkiln.flow.preparing import prepare
+from fluxkiln.flow.tensors import quantizable
 from fluxkiln.quantize.pack import PackedWeight, bf16_to_float32, dequantize
 from fluxkiln.quantize.recipes import parse_rules
 from fluxkiln.quantize.rounding import pack_matrix
@@ -177,3 +180,32 @@ def test_calibrated_beats_plain_beats_the_compiler(settings, calibration):
         assert outputs[0] < 0.7 * outputs[2]
         assert outputs[1] < outputs[2]
         assert schemes["W4BF16"][0] < schemes["W4BF16-rtn"][0]
+
+
+def test_slots_are_chosen_for_all_blocks_of_a_kind(settings, calibration):
+    """What is printed is a scheme of a build, whose kinds keep the very slots that were chosen, at the stated size."""
+    alone = replace(settings, components=("transformer",), target="cpu")
+    errors = []
+    for budget in ("4.4bits", "7bits", "16bits"):
+        made = quantize_model(alone, ["W4BF16-gptq"], budget, per_kind=True)
+        assert sum(found.size for found in made.chosen.values()) <= made.budget
+        errors.append(sum(found.error**2 for found in made.chosen.values()))
+        assert made.to_json()["scheme"] == made.scheme
+        by_slot = {}
+        for layer, found in made.chosen.items():
+            by_slot.setdefault(slot_of(layer), set()).add(found.scheme)
+        assert all(len(schemes) == 1 for schemes in by_slot.values())
+        kiln = prepare(replace(alone, scheme=made.scheme)).kiln
+        for part in kiln.parts:
+            for name in quantizable(kiln, part) if kiln.scheme(part).weight_bits or budget == "16bits" else ():
+                layer = made.chosen.get(part.prefix + name)
+                coded = kiln.scheme(part).weight_bits and not kiln.scheme(part).keeps(name)
+                assert layer is None or layer.scheme == ("W4BF16-gptq" if coded else "BF16")
+    assert errors == sorted(errors, reverse=True)
+    assert made.scheme == "W4BF16-gptq,double.*=BF16,single.*=BF16"
+    assert {kiln.schemes[kind].name for kind in kiln.kinds()} == {"BF16"}
+    for schemes, budget, rules in ((["W4BF16"], "", ()), (["W4BF16", "BF16"], "7bits", ()), (["BF16"], "7bits", ())):
+        with pytest.raises(SchemeError, match=r"slots are chosen per kind|BF16 does not quantize"):
+            quantize_model(alone, schemes, budget, rules, per_kind=True)
+    with pytest.raises(SchemeError, match="cannot be met"):
+        quantize_model(alone, ["W4BF16"], "4bits", per_kind=True)

@@ -6,11 +6,11 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import pytest
 
 from fluxkiln.calibrate.calibrating import read_prompts
 from fluxkiln.calibrate.rounders import (
-    calibration_action,
     check_methods,
     component_digest,
     find_calibration,
@@ -21,7 +21,7 @@ from fluxkiln.compile.bmodel import read_bmodel
 from fluxkiln.compile.cast import compare_stored
 from fluxkiln.compile.forms import FormMaker
 from fluxkiln.compile.mould import CoefficientMap
-from fluxkiln.components import Shapes, find_part
+from fluxkiln.components import Shapes
 from fluxkiln.errors import CheckpointError, SchemeError, UsageError
 from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.flow.linking import link_parts
@@ -37,35 +37,9 @@ from fluxkiln.quantize.sums import Sums
 from fluxkiln.verify.gates import first_bad_rung
 from fluxkiln.verify.ladder import Ladder
 from fluxkiln.verify.metrics import compare
+from tests.calibrate.conftest import COMPONENT, NAME, one_part
 
-NAME, SLOT = "single.00", "attn.to_q.weight__t"
-COMPONENT = "transformer"
-
-
-def one_part(kiln, scheme, name=NAME, target="cpu"):
-    made = kiln(scheme=scheme, target=target)
-    return replace(made, parts=(find_part(made.parts, name),))
-
-
-@pytest.fixture(scope="module")
-def calibrated(kiln, tmp_path_factory):
-    """The store of all kilns gets a calibration of tiny-dev: random inputs, channel i with a size of its own."""
-    import torch
-
-    made = kiln(target="cpu")
-    path = tmp_path_factory.mktemp("calibration") / "c.safetensors"
-    random = torch.Generator().manual_seed(0)
-    layers = [n for n, ref in made.checkpoint.tensors[COMPONENT].items() if len(ref.shape) == 2]
-    with Sums(path, 64, len(layers)) as sums:
-        for name in layers:
-            width = made.checkpoint.tensors[COMPONENT][name].shape[1]
-            mixing = torch.randn(width // 4, width, generator=random)
-            sums.add(COMPONENT, name, torch.randn(400, width // 4, generator=random) @ mixing)
-        sums.finish({"components": {COMPONENT: component_digest(made.digests, COMPONENT)}, "facts": {"prompts": 0}})
-    blob = made.cache.store.add_file(path)
-    action = calibration_action(COMPONENT, component_digest(made.digests, COMPONENT))
-    made.cache.record(action, {"calibration": blob}, {})
-    return open_calibration(made.cache.store.path(blob.digest), blob.digest)
+SLOT = "attn.to_q.weight__t"
 
 
 def packed_by(kiln, slot=SLOT):
@@ -123,6 +97,13 @@ def test_methods_are_in_the_key_of_a_cast_and_not_of_a_mould(kiln, calibrated):
         moulds.add(mould_action(made, make_template(made, "single", "onnx17")).key)
     assert len(set(keys.values())) == len(keys)
     assert len(moulds) == 1
+    # what needs more than codes has a mould for each form of that, and the rank is one
+    for scheme in ("W4BF16-awq", "W4BF16-svd", "W4BF16-svd-r8", "W4BF16,single.proj_out=BF16"):
+        made = one_part(kiln, scheme)
+        keys[scheme] = json.dumps(rounding_key(made, made.parts[0]), sort_keys=True)
+        moulds.add(mould_action(made, make_template(made, "single", "onnx17")).key)
+    assert len(moulds) == 5
+    assert len(set(keys.values())) == len(keys) - 1  # the last one rounds as W4BF16 does
     assert calibrated.digest in keys["W4BF16-gptq"]
 
 
@@ -131,8 +112,9 @@ def test_what_cannot_be_had_is_refused_before_anything_is_compiled(kiln, calibra
     unknown = replace(one_part(kiln, "W4BF16-gptq"), digests={COMPONENT: {"x": "sha256:0"}})
     with pytest.raises(SchemeError, match=r"needs calibration, and the store has none for the transformer"):
         check_methods(unknown)
-    with pytest.raises(SchemeError, match="awq changes the graph"):
-        check_methods(one_part(kiln, "W4BF16-awq"))
+    check_methods(one_part(kiln, "W4BF16-awq"))
+    with pytest.raises(SchemeError, match=r"stored as W4BF16-svd-r8, which needs calibration"):
+        check_methods(replace(one_part(kiln, "W4BF16-svd-r8"), digests={COMPONENT: {"x": "sha256:0"}}))
     with pytest.raises(SchemeError, match=r"was made with weights .* of transformer, this checkpoint's are"):
         calibrated.check_checkpoint(COMPONENT, "sha256:" + "0" * 64)
     made = one_part(kiln, "W4BF16-gptq")
@@ -242,7 +224,7 @@ def test_wrong_bytes_of_one_group_miss_the_stored_gate(kiln, cast_alone, tmp_pat
     assert SLOT in ladder.rows[0].output
 
 
-@pytest.mark.parametrize("method", ["awq", "svd", "svd-r8", "gptq"])
+@pytest.mark.parametrize("method", ["awq", "svd", "svd-r8", "gptq", "svd,single.proj_*=BF16"])
 def test_onnx_runtime_runs_what_is_dequantized(kiln, calibrated, tiny_recording, tmp_path, method):
     """The bundle's graph against its reference: codes, channel scales and low-rank branches are in both."""
     made = one_part(kiln, f"W4BF16-{method}")
@@ -253,6 +235,9 @@ def test_onnx_runtime_runs_what_is_dequantized(kiln, calibrated, tiny_recording,
             rung: rungs[rung](NAME, inputs)["hidden_states_out"] for rung in ("dequantized", "executed", "onnxruntime")
         }
     base = inputs["hidden_states"]
+    graph = onnx.load(tmp_path / "onnx" / f"{NAME}.onnx", load_external_data=False).graph
+    # norm.linear, q, k, v; and where nothing is left out of the codes, both halves of proj_mlp and of proj_out
+    assert sum(node.op_type == "MatMulNBits" for node in graph.node) == 4 + 5 * (not made.schemes["single"].kept)
     assert compare(out["executed"], out["dequantized"], base).relative_l2 <= 2e-3
     assert compare(out["executed"], out["onnxruntime"], base).delta_cosine < 0.9999
 

@@ -23,6 +23,17 @@ def test_later_rules_override_and_groups_have_names():
     assert assign_rules(NAMES, ()) == {}
 
 
+def test_last_blocks_are_those_of_the_model_at_hand():
+    """Of each stack, by number and not by the order of letters; the control: one block more."""
+    names = [f"{stack}.{i}.a.weight" for stack in ("transformer_blocks", "encoder.block") for i in (0, 2, 10, 9)]
+    found = assign_rules(names, parse_rules(["last_blocks=BF16"]))
+    assert sorted(found) == ["encoder.block.10.a.weight", "transformer_blocks.10.a.weight"]
+    names += ["transformer_blocks.11.a.weight", "single_transformer_blocks.0.b.weight"]
+    assert set(assign_rules(names, parse_rules(["last_blocks=BF16"]))) == {names[6], *names[8:]}
+    with pytest.raises(SchemeError, match="no layer is called 'last_blocks'"):
+        assign_rules(["time_text_embed.weight"], parse_rules(["last_blocks=BF16"]))
+
+
 @pytest.mark.parametrize("pattern", ["transformer_blocks.7.*", "attn.to_q", "embedders"])
 def test_a_rule_that_matches_nothing_is_refused(pattern):
     with pytest.raises(SchemeError, match=r"no layer is called .*; there are transformer_blocks\.\*\.norm1"):

@@ -11,6 +11,7 @@ from fluxkiln.quantize.schemes import (
     SCHEME_NAMES,
     Scheme,
     check_groups,
+    form_group,
     parse_scheme,
     parse_schemes,
     part_schemes,
@@ -39,8 +40,11 @@ def test_names_are_distinct():
         ("W4BF16-sym-mse", "W4BF16-mse-sym", "W4BF16"),
         ("W8BF16-rtn", "W8BF16", "W8BF16"),
         ("W8BF16-ls", "W8BF16-ls", "W8BF16"),
-        ("W4BF16-svd-r32", "W4BF16-svd", "W4BF16"),
-        ("W4BF16-r8-svd-g32", "W4BF16-g32-svd-r8", "W4BF16-g32"),
+        ("W4BF16-svd-r32", "W4BF16-svd", "W4BF16-svd"),
+        ("W4BF16-r8-svd-g32", "W4BF16-g32-svd-r8", "W4BF16-g32-svd-r8"),
+        ("W4BF16-awq", "W4BF16-awq", "W4BF16-awq"),
+        ("w4bf16-gptq-bf16:B.c+a*", "W4BF16-gptq-bf16:B.c+a*", "W4BF16-bf16:B.c+a*"),
+        ("W4BF16-bf16:a*+B.c+a*", "W4BF16-bf16:B.c+a*", "W4BF16-bf16:B.c+a*"),
     ],
 )
 def test_methods_are_part_of_a_name_and_not_of_a_mould(text, name, compiled):
@@ -78,6 +82,9 @@ def test_default_group_size_may_be_written():
         ("W4BF16-ls-r8", "rank 8 of method ls"),
         ("W4BF16-svd-r0", "rank 0 of method svd"),
         ("BF16-ls", "does not quantize, so it has no methods"),
+        ("BF16-bf16:a", "BF16 does not quantize, so no weight"),
+        ("W4BF16-bf16:", "'' is no pattern of weights"),
+        ("W4BF16-bf16:a;b", "'a;b' is no pattern of weights"),
     ],
 )
 def test_unknown_schemes_are_refused_with_the_legal_ones(text, clue):
@@ -189,3 +196,45 @@ def test_groups_that_do_not_divide_name_the_ones_that_do(name, width, remedy):
 @pytest.mark.parametrize("name", ["F32", "F16", "BF16"])
 def test_unquantized_schemes_have_no_groups(name):
     check_groups(parse_scheme(name), "a.weight", 7)
+
+
+def test_single_weights_stay_as_they_are():
+    _, schemes = parse_schemes("W4BF16-gptq, single.proj_out=BF16,single.attn.to_[qk]=bf16", "BF16")
+    kept = {kind: scheme.name for kind, scheme in schemes.items() if scheme.kept}
+    name = "W4BF16-gptq-bf16:attn.to_[qk]+proj_out"
+    assert kept == dict.fromkeys(("single", "single_modulated", "single_modulation"), name)
+    assert parse_scheme(name) == schemes["single"]
+    assert schemes["single"].base_name == "W4BF16"
+    for slot, keeps in (
+        ("proj_out.weight__s1.0.256__t", True), ("attn.to_q.weight__t", True), ("attn.to_k.weight", True),
+        ("attn.to_v.weight__t", False), ("attn.to_q.lora", False), ("proj_mlp.weight", False),
+    ):  # fmt: skip
+        assert schemes["single"].keeps(slot) == keeps, slot
+        assert not schemes["double"].keeps(slot)
+    # what is said of the whole kind later takes the place of all that
+    assert not parse_schemes("W4BF16,single.proj_out=BF16,single=W8BF16", "BF16")[1]["single"].kept
+
+
+def test_the_weights_of_a_block_are_in_either_form_of_it():
+    assert (
+        form_group("double_modulation") == form_group("double") == ("double", "double_modulated", "double_modulation")
+    )
+    assert form_group("t5_block") == ("t5_block",)
+    _, schemes = parse_schemes("W4BF16,modulation=BF16,double.norm1.linear=BF16", "BF16")
+    assert [schemes[kind].name for kind in form_group("double")] == ["W4BF16-bf16:norm1.linear"] * 2 + ["BF16"]
+
+
+@pytest.mark.parametrize(
+    ("text", "clue"),
+    [
+        ("W4BF16,middle.a=BF16", "no kind of part is called 'middle'"),
+        ("W4BF16,single.proj_out=W8BF16", r"cannot be W8BF16: .* write single\.proj_out=BF16"),
+        ("W4BF16,single.proj_out=F16", r"write single\.proj_out=BF16"),
+        ("BF16,single.proj_out=BF16", "single is not quantized, it is BF16 as a whole"),
+        ("W4BF16,vae_decoder.conv_in=F16", "vae_decoder is not quantized, it is F16 as a whole"),
+        ("W4BF16,single.=BF16", "'' is no pattern of weights"),
+    ],
+)
+def test_weights_that_cannot_be_left_out(text, clue):
+    with pytest.raises(SchemeError, match=clue):
+        parse_schemes(text, "BF16")

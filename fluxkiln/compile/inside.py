@@ -107,7 +107,7 @@ def template_values(template: Path, inputs: Values, weights: Values, names: Coll
     """
     model = _load(template)
     kept = [name for name in names if name in _made(model)]
-    return _run(model, ChainMap({**inputs}, weights), kept, f"template {template}")
+    return _run(model, _both(inputs, weights), kept, f"template {template}")
 
 
 def local_values(
@@ -138,7 +138,7 @@ def local_values(
         return {}
     outputs = {_own(name): types[name] for name in wanted}
     _keep_makers(model, outputs)
-    results = _run(model, ChainMap({**seen}, weights), list(outputs), f"template {template}", renamed=outputs)
+    results = _run(model, _both(seen, weights), list(outputs), f"template {template}", renamed=outputs)
     return {name: results[_own(name)] for name in wanted}
 
 
@@ -209,6 +209,12 @@ def _made(model: ModelProto) -> list[str]:
     types = {value.name: value.type.tensor_type for value in [*model.graph.value_info, *model.graph.output]}
     floats = {name for name, type_ in types.items() if type_.elem_type == onnx.TensorProto.FLOAT}
     return [name for node in model.graph.node if node.op_type not in _SHAPES for name in node.output if name in floats]
+
+
+def _both(given: Values, weights: Values) -> Values:
+    """Activations and weights, of which none is read yet."""
+    behind: Any = weights
+    return ChainMap(dict(given), behind)
 
 
 def _keep_makers(model: ModelProto, names: Iterable[str]) -> None:

@@ -278,7 +278,7 @@ def _fused_rows(old: Any, ref: TensorRef, changes: Sequence[tuple[Piece, float]]
 def _bytes_of(tensor: Tensor) -> memoryview:
     import torch
 
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 def _read(old: Any, view: memoryview, ref: TensorRef, offset: int) -> None:

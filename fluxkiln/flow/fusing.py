@@ -10,7 +10,8 @@ from typing import Any
 
 from fluxkiln.export.checkpoint import Checkpoint, open_checkpoint
 from fluxkiln.export.fingerprint import DigestMemo
-from fluxkiln.export.lora import COMPONENT, digest_lora, fuse_once, fused_folder, is_fused, read_record
+from fluxkiln.export.lora import COMPONENT, fuse_once, fused_folder, is_fused, read_record
+from fluxkiln.export.lora_file import digest_lora
 from fluxkiln.progress import Progress, count_bytes
 from fluxkiln.settings import Settings
 

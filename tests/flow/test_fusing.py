@@ -12,6 +12,10 @@ from fluxkiln.errors import UsageError
 from fluxkiln.export.lora import digest_lora
 from fluxkiln.flow.build import build, plan
 from fluxkiln.flow.fusing import lora_label
+from fluxkiln.flow.linking import link_components
+from fluxkiln.flow.parity import record, verify_build
+from fluxkiln.flow.preparing import prepare
+from fluxkiln.progress import Silent
 from fluxkiln.settings import Settings
 
 LAYER = "transformer_blocks.1.attn.to_q"
@@ -43,19 +47,38 @@ def fused(plain, with_lora):
     return build(with_lora)
 
 
-def test_parity_holds_and_one_part_differs(plain, fused):
+def weight_files(bundle):
+    return {file.path: file.sha256 for file in read_manifest(bundle).files if file.role == "weights"}
+
+
+def test_parity_holds_with_other_weights(plain, fused, tiny_checkpoint):
+    shard = tiny_checkpoint("tiny-dev").tensors["transformer"][f"{LAYER}.weight"].file.name
     assert plain.parity["passed"]
     assert fused.parity["passed"]
     assert plain.bundle != fused.bundle
-    before, after = (
-        {part.name: part.digest for part in read_manifest(result.bundle).parts} for result in (plain, fused)
-    )
+    before, after = weight_files(plain.bundle), weight_files(fused.bundle)
     assert before.keys() == after.keys()
-    assert [name for name in before if before[name] != after[name]] == ["double.01"]
-    fingerprints = {read_manifest(result.bundle).checkpoint.fingerprint for result in (plain, fused)}
-    assert len(fingerprints) == 2
-    pictures = {(result.bundle.parent / "report.json").read_bytes() for result in (plain, fused)}
-    assert len(pictures) == 2
+    # The one shard that the layer is in.
+    assert [name.rpartition("/")[2] for name in before if before[name] != after[name]] == [shard]
+    prints = {read_manifest(result.bundle).checkpoint.fingerprint for result in (plain, fused)}
+    assert len(prints) == 2
+
+
+def test_gates_tell_the_lora(plain, fused, settings, with_lora, tmp_path):
+    """A build without it misses the reference run of the fused checkpoint, where the LoRA is and nowhere else."""
+    without, having = prepare(settings), prepare(with_lora)
+    recording = record(having.kiln, with_lora, having.fingerprint, tmp_path / "recording")
+    binaries, files, graphs = link_components(without.kiln, tmp_path / "work", Silent())
+    parity = verify_build(
+        without.kiln, settings, without.fingerprint, binaries, files, graphs, recording, tmp_path, Silent()
+    )
+    assert {row.part for row in parity.ladder.rows if not row.passed} == {"double.01"}
+    assert {row.part for row in parity.ladder.rows if row.passed} >= {"double.00", "single.02", "tail"}
+
+
+def test_one_tensor_differs(plain, fused, settings, with_lora):
+    before, after = (prepare(one).kiln.digests["transformer"] for one in (settings, with_lora))
+    assert [name for name in before if before[name] != after[name]] == [f"{LAYER}.weight"]
 
 
 def test_lora_is_named(plain, fused, with_lora):
@@ -84,7 +107,7 @@ def test_plan_writes_no_checkpoint(fused, with_lora):
     assert len(list((with_lora.build_dir / "models" / "lora").iterdir())) == 1
     known = plan(with_lora)
     assert known["name"] == fused.name
-    assert known["totals"]["to_do"] == 0
+    assert known["totals"]["to_do"] < planned["totals"]["to_do"]
     assert planned["totals"]["disk_bytes"] > known["totals"]["disk_bytes"]
 
 

@@ -17,6 +17,7 @@ NAMES = (
     "casting",
     "tracing",
     "exporting",
+    "pages",
     "formulations",
     "registry",
     "tiny",

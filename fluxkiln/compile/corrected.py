@@ -16,12 +16,12 @@ Source of the methods: `fluxkiln.quantize.activation`.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fluxkiln.artifacts.files import digest_file
 from fluxkiln.artifacts.types import Template, TensorSpec
 from fluxkiln.compile.mould import TRANSPOSED
 from fluxkiln.compile.pour import weight_matmuls
@@ -78,7 +78,8 @@ def correct_template(template: Template, scheme: Scheme, target: Path) -> Templa
             added = tuple(_scale_input(model.graph, node, scaled))
         slots |= {spec.name: spec for spec in added}
     ir.save(model, target)
-    return replace(template, path=target, digest=digest_file(target)[0], slots=(*template.slots, *slots.values()))
+    digest = "sha256:" + hashlib.sha256(target.read_bytes()).hexdigest()
+    return replace(template, path=target, digest=digest, slots=(*template.slots, *slots.values()))
 
 
 def _add_branch(graph: ir.Graph, node: ir.Node, scheme: Scheme) -> Iterator[TensorSpec]:

@@ -58,7 +58,7 @@ class Saved:
 @click.option(
     "--fast",
     is_flag=True,
-    help="ort with 4- or 8-bit weights: round activations to 8 bits as well, which is not what was verified. Measured "
+    help="ort with packed weights: round activations to 8 bits as well, which is not what was verified. Measured "
     "with W4BF16: 0.75 of the time; latents move by 0.3 %, where the weights' rounding moved them by 5.4 %.",
 )
 @click.option("--out", type=_path, default=Path("images"), help="A folder, or one .png file. Default: ./images.")

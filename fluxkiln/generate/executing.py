@@ -152,7 +152,7 @@ def open_executor(
     packed = sorted({entry.scheme for entry in manifest.parts if parse_scheme(entry.scheme).weight_bits})
     if fast and (chosen != "ort" or not packed):
         raise UsageError(
-            f"--fast: it is for 4- or 8-bit weights on ort, and this is {chosen} with "
+            f"--fast: it is for packed weights (W4BF16) on ort, and this is {chosen} with "
             f"{', '.join(packed) or 'no packed weights'}; leave it out"
         )
     if chosen == "ort":

@@ -41,7 +41,7 @@ BUNDLE_FIRST = bundle=$(if $(BUNDLE),$(call quoted,$(BUNDLE)),"$$($(BIN)/fluxkil
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 15
 	@echo
-	@echo "Variables: MODEL (preset, folder or Hugging Face id), SIZE=1024x1024, TOKENS, SCHEME, VAE=kl|tiny, TP, INSTANCE, LORA, JOBS"
+	@echo "Variables: MODEL (preset, folder or Hugging Face id), SIZE=1024x1024, TOKENS, SCHEME, VAE=kl|tiny, TP, INSTANCE, LORA=FILE[:STRENGTH],..., JOBS"
 	@echo "Of images: BUNDLE=folder, or TARGET=cpu and the variables above for the build that is made first"
 
 # Where TPU-MLIR cannot be made, imported moulds do: the build says what it lacks.

@@ -358,18 +358,23 @@ def test_killed_and_started_again(tmp_path, base, shapes):
 def test_made_once_and_found_again(tmp_path, base, shapes):
     memo, models = DigestMemo(tmp_path / "memo.json"), tmp_path / "models"
     file = write(tmp_path / "style.safetensors", peft(shapes, Q))
-    states = {path: path.stat() for path in base.rglob("*") if path.is_file()}
+
+    def state(path):
+        found = path.stat()
+        return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_nlink
+
+    states = {path: state(path) for path in base.rglob("*") if path.is_file()}
     folder = fused_folder(base, [(file, 1.0)], models, memo)
     assert folder.name == base.name
     assert not is_fused(folder)
     fuse_once(base, [(file, 1.0)], folder)
     assert is_fused(folder)
     # Whoever reads the checkpoint meanwhile sees no change, not even of a ctime.
-    assert {path: path.stat() for path in states} == states
+    assert {path: state(path) for path in states} == states
     assert open_checkpoint(folder).name == "tiny-dev"
-    made = (folder / RECORD).stat()
+    made = state(folder / RECORD)
     assert fuse_once(base, [(file, 1.0)], fused_folder(base, [(file, 1.0)], models, memo)) == folder
-    assert (folder / RECORD).stat() == made
+    assert state(folder / RECORD) == made
     others = [[(file, 0.5)], [(file, 1.0), (file, 1.0)],
               [(write(tmp_path / "other.safetensors", peft(shapes, K)), 1.0)]]  # fmt: skip
     keys = {fused_folder(base, loras, models, memo) for loras in others}

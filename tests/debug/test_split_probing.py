@@ -28,7 +28,7 @@ from fluxkiln.flow.preparing import prepare
 from fluxkiln.progress import Silent
 from fluxkiln.settings import Settings
 from fluxkiln.split.lowering import lower_modules
-from fluxkiln.split.splitting import runtime_constants
+from fluxkiln.split.splitting import runtime_constants, shard_file, shard_weights
 
 pytest.importorskip("jax")
 
@@ -75,6 +75,20 @@ def test_a_sound_part_at_every_rung(prepared):
     ]  # fmt: skip
     assert all(rung.findings for rung in found.rungs)
     assert (found.step, found.facts["ranks"]) == (0, "2")
+
+
+def test_the_shards_of_the_bundle_are_looked_into_where_they_are(prepared, tmp_path):
+    for rank, blob in enumerate(shard_weights(prepared.kiln, Silent())["tail"]):
+        file = tmp_path / "bundle" / shard_file("tail", rank)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(prepared.kiln.path(blob).read_bytes())
+    assert rank == 1
+    data = bytearray(file.read_bytes())
+    data[-1000] ^= 1  # the last bit of an element
+    file.write_bytes(data)
+    culprit = debug_part(replace(prepared, folder=tmp_path), "tail").culprit
+    assert (culprit.rung, culprit.finding.rank) == ("stored", 1)
+    assert culprit.slots[0].startswith("proj_out.")
 
 
 def test_a_sound_block_has_no_culprit(looked):

@@ -8,8 +8,8 @@ bit for bit those of the graph in the file; but a Gemm adds its bias after the s
 
 Measured at 256x256 with 128 tokens, two threads of an AMD EPYC with 32 MB of cache: a double block takes 0.47 s of CPU
 time instead of 0.61 s, a single block 0.46 s instead of 0.57 s, a double block's hoisted modulation 0.08 s instead of
-0.20 s; an image of wide-dev peaks at 1.49 GB instead of 1.59 GB. Ranges of 3 to 8 MB take as long, of 31 MB 5 % longer. What is left is
-the product itself, at 85 % of what these cores can do in float32.
+0.20 s; an image of wide-dev peaks at 1.48 GB instead of 1.59 GB. Ranges of 3 to 8 MB take as long, of 31 MB 5 %
+longer. What is left is the product itself, at 85 % of what these cores can do in float32.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,14 +72,20 @@ class LoraFile:
 
 
 def digest_lora(file: Path) -> str:
-    """sha256 of the file's bytes; UsageError when there is no such file."""
+    """sha256 of the file's bytes, read once as long as it stays the same; UsageError when there is no such file."""
     try:
-        with file.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        stat = file.stat()
+        return _digest(file.absolute(), (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev))
     except OSError as error:
         raise UsageError(
             f"--lora {file}: {error.strerror}; give a LoRA's .safetensors file, as FILE or FILE:STRENGTH"
         ) from error
+
+
+@lru_cache(maxsize=256)
+def _digest(file: Path, state: tuple[int, ...]) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def read_lora(file: Path) -> LoraFile:

@@ -20,11 +20,14 @@ from fluxkiln.components import Shapes
 from fluxkiln.errors import CompileError, SchemeError
 from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.flow import rungs as flow_rungs
+from fluxkiln.flow.casting import CAST_MEMORY
 from fluxkiln.flow.moulds import make_mould
 from fluxkiln.flow.parity import climb_stored
+from fluxkiln.flow.planning import compile_jobs
 from fluxkiln.flow.proving import prove_cast, prove_mould
 from fluxkiln.flow.rungs import bm1684x_rungs, dequantized_rung
 from fluxkiln.flow.stages import CombinedFile, make_template
+from fluxkiln.settings import Settings
 from fluxkiln.verify.gates import first_bad_rung
 from fluxkiln.verify.ladder import Ladder
 from fluxkiln.verify.metrics import compare
@@ -151,3 +154,7 @@ def test_the_compiler_makes_the_same_of_it(kiln, cast_and_direct, calibrated, sc
         prove_cast(replace(cast, digest="sha256:" + "0" * 64), direct, made, mould)
     if scheme == "W4BF16-svd-r8":
         prove_mould(made, template_of(made), mould)
+    # what it costs is in the plan: the compiler's estimate, and the memory of the search
+    jobs = {job.stage: job for job in compile_jobs(made, Settings("bm1684x"))}
+    assert jobs["mould"].estimate_ms == mould.result.facts["estimate_ms"] > 0
+    assert (jobs["cast"].memory_bytes > CAST_MEMORY) == (not made.scheme(made.parts[0]).codes_only)

@@ -17,6 +17,8 @@ from fluxkiln.compile.corrected import DOWN, RECIPROCALS, beside_slots, split_sl
 from fluxkiln.compile.forms import Form, FormMaker, SlotRows
 from fluxkiln.compile.mould import CoefficientMap
 from fluxkiln.components import Shapes
+from fluxkiln.debug import probing
+from fluxkiln.debug.probing import check_binary, look_inside
 from fluxkiln.errors import CompileError, SchemeError
 from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.flow import rungs as flow_rungs
@@ -107,6 +109,10 @@ def test_the_chip_computes_what_is_dequantized(
         ladder = Ladder()
         climb_stored(ladder, made, (binary,), files)
         assert first_bad_rung(ladder.rows) == {}
+        file, inside = made.path(binary.bmodel), look_inside(made, made.parts[0], inputs, "onnx17")
+        found = check_binary(inside, made, binary, file, binary.net)
+        assert found.culprit is None
+        assert any(finding.value for finding in found.findings)
         if scheme == KEPT:
             return
         # the control: what stands beside the codes is right in size and wrong in place
@@ -116,6 +122,11 @@ def test_the_chip_computes_what_is_dequantized(
         rungs["interpreter"].close()
         wrong = rungs["interpreter"](NAME, inputs)["hidden_states_out"]
         assert compare(wrong, out["dequantized"], base).delta_cosine < 0.999
+    # and the same looked for inside the part: what is wrong stands beside this weight's codes
+    monkeypatch.setattr(probing, "part_weights", lambda *_: spoilt)
+    culprit = check_binary(inside, made, binary, file, binary.net).culprit
+    assert culprit is not None
+    assert {split_slot(slot)[1] for slot in culprit.slots} == {""}
     found = CoefficientMap.from_json(json.loads(made.path(mould.result.outputs["map"]).read_text()))
     differing = compare_stored(made.path(binary.bmodel), binary.net, found, spoilt, part_rounders(made, made.parts[0]))
     assert {split_slot(slot)[1] for slot, shares in differing.items() if shares.any()} == spoilt.roles

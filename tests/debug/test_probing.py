@@ -189,6 +189,19 @@ def test_weights_that_a_scheme_cannot_hold_are_named(inside):
     assert "too coarsely" in culprit.remedy.cause
 
 
+@pytest.mark.parametrize("target", ["cpu", "bm1684x"])
+def test_weights_that_are_left_out_are_looked_at_as_they_are(inside, target):
+    """Those of a linked graph as the checkpoint has them, those of a bmodel in the scheme's arithmetic: BF16 too."""
+    graph_format = "onnx23" if target == "cpu" else "onnx17"
+    part, _ = inside("single.02", graph_format, "W4BF16,single.attn.to_q=BF16", target)
+    for name, kept in (("attn.to_q.weight", True), ("attn.to_k.weight", False)):
+        slots = [slot for slot in part.weights if slot.startswith(name)]
+        assert slots
+        for slot in slots:
+            same = np.array_equal(np.float32(part.stored[slot]), np.float32(part.weights[slot]))
+            assert same == kept
+
+
 @pytest.mark.tpu_mlir
 def test_a_fault_in_a_linked_graph_is_found(inside, tmp_path):
     import onnx

@@ -84,7 +84,7 @@ def submit_moulds(
 
 
 def _weights(kiln: Kiln, part: Part) -> int:
-    from fluxkiln.flow.planning import part_refs
+    from fluxkiln.flow.tensors import part_refs
 
     return count_elements(part_refs(kiln, part))
 

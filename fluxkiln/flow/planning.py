@@ -23,8 +23,7 @@ from fluxkiln.flow.extent import replayed_shapes
 from fluxkiln.flow.moulds import cast_part, compile_action, compile_memory, compile_part, find_mould
 from fluxkiln.flow.proving import needs_proof, proof_part
 from fluxkiln.flow.stages import BinaryPart, Kiln, Mould, count_elements, find_template, net_name
-from fluxkiln.flow.tensors import part_bytes, search_memory, stored_bytes
-from fluxkiln.flow.tensors import part_refs as part_refs
+from fluxkiln.flow.tensors import part_bytes, part_refs, search_memory, stored_bytes
 from fluxkiln.settings import Settings
 from fluxkiln.split.lowering import lower_action, module_name
 from fluxkiln.split.replicating import LARGEST_PART

@@ -17,12 +17,11 @@ from fluxkiln.flow.planning import (
     check_disk,
     disk_bytes,
     list_jobs,
-    part_refs,
     peak_memory,
     recording_bytes,
-    stored_bytes,
 )
 from fluxkiln.flow.preparing import Prepared, prepare
+from fluxkiln.flow.tensors import part_refs, stored_bytes
 from fluxkiln.patches.parts import part_slots
 from fluxkiln.quantize.schemes import parse_scheme
 from fluxkiln.settings import Settings

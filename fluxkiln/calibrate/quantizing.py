@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.artifacts.files import disk_full_named
-from fluxkiln.calibrate.mixing import choose_slots
+from fluxkiln.calibrate.mixing import Mix, choose_slots
 from fluxkiln.calibrate.rounders import component_digest, find_calibration
+from fluxkiln.calibrate.sensitivity import block_errors, open_trials, slot_errors
 from fluxkiln.errors import SchemeError
 from fluxkiln.export.checkpoint import read_rows
-from fluxkiln.flow.preparing import prepare
+from fluxkiln.flow.preparing import Prepared, prepare
 from fluxkiln.flow.stages import Kiln
 from fluxkiln.progress import Progress, Silent
 from fluxkiln.quantize.recipes import LayerRule, assign_rules, choose, parse_budget
@@ -65,7 +66,7 @@ class Layer:
 class Quantized:
     """What `quantize_model` found: figures by layer and scheme, and the figures chosen for each layer.
 
-    `scheme` is what a build takes, where slots were chosen per kind.
+    `mix` is how slots were chosen per kind, where they were.
     """
 
     layers: tuple[Layer, ...]
@@ -75,7 +76,12 @@ class Quantized:
     calibrated: bool
     seconds: float
     path: Path | None
-    scheme: str = ""
+    mix: Mix | None = None
+
+    @property
+    def scheme(self) -> str:
+        """What a build takes, where slots were chosen per kind."""
+        return self.mix.scheme if self.mix else ""
 
     def by_part(self) -> dict[str, dict[str, tuple[float, float, int]]]:
         """Block -> scheme -> relative errors of weights and outputs over its layers (root mean square), bytes."""
@@ -99,6 +105,7 @@ class Quantized:
             "seconds": round(self.seconds, 3),
             "path": str(self.path) if self.path else None,
             "scheme": self.scheme or None,
+            "mix": self.mix.to_json() if self.mix else None,
             "layers": [
                 {
                     "component": layer.component,
@@ -143,7 +150,8 @@ def quantize_model(
 
     started = time.perf_counter()
     progress = progress or Silent()
-    kiln = prepare(settings, progress).kiln
+    prepared = prepare(settings, progress)
+    kiln = prepared.kiln
     layers = tuple(find_layers(kiln))
     calibrations = {name: _calibration(kiln, name) for name in dict.fromkeys(layer.component for layer in layers)}
     compared = [parse_scheme(name) for name in schemes or ("W4BF16",)]
@@ -171,15 +179,35 @@ def quantize_model(
         layer.name: [figures[layer.name][s.name] for s in ([fixed[layer.name]] if layer.name in fixed else compared)]
         for layer in layers
     }
-    chosen, text = {name: found[0] for name, found in options.items()}, ""
+    chosen, mixed = {name: found[0] for name, found in options.items()}, None
     if per_kind:
-        chosen, text = choose_slots(figures, compared[0].name, compared[1].name, limit)
+        chosen, mixed = _choose_slots(prepared, figures, compared, limit, progress)
     elif budget:
         chosen = choose(options, limit)
     if out is not None:
         write_packed(layers, {name: parse_scheme(found.scheme) for name, found in chosen.items()}, calibrations, out)
     calibrated = all(calibrations.values())
-    return Quantized(layers, figures, chosen, limit, calibrated, time.perf_counter() - started, out, text)
+    return Quantized(layers, figures, chosen, limit, calibrated, time.perf_counter() - started, out, mixed)
+
+
+def _choose_slots(
+    prepared: Prepared,
+    figures: Mapping[str, Mapping[str, Figures]],
+    compared: Sequence[Scheme],
+    limit: int,
+    progress: Progress,
+) -> tuple[dict[str, Figures], Mix]:
+    """What each slot does to its blocks measured, slots chosen by it, and the blocks measured with what was chosen."""
+    coded, plain = compared
+    choose_slots(figures, coded.name, plain.name, limit)  # a budget that cannot be met is said before anything is run
+    started = time.perf_counter()
+    trials = open_trials(prepared, figures, progress)
+    errors = slot_errors(trials, coded, progress)
+    chosen, text, slots = choose_slots(figures, coded.name, plain.name, limit, errors)
+    in_codes = {kind: [one.slot for one in slots if one.kind == kind and not one.kept] for kind in trials.slots}
+    measured = block_errors(trials, coded, in_codes, progress)
+    names = {kind: tuple(part.name for part in parts) for kind, parts in trials.blocks.items()}
+    return chosen, Mix(text, slots, names, measured, time.perf_counter() - started)
 
 
 def _per_kind(compared: Sequence[Scheme], budget: str, rules: Sequence[LayerRule]) -> list[Scheme]:

@@ -110,6 +110,8 @@ def _settings(
 @click.option("--out", type=click.Path(path_type=Path), help="Write the packed layers to this safetensors file.")
 @click.option("--components", metavar="A,B", help="Default: text_encoder_2,transformer.")
 @click.option("--pipeline", is_flag=True, help="Also run the whole pipeline under each scheme, 2 and 8 steps.")
+@size_option
+@tokens_option
 @build_dir_option
 @store_option
 @json_option
@@ -124,6 +126,8 @@ def quantize(
     out: Path | None,
     components: str | None,
     pipeline: bool,
+    size: str | None,
+    tokens: int | None,
     build_dir: Path,
     store: Path | None,
 ) -> None:
@@ -131,12 +135,13 @@ def quantize(
 
     Every layer of MODEL's blocks is measured beside the compiler's own rounding. Output errors are shown where the
     store has a calibration of this checkpoint (fluxkiln calibrate). With --budget each layer gets the scheme that
-    takes most error off a byte. With --per-kind as well, the same layers of all blocks stay in BF16, and the scheme
-    that is printed is one for fluxkiln build.
+    takes most error off a byte. With --per-kind as well, the same layers of all blocks stay in BF16: blocks are run
+    from a recorded reference run with one weight in codes at a time, those that do most to what the block adds are
+    left out, and the scheme that is printed is one for fluxkiln build.
     """
     if pipeline and components:
         raise UsageError("--pipeline needs all components; leave --components out")
-    settings = _settings(model, components or "text_encoder_2,transformer", None, None, build_dir, store)
+    settings = _settings(model, components or "text_encoder_2,transformer", size, tokens, build_dir, store)
     with open_progress() as progress:
         from fluxkiln.calibrate.quantizing import BASELINE, quantize_model
         from fluxkiln.quantize.recipes import parse_rules
@@ -171,7 +176,8 @@ def quantize(
         f"{count_text(len(rows), 'layer')}, {size_text(found['size'])}, {found['bits_per_weight']:.3f} bits a weight, "
         f"{'with' if made.calibrated else 'without'} calibration, in {seconds_text(made.seconds)}"
     )
-    if made.scheme:
+    if found["mix"]:
+        _show_mix(output, found["mix"])
         output.line(f"fluxkiln build bm1684x --model {model} --scheme '{made.scheme}'")
     if effects:
         output.table(
@@ -182,6 +188,34 @@ def quantize(
             ],
             numbers=("steps", "latents", "PSNR", "SSIM"),
         )
+
+
+def _show_mix(output: Output, mix: dict[str, Any]) -> None:
+    """Tables of the slots, most sensitive for their bytes first, and of what was foretold of the blocks."""
+    slots = sorted(mix["slots"], key=lambda one: -(float(one["sensitivity"]) ** 2) / int(one["bytes_kept"]))
+    output.table(
+        ("kind", "slot", "bits", "size", "kept costs", "block's error", "chosen"),
+        [
+            (
+                one["kind"], one["slot"], f"{one['bits']:.3f}", size_text(one["size"]), size_text(one["bytes_kept"]),
+                _percent(one["sensitivity"]), one["chosen"],
+            )
+            for one in slots
+        ],
+        numbers=("bits", "size", "kept costs", "block's error"),
+    )  # fmt: skip
+    output.table(
+        ("kind", "blocks", "all in codes", "foretold", "measured"),
+        [
+            (
+                one["kind"], ", ".join(one["blocks"]), _percent(one["predicted_error_all_in_codes"]),
+                _percent(one["predicted_error"]), _percent(one["measured_error"]),
+            )
+            for one in mix["kinds"]
+        ],
+        numbers=("all in codes", "foretold", "measured"),
+    )  # fmt: skip
+    output.line(f"blocks run in {seconds_text(mix['seconds'])}")
 
 
 def _options(schemes: dict[str, Any]) -> str:

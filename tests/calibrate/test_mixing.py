@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from fluxkiln.calibrate.mixing import add_up, choose_slots, scheme_text, slot_of
+from fluxkiln.calibrate.mixing import add_up, choose_slots, predicted_errors, scheme_text, slot_of
 from fluxkiln.quantize.figures import Figures
 from fluxkiln.quantize.schemes import parse_schemes
 
@@ -37,12 +37,30 @@ def test_a_slot_is_kept_where_all_its_blocks_gain_most():
         "transformer_blocks.0.a.weight": layer(0.10), "transformer_blocks.1.a.weight": layer(0.01),
         "transformer_blocks.0.b.weight": layer(0.09), "transformer_blocks.1.b.weight": layer(0.09),
     }  # fmt: skip
-    chosen, text = choose_slots(figures, "W4BF16", "BF16", 400)
+    chosen, text, slots = choose_slots(figures, "W4BF16", "BF16", 400)
+    assert [(one.slot, one.kept, one.coded, one.plain) for one in slots] == [
+        ("a", False, 80, 320),
+        ("b", True, 80, 320),
+    ]
     assert text == "W4BF16,double.b=BF16"
     assert [chosen[name].scheme for name in figures] == ["W4BF16", "W4BF16", "BF16", "BF16"]
     assert math.isclose(sum(one.size for one in chosen.values()), 400)
     first = {name: found for name, found in figures.items() if ".0." in name}
     assert choose_slots(first, "W4BF16", "BF16", 200)[1] == "W4BF16,double.a=BF16"
+
+
+def test_what_was_measured_decides():
+    """`b` has the larger errors of its own; its block does not notice. The control is the test above."""
+    figures = {
+        f"transformer_blocks.{n}.{slot}.weight": layer(e) for n in range(2) for slot, e in (("a", 0.1), ("b", 0.2))
+    }
+    for errors, kept in (({"double.a": 0.03, "double.b": 0.001}, "a"), ({"double.a": 0.001, "double.b": 0.002}, "b")):
+        _, text, slots = choose_slots(figures, "W4BF16", "BF16", 400, errors)
+        assert text == f"W4BF16,double.{kept}=BF16"
+        assert {f"double.{one.slot}": one.error for one in slots} == pytest.approx(errors)
+        (left,) = (error for name, error in errors.items() if not name.endswith(kept))
+        assert predicted_errors(slots) == pytest.approx({"double": left})
+        assert predicted_errors(slots, all_coded=True)["double"] == pytest.approx(math.hypot(*errors.values()))
 
 
 def test_the_text_is_a_scheme():

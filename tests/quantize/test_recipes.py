@@ -9,7 +9,7 @@ import pytest
 
 from fluxkiln.errors import SchemeError
 from fluxkiln.quantize.figures import Figures
-from fluxkiln.quantize.recipes import assign_rules, choose, parse_budget, parse_rules
+from fluxkiln.quantize.recipes import assign_rules, choose, choose_exactly, parse_budget, parse_rules
 
 NAMES = [
     *(f"transformer_blocks.{i}.{name}.weight" for i in range(2) for name in ("norm1.linear", "attn.to_q")),
@@ -98,6 +98,20 @@ def test_the_choice_is_next_to_the_best_of_all(seed):
         assert error <= best + 0.5 * (start - best) + 1e-12
         if share == 1.0:
             assert error == pytest.approx(best)
+        exact = choose_exactly(options, budget)
+        assert list(exact) == list(options)
+        assert sum(one.size for one in exact.values()) <= budget
+        assert sum(one.error**2 for one in exact.values()) == pytest.approx(best)
+
+
+def test_small_steps_do_not_take_the_room_of_a_large_one():
+    """The control: by error a byte one of them comes first."""
+    options = {
+        name: [Figures("codes", error, float("nan"), 1, 1, 0.0), Figures("plain", 0.0, float("nan"), size, 1, 0.0)]
+        for name, error, size in (("small", 0.3, 2), ("tiny", 0.25, 2), ("large", 0.6, 6))
+    }
+    for find, kept in ((choose, {"small", "tiny"}), (choose_exactly, {"large"})):
+        assert {name for name, one in find(options, 8).items() if one.scheme == "plain"} == kept
 
 
 def test_what_cannot_be_met_is_refused():
@@ -106,3 +120,6 @@ def test_what_cannot_be_met_is_refused():
     assert choose(options, least)
     with pytest.raises(SchemeError, match=f"a budget of {least - 1} bytes cannot be met: .* takes {least}"):
         choose(options, least - 1)
+    assert sum(one.size for one in choose_exactly(options, least).values()) == least
+    with pytest.raises(SchemeError, match=f"a budget of {least - 1} bytes cannot be met"):
+        choose_exactly(options, least - 1)

@@ -26,6 +26,7 @@ from fluxkiln.quantize.schemes import Scheme, parse_scheme
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from fluxkiln.compile.feeding import Filling
     from fluxkiln.export.bindings import WeightReader
     from fluxkiln.verify.record import Recording
 
@@ -88,6 +89,7 @@ def slot_errors(trials: Trials, scheme: Scheme, progress: Progress) -> dict[str,
                 error = block.error([slot])
                 squares.setdefault(f"{kind}.{slot}", []).append(error * error)
                 progress.done("slots", f"{part.name} {slot}", f"{100 * error:.2f} %")
+            del block  # before the next one is loaded
     return {name: math.sqrt(sum(found) / len(found)) for name, found in squares.items()}
 
 
@@ -106,30 +108,43 @@ def block_errors(
     return found
 
 
-class _Block:
-    """A block with its weights in float32, of which any may be replaced by what their codes stand for."""
+class _Weights:
+    """A part's weights in float32, of which any may be replaced by what their codes stand for."""
 
-    def __init__(self, trials: Trials, part: Part, scheme: Scheme) -> None:
+    def __init__(self, kiln: Kiln, part: Part, scheme: Scheme) -> None:
         import numpy as np
 
-        from fluxkiln.compile.feeding import Filling, TemplateRunner
-
-        template = make_template(trials.kiln, part.kind, "onnx17")
-        plain = _reader(trials.kiln, part, parse_scheme(scheme.arithmetic))
-        self.part, self.recording = part, trials.recording
-        self.weights = {spec.name: np.ascontiguousarray(plain(spec.name), np.float32) for spec in template.slots}
-        self.codes = _reader(trials.kiln, part, replace(scheme, kept=()))
+        self.template = make_template(kiln, part.kind, "onnx17")
+        plain = _reader(kiln, part, parse_scheme(scheme.arithmetic))
+        self.plain = {spec.name: np.ascontiguousarray(plain(spec.name), np.float32) for spec in self.template.slots}
+        self.codes = _reader(kiln, part, replace(scheme, kept=()))
         self.coded: frozenset[str] = frozenset()
-        self.runner = TemplateRunner(lambda _: Filling(template, self.read))
-        self.expected = self.run(())
+
+    def fill(self, part: str) -> Filling:
+        """With those of `coded` in codes."""
+        from fluxkiln.compile.feeding import Filling
+
+        return Filling(self.template, self.read)
 
     def read(self, slot: str) -> NDArray[Any]:
         """What a slot of the template is filled with."""
-        return self.codes(slot) if slot.split("__")[0].removesuffix(".weight") in self.coded else self.weights[slot]
+        return self.codes(slot) if slot.split("__")[0].removesuffix(".weight") in self.coded else self.plain[slot]
+
+
+class _Block:
+    """A block and what it makes with no weight in codes. Nothing refers back to it: its weights go when it does."""
+
+    def __init__(self, trials: Trials, part: Part, scheme: Scheme) -> None:
+        from fluxkiln.compile.feeding import TemplateRunner
+
+        self.part, self.recording = part, trials.recording
+        self.weights = _Weights(trials.kiln, part, scheme)
+        self.runner = TemplateRunner(self.weights.fill)
+        self.expected = self.run(())
 
     def run(self, coded: Collection[str]) -> Made:
         """The outputs of every recorded step, with these slots in codes."""
-        self.coded = frozenset(coded)
+        self.weights.coded = frozenset(coded)
         self.runner.close()  # it keeps the weights of its last run
         steps = range(len(self.recording.calls[self.part.name]))
         return [self.runner(self.part.name, self.recording.inputs(self.part.name, step)) for step in steps]

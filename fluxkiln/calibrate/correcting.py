@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from fluxkiln.artifacts.actions import Action, run_action
 from fluxkiln.artifacts.types import Template
-from fluxkiln.calibrate.rounders import part_statistics, rounding_key
+from fluxkiln.calibrate.rounders import CalibratedSlots, part_statistics, rounding_key
 from fluxkiln.compile.corrected import beside_slots, in_codes, split_slot
 from fluxkiln.compile.pour import weight_matmuls
 from fluxkiln.components import Part
@@ -132,13 +132,32 @@ def _find_beside(kiln: Kiln, part: Part, template: Template, plain: BoundWeights
 def shared_divisors(kiln: Kiln, part: Part) -> dict[tuple[str, int, int], NDArray[Any]]:
     """Tensor of the checkpoint, its first and last input channel -> what these inputs are divided by, float32."""
 
-    template = make_template(kiln, part.kind, "onnx17")
-    binding = bind_part(part, template.slots, kiln.checkpoint)
-    beside = _stored_beside(kiln, part, template, weight_reader(binding, kiln.checkpoint))
-    known = part_statistics(kiln, part)
+    beside, known = _known_beside(kiln, part)
     return {
         known.channels(split_slot(slot)[0], None): np.reciprocal(beside[slot].astype(np.float32)) for slot in beside
     }
+
+
+def shared_branches(kiln: Kiln, part: Part) -> dict[tuple[str, int, int], tuple[NDArray[Any], NDArray[Any]]]:
+    """Tensor of the checkpoint, its first and last input channel -> its branch, up and down in bits of bfloat16.
+
+    The branch is found once and kept: another number of threads adds up in another order, and its last bits decide
+    some of the codes.
+    """
+
+    beside, known = _known_beside(kiln, part)
+    found = {}
+    for slot in dict.fromkeys(split_slot(name)[0] for name in beside):
+        down, up, _ = beside_slots(slot)
+        found[known.channels(slot, None)] = beside[up].view(np.uint16), beside[down].view(np.uint16)
+    return found
+
+
+def _known_beside(kiln: Kiln, part: Part) -> tuple[Mapping[str, NDArray[Any]], CalibratedSlots]:
+    template = make_template(kiln, part.kind, "onnx17")
+    binding = bind_part(part, template.slots, kiln.checkpoint)
+    beside = _stored_beside(kiln, part, template, weight_reader(binding, kiln.checkpoint))
+    return beside, part_statistics(kiln, part)
 
 
 def _some_rows(weight: NDArray[Any], most: int) -> NDArray[Any]:

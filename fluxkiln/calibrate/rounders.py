@@ -18,8 +18,8 @@ from fluxkiln.errors import SchemeError
 from fluxkiln.export.bindings import bind_part, tensors_of
 from fluxkiln.flow.stages import Kiln, make_template
 from fluxkiln.quantize.calibration import Calibration, open_calibration
-from fluxkiln.quantize.rounding import Rounder, RounderOf, as_compiler, make_rounder
-from fluxkiln.quantize.schemes import METHODS
+from fluxkiln.quantize.rounding import Rounder, RounderOf, as_compiler, empty_packed, make_rounder
+from fluxkiln.quantize.schemes import METHODS, Scheme
 from fluxkiln.quantize.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def part_rounders(kiln: Kiln, part: Part, graph_format: Any = "onnx17") -> Round
         return as_compiler
     calibration = part_calibration(kiln, part) if scheme.codes_only else None
     if calibration is None:
-        plain = make_rounder(scheme if scheme.codes_only else replace(scheme, method="ls", rank=0))
+        plain = make_rounder(scheme if scheme.codes_only else _rest_scheme(scheme))
         return lambda slot, columns: plain
     binding = bind_part(part, make_template(kiln, part.kind, graph_format).slots, kiln.checkpoint)
     return CalibratedSlots(kiln, part, calibration, binding)
@@ -132,7 +132,7 @@ def part_correctors(kiln: Kiln, part: Part, graph_format: Any = "onnx17") -> Cor
     Raises:
         SchemeError: there is no calibration, or it is not of this checkpoint.
     """
-    from fluxkiln.calibrate.correcting import shared_divisors
+    from fluxkiln.calibrate.correcting import shared_branches, shared_divisors
     from fluxkiln.quantize.activation import pack_corrected, pack_scaled
 
     scheme = kiln.scheme(part)
@@ -140,14 +140,37 @@ def part_correctors(kiln: Kiln, part: Part, graph_format: Any = "onnx17") -> Cor
         return None
     known = part_statistics(kiln, part, graph_format)
     divisors = shared_divisors(kiln, part) if scheme.method == "awq" else {}
+    branches = shared_branches(kiln, part) if scheme.method == "svd" else {}
 
     def corrector_of(slot: str, columns: tuple[int, int] | None) -> Callable[[NDArray[Any]], Corrected]:
-        shared = divisors.get(known.channels(slot, columns))
+        channels = known.channels(slot, columns)
+        shared, branch = divisors.get(channels), branches.get(channels)
         if shared is not None:
             return lambda weight: pack_scaled(weight, scheme.group_size, shared, scheme.weight_bits)
+        if branch is not None:
+            return lambda weight: _pack_rest(weight, scheme, *branch)
         return lambda weight: pack_corrected(weight, scheme, known.statistics(slot, columns))
 
     return corrector_of
+
+
+def _pack_rest(weight: NDArray[Any], scheme: Scheme, up: NDArray[Any], down: NDArray[Any]) -> Corrected:
+    """What a branch leaves of a weight, as a cast packs it; the branch in bits of bfloat16."""
+    import numpy as np
+
+    from fluxkiln.quantize.activation import Corrected, packed_rows
+
+    ones = np.ones(weight.shape[1], np.float32)
+    rest = packed_rows(weight, ones, up, down)
+    packed = empty_packed(rest.shape, scheme.group_size, scheme.weight_bits)
+    pack_into = make_rounder(_rest_scheme(scheme))
+    pack_into(rest, scheme.weight_bits, packed.codes_OI, packed.scales_OG, packed.zeros_OG)
+    return Corrected(packed, ones, up, down)
+
+
+def _rest_scheme(scheme: Scheme) -> Scheme:
+    """How a method that needs more than codes finds its codes."""
+    return replace(scheme, method="ls", rank=0)
 
 
 def part_statistics(kiln: Kiln, part: Part, graph_format: Any = "onnx17") -> CalibratedSlots:

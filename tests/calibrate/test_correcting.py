@@ -29,6 +29,7 @@ from fluxkiln.flow.planning import compile_jobs
 from fluxkiln.flow.proving import prove_cast, prove_mould
 from fluxkiln.flow.rungs import bm1684x_rungs, dequantized_rung
 from fluxkiln.flow.stages import CombinedFile, make_template
+from fluxkiln.quantize import activation
 from fluxkiln.settings import Settings
 from fluxkiln.verify.gates import first_bad_rung
 from fluxkiln.verify.ladder import Ladder
@@ -69,6 +70,25 @@ def test_weights_are_packed_row_by_row_as_they_are_whole(kiln, calibrated, schem
         else:
             np.testing.assert_array_equal(1 / reciprocals.astype(np.float32), found.divisors)
     assert weights("proj_out.bias").tobytes() == plain("proj_out.bias").tobytes()
+
+
+def test_what_is_dequantized_has_the_branch_that_was_stored(kiln, calibrated, monkeypatch):
+    """Also where the search would end in other bits now, as with another number of threads."""
+    made = one_part(kiln, "W4BF16-svd-r8")
+    weights = part_weights(made, made.parts[0], template_of(made))
+    down, up, _ = (weights.beside.get(name) for name in beside_slots(SLOT))
+    plain = weights.plain(SLOT)
+    directions = activation._directions
+
+    def others(matrix, rank):
+        left, right = directions(matrix, rank)
+        return -left, -right * 1.01
+
+    monkeypatch.setattr(activation, "_directions", others)
+    found = part_correctors(made, made.parts[0])(SLOT, None)(plain)
+    assert (found.up.tobytes(), found.down.tobytes()) == (up.tobytes(), down.tobytes())
+    again = activation.pack_low_rank(plain, 64, None, 8)
+    assert again.up.tobytes() != up.tobytes(), "the control: a search of its own ends elsewhere"
 
 
 def test_it_is_searched_once(kiln, calibrated):

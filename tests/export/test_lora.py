@@ -5,6 +5,8 @@ import os
 import shutil
 import signal
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -343,13 +345,20 @@ def test_interrupted(tmp_path, base, shapes, error):
     assert list((tmp_path / "out").iterdir()) == []
 
 
+# Fuses, and is killed when the first tensor is written.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from fluxkiln.export.lora import fuse_lora
+base, file, out = map(Path, sys.argv[1:])
+fuse_lora(base, [(file, 1.0)], out, lambda *counts: os.kill(os.getpid(), signal.SIGKILL))
+"""
+
+
 def test_killed_and_started_again(tmp_path, base, shapes):
     file, out = write(tmp_path / "style.safetensors", peft(shapes, Q)), tmp_path / "out"
-    child = os.fork()
-    if not child:
-        fuse_lora(base, [(file, 1.0)], out / "fused", lambda *counts: os.kill(os.getpid(), signal.SIGKILL))
-        os._exit(0)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    child = subprocess.run([sys.executable, "-c", KILLED, str(base), str(file), str(out / "fused")])
+    assert child.returncode == -signal.SIGKILL
     assert [path.name.startswith(".fused.") for path in out.iterdir()] == [True]
     fuse_lora(base, [(file, 1.0)], out / "fused")
     assert [path.name for path in out.iterdir()] == ["fused"]

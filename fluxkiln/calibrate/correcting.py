@@ -138,18 +138,18 @@ def shared_divisors(kiln: Kiln, part: Part) -> dict[tuple[str, int, int], NDArra
     }
 
 
-def shared_branches(kiln: Kiln, part: Part) -> dict[tuple[str, int, int], tuple[NDArray[Any], NDArray[Any]]]:
-    """Tensor of the checkpoint, its first and last input channel -> its branch, up and down in bits of bfloat16.
+def stored_branches(kiln: Kiln, part: Part) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
+    """Slot of a part's compiled form -> its branch, up and down in bits of bfloat16.
 
     The branch is found once and kept: another number of threads adds up in another order, and its last bits decide
     some of the codes.
     """
 
-    beside, known = _known_beside(kiln, part)
+    beside, _ = _known_beside(kiln, part)
     found = {}
     for slot in dict.fromkeys(split_slot(name)[0] for name in beside):
         down, up, _ = beside_slots(slot)
-        found[known.channels(slot, None)] = beside[up].view(np.uint16), beside[down].view(np.uint16)
+        found[slot] = beside[up].view(np.uint16), beside[down].view(np.uint16)
     return found
 
 

@@ -132,7 +132,7 @@ def part_correctors(kiln: Kiln, part: Part, graph_format: Any = "onnx17") -> Cor
     Raises:
         SchemeError: there is no calibration, or it is not of this checkpoint.
     """
-    from fluxkiln.calibrate.correcting import shared_branches, shared_divisors
+    from fluxkiln.calibrate.correcting import shared_divisors, stored_branches
     from fluxkiln.quantize.activation import pack_corrected, pack_scaled
 
     scheme = kiln.scheme(part)
@@ -140,11 +140,11 @@ def part_correctors(kiln: Kiln, part: Part, graph_format: Any = "onnx17") -> Cor
         return None
     known = part_statistics(kiln, part, graph_format)
     divisors = shared_divisors(kiln, part) if scheme.method == "awq" else {}
-    branches = shared_branches(kiln, part) if scheme.method == "svd" else {}
+    branches = stored_branches(kiln, part) if scheme.method == "svd" and graph_format == "onnx17" else {}
 
     def corrector_of(slot: str, columns: tuple[int, int] | None) -> Callable[[NDArray[Any]], Corrected]:
-        channels = known.channels(slot, columns)
-        shared, branch = divisors.get(channels), branches.get(channels)
+        shared = divisors.get(known.channels(slot, columns))
+        branch = branches.get(slot) if columns is None else None
         if shared is not None:
             return lambda weight: pack_scaled(weight, scheme.group_size, shared, scheme.weight_bits)
         if branch is not None:

@@ -30,6 +30,8 @@ from fluxkiln.quantize.schemes import DEFAULT_RANK, Scheme
 from fluxkiln.quantize.search import search_into
 from fluxkiln.quantize.statistics import Statistics
 
+# of a matrix that are in float64 at a time
+ROWS = 512
 EXPONENTS = tuple(step / 12 for step in range(12))
 
 
@@ -103,7 +105,8 @@ def find_divisors(
         error = dequantize(pack_scaled(wide, group_size, divisors, bits).packed, group_size)
         error /= divisors
         error -= wide
-        lost = float(np.einsum("oi,oi,i->", error, error, importance, optimize=True))
+        # in float64 and without BLAS: the choice must not depend on the order of a sum
+        lost = float(np.sum(np.einsum("oi,oi->i", error, error, dtype=np.float64) * importance))
         if lost < best:
             best, found = lost, divisors
     if found is None:
@@ -179,11 +182,33 @@ def _search(rows: NDArray[Any], group_size: int, bits: int) -> PackedWeight:
 
 
 def _directions(matrix: NDArray[np.float32], rank: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """The largest singular directions by subspace iteration: [O, r] and [r, I]."""
+    """The largest singular directions by subspace iteration: [O, r] and [r, I].
+
+    In float64: BLAS adds up in an order that depends on the number of threads and on the processor, and what that
+    changes must not reach the float32 and bfloat16 numbers that are stored.
+    """
     sample = np.random.Generator(np.random.SFC64(0)).standard_normal((matrix.shape[1], min(rank + 8, *matrix.shape)))
-    basis = np.linalg.qr(matrix @ sample.astype(np.float32))[0]
+    basis = np.linalg.qr(_product(matrix, sample))[0]
     for _ in range(2):
-        basis = np.linalg.qr(matrix @ np.linalg.qr(matrix.T @ basis)[0])[0]
-    left, values, right = np.linalg.svd(basis.T @ matrix, full_matrices=False)
+        basis = np.linalg.qr(_product(matrix, np.linalg.qr(_transposed_product(matrix, basis))[0]))[0]
+    left, values, right = np.linalg.svd(_transposed_product(matrix, basis).T, full_matrices=False)
     root = np.sqrt(values[:rank])
-    return (basis @ left[:, :rank]) * root, right[:rank] * root[:, None]
+    up, down = (basis @ left[:, :rank]) * root, right[:rank] * root[:, None]
+    return up.astype(np.float32), down.astype(np.float32)
+
+
+def _product(matrix: NDArray[np.float32], right: NDArray[np.float64]) -> NDArray[np.float64]:
+    """matrix @ right, some rows of the matrix in float64 at a time."""
+    return np.concatenate([rows.astype(np.float64) @ right for rows in _row_blocks(matrix)])
+
+
+def _transposed_product(matrix: NDArray[np.float32], left: NDArray[np.float64]) -> NDArray[np.float64]:
+    """matrix.T @ left, some rows of the matrix in float64 at a time."""
+    total = np.zeros((matrix.shape[1], left.shape[1]))
+    for rows, own in zip(_row_blocks(matrix), _row_blocks(left), strict=True):
+        total += rows.astype(np.float64).T @ own
+    return total
+
+
+def _row_blocks(matrix: NDArray[Any]) -> list[NDArray[Any]]:
+    return [matrix[start : start + ROWS] for start in range(0, len(matrix), ROWS)]

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -50,6 +54,27 @@ def test_shuffled_calibration_shows():
     for pack in (pack_awq, pack_low_rank):
         sound = relative(pack(weight, 64, STATISTICS).dequantize(64), weight, UNSEEN)
         assert relative(pack(weight, 64, shuffled).dequantize(64), weight, UNSEEN) > 1.1 * sound
+
+
+THREADS = """
+import hashlib, sys
+from fluxkiln.quantize.activation import pack_low_rank
+from tests.quantize.weights import make_weight
+made = pack_low_rank(make_weight("student", (700, 1024)), 64, None, 24)
+found = hashlib.sha256(made.up.tobytes() + made.down.tobytes() + made.packed.codes_OI.tobytes()).hexdigest()
+print(found)
+"""
+
+
+def test_a_branch_does_not_depend_on_the_number_of_threads():
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", THREADS], env={**os.environ, "OPENBLAS_NUM_THREADS": count}, check=True, text=True,
+            stdout=subprocess.PIPE,
+        ).stdout
+        for count in ("1", "2")
+    }  # fmt: skip
+    assert len(found) == 1, "codes cast on one machine would not be those that another verifies"
 
 
 @pytest.mark.parametrize("rank", [0, 65])

@@ -9,6 +9,7 @@ from fluxkiln.compile.neuron.neff import Neff
 from fluxkiln.compile.neuron.profile import CoreMemory
 from fluxkiln.flow.stages import Kiln
 from fluxkiln.split.lowering import Module, module_name
+from fluxkiln.verify.wording import size
 
 LABEL = (
     "Counted in the modules that the compiler is given. The roofline is the least that arithmetic, reading the weights "
@@ -25,8 +26,8 @@ def report_split(
     assert kiln.split is not None
     instance, degree = kiln.split.instance, kiln.split.degree
     step = [modules[module_name(part)] for part in kiln.split.parts if part.component == "transformer"]
-    reduces = [size for module in step for size in module.facts["all_reduce_bytes"]]
-    gathers = [size for module in step for size in module.facts["all_gather_bytes"]]
+    reduces = [moved for module in step for moved in module.facts["all_reduce_bytes"]]
+    gathers = [moved for module in step for moved in module.facts["all_gather_bytes"]]
     milliseconds = 1e3 * sum(_seconds(kiln, module) for module in step)
     values = {
         "instance": instance.name,
@@ -45,9 +46,9 @@ def report_split(
         "instance": f"{instance.name}, tp {degree}",
         "distinct compiles": f"{len(modules)}: {', '.join(modules)}",
         "collectives a step": f"{len(reduces)} all-reduce, {len(gathers)} all-gather",
-        "bytes moved a step": f"{sum(reduces) / 1e6:,.1f} MB reduced, {sum(gathers) / 1e6:,.1f} MB gathered",
-        **{f"{name} on a core": f"{size / 1e9:.3f} GB" for name, size in memory.weights.items()},
-        "all weights on a core": f"{memory.weight_bytes / 1e9:.3f} GB",
+        "bytes moved a step": f"{size(sum(reduces))} reduced, {size(sum(gathers))} gathered",
+        **{f"{name} on a core": size(held) for name, held in memory.weights.items()},
+        "all weights on a core": size(memory.weight_bytes),
         "roofline of a step": f"{milliseconds:,.3f} ms",
         "executed on": "XLA CPU replicas",
         "NEFF": f"{len(neffs)} compiled" if neffs else "not compiled here",

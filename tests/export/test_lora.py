@@ -1,6 +1,5 @@
 """LoRAs fused into a tiny checkpoint, against sums computed here and against diffusers' own fusing."""
 
-import json
 import os
 import shutil
 import signal
@@ -11,74 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from fluxkiln.errors import CheckpointError, FluxkilnError, ResourceError, UsageError
 from fluxkiln.export.checkpoint import open_checkpoint, read_tensor
 from fluxkiln.export.fingerprint import DigestMemo
 from fluxkiln.export.folders import shutil as folders_shutil
 from fluxkiln.export.lora import RECORD, fuse_lora, fuse_once, fused_folder, is_fused, read_record
-from fluxkiln.export.lora_file import METADATA_KEY, read_lora
-
-Q = "transformer_blocks.0.attn.to_q"
-K = "transformer_blocks.0.attn.to_k"
-V = "transformer_blocks.0.attn.to_v"
-OUT = "single_transformer_blocks.0.proj_out"
-
-
-@pytest.fixture(scope="module")
-def base(tiny_checkpoint):
-    return tiny_checkpoint("tiny-dev").root
-
-
-@pytest.fixture(scope="module")
-def shapes(base):
-    return {name: ref.shape for name, ref in open_checkpoint(base, ("transformer",)).tensors["transformer"].items()}
-
-
-def weights(folder):
-    """Every tensor of the transformer, as it is stored."""
-    files = sorted((folder / "transformer").glob("*.safetensors"))
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
-
-
-def exact(rows, columns, seed):
-    """Multiples of 1/16 up to 1: sums of a few products of two are exact in float32, in any order."""
-    drawn = torch.randint(-16, 17, (rows, columns), generator=torch.Generator().manual_seed(seed))
-    return drawn.to(torch.float32) / 16
-
-
-def pair(shapes, layer, rank=4, seed=0):
-    """(down, up) for a layer."""
-    out, width = shapes[f"{layer}.weight"]
-    return exact(rank, width, seed), exact(out, rank, seed + 1)
-
-
-def peft(shapes, *layers, rank=4, alpha=None, prefix="transformer."):
-    tensors = {}
-    for i, layer in enumerate(layers):
-        down, up = pair(shapes, layer, rank, 2 * i)
-        tensors |= {f"{prefix}{layer}.lora_A.weight": down, f"{prefix}{layer}.lora_B.weight": up}
-        if alpha is not None:
-            tensors[f"{prefix}{layer}.alpha"] = torch.tensor(alpha)
-    return tensors
-
-
-def write(path, tensors, metadata=None):
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
-    return path
-
-
-def bits(tensor):
-    return tensor.contiguous().view(torch.int16)
-
-
-def added(old, *terms):
-    """W + s * (B @ A) for each term, rounded to bfloat16 at the end."""
-    total = old.float()
-    for down, up, scale in terms:
-        total = total + scale * (up @ down)
-    return total.to(torch.bfloat16)
+from tests.export.loras import OUT, K, Q, added, bits, exact, pair, peft, weights, write
 
 
 def test_weights_bit_for_bit(tmp_path, base, shapes):
@@ -172,140 +110,6 @@ def test_files_that_cannot_be_linked_are_copied(tmp_path, base, shapes, monkeypa
     config = tmp_path / "fused" / "model_index.json"
     assert config.read_bytes() == (base / "model_index.json").read_bytes()
     assert not config.samefile(base / "model_index.json")
-
-
-def test_kohya_qkv_is_split(tmp_path, base, shapes):
-    out, width = shapes[f"{Q}.weight"]
-    down, up = exact(4, width, 1), exact(3 * out, 4, 2)
-    name = "lora_unet_double_blocks_0_img_attn_qkv"
-    file = write(tmp_path / "kohya.safetensors", {
-        f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(1.0),
-    })  # fmt: skip
-    fuse_lora(base, [(file, 2.0)], tmp_path / "fused")
-    old, new = weights(base), weights(tmp_path / "fused")
-    for i, layer in enumerate((Q, K, V)):
-        wanted = added(old[f"{layer}.weight"], (down, up[i * out : (i + 1) * out], 2.0 / 4))
-        assert torch.equal(bits(new[f"{layer}.weight"]), bits(wanted)), layer
-
-
-def product(pieces, tensor):
-    """scale * up @ down of a tensor."""
-    piece = next(piece for piece in pieces if piece.tensor == tensor)
-    return piece.scale * (piece.up_OR @ piece.down_RI)
-
-
-def test_kohya_linear1_and_final_layer(tmp_path):
-    single, final = "lora_unet_single_blocks_7_linear1", "lora_unet_final_layer_adaLN_modulation_1"
-    down, up = exact(2, 3072, 1), exact(3 * 3072 + 12288, 2, 2)
-    ends = exact(2, 3072, 3), exact(2 * 3072, 2, 4)
-    file = write(tmp_path / "kohya.safetensors", {
-        f"{single}.lora_down.weight": down, f"{single}.lora_up.weight": up, f"{single}.alpha": torch.tensor(0.5),
-        f"{final}.lora_down.weight": ends[0], f"{final}.lora_up.weight": ends[1], f"{final}.alpha": torch.tensor(1.0),
-    })  # fmt: skip
-    pieces = read_lora(file).pieces
-    block = "single_transformer_blocks.7"
-    names = [f"{block}.attn.to_k", f"{block}.attn.to_q", f"{block}.attn.to_v", f"{block}.proj_mlp", "norm_out.linear"]
-    assert [piece.tensor for piece in pieces] == sorted(f"{name}.weight" for name in names)
-    wanted = 0.25 * (up @ down)
-    for i, name in enumerate(("attn.to_q", "attn.to_k", "attn.to_v")):
-        assert torch.equal(product(pieces, f"{block}.{name}.weight"), wanted[3072 * i : 3072 * (i + 1)])
-    assert torch.equal(product(pieces, f"{block}.proj_mlp.weight"), wanted[3 * 3072 :])
-    # Black Forest Labs have the shift first, diffusers the scale; the alpha, which the converter drops, counts.
-    shift, scale = (0.5 * (ends[1] @ ends[0])).chunk(2)
-    assert torch.equal(product(pieces, "norm_out.linear.weight"), torch.cat([scale, shift]))
-
-
-def test_xlabs(tmp_path, base, shapes):
-    out, width = shapes[f"{Q}.weight"]
-    down, up, proj = exact(4, width, 1), exact(3 * out, 4, 2), (exact(4, out, 3), exact(width, 4, 4))
-    block = "double_blocks.0.processor"
-    file = write(tmp_path / "xlabs.safetensors", {
-        f"{block}.qkv_lora1.down.weight": down, f"{block}.qkv_lora1.up.weight": up,
-        f"{block}.proj_lora2.down.weight": proj[0], f"{block}.proj_lora2.up.weight": proj[1],
-    })  # fmt: skip
-    fuse_lora(base, [(file, 1.0)], tmp_path / "fused")
-    old, new = weights(base), weights(tmp_path / "fused")
-    for i, layer in enumerate((Q, K, V)):
-        assert torch.equal(new[f"{layer}.weight"], added(old[f"{layer}.weight"], (down, up[i * out :][:out], 1.0)))
-    name = "transformer_blocks.0.attn.to_add_out.weight"
-    assert torch.equal(new[name], added(old[name], (*proj, 1.0)))
-
-
-def test_control_lora_is_read_and_does_not_fit(tmp_path, base):
-    tensors = {}
-
-    def layer(name, out, width):
-        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = torch.ones(2, width), torch.ones(out, 2)
-
-    for name in ("time_in", "vector_in", "guidance_in"):
-        layer(f"{name}.in_layer", 3072, 768 if name == "vector_in" else 256)
-        layer(f"{name}.out_layer", 3072, 3072)
-    layer("txt_in", 3072, 4096)
-    layer("img_in", 3072, 128)
-    layer("final_layer.linear", 64, 3072)
-    layer("final_layer.adaLN_modulation.1", 6144, 3072)
-    for i in range(19):
-        for side in ("img", "txt"):
-            layer(f"double_blocks.{i}.{side}_mod.lin", 18432, 3072)
-            layer(f"double_blocks.{i}.{side}_attn.qkv", 9216, 3072)
-            layer(f"double_blocks.{i}.{side}_attn.proj", 3072, 3072)
-            layer(f"double_blocks.{i}.{side}_mlp.0", 12288, 3072)
-            layer(f"double_blocks.{i}.{side}_mlp.2", 3072, 12288)
-            for norm in ("query", "key"):
-                tensors[f"double_blocks.{i}.{side}_attn.norm.{norm}_norm.scale"] = torch.full((128,), 2.0)
-    for i in range(38):
-        layer(f"single_blocks.{i}.modulation.lin", 9216, 3072)
-        layer(f"single_blocks.{i}.linear1", 21504, 3072)
-        layer(f"single_blocks.{i}.linear2", 3072, 15360)
-        for norm in ("query", "key"):
-            tensors[f"single_blocks.{i}.norm.{norm}_norm.scale"] = torch.full((128,), 2.0)
-    tensors["double_blocks.3.img_attn.proj.lora_B.bias"] = torch.arange(3072.0)
-    down, up = exact(2, 3072, 1), exact(6144, 2, 2)
-    tensors |= {f"final_layer.adaLN_modulation.1.lora_{half}.weight": t for half, t in (("A", down), ("B", up))}
-    file = write(tmp_path / "control.safetensors", tensors)
-    pieces = {piece.tensor: piece for piece in read_lora(file).pieces}
-    assert pieces["x_embedder.weight"].shape == (3072, 128)
-    assert pieces["transformer_blocks.3.attn.norm_added_q.weight"].replaces
-    assert pieces["transformer_blocks.3.attn.to_out.0.bias"].up_OR[7, 0] == 7
-    assert pieces["single_transformer_blocks.37.proj_mlp.weight"].shape == (12288, 3072)
-    shift, scale = (up @ down).chunk(2)
-    assert torch.equal(product(pieces.values(), "norm_out.linear.weight"), torch.cat([scale, shift]))
-    with pytest.raises(CheckpointError, match="is for another model"):
-        fuse_lora(base, [(file, 1.0)], tmp_path / "fused")
-    assert not (tmp_path / "fused").exists()
-
-
-@pytest.mark.parametrize("prefix", ["transformer.", "", "base_model.model."])
-def test_prefixes(tmp_path, shapes, prefix):
-    file = write(tmp_path / "style.safetensors", peft(shapes, Q, prefix=prefix))
-    assert [piece.tensor for piece in read_lora(file).pieces] == [f"{Q}.weight"]
-
-
-@pytest.mark.parametrize(
-    ("config", "scale"),
-    [
-        ({"r": 4, "lora_alpha": 8}, 2.0),
-        ({"r": 4, "lora_alpha": 8, "use_rslora": True}, 4.0),
-        ({"r": 4, "lora_alpha": 8, "alpha_pattern": {"attn.to_k": 1, r"^transformer_blocks.0.attn.to_q": 2}}, 0.5),
-    ],
-)
-def test_alpha_of_the_metadata(tmp_path, shapes, config, scale):
-    told = {METADATA_KEY: json.dumps({f"transformer.{key}": value for key, value in config.items()})}
-    file = write(tmp_path / "style.safetensors", peft(shapes, Q), told)
-    assert [piece.scale for piece in read_lora(file).pieces] == [scale]
-
-
-def test_replaced_norms_and_biases(tmp_path, base, shapes):
-    """What a control LoRA has besides pairs, in diffusers' names."""
-    bias, norm = f"{Q}.bias", "transformer_blocks.0.attn.norm_q.weight"
-    tensors = peft(shapes, Q, alpha=2.0)
-    tensors[f"transformer.{Q}.lora_B.bias"] = exact(1, shapes[bias][0], 3)[0]
-    tensors[f"transformer.{norm}"] = exact(1, shapes[norm][0], 4)[0]
-    fuse_lora(base, [(write(tmp_path / "style.safetensors", tensors), 0.5)], tmp_path / "fused")
-    old, new = weights(base), weights(tmp_path / "fused")
-    wanted = (old[bias].float() + 0.25 * tensors[f"transformer.{Q}.lora_B.bias"]).to(torch.bfloat16)
-    assert torch.equal(new[bias], wanted)
-    assert torch.equal(new[norm].float(), tensors[f"transformer.{norm}"])
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")

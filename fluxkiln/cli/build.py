@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fluxkiln.cli.options import SettingsFor, settings_options
-from fluxkiln.cli.output import Output, count_text, json_option, parity_text, path_text, seconds_text, size_text
+from fluxkiln.cli.output import Output, count_text, json_option, parity_text, path_text, seconds_text
 from fluxkiln.cli.progress import open_progress
 from fluxkiln.errors import ResourceError
+from fluxkiln.verify.wording import size as size_text
 
 if TYPE_CHECKING:
     from fluxkiln.flow.build import BuildResult

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fluxkiln.cli.output import Output, count_text, json_option, parity_text, size_text
+from fluxkiln.cli.output import Output, count_text, json_option, parity_text
 from fluxkiln.cli.registry import inspect_published, transfer_options
+from fluxkiln.verify.wording import size as size_text
 
 if TYPE_CHECKING:
     from fluxkiln.artifacts.manifest import Manifest

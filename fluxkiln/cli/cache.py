@@ -7,9 +7,10 @@ from pathlib import Path
 import click
 
 from fluxkiln.cli.options import open_existing, store_options
-from fluxkiln.cli.output import Output, count_text, json_option, size_text
+from fluxkiln.cli.output import Output, count_text, json_option
 from fluxkiln.cli.usage import NamedCommands
 from fluxkiln.errors import IntegrityError, UsageError
+from fluxkiln.verify.wording import size as size_text
 
 
 @click.group(cls=NamedCommands)

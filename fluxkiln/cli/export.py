@@ -15,12 +15,13 @@ import click
 
 from fluxkiln.artifacts.types import GraphFormat, Template
 from fluxkiln.cli.options import build_dir_option, check_size, size_option, tokens_option, vae_option
-from fluxkiln.cli.output import Output, count_text, json_option, seconds_text, size_text
+from fluxkiln.cli.output import Output, count_text, json_option, seconds_text
 from fluxkiln.cli.progress import open_progress
 from fluxkiln.components import KINDS, Part, Shapes, find_part, list_parts
 from fluxkiln.errors import UsageError
 from fluxkiln.progress import Progress, count_bytes
 from fluxkiln.settings import Settings
+from fluxkiln.verify.wording import size as size_text
 
 if TYPE_CHECKING:
     from fluxkiln.export.checkpoint import Checkpoint

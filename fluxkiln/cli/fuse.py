@@ -8,10 +8,11 @@ from pathlib import Path
 import click
 
 from fluxkiln.cli.options import build_dir_option, lora_option
-from fluxkiln.cli.output import Output, count_text, json_option, seconds_text, size_text
+from fluxkiln.cli.output import Output, count_text, json_option, seconds_text
 from fluxkiln.cli.progress import open_progress
 from fluxkiln.progress import count_bytes
 from fluxkiln.settings import parse_loras
+from fluxkiln.verify.wording import size as size_text
 
 
 @click.command()

@@ -11,9 +11,10 @@ import click
 
 from fluxkiln.cli.bundle import bundle_folder
 from fluxkiln.cli.options import check_size
-from fluxkiln.cli.output import Output, count_text, json_option, path_text, seconds_text, size_text
+from fluxkiln.cli.output import Output, count_text, json_option, path_text, seconds_text
 from fluxkiln.cli.progress import open_progress
 from fluxkiln.errors import UsageError
+from fluxkiln.verify.wording import size as size_text
 
 if TYPE_CHECKING:
     from fluxkiln.generate.executing import Bundle

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 import click
 
 from fluxkiln.cli.options import SettingsFor, open_existing, settings_options, store_options
-from fluxkiln.cli.output import Output, count_text, json_option, size_text
+from fluxkiln.cli.output import Output, count_text, json_option
 from fluxkiln.cli.progress import open_progress
 from fluxkiln.cli.usage import NamedCommands
 from fluxkiln.settings import Settings
+from fluxkiln.verify.wording import size as size_text
 
 if TYPE_CHECKING:
     from fluxkiln.flow.exchange import MouldEntry

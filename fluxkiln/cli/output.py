@@ -88,16 +88,6 @@ def plain_table(columns: Sequence[str], rows: Sequence[Sequence[str]], numbers: 
     ]
 
 
-def size_text(count: int | float) -> str:
-    """1234567 -> `1.23 MB`."""
-    number = float(count)
-    for unit in ("B", "kB", "MB"):
-        if number < 999.5:
-            return f"{number:.3g} {unit}"
-        number /= 1000.0
-    return f"{number:.1f} GB"
-
-
 def seconds_text(seconds: float) -> str:
     """75 -> `1 min 15 s`."""
     if seconds < 9.95:

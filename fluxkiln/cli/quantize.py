@@ -9,10 +9,11 @@ from typing import Any
 import click
 
 from fluxkiln.cli.options import build_dir_option, check_size, size_option, store_option, tokens_option
-from fluxkiln.cli.output import Output, count_text, json_option, seconds_text, size_text
+from fluxkiln.cli.output import Output, count_text, json_option, seconds_text
 from fluxkiln.cli.progress import open_progress
 from fluxkiln.errors import UsageError
 from fluxkiln.settings import Settings
+from fluxkiln.verify.wording import size as size_text
 
 _COMPONENTS = "text_encoder,text_encoder_2,transformer"
 

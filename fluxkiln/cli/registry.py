@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from fluxkiln.cli.options import SettingsFor, settings_options
-from fluxkiln.cli.output import Output, count_text, json_option, size_text
+from fluxkiln.cli.output import Output, count_text, json_option
 from fluxkiln.cli.progress import open_progress
 from fluxkiln.errors import UsageError
+from fluxkiln.verify.wording import size as size_text
 
 if TYPE_CHECKING:
     from fluxkiln.flow.publishing import Published, Pulled, Transfers

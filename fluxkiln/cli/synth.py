@@ -7,9 +7,10 @@ from pathlib import Path
 
 import click
 
-from fluxkiln.cli.output import Output, json_option, seconds_text, size_text
+from fluxkiln.cli.output import Output, json_option, seconds_text
 from fluxkiln.cli.progress import open_progress
 from fluxkiln.progress import count_bytes
+from fluxkiln.verify.wording import size as size_text
 
 
 @click.command()

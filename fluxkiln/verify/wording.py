@@ -1,4 +1,4 @@
-"""How the pages write numbers and names; `report.js.j2` has the same rules for rows that its script adds."""
+"""How pages and the command line write numbers and names; `report.js.j2` has the same rules for the rows it adds."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def size(count: Any) -> str:
     """Bytes: 940 B, 23.4 kB, 97 MB, 6.48 GB."""
     found = float(count)
     for unit in ("B", "kB", "MB"):
-        if found < 1000.0:
+        if found < 999.5:  # three digits of what is above are those of the next unit
             return f"{found:.3g} {unit}"
         found /= 1000.0
     return f"{found:.2f} GB"

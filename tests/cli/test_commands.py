@@ -295,5 +295,5 @@ def test_plan(fluxkiln, monkeypatch):
     monkeypatch.setattr("fluxkiln.flow.build.plan", lambda settings: planned)
     assert fluxkiln("plan", "cpu", "--json").document == planned
     lines = [line.split() for line in fluxkiln("plan", "cpu").out.splitlines()]
-    assert lines[1] == ["mould", "double", "W4BF16", "2.5", "GB", "no"]
-    assert lines[-1] == ["peak", "memory", "2.5", "GB"]
+    assert lines[1] == ["mould", "double", "W4BF16", "2.50", "GB", "no"]
+    assert lines[-1] == ["peak", "memory", "2.50", "GB"]

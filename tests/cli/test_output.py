@@ -13,7 +13,6 @@ from fluxkiln.cli.output import (
     path_text,
     plain_table,
     seconds_text,
-    size_text,
 )
 
 
@@ -26,13 +25,6 @@ def test_plain_table_aligns_and_does_not_cut():
     long = "x" * 300
     lines = plain_table(("name", "size", "why"), [("a", "1 B", long), ("bcdefg", "12 kB", "two\nlines")], ["size"])
     assert lines == ["name     size  why", f"a         1 B  {long}", "bcdefg  12 kB  two lines"]
-
-
-@pytest.mark.parametrize(
-    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1234, "1.23 kB"), (999_999, "1 MB"), (34e9, "34.0 GB")]
-)
-def test_size_text(count, text):
-    assert size_text(count) == text
 
 
 @pytest.mark.parametrize(

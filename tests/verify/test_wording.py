@@ -15,6 +15,7 @@ from fluxkiln.verify.wording import bound, cosine, number, seconds, size, word
         (bound, 1e-6, "1e-6"), (bound, 0.006, "0.006"), (bound, 18.0, "18"),
         (cosine, 0.99999949, "0.999999"), (cosine, "NaN", "NaN"),
         (size, 940, "940 B"), (size, 23_400, "23.4 kB"), (size, 97e6, "97 MB"), (size, 6.48e9, "6.48 GB"),
+        (size, 0, "0 B"), (size, 999, "999 B"), (size, 999_999, "1 MB"),
         (seconds, 0.0079, "7.9 ms"), (seconds, 0.1, "0.1 s"), (seconds, 8.52, "8.5 s"), (seconds, 24.2, "24 s"),
         (seconds, 343.0, "5.7 min"),
         (word, "hidden_states_out", "hidden states out"), (word, "delta_relative_l2", "delta relative L2"),

@@ -71,7 +71,7 @@ def part_calibration(kiln: Kiln, part: Part) -> Calibration | None:
         SchemeError: there is none in the store.
     """
     scheme = kiln.scheme(part)
-    if not scheme.weight_bits or not METHODS[scheme.method].calibrated:
+    if not _is_calibrated(scheme):
         return None
     component = tensors_of(part)
     found = find_calibration(kiln.cache, component, component_digest(kiln.digests, component))
@@ -81,6 +81,20 @@ def part_calibration(kiln: Kiln, part: Part) -> Calibration | None:
             f"{component} of {kiln.checkpoint.name}; run fluxkiln calibrate on this model first"
         )
     return found
+
+
+def used_calibrations(kiln: Kiln) -> dict[str, str]:
+    """Component -> digest of the calibration that its parts are rounded by; without what the store has not got."""
+    found: dict[str, str] = {}
+    for component in dict.fromkeys(tensors_of(part) for part in kiln.parts if _is_calibrated(kiln.scheme(part))):
+        if component in kiln.digests:
+            calibration = find_calibration(kiln.cache, component, component_digest(kiln.digests, component))
+            found |= {component: calibration.digest} if calibration else {}
+    return found
+
+
+def _is_calibrated(scheme: Scheme) -> bool:
+    return bool(scheme.weight_bits) and METHODS[scheme.method].calibrated
 
 
 def check_methods(kiln: Kiln) -> None:

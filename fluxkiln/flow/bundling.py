@@ -16,6 +16,7 @@ from fluxkiln.artifacts.bundle import write_bundle
 from fluxkiln.artifacts.files import digest_file
 from fluxkiln.artifacts.modelpack import store_bundle
 from fluxkiln.artifacts.store import Blob
+from fluxkiln.calibrate.rounders import used_calibrations
 from fluxkiln.components import find_kind
 from fluxkiln.errors import ParityError, ToolchainError
 from fluxkiln.flow.costs import estimate_ms, report_costs
@@ -47,7 +48,10 @@ def build_action(prepared: Prepared) -> Action:
         stage="build",
         what=f"{prepared.name} for {kiln.target.name}",
         code_version=stage_code_version("fluxkiln"),
-        inputs={"checkpoint": f"sha256:{prepared.fingerprint}"},
+        inputs={
+            "checkpoint": f"sha256:{prepared.fingerprint}",
+            **{f"calibration of {component}": digest for component, digest in used_calibrations(kiln).items()},
+        },
         settings={
             "name": prepared.name,
             "target": kiln.target.name,
@@ -256,6 +260,7 @@ def _write_report(
             "prompt": prepared.settings.prompt,
             "seed": str(prepared.settings.seed),
             **{f"LoRA {lora['file']}": f"sha256:{lora['sha256']} x {lora['strength']}" for lora in loras},
+            **{f"calibration of {component}": digest for component, digest in used_calibrations(kiln).items()},
             **parity.facts,
         },
     }
@@ -305,6 +310,7 @@ def _manifest(
             "steps": settings.steps,
             **split_settings(prepared),
             **lora_facts(kiln.checkpoint),
+            **({"calibrations": calibrations} if (calibrations := used_calibrations(kiln)) else {}),
         },
         "parity": dict(summary),
         "tools": dict(build_action(prepared).tools),

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 
-from fluxkiln.calibrate.calibrating import read_prompts
+from fluxkiln.calibrate.calibrating import calibrate, read_prompts
 from fluxkiln.calibrate.rounders import (
     check_methods,
     component_digest,
@@ -24,16 +24,20 @@ from fluxkiln.compile.mould import CoefficientMap
 from fluxkiln.components import Shapes
 from fluxkiln.errors import CheckpointError, SchemeError, UsageError
 from fluxkiln.export.bindings import bind_part, weight_reader
+from fluxkiln.flow.bundling import build_action
 from fluxkiln.flow.linking import link_parts
 from fluxkiln.flow.moulds import cast_part, make_mould, mould_action
 from fluxkiln.flow.parity import climb_stored
+from fluxkiln.flow.preparing import prepare
 from fluxkiln.flow.rungs import bm1684x_rungs, cpu_rungs, dequantized_rung
 from fluxkiln.flow.stages import CombinedFile, make_template
+from fluxkiln.progress import Silent
 from fluxkiln.quantize.calibration import open_calibration
 from fluxkiln.quantize.pack import pack_int4
 from fluxkiln.quantize.rounding import as_compiler, pack_matrix
 from fluxkiln.quantize.schemes import parse_scheme
 from fluxkiln.quantize.sums import Sums
+from fluxkiln.settings import Settings
 from fluxkiln.verify.gates import first_bad_rung
 from fluxkiln.verify.ladder import Ladder
 from fluxkiln.verify.metrics import compare
@@ -66,6 +70,19 @@ def test_a_cast_rounds_as_the_scheme_says(kiln, calibrated):
     known = calibrated.statistics(COMPONENT, name, weight.shape[1])
     assert codes["W4BF16-gptq"] == pack_matrix(weight, parse_scheme("W4BF16-gptq"), known).codes_OI.tobytes()
     assert len(set(codes.values())) == 3
+
+
+def test_another_calibration_is_another_build(tiny_checkpoint, tmp_path):
+    """A build that is finished is not the one asked for once its checkpoint has been calibrated again."""
+    settings = Settings("cpu", str(tiny_checkpoint().root), steps=1, components=(COMPONENT,), build_dir=tmp_path)
+    keys = {}
+    for prompt in ("", "a kiln", "a river"):
+        if prompt:
+            calibrate(settings, (prompt,))
+        for scheme in ("W4BF16-gptq", "W4BF16"):
+            keys[prompt, scheme] = build_action(prepare(replace(settings, scheme=scheme), Silent())).key
+    assert len({key for (_, scheme), key in keys.items() if scheme == "W4BF16-gptq"}) == 3
+    assert len({key for (_, scheme), key in keys.items() if scheme == "W4BF16"}) == 1
 
 
 def test_slices_of_a_weight_get_the_statistics_of_their_channels(kiln, calibrated):

@@ -82,7 +82,6 @@ def part_weights(kiln: Kiln, part: Part, template: Template) -> WeightReader:
 
 def _stored_beside(kiln: Kiln, part: Part, template: Template, plain: BoundWeights) -> Mapping[str, NDArray[Any]]:
     """What stands beside the codes of a part's weights, from the store or found now."""
-
     settings, calibration = rounding_key(kiln, part)
     binding = bind_part(part, template.slots, kiln.checkpoint)
     action = Action(
@@ -107,7 +106,6 @@ def _stored_beside(kiln: Kiln, part: Part, template: Template, plain: BoundWeigh
 
 
 def _find_beside(kiln: Kiln, part: Part, template: Template, plain: BoundWeights) -> Iterator[tuple[str, NDArray[Any]]]:
-
     scheme = kiln.scheme(part)
     group_size, bits = scheme.group_size, scheme.weight_bits
     known = part_statistics(kiln, part)
@@ -131,7 +129,6 @@ def _find_beside(kiln: Kiln, part: Part, template: Template, plain: BoundWeights
 
 def shared_divisors(kiln: Kiln, part: Part) -> dict[tuple[str, int, int], NDArray[Any]]:
     """Tensor of the checkpoint, its first and last input channel -> what these inputs are divided by, float32."""
-
     beside, known = _known_beside(kiln, part)
     return {
         known.channels(split_slot(slot)[0], None): np.reciprocal(beside[slot].astype(np.float32)) for slot in beside
@@ -141,10 +138,8 @@ def shared_divisors(kiln: Kiln, part: Part) -> dict[tuple[str, int, int], NDArra
 def stored_branches(kiln: Kiln, part: Part) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
     """Slot of a part's compiled form -> its branch, up and down in bits of bfloat16.
 
-    The branch is found once and kept: another number of threads adds up in another order, and its last bits decide
-    some of the codes.
+    What is dequantized has the branch that was cast, not one that was searched again: that takes seconds a matrix.
     """
-
     beside, _ = _known_beside(kiln, part)
     found = {}
     for slot in dict.fromkeys(split_slot(name)[0] for name in beside):

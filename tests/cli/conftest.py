@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,18 +11,7 @@ from fluxkiln.artifacts.bundle import write_bundle
 from fluxkiln.artifacts.store import Store, open_store
 from fluxkiln.cli.main import main
 from fluxkiln.verify.report import build_report, write_report
-
-
-@dataclass(frozen=True)
-class Run:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def document(self) -> Any:
-        """stdout as the one JSON document that it must be."""
-        return json.loads(self.out)
+from tests.ran import Run
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,32 +21,13 @@ import pytest
 from fluxkiln.artifacts.bundle import verify_bundle
 from fluxkiln.artifacts.files import digest_file
 from fluxkiln.export.synth import synthesize
+from tests.ran import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 # Generous: a hanging build must fail the test, a busy machine must not.
 PATIENCE = 600
 # Kinds whose compiles are taken from a copied store, so that there is something to interrupt.
 FORGOTTEN = ("tail", "t5_final")
-
-
-@dataclass(frozen=True)
-class Run:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def document(self) -> Any:
-        """stdout as the one JSON document that it must be."""
-        return json.loads(self.out)
-
-    @property
-    def error(self) -> str:
-        """The last line on stderr, which must be the only error."""
-        errors = [line for line in self.err.splitlines() if line.startswith("error: ")]
-        assert [*errors] == self.err.splitlines()[-1:], self.err
-        assert "Traceback" not in self.err
-        return errors[0].removeprefix("error: ")
 
 
 def command(*arguments: object) -> list[str]:

@@ -121,6 +121,7 @@ $(VENV_MADE): pyproject.toml constraints.txt
 	sha256sum $^ > $@; \
 	echo "main environment: ready" >&2
 
-$(TPU_MLIR_MADE): $(wildcard fluxkiln/compile/*tpu-mlir* fluxkiln/compile/tpu_mlir_*.py fluxkiln/compile/tpu_mlir_stubs/*)
+T := fluxkiln/compile/toolchains/tpu_mlir
+$(TPU_MLIR_MADE): $(T)/constraints.txt $(wildcard $(T)/check.py $(T)/deploy.py $(T)/environment.py $(T)/transform.py $(T)/stubs/*)
 	$(NEED_PYTHON)
-	@$(PYTHON) -m fluxkiln.compile.tpu_mlir_env
+	@$(PYTHON) -m fluxkiln.compile.toolchains.tpu_mlir.environment

@@ -12,14 +12,14 @@ from pathlib import Path
 import numpy as np
 
 from bench.figure import WORK, Figure, cpu_seconds, one_core, ratio
-from fluxkiln.calibrate.rounders import part_rounders
-from fluxkiln.compile.bmodel import Span
-from fluxkiln.compile.cast import cast_region
-from fluxkiln.compile.mould import CoefficientMap
+from fluxkiln.build.context import prepare
+from fluxkiln.compile.templates import make_template
+from fluxkiln.compile.toolchains.tpu_mlir.bmodel import Span
+from fluxkiln.compile.toolchains.tpu_mlir.cast import cast_region
+from fluxkiln.compile.toolchains.tpu_mlir.coefficients import CoefficientMap
+from fluxkiln.compile.toolchains.tpu_mlir.moulds import make_mould
+from fluxkiln.compile.weights import part_rounders
 from fluxkiln.export.bindings import bind_part, binding_refs, weight_reader
-from fluxkiln.flow.moulds import make_mould
-from fluxkiln.flow.preparing import prepare
-from fluxkiln.flow.stages import make_template
 from fluxkiln.settings import Settings
 
 TIMES = 5

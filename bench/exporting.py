@@ -16,8 +16,8 @@ from typing import Any
 
 from bench.figure import WORK, Figure, Run, fluxkiln, gigabytes, run
 from fluxkiln.export.checkpoint import COMPONENT_CLASSES, PIPELINE_CLASS
-from fluxkiln.export.synth_layout import component_layout
-from fluxkiln.export.synth_presets import PRESETS
+from fluxkiln.export.synth.layout import component_layout
+from fluxkiln.patches.flux1.presets import PRESETS
 
 SIZE, TOKENS = (1024, 1024), 512
 # blocks of the same kind in one process

@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from fluxkiln.compile.tpu_mlir_env import TPU_MLIR_VERSION
+from fluxkiln.compile.toolchains.tpu_mlir.environment import TPU_MLIR_VERSION
 
 ROOT = Path(__file__).resolve().parent.parent
 # synthetic checkpoints and moulds are kept here between runs; what is to be cold gets a new folder in it

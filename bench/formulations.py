@@ -13,17 +13,17 @@ from torch import nn
 from torch.nn import functional
 
 from bench.figure import WORK, Figure
-from fluxkiln.compile import pour as pouring
-from fluxkiln.compile import tpu_mlir
-from fluxkiln.compile.mould import probe_reader
+from fluxkiln.compile.onnx import filled as pouring
 from fluxkiln.compile.target import Target
 from fluxkiln.compile.targets.bm1684x import TARGET
-from fluxkiln.compile.tpu_mlir import CompileJob, compile_graph
-from fluxkiln.compile.tpu_mlir_env import TpuMlirEnv, default_tpu_mlir_root, find_tpu_mlir
+from fluxkiln.compile.toolchains.tpu_mlir import compiler as tpu_mlir
+from fluxkiln.compile.toolchains.tpu_mlir.coefficients import probe_reader
+from fluxkiln.compile.toolchains.tpu_mlir.compiler import CompileJob, compile_graph
+from fluxkiln.compile.toolchains.tpu_mlir.environment import TpuMlirEnv, default_tpu_mlir_root, find_tpu_mlir
 from fluxkiln.components import Shapes
 from fluxkiln.export import trace
-from fluxkiln.export.synth_presets import PRESETS
-from fluxkiln.patches import transformer
+from fluxkiln.patches.flux1 import transformer
+from fluxkiln.patches.flux1.presets import PRESETS
 from fluxkiln.quantize.schemes import Scheme, parse_schemes
 
 CONFIGS = PRESETS["full-dev"].configs
@@ -60,7 +60,7 @@ class UpstreamSingle(nn.Module):
 
 
 def whole_mlp(x: Any, up: Any, down: Any, bias: Any) -> Any:
-    """`fluxkiln.patches.transformer._mlp` without the two halves."""
+    """`fluxkiln.patches.flux1.transformer._mlp` without the two halves."""
     inner = functional.gelu(up(x), approximate="tanh")
     return functional.linear(inner, down.weight[:, -up.weight.shape[0] :], bias)
 

@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bench.figure import WORK, Figure, Run, fluxkiln, gigabytes, ratio, run
-from fluxkiln.artifacts.types import TensorRef
 from fluxkiln.components import COMPONENTS
 from fluxkiln.export.checkpoint import open_checkpoint
 from fluxkiln.export.source import resolve_model
+from fluxkiln.types import TensorRef
 
 # rounded as the compiler rounds: what it is compared with does no better
 MODEL, SIZE, TOKENS, SCHEME = "full-dev", "1024x1024", "512", "W4BF16-rtn"

@@ -16,8 +16,8 @@ OVERHEAD, LOADING = 0.03, 2.0
 _BUNDLE = """
 import json, os, sys, time
 from pathlib import Path
-from fluxkiln.generate.executing import open_bundle, open_executor
-from fluxkiln.generate.generating import Painter
+from fluxkiln.generate.bundle import open_bundle, open_executor
+from fluxkiln.generate.painter import Painter
 
 folder, steps = Path(sys.argv[1]), int(sys.argv[2])
 import diffusers, onnxruntime, torch, transformers  # the import is not what is measured

@@ -11,16 +11,16 @@ from pathlib import Path
 
 from bench.figure import WORK, Figure, Run, gigabytes, ratio, run
 from bench.full import BLOCK, drop_from_cache
-from fluxkiln.artifacts.types import TensorRef
 from fluxkiln.export.checkpoint import open_checkpoint
 from fluxkiln.export.source import resolve_model
+from fluxkiln.types import TensorRef
 
 MODEL, DEGREE, SIZE, TOKENS = "full-dev", 8, (1024, 1024), 512
 _LOWER = """
 import json, sys, time
 from pathlib import Path
-from fluxkiln.split.lowering import lower_modules
-from fluxkiln.flow.preparing import describe
+from fluxkiln.compile.toolchains.neuron.modules import lower_modules
+from fluxkiln.build.context import describe
 from fluxkiln.progress import Silent
 from fluxkiln.settings import Settings
 from bench.neuron import DEGREE, MODEL, SIZE, TOKENS
@@ -43,7 +43,7 @@ from fluxkiln.export.checkpoint import open_checkpoint
 from fluxkiln.export.shard_files import write_shards
 from fluxkiln.compile.targets import find_target
 from fluxkiln.settings import Settings
-from fluxkiln.split.splitting import plan_split
+from fluxkiln.compile.toolchains.neuron.split import plan_split
 from bench.neuron import DEGREE
 checkpoint = open_checkpoint(Path(sys.argv[1]), ("transformer",))
 split = plan_split(Settings("trn1", components=("transformer",), tp_degree=DEGREE), find_target("trn1"), checkpoint)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.figure import Figure
-from fluxkiln.verify.report import build_report, compare_pictures, render_html
+from fluxkiln.verify.report.document import build_report, compare_pictures, render_html
 from tests.browser import Browser
 from tests.verify.conftest import record, toy_parts
 

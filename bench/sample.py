@@ -11,9 +11,15 @@ from pathlib import Path
 from bench.figure import WORK, Figure, Run, gigabytes, run
 from bench.full import MODEL, SCHEME, build_twice
 from bench.reference_sample import NAMES, Kind, compile_arguments, input_shapes
-from fluxkiln.compile.tpu_mlir_env import TpuMlirEnv, default_tpu_mlir_root, find_tpu_mlir, tool_argv, tpu_mlir_environ
+from fluxkiln.compile.toolchains.tpu_mlir.environment import (
+    TpuMlirEnv,
+    default_tpu_mlir_root,
+    find_tpu_mlir,
+    tool_argv,
+    tpu_mlir_environ,
+)
 from fluxkiln.export.source import resolve_model
-from fluxkiln.export.synth_presets import PRESETS
+from fluxkiln.patches.flux1.presets import PRESETS
 
 CONFIG = PRESETS[MODEL].configs["transformer"]
 BLOCKS: Mapping[Kind, int] = {"double": int(CONFIG["num_layers"]), "single": int(CONFIG["num_single_layers"])}

@@ -10,7 +10,7 @@ from bench.figure import WORK, Figure, gigabytes, run
 _BUILD = """
 import json, sys, time
 from pathlib import Path
-from fluxkiln.flow.build import build
+from fluxkiln.build.make import build
 from fluxkiln.settings import Settings
 
 started = time.perf_counter()

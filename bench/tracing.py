@@ -13,7 +13,7 @@ _TEMPLATES = """
 import json, sys, time
 from pathlib import Path
 from fluxkiln.components import KINDS, Shapes
-from fluxkiln.export.synth_presets import PRESETS
+from fluxkiln.patches.flux1.presets import PRESETS
 from fluxkiln.export.trace import export_template
 folder, graph_format, kinds = Path(sys.argv[1]), sys.argv[2], sys.argv[3].split(",") if sys.argv[3] else list(KINDS)
 import torch, diffusers, transformers, onnxscript, onnx_ir

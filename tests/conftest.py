@@ -18,16 +18,16 @@ from typing import Literal
 
 import pytest
 
-from fluxkiln.compile.tpu_mlir_env import TpuMlirEnv, default_tpu_mlir_root, find_tpu_mlir
+from fluxkiln.compile.templates import BinaryPart, Kiln, Mould, make_template
+from fluxkiln.compile.toolchains.tpu_mlir.cast_file import cast_file
+from fluxkiln.compile.toolchains.tpu_mlir.environment import TpuMlirEnv, default_tpu_mlir_root, find_tpu_mlir
+from fluxkiln.compile.toolchains.tpu_mlir.moulds import cast_part, compile_part, make_mould
 from fluxkiln.components import Part, Shapes, find_part, list_parts
 from fluxkiln.export.checkpoint import Checkpoint, TensorReader, open_checkpoint
-from fluxkiln.flow.casting import cast_file
-from fluxkiln.flow.moulds import cast_part, compile_part, make_mould
-from fluxkiln.flow.stages import BinaryPart, Kiln, Mould, make_template
 from fluxkiln.progress import Silent
 from fluxkiln.settings import Settings
 from fluxkiln.verify.modulation import recorded_parts, view_recording
-from fluxkiln.verify.record import Recording, record_reference
+from fluxkiln.verify.reference import Recording, record_reference
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -80,7 +80,7 @@ TINY_SHAPES = Shapes(height=64, width=64, tokens=32)
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Checkpoint]:
     """preset -> its synthetic checkpoint, made once a session. Not to be written to."""
-    from fluxkiln.export.synth import synthesize
+    from fluxkiln.export.synth.checkpoint import synthesize
 
     @functools.cache
     def make(preset: str = "tiny-dev") -> Checkpoint:
@@ -158,7 +158,7 @@ def kiln(tiny_checkpoint: Callable[..., Checkpoint], tmp_path_factory: pytest.Te
 
     All kilns have one store, so that a mould is compiled once a session. For tests marked `tpu_mlir`.
     """
-    from fluxkiln.flow.preparing import prepare
+    from fluxkiln.build.context import prepare
 
     folder = tmp_path_factory.mktemp("kiln")
 

@@ -13,12 +13,12 @@ from safetensors.numpy import save_file
 
 from fluxkiln.artifacts.bundle import write_bundle
 from fluxkiln.artifacts.store import open_store
+from fluxkiln.build.finish import HOST_CONSTANTS
 from fluxkiln.components import Component, Shapes, list_parts
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.export.eager import PatchedRunner
 from fluxkiln.export.host import host_constants
-from fluxkiln.flow.bundling import HOST_CONSTANTS
-from fluxkiln.generate.executing import CONFIGS, Bundle, open_bundle
+from fluxkiln.generate.bundle import CONFIGS, Bundle, open_bundle
 
 SHAPES = Shapes(height=64, width=64, tokens=32)
 

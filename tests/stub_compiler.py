@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-STUB = Path(__file__).parent / "compile" / "neuron" / "stub-neuronx-cc"
+STUB = Path(__file__).parent / "compile" / "toolchains" / "neuron" / "stub-neuronx-cc"
 STUB_VERSION = "2.26.6360.0+stub"
 
 

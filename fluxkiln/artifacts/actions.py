@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fluxkiln.artifacts.canonical import Json, digest_json, plain_json
-from fluxkiln.artifacts.files import disk_full_named
 from fluxkiln.artifacts.locks import waiting_lock
 from fluxkiln.artifacts.store import Blob, Store, read_object
+from fluxkiln.digests import Json, digest_json, plain_json
 from fluxkiln.errors import FluxkilnError, IntegrityError
+from fluxkiln.files import disk_full_named
 
 SCHEMA = "fluxkiln.action/1"
 _INGREDIENTS = ("stage", "what", "code_version", "inputs", "settings", "tools")

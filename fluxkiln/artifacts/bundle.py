@@ -17,8 +17,13 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
-from fluxkiln.artifacts.canonical import Json, plain_json
-from fluxkiln.artifacts.files import (
+from fluxkiln.artifacts.locks import waiting_lock
+from fluxkiln.artifacts.manifest import SCHEMA_VERSION, Manifest, Role, manifest_from_json, parse_manifest
+from fluxkiln.artifacts.paths import BUILD_FILE, MANIFEST_FILE, resolve_inside, validate_manifest_paths
+from fluxkiln.artifacts.store import Blob, Store
+from fluxkiln.digests import Json, plain_json
+from fluxkiln.errors import IntegrityError, UsageError
+from fluxkiln.files import (
     PARTIAL_SUFFIX,
     copy_hashing,
     digest_file,
@@ -32,11 +37,6 @@ from fluxkiln.artifacts.files import (
     sync_directory,
     write_durably,
 )
-from fluxkiln.artifacts.locks import waiting_lock
-from fluxkiln.artifacts.manifest import SCHEMA_VERSION, Manifest, Role, manifest_from_json, parse_manifest
-from fluxkiln.artifacts.paths import BUILD_FILE, MANIFEST_FILE, resolve_inside, validate_manifest_paths
-from fluxkiln.artifacts.store import Blob, Store
-from fluxkiln.errors import IntegrityError, UsageError
 
 MAX_MANIFEST_BYTES = 16 << 20
 # Gigabytes that a runtime reads and nobody writes to: not copied where a hard link does.

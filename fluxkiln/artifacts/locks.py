@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fluxkiln.artifacts.files import disk_full_named, same_inode
 from fluxkiln.errors import ResourceError
+from fluxkiln.files import disk_full_named, same_inode
 
 _held: set[int] = set()
 

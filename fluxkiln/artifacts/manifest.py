@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeVar, get_args
 
-from fluxkiln.artifacts.canonical import Json, plain_json
 from fluxkiln.artifacts.paths import validate_manifest_paths
 from fluxkiln.artifacts.store import read_object
-from fluxkiln.artifacts.types import TensorSpec
 from fluxkiln.components import KINDS, SPLIT_KINDS, Shapes, Variant, find_kind
+from fluxkiln.digests import Json, plain_json
 from fluxkiln.errors import IntegrityError, ShapeError, UsageError
+from fluxkiln.types import TensorSpec
 
 SCHEMA_VERSION = 1
 

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fluxkiln.artifacts.bundle import read_manifest
-from fluxkiln.artifacts.canonical import Json, canonical_json
 from fluxkiln.artifacts.manifest import Manifest, Role
 from fluxkiln.artifacts.paths import MANIFEST_FILE, resolve_inside
 from fluxkiln.artifacts.store import MANIFEST_TYPE, Blob, Store
+from fluxkiln.digests import Json, canonical_json
 from fluxkiln.errors import IntegrityError
 
 ARTIFACT_TYPE = "application/vnd.cncf.model.manifest.v1+json"

@@ -22,8 +22,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fluxkiln.artifacts.canonical import Json, canonical_json, parse_json
-from fluxkiln.artifacts.files import (
+from fluxkiln.artifacts.locks import waiting_lock
+from fluxkiln.digests import Json, canonical_json, parse_json
+from fluxkiln.errors import IntegrityError, UsageError
+from fluxkiln.files import (
     CopyMethod,
     clone,
     copy_hashing,
@@ -38,8 +40,6 @@ from fluxkiln.artifacts.files import (
     sync_directory,
     write_durably,
 )
-from fluxkiln.artifacts.locks import waiting_lock
-from fluxkiln.errors import IntegrityError, UsageError
 
 LAYOUT_VERSION = "1.0.0"
 INDEX_TYPE = "application/vnd.oci.image.index.v1+json"

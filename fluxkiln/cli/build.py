@@ -11,10 +11,10 @@ from fluxkiln.cli.options import SettingsFor, settings_options
 from fluxkiln.cli.output import Output, count_text, json_option, parity_text, path_text, seconds_text
 from fluxkiln.cli.progress import open_progress
 from fluxkiln.errors import ResourceError
-from fluxkiln.verify.wording import size as size_text
+from fluxkiln.verify.report.wording import size as size_text
 
 if TYPE_CHECKING:
-    from fluxkiln.flow.build import BuildResult
+    from fluxkiln.build.make import BuildResult
 
 
 @click.command()
@@ -30,7 +30,7 @@ def build(output: Output, settings_for: SettingsFor, target: str) -> None:
     """
     settings = settings_for(target)
     with open_progress() as progress:
-        from fluxkiln.flow.build import build as run_build
+        from fluxkiln.build.make import build as run_build
 
         result = run_build(settings, progress)
     output.document(result.to_json())
@@ -48,7 +48,7 @@ def plan(output: Output, settings_for: SettingsFor, target: str) -> None:
     What the store holds already is marked. With --json, the list can feed another scheduler.
     """
     settings = settings_for(target)
-    from fluxkiln.flow.build import plan as make_plan
+    from fluxkiln.build.make import plan as make_plan
 
     planned = make_plan(settings)
     output.document(planned)

@@ -10,11 +10,11 @@ import click
 
 from fluxkiln.cli.output import Output, count_text, json_option, parity_text
 from fluxkiln.cli.registry import inspect_published, transfer_options
-from fluxkiln.verify.wording import size as size_text
+from fluxkiln.verify.report.wording import size as size_text
 
 if TYPE_CHECKING:
     from fluxkiln.artifacts.manifest import Manifest
-    from fluxkiln.flow.publishing import Transfers
+    from fluxkiln.build.publish import Transfers
 
 MANIFEST = "manifest.json"
 

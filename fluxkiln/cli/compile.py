@@ -33,7 +33,7 @@ def compile(
     if not resume:
         raise UsageError("compile only goes on where a build stopped: say --resume, or use `fluxkiln build TARGET`")
     from fluxkiln.artifacts.store import open_store
-    from fluxkiln.split.resuming import resume_compile
+    from fluxkiln.compile.toolchains.neuron.resume import resume_compile
 
     settings = Settings("trn1", build_dir=build_dir, store=store)
     chosen = bundle or _only_bundle(build_dir)

@@ -12,9 +12,9 @@ from fluxkiln.cli.progress import open_progress
 from fluxkiln.errors import ParityError
 
 if TYPE_CHECKING:
-    from fluxkiln.debug.debugging import Diagnosis
-    from fluxkiln.debug.probing import Culprit, RungFindings
-    from fluxkiln.verify.bisect import Range
+    from fluxkiln.verify.debug.bisect import Range
+    from fluxkiln.verify.debug.diagnosis import Diagnosis
+    from fluxkiln.verify.debug.probe import Culprit, RungFindings
 
 DEFAULT_TARGET = "bm1684x"
 
@@ -35,8 +35,8 @@ def debug(output: Output, settings_for: SettingsFor, part: str, target: str, ste
     compiled form with the template; of a model cut over cores, the values of every rank. Ends with 3 if something is
     found.
     """
-    from fluxkiln.debug.debugging import debug_part
-    from fluxkiln.flow.preparing import prepare
+    from fluxkiln.build.context import prepare
+    from fluxkiln.verify.debug.diagnosis import debug_part
 
     settings = settings_for(target)
     with open_progress() as progress:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from fluxkiln.artifacts.types import GraphFormat, Template
 from fluxkiln.cli.options import build_dir_option, check_size, size_option, tokens_option, vae_option
 from fluxkiln.cli.output import Output, count_text, json_option, seconds_text
 from fluxkiln.cli.progress import open_progress
@@ -21,7 +20,8 @@ from fluxkiln.components import KINDS, Part, Shapes, find_part, list_parts
 from fluxkiln.errors import UsageError
 from fluxkiln.progress import Progress, count_bytes
 from fluxkiln.settings import Settings
-from fluxkiln.verify.wording import size as size_text
+from fluxkiln.types import GraphFormat, Template
+from fluxkiln.verify.report.wording import size as size_text
 
 if TYPE_CHECKING:
     from fluxkiln.export.checkpoint import Checkpoint
@@ -99,9 +99,9 @@ def export(
     ONNX Runtime's constant folding would make a float32 copy of every weight when it opens a graph: turn it off with
     InferenceSession(path, disabled_optimizers=["ConstantFolding"]), and a weight is widened when it is used.
     """
+    from fluxkiln.build.context import check_vae, chosen_parts, default_size, default_tokens
     from fluxkiln.export.checkpoint import open_checkpoint
     from fluxkiln.export.source import resolve_model
-    from fluxkiln.flow.preparing import check_vae, chosen_parts, default_size, default_tokens
 
     chosen_formats = parse_formats(formats)
     settings = Settings(
@@ -218,8 +218,8 @@ def check_kinds(names: Sequence[str], vae: Any, modulation: Any = "inline") -> N
 
 def check_linked(components: Sequence[str], kinds: Sequence[str], formats: Sequence[GraphFormat]) -> None:
     """Raise UsageError for a component that does not exist, or options that do not go with --whole and --part."""
+    from fluxkiln.compile.onnx.linked import LINKED_FORMATS
     from fluxkiln.export.whole import component_graphs
-    from fluxkiln.flow.linking import LINKED_FORMATS
 
     for component in components:
         component_graphs((), component)
@@ -260,7 +260,7 @@ def write_graphs(
     progress: Progress,
 ) -> dict[str, Any]:
     """Write graphs with their weights; return what they are made of. Errors as `linking.export_graphs`."""
-    from fluxkiln.flow.linking import export_graphs
+    from fluxkiln.compile.onnx.linked import export_graphs
 
     made = export_graphs(checkpoint, files, shapes, directory, progress, graph_format=graph_format, copy=copy)
     return {
@@ -300,9 +300,9 @@ def write_export(
 
     Raises: as `export_template` and `bind_part`.
     """
-    from fluxkiln.artifacts.files import disk_full_named, partial_directory
     from fluxkiln.export.bindings import bind_part
     from fluxkiln.export.trace import export_template
+    from fluxkiln.files import disk_full_named, partial_directory
 
     kinds = tuple(dict.fromkeys(part.kind for part in parts))
     templates: list[dict[str, Any]] = []

@@ -12,7 +12,7 @@ from fluxkiln.cli.output import Output, count_text, json_option, seconds_text
 from fluxkiln.cli.progress import open_progress
 from fluxkiln.progress import count_bytes
 from fluxkiln.settings import parse_loras
-from fluxkiln.verify.wording import size as size_text
+from fluxkiln.verify.report.wording import size as size_text
 
 
 @click.command()

@@ -14,11 +14,11 @@ from fluxkiln.cli.options import check_size
 from fluxkiln.cli.output import Output, count_text, json_option, path_text, seconds_text
 from fluxkiln.cli.progress import open_progress
 from fluxkiln.errors import UsageError
-from fluxkiln.verify.wording import size as size_text
+from fluxkiln.verify.report.wording import size as size_text
 
 if TYPE_CHECKING:
-    from fluxkiln.generate.executing import Bundle
-    from fluxkiln.generate.generating import Painter, Picture, Request
+    from fluxkiln.generate.bundle import Bundle
+    from fluxkiln.generate.painter import Painter, Picture, Request
 
 _path = click.Path(path_type=Path)
 
@@ -101,8 +101,8 @@ def generate(
         raise UsageError(f"--rows {rows}: there will be {count_text(count, 'image')}; give from 1 to {count}")
     saved = _place(out, count)
     checked = check_size(size)
-    from fluxkiln.generate.executing import open_bundle, open_executor
-    from fluxkiln.generate.generating import Painter, Request, check_request
+    from fluxkiln.generate.bundle import open_bundle, open_executor
+    from fluxkiln.generate.painter import Painter, Request, check_request
     from fluxkiln.progress import Laps
 
     requests = [
@@ -165,7 +165,7 @@ def _place(out: Path, count: int) -> Saved:
 def _paint(
     painter: Painter, requests: Sequence[Request], saved: Saved, rows: int | None, save_latents: bool, progress: Any
 ) -> dict[str, Any]:
-    from fluxkiln.generate.generating import paint
+    from fluxkiln.generate.painter import paint
     from fluxkiln.generate.pictures import describe_picture, make_grid, png_bytes
 
     (saved.out.parent if saved.single else saved.out).mkdir(parents=True, exist_ok=True)

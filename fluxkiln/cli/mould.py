@@ -12,10 +12,10 @@ from fluxkiln.cli.output import Output, count_text, json_option
 from fluxkiln.cli.progress import open_progress
 from fluxkiln.cli.usage import NamedCommands
 from fluxkiln.settings import Settings
-from fluxkiln.verify.wording import size as size_text
+from fluxkiln.verify.report.wording import size as size_text
 
 if TYPE_CHECKING:
-    from fluxkiln.flow.exchange import MouldEntry
+    from fluxkiln.build.mould_archive import MouldEntry
 
 
 @click.group(cls=NamedCommands)
@@ -39,7 +39,7 @@ def build(output: Output, settings_for: SettingsFor, target: str) -> None:
     """
     settings = settings_for(target)
     with open_progress() as progress:
-        from fluxkiln.flow.exchange import build_moulds
+        from fluxkiln.build.mould_archive import build_moulds
 
         entries = build_moulds(settings, progress)
     _show(output, entries, settings.store_path)
@@ -51,7 +51,7 @@ def build(output: Output, settings_for: SettingsFor, target: str) -> None:
 @click.pass_obj
 def list_command(output: Output, build_dir: Path, store: Path | None) -> None:
     """Show the moulds of a store."""
-    from fluxkiln.flow.exchange import list_moulds
+    from fluxkiln.build.mould_archive import list_moulds
 
     found = open_existing(build_dir, store)
     _show(output, list_moulds(found), found.root)
@@ -68,7 +68,7 @@ def export_command(output: Output, file: Path, chip: str | None, build_dir: Path
 
     They are found again by the same version of fluxkiln, torch and diffusers.
     """
-    from fluxkiln.flow.exchange import export_moulds
+    from fluxkiln.build.mould_archive import export_moulds
 
     found = open_existing(build_dir, store)
     entries = export_moulds(found, file, chip)
@@ -83,7 +83,7 @@ def export_command(output: Output, file: Path, chip: str | None, build_dir: Path
 def import_command(output: Output, file: Path, build_dir: Path, store: Path | None) -> None:
     """Take over the moulds of FILE; every digest in it is checked."""
     from fluxkiln.artifacts.store import open_store
-    from fluxkiln.flow.exchange import import_moulds
+    from fluxkiln.build.mould_archive import import_moulds
 
     root = Settings(target="", build_dir=build_dir, store=store).store_path
     entries = import_moulds(open_store(root), file)

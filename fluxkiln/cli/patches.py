@@ -16,7 +16,7 @@ def patches(output: Output) -> None:
     A patch is `ok` while the source of every function that it stands for is one that it was checked with. A build
     refuses patches that are `changed`.
     """
-    from fluxkiln.patches.registry import all_patches, examine
+    from fluxkiln.patches.patch import all_patches, examine
 
     statuses = [examine(patch) for patch in all_patches()]
     documents = []

@@ -13,7 +13,7 @@ from fluxkiln.cli.output import Output, count_text, json_option, seconds_text
 from fluxkiln.cli.progress import open_progress
 from fluxkiln.errors import UsageError
 from fluxkiln.settings import Settings
-from fluxkiln.verify.wording import size as size_text
+from fluxkiln.verify.report.wording import size as size_text
 
 _COMPONENTS = "text_encoder,text_encoder_2,transformer"
 
@@ -58,7 +58,7 @@ def calibrate(
         model, components, size, tokens, build_dir, store, steps=steps, seed=1000 if seed is None else seed
     )
     with open_progress() as progress:
-        from fluxkiln.calibrate import calibrating
+        from fluxkiln.build import calibration as calibrating
         from fluxkiln.quantize.calibration import DEFAULT_BLOCK
 
         if use is not None:
@@ -144,13 +144,13 @@ def quantize(
         raise UsageError("--pipeline needs all components; leave --components out")
     settings = _settings(model, components or "text_encoder_2,transformer", size, tokens, build_dir, store)
     with open_progress() as progress:
-        from fluxkiln.calibrate.quantizing import BASELINE, quantize_model
+        from fluxkiln.build.quantization import BASELINE, quantize_model
         from fluxkiln.quantize.recipes import parse_rules
 
         made = quantize_model(settings, schemes, budget, parse_rules(rules), out, progress, per_kind)
         effects = []
         if pipeline:
-            from fluxkiln.calibrate.effects import measure_effects
+            from fluxkiln.build.effects import measure_effects
 
             compared = list(dict.fromkeys([BASELINE, *(schemes or ("W4BF16",))]))
             whole = replace(settings, components=None, target="bm1684x")

@@ -13,10 +13,10 @@ from fluxkiln.cli.options import SettingsFor, settings_options
 from fluxkiln.cli.output import Output, count_text, json_option
 from fluxkiln.cli.progress import open_progress
 from fluxkiln.errors import UsageError
-from fluxkiln.verify.wording import size as size_text
+from fluxkiln.verify.report.wording import size as size_text
 
 if TYPE_CHECKING:
-    from fluxkiln.flow.publishing import Published, Pulled, Transfers
+    from fluxkiln.build.publish import Published, Pulled, Transfers
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _path = click.Path(path_type=Path)
@@ -34,7 +34,7 @@ def transfer_options(command: _F) -> _F:
 
     @functools.wraps(command)
     def wrapped(*args: Any, plain_http: bool, parallel: int, **kwargs: Any) -> Any:
-        from fluxkiln.flow.publishing import Transfers
+        from fluxkiln.build.publish import Transfers
 
         if parallel < 1:
             raise UsageError(f"--transfers {parallel}: at least 1 is needed; leave the option out for the default")
@@ -85,7 +85,7 @@ def publish(
     the registry has is not sent again, and the tag appears when all of it is there. Credentials come from Docker's
     configuration or HF_TOKEN.
     """
-    from fluxkiln.flow.publishing import Terms, publish_bundle
+    from fluxkiln.build.publish import Terms, publish_bundle
 
     folder = _folder(bundle, settings_for)
     terms = Terms(accepted, allow_failed_parity, sign_key, lora_licences)
@@ -126,7 +126,7 @@ def pull(
     there; an interrupted pull goes on where it ended. An earlier pull in DIR is replaced. REF is as for
     `fluxkiln publish`; @sha256:... names a digest in place of a tag.
     """
-    from fluxkiln.flow.publishing import pull_bundle
+    from fluxkiln.build.publish import pull_bundle
 
     with open_progress() as progress:
         done = pull_bundle(
@@ -157,7 +157,7 @@ def tag(output: Output, transfers: Transfers, reference: str, tag: str) -> None:
 
     TAG is the new one, in the same repository; nothing but the manifest is sent.
     """
-    from fluxkiln.flow.publishing import tag_reference
+    from fluxkiln.build.publish import tag_reference
 
     target, document = tag_reference(reference, tag, transfers)
     output.document({"reference": str(target), "digest": document.digest})
@@ -174,7 +174,7 @@ def ls(output: Output, transfers: Transfers, repository: str) -> None:
 
     REPO is a reference without a tag: oci-layout:PATH, HOST/REPO or hf://ORG/REPO.
     """
-    from fluxkiln.flow.publishing import list_tags
+    from fluxkiln.build.publish import list_tags
 
     place, found = list_tags(repository, transfers)
     rows: list[dict[str, Any]] = []
@@ -227,7 +227,7 @@ def diff(output: Output, transfers: Transfers, one: str, other: str) -> None:
     That is parts, schemes, tools, parity. Each REF is a reference or a bundle's folder. Only manifests are read.
     """
     from fluxkiln.artifacts.registry.differences import compare_manifests, is_same
-    from fluxkiln.flow.publishing import read_described
+    from fluxkiln.build.publish import read_described
 
     found: dict[str, Any] = compare_manifests(read_described(one, transfers), read_described(other, transfers))
     output.document({"one": one, "other": other, "same": is_same(found), **found})
@@ -242,7 +242,7 @@ def diff(output: Output, transfers: Transfers, one: str, other: str) -> None:
 
 def inspect_published(output: Output, reference: str, transfers: Transfers) -> tuple[Any, dict[str, Any]]:
     """The bundle's manifest under a reference, and what only the registry knows of it, for `fluxkiln inspect`."""
-    from fluxkiln.flow.publishing import UNSIGNED, inspect_reference
+    from fluxkiln.build.publish import UNSIGNED, inspect_reference
 
     found = inspect_reference(reference, transfers)
     document = found.document
@@ -272,7 +272,7 @@ def _folder(given: str, settings_for: SettingsFor) -> Path:
         raise UsageError(
             f"{given} does not exist; give the folder of a bundle, or one of the targets {', '.join(target_names())}"
         )
-    from fluxkiln.flow.preparing import prepare
+    from fluxkiln.build.context import prepare
 
     return prepare(settings_for(given)).folder
 
@@ -280,7 +280,7 @@ def _folder(given: str, settings_for: SettingsFor) -> Path:
 def _tagged(reference: str, folder: Path) -> str:
     """The reference, with the target's name as the tag where it has none."""
     from fluxkiln.artifacts.registry.reference import parse_reference, with_tag
-    from fluxkiln.flow.publishing import read_described
+    from fluxkiln.build.publish import read_described
 
     parsed = parse_reference(reference, tagged=False)
     if parsed.tag or getattr(parsed, "digest", ""):
@@ -314,7 +314,7 @@ def _pulled(done: Pulled, reference: str) -> dict[str, Any]:
 
 
 def _signature_text(state: str, key: Path | None) -> str:
-    from fluxkiln.flow.publishing import UNSIGNED
+    from fluxkiln.build.publish import UNSIGNED
 
     return {
         "verified": f"made with the private half of {key}",

@@ -30,7 +30,7 @@ def report(output: Output, settings_for: SettingsFor, where: tuple[Path, ...], o
     It is made from their report.json; nothing is run. BUILD is a bundle, the folder around it, a report.json, or a
     target's name: then the options of `fluxkiln build` say which of its builds.
     """
-    from fluxkiln.artifacts.files import write_durably
+    from fluxkiln.files import write_durably
 
     sources = [report_file(one, settings_for) for one in where]
     twice = next((source for source in sources if sources.count(source) > 1), None)
@@ -57,10 +57,10 @@ def report(output: Output, settings_for: SettingsFor, where: tuple[Path, ...], o
 def _page(sources: list[Path], documents: list[dict[str, Any]], out: Path | None) -> tuple[str, Path]:
     """The page and where it goes."""
     if len(sources) == 1:
-        from fluxkiln.verify.report import render_html
+        from fluxkiln.verify.report.document import render_html
 
         return _rendered(sources, lambda: render_html(documents[0])), out or sources[0].with_name(PAGE)
-    from fluxkiln.verify.comparison import render_comparison
+    from fluxkiln.verify.report.comparison import render_comparison
 
     return _rendered(sources, lambda: render_comparison(documents)), out or Path(COMPARISON)
 
@@ -80,7 +80,7 @@ def report_file(given: Path, settings_for: SettingsFor) -> Path:
     from fluxkiln.compile.targets import target_names
 
     if str(given) in target_names():
-        from fluxkiln.flow.preparing import prepare
+        from fluxkiln.build.context import prepare
 
         given = prepare(settings_for(str(given))).folder
     if given.is_file():
@@ -102,7 +102,7 @@ def read_report(source: Path) -> dict[str, Any]:
     Raises:
         IntegrityError: no JSON object. UsageError: JSON of another kind or schema.
     """
-    from fluxkiln.verify.report import SCHEMA
+    from fluxkiln.verify.report.document import SCHEMA
 
     try:
         document = json.loads(source.read_bytes())

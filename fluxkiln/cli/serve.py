@@ -39,10 +39,10 @@ def serve(output: Output, bundle: Path, host: str, port: int, executor: str | No
     it. Ctrl-C ends the page.
     """
     with listen(host, port) as listening:
-        from fluxkiln.generate.executing import open_bundle, open_executor
-        from fluxkiln.generate.generating import Painter
-        from fluxkiln.generate.serving import Studio, find_reference
-        from fluxkiln.generate.webpage import LOOPBACK, make_app
+        from fluxkiln.generate.bundle import open_bundle, open_executor
+        from fluxkiln.generate.page import LOOPBACK, make_app
+        from fluxkiln.generate.painter import Painter
+        from fluxkiln.generate.server import Studio, find_reference
 
         try:
             import uvicorn

@@ -10,7 +10,7 @@ import click
 from fluxkiln.cli.output import Output, json_option, seconds_text
 from fluxkiln.cli.progress import open_progress
 from fluxkiln.progress import count_bytes
-from fluxkiln.verify.wording import size as size_text
+from fluxkiln.verify.report.wording import size as size_text
 
 
 @click.command()
@@ -26,7 +26,7 @@ def synth(output: Output, preset: str, directory: Path, components: str | None, 
     PRESET is tiny-dev, tiny-schnell, wide-dev (true width, two blocks) or full-dev (all blocks, 34 GB). DIR must be
     empty or not exist yet; it is there whole at the end or not at all.
     """
-    from fluxkiln.export.synth import find_preset, parse_components, synthesize, synthesized_bytes
+    from fluxkiln.export.synth.checkpoint import find_preset, parse_components, synthesize, synthesized_bytes
 
     names = parse_components(
         None if components is None else [name for name in components.replace(",", " ").split() if name]

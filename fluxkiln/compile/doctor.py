@@ -12,9 +12,14 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fluxkiln.compile.python310 import find_python310
 from fluxkiln.compile.targets import target_names
-from fluxkiln.compile.tpu_mlir_env import TPU_MLIR_VERSION, TpuMlirEnv, default_tpu_mlir_root, find_tpu_mlir
+from fluxkiln.compile.toolchains.tpu_mlir.environment import (
+    TPU_MLIR_VERSION,
+    TpuMlirEnv,
+    default_tpu_mlir_root,
+    find_tpu_mlir,
+)
+from fluxkiln.compile.toolchains.tpu_mlir.python310 import find_python310
 from fluxkiln.errors import ToolchainError
 
 ALL_TARGETS = target_names()
@@ -127,7 +132,7 @@ def _tpu_mlir(env: TpuMlirEnv | None, root: Path) -> ToolStatus:
     state = "unfinished or of another version" if (root / "bin").is_dir() else "not made yet"
     remedy = (
         f"{state}: the next build for {' or '.join(TPU_TARGETS)} makes version {TPU_MLIR_VERSION}, or run "
-        f"`{sys.executable} -m fluxkiln.compile.tpu_mlir_env`"
+        f"`{sys.executable} -m fluxkiln.compile.toolchains.tpu_mlir.environment`"
     )
     return ToolStatus("tpu-mlir", False, "", str(root), TPU_TARGETS, remedy)
 

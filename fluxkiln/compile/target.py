@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fluxkiln.artifacts.types import GraphFormat
 from fluxkiln.errors import SchemeError
 from fluxkiln.quantize.schemes import Scheme, parse_schemes
+from fluxkiln.types import GraphFormat
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fluxkiln.artifacts.types import Binding, SlotBinding, TensorRef, TensorSpec, Transform
 from fluxkiln.components import Part
 from fluxkiln.errors import CheckpointError
 from fluxkiln.export.checkpoint import Checkpoint, read_rows, read_tensor
 from fluxkiln.export.graph import slot_transforms
+from fluxkiln.types import Binding, SlotBinding, TensorRef, TensorSpec, Transform
 
 if TYPE_CHECKING:
     import numpy as np

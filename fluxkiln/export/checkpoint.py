@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fluxkiln.artifacts.types import TensorRef
 from fluxkiln.components import COMPONENTS, Variant
 from fluxkiln.errors import CheckpointError
 from fluxkiln.export.safetensors_header import read_header
+from fluxkiln.types import TensorRef
 
 if TYPE_CHECKING:
     import numpy as np

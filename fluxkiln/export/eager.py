@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from fluxkiln.artifacts.types import GraphFormat
 from fluxkiln.components import KINDS, Part, find_part
 from fluxkiln.export.bindings import part_state
 from fluxkiln.export.checkpoint import Checkpoint
-from fluxkiln.patches.parts import load_part, part_slots
-from fluxkiln.patches.registry import apply_patches, patches_for
+from fluxkiln.patches.flux1.parts import load_part, part_slots
+from fluxkiln.patches.patch import apply_patches, patches_for
+from fluxkiln.types import GraphFormat
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -17,9 +17,9 @@ from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fluxkiln.artifacts.types import TensorRef
 from fluxkiln.errors import CheckpointError
 from fluxkiln.export.safetensors_header import ITEM_BYTES
+from fluxkiln.types import TensorRef
 
 if TYPE_CHECKING:
     from fluxkiln.export.checkpoint import Checkpoint

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fluxkiln.artifacts.types import TensorSpec, Transform
 from fluxkiln.errors import ExportError
+from fluxkiln.types import TensorSpec, Transform
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fluxkiln.components import KINDS, Part
 from fluxkiln.export.bindings import part_state
 from fluxkiln.export.checkpoint import Checkpoint
-from fluxkiln.patches.parts import load_part, part_slots, slot_name
+from fluxkiln.patches.flux1.parts import load_part, part_slots, slot_name
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

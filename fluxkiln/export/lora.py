@@ -20,13 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
-from fluxkiln.artifacts.types import TensorRef
 from fluxkiln.errors import CheckpointError, UsageError
 from fluxkiln.export.checkpoint import Checkpoint, open_checkpoint
 from fluxkiln.export.fingerprint import DigestMemo, digest_tensors
 from fluxkiln.export.folders import check_destination, whole_or_nothing
 from fluxkiln.export.lora_file import LoraFile, Piece, digest_lora, read_lora
-from fluxkiln.export.shards import check_unchanged, shard_states
+from fluxkiln.export.weight_files import check_unchanged, shard_states
+from fluxkiln.types import TensorRef
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fluxkiln.artifacts.types import TensorRef
 from fluxkiln.errors import CheckpointError
+from fluxkiln.types import TensorRef
 
 MAX_HEADER_BYTES = 100_000_000
 ITEM_BYTES: Mapping[str, int] = {

@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fluxkiln.artifacts.types import Binding, TensorRef, TensorSpec
 from fluxkiln.errors import CheckpointError, IntegrityError, ResourceError
 from fluxkiln.export.bindings import apply_transforms
 from fluxkiln.export.checkpoint import Checkpoint, read_tensor
 from fluxkiln.export.safetensors_header import ITEM_BYTES, read_header
-from fluxkiln.export.sharding import SplitPart, Window, bind_shard, split_slots, window_of
+from fluxkiln.export.split import SplitPart, Window, bind_shard, split_slots, window_of
+from fluxkiln.types import Binding, TensorRef, TensorSpec
 
 if TYPE_CHECKING:
     import numpy as np

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from fluxkiln.errors import CheckpointError, ResourceError, UsageError
-from fluxkiln.export.synth_presets import GENERATOR, PRESETS, Preset
+from fluxkiln.patches.flux1.presets import GENERATOR, PRESETS, Preset
 
 Progress = Callable[[int, int], None]
 
@@ -78,7 +78,7 @@ def synthetic_folder(preset: Preset, cache_dir: Path, components: Collection[str
 def _synthesize_once(
     preset: Preset, cache_dir: Path, progress: Progress | None, components: Collection[str] | None
 ) -> Path:
-    from fluxkiln.export.synth import synthesize, with_tiny_vae
+    from fluxkiln.export.synth.checkpoint import synthesize, with_tiny_vae
 
     # The folder's own name is the model's name.
     folder = synthetic_folder(preset, cache_dir, components)

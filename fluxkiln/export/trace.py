@@ -14,11 +14,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fluxkiln.artifacts.types import GraphFormat, Template, TensorSpec
 from fluxkiln.components import CLIP_TOKENS, KINDS, MODULATION_CHUNKS, MODULATION_ROWS, Shapes
 from fluxkiln.errors import ExportError, UsageError
-from fluxkiln.patches.parts import Configs, build_part, slot_name
-from fluxkiln.patches.registry import apply_patches, patches_for
+from fluxkiln.patches.flux1.parts import Configs, build_part, slot_name
+from fluxkiln.patches.patch import apply_patches, patches_for
+from fluxkiln.types import GraphFormat, Template, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,8 +12,8 @@ from fluxkiln.errors import UsageError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from fluxkiln.generate.executing import Bundle
-    from fluxkiln.generate.generating import Request
+    from fluxkiln.generate.bundle import Bundle
+    from fluxkiln.generate.painter import Request
 
 MARGIN = 8  # pixels between the images of a grid
 
@@ -21,7 +21,7 @@ MARGIN = 8  # pixels between the images of a grid
 def describe_picture(bundle: Bundle, executor: str, request: Request) -> dict[str, str]:
     """What a PNG carries: prompt, seed, steps, guidance, the bundle's name and digest, and what ran it."""
     from fluxkiln import __version__
-    from fluxkiln.generate.generating import default_steps
+    from fluxkiln.generate.painter import default_steps
     from fluxkiln.verify.pipeline import GUIDANCE_SCALE
 
     guidance = GUIDANCE_SCALE if request.guidance is None else request.guidance

@@ -7,8 +7,8 @@
   the output; the rest is packed. Source: Li et al., SVDQuant (arXiv 2411.05007), without its 4-bit activations.
 
 Both change the graph (a product of the input by 1 / s, two small matmuls): ONNX Runtime's is written with them
-(`fluxkiln.compile.ort_packed`), and for the chip the template is rewritten before it is compiled, so that a kind has a
-mould for each method and rank (`fluxkiln.compile.corrected`). What is packed is in bfloat16, as the compiler gets it,
+(`fluxkiln.compile.onnx.packed`), and for the chip the template is rewritten before it is compiled, so that a kind has a
+mould for each method and rank (`side_tensors.py`). What is packed is in bfloat16, as the compiler gets it,
 and is made row by row, so that a cast makes the same of some rows as of all.
 """
 

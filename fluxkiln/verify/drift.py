@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from fluxkiln.verify.charts import MOST_TICKS
-from fluxkiln.verify.plot import Plot, decades, svg
+from fluxkiln.verify.report.charts import MOST_TICKS
+from fluxkiln.verify.report.plot import Plot, decades, svg
 
 
 def drift_chart(entries: Sequence[Mapping[str, Any]]) -> str:

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from fluxkiln.artifacts.types import PartRunner
 from fluxkiln.components import MODULATION_ROWS, Part, find_kind, list_parts, modulation_name
 from fluxkiln.errors import UsageError
+from fluxkiln.types import PartRunner
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from fluxkiln.verify.record import Files, Recording
+    from fluxkiln.verify.reference import Files, Recording
 
 
 def run_rows(run_part: PartRunner, part: Part, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

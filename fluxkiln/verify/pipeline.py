@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fluxkiln.artifacts.types import PartRunner
 from fluxkiln.components import CLIP_TOKENS, Component, Part, Shapes, check_steps
 from fluxkiln.errors import ShapeError
+from fluxkiln.types import PartRunner
 from fluxkiln.verify.modulation import run_rows
 
 if TYPE_CHECKING:

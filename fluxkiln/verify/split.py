@@ -13,7 +13,7 @@ from fluxkiln.components import Part, find_kind
 from fluxkiln.errors import UsageError
 
 if TYPE_CHECKING:
-    from fluxkiln.verify.record import Files, Recording
+    from fluxkiln.verify.reference import Files, Recording
 
 _MODULATED = ("double", "single", "tail")
 

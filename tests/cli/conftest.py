@@ -10,7 +10,7 @@ import pytest
 from fluxkiln.artifacts.bundle import write_bundle
 from fluxkiln.artifacts.store import Store, open_store
 from fluxkiln.cli.main import main
-from fluxkiln.verify.report import build_report, write_report
+from fluxkiln.verify.report.document import build_report, write_report
 from tests.ran import Run
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from fluxkiln.build.make import BuildResult
 from fluxkiln.compile.doctor import ToolStatus
 from fluxkiln.compile.targets import target_names
 from fluxkiln.errors import ParityError
 from fluxkiln.export.checkpoint import open_checkpoint
-from fluxkiln.flow.build import BuildResult
 
 TOOLS = [
     ToolStatus("torch", True, "2.13.0", "/lib", target_names(), ""),
@@ -58,7 +58,7 @@ def test_patches(fluxkiln):
 
 
 def test_patches_that_no_longer_fit(fluxkiln, monkeypatch):
-    monkeypatch.setattr("fluxkiln.patches.registry.source_digest", lambda dotted: "0" * 64)
+    monkeypatch.setattr("fluxkiln.patches.patch.source_digest", lambda dotted: "0" * 64)
     run = fluxkiln("patches")
     assert run.code == 0
     table = run.out.split("\n\n")[0].splitlines()[1:]
@@ -240,7 +240,7 @@ def test_build_hands_its_options_over(fluxkiln, monkeypatch, tmp_path):
         progress.done("compile", "head", "compiled in 2.0 s")
         return result_of(tmp_path)
 
-    monkeypatch.setattr("fluxkiln.flow.build.build", build)
+    monkeypatch.setattr("fluxkiln.build.make.build", build)
     run = fluxkiln(
         "build", "cpu", "--model", "m", "--size", "64x32", "--tokens", "16", "--scheme", "w4bf16-g32", "--vae", "tiny",
         "--jobs", "1", "--build-dir", "b", "--store", "s", "--seed", "7", "--steps", "3", "--prompt", "a cup",
@@ -257,22 +257,22 @@ def test_build_hands_its_options_over(fluxkiln, monkeypatch, tmp_path):
 
 
 def test_build_for_people(fluxkiln, monkeypatch, tmp_path):
-    monkeypatch.setattr("fluxkiln.flow.build.build", lambda *_: result_of(tmp_path))
+    monkeypatch.setattr("fluxkiln.build.make.build", lambda *_: result_of(tmp_path))
     lines = dict(line.split(maxsplit=1) for line in fluxkiln("build", "cpu").out.splitlines())
     assert lines["parity"] == "passed: 12 comparisons on 2 rungs, all within their gates"
     assert lines["parts"] == "2 cast; 1 compiled"
     assert lines["compiler"] == "ran 3 times"
     assert lines["time"] == "1 min 21 s"
     stored = result_of(tmp_path, compiler_runs=0, parity={"verified": False}, report=None)
-    monkeypatch.setattr("fluxkiln.flow.build.build", lambda *_: stored)
+    monkeypatch.setattr("fluxkiln.build.make.build", lambda *_: stored)
     shown = fluxkiln("build", "cpu").out
     assert "not verified" in shown
     assert "not started: all of it was in the store" in shown
     assert "report" not in shown
     linked = result_of(tmp_path, compiler_runs=0, parts={"head": "linked"})
-    monkeypatch.setattr("fluxkiln.flow.build.build", lambda *_: linked)
+    monkeypatch.setattr("fluxkiln.build.make.build", lambda *_: linked)
     assert "compiler" not in fluxkiln("build", "cpu").out
-    monkeypatch.setattr("fluxkiln.flow.build.build", lambda *_: result_of(tmp_path, nothing_to_do=True))
+    monkeypatch.setattr("fluxkiln.build.make.build", lambda *_: result_of(tmp_path, nothing_to_do=True))
     assert fluxkiln("build", "cpu").out.startswith("nothing to do: ")
 
 
@@ -282,7 +282,7 @@ def test_build_that_misses_a_gate(fluxkiln, monkeypatch):
         error.bundle, error.report = "b/bundle", "b/report.html"
         raise error
 
-    monkeypatch.setattr("fluxkiln.flow.build.build", build)
+    monkeypatch.setattr("fluxkiln.build.make.build", build)
     run = fluxkiln("build", "cpu", "--json")
     assert (run.code, run.err) == (3, "error: double.01 at simulator; see report.html\n")
     found = run.document["error"]
@@ -292,7 +292,7 @@ def test_build_that_misses_a_gate(fluxkiln, monkeypatch):
 def test_plan(fluxkiln, monkeypatch):
     jobs = [{"stage": "mould", "part": "double", "scheme": "W4BF16", "memory": 2_500_000_000, "stored": False}]
     planned = {"jobs": jobs, "totals": {"jobs": 1, "peak_memory": 2_500_000_000}}
-    monkeypatch.setattr("fluxkiln.flow.build.plan", lambda settings: planned)
+    monkeypatch.setattr("fluxkiln.build.make.plan", lambda settings: planned)
     assert fluxkiln("plan", "cpu", "--json").document == planned
     lines = [line.split() for line in fluxkiln("plan", "cpu").out.splitlines()]
     assert lines[1] == ["mould", "double", "W4BF16", "2.50", "GB", "no"]

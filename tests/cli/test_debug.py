@@ -29,8 +29,8 @@ def test_a_sound_part_is_said_to_be(fluxkiln, shared):
 
 
 def test_a_culprit_ends_with_3_and_a_sentence(fluxkiln, shared, monkeypatch):
-    from fluxkiln.debug import probing
-    from fluxkiln.verify import bisect
+    from fluxkiln.verify.debug import bisect
+    from fluxkiln.verify.debug import probe as probing
 
     strict = bisect.Tolerance(0.0, 0.0, 0.0)
     monkeypatch.setattr(probing, "tolerance_of", lambda rung, scheme: strict)

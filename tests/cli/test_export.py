@@ -88,7 +88,7 @@ def test_part_that_does_not_exist(fluxkiln, model):
 
 
 def test_checkpoint_that_is_gone_before_the_end(fluxkiln, model, monkeypatch):
-    from fluxkiln.export import shards
+    from fluxkiln.export import weight_files as shards
 
     sizes = iter(range(100))
     monkeypatch.setattr(shards, "_state", lambda file: shards.ShardState(next(sizes), 0, 0, 0))

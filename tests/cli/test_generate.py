@@ -12,8 +12,8 @@ import sys
 import numpy as np
 import pytest
 
-from fluxkiln.artifacts.files import digest_file
-from fluxkiln.generate import executing
+from fluxkiln.files import digest_file
+from fluxkiln.generate import bundle as executing
 from fluxkiln.generate.pictures import make_grid, read_facts
 from tests.painting import Eager, make_bundle
 
@@ -165,7 +165,7 @@ def test_serve_ends_with_an_interrupt(folder, repository, tmp_path):
     pytest.importorskip("uvicorn", reason="the extra serve is not installed")
     script = (
         "import sys; sys.argv = ['fluxkiln', *sys.argv[1:]]\n"
-        "import fluxkiln.generate.executing as e, fluxkiln.cli.main as m\n"
+        "import fluxkiln.generate.bundle as e, fluxkiln.cli.main as m\n"
         "from pathlib import Path\n"
         "from types import SimpleNamespace\n"
         "e.open_executor = lambda bundle, *_, **__: SimpleNamespace(name='none', facts={'runtime': 'a', 'device': 'b'},"

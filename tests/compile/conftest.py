@@ -11,7 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from fluxkiln.compile.ort_graph import link_weights
+from fluxkiln.compile.onnx.link import link_weights
 from fluxkiln.components import Shapes, find_part, list_parts
 from fluxkiln.export.bindings import bind_part, binding_refs, weight_reader
 from fluxkiln.export.trace import export_template
@@ -67,8 +67,8 @@ def compile_matmul(tpu_mlir, tmp_path_factory):
 
     @functools.cache
     def make(width=128, scheme="F32", **fields):
-        from fluxkiln.compile.pour import pour
-        from fluxkiln.compile.tpu_mlir import CompileJob, compile_graph
+        from fluxkiln.compile.onnx.filled import pour
+        from fluxkiln.compile.toolchains.tpu_mlir.compiler import CompileJob, compile_graph
 
         folder = tmp_path_factory.mktemp(f"matmul-{width}-{scheme}")
         weight = np.random.default_rng(width).standard_normal((64, width)).astype(np.float32)
@@ -94,10 +94,10 @@ def compile_kind(tpu_mlir, tiny_checkpoint, tiny_template, tiny_parts, tmp_path_
 
     @functools.cache
     def make(kind, scheme, seed=None):
-        from fluxkiln.compile.mould import probe_reader
-        from fluxkiln.compile.pour import pour
+        from fluxkiln.compile.onnx.filled import pour
         from fluxkiln.compile.targets.bm1684x import TARGET
-        from fluxkiln.compile.tpu_mlir import CompileJob, compile_graph
+        from fluxkiln.compile.toolchains.tpu_mlir.coefficients import probe_reader
+        from fluxkiln.compile.toolchains.tpu_mlir.compiler import CompileJob, compile_graph
 
         folder, template = tmp_path_factory.mktemp(f"{kind}-{scheme}"), tiny_template(kind, "onnx17")
         if seed is None:

@@ -10,9 +10,9 @@ import pytest
 
 from fluxkiln.compile import doctor
 from fluxkiln.compile.doctor import KEY_PACKAGES, ToolStatus, examine, missing_for
-from fluxkiln.compile.python310 import PYTHON310_VARIABLE
 from fluxkiln.compile.targets import target_names
-from fluxkiln.compile.tpu_mlir_env import TPU_MLIR_ROOT_VARIABLE, TPU_MLIR_VERSION
+from fluxkiln.compile.toolchains.tpu_mlir.environment import TPU_MLIR_ROOT_VARIABLE, TPU_MLIR_VERSION
+from fluxkiln.compile.toolchains.tpu_mlir.python310 import PYTHON310_VARIABLE
 
 
 @pytest.fixture

@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 
-from fluxkiln.compile.bmodel import read_bmodel
 from fluxkiln.compile.targets import find_target, target_names
+from fluxkiln.compile.templates import make_template
+from fluxkiln.compile.toolchains.tpu_mlir.bmodel import read_bmodel
+from fluxkiln.compile.toolchains.tpu_mlir.moulds import compile_part
 from fluxkiln.components import KINDS, MODULATION_KINDS, find_part, list_parts
 from fluxkiln.errors import SchemeError, UsageError
-from fluxkiln.flow.moulds import compile_part
-from fluxkiln.flow.stages import make_template
 from fluxkiln.quantize.schemes import SCHEME_NAMES, parse_scheme
 
 

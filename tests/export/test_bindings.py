@@ -6,7 +6,6 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fluxkiln.artifacts.types import SlotBinding, TensorSpec, Transform
 from fluxkiln.components import find_part, list_parts
 from fluxkiln.errors import CheckpointError
 from fluxkiln.export.bindings import (
@@ -19,6 +18,7 @@ from fluxkiln.export.bindings import (
 )
 from fluxkiln.export.checkpoint import read_tensor
 from fluxkiln.export.graph import slot_transforms
+from fluxkiln.types import SlotBinding, TensorSpec, Transform
 
 PROJ = "single_transformer_blocks.1.proj_out.weight"
 SLOTS = (TensorSpec("proj_out.weight__s1.0.256__t", (256, 256)), TensorSpec("proj_out.bias", (256,)))

@@ -16,7 +16,7 @@ from fluxkiln.components import COMPONENTS, list_parts
 from fluxkiln.errors import CheckpointError
 from fluxkiln.export.checkpoint import TensorReader, expect_tensors, open_checkpoint, read_tensor
 from fluxkiln.export.safetensors_header import read_header
-from fluxkiln.export.synth import synthesize
+from fluxkiln.export.synth.checkpoint import synthesize
 
 SHARD = "transformer/diffusion_pytorch_model-00002-of-00003.safetensors"
 INDEX = "transformer/diffusion_pytorch_model.safetensors.index.json"

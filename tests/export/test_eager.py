@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fluxkiln.artifacts.types import TensorRef
 from fluxkiln.components import KINDS, list_parts
 from fluxkiln.errors import CheckpointError, ParityError, PatchError, UsageError
 from fluxkiln.export import bindings, eager
 from fluxkiln.export.eager import PatchedRunner
-from fluxkiln.patches import transformer as patches
+from fluxkiln.patches.flux1 import transformer as patches
+from fluxkiln.types import TensorRef
 from fluxkiln.verify.ladder import Ladder, explain_failure
 from fluxkiln.verify.modulation import run_rows
 

@@ -11,12 +11,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fluxkiln.artifacts.types import TensorRef
 from fluxkiln.errors import CheckpointError
 from fluxkiln.export import fingerprint as module
 from fluxkiln.export.checkpoint import open_checkpoint
 from fluxkiln.export.fingerprint import DigestMemo, digest_tensors, fingerprint, scan_finite
-from fluxkiln.export.synth import synthesize
+from fluxkiln.export.synth.checkpoint import synthesize
+from fluxkiln.types import TensorRef
 
 TENSOR = "transformer_blocks.1.ff.net.2.weight"
 

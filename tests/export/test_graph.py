@@ -6,9 +6,9 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from fluxkiln.artifacts.types import TensorSpec, Transform
 from fluxkiln.errors import ExportError
 from fluxkiln.export.graph import MAX_CONSTANT_BYTES, check_template, finish_graph, slot_transforms
+from fluxkiln.types import TensorSpec, Transform
 
 X, Y = TensorSpec("x", (1, 8)), TensorSpec("y", (1, 4))
 

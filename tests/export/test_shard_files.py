@@ -14,13 +14,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fluxkiln.artifacts.types import Binding, SlotBinding, TensorRef, TensorSpec, Transform
 from fluxkiln.errors import CheckpointError, IntegrityError, ResourceError, UsageError
 from fluxkiln.export import shard_files
 from fluxkiln.export.bindings import apply_transforms
 from fluxkiln.export.checkpoint import open_checkpoint, read_tensor
 from fluxkiln.export.shard_files import join_shards, read_shard, write_shards
-from fluxkiln.export.sharding import bind_shard, list_split_parts, split_slots
+from fluxkiln.export.split import bind_shard, list_split_parts, split_slots
+from fluxkiln.types import Binding, SlotBinding, TensorRef, TensorSpec, Transform
 
 
 def parts_of(checkpoint, *names, granularity="block", vae="kl"):

@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 import torch
 
-from fluxkiln.compile.pour import pour
+from fluxkiln.compile.onnx.filled import pour
 from fluxkiln.components import KINDS, MODULATION_ROWS, Shapes
 from fluxkiln.errors import UsageError
 from fluxkiln.export.bindings import bind_part, weight_reader

@@ -9,7 +9,7 @@ import pytest
 
 from fluxkiln.errors import CheckpointError
 from fluxkiln.export.checkpoint import open_checkpoint
-from fluxkiln.export.synth import synthesize
+from fluxkiln.export.synth.checkpoint import synthesize
 from fluxkiln.export.validate import validate_checkpoint
 
 BLOCK = "single_transformer_blocks.1.proj_mlp.weight"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fluxkiln.compile.process import run_tool
-from fluxkiln.compile.tpu_mlir_env import tool_argv, tpu_mlir_environ
+from fluxkiln.compile.toolchains.tpu_mlir.environment import tool_argv, tpu_mlir_environ
 from fluxkiln.errors import SchemeError
 from fluxkiln.quantize.pack import bf16_to_float32, dequantize, pack_int4, pack_int8, to_bf16_bits
 

@@ -10,7 +10,7 @@ import pytest
 from fluxkiln.components import MODULATION_ROWS, list_parts
 from fluxkiln.errors import UsageError
 from fluxkiln.verify.modulation import recorded_parts, run_rows, view_recording
-from fluxkiln.verify.record import read_recording
+from fluxkiln.verify.reference import read_recording
 
 
 @pytest.fixture

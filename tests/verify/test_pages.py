@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fluxkiln.verify.comparison import render_comparison
-from fluxkiln.verify.report import build_report, compare_pictures, render_html
+from fluxkiln.verify.report.comparison import render_comparison
+from fluxkiln.verify.report.document import build_report, compare_pictures, render_html
 from tests.browser import CHROMIUM, Browser
 from tests.colours import LEGIBLE, brightness
 
@@ -40,8 +40,8 @@ def report(full_recording, pictures):
 def page(request, browser, report, tmp_path, monkeypatch):
     """The report opened: with all rows in the page, or with few of them and the others compressed."""
     if request.param == "packed":
-        monkeypatch.setattr("fluxkiln.verify.embedding.MOST_PLAIN_BYTES", 1000)
-        monkeypatch.setattr("fluxkiln.verify.embedding.static_rows.__defaults__", (50,))
+        monkeypatch.setattr("fluxkiln.verify.report.page.MOST_PLAIN_BYTES", 1000)
+        monkeypatch.setattr("fluxkiln.verify.report.page.static_rows.__defaults__", (50,))
     path = tmp_path / "report.html"
     path.write_text(render_html(report))
     browser.errors.clear()

@@ -11,7 +11,7 @@ import pytest
 from fluxkiln.components import COMPONENTS, Shapes, list_parts
 from fluxkiln.export.checkpoint import TensorReader, open_checkpoint
 from fluxkiln.export.eager import PatchedRunner
-from fluxkiln.verify.record import record_reference
+from fluxkiln.verify.reference import record_reference
 
 SHAPES = Shapes(height=64, width=96, tokens=24)
 

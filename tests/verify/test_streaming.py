@@ -16,7 +16,7 @@ from fluxkiln.export.checkpoint import TensorReader
 from fluxkiln.export.eager import PatchedRunner
 from fluxkiln.verify import streaming
 from fluxkiln.verify.pipeline import GUIDANCE_SCALE, PROMPT, render
-from fluxkiln.verify.record import record_reference
+from fluxkiln.verify.reference import record_reference
 
 SHAPES = Shapes(height=64, width=64, tokens=32)
 CASES = [("tiny-dev", "kl"), ("tiny-dev", "tiny"), ("tiny-schnell", "kl")]

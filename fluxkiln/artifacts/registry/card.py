@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from fluxkiln.artifacts.canonical import Json
 from fluxkiln.artifacts.manifest import Manifest
 from fluxkiln.artifacts.modelpack import parity_word
 from fluxkiln.artifacts.registry.licence import is_from_dev, is_synthetic
+from fluxkiln.digests import Json
 
 _BASE = {"dev": "black-forest-labs/FLUX.1-dev", "schnell": "black-forest-labs/FLUX.1-schnell"}
 

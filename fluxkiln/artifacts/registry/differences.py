@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fluxkiln.artifacts.canonical import Json, plain_json
 from fluxkiln.artifacts.manifest import Manifest
+from fluxkiln.digests import Json, plain_json
 
 
 def compare_manifests(one: Manifest, other: Manifest) -> dict[str, Json]:

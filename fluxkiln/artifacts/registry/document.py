@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from fluxkiln.artifacts.canonical import Json
 from fluxkiln.artifacts.manifest import Manifest
 from fluxkiln.artifacts.modelpack import (
     ARTIFACT_TYPE,
@@ -23,6 +22,7 @@ from fluxkiln.artifacts.modelpack import (
 )
 from fluxkiln.artifacts.paths import MANIFEST_FILE, validate_manifest_paths
 from fluxkiln.artifacts.store import MANIFEST_TYPE, Blob, read_object
+from fluxkiln.digests import Json
 from fluxkiln.errors import IntegrityError
 
 CODE_TYPE = "application/vnd.cncf.model.code.v1.raw"

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from fluxkiln.artifacts.files import write_durably
 from fluxkiln.artifacts.registry.reference import is_repository
 from fluxkiln.errors import ResourceError
+from fluxkiln.files import write_durably
 
 MOST_HINTS = 20_000
 

@@ -6,9 +6,9 @@ resource_descriptor.md; slsa.dev/spec/v1.0/provenance.
 
 from __future__ import annotations
 
-from fluxkiln.artifacts.canonical import Json, canonical_json
 from fluxkiln.artifacts.manifest import Manifest
 from fluxkiln.artifacts.store import Blob
+from fluxkiln.digests import Json, canonical_json
 
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "https://slsa.dev/provenance/v1"

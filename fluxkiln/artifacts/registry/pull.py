@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fluxkiln.artifacts.bundle import read_manifest
-from fluxkiln.artifacts.canonical import Json, canonical_json
-from fluxkiln.artifacts.files import digest_file, disk_full_named, sync_directory, write_durably
 from fluxkiln.artifacts.locks import waiting_lock
 from fluxkiln.artifacts.manifest import Manifest, parse_manifest
 from fluxkiln.artifacts.paths import MANIFEST_FILE
@@ -39,7 +37,9 @@ from fluxkiln.artifacts.registry.meter import Meter, Progress
 from fluxkiln.artifacts.registry.parallel import TRANSFERS, each
 from fluxkiln.artifacts.registry.place import Place
 from fluxkiln.artifacts.registry.transfer import PIECE, Arrival, Stop
+from fluxkiln.digests import Json, canonical_json
 from fluxkiln.errors import FluxkilnError, IntegrityError, ResourceError, UsageError
+from fluxkiln.files import digest_file, disk_full_named, sync_directory, write_durably
 
 _PARTS = "parts"
 # A file whose bytes are wrong is fetched anew once: a wire may have flipped a bit, a disk will do it again.

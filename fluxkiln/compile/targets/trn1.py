@@ -6,8 +6,8 @@ Architecture" (trn1-arch): 820 GiB/s of device memory and 190 bfloat16 TFLOPS pe
 Configuration Guide", tensor-parallelism support: "Trn1: 1, 2, 8, 16, and 32".
 """
 
-from fluxkiln.compile.neuron.core_v2 import instance
 from fluxkiln.compile.target import Target
+from fluxkiln.compile.toolchains.neuron.core_v2 import instance
 
 _DEGREES = (1, 2, 8, 16, 32)
 

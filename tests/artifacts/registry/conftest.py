@@ -11,7 +11,7 @@ import pytest
 
 from fluxkiln.artifacts.bundle import write_bundle
 from fluxkiln.artifacts.store import Store
-from fluxkiln.flow.publishing import Published, publish_bundle
+from fluxkiln.build.publish import Published, publish_bundle
 
 DEV_LICENCE = (
     "FLUX.1 [dev] Non-Commercial License v1.1.1\n" + "Stand-in for the terms, of their length. " * 60

@@ -9,8 +9,8 @@ import pytest
 from fluxkiln.artifacts.actions import Action, ActionCache
 from fluxkiln.artifacts.registry.collect import collect_garbage
 from fluxkiln.artifacts.store import Store, open_store
+from fluxkiln.build.publish import publish_bundle, pull_bundle
 from fluxkiln.errors import IntegrityError
-from fluxkiln.flow.publishing import publish_bundle, pull_bundle
 
 
 @pytest.fixture

@@ -18,8 +18,8 @@ from fluxkiln.artifacts.registry.document import (
 )
 from fluxkiln.artifacts.registry.layout import open_layout
 from fluxkiln.artifacts.store import Blob, open_store
+from fluxkiln.build.publish import inspect_reference, publish_bundle, pull_bundle
 from fluxkiln.errors import IntegrityError
-from fluxkiln.flow.publishing import inspect_reference, publish_bundle, pull_bundle
 
 PATH = "org.cncf.model.filepath"
 

@@ -28,8 +28,8 @@ import pytest
 
 from fluxkiln.artifacts.registry import oci
 from fluxkiln.artifacts.registry.transfer import Patience
+from fluxkiln.build.publish import Transfers, list_tags, publish_bundle, pull_bundle
 from fluxkiln.errors import FluxkilnError, IntegrityError, UsageError
-from fluxkiln.flow.publishing import Transfers, list_tags, publish_bundle, pull_bundle
 
 pytestmark = pytest.mark.registry
 
@@ -46,7 +46,7 @@ import sys
 from pathlib import Path
 from fluxkiln.artifacts.registry import oci
 from fluxkiln.artifacts.registry.transfer import Patience
-from fluxkiln.flow.publishing import Transfers, publish_bundle, pull_bundle
+from fluxkiln.build.publish import Transfers, publish_bundle, pull_bundle
 oci.CHUNK_BYTES = {chunk}
 work, folder, reference = sys.argv[1:]
 transfers = Transfers(patience=Patience(3, 1.0, 1.0, 0.01, 0.05))

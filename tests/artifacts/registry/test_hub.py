@@ -21,8 +21,8 @@ import pytest
 from fluxkiln.artifacts.registry import hub
 from fluxkiln.artifacts.registry.session import AuthorizationError, Session
 from fluxkiln.artifacts.registry.transfer import Patience
+from fluxkiln.build.publish import Transfers, list_tags, publish_bundle, pull_bundle, tag_reference
 from fluxkiln.errors import IntegrityError, RegistryError, UsageError
-from fluxkiln.flow.publishing import Transfers, list_tags, publish_bundle, pull_bundle, tag_reference
 
 TOKEN = "hf_stub_token"
 QUICK = Transfers(patience=Patience(2, 1.0, 1.0, 0.01, 0.01))

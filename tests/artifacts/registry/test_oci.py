@@ -20,8 +20,8 @@ from fluxkiln.artifacts.registry.reference import parse_reference
 from fluxkiln.artifacts.registry.session import AuthorizationError
 from fluxkiln.artifacts.registry.transfer import Patience, Stop
 from fluxkiln.artifacts.store import open_store
+from fluxkiln.build.publish import Transfers, _compose, list_tags, publish_bundle, pull_bundle, tag_reference
 from fluxkiln.errors import IntegrityError, RegistryError, UsageError
-from fluxkiln.flow.publishing import Transfers, _compose, list_tags, publish_bundle, pull_bundle, tag_reference
 
 pytestmark = pytest.mark.registry
 
@@ -127,7 +127,7 @@ def test_large_blobs_go_in_chunks(build, start_registry, tmp_path):
     folder = build(files={"large.data": os.urandom((1 << 20) + 17)})
     reference = parse_reference(f"{server.host}/tiny:v1")
     from fluxkiln.artifacts.bundle import read_manifest
-    from fluxkiln.flow.publishing import Terms
+    from fluxkiln.build.publish import Terms
 
     document, config, sources = _compose(folder / "bundle", read_manifest(folder / "bundle"), b"", Terms())
     place = open_registry(reference)

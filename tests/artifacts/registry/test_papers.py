@@ -16,8 +16,8 @@ from fluxkiln.artifacts.registry import signing
 from fluxkiln.artifacts.registry.card import model_card
 from fluxkiln.artifacts.registry.licence import FLUX_DEV, check_licence
 from fluxkiln.artifacts.store import Store, open_store
+from fluxkiln.build.publish import Terms, inspect_reference, publish_bundle, pull_bundle
 from fluxkiln.errors import IntegrityError, ToolchainError, UsageError
-from fluxkiln.flow.publishing import Terms, inspect_reference, publish_bundle, pull_bundle
 
 ACCEPTED = Terms(accepted=(FLUX_DEV,))
 SYNTHETIC = b"This is a synthetic checkpoint, written by `fluxkiln synth`.\nApache License\n"

@@ -18,8 +18,7 @@ from fluxkiln.artifacts.registry.layout import LayoutPlace
 from fluxkiln.artifacts.registry.pull import quarantine_of
 from fluxkiln.artifacts.registry.transfer import Arrival
 from fluxkiln.artifacts.store import Store
-from fluxkiln.errors import IntegrityError, ParityError, ResourceError, UsageError
-from fluxkiln.flow.publishing import (
+from fluxkiln.build.publish import (
     Terms,
     inspect_reference,
     list_tags,
@@ -28,6 +27,7 @@ from fluxkiln.flow.publishing import (
     read_described,
     tag_reference,
 )
+from fluxkiln.errors import IntegrityError, ParityError, ResourceError, UsageError
 
 FAILED = {"verified": True, "passed": False, "failure": "double.01 missed its gate", "rows": 12, "failed_rows": 1}
 

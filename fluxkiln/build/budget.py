@@ -1,0 +1,156 @@
+"""How much of a model verification runs, and at which shapes: by stated budgets of multiplications.
+
+A model whose image step is within the budget is verified whole at the shapes it is built for. Of a larger one every
+part is replayed at smaller shapes, where weights, their order and their assignment show as well as at any, and some
+parts are executed in the form and at the shapes they were compiled for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING
+
+from fluxkiln.compile.templates import Kiln, make_template
+from fluxkiln.components import KINDS, SIZE_MULTIPLE, Part, Shapes
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+LEAST_TOKENS = 8
+# How often a weight of the VAE's decoder is used, on average, for every position of the latents; counted at 1024x1024.
+DECODED = 6.4
+# a table of embeddings, and the half of the VAE that makes latents of images
+_NOT_RUN = ("shared.", "encoder.conv", "encoder.down", "encoder.mid")
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What verification may cost, in multiplications; two cores make 5e10 to 1e11 a second in float32.
+
+    Attributes:
+        replayed: one step of the transformer at one rung. Each rung of FLUX.1-dev then takes about half a minute.
+        simulated: one step on the simulator, which makes 5e7 a second: beyond this it takes longer than 5 minutes.
+        executed: one part at the shapes it is built for, where not all of them are. A block at 1024x1024 with 512
+            tokens has 6.5e11, the VAE's decoder 5e12.
+        convolved: elements that one convolution of a part makes in TPU-MLIR's interpreter. Beyond that it takes a plain
+            loop: with 1.7e7 the whole tiny decoder takes 4 s, with 6.7e7 one convolution takes minutes.
+        blocks: how many blocks of each kind of the transformer are executed so; of other components, one.
+    """
+
+    replayed: float = 2e12
+    simulated: float = 15e9
+    executed: float = 1e12
+    convolved: float = 3e7
+    blocks: int = 2
+
+
+LIMITS = Limits()
+
+
+def multiplications(kiln: Kiln) -> float:
+    """About how many multiplications the costliest component takes: every weight of a block once for every token.
+
+    Of the transformer one step. A decoder's convolutions run at up to 8 times the width and height of the latents.
+    """
+    shapes = kiln.shapes
+    times = {
+        "text_encoder_2": shapes.tokens,
+        "transformer": shapes.joint_tokens,
+        "vae": DECODED * shapes.latent_hw[0] * shapes.latent_hw[1],
+    }
+    counts = [0.0]
+    for component, often in times.items():
+        refs = kiln.checkpoint.tensors.get(component, {}).items()
+        matrices = (ref for name, ref in refs if len(ref.shape) in (2, 4) and not name.startswith(_NOT_RUN))
+        counts.append(float(often) * sum(math.prod(ref.shape) for ref in matrices))
+    return max(counts)
+
+
+def replayed_shapes(kiln: Kiln, limits: Limits = LIMITS) -> Shapes:
+    """The shapes at which every part is replayed: those of the build, halved until a step is within the limit."""
+    shapes = kiln.shapes
+    while multiplications(replace(kiln, shapes=shapes)) > limits.replayed:
+        smaller = Shapes(_half(shapes.height), _half(shapes.width), max(shapes.tokens // 2, LEAST_TOKENS))
+        if smaller == shapes:
+            break
+        shapes = smaller
+    return shapes
+
+
+def executed_parts(kiln: Kiln, seed: int, limits: Limits = LIMITS) -> tuple[Part, ...]:
+    """The parts of a large model that are executed at the shapes of the build, in the order they run.
+
+    Of parts that there are many of, those of some blocks, any but the same for the same seed: kinds that share blocks
+    share the choice. Of the rest, all that are within the limit.
+    """
+    by_kind: dict[str, list[Part]] = {}
+    for part in kiln.parts:
+        by_kind.setdefault(part.kind, []).append(part)
+    chosen = set()
+    for kind, parts in by_kind.items():
+        work = count_work(make_template(kiln, kind, kiln.target.graph_format).path)
+        if work.multiplications > limits.executed:
+            continue
+        if kiln.target.toolchain == "tpu_mlir" and work.widest_convolution > limits.convolved:
+            continue
+        prefixes = sorted({part.prefix for part in parts})
+        count = limits.blocks if KINDS[kind].component == "transformer" else 1
+        picked = Random(_seed(seed, prefixes)).sample(prefixes, min(count, len(prefixes)))
+        chosen |= {part.name for part in parts if part.prefix in picked}
+    return tuple(part for part in kiln.parts if part.name in chosen)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a template computes: its matrix products' and convolutions' multiplications, elements of the latters' widest
+    result."""
+
+    multiplications: float
+    widest_convolution: int
+
+
+def count_work(template: Path) -> Work:
+    """The work of one run of a template of any ONNX format."""
+    import onnx
+
+    graph = onnx.shape_inference.infer_shapes(onnx.load(template)).graph
+    shapes: dict[str, tuple[int, ...]] = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    for value in (*graph.value_info, *graph.input, *graph.output):
+        shapes[value.name] = tuple(axis.dim_value for axis in value.type.tensor_type.shape.dim)
+    total, widest = 0.0, 0
+    for node in graph.node:
+        if node.op_type in ("MatMul", "Gemm"):
+            total += math.prod(shapes[node.output[0]]) * shapes[node.input[0]][-1]
+        elif node.op_type == "Conv":
+            size = math.prod(shapes[node.output[0]])
+            total += size * math.prod(shapes[node.input[1]][1:])
+            widest = max(widest, size)
+        elif node.op_type == "Attention":
+            queries, keys = shapes[node.input[0]], shapes[node.input[1]]
+            total += 2.0 * math.prod(queries) * keys[-2]
+    return Work(total, widest)
+
+
+def name_shapes(shapes: Shapes) -> str:
+    """`1024x1024, 512 tokens`."""
+    return f"{shapes.width}x{shapes.height}, {shapes.tokens} tokens"
+
+
+def filling_prompt(prompt: str, tokens: int, seed: int) -> str:
+    """`prompt` and then words of random letters, enough to fill all text tokens: padding would make them alike."""
+    random = Random(seed)
+    words = ("".join(random.choices("abcdefghijklmnopqrstuvwxyz", k=random.randint(2, 9))) for _ in range(2 * tokens))
+    return " ".join([prompt, *words])
+
+
+def _half(side: int) -> int:
+    return max(side // 2 // SIZE_MULTIPLE * SIZE_MULTIPLE, SIZE_MULTIPLE)
+
+
+def _seed(seed: int, names: Iterable[str]) -> int:
+    digest = hashlib.sha256("/".join([str(seed), *names]).encode()).digest()
+    return int.from_bytes(digest[:8], "little")

@@ -1,0 +1,222 @@
+"""Calibration: what goes into every linear layer while diffusers' own pipeline runs over some prompts and timesteps.
+
+The pipeline holds the weights of one block at a time (`fluxkiln.verify.streaming`), and the sums of one input are in
+memory at a time: they lie in the file that is being made and are read, added to and written back. Layers that are given
+the same tensor (query, key and value) share one entry.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fluxkiln.artifacts.actions import Action, run_action, stage_code_version
+from fluxkiln.build.context import prepare
+from fluxkiln.compile.templates import Kiln
+from fluxkiln.compile.weights import calibration_action, component_digest
+from fluxkiln.errors import UsageError
+from fluxkiln.export.checkpoint import TensorReader
+from fluxkiln.files import digest_file, disk_full_named
+from fluxkiln.progress import FROM_STORE, Progress, Silent
+from fluxkiln.quantize.calibration import DEFAULT_BLOCK, Calibration, open_calibration
+from fluxkiln.quantize.sums import Sums
+from fluxkiln.settings import Settings
+
+DEFAULT_PROMPTS = Path(__file__).parents[1] / "quantize" / "prompts.txt"
+DEFAULT_STEPS = 4
+# components whose linear layers a scheme may quantize
+CALIBRATED = ("text_encoder_2", "transformer")
+_CODE = (
+    "fluxkiln.build.calibration",
+    "fluxkiln.quantize.sums",
+    "fluxkiln.verify.streaming",
+    "fluxkiln.verify.partial",
+)
+_TOOLS = ("torch", "diffusers", "transformers")
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationResult:
+    """A calibration in the store. `hit`: it was there already. `path` is where it was written to, or None."""
+
+    calibration: Calibration
+    size: int
+    hit: bool
+    seconds: float
+    path: Path | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as plain JSON."""
+        found = self.calibration
+        return {
+            "digest": found.digest,
+            "size": self.size,
+            "matrices": {component: len(entries) for component, entries in found.matrices.items()},
+            "inputs": len({key for entries in found.matrices.values() for key, _ in entries.values()}),
+            "from_store": self.hit,
+            "seconds": round(self.seconds, 3),
+            "path": str(self.path) if self.path else None,
+            **found.facts,
+        }
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """One prompt a line; empty lines and those that begin with # are none.
+
+    Raises:
+        UsageError: no file, not text, or without a prompt.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read as prompts ({error}); give a text file with one a line") from error
+    prompts = tuple(line for line in lines if line and not line.startswith("#"))
+    if not prompts:
+        raise UsageError(f"{path} has no prompt; give a text file with one a line")
+    return prompts
+
+
+def calibrate(
+    settings: Settings,
+    prompts: tuple[str, ...],
+    out: Path | None = None,
+    block: int = DEFAULT_BLOCK,
+    progress: Progress | None = None,
+) -> CalibrationResult:
+    """Record statistics, store them, and make them the ones that builds of this checkpoint use.
+
+    Args:
+        settings: model, size, tokens, steps, seed, components; the i-th prompt runs with seed + i.
+        out: a file that gets a copy.
+        block: input channels whose products are kept with one another; 0 for all.
+
+    Raises:
+        UsageError: neither the transformer nor T5 is among the components. CheckpointError: an input is not finite.
+        ResourceError: the disk is full. Whatever preparing a build raises.
+    """
+    started = time.perf_counter()
+    progress = progress or Silent()
+    kiln = prepare(settings, progress).kiln
+    components = [name for name in CALIBRATED if name in settings.chosen]
+    if not components:
+        raise UsageError(f"no component of {', '.join(settings.chosen)} is quantized; {', '.join(CALIBRATED)} are")
+    if block and (block < 0 or block % 32):
+        raise UsageError(f"block {block}: multiples of 32 input channels are supported, and 0 for all of them")
+    digests = {component: component_digest(kiln.digests, component) for component in components}
+    shapes = kiln.shapes
+    facts: dict[str, Any] = {
+        "prompts": len(prompts),
+        "prompts_digest": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        "steps": settings.steps,
+        "seed": settings.seed,
+        "shapes": [shapes.height, shapes.width, shapes.tokens],
+        "block": block,
+    }
+    action = Action(
+        stage="calibrate",
+        what=f"{kiln.checkpoint.name}: {len(prompts)} prompts, {settings.steps} steps",
+        code_version=stage_code_version(*_CODE),
+        inputs=digests,
+        settings=facts,
+        tools={name: importlib.metadata.version(name) for name in _TOOLS},
+    )
+
+    def produce(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
+        target = folder / "calibration.safetensors"
+        with disk_full_named(folder):
+            _record(
+                kiln, settings, prompts, components, block, {"components": digests, "facts": facts}, target, progress
+            )
+        return {"calibration": target}, {}
+
+    result = run_action(kiln.cache, action, produce)
+    if result.hit:
+        progress.done("calibrate", kiln.checkpoint.name, FROM_STORE)
+    blob = result.outputs["calibration"]
+    for component, digest in digests.items():
+        kiln.cache.record(calibration_action(component, digest), {"calibration": blob}, {})
+    if out is not None:
+        _copy_out(kiln, blob.digest, out)
+    found = open_calibration(kiln.path(blob), blob.digest)
+    return CalibrationResult(found, blob.size, result.hit, time.perf_counter() - started, out)
+
+
+def use_calibration(settings: Settings, file: Path, progress: Progress | None = None) -> CalibrationResult:
+    """Make a calibration that was written before the one that builds of this checkpoint use.
+
+    Raises:
+        SchemeError: it was made with other weights. IntegrityError: it is no calibration, or not as it was recorded.
+    """
+    started = time.perf_counter()
+    kiln = prepare(settings, progress).kiln
+    if not file.is_file():
+        raise UsageError(f"{file} is no file; fluxkiln calibrate --out writes one")
+    found = open_calibration(file, digest_file(file)[0])
+    digests = {name: component_digest(kiln.digests, name) for name in found.components if name in kiln.digests}
+    if not digests:
+        raise UsageError(f"{file} is for {', '.join(found.components)}, of which this model has none")
+    for component, digest in digests.items():
+        found.check_checkpoint(component, digest)
+        for name, ref in kiln.checkpoint.tensors[component].items():
+            if name in found.matrices.get(component, {}):
+                found.statistics(component, name, ref.shape[1])
+    found.check_data()
+    blob = kiln.cache.store.add_file(file)
+    for component, digest in digests.items():
+        kiln.cache.record(calibration_action(component, digest), {"calibration": blob}, {})
+    return CalibrationResult(found, blob.size, True, time.perf_counter() - started, file)
+
+
+def _copy_out(kiln: Kiln, digest: str, out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.unlink(missing_ok=True)
+    kiln.cache.store.export(digest, out)
+
+
+def _record(
+    kiln: Kiln,
+    settings: Settings,
+    prompts: tuple[str, ...],
+    components: list[str],
+    block: int,
+    known: Mapping[str, Any],
+    target: Path,
+    progress: Progress,
+) -> None:
+    from torch import nn
+
+    from fluxkiln.verify.partial import render_present
+    from fluxkiln.verify.pipeline import GUIDANCE_SCALE, quiet
+    from fluxkiln.verify.streaming import open_pipeline, weights_in_place
+
+    # an image is not needed; what makes the transformer's inputs is run where it is there
+    running = [name for name in settings.chosen if name != "vae"]
+    with quiet():
+        pipe = open_pipeline(kiln.checkpoint.root, TensorReader(kiln.checkpoint), running, tiny=False)
+    layers = {
+        (component, name): module
+        for component in components
+        for name, module in getattr(pipe, component).named_modules()
+        if isinstance(module, nn.Linear)
+    }
+    progress.stage("calibrate", len(prompts))
+    with Sums(target, block, len(layers)) as sums:
+        for (component, name), module in layers.items():
+            module.register_forward_pre_hook(partial(_observe, sums, component, f"{name}.weight"))
+        for index, prompt in enumerate(prompts):
+            started = time.perf_counter()
+            with weights_in_place():
+                render_present(pipe, kiln.shapes, settings.steps, settings.seed + index, prompt, GUIDANCE_SCALE)
+            sums.forget_last()
+            progress.done("calibrate", f"prompt {index + 1}", f"{time.perf_counter() - started:.1f} s")
+        sums.finish(known)
+
+
+def _observe(sums: Sums, component: str, name: str, _: Any, inputs: tuple[Any, ...]) -> None:
+    sums.add(component, name, inputs[0])

@@ -1,0 +1,235 @@
+"""Before a build: the checkpoint found or made, opened and checked, and everything that is fixed for the build."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fluxkiln import __version__
+from fluxkiln.artifacts.actions import Action, ActionCache, stage_code_version
+from fluxkiln.artifacts.store import open_store
+from fluxkiln.build.loras import fused_root, lora_label, unfused_bytes
+from fluxkiln.compile.target import Target
+from fluxkiln.compile.targets import find_target
+from fluxkiln.compile.templates import Kiln
+from fluxkiln.compile.toolchains.neuron.split import parts_of_split, plan_memory, plan_split
+from fluxkiln.components import COMPONENTS, SPLIT_KINDS, Part, Shapes, check_steps, list_parts
+from fluxkiln.errors import CheckpointError
+from fluxkiln.export.checkpoint import Checkpoint, open_checkpoint
+from fluxkiln.export.fingerprint import DigestMemo, digest_tensors, fingerprint, scan_finite, shard_states
+from fluxkiln.export.source import resolve_model, synthetic_folder
+from fluxkiln.progress import STEP_BYTES, Progress, Silent, count_bytes
+from fluxkiln.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A build that has been checked and may start. `name` is that of its folder."""
+
+    settings: Settings
+    kiln: Kiln
+    name: str
+    fingerprint: str
+    folder: Path
+
+    @property
+    def bundle(self) -> Path:
+        return self.folder / "bundle"
+
+
+def prepare(settings: Settings, progress: Progress | None = None) -> Prepared:
+    """Check everything that can be checked before the first weight is converted.
+
+    Raises: as `build`, but for what happens while compiling.
+    """
+    from fluxkiln.build.plan import check_resources
+
+    progress = progress or Silent()
+    if unwritten_bytes(settings, _read_progress(progress)):
+        check_resources(outline(settings))
+    report = count_bytes(progress, "synthesize", "written")
+    root = resolve_model(settings.model, _models(settings), report, settings.components and settings.chosen)
+    memo = DigestMemo(settings.store_path.absolute() / "memo" / "tensors.json")
+    root = fused_root(root, settings, _models(settings), memo, progress, _read_progress(progress))
+    checkpoint = open_checkpoint(root, settings.chosen)
+    prepared = _prepared(settings, checkpoint)
+    shards = shard_states(checkpoint)
+    print_ = fingerprint(checkpoint, memo, _read_progress(progress))
+    digests = {name: digest_tensors(refs.values(), memo) for name, refs in checkpoint.tensors.items()}
+    memo.save()
+    prepared = replace(prepared, fingerprint=print_, kiln=replace(prepared.kiln, digests=digests, shards=shards))
+    _validate(prepared.kiln, print_, memo, progress)
+    return prepared
+
+
+def outline(settings: Settings) -> Prepared:
+    """A build by its model's configs alone: no weight is read, nor written."""
+    from fluxkiln.patches.flux1.presets import PRESETS
+
+    if settings.model in PRESETS:
+        return describe(settings)
+    root = resolve_model(settings.model, _models(settings), None, settings.components and settings.chosen)
+    return _prepared(settings, open_checkpoint(root, settings.chosen))
+
+
+def describe(settings: Settings) -> Prepared:
+    """A build of a synthetic checkpoint that is not written yet: shapes and sizes are known, content is not."""
+    from fluxkiln.export.synth.checkpoint import unwritten_checkpoint
+    from fluxkiln.patches.flux1.presets import PRESETS
+
+    return _prepared(settings, unwritten_checkpoint(PRESETS[settings.model], settings.chosen))
+
+
+def unwritten_bytes(settings: Settings, reading: Callable[[int, int], None] | None = None) -> int:
+    """Bytes that a build has to write first: of a synthetic checkpoint, of one with LoRAs in it; 0 for any other."""
+    from fluxkiln.export.synth.checkpoint import synthesized_bytes, with_tiny_vae
+    from fluxkiln.patches.flux1.presets import PRESETS
+
+    preset = PRESETS.get(settings.model)
+    chosen = settings.components and settings.chosen
+    if preset is not None and not (synthetic_folder(preset, _models(settings), chosen) / "model_index.json").is_file():
+        fused = synthesized_bytes(preset, ("transformer",)) if settings.loras else 0
+        return synthesized_bytes(preset, with_tiny_vae(settings.chosen)) + fused
+    if not settings.loras:
+        return 0
+    root = resolve_model(settings.model, _models(settings), None, chosen)
+    return unfused_bytes(root, settings, _models(settings), reading)
+
+
+def _prepared(settings: Settings, checkpoint: Checkpoint) -> Prepared:
+    """What is fixed for a build, but for what depends on the bytes of the checkpoint."""
+    target = find_target(settings.target)
+    blocks, schemes = target.parse_schemes(settings.scheme)
+    width, height = settings.size or default_size(checkpoint)
+    shapes = Shapes(height, width, settings.tokens or default_tokens(checkpoint))
+    shapes.check_variant(checkpoint.variant)
+    check_vae(checkpoint, settings)
+    split = plan_split(settings, target, checkpoint) if target.toolchain == "neuron" else None
+    if split is not None:
+        schemes |= dict.fromkeys(SPLIT_KINDS, blocks)
+    parts = parts_of_split(split) if split is not None else chosen_parts(settings, checkpoint)
+    check_steps(parts, settings.steps)
+    folder = settings.build_dir.absolute() / target.name / _name(settings, target, checkpoint, shapes).lower()
+    kiln = Kiln(
+        target=target,
+        shapes=shapes,
+        schemes=schemes,
+        parts=parts,
+        checkpoint=checkpoint,
+        digests={},
+        cache=ActionCache(open_store(settings.store_path.absolute())),
+        logs=folder / "logs",
+        tpu_mlir=_tpu_mlir(target),
+        split=split,
+    )
+    if any(scheme.kept for scheme in schemes.values()):
+        from fluxkiln.compile.tensors import settle_kept
+
+        kiln = settle_kept(kiln)
+    if split is not None:
+        plan_memory(kiln)
+    return Prepared(settings, kiln, folder.name, "", folder)
+
+
+def _name(settings: Settings, target: Target, checkpoint: Checkpoint, shapes: Shapes) -> str:
+    label = _label(settings.scheme or target.schemes[0], target)
+    chosen = "" if settings.chosen == COMPONENTS else "-" + "-".join(settings.chosen)
+    if target.toolchain == "neuron":
+        label += f"-{settings.instance}" * bool(settings.instance) + f"-tp{settings.tp_degree}" * bool(
+            settings.tp_degree
+        )
+        label += "" if settings.granularity == "block" else "-" + settings.granularity.replace(":", "")
+        label += "-published" * (settings.flags == "published")
+    forms = "-inline" * (settings.modulation == "inline") + "-tiny-vae" * (settings.vae == "tiny")
+    return (
+        f"{checkpoint.name}-{label}-{shapes.width}x{shapes.height}-{shapes.tokens}{forms}{lora_label(settings)}{chosen}"
+    )
+
+
+def _label(scheme: str, target: Target) -> str:
+    """A scheme's text as part of a folder's name; where it is long or has signs in it, a digest instead."""
+    label = scheme.replace(",", "-").replace("=", "-")
+    if re.fullmatch(r"[\w.-]{1,100}", label):
+        return label
+    return f"{target.parse_schemes(scheme)[0].base_name}-{hashlib.sha256(scheme.encode()).hexdigest()[:10]}"
+
+
+def chosen_parts(settings: Settings, checkpoint: Checkpoint) -> tuple[Part, ...]:
+    """The parts of the components that the settings choose; configs of others need not be there."""
+    depths = {
+        "text_encoder_2": {"num_layers": 0},
+        "transformer": {"num_layers": 0, "num_single_layers": 0},
+    }
+    every = list_parts({**depths, **checkpoint.configs}, settings.vae, settings.modulation)
+    return tuple(part for part in every if part.component in settings.chosen)
+
+
+def _models(settings: Settings) -> Path:
+    return settings.build_dir / "models"
+
+
+def check_vae(checkpoint: Checkpoint, settings: Settings) -> None:
+    """Raise CheckpointError when the tiny VAE is asked for and not there."""
+    if settings.vae == "tiny" and "vae" in settings.chosen and "vae_tiny" not in checkpoint.tensors:
+        raise CheckpointError(
+            f"{checkpoint.name} has no folder vae_tiny, --vae tiny needs it; save taef1 there with "
+            "AutoencoderTiny.save_pretrained, or leave --vae out"
+        )
+
+
+def default_size(checkpoint: Checkpoint) -> tuple[int, int]:
+    """Width and height: the preset's own for a synthetic model, 1024 x 1024 otherwise."""
+    from fluxkiln.patches.flux1.presets import PRESETS
+
+    return PRESETS[checkpoint.name].size if checkpoint.name in PRESETS else (1024, 1024)
+
+
+def default_tokens(checkpoint: Checkpoint) -> int:
+    """Text tokens: the preset's own for a synthetic model, else the most that the variant takes."""
+    from fluxkiln.components import MAX_TOKENS
+    from fluxkiln.patches.flux1.presets import PRESETS
+
+    return PRESETS[checkpoint.name].tokens if checkpoint.name in PRESETS else MAX_TOKENS[checkpoint.variant]
+
+
+def _read_progress(progress: Progress) -> Callable[[int, int], None] | None:
+    """Bytes of a checkpoint read, where there are enough of them to wait for."""
+    report = count_bytes(progress, "read", "read")
+    return lambda done, total: report(done, total) if total >= STEP_BYTES else None
+
+
+def _validate(kiln: Kiln, print_: str, memo: DigestMemo, progress: Progress) -> None:
+    """Groups that fit; shapes against upstream's classes and no NaN or Inf, once per checkpoint."""
+    from fluxkiln.compile.tensors import check_weights
+    from fluxkiln.export.validate import validate_checkpoint
+
+    action = Action(
+        stage="validate",
+        what=kiln.checkpoint.name,
+        code_version=stage_code_version("fluxkiln.export.validate", "fluxkiln.export.fingerprint"),
+        inputs={"checkpoint": f"sha256:{print_}"},
+    )
+    check_weights(kiln)
+    if kiln.cache.lookup(action.key) is None:
+        started = time.perf_counter()
+        progress.stage("validate", 1)
+        validate_checkpoint(kiln.checkpoint)
+        for refs in kiln.checkpoint.tensors.values():
+            scan_finite(refs.values(), memo)
+        kiln.cache.record(action, {}, {"version": __version__})
+        tensors = sum(map(len, kiln.checkpoint.tensors.values()))
+        progress.done("validate", f"{tensors} tensors", f"checked in {time.perf_counter() - started:.1f} s")
+
+
+def _tpu_mlir(target: Target) -> Any:
+    """TPU-MLIR's environment, or None: then moulds of the store must do."""
+    if target.toolchain != "tpu_mlir":
+        return None
+    from fluxkiln.compile.toolchains.tpu_mlir.environment import default_tpu_mlir_root, find_tpu_mlir
+
+    return find_tpu_mlir(default_tpu_mlir_root())

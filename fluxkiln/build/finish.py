@@ -1,0 +1,398 @@
+"""The end of a build: verify, report, bundle, tag; and the test whether all of that is there already."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fluxkiln import __version__
+from fluxkiln.artifacts.actions import Action, stage_code_version
+from fluxkiln.artifacts.bundle import write_bundle
+from fluxkiln.artifacts.modelpack import store_bundle
+from fluxkiln.artifacts.store import Blob
+from fluxkiln.build.loras import lora_facts
+from fluxkiln.compile.templates import COMPILER_STAGES, SHARDED, BinaryPart, CombinedFile
+from fluxkiln.compile.toolchains.neuron.split import runtime_constants, split_settings
+from fluxkiln.compile.toolchains.tpu_mlir.report import estimate_ms, report_costs
+from fluxkiln.compile.weights import used_calibrations
+from fluxkiln.components import find_kind
+from fluxkiln.errors import ParityError, ToolchainError
+from fluxkiln.files import digest_file
+from fluxkiln.progress import FROM_STORE, Laps, Progress
+
+if TYPE_CHECKING:
+    from fluxkiln.build.context import Prepared
+    from fluxkiln.build.make import BuildResult
+    from fluxkiln.build.parity import Parity
+    from fluxkiln.verify.reference import Recording
+
+HOST_CONSTANTS = "host/constants.safetensors"
+NON_COMMERCIAL = "LicenseRef-FLUX-1-dev-Non-Commercial"
+
+
+def build_action(prepared: Prepared) -> Action:
+    """The key of a whole build: the same checkpoint, settings, code and tools give the same bundle."""
+    from fluxkiln.compile.templates import EXPORT_TOOLS
+
+    kiln, settings = prepared.kiln, prepared.settings
+    tools = {name: _version(name) for name in (*EXPORT_TOOLS, "onnxruntime", "numpy")}
+    if kiln.tpu_mlir is not None:
+        tools["tpu_mlir"] = kiln.tpu_mlir.version
+    tools |= kiln.split.tools() if kiln.split is not None else {}
+    return Action(
+        stage="build",
+        what=f"{prepared.name} for {kiln.target.name}",
+        code_version=stage_code_version("fluxkiln"),
+        inputs={
+            "checkpoint": f"sha256:{prepared.fingerprint}",
+            **{f"calibration of {component}": digest for component, digest in used_calibrations(kiln).items()},
+        },
+        settings={
+            "name": prepared.name,
+            "target": kiln.target.name,
+            "shapes": [kiln.shapes.height, kiln.shapes.width, kiln.shapes.tokens],
+            "schemes": {kind: kiln.schemes[kind].name for kind in kiln.kinds()},
+            "vae": settings.vae,
+            "seed": settings.seed,
+            "steps": settings.steps,
+            "prompt": settings.prompt,
+            "verify": settings.verify,
+            **({"prompts": list(settings.prompts)} if settings.prompts else {}),
+            **({"seeds": list(settings.seeds)} if settings.seeds else {}),
+            **split_settings(prepared),
+        },
+        tools=tools,
+    )
+
+
+def finished_result(prepared: Prepared, laps: Laps) -> BuildResult | None:
+    """The result of this very build when it is finished, its bundle and report are there and its bundle is whole.
+
+    Raises:
+        ParityError: it is finished, and a gate was missed then.
+    """
+    record = prepared.kiln.cache.lookup(build_action(prepared).key)
+    if record is None:
+        return None
+    facts = record.facts
+    manifest = prepared.bundle / "manifest.json"
+    try:
+        if digest_file(manifest)[0] != facts["manifest"]:
+            return None
+        files = json.loads(manifest.read_bytes())["files"]
+        if any(os.stat(prepared.bundle / entry["path"]).st_size != entry["size"] for entry in files):
+            return None
+    except (OSError, ValueError, KeyError):
+        return None
+    parity = dict(facts["parity"])  # type: ignore[arg-type]
+    if prepared.settings.verify and not (prepared.folder / "report.html").is_file():
+        return None
+    result = _result(prepared, str(facts["digest"]), dict(facts["parts"]), parity, laps, nothing_to_do=True)  # type: ignore[arg-type]
+    if parity.get("failure"):
+        error = ParityError(f"{parity['failure']} (as found by the build that made {prepared.bundle})")
+        raise _with_places(error, prepared)
+    if facts.get("missing"):
+        from fluxkiln.compile.toolchains.neuron.neuronx_cc import compiler_missing
+
+        raise compiler_missing(ToolchainError(str(facts["missing"])), prepared.bundle)
+    return result
+
+
+def finish_bundle(
+    prepared: Prepared,
+    binaries: tuple[BinaryPart, ...],
+    files: tuple[CombinedFile, ...],
+    graphs: Mapping[str, Path],
+    progress: Progress,
+    laps: Laps,
+    verify: Callable[[Recording], Parity] | None = None,
+    lowering: Mapping[str, Any] | None = None,
+    missing: str = "",
+) -> BuildResult:
+    """Verify, write the report and the bundle, tag it in the store; then raise if a gate was missed.
+
+    Args:
+        verify: climbs the ladder; `parity.verify_build` by default.
+        lowering: the report's facts of a split model.
+        missing: what the bundle lacks, remembered for the next call of the same build.
+    """
+    kiln = prepared.kiln
+    work = prepared.folder / "work"
+    parity: Parity | None = None
+    summary: dict[str, Any] = {"verified": False}
+    if prepared.settings.verify:
+        from fluxkiln.build.parity import verify_build
+
+        recording = _record(prepared, progress)
+        if verify is not None:
+            parity = verify(recording)
+        else:
+            parity = verify_build(
+                kiln, prepared.settings, prepared.fingerprint, binaries, files, graphs, recording, work, progress
+            )
+        summary = _write_report(prepared, binaries, parity, laps, lowering)
+        laps.lap("verify")
+    sources = bundle_files(prepared, binaries, files, work)
+    manifest = _manifest(prepared, binaries, files, summary)
+    progress.stage("bundle", 1)
+    written = write_bundle(
+        prepared.bundle, sources, manifest, kiln.cache.store, roles={HOST_CONSTANTS: "constants"},
+        build={"machine": _machine(), "fluxkiln": __version__, **lora_facts(kiln.checkpoint)},
+    )  # fmt: skip
+    digest = store_bundle(kiln.cache.store, prepared.bundle, f"{prepared.name}:{kiln.target.name}")
+    _remove_work(work)
+    laps.lap("bundle")
+    made = {binary.part.name: binary.made for binary in binaries}
+    kiln.cache.record(
+        build_action(prepared),
+        {},
+        {
+            "manifest": digest_file(prepared.bundle / "manifest.json")[0],
+            "digest": digest,
+            "parts": made,
+            "parity": summary,
+            "missing": missing,
+        },
+    )
+    progress.done("bundle", str(prepared.bundle), f"{sum(file.size for file in written.files) / 1e6:.0f} MB")
+    if parity is not None:
+        try:
+            parity.ladder.raise_if_failed(prepared.folder / "report.html")
+        except ParityError as error:
+            raise _with_places(error, prepared) from None
+    return _result(prepared, digest, made, summary, laps, nothing_to_do=False)
+
+
+def _with_places(error: ParityError, prepared: Prepared) -> ParityError:
+    error.bundle, error.report = str(prepared.bundle), str(prepared.folder / "report.html")
+    return error
+
+
+def bundle_files(
+    prepared: Prepared, binaries: tuple[BinaryPart, ...], files: tuple[CombinedFile, ...], work: Path
+) -> dict[str, Blob | Path]:
+    """Everything a runtime needs, by its path in the bundle."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    kiln, checkpoint = prepared.kiln, prepared.kiln.checkpoint
+    sources: dict[str, Blob | Path] = {file.name: file.blob for file in files}
+    sources.update(checkpoint.sidecars)
+    constants = work / HOST_CONSTANTS
+    constants.parent.mkdir(parents=True, exist_ok=True)
+    # in row order: safetensors takes the bytes of an array as they lie, and a transposed one's lie otherwise
+    save_file({name: np.ascontiguousarray(array) for name, array in runtime_constants(kiln).items()}, constants)
+    sources[HOST_CONSTANTS] = constants
+    configs = work / "configs.json"
+    configs.write_text(json.dumps(checkpoint.configs, indent=1, sort_keys=True))
+    sources["configs.json"] = configs
+    sources["LICENSE"] = checkpoint.licence or _licence_note(prepared, work)
+    return sources
+
+
+def licence_id(prepared: Prepared) -> str:
+    """The checkpoint's licence: Apache-2.0 where its text says so or the model is schnell, else FLUX.1-dev's."""
+    licence = prepared.kiln.checkpoint.licence
+    text = licence.read_text(errors="replace") if licence else ""
+    if "Apache" in text or (prepared.kiln.checkpoint.variant == "schnell" and not text):
+        return "Apache-2.0"
+    return NON_COMMERCIAL
+
+
+def _record(prepared: Prepared, progress: Progress) -> Recording:
+    from fluxkiln.build.parity import record
+
+    began, known = time.perf_counter(), prepared.kiln.cache.misses
+    progress.stage("record", 1)
+    recording = record(prepared.kiln, prepared.settings, prepared.fingerprint, prepared.folder / "recording")
+    took = f"recorded in {time.perf_counter() - began:.1f} s"
+    progress.done("record", "reference run", took if prepared.kiln.cache.misses > known else FROM_STORE)
+    return recording
+
+
+def _write_report(
+    prepared: Prepared,
+    binaries: tuple[BinaryPart, ...],
+    parity: Parity,
+    laps: Laps,
+    lowering: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    from fluxkiln.verify.ladder import explain_failure
+    from fluxkiln.verify.report.document import build_report, compare_pictures, write_report
+
+    kiln = prepared.kiln
+    rows, made = parity.ladder.rows, parity.pipeline
+    loras = lora_facts(kiln.checkpoint).get("lora", ())
+    facts = {
+        "title": prepared.name,
+        "target": kiln.target.name,
+        "reference": "diffusers FluxPipeline as published, float32",
+        "model": {
+            "name": kiln.checkpoint.name,
+            "fingerprint": prepared.fingerprint,
+            "variant": kiln.checkpoint.variant,
+        },
+        "shapes": {
+            "height": kiln.shapes.height,
+            "width": kiln.shapes.width,
+            "tokens": kiln.shapes.tokens,
+            "steps": prepared.settings.steps,
+        },
+        "schemes": {kind: kiln.schemes[kind].name for kind in kiln.kinds()},
+        "parts": [_part_row(binary) for binary in binaries],
+        **({"images": compare_pictures(parity.recording.image, made.image, parity.pipeline_rung)} if made else {}),
+        "heat": parity.ladder.maps.to_json(),
+        **({"runs": parity.runs} if parity.runs else {}),
+        "timings": [
+            {"name": name, "seconds": seconds}
+            for name, seconds in {**parity.seconds, **laps.seconds, "all": laps.total}.items()
+        ],
+        **(lowering if lowering is not None else report_costs(kiln, binaries)),
+        "tools": build_action(prepared).tools,
+        "machine": _machine(),
+        "provenance": {
+            "checkpoint": f"sha256:{prepared.fingerprint}",
+            "prompt": prepared.settings.prompt,
+            "seed": str(prepared.settings.seed),
+            **{f"LoRA {lora['file']}": f"sha256:{lora['sha256']} x {lora['strength']}" for lora in loras},
+            **{f"calibration of {component}": digest for component, digest in used_calibrations(kiln).items()},
+            **parity.facts,
+        },
+    }
+    write_report(prepared.folder, build_report(rows, facts))
+    failure = explain_failure(rows)
+    return {
+        "verified": True,
+        "passed": not failure,
+        "failure": failure,
+        "rows": len(rows),
+        "failed_rows": sum(not row.passed for row in rows),
+        "rungs": list(dict.fromkeys(row.rung for row in rows)),
+    }
+
+
+def _part_row(binary: BinaryPart) -> dict[str, Any]:
+    facts = binary.facts
+    return {
+        "name": binary.part.name,
+        "kind": binary.part.kind,
+        "scheme": binary.scheme.name,
+        "bytes": binary.size,
+        "device_memory": sum(int(facts[name]) for name in ("weight_bytes", "instruction_bytes", "runtime_bytes")),
+        "estimate_ms": estimate_ms(binary),
+        "made": binary.made,
+    }
+
+
+def _manifest(
+    prepared: Prepared,
+    binaries: tuple[BinaryPart, ...],
+    files: tuple[CombinedFile, ...],
+    summary: Mapping[str, Any],
+) -> dict[str, Any]:
+    kiln, settings = prepared.kiln, prepared.settings
+    home = {part: file.name for file in files for part in file.parts}
+    return {
+        "name": prepared.name,
+        "target": kiln.target.name,
+        "variant": kiln.checkpoint.variant,
+        "shapes": {"height": kiln.shapes.height, "width": kiln.shapes.width, "tokens": kiln.shapes.tokens},
+        "checkpoint": {"source": kiln.checkpoint.name, "fingerprint": f"sha256:{prepared.fingerprint}"},
+        "licence": {"spdx": licence_id(prepared), "file": "LICENSE"},
+        "settings": {
+            "vae": settings.vae,
+            "seed": settings.seed,
+            "steps": settings.steps,
+            **split_settings(prepared),
+            **lora_facts(kiln.checkpoint),
+            **({"calibrations": calibrations} if (calibrations := used_calibrations(kiln)) else {}),
+        },
+        "parity": dict(summary),
+        "tools": dict(build_action(prepared).tools),
+        "parts": [_part_entry(binary, home[binary.part.name]) for binary in binaries],
+    }
+
+
+def _part_entry(binary: BinaryPart, file: str) -> dict[str, Any]:
+    kind = find_kind(binary.part.kind)
+    sides = {}
+    for side, names in (("inputs", kind.inputs), ("outputs", kind.outputs)):
+        tensors: Any = binary.facts[side]
+        if binary.made == SHARDED:  # by their own names: an input that a model lacks is not the last one here
+            names = tuple(name for name, _, _ in tensors)
+        sides[side] = [
+            {"name": name, "dtype": dtype, "shape": shape}
+            for name, (_, dtype, shape) in zip(names, tensors, strict=False)
+        ]
+    return {
+        "name": binary.part.name,
+        "kind": binary.part.kind,
+        "scheme": binary.scheme.name,
+        "file": file,
+        "net": binary.net,
+        "digest": binary.digest,
+        "size": binary.size,
+        **sides,
+    }
+
+
+def _result(
+    prepared: Prepared,
+    digest: str,
+    made: Mapping[str, str],
+    parity: Mapping[str, Any],
+    laps: Laps,
+    nothing_to_do: bool,
+) -> BuildResult:
+    from fluxkiln.build.make import BuildResult
+
+    counts = prepared.kiln.cache.counts
+    return BuildResult(
+        name=prepared.name,
+        target=prepared.kiln.target.name,
+        bundle=prepared.bundle,
+        report=prepared.folder / "report.html" if prepared.settings.verify else None,
+        digest=digest,
+        nothing_to_do=nothing_to_do,
+        seconds=laps.total,
+        timings=laps.seconds,
+        compiler_runs=sum(counts.get(stage, [0, 0])[1] for stage in COMPILER_STAGES),
+        cache=prepared.kiln.cache.summary(),
+        parts=made,
+        parity=parity,
+    )
+
+
+def _licence_note(prepared: Prepared, work: Path) -> Path:
+    path = work / "LICENSE"
+    path.write_text(
+        f"The checkpoint {prepared.kiln.checkpoint.name} came without a licence text.\n"
+        f"FLUX.1-{prepared.kiln.checkpoint.variant} is published under {licence_id(prepared)}; its terms apply to this "
+        "bundle.\n"
+    )
+    return path
+
+
+def _machine() -> dict[str, str]:
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "cores": str(os.cpu_count()),
+    }
+
+
+def _remove_work(work: Path) -> None:
+    import shutil
+
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _version(package: str) -> str:
+    import importlib.metadata
+
+    return importlib.metadata.version(package)

@@ -1,0 +1,258 @@
+"""Moulds beyond a build: made from configs alone, listed, and carried from one store to another in a file.
+
+The file is a plain tar: `moulds.json`, the records of the actions that made the moulds (templates, moulds, proofs and
+combined shells), then `blobs/sha256/<hex>` for every blob that they name. A record's key is made of everything its
+result depends on, the code's version included, so it is found again only where it is true.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import tarfile
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fluxkiln import __version__
+from fluxkiln.artifacts.actions import ActionCache
+from fluxkiln.artifacts.store import Blob, Store
+from fluxkiln.build.context import outline
+from fluxkiln.compile.jobs import JobPool
+from fluxkiln.compile.templates import Mould
+from fluxkiln.compile.toolchains.tpu_mlir.cast_file import combine_shells
+from fluxkiln.compile.toolchains.tpu_mlir.compilation import claim_memory, submit_moulds
+from fluxkiln.compile.toolchains.tpu_mlir.devices import group_parts, plan_devices
+from fluxkiln.compile.toolchains.tpu_mlir.moulds import cast_part, mould_action
+from fluxkiln.compile.toolchains.tpu_mlir.proof import needs_proof, prove_mould
+from fluxkiln.digests import canonical_json
+from fluxkiln.errors import IntegrityError, UsageError
+from fluxkiln.files import disk_full_named, partial_file, publish
+from fluxkiln.progress import FROM_STORE, Progress, Silent
+from fluxkiln.settings import Settings
+
+INDEX = "moulds.json"
+FORMAT = "fluxkiln.moulds/1"
+STAGES = ("template", "mould", "proof", "combine")
+MAX_INDEX_BYTES = 64 << 20
+_BLOB = re.compile(r"blobs/sha256/([0-9a-f]{64})")
+
+
+@dataclass(frozen=True, slots=True)
+class MouldEntry:
+    """One mould of a store. `size` is that of its files; `why` says why nothing can be cast into it, or is empty."""
+
+    key: str
+    what: str
+    chip: str
+    scheme: str
+    inputs: Mapping[str, list[int]]
+    size: int
+    weight_bytes: int
+    why: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "key": self.key,
+            "what": self.what,
+            "chip": self.chip,
+            "scheme": self.scheme,
+            "inputs": dict(self.inputs),
+            "size": self.size,
+            "weight_bytes": self.weight_bytes,
+            "castable": not self.why,
+            "why": self.why,
+        }
+
+
+def build_moulds(settings: Settings, progress: Progress | None = None) -> list[MouldEntry]:
+    """Compile and prove the mould of every kind that a build would need, and combine their shells.
+
+    Only the model's configs are read: no weight is there or needed. A mould is proven with other probe weights: cast
+    and compiled, they must come out identical.
+
+    Raises:
+        As `build`.
+    """
+    progress = progress or Silent()
+    kiln = outline(settings).kiln
+    if kiln.target.toolchain != "tpu_mlir":
+        raise UsageError(f"target {kiln.target.name} has no moulds: it links graphs; there are bm1684x and bm1688")
+    with JobPool[Any](settings.jobs) as pool:
+        templates, futures = submit_moulds(pool, kiln, progress)
+        proofs: list[Future[Any]] = []
+        made: dict[str, Mould] = {}
+        progress.stage("compile", len(futures))
+        progress.stage("prove", len(futures))
+        for kind, future in futures.items():
+            made[kind] = mould = future.result()
+            if settings.prove or needs_proof(kiln, mould):
+                claim = claim_memory(kiln, mould_action(kiln, templates[kind]), templates[kind], known=False)
+
+                def prove(kind: str = kind, mould: Mould = mould) -> None:
+                    prove_mould(kiln, templates[kind], mould)
+                    progress.done("prove", kind, "cast and compiled: identical")
+
+                proofs.append(pool.submit(f"proof of {kind}", claim, prove))
+            else:
+                progress.done("prove", kind, FROM_STORE if mould.castable else "nothing can be cast into it")
+        for proof in proofs:
+            proof.result()
+    if all(mould.castable for mould in made.values()):
+        groups = group_parts(kiln, [cast_part(kiln, part, made[part.kind]) for part in kiln.parts])
+        plan_devices(kiln, groups)
+        progress.stage("combine", len(groups))
+        for name, members in groups.items():
+            combine_shells(kiln, name, members)
+            progress.done("combine", name, f"{len(members)} nets")
+    keys = {mould.result.key for mould in made.values()}
+    return [entry for entry in list_moulds(kiln.cache.store) if entry.key in keys]
+
+
+def list_moulds(store: Store) -> list[MouldEntry]:
+    """All moulds of a store, by what they are."""
+    entries = []
+    for record in ActionCache(store).records():
+        if record["stage"] != "mould":
+            continue
+        outputs, facts, settings = (_mapping(record[name]) for name in ("outputs", "facts", "settings"))
+        entries.append(
+            MouldEntry(
+                key=str(record["key"]),
+                what=str(record["what"]),
+                chip=str(settings.get("chip", "")),
+                scheme=str(settings.get("scheme", "")),
+                inputs={str(name): list(shape) for name, _, shape in facts.get("inputs", [])},
+                size=sum(int(_mapping(blob)["size"]) for blob in outputs.values()),
+                weight_bytes=int(facts.get("weight_bytes", 0)),
+                why=str(facts.get("why", "")),
+            )
+        )
+    return sorted(entries, key=lambda entry: (entry.chip, entry.what, entry.scheme, entry.key))
+
+
+def export_moulds(store: Store, target: Path, chip: str | None = None) -> list[MouldEntry]:
+    """Write every castable mould of a store, its template, proof and combined shells to one file.
+
+    Args:
+        chip: only those of this chip; None for all.
+
+    Raises:
+        UsageError: there is none.
+        IntegrityError: a blob is damaged; nothing is written.
+    """
+    moulds = [entry for entry in list_moulds(store) if not entry.why and chip in (None, entry.chip)]
+    if not moulds:
+        raise UsageError(f"{store.root} has no moulds{f' for {chip}' if chip else ''}; fluxkiln mould build makes some")
+    records = [record for record in ActionCache(store).records() if _travels(record, chip)]
+    blobs = {blob.digest: blob for record in records for blob in _blobs(record)}
+    index: dict[str, Any] = {"format": FORMAT, "fluxkiln": __version__, "records": records}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with disk_full_named(target.parent), partial_file(target.parent, f".{target.name}") as (partial, file):
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
+            _add(archive, INDEX, canonical_json(index))
+            for digest in sorted(blobs):
+                store.verify(digest)
+                with store.open(digest) as source:
+                    archive.addfile(_member(_path(digest), blobs[digest].size), source)
+        publish(file, partial, target)
+    return moulds
+
+
+def import_moulds(store: Store, source: Path) -> list[MouldEntry]:
+    """Take over the moulds of a file that `export_moulds` wrote. Every blob's digest is checked; none is run.
+
+    Raises:
+        UsageError: there is no such file, or it is something else.
+        IntegrityError: a blob does not have the digest that its name says, or one is missing; no record is taken over.
+    """
+    try:
+        with source.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            members = iter(archive)
+            records = _read_index(archive, next(members, None), source)
+            wanted = {blob.digest: blob for record in records for blob in _blobs(record)}
+            for member in members:
+                match = _BLOB.fullmatch(member.name)
+                data = archive.extractfile(member) if member.isreg() else None
+                if match is None or data is None or f"sha256:{match[1]}" not in wanted:
+                    raise IntegrityError(
+                        f"{source} holds {member.name!r}, which its {INDEX} does not name; fetch it again"
+                    )
+                _take(store, wanted.pop(f"sha256:{match[1]}"), data, source)
+    except (OSError, tarfile.TarError) as error:
+        raise UsageError(
+            f"{source} is no file of moulds ({error}); give one that fluxkiln mould export wrote"
+        ) from error
+    missing = [digest for digest, blob in wanted.items() if not store.has(blob)]
+    if missing:
+        raise IntegrityError(f"{source} ends before {missing[0]}, which its {INDEX} names; fetch it again")
+    cache = ActionCache(store)
+    for record in records:
+        cache.adopt(record)
+    keys = {str(record["key"]) for record in records}
+    return [entry for entry in list_moulds(store) if entry.key in keys]
+
+
+def _take(store: Store, blob: Blob, data: Any, source: Path) -> None:
+    with store.workdir("import") as folder, disk_full_named(store.root, blob.size):
+        copy = folder / "blob"
+        with copy.open("wb") as file:
+            while block := data.read(1 << 20):
+                file.write(block)
+        found = store.add_file(copy, move=True)
+    if found != blob:
+        raise IntegrityError(f"{source}: a blob has {found.digest}, its name says {blob.digest}; fetch it again")
+
+
+def _read_index(archive: tarfile.TarFile, member: tarfile.TarInfo | None, source: Path) -> list[Mapping[str, Any]]:
+    data = archive.extractfile(member) if member is not None and member.name == INDEX and member.isreg() else None
+    if data is None or member is None or member.size > MAX_INDEX_BYTES:
+        raise UsageError(f"{source} does not begin with {INDEX}; give a file that fluxkiln mould export wrote")
+    try:
+        index = json.loads(data.read())
+        records = index["records"] if index["format"] == FORMAT else None
+    except (ValueError, KeyError, TypeError):
+        records = None
+    if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+        raise UsageError(f"{source}: {INDEX} is not of the format {FORMAT}; export it with this version of fluxkiln")
+    for record in records:
+        if record.get("stage") not in STAGES:
+            raise IntegrityError(f"{source}: {INDEX} has a record of stage {record.get('stage')!r}; fetch it again")
+    return records
+
+
+def _travels(record: Mapping[str, Any], chip: str | None) -> bool:
+    """Whether a record goes along with moulds; one that names a chip only with those of this chip."""
+    if record["stage"] not in STAGES:
+        return False
+    if record["stage"] == "mould" and _mapping(record["facts"]).get("why"):
+        return False
+    return chip is None or _mapping(record["settings"]).get("chip", chip) == chip
+
+
+def _blobs(record: Mapping[str, Any]) -> Iterator[Blob]:
+    for entry in _mapping(record.get("outputs", {})).values():
+        yield Blob(str(_mapping(entry)["digest"]), int(_mapping(entry)["size"]))
+
+
+def _path(digest: str) -> str:
+    return "blobs/sha256/" + digest.removeprefix("sha256:")
+
+
+def _member(name: str, size: int) -> tarfile.TarInfo:
+    member = tarfile.TarInfo(name)
+    member.size, member.mode = size, 0o444
+    return member
+
+
+def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    archive.addfile(_member(name, len(data)), io.BytesIO(data))
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise IntegrityError(f"a record holds a {type(value).__name__} where an object belongs; make its action again")
+    return value

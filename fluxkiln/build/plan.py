@@ -1,0 +1,420 @@
+"""What a build will do, without doing it: its jobs, their memory, which of them the store has, and the disk it takes.
+
+Nothing is traced. Where a template is in the store its keys are the build's own; where it is not, sizes come from the
+shapes of the checkpoint's tensors, and everything that follows from the template has yet to be made.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fluxkiln.build.budget import replayed_shapes
+from fluxkiln.compile.jobs import available_memory
+from fluxkiln.compile.templates import BinaryPart, Kiln, Mould, count_elements, find_template, net_name
+from fluxkiln.compile.tensors import part_bytes, part_refs, search_memory, stored_bytes
+from fluxkiln.compile.toolchains.neuron.modules import lower_action, module_name
+from fluxkiln.compile.toolchains.neuron.rungs import LARGEST_PART
+from fluxkiln.compile.toolchains.neuron.split import shard_action
+from fluxkiln.compile.toolchains.tpu_mlir.cast_file import CAST_MEMORY, combine_action, part_action
+from fluxkiln.compile.toolchains.tpu_mlir.devices import group_parts, lay_files, plan_devices
+from fluxkiln.compile.toolchains.tpu_mlir.moulds import (
+    cast_part,
+    compile_action,
+    compile_memory,
+    compile_part,
+    find_mould,
+)
+from fluxkiln.compile.toolchains.tpu_mlir.proof import needs_proof, proof_part
+from fluxkiln.components import KINDS, Part, find_kind
+from fluxkiln.errors import ResourceError
+from fluxkiln.settings import Settings
+from fluxkiln.types import GraphFormat, Template, TensorSpec
+
+if TYPE_CHECKING:
+    from fluxkiln.build.context import Prepared
+
+# torch, diffusers and the exporter in one process
+TRACE_MEMORY = 1 << 30
+# 0.1 s of quantization per 50 million weights and 3 s of starting a compiler, measured on two cores
+COMPILE_SECONDS, COMPILE_SECONDS_PER_WEIGHT = 3.0, 1e-7
+CAST_SECONDS, CAST_SECONDS_PER_WEIGHT = 0.2, 4e-9
+TRACE_SECONDS, RECORD_SECONDS, CALL_SECONDS = 1.5, 8.0, 1.0
+# What is in a bundle besides binaries: tokenizers, configs, host constants; and the report.
+SMALL_FILES = 20 << 20
+# The chip's kernel module, which every bmodel brings along whatever its weights.
+KERNEL_BYTES = 6 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One job of a build. `what` is a part, a kind or a file; `weights` how many numbers it works on.
+
+    `estimate_ms` is how long the compiler expects one run of a mould of the store to take on the chip.
+    """
+
+    stage: str
+    what: str
+    kind: str
+    scheme: str
+    memory_bytes: int
+    in_store: bool
+    weights: int = 0
+    estimate_ms: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        shown = asdict(self)
+        del shown["weights"]
+        return shown
+
+
+def plan_build(prepared: Prepared) -> dict[str, Any]:
+    """Jobs in the order of their stages, and what they need in all, as plain JSON.
+
+    `totals`: numbers of jobs and of those still to do, and estimates for these of peak memory, disk and seconds.
+    `devices`: what every file takes on its device, by its weights alone where its moulds have yet to be made.
+    `refused`: why a build would not start, or empty.
+    """
+    jobs = list_jobs(prepared)
+    todo = [job for job in jobs if not job.in_store]
+    return {
+        "name": prepared.name,
+        "target": prepared.kiln.target.name,
+        "jobs": [job.to_json() for job in jobs],
+        "totals": {
+            "jobs": len(jobs),
+            "to_do": len(todo),
+            "memory_peak_bytes": peak_memory(todo, prepared.settings),
+            "disk_bytes": disk_bytes(prepared, todo),
+            "seconds": round(estimate_seconds(prepared, todo)),
+        },
+        "devices": _devices(prepared.kiln),
+        "refused": _refusal(prepared),
+    }
+
+
+def _devices(kiln: Kiln) -> dict[str, Any]:
+    if not kiln.target.device_bytes or kiln.split is not None:
+        return {}
+    return lay_files(kiln, group_parts(kiln, _known_or_lightest(kiln))).to_json()
+
+
+def _refusal(prepared: Prepared) -> str:
+    try:
+        check_resources(prepared)
+    except ResourceError as error:
+        return str(error)
+    return ""
+
+
+def list_jobs(prepared: Prepared) -> list[Job]:
+    """All jobs of a build."""
+    from fluxkiln.build.finish import build_action
+
+    kiln = prepared.kiln
+    if kiln.split is not None:
+        jobs = split_jobs(kiln)
+    else:
+        jobs = compile_jobs(kiln, prepared.settings) if kiln.target.toolchain == "tpu_mlir" else link_jobs(kiln)
+    finished = kiln.cache.lookup(build_action(prepared).key) is not None
+    weights = count_elements(ref for part in kiln.parts for ref in part_refs(kiln, part))
+    if prepared.settings.verify:
+        largest = max(count_elements(part_refs(kiln, part)) for part in kiln.parts)
+        if kiln.split is not None:  # the reference runs block by block, and larger parts are not executed
+            largest = min(largest, LARGEST_PART // 4)
+        # one part's weights in float32, and the next one's
+        jobs.append(Job("record", "reference run", "", "F32", TRACE_MEMORY + 8 * largest, finished, weights))
+        jobs.append(Job("verify", "parity ladder", "", "", 2 * TRACE_MEMORY + 8 * largest, finished, weights))
+    jobs.append(Job("bundle", prepared.name, "", "", 0, finished, weights))
+    return jobs
+
+
+def split_jobs(kiln: Kiln) -> list[Job]:
+    """Jobs of a target that cuts the model: modules, every part's shards, the compiler where there is one."""
+    modules = {module_name(cut): lower_action(kiln, cut).key for cut in kiln.split_parts}
+    jobs = [
+        Job("lower", name, "", "BF16", TRACE_MEMORY, kiln.cache.lookup(key) is not None)
+        for name, key in modules.items()
+    ]
+    for part in kiln.parts:
+        weights = count_elements(part_refs(kiln, part))
+        cut = kiln.split_parts[kiln.parts.index(part)]
+        known = bool(kiln.digests) and kiln.cache.lookup(shard_action(kiln, cut).key) is not None
+        jobs.append(Job("shard", part.name, part.kind, "BF16", CAST_MEMORY, known, weights))
+    return jobs
+
+
+def link_jobs(kiln: Kiln) -> list[Job]:
+    """Jobs of a target that runs the graphs as they are."""
+    jobs = [template_job(kiln, kind, kiln.target.graph_format) for kind in kiln.kinds()]
+    for part in kiln.parts:
+        weights = count_elements(part_refs(kiln, part))
+        # Linking is not a cached action: it takes the time of a copy.
+        jobs.append(
+            Job(
+                "link",
+                part.name,
+                part.kind,
+                kiln.scheme(part).name,
+                search_memory(kiln, part) + CAST_MEMORY,
+                False,
+                weights,
+            )
+        )
+    return jobs
+
+
+def compile_jobs(kiln: Kiln, settings: Settings) -> list[Job]:
+    """Jobs of a target with a compiler: templates, moulds, proofs, parts without a mould, combined shells, casts."""
+    templates, made, cast = [], [], []
+    known: list[BinaryPart] = []
+    for kind in kiln.kinds():
+        template = find_template(kiln, kind, kiln.target.graph_format)
+        templates.append(template_job(kiln, kind, kiln.target.graph_format, known=template is not None))
+        parts = [part for part in kiln.parts if part.kind == kind]
+        weights = count_elements(template.slots if template else part_refs(kiln, parts[0]))
+        mould = find_mould(kiln, template) if template else None
+        scheme, memory = kiln.schemes[kind].name, compile_memory(weights)
+        spent: Any = mould.result.facts.get("estimate_ms") if mould else None
+        made.append(Job("mould", f"mould {kind}", kind, scheme, memory, mould is not None, weights, spent))
+        if mould is not None and not mould.castable:
+            made += [compile_job(kiln, part, template) for part in parts]
+        elif settings.prove or needs_proof(kiln, mould):
+            made.append(compile_job(kiln, proof_part(parts, settings.seed), template))
+        for part in parts:
+            binary = _find_binary(kiln, part, template, mould)
+            in_store = binary is not None and kiln.cache.lookup(part_action(kiln, binary).key) is not None
+            cast.append(
+                Job("cast", part.name, kind, scheme, search_memory(kiln, part) + CAST_MEMORY, in_store, weights)
+            )
+            known += [binary] if binary is not None else []
+    return [*templates, *made, *_combine_jobs(kiln, known), *cast]
+
+
+def _combine_jobs(kiln: Kiln, known: list[BinaryPart]) -> list[Job]:
+    if len(known) == len(kiln.parts):
+        order = {part.name: index for index, part in enumerate(kiln.parts)}
+        groups = group_parts(kiln, tuple(sorted(known, key=lambda binary: order[binary.part.name])))
+        keys = {name: combine_action(kiln, name, parts).key for name, parts in groups.items()}
+        return [_combine_job(name, kiln.cache.lookup(key) is not None) for name, key in keys.items()]
+    # Into how many files an unquantized transformer is cut depends on measured sizes.
+    components = dict.fromkeys(part.component for part in kiln.parts)
+    return [_combine_job("vae_decoder.bmodel" if name == "vae" else f"{name}.bmodel") for name in components]
+
+
+def _combine_job(name: str, known: bool = False) -> Job:
+    return Job("combine", name, "", "", 0, known)
+
+
+def _find_binary(kiln: Kiln, part: Part, template: Template | None, mould: Mould | None) -> BinaryPart | None:
+    """What a part's binary is made of, if that is in the store."""
+    if template is None or mould is None or not kiln.digests:
+        return None
+    if mould.castable:
+        return cast_part(kiln, part, mould)
+    known = kiln.cache.lookup(compile_action(kiln, part, template).key) is not None
+    return compile_part(kiln, part, template) if known else None
+
+
+def template_job(kiln: Kiln, kind: str, graph_format: GraphFormat, known: bool | None = None) -> Job:
+    """The job that traces a kind."""
+    if known is None:
+        known = find_template(kiln, kind, graph_format) is not None
+    return Job("template", f"{kind} {graph_format}", kind, "", TRACE_MEMORY, known)
+
+
+def compile_job(kiln: Kiln, part: Part, template: Template | None) -> Job:
+    """The job that compiles a part with its own weights."""
+    weights = count_elements(template.slots if template else part_refs(kiln, part))
+    known = (
+        template is not None
+        and bool(kiln.digests)
+        and kiln.cache.lookup(compile_action(kiln, part, template).key) is not None
+    )
+    return Job("compile", part.name, part.kind, kiln.scheme(part).name, compile_memory(weights), known, weights)
+
+
+def check_resources(prepared: Prepared) -> None:
+    """Refuse a build that the devices, the disk or the memory cannot hold, before anything is started.
+
+    Raises:
+        ResourceError: which of them, what is there and what is needed.
+    """
+    check_devices(prepared.kiln)
+    jobs = [job for job in list_jobs(prepared) if not job.in_store]
+    check_disk(prepared, jobs)
+    check_memory(jobs)
+
+
+def check_devices(kiln: Kiln) -> None:
+    """Refuse weights that no way of loading gets onto the devices; instructions and run-time memory come on top."""
+    if kiln.target.device_bytes and kiln.split is None:
+        plan_devices(kiln, group_parts(kiln, _known_or_lightest(kiln)))
+
+
+def _known_or_lightest(kiln: Kiln) -> list[BinaryPart]:
+    """Every part with the facts of its mould, or with nothing but its weights."""
+    moulds: dict[str, Mould | None] = {}
+    for kind in kiln.kinds():
+        template = find_template(kiln, kind, kiln.target.graph_format)
+        moulds[kind] = find_mould(kiln, template) if template else None
+    return [
+        BinaryPart(part, net_name(part), kiln.scheme(part), mould.result.facts, "planned")
+        if (mould := moulds[part.kind]) is not None
+        else _lightest(kiln, part)
+        for part in kiln.parts
+    ]
+
+
+def _lightest(kiln: Kiln, part: Part) -> BinaryPart:
+    size = part_bytes(kiln, part)
+    facts = {"weight_bytes": size, "instruction_bytes": 0, "runtime_bytes": 0}
+    return BinaryPart(part, net_name(part), kiln.scheme(part), facts, "planned")
+
+
+def check_memory(todo: Iterable[Job]) -> None:
+    """Refuse jobs the largest of which does not fit the memory even when it runs alone.
+
+    Raises:
+        ResourceError: with the smallest memory that works.
+    """
+    largest = max(todo, key=lambda job: job.memory_bytes, default=None)
+    if largest is None:
+        return
+    needed, free = TRACE_MEMORY + largest.memory_bytes, available_memory()
+    if free < needed:
+        raise ResourceError(
+            f"{free / 1e9:.1f} GB of memory are available, the smallest that works for this build is "
+            f"{needed / 1e9:.1f} GB ({largest.stage} {largest.what}, alone); close other programs, choose a smaller "
+            "SIZE, or use a machine with more. Nothing was started"
+        )
+
+
+def check_disk(prepared: Prepared, todo: Iterable[Job]) -> None:
+    """Refuse a build that the disk has no room for.
+
+    Raises:
+        ResourceError: fewer bytes are free than the jobs still to do are estimated to write.
+    """
+    needed = disk_bytes(prepared, todo)
+    # On two file systems each gets less than all of it; how much is not worth a second estimate.
+    free, place = min((free_bytes(place), place) for place in places(prepared))
+    share = needed if len({_existing(place).stat().st_dev for place in places(prepared)}) == 1 else needed // 2
+    if free < share:
+        raise ResourceError(
+            f"{_existing(place)}: {free / 1e9:.2f} GB are free, this build needs about {share / 1e9:.2f} GB; make "
+            "room, or name folders on a larger disk (--build-dir, --store). Nothing was started"
+        )
+
+
+def places(prepared: Prepared) -> tuple[Path, Path]:
+    """Where a build writes: its folder and the store."""
+    return prepared.folder, prepared.kiln.cache.store.root
+
+
+def free_bytes(place: Path) -> int:
+    """Bytes that can be written where `place` is or will be."""
+    return shutil.disk_usage(_existing(place)).free
+
+
+def disk_bytes(prepared: Prepared, todo: Iterable[Job]) -> int:
+    """About how many bytes these jobs write: into the store, the bundle, and working folders at their fullest."""
+    from fluxkiln.build.context import unwritten_bytes
+
+    kiln, settings = prepared.kiln, prepared.settings
+    todo = list(todo)
+    if not todo:
+        return 0
+    total, working = SMALL_FILES + unwritten_bytes(settings), [0]
+    for job in todo:
+        if job.stage in ("mould", "compile"):
+            stored = stored_bytes(kiln.schemes[job.kind], job.weights)
+            # Of a mould instructions and graphs are kept, of a compiled part its weights too, twice: the interpreter's
+            # as well. A compile works on four float32 copies.
+            total += KERNEL_BYTES + (2 * stored if job.stage == "compile" else 0)
+            working.append(16 * job.weights)
+        elif job.stage in ("cast", "shard"):
+            total += stored_bytes(kiln.schemes[job.kind], job.weights)
+        elif job.stage == "combine":
+            total += KERNEL_BYTES
+    binaries = sum(part_bytes(kiln, part) for part in kiln.parts)
+    stages = {job.stage for job in todo}
+    # Graphs lie in the working folder and in the store; a bundle has links to bmodels where it can.
+    total += 2 * binaries * ("link" in stages)
+    if "link" in stages or len({_existing(place).stat().st_dev for place in places(prepared)}) > 1:
+        total += binaries * ("bundle" in stages)
+    if "verify" in stages:
+        # one part at a time: the weights of the interpreter, and those of a graph in float32
+        working.append(8 * max(count_elements(part_refs(kiln, part)) for part in kiln.parts) * (kiln.split is None))
+        shapes = replayed_shapes(kiln)
+        steps = settings.steps if shapes == kiln.shapes else 1
+        total += recording_bytes(replace(kiln, shapes=shapes), steps)
+    return total + _most(working, settings)
+
+
+def recording_bytes(kiln: Kiln, steps: int) -> int:
+    """About the bytes of a recorded run: what goes into each part, in float32; most outputs are another's input."""
+    total = 0
+    for part in kiln.parts:
+        calls = steps if part.component == "transformer" else 1
+        specs = _inputs_of(kiln, part)
+        changing = [spec for spec in specs if not spec.name.startswith(("rotary", "position"))]
+        total += 4 * calls * count_elements(changing)
+    return 2 * total
+
+
+def _inputs_of(kiln: Kiln, part: Part) -> tuple[TensorSpec, ...]:
+    from fluxkiln.export.trace import part_inputs
+
+    if kiln.split is None or part.kind in KINDS:
+        return part_inputs(part.kind, kiln.checkpoint.configs, kiln.shapes)
+    known = {"t5": "t5_embed", "modulated_head": "head", "transformer": "head"}
+    return part_inputs(known[part.kind], kiln.checkpoint.configs, kiln.shapes)
+
+
+def peak_memory(todo: Iterable[Job], settings: Settings) -> int:
+    """The most that jobs hold at once, this process included; stages come one after the other."""
+    pooled: list[int] = []
+    alone = [0]
+    for job in todo:
+        (pooled if job.stage in ("mould", "compile", "cast", "shard") else alone).append(job.memory_bytes)
+    return max(TRACE_MEMORY * bool(pooled) + _most(pooled, settings), *alone)
+
+
+def estimate_seconds(prepared: Prepared, todo: Iterable[Job]) -> float:
+    """A guess from times measured on two cores."""
+    settings, pooled, alone = prepared.settings, 0.0, 0.0
+    for job in todo:
+        if job.stage in ("mould", "compile"):
+            pooled += COMPILE_SECONDS + COMPILE_SECONDS_PER_WEIGHT * job.weights
+        elif job.stage in ("cast", "link", "shard"):
+            pooled += CAST_SECONDS + CAST_SECONDS_PER_WEIGHT * job.weights
+        elif job.stage in ("template", "lower"):
+            alone += TRACE_SECONDS
+        elif job.stage == "record":
+            alone += RECORD_SECONDS
+        elif job.stage == "verify":
+            parts = prepared.kiln.parts
+            alone += CALL_SECONDS * sum(
+                settings.steps if find_kind(part.kind).component == "transformer" else 1 for part in parts
+            )
+    return alone + pooled / min(_workers(settings), 2)
+
+
+def _most(claims: list[int], settings: Settings) -> int:
+    """The largest sum of as many claims as there are workers."""
+    return sum(sorted(claims, reverse=True)[: _workers(settings)])
+
+
+def _workers(settings: Settings) -> int:
+    return settings.jobs or os.cpu_count() or 1
+
+
+def _existing(place: Path) -> Path:
+    while not place.exists():
+        place = place.parent
+    return place

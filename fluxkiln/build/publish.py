@@ -1,0 +1,389 @@
+"""Publishing and pulling, from a folder to a registry and back: what the commands of that name do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fluxkiln import __version__
+from fluxkiln.artifacts.bundle import read_manifest, walk_bundle
+from fluxkiln.artifacts.manifest import Manifest
+from fluxkiln.artifacts.modelpack import (
+    LAYER_TYPES,
+    WEIGHT_CONFIG_TYPE,
+    modelpack_config,
+    modelpack_document,
+    parity_word,
+)
+from fluxkiln.artifacts.paths import MANIFEST_FILE, resolve_inside
+from fluxkiln.artifacts.registry import signing
+from fluxkiln.artifacts.registry.card import model_card
+from fluxkiln.artifacts.registry.document import (
+    BUNDLE,
+    CARD,
+    LICENCES,
+    MAX_EXTRA_BYTES,
+    PROVENANCE,
+    REPORT,
+    SIGNATURE,
+    Document,
+    Layer,
+    check_bundle,
+    digest_bytes,
+    parse_document,
+    pulled_path,
+)
+from fluxkiln.artifacts.registry.licence import check_licence
+from fluxkiln.artifacts.registry.parallel import TRANSFERS
+from fluxkiln.artifacts.registry.place import Place
+from fluxkiln.artifacts.registry.provenance import provenance_statement
+from fluxkiln.artifacts.registry.pull import Found, check_replaceable, look_up, pull, receive_small
+from fluxkiln.artifacts.registry.push import Pushed, push
+from fluxkiln.artifacts.registry.reference import (
+    HubReference,
+    LayoutReference,
+    Reference,
+    parse_reference,
+    with_tag,
+)
+from fluxkiln.artifacts.registry.transfer import Patience, Stop
+from fluxkiln.artifacts.store import Blob
+from fluxkiln.digests import Json
+from fluxkiln.errors import IntegrityError, ParityError, UsageError
+from fluxkiln.files import digest_file
+from fluxkiln.progress import Progress
+
+PULLED_SCHEMA = "fluxkiln.pulled/1"
+UNSIGNED = "unsigned: nothing but the registry vouches for who published it"
+
+SignatureState = Literal["verified", "not checked", "unsigned"]
+
+
+@dataclass(frozen=True, slots=True)
+class Transfers:
+    """How a registry is spoken to: without TLS if that was asked for, so many transfers at once, so patiently."""
+
+    plain_http: bool = False
+    jobs: int = TRANSFERS
+    patience: Patience | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What the publisher allows and adds.
+
+    Attributes:
+        accepted: licences that were accepted (`flux-1-dev`).
+        allow_failed_parity: a bundle that missed a gate goes out all the same, and its manifest says so.
+        sign_key: private key in PEM.
+        lora_licences: texts of the licences of adapters that are in the weights.
+    """
+
+    accepted: tuple[str, ...] = ()
+    allow_failed_parity: bool = False
+    sign_key: Path | None = None
+    lora_licences: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """What was published where; see `Pushed` for what had to be sent."""
+
+    reference: str
+    document: Document
+    pushed: Pushed
+    parity: str
+    signed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Pulled:
+    """What was pulled to where, and what is known of its publisher."""
+
+    destination: Path
+    found: Found
+    signature: SignatureState
+    parity: str
+
+
+def publish_bundle(
+    bundle: Path,
+    reference: str,
+    terms: Terms | None = None,
+    *,
+    transfers: Transfers | None = None,
+    progress: Progress | None = None,
+) -> Published:
+    """Publish a bundle with its report, provenance, model card, licences and, with a key, a signature.
+
+    Args:
+        bundle: the folder of a bundle, or the one around it as a build or a pull makes it.
+
+    Raises:
+        IntegrityError: a file is not what the bundle's manifest says, or its report is another bundle's.
+        ParityError: it missed a gate when it was built, and that was not allowed.
+        UsageError: no bundle, an illegal reference, or its licence forbids it like this.
+        RegistryError: the registry refuses or cannot be reached.
+    """
+    terms, transfers = terms or Terms(), transfers or Transfers()
+    target = parse_reference(reference)
+    tag = target.tag
+    if not tag:
+        raise UsageError(f"{reference} names a digest; publish under a tag, the digest comes from the bytes")
+    folder = bundle / BUNDLE if not (bundle / MANIFEST_FILE).exists() and (bundle / BUNDLE).is_dir() else bundle
+    manifest = read_manifest(folder)
+    _check_files(folder, manifest)
+    _check_parity(manifest, terms.allow_failed_parity)
+    licence = resolve_inside(folder, manifest.licence.file).read_bytes()
+    check_licence(manifest, licence, terms.accepted)
+    document, config, sources = _compose(folder, manifest, licence, terms)
+    with _open(target, transfers, write=True) as (place, stop):
+        pushed = push(place, document, config, sources, tag, stop=stop, jobs=transfers.jobs, progress=progress)
+    return Published(str(target), document, pushed, parity_word(manifest.parity), terms.sign_key is not None)
+
+
+def pull_bundle(
+    reference: str,
+    destination: Path,
+    *,
+    verify_key: Path | None = None,
+    require_signature: bool = False,
+    transfers: Transfers | None = None,
+    progress: Progress | None = None,
+) -> Pulled:
+    """Fetch a bundle into `destination`, checked byte by byte, or leave nothing there.
+
+    Args:
+        verify_key: public key in PEM; the bundle then must be signed with its private half.
+        require_signature: refuse what is not signed by that key; without a key nothing can be told, so everything is.
+
+    Raises:
+        IntegrityError: bytes that are not what the manifest says, or no valid signature where one must be.
+        UsageError: no such tag, or `destination` is something else than an earlier pull.
+        RegistryError, ResourceError: see `pull`.
+    """
+    transfers = transfers or Transfers()
+    source = parse_reference(reference)
+    if require_signature and verify_key is None:
+        raise UsageError("--require-signature needs the publisher's key to compare with; add --verify KEY")
+    check_replaceable(destination)
+    with _open(source, transfers, write=False) as (place, stop):
+        found = look_up(place, _name_in(source))
+        signature = _signature(place, found.document, verify_key)
+        state: SignatureState = "unsigned" if signature is None else "verified" if verify_key else "not checked"
+
+        # Once more over what lies on the disk, before it gets its name.
+        def check(staging: Path, document: Document) -> None:
+            if signature is not None and verify_key is not None:
+                digests = {pulled_path(layer.path): _digest_staged(staging, layer) for layer in document.layers}
+                del digests[SIGNATURE]
+                signing.verify(digests, signature, verify_key)
+
+        record: Json = {
+            "schema": PULLED_SCHEMA,
+            "reference": str(source),
+            "digest": found.document.digest,
+            "parity": parity_word(found.manifest.parity),
+            "signature": state,
+        }
+        pull(place, found, destination, record=record, stop=stop, check=check, jobs=transfers.jobs, progress=progress)
+    return Pulled(destination, found, state, parity_word(found.manifest.parity))
+
+
+def inspect_reference(reference: str, transfers: Transfers | None = None) -> Found:
+    """What lies under a reference: its manifest and the bundle's, checked; no other file is fetched."""
+    source = parse_reference(reference)
+    with _open(source, transfers or Transfers(), write=False) as (place, _):
+        return look_up(place, _name_in(source))
+
+
+def list_tags(reference: str, transfers: Transfers | None = None) -> tuple[Reference, dict[str, Document | None]]:
+    """The tags of a repository, each with its manifest; None where it is none of a bundle."""
+    source = parse_reference(reference, tagged=False)
+    found: dict[str, Document | None] = {}
+    with _open(source, transfers or Transfers(), write=False) as (place, _):
+        for tag in sorted(place.tags()):
+            try:
+                with_tag(source, tag)
+            except UsageError:
+                continue  # no tag that anybody could ask for
+            try:
+                found[tag] = parse_document(place.manifest(tag), f"manifest {tag} of {place.name}")
+            except IntegrityError:
+                found[tag] = None
+    return source, found
+
+
+def tag_reference(reference: str, tag: str, transfers: Transfers | None = None) -> tuple[Reference, Document]:
+    """Give a published bundle another tag; nothing but its manifest is sent.
+
+    Raises:
+        UsageError: no such bundle, or an illegal tag. IntegrityError: what is there is no whole bundle's manifest.
+    """
+    source = parse_reference(reference)
+    target = with_tag(source, tag)
+    with _open(source, transfers or Transfers(), write=True) as (place, _):
+        document = look_up(place, _name_in(source)).document
+        place.retag(document, tag)
+    return target, document
+
+
+def read_described(text: str, transfers: Transfers | None = None) -> Manifest:
+    """The bundle's manifest from a folder or a reference."""
+    folder = Path(text)
+    for candidate in (folder, folder / BUNDLE):
+        if (candidate / MANIFEST_FILE).is_file():
+            return read_manifest(candidate)
+    return inspect_reference(text, transfers).manifest
+
+
+def _compose(
+    folder: Path, manifest: Manifest, licence: bytes, terms: Terms
+) -> tuple[Document, bytes, Mapping[str, Path | bytes]]:
+    """The OCI manifest, the config and where every layer's bytes are."""
+    manifest_data = (folder / MANIFEST_FILE).read_bytes()
+    first = Layer(MANIFEST_FILE, digest_bytes(manifest_data), len(manifest_data), WEIGHT_CONFIG_TYPE)
+    layers = [first]
+    sources: dict[str, Path | bytes] = {MANIFEST_FILE: manifest_data}
+    for file in manifest.files:
+        layers.append(Layer(file.path, file.digest, file.size, LAYER_TYPES[file.role]))
+        sources[file.path] = resolve_inside(folder, file.path)
+    report = _read_report(folder, manifest)
+    extras: dict[str, bytes] = {f"{LICENCES}/{path.name}": _read_licence(path) for path in terms.lora_licences}
+    if len(extras) != len(terms.lora_licences):
+        raise UsageError("two of the LoRA licences have the same file name; rename one of them")
+    if report is not None:
+        extras[REPORT] = report
+    blob = None if report is None else Blob(digest_bytes(report), len(report))
+    extras[PROVENANCE] = provenance_statement(manifest, Blob(first.digest, first.size), blob, __version__)
+    others = sorted(path for path in extras if path.startswith(LICENCES))
+    extras[CARD] = model_card(manifest, licence, extra_licences=others, signed=terms.sign_key is not None)
+    for path, data in extras.items():
+        if path in sources:
+            raise UsageError(f"{folder} has a file {path} of its own; that name is for what is published with a bundle")
+        layers.append(Layer(path, digest_bytes(data), len(data)))
+        sources[path] = data
+    if terms.sign_key is not None:
+        data = signing.sign({pulled_path(layer.path): layer.digest for layer in layers}, terms.sign_key)
+        layers.append(Layer(SIGNATURE, digest_bytes(data), len(data)))
+        sources[SIGNATURE] = data
+    config = modelpack_config(manifest, tuple(layer.digest for layer in layers))
+    data = modelpack_document(manifest, Blob(digest_bytes(config), len(config)), [one.descriptor() for one in layers])
+    # What others would refuse is not sent.
+    document = parse_document(data, f"the manifest of {folder}")
+    check_bundle(document, manifest, f"the manifest of {folder}")
+    return document, config, sources
+
+
+def _check_files(folder: Path, manifest: Manifest) -> None:
+    """Refuse at once what needs no reading; digests are compared while the files are sent."""
+    present = walk_bundle(folder)
+    for file in manifest.files:
+        path = folder / file.path
+        if not present.pop(file.path, False):
+            raise _changed(path, "is missing or no regular file")
+        if path.lstat().st_size != file.size:
+            raise _changed(path, f"has {path.lstat().st_size} bytes, its manifest says {file.size}")
+    if present:
+        raise _changed(folder / min(present), "is not named by the manifest")
+
+
+def _changed(path: Path, fault: str) -> IntegrityError:
+    return IntegrityError(
+        f"{path} {fault}: the bundle was changed after it was built and verified. Build it again; nothing was published"
+    )
+
+
+def _check_parity(manifest: Manifest, allowed: bool) -> None:
+    if parity_word(manifest.parity) == "failed" and not allowed:
+        failure = manifest.parity.get("failure") or "a gate of the parity ladder was missed"
+        raise ParityError(
+            f"{manifest.name} failed its parity when it was built ({failure}); build it so that it passes, or "
+            "publish it marked as failed: --allow-failed-parity"
+        )
+
+
+def _read_report(folder: Path, manifest: Manifest) -> bytes | None:
+    """The report beside the bundle; None where the bundle was not verified."""
+    path = folder.parent / REPORT
+    if parity_word(manifest.parity) == "unverified" or not path.is_file():
+        return None
+    data = _read_small(path)
+    try:
+        report: Any = json.loads(data)
+        checkpoint = report.get("provenance", {}).get("checkpoint", manifest.checkpoint.fingerprint)
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise IntegrityError(f"{path} is no report ({error}); build the bundle again, or remove it") from error
+    if checkpoint != manifest.checkpoint.fingerprint:
+        raise IntegrityError(
+            f"{path} is about the checkpoint {checkpoint}, the bundle was built from "
+            f"{manifest.checkpoint.fingerprint}; build it again"
+        )
+    return data
+
+
+def _read_licence(path: Path) -> bytes:
+    if not path.is_file():
+        raise UsageError(f"--lora-license {path}: there is no such file; give the licence's text")
+    return _read_small(path)
+
+
+def _read_small(path: Path) -> bytes:
+    size = path.stat().st_size
+    if size > MAX_EXTRA_BYTES:
+        raise UsageError(f"{path} has {size} bytes; {MAX_EXTRA_BYTES} are the most for what lies beside a bundle")
+    return path.read_bytes()
+
+
+def _signature(place: Place, document: Document, key: Path | None) -> bytes | None:
+    """The signature, and where there is a key, one that holds: asked for before gigabytes are fetched."""
+    layer = document.find(SIGNATURE)
+    if layer is None:
+        if key is not None:
+            raise IntegrityError(
+                f"{place.name} has it without a signature, and --verify asks for one by {key}; ask its publisher to "
+                "sign it, or leave --verify out"
+            )
+        return None
+    signature = receive_small(place, layer)
+    if key is not None:
+        digests = {pulled_path(one.path): one.digest for one in document.layers if one is not layer}
+        signing.verify(digests, signature, key)
+    return signature
+
+
+def _digest_staged(staging: Path, layer: Layer) -> str:
+    path = staging / pulled_path(layer.path)
+    # Large files were hashed as they came; what lies beside the bundle is read by people.
+    return digest_file(path)[0] if path.parent == staging else layer.digest
+
+
+def _name_in(reference: Reference) -> str:
+    return getattr(reference, "digest", "") or reference.tag
+
+
+@contextmanager
+def _open(reference: Reference, transfers: Transfers, *, write: bool) -> Iterator[tuple[Place, Stop]]:
+    """The place that a reference names, closed at the end."""
+    stop = Stop()
+    place: Place
+    if isinstance(reference, LayoutReference):
+        from fluxkiln.artifacts.registry.layout import open_layout
+
+        place = open_layout(reference.path, write=write, stop=stop)
+    elif isinstance(reference, HubReference):
+        from fluxkiln.artifacts.registry.hub import open_hub
+
+        place = open_hub(reference, patience=transfers.patience, stop=stop)
+    else:
+        from fluxkiln.artifacts.registry.oci import open_registry
+
+        place = open_registry(reference, plain_http=transfers.plain_http, patience=transfers.patience, stop=stop)
+    try:
+        yield place, stop
+    finally:
+        place.close()

@@ -1,0 +1,322 @@
+"""Schemes compared layer by layer, chosen within a budget, and packed into one file.
+
+Only one matrix is in memory at a time, and of that some rows. What is chosen layer by layer is for runtimes of packed
+weights. A bmodel takes one scheme a kind, any method with it, and BF16 for some of its slots: that is what is chosen
+per kind (`fluxkiln.build.mixture`), and `fluxkiln build --scheme` takes it as it is printed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fluxkiln.build.context import Prepared, prepare
+from fluxkiln.build.mixture import Mix, choose_slots
+from fluxkiln.build.sensitivity import block_errors, open_trials, slot_errors
+from fluxkiln.compile.templates import Kiln
+from fluxkiln.compile.weights import component_digest, find_calibration
+from fluxkiln.errors import SchemeError
+from fluxkiln.export.checkpoint import read_rows
+from fluxkiln.files import disk_full_named
+from fluxkiln.progress import Progress, Silent
+from fluxkiln.quantize.recipes import LayerRule, assign_rules, choose, parse_budget
+from fluxkiln.quantize.schemes import METHODS, Scheme, check_groups, parse_scheme
+from fluxkiln.settings import Settings
+
+if TYPE_CHECKING:
+    from fluxkiln.quantize.calibration import Calibration
+    from fluxkiln.quantize.figures import Figures
+    from fluxkiln.types import TensorRef
+
+# whatever is compared, this is in the same run
+BASELINE = "W4BF16-rtn"
+# of which a budget chooses, by the method
+BUDGET_SCHEMES = ("W4BF16-g128-{0}", "W4BF16-{0}", "W4BF16-g32-{0}", "BF16")
+_BLOCKS = ("transformer_blocks.", "single_transformer_blocks.", "encoder.block.")
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A matrix of the checkpoint that a scheme may quantize."""
+
+    component: str
+    name: str
+    ref: TensorRef
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.ref.shape
+        return rows, columns
+
+    @property
+    def part(self) -> str:
+        """The block it is in: `transformer_blocks.3`."""
+        stack = next(stack for stack in _BLOCKS if self.name.startswith(stack))
+        return stack + self.name.removeprefix(stack).split(".")[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """What `quantize_model` found: figures by layer and scheme, and the figures chosen for each layer.
+
+    `mix` is how slots were chosen per kind, where they were.
+    """
+
+    layers: tuple[Layer, ...]
+    figures: Mapping[str, Mapping[str, Figures]]
+    chosen: Mapping[str, Figures]
+    budget: int
+    calibrated: bool
+    seconds: float
+    path: Path | None
+    mix: Mix | None = None
+
+    @property
+    def scheme(self) -> str:
+        """What a build takes, where slots were chosen per kind."""
+        return self.mix.scheme if self.mix else ""
+
+    def by_part(self) -> dict[str, dict[str, tuple[float, float, int]]]:
+        """Block -> scheme -> relative errors of weights and outputs over its layers (root mean square), bytes."""
+        grouped: dict[str, dict[str, list[Figures]]] = defaultdict(lambda: defaultdict(list))
+        for layer in self.layers:
+            for scheme, found in self.figures[layer.name].items():
+                grouped[layer.part][scheme].append(found)
+        return {
+            part: {scheme: _summary(found) for scheme, found in schemes.items()} for part, schemes in grouped.items()
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as plain JSON."""
+        size = sum(found.size for found in self.chosen.values())
+        weights = sum(found.weights for found in self.chosen.values())
+        return {
+            "calibrated": self.calibrated,
+            "budget": self.budget or None,
+            "size": size,
+            "bits_per_weight": round(8 * size / weights, 4),
+            "seconds": round(self.seconds, 3),
+            "path": str(self.path) if self.path else None,
+            "scheme": self.scheme or None,
+            "mix": self.mix.to_json() if self.mix else None,
+            "layers": [
+                {
+                    "component": layer.component,
+                    "name": layer.name,
+                    "shape": list(layer.shape),
+                    "chosen": self.chosen[layer.name].scheme,
+                    "schemes": {name: _to_json(one) for name, one in self.figures[layer.name].items()},
+                }
+                for layer in self.layers
+            ],
+            "parts": {
+                part: {
+                    name: {"weight_error": w, "output_error": _number(o), "size": s} for name, (w, o, s) in all_.items()
+                }
+                for part, all_ in self.by_part().items()
+            },
+        }
+
+
+def quantize_model(
+    settings: Settings,
+    schemes: Sequence[str] = (),
+    budget: str = "",
+    rules: Sequence[LayerRule] = (),
+    out: Path | None = None,
+    progress: Progress | None = None,
+    per_kind: bool = False,
+) -> Quantized:
+    """Measure every layer of the blocks under some schemes, and choose one for each.
+
+    Args:
+        schemes: to compare; without a budget the first is chosen. The compiler's own is always among them.
+        budget: bytes or bits a weight for all layers; then the choice is among BUDGET_SCHEMES.
+        rules: layers with a scheme of their own.
+        out: a safetensors file for what was chosen: `<layer>.codes`, `.scales`, `.zeros`, or the layer as it is.
+        per_kind: a budget is spent on slots, for all blocks of a kind alike: in the first of `schemes`, or in BF16.
+
+    Raises:
+        SchemeError: a scheme, rule or budget that cannot be had, or calibration of another checkpoint.
+    """
+    from fluxkiln.quantize.figures import measure
+
+    started = time.perf_counter()
+    progress = progress or Silent()
+    prepared = prepare(settings, progress)
+    kiln = prepared.kiln
+    layers = tuple(find_layers(kiln))
+    calibrations = {name: _calibration(kiln, name) for name in dict.fromkeys(layer.component for layer in layers)}
+    compared = [parse_scheme(name) for name in schemes or ("W4BF16",)]
+    if per_kind:
+        compared = _per_kind(compared, budget, rules)
+    elif budget:
+        method = compared[0].method
+        compared = [parse_scheme(name.format(method)) for name in BUDGET_SCHEMES]
+    fixed = assign_rules([layer.name for layer in layers], rules)
+    limit = parse_budget(budget, sum(math.prod(layer.shape) for layer in layers)) if budget else 0
+    figures: dict[str, dict[str, Figures]] = {}
+    progress.stage("quantize", len(layers))
+    for layer in layers:
+        known = calibrations[layer.component]
+        statistics = known.statistics(layer.component, layer.name, layer.shape[1]) if known else None
+        wanted = [fixed[layer.name]] if layer.name in fixed else compared
+        figures[layer.name] = {}
+        for scheme in dict.fromkeys([*wanted, parse_scheme(BASELINE)]):
+            if statistics is None and METHODS[scheme.method].calibrated and scheme.weight_bits:
+                raise SchemeError(f"{scheme.name} needs calibration of {layer.component}; run fluxkiln calibrate first")
+            check_groups(scheme, layer.name, layer.shape[1])
+            figures[layer.name][scheme.name] = measure(partial(read_rows, layer.ref), layer.shape, scheme, statistics)
+        progress.done("quantize", layer.name, f"{len(figures[layer.name])} schemes")
+    options = {
+        layer.name: [figures[layer.name][s.name] for s in ([fixed[layer.name]] if layer.name in fixed else compared)]
+        for layer in layers
+    }
+    chosen, mixed = {name: found[0] for name, found in options.items()}, None
+    if per_kind:
+        chosen, mixed = _choose_slots(prepared, figures, compared, limit, progress)
+    elif budget:
+        chosen = choose(options, limit)
+    if out is not None:
+        write_packed(layers, {name: parse_scheme(found.scheme) for name, found in chosen.items()}, calibrations, out)
+    calibrated = all(calibrations.values())
+    return Quantized(layers, figures, chosen, limit, calibrated, time.perf_counter() - started, out, mixed)
+
+
+def _choose_slots(
+    prepared: Prepared,
+    figures: Mapping[str, Mapping[str, Figures]],
+    compared: Sequence[Scheme],
+    limit: int,
+    progress: Progress,
+) -> tuple[dict[str, Figures], Mix]:
+    """What each slot does to its blocks measured, slots chosen by it, and the blocks measured with what was chosen."""
+    coded, plain = compared
+    choose_slots(figures, coded.name, plain.name, limit)  # a budget that cannot be met is said before anything is run
+    started = time.perf_counter()
+    trials = open_trials(prepared, figures, progress)
+    errors = slot_errors(trials, coded, progress)
+    chosen, text, slots = choose_slots(figures, coded.name, plain.name, limit, errors)
+    in_codes = {kind: [one.slot for one in slots if one.kind == kind and not one.kept] for kind in trials.slots}
+    measured = block_errors(trials, coded, in_codes, progress)
+    names = {kind: tuple(part.name for part in parts) for kind, parts in trials.blocks.items()}
+    return chosen, Mix(text, slots, names, measured, time.perf_counter() - started)
+
+
+def _per_kind(compared: Sequence[Scheme], budget: str, rules: Sequence[LayerRule]) -> list[Scheme]:
+    """The scheme that is asked for and the one of what it leaves out."""
+    if not budget or rules or len(compared) > 1:
+        raise SchemeError(
+            "slots are chosen per kind between one scheme and BF16, within a budget; give --budget, one --scheme, and "
+            "no --layer"
+        )
+    if not compared[0].weight_bits:
+        raise SchemeError(f"{compared[0].name} does not quantize, so there is nothing to choose; give W4BF16 say")
+    return [compared[0], parse_scheme(compared[0].arithmetic)]
+
+
+def find_layers(kiln: Kiln) -> Iterator[Layer]:
+    """Every matrix of the blocks of the transformer and of T5, in the order of the checkpoint."""
+    for component in ("text_encoder_2", "transformer"):
+        for name, ref in kiln.checkpoint.tensors.get(component, {}).items():
+            linear = len(ref.shape) == 2 and name.endswith(".weight") and "relative_attention_bias" not in name
+            if linear and name.startswith(_BLOCKS):
+                yield Layer(component, name, ref)
+
+
+def write_packed(
+    layers: Sequence[Layer],
+    schemes: Mapping[str, Scheme],
+    calibrations: Mapping[str, Calibration | None],
+    out: Path,
+) -> None:
+    """Write the packed layers as safetensors, some rows at a time; the metadata says each one's scheme.
+
+    Raises:
+        SchemeError: a method that needs more than codes. ResourceError: the disk is full.
+    """
+    import numpy as np
+
+    from fluxkiln.quantize.pack import to_bf16_bits
+    from fluxkiln.quantize.rounding import empty_packed, make_rounder
+
+    header: dict[str, Any] = {}
+    position = 0
+    for layer in layers:
+        for suffix, dtype, shape in _tensors(layer, schemes[layer.name]):
+            size = math.prod(shape) * (1 if dtype == "U8" else 2)
+            entry = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + size]}
+            header[f"{layer.component}.{layer.name}{suffix}"] = entry
+            position += size
+    names = {f"{layer.component}.{layer.name}": schemes[layer.name].name for layer in layers}
+    raw = json.dumps({"__metadata__": {"schemes": json.dumps(names)}, **header}).encode()
+    raw = raw.ljust(-(-len(raw) // 8) * 8)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.with_name(f"{out.name}.partial")
+    with disk_full_named(out.parent, position), unfinished.open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        for layer in layers:
+            scheme, (rows, columns) = schemes[layer.name], layer.shape
+            if not scheme.weight_bits:
+                for start in range(0, rows, 256):
+                    file.write(to_bf16_bits(read_rows(layer.ref, start, min(start + 256, rows))).tobytes())
+                continue
+            known = calibrations[layer.component]
+            statistics = known.statistics(layer.component, layer.name, columns) if known else None
+            rounder = make_rounder(scheme, statistics)
+            sides = []
+            for start in range(0, rows, 256):
+                weight = read_rows(layer.ref, start, min(start + 256, rows))
+                packed = empty_packed(weight.shape, scheme.group_size, scheme.weight_bits)
+                rounder(weight, scheme.weight_bits, packed.codes_OI, packed.scales_OG, packed.zeros_OG)
+                file.write(packed.codes_OI.data)
+                sides.append(packed)
+            file.write(np.concatenate([one.scales_OG for one in sides]).data)
+            file.write(np.concatenate([one.zeros_OG for one in sides]).data)
+    unfinished.replace(out)
+
+
+def _tensors(layer: Layer, scheme: Scheme) -> list[tuple[str, str, tuple[int, int]]]:
+    rows, columns = layer.shape
+    if not scheme.weight_bits:
+        return [("", "BF16", (rows, columns))]
+    groups = (rows, columns // scheme.group_size)
+    return [
+        (".codes", "U8", (rows, columns * scheme.weight_bits // 8)),
+        (".scales", "BF16", groups),
+        (".zeros", "U8", groups),
+    ]
+
+
+def _calibration(kiln: Kiln, component: str) -> Calibration | None:
+    return find_calibration(kiln.cache, component, component_digest(kiln.digests, component))
+
+
+def _summary(found: Sequence[Figures]) -> tuple[float, float, int]:
+    def mean(values: list[float]) -> float:
+        return math.sqrt(sum(value * value for value in values) / len(values))
+
+    return mean([f.weight_error for f in found]), mean([f.output_error for f in found]), sum(f.size for f in found)
+
+
+def _to_json(found: Figures) -> dict[str, Any]:
+    return {
+        "weight_error": found.weight_error,
+        "output_error": _number(found.output_error),
+        "bits_per_weight": round(found.bits_per_weight, 4),
+        "size": found.size,
+        "seconds": round(found.seconds, 4),
+        "one_signed_groups": found.one_signed,
+        "empty_groups": found.empty,
+    }
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value

@@ -1,0 +1,161 @@
+"""Parity over whole images: every prompt with every seed, over all steps, by diffusers and by the parts of a build."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fluxkiln.artifacts.actions import Action, run_action, stage_code_version
+from fluxkiln.build.budget import name_shapes
+from fluxkiln.compile.templates import Kiln
+from fluxkiln.components import find_kind
+from fluxkiln.digests import digest_json
+from fluxkiln.progress import Progress
+from fluxkiln.settings import Settings
+from fluxkiln.types import PartRunner
+from fluxkiln.verify.runs import Run, Sampled, describe_runs, list_runs, measure_run
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from fluxkiln.verify.ladder import Ladder
+
+_ARRAYS = "run.npz"
+
+
+def sample_runs(
+    kiln: Kiln, settings: Settings, ladder: Ladder, runner: PartRunner, rung: str, progress: Progress
+) -> dict[str, Any] | None:
+    """Make the images that the settings ask for and compare them; their last latents and images climb `ladder`.
+
+    Args:
+        kiln: at the shapes to run at; its parts are those `runner` runs, all components of them.
+
+    Returns:
+        The report's `runs`; None where no prompts and no seeds are asked for.
+
+    Raises:
+        UsageError: too many runs. Whatever `runner` raises.
+    """
+    pairs = list_runs(settings.prompts, settings.seeds, settings.prompt, settings.seed)
+    if not pairs:
+        return None
+    progress.stage("sample", 2 * len(pairs))
+    runs: list[Run] = []
+    pictures: dict[tuple[str, int], tuple[NDArray[Any], NDArray[Any]]] = {}
+    references = reference_runs(kiln, settings, pairs, progress)
+    scheme = next(
+        kiln.scheme(part).name.split("-")[0]
+        for part in kiln.parts
+        if part.component == "transformer" and find_kind(part.kind).residual
+    )
+    for number, (prompt, seed) in enumerate(pairs):
+        reference = references[prompt, seed]
+        actual = sample_parts(kiln, settings, runner, prompt, seed)
+        runs.append(measure_run(prompt, seed, reference, actual))
+        pictures[prompt, seed] = reference.image, actual.image
+        name = f"pipeline.{number:02d}"
+        last = len(actual.latents) - 1
+        ladder.climb_latents(last, reference.latents[-1], [(rung, actual.latents[-1])], scheme, name)
+        ladder.climb_image(-1, reference.image, [(rung, actual.image)], scheme, name)
+        progress.done("sample", f"seed {seed}: {_shown(prompt)}", f"{runs[-1].psnr:.1f} dB, SSIM {runs[-1].ssim:.4f}")
+    return {**describe_runs(runs, pictures, rung), "shapes": name_shapes(kiln.shapes)}
+
+
+def reference_runs(
+    kiln: Kiln, settings: Settings, pairs: Sequence[tuple[str, int]], progress: Progress
+) -> Mapping[tuple[str, int], Sampled]:
+    """diffusers' own images in float32, from the store or made now; its pipeline is opened once, and only if needed."""
+    opened: list[Any] = []
+    found: dict[tuple[str, int], Sampled] = {}
+    for prompt, seed in pairs:
+        action = _reference_action(kiln, settings, prompt, seed)
+
+        def produce(folder: Path, prompt: str = prompt, seed: int = seed) -> tuple[dict[str, Path], dict[str, Any]]:
+            if not opened:
+                opened.append(_open_reference(kiln))
+            _write_sampled(folder / _ARRAYS, _render(opened[0], kiln, settings, prompt, seed))
+            return {_ARRAYS: folder / _ARRAYS}, {}
+
+        result = run_action(kiln.cache, action, produce)
+        found[prompt, seed] = _read_sampled(kiln.path(result.outputs[_ARRAYS]))
+        progress.done("sample", f"reference, seed {seed}: {_shown(prompt)}", "from the store" if result.hit else "made")
+    return found
+
+
+def sample_parts(kiln: Kiln, settings: Settings, runner: PartRunner, prompt: str, seed: int) -> Sampled:
+    """diffusers' own loop with `runner` in place of every model."""
+    from fluxkiln.compile.toolchains.neuron.split import runtime_constants
+    from fluxkiln.export.host import pooled_row
+    from fluxkiln.verify.pipeline import run_with_parts
+
+    latents: list[NDArray[Any]] = []
+    made = run_with_parts(
+        kiln.checkpoint.root, kiln.checkpoint.configs, kiln.shapes, kiln.parts, runtime_constants(kiln), pooled_row,
+        runner, steps=settings.steps, seed=seed, prompt=prompt, on_latents=latents.append,
+    )  # fmt: skip
+    return Sampled(tuple(latents), made.image)
+
+
+def _reference_action(kiln: Kiln, settings: Settings, prompt: str, seed: int) -> Action:
+    import importlib.metadata
+
+    return Action(
+        stage="sample",
+        what=f"reference image, seed {seed}",
+        code_version=stage_code_version(
+            "fluxkiln.verify.pipeline", "fluxkiln.verify.streaming", "fluxkiln.verify.runs", "fluxkiln.build.samples"
+        ),
+        inputs={"checkpoint": digest_json({name: dict(tensors) for name, tensors in kiln.digests.items()})},
+        settings={
+            "configs": digest_json(kiln.checkpoint.configs),
+            "shapes": [kiln.shapes.height, kiln.shapes.width, kiln.shapes.tokens],
+            "steps": settings.steps,
+            "seed": seed,
+            "prompt": prompt,
+            "vae": settings.vae,
+        },
+        tools={name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")},
+    )
+
+
+def _open_reference(kiln: Kiln) -> Any:
+    from fluxkiln.components import COMPONENTS
+    from fluxkiln.export.checkpoint import TensorReader
+    from fluxkiln.verify.pipeline import quiet
+
+    with quiet():
+        from fluxkiln.verify.streaming import open_pipeline
+
+        tiny = any(part.kind == "tiny_vae_decoder" for part in kiln.parts)
+        return open_pipeline(kiln.checkpoint.root, TensorReader(kiln.checkpoint), set(COMPONENTS), tiny)
+
+
+def _render(pipe: Any, kiln: Kiln, settings: Settings, prompt: str, seed: int) -> Sampled:
+    from fluxkiln.verify.pipeline import GUIDANCE_SCALE, render
+    from fluxkiln.verify.streaming import weights_in_place
+
+    latents: list[NDArray[Any]] = []
+    with weights_in_place():
+        made = render(
+            pipe, kiln.shapes, settings.steps, seed, prompt, GUIDANCE_SCALE, on_latents=latents.append
+        )  # fmt: skip
+    return Sampled(tuple(latents), made.image)
+
+
+def _write_sampled(path: Path, sampled: Sampled) -> None:
+    import numpy as np
+
+    np.savez(path, image=sampled.image, latents=np.stack(sampled.latents))
+
+
+def _read_sampled(path: Path) -> Sampled:
+    import numpy as np
+
+    with np.load(path, allow_pickle=False) as arrays:
+        return Sampled(tuple(arrays["latents"]), arrays["image"])
+
+
+def _shown(prompt: str) -> str:
+    return prompt if len(prompt) <= 40 else prompt[:37] + "..."

@@ -1,0 +1,120 @@
+"""What an executor is: parts of a bundle by name, from numpy to numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fluxkiln.components import Component, find_kind
+from fluxkiln.errors import CompileError, UsageError
+from fluxkiln.types import TensorSpec
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class Net:
+    """One compiled part: the file that it is in, its name there, and what it takes and gives, in the net's order.
+
+    dtypes are the runtime's own words: `float32` and `int64` of ONNX, `bf16` and `f32` of a bmodel.
+    """
+
+    part: str
+    kind: str
+    file: Path
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    size: int = 0
+
+    @property
+    def component(self) -> Component:
+        return find_kind(self.kind).component
+
+
+class Executor(Protocol):
+    """Runs the parts of one bundle. One thread at a time.
+
+    What a part needs is loaded when the part is first run, or by `load`, and stays until its component is released.
+    """
+
+    name: str
+
+    def __call__(self, part: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """The part's outputs by its kind's names, float32.
+
+        Args:
+            inputs: by the kind's names, float32 or integers; their shapes are those of the build.
+
+        Raises:
+            CompileError: no such part, an input is missing or of another shape, or the run failed.
+            IntegrityError: a file is damaged. ResourceError: memory ran out.
+        """
+
+    def load(self, component: Component) -> None:
+        """Load all parts of a component now; errors as a call."""
+
+    def release(self, component: Component) -> None:
+        """Let go of a component's memory; its parts are loaded again when they are run."""
+
+    def drop(self, part: str) -> None:
+        """Let go of one part's memory, if its runtime can: it ran, and is not needed again soon."""
+
+    def close(self) -> None:
+        """Let go of everything."""
+
+    @property
+    def facts(self) -> Mapping[str, str]:
+        """What runs, for people: runtime, version, device."""
+
+
+def find_net(nets: Mapping[str, Net], part: str) -> Net:
+    """The net of a part; CompileError with the parts that there are otherwise."""
+    if part not in nets:
+        raise CompileError(f"the bundle has no part {part!r}; it has {', '.join(nets)}")
+    return nets[part]
+
+
+def check_inputs(net: Net, inputs: Mapping[str, NDArray[Any]]) -> None:
+    """Raise CompileError unless `inputs` are the net's, in name and shape."""
+    specs = {spec.name: spec for spec in net.inputs}
+    if odd := sorted(specs.keys() ^ inputs.keys()):
+        raise CompileError(f"part {net.part} takes {', '.join(specs)}: {', '.join(odd)} is missing or one too many")
+    for name, spec in specs.items():
+        if tuple(inputs[name].shape) != spec.shape:
+            raise CompileError(
+                f"part {net.part}: input {name} has shape {list(inputs[name].shape)}, it was compiled for "
+                f"{list(spec.shape)}; use the size and token count of the build"
+            )
+
+
+def require_file(net: Net) -> None:
+    """Raise UsageError when the file that a net is in is not there."""
+    if not net.file.is_file():
+        raise UsageError(
+            f"{net.file} does not exist, and part {net.part} is in it: the bundle is without the executor's binaries; "
+            "build it again or pull the whole of it"
+        )
+
+
+def to_bits16(array: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """An array as a 16-bit runtime takes it, the bits as uint16: bfloat16 to nearest, ties to even, or float16."""
+    import numpy as np
+
+    if dtype == "bf16":
+        bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
+        rounded: NDArray[Any] = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        return rounded
+    return np.ascontiguousarray(array, np.float16).view(np.uint16)
+
+
+def from_bits16(bits: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """float32 of what `to_bits16` makes."""
+    import numpy as np
+
+    if dtype == "bf16":
+        return (np.ascontiguousarray(bits).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return np.ascontiguousarray(bits).view(np.float16).astype(np.float32)

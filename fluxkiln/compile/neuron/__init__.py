@@ -1,1 +1,0 @@
-"""AWS Neuron: torch modules lowered to HLO protos, made canonical, checked, and executed as replicas."""

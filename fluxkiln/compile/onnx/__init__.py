@@ -1,0 +1,1 @@
+"""ONNX graphs: filled with weights, linked to files, run by ONNX Runtime, looked into."""

@@ -1,0 +1,212 @@
+"""Templates run by ONNX Runtime with their weights fed like activations: one part's in memory at a time, none written.
+
+A session is one of a template, so it serves every part of a kind.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fluxkiln.compile.onnx.session import make_session, run_session
+from fluxkiln.compile.toolchains.tpu_mlir.coefficients import TRANSPOSED, WeightReader
+from fluxkiln.errors import CompileError
+from fluxkiln.types import Template
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, NodeProto
+
+# elements of the scores held at once, and as many after the softmax: one head of FLUX.1 at 1024x1024
+MOST_SCORES = 25_000_000
+# a template's graph changed before it is run
+Rewrite = Callable[["ModelProto"], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Filling:
+    """What makes a part of a template: the template, and what reads a slot's weight in torch's layout, any float."""
+
+    template: Template
+    read_weight: WeightReader
+
+
+@dataclass(frozen=True, slots=True)
+class FedGraph:
+    """A graph whose slots are inputs: an `onnx.ModelProto`, and the slots that it takes transposed."""
+
+    model: ModelProto
+    transposed: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    part: str
+    session: Any
+    weights: Mapping[str, NDArray[np.float32]]
+
+
+class TemplateRunner:
+    """Runs parts in float32 by feeding templates. The last part's weights stay until another one is run.
+
+    Args:
+        fill: part -> its filling; called when its weights are needed.
+        rewrite: what is done to a template's graph first.
+        threads: for one operation; 0 leaves it to ONNX Runtime.
+    """
+
+    def __init__(self, fill: Callable[[str], Filling], *, rewrite: Rewrite | None = None, threads: int = 0) -> None:
+        self.fill = fill
+        self.rewrite = rewrite
+        self.threads = threads
+        self._sessions: dict[Path, tuple[Any, frozenset[str]]] = {}
+        self._loaded: _Loaded | None = None
+
+    def __call__(self, part: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """The part's outputs by name, float32.
+
+        Raises:
+            CompileError: an input is missing, unknown or of another shape, a weight has another shape than its slot,
+                or the run failed. Whatever `fill` raises.
+        """
+        if self._loaded is None or self._loaded.part != part:
+            self.close()
+            self._loaded = self._load(part, self.fill(part))
+        return run_session(self._loaded.session, part, inputs, self._loaded.weights)
+
+    def close(self) -> None:
+        """Drop the weights; the runner can be used again."""
+        self._loaded = None
+
+    def _load(self, part: str, filling: Filling) -> _Loaded:
+        session, transposed = self._session(filling.template.path)
+        shapes = {spec.name: tuple(spec.shape) for spec in session.get_inputs()}
+        weights = {}
+        for slot in (spec.name for spec in filling.template.slots):
+            weight = filling.read_weight(slot)
+            weights[slot] = np.ascontiguousarray(weight.T if slot in transposed else weight, np.float32)
+            if shapes[slot] != weights[slot].shape:
+                raise CompileError(
+                    f"slot {slot} of part {part} takes {list(shapes[slot])}, the weight bound to it has "
+                    f"{list(weights[slot].shape)}; bind the part again"
+                )
+        return _Loaded(part, session, weights)
+
+    def _session(self, template: Path) -> tuple[Any, frozenset[str]]:
+        if template not in self._sessions:
+            graph = weights_as_inputs(template)
+            if self.rewrite is not None:
+                self.rewrite(graph.model)
+            session = make_session(graph.model.SerializeToString(), f"template {template}", threads=self.threads)
+            self._sessions[template] = session, graph.transposed
+        return self._sessions[template]
+
+
+def weights_as_inputs(template: Path) -> FedGraph:
+    """The graph of a template, with every product with a transposed matrix as one operation on the matrix itself.
+
+    Slots that the template has transposed and multiplies with are taken as torch has them: nobody copies a matrix to
+    transpose it.
+    """
+    import onnx
+    from onnx.helper import make_node, make_opsetid
+
+    from fluxkiln.compile.onnx.packed import CONTRIB
+
+    model = onnx.load(template)
+    graph = model.graph
+    makers = {output: node for node in graph.node for output in node.output}
+    readers: dict[str, list[NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    transposed = {value.name for value in graph.input if value.name.endswith(TRANSPOSED)}
+    turned = {
+        name
+        for name in transposed
+        if all(node.op_type == "MatMul" and node.input[1] == name for node in readers.get(name, ()))
+    }
+    nodes = []
+    for node in graph.node:
+        matrix = node.input[1] if node.op_type == "MatMul" else ""
+        maker = makers.get(matrix)
+        if matrix not in turned and (maker is None or not _swaps_two_axes(maker)):
+            nodes.append(node)
+            continue
+        source = matrix if matrix in turned else makers[matrix].input[0]
+        nodes.append(
+            make_node("FusedMatMul", [node.input[0], source], node.output, node.name, domain=CONTRIB, transB=1)
+        )
+    kept, needed = [], {value.name for value in graph.output}
+    for node in reversed(nodes):
+        if needed & set(node.output):
+            kept.append(node)
+            needed |= set(node.input)
+    graph.ClearField("node")
+    graph.node.extend(kept[::-1])
+    for value in graph.input:
+        if value.name in turned:
+            rows, columns = value.type.tensor_type.shape.dim
+            rows.dim_value, columns.dim_value = columns.dim_value, rows.dim_value
+    model.opset_import.append(make_opsetid(CONTRIB, 1))
+    return FedGraph(model, frozenset(transposed - turned))
+
+
+def _swaps_two_axes(node: NodeProto) -> bool:
+    orders = [list(attribute.ints) for attribute in node.attribute if attribute.name == "perm"]
+    return node.op_type == "Transpose" and orders == [[1, 0]]
+
+
+def attention_by_heads(model: ModelProto, most_scores: int = MOST_SCORES) -> None:
+    """Have `model` compute softmax(query @ key) @ value for some heads at a time, where there are too many scores.
+
+    At 1024x1024 with 512 tokens the scores of a block are 2 GB, and 2 GB again after the softmax.
+
+    Args:
+        model: with the shapes of its values, as templates have them; changed in place.
+        most_scores: elements of one group's scores, where the number of heads allows.
+    """
+    from onnx.helper import make_node
+
+    graph = model.graph
+    shapes = {value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim] for value in graph.value_info}
+    makers = {output: node for node in graph.node for output in node.output}
+    nodes = list(graph.node)
+    for softmax in [node for node in graph.node if node.op_type == "Softmax"]:
+        scores = makers.get(softmax.input[0])
+        readers = [node for node in nodes if softmax.output[0] in node.input]
+        shape = shapes.get(softmax.input[0], [])
+        if (
+            scores is None
+            or scores.op_type != "MatMul"
+            or len(shape) != 4
+            or [n.op_type for n in readers] != ["MatMul"]
+        ):
+            continue
+        heads, size = shape[1], math.prod(shape)
+        groups = next((n for n in range(1, heads) if heads % n == 0 and size <= n * most_scores), heads)
+        if groups == 1:
+            continue
+        (attended,) = readers
+        sources = [*scores.input, attended.input[1]]
+        names = [[f"{softmax.output[0]}_{place}_{group}" for group in range(groups)] for place in ("q", "k", "v")]
+        made = [make_node("Split", [source], into, axis=1) for source, into in zip(sources, names, strict=True)]
+        outputs = []
+        for query, key, value in zip(*names, strict=True):
+            parts = [f"{query}_{step}" for step in ("scores", "weights", "out")]
+            made.append(make_node("MatMul", [query, key], parts[:1]))
+            made.append(make_node("Softmax", parts[:1], parts[1:2], axis=3))
+            made.append(make_node("MatMul", [parts[1], value], parts[2:]))
+            outputs += parts[2:]
+        made.append(make_node("Concat", outputs, attended.output, axis=1))
+        place = nodes.index(attended)
+        nodes[place : place + 1] = made
+        nodes.remove(softmax)
+        nodes.remove(scores)
+    graph.ClearField("node")
+    graph.node.extend(nodes)

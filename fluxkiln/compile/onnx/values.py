@@ -1,0 +1,269 @@
+"""Looking inside graphs: the operations of a template, the values they make, and the same values of a compiled form."""
+
+from __future__ import annotations
+
+import re
+from collections import ChainMap
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fluxkiln.compile.onnx.session import make_session
+from fluxkiln.compile.toolchains.tpu_mlir.coefficients import TRANSPOSED, WeightReader
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+Values = Mapping[str, NDArray[Any]]
+
+_LOCATION = re.compile(r'^(#loc\d*) = loc\("(.*)"\)$', re.MULTILINE)
+_LINE = re.compile(r'"(?P<name>tpu\.\w+)"\(.*?\) (?P<attributes>\{.*?\} )?: .* loc\((?P<loc>#loc\d*)\)$', re.MULTILINE)
+_EPSILON = re.compile(r"\beps = ([0-9.E+-]+)")
+# results that are sizes, not numbers that flow through a part
+_SHAPES = frozenset({"Shape", "Constant", "ConstantOfShape"})
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One operation of a template.
+
+    Attributes:
+        output: the value it makes; its first, where it makes several.
+        inputs: the values and graph inputs it reads; slots: the weights it reads; epsilon: of a norm, else None.
+    """
+
+    output: str
+    op_type: str
+    inputs: tuple[str, ...]
+    slots: tuple[str, ...]
+    epsilon: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class LoweredValue:
+    """A value of the template in a lowered graph: its name there, what makes it, and with which epsilon."""
+
+    name: str
+    operation: str
+    epsilon: float | None
+
+
+def list_operations(template: Path, slots: Collection[str]) -> tuple[Operation, ...]:
+    """The operations of a template that compute with activations, in the order they run."""
+    model = _load(template)
+    constants = {value.name for value in model.graph.initializer}
+    known = {value.name for value in model.graph.input} - set(slots) - constants
+    held = {slot: (slot,) for slot in slots}  # and what is made of slots alone
+    found = []
+    for node in model.graph.node:
+        inputs = tuple(name for name in node.input if name in known)
+        read = tuple(dict.fromkeys(slot for name in node.input for slot in held.get(name, ())))
+        if node.op_type in _SHAPES or not inputs:
+            held |= dict.fromkeys(node.output, read)
+            continue
+        known |= set(node.output)
+        found.append(Operation(node.output[0], node.op_type, inputs, read, _epsilon(node)))
+    return tuple(found)
+
+
+class SlotWeights(Mapping[str, NDArray[np.float32]]):
+    """The weights of all slots as a template takes them, float32; each is read when it is asked for, and not kept."""
+
+    def __init__(self, slots: Collection[str], read_weight: WeightReader) -> None:
+        self._slots, self._read_weight = tuple(slots), read_weight
+
+    def __getitem__(self, slot: str) -> NDArray[np.float32]:
+        if slot not in self._slots:
+            raise KeyError(slot)
+        weight = self._read_weight(slot)
+        return np.ascontiguousarray(weight.T if slot.endswith(TRANSPOSED) else weight, np.float32)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._slots)
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+
+def quantized_regions(template: Path, slots: Collection[str]) -> dict[str, list[tuple[slice, slice]]]:
+    """Slot -> the regions of its weight that a linked graph stores in codes, each a product of its own."""
+    from fluxkiln.compile.onnx.link import find_matmuls
+
+    found: dict[str, list[tuple[slice, slice]]] = {}
+    for matmul in find_matmuls(_load(template).graph, slots).values():
+        found.setdefault(matmul.slot, []).append(matmul.region)
+    return found
+
+
+def template_values(template: Path, inputs: Values, weights: Values, names: Collection[str]) -> dict[str, NDArray[Any]]:
+    """What a template computes on the way: its values `names`, float32 arithmetic.
+
+    Raises:
+        CompileError: ONNX Runtime refuses the graph.
+    """
+    model = _load(template)
+    kept = [name for name in names if name in _made(model)]
+    return _run(model, _both(inputs, weights), kept, f"template {template}")
+
+
+def local_values(
+    template: Path, seen: Values, weights: Values, names: Collection[str] | None = None
+) -> dict[str, NDArray[Any]]:
+    """What the template's operations make of values seen elsewhere: for each, float32 arithmetic on the nearest ones.
+
+    An error that came along with the operands is on both sides then, and what is left is the operation's own.
+
+    Args:
+        seen: the part's inputs, and values of a compiled form in the template's shapes.
+        names: the values that are wanted, all by default; only what they are made of is read and computed.
+
+    Returns:
+        value -> what it should be, for the wanted values in `seen` but the inputs.
+    """
+    model = _load(template)
+    made = _made(model)
+    fed = [name for name in made if name in seen]
+    for node in model.graph.node:
+        for place, name in enumerate(node.output):
+            if name in fed:
+                node.output[place] = _own(name)
+    types = {value.name: value for value in [*model.graph.value_info, *model.graph.output]}
+    model.graph.input.extend(types[name] for name in fed)
+    wanted = [name for name in fed if names is None or name in names]
+    if not wanted:
+        return {}
+    outputs = {_own(name): types[name] for name in wanted}
+    _keep_makers(model, outputs)
+    results = _run(model, _both(seen, weights), list(outputs), f"template {template}", renamed=outputs)
+    return {name: results[_own(name)] for name in wanted}
+
+
+def graph_values(graph: Path, inputs: Values, names: Collection[str]) -> dict[str, NDArray[Any]]:
+    """What a linked graph of ONNX Runtime computes on the way: those of the values `names` that it has."""
+    import onnx
+
+    model = onnx.load(graph, load_external_data=False)
+    made = _made(model)
+    known = {value.name for value in model.graph.output}
+    shown = [name for name in names if name in made]
+    for name in shown:
+        if name not in known:
+            model.graph.output.append(onnx.ValueInfoProto(name=name))
+    beside = graph.with_name(f"{graph.stem}.inside.onnx")
+    beside.write_bytes(model.SerializeToString())
+    try:
+        session = make_session(beside, str(graph))
+        given = {spec.name: inputs[spec.name] for spec in session.get_inputs()}
+        return dict(zip(shown, session.run(shown, given), strict=True))
+    finally:
+        beside.unlink()
+
+
+def lowered_values(text: str, values: Collection[str]) -> dict[str, LoweredValue]:
+    """Which of a template's values a lowered graph (`*_tpu.mlir`) has, under which name.
+
+    The compiler calls a result after the value and the last operation that it fused into it: `/Add_3_output_0_Add`.
+    """
+    places = dict(_LOCATION.findall(text))
+    known, found = set(values), {}
+    for line in _LINE.finditer(text):
+        name = places.get(line["loc"], "")
+        value = name.rpartition("_")[0]
+        if value in known:
+            epsilon = _EPSILON.search(line["attributes"] or "")
+            found[value] = LoweredValue(name, line["name"], float(epsilon[1]) if epsilon else None)
+    return found
+
+
+def lowered_run(
+    look: Callable[[tuple[str, ...]], Values], found: Mapping[str, LoweredValue], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, NDArray[Any]]:
+    """Values of a lowered graph by the template's names, in its shapes; those of another size are left out.
+
+    Args:
+        look: names of the lowered graph -> values.
+    """
+    names = {value: lowered.name for value, lowered in found.items() if value in shapes}
+    seen = look(tuple(names.values()))
+    return {
+        value: seen[name].reshape(shapes[value])
+        for value, name in names.items()
+        if seen[name].size == np.prod(shapes[value], dtype=int)
+    }
+
+
+def _load(template: Path) -> ModelProto:
+    import onnx
+
+    return onnx.load(template)
+
+
+def _made(model: ModelProto) -> list[str]:
+    """Values with a known float type and shape, in the order they are made."""
+    import onnx
+
+    types = {value.name: value.type.tensor_type for value in [*model.graph.value_info, *model.graph.output]}
+    floats = {name for name, type_ in types.items() if type_.elem_type == onnx.TensorProto.FLOAT}
+    return [name for node in model.graph.node if node.op_type not in _SHAPES for name in node.output if name in floats]
+
+
+def _both(given: Values, weights: Values) -> Values:
+    """Activations and weights, of which none is read yet."""
+    behind: Any = weights
+    return ChainMap(dict(given), behind)
+
+
+def _keep_makers(model: ModelProto, names: Iterable[str]) -> None:
+    """Leave out what the values `names` are not made of, inputs included."""
+    nodes = list(model.graph.node)
+    makers = {output: place for place, node in enumerate(nodes) for output in node.output}
+    pending, kept = list(names), set()
+    while pending:
+        place = makers.get(pending.pop())
+        if place is not None and place not in kept:
+            kept.add(place)
+            pending += nodes[place].input
+    read = {name for place in kept for name in nodes[place].input}
+    for field, wanted in (
+        (model.graph.node, [nodes[place] for place in sorted(kept)]),
+        (model.graph.input, [value for value in model.graph.input if value.name in read]),
+        (model.graph.initializer, [value for value in model.graph.initializer if value.name in read]),
+    ):
+        copies = [type(one)() for one in wanted]
+        for copy, one in zip(copies, wanted, strict=True):
+            copy.CopyFrom(one)
+        del field[:]
+        field.extend(copies)
+
+
+def _own(name: str) -> str:
+    return f"{name}/own"
+
+
+def _run(
+    model: ModelProto, given: Values, names: list[str], what: str, renamed: Mapping[str, Any] | None = None
+) -> dict[str, NDArray[Any]]:
+    """The values `names`, made outputs of `model`; `renamed`: their types where they are called otherwise."""
+    import onnx
+
+    types: dict[str, Any] = {value.name: value for value in [*model.graph.value_info, *model.graph.output]}
+    types |= renamed or {}
+    model.graph.ClearField("output")
+    for name in names:
+        value = onnx.ValueInfoProto()
+        value.CopyFrom(types[name])
+        value.name = name
+        model.graph.output.append(value)
+    del model.graph.value_info[:]
+    session = make_session(model.SerializeToString(), what)
+    wanted = {spec.name: np.int64 if "int64" in spec.type else np.float32 for spec in session.get_inputs()}
+    fed = {name: np.ascontiguousarray(given[name], dtype) for name, dtype in wanted.items()}
+    return dict(zip(names, session.run(names, fed), strict=True))
+
+
+def _epsilon(node: Any) -> float | None:
+    return next((float(attribute.f) for attribute in node.attribute if attribute.name == "epsilon"), None)

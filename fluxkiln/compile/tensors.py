@@ -1,0 +1,121 @@
+"""The checkpoint tensors of a part by their names alone: which of them its scheme quantizes, and what they take."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from fluxkiln.compile.templates import Kiln
+from fluxkiln.compile.toolchains.neuron.split import holds_tensor
+from fluxkiln.components import Part
+from fluxkiln.errors import SchemeError
+from fluxkiln.export.bindings import tensors_of
+from fluxkiln.quantize.figures import stored_size
+from fluxkiln.quantize.schemes import Scheme, check_groups, form_group, parse_scheme
+from fluxkiln.types import TensorRef
+
+# Kinds whose tensors have no prefix of their own: the beginnings of their names, or of those they do not have.
+_OWN = {
+    "t5_embed": ("shared.",),
+    "tail": ("norm_out.", "proj_out."),
+    "time_embed": ("time_text_embed.",),
+    "token_embed": ("x_embedder.", "context_embedder."),
+    "tail_modulation": ("norm_out.linear.",),
+    "tail_modulated": ("proj_out.",),
+}
+_OTHERS = {"head": ("transformer_blocks.", "single_transformer_blocks.", "norm_out.", "proj_out.")}
+# Kinds that share a block's prefix, the one having of it what the other has not.
+_MODULATION = {"double": ("norm1.linear.", "norm1_context.linear."), "single": ("norm.linear.",)}
+# Matrices that are looked up in, not multiplied with.
+_TABLES = ("embedding.weight", "shared.weight", "relative_attention_bias.weight")
+
+
+def part_refs(kiln: Kiln, part: Part) -> list[TensorRef]:
+    """The checkpoint tensors of a part, by their names alone."""
+    refs = kiln.checkpoint.tensors[tensors_of(part)]
+    if kiln.split is not None:
+        cut = kiln.split.find(part.name)
+        return [ref for name, ref in refs.items() if holds_tensor(cut, name)]
+    own: tuple[str, ...] = _OWN.get(part.kind, (part.prefix,))
+    others: tuple[str, ...] = _OTHERS.get(part.kind, ())
+    block, _, form = part.kind.partition("_")
+    modulation = tuple(part.prefix + name for name in _MODULATION.get(block, ()))
+    if modulation and form == "modulation":
+        own = modulation
+    elif modulation and form == "modulated":
+        others = modulation
+    return [ref for name, ref in refs.items() if name.startswith(own) and not (others and name.startswith(others))]
+
+
+def quantizable(kiln: Kiln, part: Part) -> dict[str, TensorRef]:
+    """Name within the part -> tensor, of the matrices that a scheme with weight bits quantizes if it keeps none."""
+    refs = part_refs(kiln, part)
+    return {
+        ref.name.removeprefix(part.prefix): ref
+        for ref in refs
+        if len(ref.shape) == 2 and not ref.name.endswith(_TABLES)
+    }
+
+
+def settle_kept(kiln: Kiln) -> Kiln:
+    """The kiln with each kind's scheme without patterns that are for another kind of its block (the modulation, say).
+
+    A kind that keeps all its matrices is not quantized at all.
+
+    Raises:
+        SchemeError: a pattern matches no weight of the kinds that it was given for.
+    """
+    schemes = dict(kiln.schemes)
+    matrices = {part.kind: list(quantizable(kiln, part)) for part in reversed(kiln.parts) if kiln.scheme(part).kept}
+    unmatched: dict[tuple[tuple[str, ...], str], bool] = {}
+    for kind, names in matrices.items():
+        scheme = kiln.schemes[kind]
+        used = [one for one in scheme.kept if any(replace(scheme, kept=(one,)).keeps(name) for name in names)]
+        for one in scheme.kept:
+            key = (form_group(kind), one)
+            unmatched[key] = unmatched.get(key, True) and one not in used
+        schemes[kind] = replace(scheme, kept=tuple(used))
+        if all(schemes[kind].keeps(name) for name in names):
+            schemes[kind] = parse_scheme(scheme.arithmetic)
+    for (kinds, pattern), missing in unmatched.items():
+        if missing:
+            there = dict.fromkeys(name.removesuffix(".weight") for kind in kinds for name in matrices.get(kind, ()))
+            raise SchemeError(f"no weight of {kinds[0]} is called {pattern!r}; there are {', '.join(there)}")
+    return replace(kiln, schemes=schemes)
+
+
+def check_weights(kiln: Kiln) -> None:
+    """Raise SchemeError when a group size does not divide the width of a weight that the scheme quantizes."""
+    for part in kiln.parts:
+        scheme = kiln.scheme(part)
+        for name, ref in quantizable(kiln, part).items() if scheme.weight_bits else ():
+            if not scheme.keeps(name):
+                check_groups(scheme, ref.name, ref.shape[1])
+
+
+def part_bytes(kiln: Kiln, part: Part) -> int:
+    """Bytes of a part's weights in a binary: quantized matrices with all that is beside their codes, and the others."""
+    scheme, refs = kiln.scheme(part), part_refs(kiln, part)
+    quantized = {ref.name for name, ref in quantizable(kiln, part).items() if not scheme.keeps(name)}
+    plain = 4 if scheme.arithmetic == "F32" else 2
+    total = 0
+    for ref in refs:
+        if scheme.weight_bits and ref.name in quantized:
+            total += stored_size((ref.shape[0], ref.shape[1]), scheme)
+        else:
+            total += plain * math.prod(ref.shape)
+    return total
+
+
+def search_memory(kiln: Kiln, part: Part) -> int:
+    """Bytes that the search for what stands beside the codes takes: a few copies of the largest weight in float32."""
+    if kiln.scheme(part).codes_only:
+        return 0
+    return 20 * max((math.prod(ref.shape) for ref in quantizable(kiln, part).values()), default=0)
+
+
+def stored_bytes(scheme: Scheme, weights: int) -> int:
+    """About the bytes of so many weights: codes with a scale and an offset per group, or numbers of 2 or 4 bytes."""
+    if scheme.weight_bits:
+        return math.ceil(weights * (scheme.weight_bits / 8 + 3 / scheme.group_size))
+    return weights * (4 if scheme.arithmetic == "F32" else 2)

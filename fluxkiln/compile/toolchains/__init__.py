@@ -1,0 +1,1 @@
+"""Toolchains, a folder each. Nothing outside of a folder knows its name."""

@@ -1,0 +1,168 @@
+"""The Neuron compile stage: modules to NEFFs, several at once, through the store; or a script that does it elsewhere.
+
+What decides a NEFF is the module, the flags and the compiler's version, and these are the key under which it is stored:
+one of another version is never found.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fluxkiln.artifacts.actions import Action, ActionCache, run_action
+from fluxkiln.artifacts.store import Blob
+from fluxkiln.compile.jobs import JobPool
+from fluxkiln.compile.target import Target
+from fluxkiln.compile.toolchains.neuron.neff import (
+    COMMAND,
+    SCRIPT,
+    CompileJob,
+    Neff,
+    Preset,
+    check_modules,
+    check_versions,
+    compile_flags,
+    finished_neff,
+    hlo_path,
+    neff_path,
+    read_neffs,
+    record_path,
+)
+from fluxkiln.compile.toolchains.neuron.neuronx_cc import NeuronxCc, compile_module
+from fluxkiln.compile.toolchains.neuron.script import compile_script
+from fluxkiln.digests import canonical_json
+from fluxkiln.errors import UsageError
+from fluxkiln.files import disk_full_named, partial_file, publish, remove_unheld, write_durably
+from fluxkiln.progress import FROM_STORE, Progress, Silent
+
+# No code of ours is in the key: it cannot change what the compiler makes of a module.
+_RECIPE = "neuronx-cc compile/1"
+
+
+def neff_action(job: CompileJob, target: Target, preset: Preset, version: str) -> Action:
+    """The key of a compiled module; names and paths are not in it, so equal modules are compiled once."""
+    return Action(
+        stage="neff",
+        what=f"{job.name} {target.chip}",
+        code_version=_RECIPE,
+        inputs={"hlo": job.digest},
+        settings={"target": target.chip, "flags": compile_flags(job.kind, target, preset)},
+        tools={COMMAND: version},
+    )
+
+
+def compile_kinds(
+    jobs: Sequence[CompileJob],
+    compiler: NeuronxCc,
+    target: Target,
+    cache: ActionCache,
+    folder: Path,
+    logs: Path,
+    *,
+    preset: Preset = "default",
+    workers: int | None = None,
+    memory: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[Neff, ...]:
+    """Compile every module, or take it from the store, into `folder/neff/<name>.neff`, each with its record.
+
+    Files appear whole or not at all. After a kill or a failure the same call goes on: finished modules are in the
+    store. What `compile_neff.sh` finished in `folder` with this compiler is taken over.
+
+    Args:
+        workers: compilers at once. memory: bytes for all of them; one that may take more runs alone.
+
+    Raises:
+        UsageError: two modules have one name.
+        IntegrityError: a module is not the one that was lowered.
+        CompileError: the compiler failed; with the log's telling lines, advice for its error codes, the log's place.
+        ResourceError: it was killed for memory, or the disk is full.
+    """
+    progress = progress or Silent()
+    _check_names(jobs)
+    check_modules(jobs)
+    logs.mkdir(parents=True, exist_ok=True)
+    (folder / "neff").mkdir(parents=True, exist_ok=True)
+    remove_unheld(folder / "neff")
+    progress.stage("neff", len(jobs))
+    with JobPool[Neff](workers, memory) as pool:
+        futures = [
+            pool.submit(
+                f"the compile of {job.name}",
+                min(job.memory, pool.admission.budget),
+                partial(_compile, job, compiler, target, preset, cache, folder, logs, progress),
+            )
+            for job in jobs
+        ]
+        pool.wait()
+        return tuple(future.result() for future in futures)
+
+
+def _compile(
+    job: CompileJob,
+    compiler: NeuronxCc,
+    target: Target,
+    preset: Preset,
+    cache: ActionCache,
+    folder: Path,
+    logs: Path,
+    progress: Progress,
+) -> Neff:
+    started = time.perf_counter()
+    flags = compile_flags(job.kind, target, preset)
+    how = "compiled"
+
+    def produce(work: Path) -> tuple[Mapping[str, Path | Blob], dict[str, Any]]:
+        nonlocal how
+        found = finished_neff(job, flags, folder)
+        if found is not None and found.compiler == compiler.version:
+            how = f"taken over from {SCRIPT}"
+            return {"neff": neff_path(folder, job.name)}, {}
+        output = compile_module(job, compiler, target, preset, work, logs / f"{job.name}.log")
+        return {"neff": output}, {}
+
+    result = run_action(cache, neff_action(job, target, preset, compiler.version), produce)
+    blob = result.outputs["neff"]
+    cache.store.export(blob.digest, neff_path(folder, job.name), link=True)
+    neff = Neff(job.name, job.digest, flags, compiler.version, blob.digest, result.hit)
+    write_durably(record_path(folder, job.name), canonical_json(neff.to_json()) + b"\n")
+    spent = f"{how} in {time.perf_counter() - started:.1f} s"
+    progress.done("neff", job.name, FROM_STORE if result.hit else spent)
+    return neff
+
+
+def take_finished(folder: Path, jobs: Sequence[CompileJob], target: Target, flags: Any) -> tuple[Neff, ...] | None:
+    """The compiled modules in `folder` if none is missing and they are of one compiler; None otherwise."""
+    found = read_neffs(folder, jobs, target, flags)
+    if len(found) != len(jobs):
+        return None
+    check_versions(found)
+    return tuple(found[job.name] for job in jobs)
+
+
+def write_compile_script(folder: Path, jobs: Sequence[CompileJob], target: Target, preset: Preset = "default") -> Path:
+    """Write `folder/compile_neff.sh`, which compiles the modules in `folder/hlo` to `folder/neff`; returns its path.
+
+    Raises:
+        UsageError: a module lies elsewhere than in `folder/hlo`, or two have one name.
+        ResourceError: the disk is full.
+    """
+    _check_names(jobs)
+    for job in jobs:
+        if job.hlo.absolute() != hlo_path(folder, job.name).absolute():
+            raise UsageError(f"the module {job.hlo} must be {hlo_path(folder, job.name)} to be compiled by {SCRIPT}")
+    path = folder / SCRIPT
+    with disk_full_named(folder), partial_file(folder, f".{SCRIPT}") as (unfinished, file):
+        file.write(compile_script(jobs, target, preset).encode())
+        publish(file, unfinished, path, mode=0o755)
+    return path
+
+
+def _check_names(jobs: Sequence[CompileJob]) -> None:
+    names = [job.name for job in jobs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise UsageError(f"two modules are called {twice}; files are named by it, each needs a name of its own")

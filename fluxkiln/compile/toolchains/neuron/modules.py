@@ -1,0 +1,220 @@
+"""From the parts of a split model to canonical HLO modules: one for every kind, whatever the number of its parts."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from fluxkiln.artifacts.actions import Action, run_action, stage_code_version
+from fluxkiln.artifacts.store import Blob
+from fluxkiln.compile.templates import EXPORT_TOOLS, Kiln
+from fluxkiln.compile.toolchains.neuron.neff import COMPILE_MEMORY, CompileJob, hlo_path
+from fluxkiln.components import find_kind
+from fluxkiln.digests import digest_json
+from fluxkiln.export.split import WHOLE_KINDS, SplitPart
+from fluxkiln.progress import FROM_STORE, Progress
+from fluxkiln.types import TensorSpec
+
+Dtype = Literal["bfloat16", "float32"]
+LOWERING_TOOLS = (*EXPORT_TOOLS[:3], "jax", "jaxlib", "torchax")
+# of no influence on a block's module: models of another depth share it
+_DEPTHS = ("num_layers", "num_single_layers")
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """The module of some parts, as one rank runs it.
+
+    Attributes:
+        name: what its files are called; kind: of `SplitPart`.
+        blob: the canonical HLO module proto.
+        inputs: the activations it takes; slots: its weights after them, in the order of its parameters.
+        outputs: by the names of the kind.
+        facts: counts and bytes of collectives, flops, bytes of parameters (`compile.neuron.check.HloFacts`).
+    """
+
+    name: str
+    kind: str
+    ranks: int
+    blob: Blob
+    inputs: tuple[TensorSpec, ...]
+    slots: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    facts: Mapping[str, Any]
+    hit: bool
+
+
+def lowering_versions() -> dict[str, str]:
+    """What lowers, and its versions."""
+    return {name: _version(name) for name in LOWERING_TOOLS}
+
+
+def module_name(part: SplitPart) -> str:
+    """The module that runs a part: `double`, or `double.4x` for one of four blocks."""
+    return part.kind if len(part.members) == 1 or part.kind == "transformer" else f"{part.kind}.{len(part.members)}x"
+
+
+def lower_modules(
+    kiln: Kiln, progress: Progress, dtype: Dtype = "bfloat16", degree: int | None = None, stage: str = "lower"
+) -> dict[str, Module]:
+    """Module name -> the module of every kind of the model, from the store or lowered now.
+
+    Args:
+        degree: ranks of the parts that are cut, the split's by default; 1 for the same model on one core.
+
+    Raises:
+        ToolchainError: jax, jaxlib or torchax is missing or of another version. CompileError: a module breaks a rule.
+    """
+    assert kiln.split is not None
+    parts = {module_name(part): part for part in kiln.split.parts}
+    progress.stage(stage, len(parts))
+    made = {}
+    for name, part in parts.items():
+        started = time.perf_counter()
+        made[name] = _lower(kiln, part, dtype, part.ranks(degree or kiln.split.degree))
+        spent = f"lowered in {time.perf_counter() - started:.1f} s"
+        progress.done(stage, name, FROM_STORE if made[name].hit else spent)
+    return made
+
+
+def compile_jobs(kiln: Kiln, modules: Mapping[str, Module], folder: Path) -> tuple[CompileJob, ...]:
+    """The modules as files of `folder/hlo`, and the compiler's jobs for them."""
+    jobs = []
+    for name, module in modules.items():
+        target = hlo_path(folder, name)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)
+        kiln.cache.store.export(module.blob.digest, target)
+        jobs.append(CompileJob(name, neff_kind(name, module.kind), target, module.blob.digest, COMPILE_MEMORY))
+    return tuple(jobs)
+
+
+def neff_kind(name: str, kind: str) -> str:
+    """What the compile stage calls the kind of the module `name`."""
+    return "whole" if kind == "transformer" else "group" if name != kind else kind
+
+
+def _lower(kiln: Kiln, part: SplitPart, dtype: Dtype, ranks: int) -> Module:
+    def produce(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
+        from fluxkiln.compile.toolchains.neuron.canonical import canonicalise
+        from fluxkiln.compile.toolchains.neuron.check import check_hlo
+        from fluxkiln.compile.toolchains.neuron.frontend import lower_module
+
+        source = _whole_part(kiln, part, dtype) if part.kind in WHOLE_KINDS else _split_part(kiln, part, dtype, ranks)
+        lowered = lower_module(source.make, source.inputs, ranks, dtype)
+        proto = canonicalise(lowered.proto)
+        cut = ranks > 1
+        facts = check_hlo(
+            proto, all_reduces=source.all_reduces * cut, all_gathers=source.all_gathers * cut, ranks=ranks
+        )
+        path = folder / "module.pb"
+        path.write_bytes(proto)
+        count = len(source.inputs)
+        slots = [replace(spec, name=source.slot_of(spec.name)) for spec in lowered.parameters[count:]]
+        outputs = [replace(spec, name=name) for spec, name in zip(lowered.outputs, source.outputs, strict=True)]
+        return {"hlo": path}, {
+            "inputs": _specs_to_json(lowered.parameters[:count]),
+            "slots": _specs_to_json(slots),
+            "outputs": _specs_to_json(outputs),
+            "operations": dict(facts.operations),
+            "all_reduce_bytes": list(facts.all_reduce_bytes),
+            "all_gather_bytes": list(facts.all_gather_bytes),
+            "parameter_bytes": facts.parameter_bytes,
+            "flops": facts.flops,
+        }
+
+    action = lower_action(kiln, part, dtype, ranks)
+    result = run_action(kiln.cache, action, produce)
+    facts: Any = result.facts
+    return Module(
+        module_name(part), part.kind, ranks, result.outputs["hlo"], _specs(facts["inputs"]), _specs(facts["slots"]),
+        _specs(facts["outputs"]), facts, result.hit,
+    )  # fmt: skip
+
+
+def lower_action(kiln: Kiln, part: SplitPart, dtype: Dtype = "bfloat16", ranks: int | None = None) -> Action:
+    """The key of a part's module; no checkpoint is in it."""
+    ranks = ranks or part.ranks(kiln.split.degree if kiln.split else 1)
+    return Action(
+        stage="lower",
+        what=f"{module_name(part)} {dtype} tp{ranks}",
+        code_version=stage_code_version("fluxkiln.compile.neuron", "fluxkiln.patches", "fluxkiln.export.split"),
+        inputs={"config": digest_json(_config(kiln, part))},
+        settings={
+            "kind": part.kind,
+            "blocks": len(part.members),
+            "shapes": [kiln.shapes.height, kiln.shapes.width, kiln.shapes.tokens],
+            "ranks": ranks,
+            "dtype": dtype,
+        },
+        tools=lowering_versions(),
+    )
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What is lowered: `make` gives the torch module of one rank for the collectives of the frontend."""
+
+    make: Any
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[str, ...]
+    all_reduces: int
+    all_gathers: int
+    slot_of: Any = str
+
+
+def _split_part(kiln: Kiln, part: SplitPart, dtype: Dtype, ranks: int) -> _Source:
+    from fluxkiln.patches.collectives import ThreadRanks
+    from fluxkiln.patches.flux1.parallel import build_parallel_part
+
+    blocks = 1 if part.kind == "transformer" else len(part.members)
+
+    def build(collectives: Any) -> Any:
+        return build_parallel_part(part.kind, kiln.checkpoint.configs, kiln.shapes, collectives, blocks=blocks)
+
+    known = build(ThreadRanks(ranks))
+    return _Source(
+        lambda collectives: build(collectives).module, known.inputs_in(dtype), known.outputs, known.all_reduces,
+        known.all_gathers,
+    )  # fmt: skip
+
+
+def _whole_part(kiln: Kiln, part: SplitPart, dtype: Dtype) -> _Source:
+    from fluxkiln.export.trace import part_inputs
+    from fluxkiln.patches.flux1.parts import build_part, slot_name
+    from fluxkiln.patches.patch import check_patches, patches_for
+
+    check_patches(patches_for(part.kind, "pt2"))
+    narrow = {"int64": "int32", "float32": dtype}
+    inputs = tuple(
+        replace(spec, dtype=narrow[spec.dtype]) for spec in part_inputs(part.kind, kiln.checkpoint.configs, kiln.shapes)
+    )
+    outputs = find_kind(part.kind).outputs
+    return _Source(lambda _: build_part(part.kind, kiln.checkpoint.configs), inputs, outputs, 0, 0, slot_name)
+
+
+def _config(kiln: Kiln, part: SplitPart) -> dict[str, Any]:
+    config = {
+        name: value for name, value in kiln.checkpoint.configs[part.component].items() if not name.startswith("_")
+    }
+    block = part.kind in ("double", "single", "tail")
+    return {name: value for name, value in config.items() if not (block and name in _DEPTHS)}
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _specs_to_json(specs: Any) -> list[Any]:
+    return [[spec.name, list(spec.shape), spec.dtype] for spec in specs]
+
+
+def _specs(value: Any) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(name, tuple(shape), dtype) for name, shape, dtype in value)

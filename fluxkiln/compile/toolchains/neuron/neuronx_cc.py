@@ -1,0 +1,142 @@
+"""The Neuron compiler, a command that lives elsewhere: found, told from PyPI's placeholder, called with exact flags.
+
+Nothing here needs a Neuron device: the compiler runs on any host.
+
+Sources (AWS Neuron documentation): "Neuron Compiler CLI Reference Guide (neuronx-cc)" and "How to generate a NEFF file"
+for the command line, "NCC_EARG001" for `--lnc`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from fluxkiln.compile.process import run_tool
+from fluxkiln.compile.target import Target
+from fluxkiln.compile.toolchains.neuron.advice import ADVICE, KILLED, advise, find_codes
+from fluxkiln.compile.toolchains.neuron.neff import (
+    COMMAND,
+    HLO_SUFFIX,
+    SCRIPT,
+    CompileJob,
+    Preset,
+    check_module,
+    compile_flags,
+)
+from fluxkiln.errors import CompileError, ResourceError, ToolchainError
+
+_COMPILER_LOG = "log-neuron-cc.txt"
+_VERSION = re.compile(r"NeuronX Compiler version ([0-9][0-9A-Za-z.+_-]*)")
+# Flags for the compiler come from here alone; frameworks read these from the environment.
+_FRAMEWORK_FLAGS = "NEURON_CC_FLAGS"
+_SOURCE = "install the Neuron SDK's from the AWS Neuron package index"
+
+
+class NeuronxCc(NamedTuple):
+    """Where the compiler lies and its version, such as `2.26.6360.0+abc`."""
+
+    path: Path
+    version: str
+
+
+def find_neuronx_cc() -> NeuronxCc:
+    """The compiler on PATH and its version.
+
+    Raises:
+        ToolchainError: no such command, PyPI's placeholder package in its place, or a command that names no version.
+    """
+    command = shutil.which(COMMAND)
+    if command is None:
+        raise ToolchainError(f"{COMMAND} is not on PATH{_placeholder()}; {_SOURCE}")
+    try:
+        done = subprocess.run(
+            [command, "--version"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        raise ToolchainError(f"{command} --version could not be run ({error}); {_SOURCE}") from error
+    printed = done.stdout + done.stderr
+    version = _VERSION.search(printed)
+    if "WRONG PACKAGE" in printed:
+        raise ToolchainError(f"{command} is PyPI's placeholder, which compiles nothing; uninstall it and {_SOURCE}")
+    if done.returncode or version is None:
+        said = " ".join(printed.split())[:200] or "nothing"
+        raise ToolchainError(
+            f"{command} --version ended with {done.returncode} and printed {said!r}; the Neuron compiler prints "
+            f"'NeuronX Compiler version ...'; {_SOURCE}"
+        )
+    return NeuronxCc(Path(command).absolute(), version[1])  # PATH may be relative, compiles run elsewhere
+
+
+def _placeholder() -> str:
+    try:
+        version = importlib.metadata.version(COMMAND)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    return f" (the installed package {COMMAND} {version} is PyPI's placeholder, without the command)"
+
+
+def compile_argv(
+    kind: str, target: Target, preset: Preset, model: Path | str, output: Path | str, command: Path | str = COMMAND
+) -> list[str]:
+    """The command line that compiles the HLO module proto `model` to `output`.
+
+    Source: AWS Neuron documentation, "Neuron Compiler CLI Reference Guide (neuronx-cc)", 'compile' command; the order
+    is that of compile logs in published compiler caches.
+    """
+    flags = compile_flags(kind, target, preset)
+    return [str(command), "compile", "--framework=XLA", str(model), "--output", str(output), *flags]
+
+
+def compile_module(job: CompileJob, compiler: NeuronxCc, target: Target, preset: Preset, work: Path, log: Path) -> Path:
+    """Compile one module in the folder `work`, from a copy of it; returns the output.
+
+    Raises:
+        IntegrityError: the module is not the one that was lowered.
+        CompileError: the compiler failed; with the log's telling lines, advice for its error codes, the log's place.
+        ResourceError: it was killed for memory, or the disk is full.
+    """
+    model = work / f"{job.name}{HLO_SUFFIX}"
+    shutil.copyfile(job.hlo, model)
+    check_module(job, model)
+    output = work / f"{job.name}.neff"
+    what = f"{job.name} for {target.chip}"
+    _run(compile_argv(job.kind, target, preset, model.name, output.name, compiler.path), work, log, what)
+    if not output.is_file() or not output.stat().st_size:
+        raise CompileError(f"{what}: {COMMAND} ended well but wrote no output; whole log: {log}")
+    return output
+
+
+def _run(argv: list[str], work: Path, log: Path, what: str) -> None:
+    """Run the compiler; an error says what to do about its codes. Its own log is kept, `work` is not."""
+    environ = {name: value for name, value in os.environ.items() if name != _FRAMEWORK_FLAGS}
+    start = log.stat().st_size if log.is_file() else 0
+    try:
+        run_tool(argv, work, environ, log, what)
+    except CompileError as error:
+        with log.open("ab") as file, suppress(FileNotFoundError):
+            file.write(b"\n--- " + _COMPILER_LOG.encode() + b"\n" + (work / _COMPILER_LOG).read_bytes())
+        with log.open("rb") as file:
+            file.seek(start)
+            said = file.read().decode(errors="replace")
+        if KILLED in find_codes(said):
+            raise ResourceError(f"{what}: {ADVICE[KILLED]}; whole log: {log}") from error
+        advice = advise(said)
+        raise CompileError(f"{error}{'. ' if advice else ''}{advice}") from error
+
+
+def compiler_missing(error: ToolchainError, folder: Path) -> ToolchainError:
+    """`error` with what is ready in `folder` and how to go on; to be raised when everything else is finished."""
+    modules = len(list((folder / "hlo").glob(f"*{HLO_SUFFIX}")))
+    ready = [f"hlo/ ({modules} modules)"] * bool(modules)
+    ready += [name for name in ("weights/", SCRIPT) if (folder / name).exists()]
+    return ToolchainError(
+        f"{error}. No NEFF was compiled; all before that is ready in {folder}: {', '.join(ready) or 'nothing'}. To go "
+        f"on, run `bash {SCRIPT}` on any machine with the Neuron SDK, or `fluxkiln compile --resume` where {COMMAND} "
+        "is on PATH"
+    )

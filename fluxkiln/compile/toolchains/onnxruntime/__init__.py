@@ -1,0 +1,1 @@
+"""ONNX Runtime, on any CPU: graphs whose weights stay where they are."""

@@ -1,0 +1,1 @@
+"""TPU-MLIR, for Sophgo chips: moulds, casts, proofs, the simulator."""

@@ -1,0 +1,114 @@
+"""Everything the compiler has to do for a build, as jobs that share the cores and the memory."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any
+
+from fluxkiln.artifacts.actions import Action
+from fluxkiln.compile.jobs import JobPool
+from fluxkiln.compile.templates import BinaryPart, Kiln, Mould, count_elements, tell_template
+from fluxkiln.compile.toolchains.tpu_mlir.moulds import (
+    cast_part,
+    compile_action,
+    compile_memory,
+    compile_part,
+    find_mould,
+    make_mould,
+    mould_action,
+)
+from fluxkiln.compile.toolchains.tpu_mlir.proof import needs_proof, proof_part
+from fluxkiln.compile.weights import check_methods
+from fluxkiln.components import KINDS, Part
+from fluxkiln.errors import CompileError
+from fluxkiln.progress import FROM_STORE, Progress
+from fluxkiln.settings import Settings
+from fluxkiln.types import Template
+
+
+def compile_parts(
+    kiln: Kiln, settings: Settings, progress: Progress
+) -> tuple[tuple[BinaryPart, ...], list[tuple[BinaryPart, Mould]]]:
+    """What the compiler has to do: moulds, the parts that have none, and proofs (a part with its mould)."""
+    check_methods(kiln)
+    by_kind: dict[str, list[Part]] = {kind: [p for p in kiln.parts if p.kind == kind] for kind in kiln.kinds()}
+    compiled: dict[str, Future[Any]] = {}
+    with JobPool[Any](settings.jobs) as pool:
+        templates, moulds = submit_moulds(pool, kiln, progress)
+        found = {kind: find_mould(kiln, template) for kind, template in templates.items()}
+        unproven = [kind for kind in templates if settings.prove or needs_proof(kiln, found[kind])]
+        progress.stage("compile", len(by_kind) + len(unproven))
+        # behind the moulds, so that the two compiles of the largest kind do not need their memory at once
+        for kind in unproven:
+            part = proof_part(by_kind[kind], settings.seed)
+            compiled[part.name] = _submit_compile(pool, kiln, progress, part, templates[kind])
+        for kind, future in moulds.items():
+            mould: Mould = future.result()
+            if mould.castable:
+                continue
+            if not kiln.schemes[kind].rounds_as_compiler:
+                raise CompileError(
+                    f"{kind}: {mould.why}, and the compiler rounds by itself alone; ask for "
+                    f"{kind}={replace(kiln.schemes[kind], method='rtn', symmetric=False).name}"
+                )
+            progress.note(f"{kind}: {mould.why}")
+            for part in by_kind[kind]:
+                if part.name not in compiled:
+                    compiled[part.name] = _submit_compile(pool, kiln, progress, part, templates[kind])
+        made = {kind: future.result() for kind, future in moulds.items()}
+        direct = {name: future.result() for name, future in compiled.items()}
+    binaries = [
+        cast_part(kiln, part, made[part.kind]) if made[part.kind].castable else direct[part.name] for part in kiln.parts
+    ]
+    proofs = [(binary, made[binary.part.kind]) for binary in direct.values() if made[binary.part.kind].castable]
+    return tuple(binaries), proofs
+
+
+def submit_moulds(
+    pool: JobPool[Any], kiln: Kiln, progress: Progress
+) -> tuple[dict[str, Template], dict[str, Future[Any]]]:
+    """The template of every kind, traced one after the other, and its mould as a job of the pool."""
+    first = {part.kind: part for part in reversed(kiln.parts)}
+    progress.stage("template", len(first))
+    templates: dict[str, Template] = {}
+    moulds: dict[str, Future[Any]] = {}
+    # the slowest first, so that the others fill the gaps
+    for kind in sorted(first, key=lambda kind: (KINDS[kind].component != "vae", -_weights(kiln, first[kind]))):
+        template = templates[kind] = tell_template(kiln, kind, kiln.target.graph_format, progress, "template")
+        claim = claim_memory(kiln, mould_action(kiln, template), template)
+        moulds[kind] = pool.submit(f"mould {kind}", claim, _told(progress, make_mould, kiln, template))
+        pool.check()
+    return templates, moulds
+
+
+def _weights(kiln: Kiln, part: Part) -> int:
+    from fluxkiln.compile.tensors import part_refs
+
+    return count_elements(part_refs(kiln, part))
+
+
+def _submit_compile(pool: JobPool[Any], kiln: Kiln, progress: Progress, part: Part, template: Template) -> Future[Any]:
+    claim = claim_memory(kiln, compile_action(kiln, part, template), template)
+    return pool.submit(part.name, claim, _told(progress, compile_part, kiln, part, template))
+
+
+def claim_memory(kiln: Kiln, action: Action, template: Template, known: bool = True) -> int:
+    """The memory of a compile; nothing for what the store has (where `known`), so that it is never refused."""
+    return 0 if known and kiln.cache.lookup(action.key) else compile_memory(count_elements(template.slots))
+
+
+def _told(progress: Progress, stage: Any, kiln: Kiln, *arguments: Any) -> Any:
+    """`stage` as a job that reports what it did."""
+
+    def run() -> Any:
+        started = time.perf_counter()
+        made = stage(kiln, *arguments)
+        mould = isinstance(made, Mould)
+        what = f"mould {made.kind} {kiln.schemes[made.kind].name}" if mould else made.part.name
+        hit = made.result.hit if mould else made.hit
+        progress.done("compile", what, FROM_STORE if hit else f"compiled in {time.perf_counter() - started:.1f} s")
+        return made
+
+    return run

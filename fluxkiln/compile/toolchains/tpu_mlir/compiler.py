@@ -1,0 +1,269 @@
+"""The TPU-MLIR adapter: a poured graph to a bmodel, and what is checked after every compile.
+
+Source of flags and file names: TPU-MLIR 1.30.2, `model_transform.py` and `model_deploy.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fluxkiln.compile.onnx.filled import WeightMatMul, weight_matmuls
+from fluxkiln.compile.process import run_tool
+from fluxkiln.compile.toolchains.tpu_mlir.bmodel import normalise_time, read_bmodel
+from fluxkiln.compile.toolchains.tpu_mlir.environment import TpuMlirEnv, tool_argv, tpu_mlir_environ
+from fluxkiln.compile.toolchains.tpu_mlir.estimate import read_estimate
+from fluxkiln.compile.toolchains.tpu_mlir.gelu import count_gelus
+from fluxkiln.compile.toolchains.tpu_mlir.side_tensors import in_codes
+from fluxkiln.errors import CompileError, SchemeError
+from fluxkiln.quantize.schemes import Scheme, check_groups
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
+
+# sin and cos of large arguments lose them in 16 bits, so they and all that feeds them stay in F32
+F32_ANCESTORS_OF = ("Sin", "Cos")
+# Their nodes stand in the order that the chip is to run them in (`order.py`). With it the most thorough
+# search for slices that fit into local memory costs 3 s a block and gains another per cent.
+ORDERED_KINDS = frozenset({"double", "single", "tail", "double_modulated", "single_modulated", "tail_modulated"})
+_ORDERED = ["--disable_topo_sort", "--shape_secs_search_strategy", "2"]
+_TRANSFORM = Path(__file__).with_name("transform.py")
+_DEPLOY = Path(__file__).with_name("deploy.py")
+_LOCATION = re.compile(r'loc\("([^"]+)"\)')
+_SHAPE = re.compile(r"tensor<([0-9x]+)x([a-z0-9]+)>")
+
+
+@dataclass(frozen=True, slots=True)
+class CompileJob:
+    """One graph to compile.
+
+    Attributes:
+        net: the net's name in the bmodel.
+        kind: decides which fusions must have happened.
+        graph: the poured ONNX file; template: the opset 17 template it was poured from.
+        activations: the graph inputs that are not slots.
+        narrow_inputs, narrow_outputs: inputs or outputs in the scheme's 16-bit type instead of float32.
+        keep_f32: leave sinusoids in F32 (never off but in the test that shows what is lost).
+    """
+
+    net: str
+    kind: str
+    graph: Path
+    template: Path
+    activations: frozenset[str]
+    scheme: Scheme
+    chip: str
+    narrow_inputs: bool = False
+    narrow_outputs: bool = False
+    keep_f32: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """What a compile leaves in its folder.
+
+    `lowered` and `weights` are the `*_tpu.mlir` and the weight file that the compiler's interpreter runs.
+    """
+
+    bmodel: Path
+    lowered: Path
+    weights: Path
+    facts: Mapping[str, Any]
+
+
+def compile_graph(env: TpuMlirEnv, job: CompileJob, folder: Path, log: Path) -> Compiled:
+    """Compile one graph in `folder`, an empty folder of its own, and check the result.
+
+    Raises:
+        CompileError: the compiler failed, or left out a quantization or a fusion.
+        SchemeError: the group size does not divide a weight (the compiler would leave it unquantized without a word).
+        ResourceError: the compiler was killed for memory.
+    """
+    every = weight_matmuls(job.template, set(job.activations))
+    matmuls = [one for one in every if in_codes(one.slot, job.scheme)]
+    for one in matmuls:
+        check_groups(job.scheme, one.slot, one.in_features)
+    environ = tpu_mlir_environ(env, job.chip)
+    python, tool = tool_argv(env, "model_transform")
+    transform = [python, str(_TRANSFORM), tool, "--model_name", job.net, "--model_def", str(job.graph)]
+    # the flag is read as bool(text): only the empty text is false; the template is folded already
+    run_tool([*transform, "--mlir", "top.mlir", "--do_onnx_sim", ""], folder, environ, log, f"{job.net} transform")
+    python, tool = tool_argv(env, "model_deploy")
+    deploy = [python, str(_DEPLOY), tool, "--mlir", "top.mlir", "--chip", job.chip, "--model", "net.bmodel"]
+    deploy += ["--quantize", f"W{job.scheme.weight_bits}BF16" if job.scheme.weight_bits else job.scheme.arithmetic]
+    deploy += _ORDERED * (job.kind in ORDERED_KINDS)
+    if job.scheme.weight_bits:
+        deploy += ["--q_group_size", str(job.scheme.group_size)]
+    if job.scheme.arithmetic != "F32":
+        deploy += ["--quant_input"] * job.narrow_inputs + ["--quant_output"] * job.narrow_outputs
+        table = dict.fromkeys(f32_table(job.graph), "F32") if job.keep_f32 else {}
+        if job.scheme.weight_bits:
+            kept = [one for one in every if one not in matmuls]
+            table |= dict.fromkeys(_lowered_names(kept, folder / "top.mlir"), job.scheme.arithmetic)
+        if table:
+            (folder / "table").write_text("".join(f"{name} {mode}\n" for name, mode in table.items()))
+            deploy += ["--quantize_table", "table"]
+    run_tool(deploy, folder, environ, log, f"{job.net} deploy")
+    return _check(job, matmuls, folder)
+
+
+def combine(env: TpuMlirEnv, chip: str, parts: list[Path], target: Path, log: Path) -> None:
+    """Combine single-net bmodels into one file in the given order; net names must differ."""
+    links = []
+    for index, part in enumerate(parts):  # model_tool wants the suffix, blobs of the store have none
+        links.append(target.parent / f"{index:03d}.bmodel")
+        links[-1].symlink_to(part.absolute())
+    argv = [*tool_argv(env, "model_tool"), "--combine", *map(str, links), "-o", str(target)]
+    run_tool(argv, target.parent, tpu_mlir_environ(env, chip), log, f"combine {target.name}")
+    normalise_time(target)
+
+
+def f32_table(graph: Path) -> tuple[str, ...]:
+    """Names, as the compiler gives them, of sinusoids and all operations between them and the graph's inputs."""
+    import onnx_ir as ir
+
+    model = ir.load(graph)
+    names: dict[str, None] = {}
+    pending = [node for node in model.graph if node.op_type in F32_ANCESTORS_OF]
+    while pending:
+        node = pending.pop()
+        if _operation_name(node) in names or node.op_type in ("Shape", "Constant"):
+            continue
+        names[_operation_name(node)] = None
+        pending += [
+            producer for value in node.inputs if value is not None and (producer := value.producer()) is not None
+        ]
+    return tuple(sorted(names))
+
+
+def _lowered_names(matmuls: list[WeightMatMul], top: Path) -> Iterator[str]:
+    """What the compiler calls these matmuls: a bias that is merged into one has given it the name of its addition."""
+    known = set(_LOCATION.findall(top.read_text())) if matmuls else set()
+    for one in matmuls:
+        names = (f"{one.output}_{one.operation}", *(f"{output}_Add" for output in one.sums))
+        found = [name for name in names if name in known]
+        if not found:
+            raise CompileError(f"the compiler has no operation for {one.output}, which multiplies with {one.slot}")
+        yield found[0]
+
+
+def _operation_name(node: ir.Node) -> str:
+    return f"{node.outputs[0].name}_{node.op_type}"
+
+
+def _check(job: CompileJob, matmuls: list[WeightMatMul], folder: Path) -> Compiled:
+    lowered = _only(folder, "*_tpu.mlir", job)
+    text = lowered.read_text()
+    weights = folder / weight_file(text)
+    bmodel = folder / "net.bmodel"
+    if not bmodel.is_file():
+        raise CompileError(f"{job.net}: the compiler succeeded but wrote no bmodel; pin TPU-MLIR 1.30.2")
+    normalise_time(bmodel)
+    quantized = sum(_elements(shape) for shape in _quantized_shapes(text))
+    expected = _weight_elements(job.template, matmuls) if job.scheme.weight_bits else 0
+    if quantized != expected:
+        raise CompileError(
+            f"{job.net}: {quantized} weights are stored in {job.scheme.weight_bits} bits, scheme {job.scheme.name} "
+            f"asks for {expected}; the compiler left a matmul unquantized: choose a group size that divides its width"
+        )
+    check_fusions(job.kind, text, job.net)
+    check_gelus(count_gelus(job.graph), text, job.net)
+    (net,) = read_bmodel(bmodel).nets
+    narrow = {"BF16": "bfloat16", "F16": "float16"}.get(job.scheme.arithmetic)
+    for asked, tensors, side in ((job.narrow_inputs, net.inputs, "input"), (job.narrow_outputs, net.outputs, "output")):
+        if asked and narrow and not any(tensor.dtype == narrow for tensor in tensors):
+            raise CompileError(f"{job.net}: no {side} is {narrow}, though the target passes {narrow} between blocks")
+    estimate = read_estimate(folder, job.chip)
+    facts = {
+        "net": net.name,
+        "quantized_matmuls": text.count('"tpu.A16MatMul"'),
+        "quantized_weights": quantized,
+        "fused_rope": text.count('"tpu.Rope"'),
+        "inputs": [[tensor.name, tensor.dtype, list(tensor.shape)] for tensor in net.inputs],
+        "outputs": [[tensor.name, tensor.dtype, list(tensor.shape)] for tensor in net.outputs],
+        "weight_bytes": net.coefficients.size,
+        "instruction_bytes": net.instruction_bytes,
+        "runtime_bytes": net.runtime_bytes,
+        # None where the compiler leaves no estimate
+        "estimate_ms": None if estimate is None else estimate.ms,
+        "estimate_tensor_ms": None if estimate is None else estimate.tensor_ms,
+        "estimate_memory_ms": None if estimate is None else estimate.memory_ms,
+    }
+    return Compiled(bmodel, lowered, weights, facts)
+
+
+def weight_file(lowered: str) -> str:
+    """The name under which a lowered graph looks for its weights, beside itself."""
+    found = re.search(r'module\.weight_file = "([\w.-]+)"', lowered)
+    if found is None:
+        raise CompileError("the lowered graph names no weight file; pin TPU-MLIR 1.30.2")
+    return found.group(1)
+
+
+# q and k of the joint sequence in a single block; q and k of each stream in a double block
+REQUIRED_ROPES: Mapping[str, int] = {"single": 2, "double": 4, "single_modulated": 2, "double_modulated": 4}
+
+
+def check_fusions(kind: str, lowered: str, net: str) -> None:
+    """Raise CompileError unless RoPE became the chip's own operation: unfused it makes a block 3.6 times slower."""
+    wanted, found = REQUIRED_ROPES.get(kind, 0), lowered.count('"tpu.Rope"')
+    if found < wanted:
+        raise CompileError(
+            f"{net}: {found} of {wanted} rotary embeddings were fused to tpu.Rope; the traced form of RoPE changed: "
+            "compare fluxkiln/patches/flux1/transformer.py with the pinned diffusers"
+        )
+
+
+def check_gelus(wanted: int, lowered: str, net: str) -> None:
+    """Raise CompileError unless every tanh GELU of the poured graph became the chip's own operation."""
+    found = lowered.count("active_mode TGELU")
+    if found != wanted:
+        raise CompileError(
+            f"{net}: {found} of {wanted} tanh GELUs became one operation of the chip; pin TPU-MLIR 1.30.2 or compare "
+            "its converter with fluxkiln/compile/toolchains/tpu_mlir/transform.py"
+        )
+
+
+def _quantized_shapes(text: str) -> list[tuple[int, ...]]:
+    """Shapes [N, K] of the weights of all A16MatMul operations; 4-bit codes are stored two a byte."""
+    shapes: list[tuple[int, ...]] = []
+    for line in text.splitlines():
+        if '"tpu.A16MatMul"' not in line:
+            continue
+        bits = int(re.search(r"weight_bits = (\d+)", line).group(1))  # type: ignore[union-attr]
+        dims, _ = _SHAPE.findall(line.split(" : (")[1])[1]
+        rows, columns = (int(size) for size in dims.split("x")[-2:])
+        shapes.append((rows, columns * 8 // bits))
+    return shapes
+
+
+def _weight_elements(template: Path, matmuls: list[WeightMatMul]) -> int:
+    import onnx_ir as ir
+
+    shapes = {str(value.name): value.shape for value in ir.load(template).graph.inputs}
+    total = 0
+    for one in matmuls:
+        shape = shapes[one.slot]
+        if shape is None:
+            raise SchemeError(f"slot {one.slot} has no shape")
+        total += _elements(tuple(int(size) for size in shape.numpy()))
+    return total
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product
+
+
+def _only(folder: Path, pattern: str, job: CompileJob) -> Path:
+    found = sorted(folder.glob(pattern))
+    if len(found) != 1:
+        raise CompileError(
+            f"{job.net}: the compiler left {len(found)} files {pattern}, 1 is expected; pin TPU-MLIR 1.30.2"
+        )
+    return found[0]

@@ -1,0 +1,212 @@
+"""The stages that need the compiler: moulds, and parts compiled with their own weights.
+
+A mould is a kind compiled once with random probe weights: its bmodel without them (the shell), the map that says which
+bytes of its weights come from which slot, and the lowered graph for the interpreter. No checkpoint is in its key, and
+no method of rounding, unless it needs more than codes: then the kind is compiled with that.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from fluxkiln.artifacts.actions import Action, run_action, stage_code_version
+from fluxkiln.compile.corrections import part_weights
+from fluxkiln.compile.templates import BinaryPart, Kiln, Mould, mould_net, net_name, weights_digest
+from fluxkiln.compile.toolchains.tpu_mlir.environment import TPU_MLIR_VERSION, TpuMlirEnv, default_tpu_mlir_root
+from fluxkiln.compile.weights import rounding_key
+from fluxkiln.components import Part
+from fluxkiln.digests import digest_json
+from fluxkiln.errors import CompileError, ToolchainError
+from fluxkiln.export.bindings import bind_part
+from fluxkiln.types import Template
+
+# what decides the bytes of a coefficient region
+STORED_CODE = (
+    "fluxkiln.compile.toolchains.tpu_mlir.bmodel",
+    "fluxkiln.compile.toolchains.tpu_mlir.forms",
+    "fluxkiln.compile.toolchains.tpu_mlir.reorder",
+    "fluxkiln.compile.toolchains.tpu_mlir.shell",
+    "fluxkiln.quantize.pack",
+    "fluxkiln.export.bindings",
+    "fluxkiln.export.checkpoint",
+)
+_COMPILE_CODE = (
+    "fluxkiln.compile.onnx.filled",
+    "fluxkiln.compile.toolchains.tpu_mlir.side_tensors",
+    "fluxkiln.compile.toolchains.tpu_mlir.gelu",
+    "fluxkiln.compile.toolchains.tpu_mlir.order",
+    "fluxkiln.compile.toolchains.tpu_mlir.estimate",
+    "fluxkiln.compile.toolchains.tpu_mlir.compiler",
+    "fluxkiln.compile.toolchains.tpu_mlir.transform",
+    "fluxkiln.compile.toolchains.tpu_mlir.deploy",
+    "fluxkiln.compile.toolchains.tpu_mlir.coefficients",
+    *STORED_CODE,
+)
+
+
+def make_mould(kiln: Kiln, template: Template) -> Mould:
+    """A kind compiled with probe weights, and the map of its bytes; or the reason why it has none."""
+    from fluxkiln.compile.toolchains.tpu_mlir.coefficients import Probe, learn_map, probe_reader
+    from fluxkiln.compile.toolchains.tpu_mlir.shell import make_shell
+
+    scheme = kiln.schemes[template.kind]
+    net = mould_net(kiln, template.kind)
+
+    def produce(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
+        import numpy as np
+
+        form = compiled_form(kiln, template, folder)
+
+        def compile_probe(seed: int) -> Any:
+            place = folder / f"probe-{seed}"
+            place.mkdir()
+            reader = probe_reader(form.slots, seed)
+            return compile_weights(kiln, form, net, reader, place, f"mould.{template.kind}.{seed}"), reader
+
+        def again() -> Probe:
+            other, reader = compile_probe(1)
+            return Probe(other.bmodel, loaded.enter_context(np.load(other.weights)), reader)
+
+        compiled, reader = compile_probe(0)
+        with ExitStack() as loaded:
+            arrays = loaded.enter_context(np.load(compiled.weights))
+            names = [spec.name for spec in form.slots]
+            bits, group = scheme.weight_bits, scheme.group_size
+            try:
+                found = learn_map(compiled.bmodel, arrays, names, reader, group, bits, again)
+            except CompileError as error:
+                if not scheme.codes_only:
+                    raise  # compiled one by one, its parts would be rounded as the compiler does
+                return {}, {**compiled.facts, "why": str(error)}
+        outputs = {"shell": folder / "shell.bmodel", "lowered": compiled.lowered, "map": folder / "map.json"}
+        make_shell(compiled.bmodel, net, outputs["shell"])
+        outputs["map"].write_text(json.dumps(found.to_json()))
+        return outputs, {**compiled.facts, "why": ""}
+
+    result = run_action(kiln.cache, mould_action(kiln, template), produce)
+    return Mould(template.kind, result, str(result.facts["why"]))
+
+
+def compiled_form(kiln: Kiln, template: Template, folder: Path) -> Template:
+    """What is compiled of a kind: its template, or where the method needs more than codes, a graph with that."""
+    scheme = kiln.schemes[template.kind]
+    if scheme.codes_only:
+        return template
+    from fluxkiln.compile.toolchains.tpu_mlir.side_tensors import correct_template
+
+    return correct_template(template, scheme, folder / "corrected.onnx")
+
+
+def mould_action(kiln: Kiln, template: Template) -> Action:
+    """The key of a mould: no checkpoint is in it."""
+    return _compile_action(kiln, "mould", template, mould_net(kiln, template.kind), {"template": template.digest})
+
+
+def find_mould(kiln: Kiln, template: Template) -> Mould | None:
+    """The mould of a kind if it is in the store."""
+    result = kiln.cache.lookup(mould_action(kiln, template).key)
+    return None if result is None else Mould(template.kind, result, str(result.facts["why"]))
+
+
+def cast_part(kiln: Kiln, part: Part, mould: Mould) -> BinaryPart:
+    """A part that is to be cast: its mould says what its binary is made of; no byte of it is written yet."""
+    blobs = mould.result.outputs
+    return BinaryPart(
+        part, net_name(part), kiln.scheme(part), mould.result.facts, "cast", shell=blobs["shell"],
+        lowered=blobs["lowered"], coefficients=blobs["map"],
+    )  # fmt: skip
+
+
+def compile_part(kiln: Kiln, part: Part, template: Template) -> BinaryPart:
+    """A part compiled with its own weights."""
+    from fluxkiln.compile.toolchains.tpu_mlir.shell import make_shell
+
+    def produce(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
+        form, reader = compiled_form(kiln, template, folder), part_weights(kiln, part, template)
+        compiled = compile_weights(kiln, form, net_name(part), reader, folder, part.name)
+        shell = folder / "shell.bmodel"
+        make_shell(compiled.bmodel, net_name(part), shell)
+        outputs = {"bmodel": compiled.bmodel, "lowered": compiled.lowered, "weights": compiled.weights}
+        return {**outputs, "shell": shell}, dict(compiled.facts)
+
+    result = run_action(kiln.cache, compile_action(kiln, part, template), produce)
+    outputs = result.outputs
+    return BinaryPart(
+        part, net_name(part), kiln.scheme(part), result.facts, "compiled", shell=outputs["shell"],
+        bmodel=outputs["bmodel"], lowered=outputs["lowered"], weights=outputs["weights"], hit=result.hit,
+    )  # fmt: skip
+
+
+def compile_action(kiln: Kiln, part: Part, template: Template) -> Action:
+    """The key of a part compiled with its own weights."""
+    binding = bind_part(part, template.slots, kiln.checkpoint)
+    inputs = {"template": template.digest, "weights": weights_digest(kiln, binding)}
+    if not kiln.scheme(part).codes_only:  # what is packed follows from the method
+        settings, calibration = rounding_key(kiln, part)
+        inputs |= {"method": digest_json(settings), **calibration}
+    return _compile_action(kiln, "compile", template, net_name(part), inputs)
+
+
+def compile_memory(elements: int) -> int:
+    """Peak bytes of compiling a graph with so many weights: the compiler, and 1.4 times the weights in float32.
+
+    Measured on a double block of FLUX.1's width: 2.5 GB with 1.36 GB of weights.
+    """
+    return (700 << 20) + int(1.4 * 4 * elements)
+
+
+def require_compiler(kiln: Kiln, what: str) -> TpuMlirEnv:
+    """TPU-MLIR's environment; ToolchainError when it is not there and the store lacks `what`."""
+    if kiln.tpu_mlir is None:
+        raise ToolchainError(
+            f"{what} is not in the store, and TPU-MLIR, which makes it, is not installed in "
+            f"{default_tpu_mlir_root()}; run make env-tpu-mlir, name a finished environment with FLUXKILN_TPU_MLIR, or "
+            "bring moulds from a machine that has it (fluxkiln mould export there, fluxkiln mould import here)"
+        )
+    return kiln.tpu_mlir
+
+
+def _compile_action(kiln: Kiln, stage: str, template: Template, net: str, inputs: Mapping[str, str]) -> Action:
+    scheme = kiln.schemes[template.kind]
+    return Action(
+        stage=stage,
+        what=f"{net} {scheme.compiled_name}",
+        code_version=stage_code_version(*_COMPILE_CODE),
+        inputs=inputs,
+        settings={
+            "net": net,
+            "scheme": scheme.compiled_name,
+            "chip": kiln.target.chip,
+            "narrow": [template.kind in kiln.target.narrow_inputs, template.kind in kiln.target.narrow_outputs],
+        },
+        tools={"tpu_mlir": TPU_MLIR_VERSION},
+    )
+
+
+def compile_weights(kiln: Kiln, template: Template, net: str, read_weight: Any, folder: Path, log_name: str) -> Any:
+    """Compile a template with the weights that `read_weight` gives, in `folder`; returns `tpu_mlir.Compiled`."""
+    from fluxkiln.compile.onnx.filled import pour
+    from fluxkiln.compile.toolchains.tpu_mlir.compiler import CompileJob, compile_graph
+
+    env = require_compiler(kiln, f"{net} {kiln.schemes[template.kind].name}")
+    activations = {spec.name for spec in template.inputs}
+    graph = folder / f"{net}.onnx"
+    pour(template.path, activations, read_weight, graph)
+    work = folder / "work"
+    work.mkdir()
+    job = CompileJob(
+        net=net,
+        kind=template.kind,
+        graph=graph,
+        template=template.path,
+        activations=frozenset(activations),
+        scheme=kiln.schemes[template.kind],
+        chip=kiln.target.chip,
+        narrow_inputs=template.kind in kiln.target.narrow_inputs,
+        narrow_outputs=template.kind in kiln.target.narrow_outputs,
+    )
+    return compile_graph(env, job, work, kiln.logs / f"{log_name}.log")

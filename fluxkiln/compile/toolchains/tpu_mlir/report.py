@@ -1,0 +1,65 @@
+"""What a build will cost on its devices, for the report: memory of every file, and the compiler's own estimate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fluxkiln.compile.templates import BinaryPart, Kiln
+from fluxkiln.compile.toolchains.tpu_mlir.devices import group_parts, plan_devices
+from fluxkiln.compile.toolchains.tpu_mlir.estimate import estimate_pipeline
+
+LABEL = (
+    "Summed from the schedules that the compiler makes of its own code, net after net; no board ran. It ranks "
+    "formulations, it does not measure them."
+)
+# FLUX.1-schnell is distilled to four steps; 28 is what diffusers' example for dev takes.
+STEPS = {"dev": 28, "schnell": 4}
+
+
+def report_costs(kiln: Kiln, binaries: Sequence[BinaryPart]) -> dict[str, Any]:
+    """The report's facts `memory`, `devices` and `estimate`; nothing for a target without devices."""
+    if not kiln.target.device_bytes:
+        return {}
+    plan = plan_devices(kiln, group_parts(kiln, binaries)).to_json()
+    memory = {
+        file["file"]: {what: file[what] for what in ("weights", "instructions", "runtime")} for file in plan["files"]
+    }
+    devices = {"budget": plan["budget"], "load": plan["load"], "peaks": plan["peaks"]}
+    return {"memory": memory, "devices": devices, "estimate": report_estimate(kiln, binaries)}
+
+
+def report_estimate(kiln: Kiln, binaries: Sequence[BinaryPart]) -> dict[str, Any]:
+    """The compiler's estimate per kind, per step and per image, as text for people and as numbers for programs."""
+    steps = STEPS[kiln.checkpoint.variant]
+    parts = {binary.part.name: (binary.part.kind, estimate_ms(binary)) for binary in binaries}
+    found = estimate_pipeline(parts, steps)
+    entries = {
+        f"{count} x {kind}" if count > 1 else kind: f"{spent / count:.3f} ms" + (" each" if count > 1 else "")
+        for kind, (count, spent) in found.by_kind.items()
+    }
+    entries["one step"] = _duration(found.step_ms)
+    entries["once an image"] = _duration(found.once_ms)
+    entries[f"an image of {steps} steps"] = _duration(found.image_ms)
+    if found.missing:
+        entries["without an estimate"] = ", ".join(found.missing)
+    values = {
+        "steps": steps,
+        "step_ms": found.step_ms,
+        "once_ms": found.once_ms,
+        "image_ms": found.image_ms,
+        "by_kind": {kind: {"parts": count, "ms": spent} for kind, (count, spent) in found.by_kind.items()},
+    }
+    return {"label": LABEL, "entries": entries, "values": values}
+
+
+def estimate_ms(binary: BinaryPart) -> float | None:
+    """Milliseconds of one run of a part, by the compiler's estimate; None when it left none."""
+    value = binary.facts.get("estimate_ms")
+    return None if value is None else float(value)
+
+
+def _duration(ms: float | None) -> str:
+    if ms is None:
+        return "unknown"
+    return f"{ms / 1000:.3f} s" if ms >= 1000 else f"{ms:.3f} ms"

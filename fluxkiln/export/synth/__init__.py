@@ -1,0 +1,1 @@
+"""Synthetic checkpoints: the folder layout of a model with random weights."""

@@ -1,0 +1,397 @@
+"""Images from a bundle, in stages that can be used alone: encode, denoise step by step, decode.
+
+diffusers' own FluxPipeline and scheduler run the loop; the modules are the bundle's parts. No checkpoint is needed.
+
+    bundle = open_bundle(Path("build/cpu/tiny-dev/bundle"))
+    with Painter(bundle, open_executor(bundle)) as painter:
+        encoded = painter.encode("a kiln at night")
+        for step in painter.denoise(encoded, steps=4, seed=0):
+            print(step.index, step.latents.std())
+        image = painter.decode(step.latents)
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from fluxkiln.compile.executor import Executor
+from fluxkiln.components import CLIP_TOKENS, Shapes, check_steps, find_kind
+from fluxkiln.errors import ShapeError, UsageError
+from fluxkiln.export.host import pooled_row
+from fluxkiln.generate.bundle import Bundle, components_to_release
+from fluxkiln.progress import Laps, Progress, Silent
+from fluxkiln.verify.pipeline import GUIDANCE_SCALE, PartChain, check_constants, quiet
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# as the model cards have it
+DEFAULT_STEPS: Mapping[str, int] = {"dev": 28, "schnell": 4}
+MOST_SEED = 2**63 - 1
+SHOWN_CUT = 160  # characters of what was cut from a prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One image to make. None: the model's default, or for `prompt_2` the prompt itself."""
+
+    prompt: str
+    seed: int = 0
+    prompt_2: str | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    size: tuple[int, int] | None = None
+    tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A prompt as the transformer takes it: [1, T, joint] and [1, pooled], float32. `notes` say what was cut."""
+
+    prompt_embeds: NDArray[Any]
+    pooled_prompt_embeds: NDArray[Any]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A finished denoising step: its number from 1, how many there are, packed latents [1, S, 4C] after it."""
+
+    index: int
+    steps: int
+    latents: NDArray[Any]
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A finished image [height, width, 3] uint8, and the latents [1, S, 4C] it was decoded from."""
+
+    request: Request
+    image: NDArray[Any]
+    latents: NDArray[Any]
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+# a step may be given other latents, as diffusers' callback_on_step_end may
+OnStep = Callable[[Step], "NDArray[Any] | None"]
+
+
+@dataclass(slots=True)
+class Painter:
+    """diffusers' pipeline on a bundle's parts. One image at a time: the scheduler counts the steps of one.
+
+    Raises:
+        ShapeError: the bundle's constants are for other shapes than its parts.
+    """
+
+    bundle: Bundle
+    executor: Executor
+    laps: Laps = field(default_factory=Laps)
+    _chain: PartChain = field(init=False)
+    _pipe: Any = field(init=False)
+    # hoisted modulation: a quarter of the transformer's weights, and needed before the first step only; images of the
+    # same prompt, steps and guidance have the same
+    _once: frozenset[str] = field(init=False)
+    _known: dict[str, tuple[bytes, dict[str, NDArray[Any]]]] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_constants(self.bundle.constants, self.bundle.manifest.shapes)
+        self._once = frozenset(part.name for part in self.bundle.parts if find_kind(part.kind).rows)
+        self._chain = PartChain(self.bundle.parts, self._run_part)
+        with quiet():
+            from fluxkiln.verify.stand_ins import build_pipeline
+
+            self._pipe = build_pipeline(
+                self.bundle.folder, self.bundle.configs, self._chain, self.bundle.constants, pooled_row
+            )
+            self._pipe.set_progress_bar_config(disable=True)
+
+    @property
+    def part_seconds(self) -> float:
+        """What the parts took up to now, loading included; the rest of the time is the pipeline's own."""
+        return sum(self._chain.seconds.values())
+
+    def encode(self, prompt: str, prompt_2: str | None = None) -> Encoded:
+        """Encode a prompt with both text encoders.
+
+        A prompt longer than the tokens is cut, as diffusers does, and the notes say how much.
+        """
+        import torch
+
+        tokens = self.bundle.manifest.shapes.tokens
+        with torch.no_grad(), quiet():
+            notes = (
+                *_cut_note(self._pipe.tokenizer, prompt, CLIP_TOKENS, "CLIP"),
+                *_cut_note(self._pipe.tokenizer_2, prompt_2 or prompt, tokens, "T5"),
+            )
+            embeds, pooled, _ = self._pipe.encode_prompt(prompt, prompt_2 or None, max_sequence_length=tokens)
+        return Encoded(embeds.numpy(), pooled.numpy(), notes)
+
+    def denoise(
+        self,
+        encoded: Encoded,
+        *,
+        steps: int | None = None,
+        guidance: float | None = None,
+        seed: int = 0,
+        latents: NDArray[Any] | None = None,
+        on_step: OnStep | None = None,
+    ) -> Generator[Step, None, None]:
+        """Denoise, one step each time the next value is asked for; leaving the loop stops the work.
+
+        Args:
+            steps, guidance: the model's own by default (28 for dev, 4 for schnell; 3.5).
+            latents: [1, S, 4C] to begin with, noise of `seed` by default.
+            on_step: called in each step; what it returns, if anything, takes the place of the latents.
+
+        Raises:
+            UsageError: more steps than the bundle's modulation holds, or guidance for a model without it.
+        """
+        request = Request("", seed, None, steps, guidance)
+        check_request(self.bundle, request)
+        yield from self._steps(encoded, request, latents, on_step)
+
+    def decode(self, latents: NDArray[Any]) -> NDArray[Any]:
+        """The image [height, width, 3] uint8 of packed latents [1, S, 4C].
+
+        Source: the end of diffusers' `FluxPipeline.__call__`.
+        """
+        import numpy as np
+        import torch
+
+        shapes, pipe = self.bundle.manifest.shapes, self._pipe
+        config = pipe.vae.config
+        with torch.no_grad(), quiet():
+            packed = torch.from_numpy(np.array(latents, np.float32))
+            unpacked = pipe._unpack_latents(packed, shapes.height, shapes.width, pipe.vae_scale_factor)
+            image = pipe.vae.decode(unpacked / config.scaling_factor + config.shift_factor)[0]
+            made = pipe.image_processor.postprocess(image, output_type="np")[0]
+        pixels: NDArray[Any] = (made * 255).round().astype(np.uint8)
+        return pixels
+
+    def close(self) -> None:
+        """Close the executor."""
+        self._known.clear()
+        self.executor.close()
+
+    def __enter__(self) -> Painter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _run_part(self, part: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        if part not in self._once:
+            return self.executor(part, inputs)
+        digest = _digest(inputs)
+        known, outputs = self._known.get(part, (b"", {}))
+        if known != digest:
+            outputs = self.executor(part, inputs)
+            self._known[part] = digest, outputs
+        self.executor.drop(part)
+        return outputs
+
+    def _steps(
+        self, encoded: Encoded, request: Request, latents: NDArray[Any] | None, on_step: OnStep | None
+    ) -> Generator[Step, None, None]:
+        """The pipeline's loop runs in a thread that waits at the end of each step until it is asked to go on."""
+        steps = request.steps or default_steps(self.bundle)
+        made: queue.SimpleQueue[Step | BaseException | None] = queue.SimpleQueue()
+        turn, leave = threading.Semaphore(0), threading.Event()
+        began = time.perf_counter()
+
+        def after_step(pipe: Any, index: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            import torch
+
+            nonlocal began
+            values = tensors["latents"]
+            step = Step(index + 1, steps, values.numpy().copy(), time.perf_counter() - began)
+            changed = on_step(step) if on_step else None
+            made.put(step)
+            turn.acquire()
+            began = time.perf_counter()
+            pipe._interrupt = leave.is_set()
+            return {} if changed is None else {"latents": torch.from_numpy(changed).to(values)}
+
+        def run() -> None:
+            turn.acquire()
+            try:
+                if not leave.is_set():
+                    self._run(encoded, request, steps, latents, after_step)
+                made.put(None)
+            except BaseException as error:  # whatever it is, it is raised where the steps are asked for
+                made.put(error)
+
+        thread = threading.Thread(target=run, name="denoise", daemon=True)
+        thread.start()
+        try:
+            while True:
+                turn.release()
+                found = made.get()
+                if isinstance(found, BaseException):
+                    raise found
+                if found is None:
+                    return
+                yield found
+        finally:
+            leave.set()
+            turn.release()
+            thread.join()
+
+    def _run(
+        self, encoded: Encoded, request: Request, steps: int, latents: NDArray[Any] | None, after_step: Any
+    ) -> None:
+        import numpy as np
+        import torch
+
+        shapes = self.bundle.manifest.shapes
+        with quiet():
+            self._pipe(
+                prompt_embeds=torch.from_numpy(np.array(encoded.prompt_embeds, np.float32)),
+                pooled_prompt_embeds=torch.from_numpy(np.array(encoded.pooled_prompt_embeds, np.float32)),
+                height=shapes.height,
+                width=shapes.width,
+                num_inference_steps=steps,
+                guidance_scale=GUIDANCE_SCALE if request.guidance is None else request.guidance,
+                generator=torch.Generator("cpu").manual_seed(request.seed),
+                latents=None if latents is None else torch.from_numpy(np.array(latents, np.float32)),
+                output_type="latent",
+                callback_on_step_end=after_step,
+                callback_on_step_end_tensor_inputs=["latents"],
+            )
+
+
+def default_steps(bundle: Bundle) -> int:
+    """How many steps the model card takes."""
+    return DEFAULT_STEPS[bundle.manifest.variant]
+
+
+def check_request(bundle: Bundle, request: Request) -> None:
+    """Refuse what this bundle cannot make.
+
+    Raises:
+        ShapeError: another size or token count than it was compiled for. UsageError: guidance for a model that takes
+        none, no steps or too many, a seed that is out of range.
+    """
+    shapes, variant = bundle.manifest.shapes, bundle.manifest.variant
+    compiled = f"{shapes.width}x{shapes.height} with {shapes.tokens} text tokens"
+    if request.size is not None and request.size != (shapes.width, shapes.height):
+        width, height = request.size
+        Shapes(height, width, shapes.tokens)
+        raise ShapeError(
+            f"size {width}x{height}: this bundle was compiled for {compiled}; leave the size out, or build one with "
+            f"--size {width}x{height}"
+        )
+    if request.tokens is not None and request.tokens != shapes.tokens:
+        raise ShapeError(
+            f"{request.tokens} text tokens: this bundle was compiled for {compiled}; leave --tokens out, or build one "
+            f"with --tokens {request.tokens}"
+        )
+    if request.guidance is not None:
+        if not bundle.takes_guidance:
+            raise UsageError(
+                f"guidance {request.guidance:g}: FLUX.1-{variant} was distilled without guidance and takes none; leave "
+                "it out"
+            )
+        if not 0 <= request.guidance <= 100:
+            raise UsageError(f"guidance {request.guidance:g}: it must be from 0 to 100, 3.5 is FLUX.1-dev's own")
+    if request.steps is not None and request.steps < 1:
+        raise UsageError(f"{request.steps} steps: at least 1 is needed, {DEFAULT_STEPS[variant]} is the model's own")
+    check_steps(bundle.parts, request.steps or default_steps(bundle))
+    if not 0 <= request.seed <= MOST_SEED:
+        raise UsageError(f"seed {request.seed}: it must be from 0 to {MOST_SEED}")
+
+
+def paint(
+    painter: Painter,
+    requests: Iterable[Request],
+    progress: Progress | None = None,
+    on_step: Callable[[int, Step], None] | None = None,
+) -> Iterator[Picture]:
+    """Make images: all prompts are encoded, the text encoders released, all images denoised, then decoded.
+
+    Args:
+        on_step: called with the number of the image and its step.
+
+    Raises:
+        As `check_request`, before anything runs; and as the executor.
+    """
+    bundle, executor, laps = painter.bundle, painter.executor, painter.laps
+    progress = progress or Silent()
+    wanted = list(requests)
+    for request in wanted:
+        check_request(bundle, request)
+    laps.lap("other")
+    encoded: dict[tuple[str, str | None], Encoded] = {}
+    prompts = list(dict.fromkeys((request.prompt, request.prompt_2) for request in wanted))
+    progress.stage("encode", len(prompts))
+    for prompt in prompts:
+        encoded[prompt] = painter.encode(*prompt)
+        progress.done("encode", repr(prompt[0][:40]), "encoded")
+    for note in dict.fromkeys(note for one in encoded.values() for note in one.notes):
+        progress.note(note)
+    for component in components_to_release(bundle):
+        executor.release(component)
+    laps.lap("encode")
+    executor.load("transformer")
+    laps.lap("load")
+    finished: list[tuple[Request, NDArray[Any], float]] = []
+    progress.stage("denoise", sum(request.steps or default_steps(bundle) for request in wanted))
+    for number, request in enumerate(wanted):
+        began = time.perf_counter()
+        steps = painter.denoise(
+            encoded[request.prompt, request.prompt_2],
+            steps=request.steps, guidance=request.guidance, seed=request.seed,
+        )  # fmt: skip
+        with closing(steps):  # whoever stops in `on_step` has the loop's thread ended
+            for step in steps:
+                progress.done("denoise", f"image {number + 1}, step {step.index}", f"in {step.seconds:.1f} s")
+                if on_step:
+                    on_step(number, step)
+        finished.append((request, step.latents, time.perf_counter() - began))
+    executor.release("transformer")
+    laps.lap("denoise")
+    progress.stage("decode", len(finished))
+    for request, latents, seconds in finished:
+        began = time.perf_counter()
+        image = painter.decode(latents)
+        laps.lap("decode")
+        progress.done("decode", f"seed {request.seed}", "decoded")
+        notes = encoded[request.prompt, request.prompt_2].notes
+        yield Picture(request, image, latents, seconds + time.perf_counter() - began, notes)
+    executor.release("vae")
+
+
+def _digest(inputs: Mapping[str, NDArray[Any]]) -> bytes:
+    import hashlib
+
+    import numpy as np
+
+    found = hashlib.blake2b()
+    for name in sorted(inputs):
+        found.update(f"{name} {inputs[name].dtype} {inputs[name].shape}\n".encode())
+        found.update(np.ascontiguousarray(inputs[name]).view(np.uint8).data)
+    return found.digest()
+
+
+def _cut_note(tokenizer: Any, prompt: str, tokens: int, name: str) -> tuple[str, ...]:
+    """What of a prompt a text encoder does not see, as a sentence; nothing where all of it fits."""
+    ids = tokenizer(prompt).input_ids
+    if len(ids) <= tokens:
+        return ()
+    # the last token is the end mark, which the cut prompt has as well
+    lost = ids[tokens - 1 : -1]
+    text = tokenizer.decode(lost, skip_special_tokens=True)
+    shown = text if len(text) <= SHOWN_CUT else f"{text[:SHOWN_CUT]}…"
+    return (f"{name} takes {tokens} tokens and the prompt has {len(ids)}: the last {len(lost)} were cut: {shown!r}",)

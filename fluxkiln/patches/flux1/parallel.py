@@ -1,0 +1,293 @@
+"""From a kind, configs and shapes to a tensor-parallel part: a module with the local shapes of one rank.
+
+A part holds one kind, several successive blocks of a kind, or the whole transformer, all made of the same modules:
+`fluxkiln.patches.flux1.parallel_transformer` and `fluxkiln.patches.flux1.parallel_text`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fluxkiln.components import MODULATION_CHUNKS, Shapes
+from fluxkiln.errors import CheckpointError, UsageError
+from fluxkiln.patches.collectives import Collectives
+from fluxkiln.patches.flux1 import parallel_text, parallel_transformer
+from fluxkiln.patches.flux1.cuts import head_count, local_shape
+from fluxkiln.patches.flux1.parallel_text import ParallelT5
+from fluxkiln.patches.flux1.parallel_transformer import ParallelDouble, ParallelHead, ParallelSingle, ParallelTail
+from fluxkiln.patches.flux1.parts import Configs, build_part
+from fluxkiln.patches.patch import check_patches
+from fluxkiln.types import TensorSpec
+
+# in the order in which they run; `transformer` is all but t5 in one module
+PARALLEL_KINDS = ("t5", "head", "double", "single", "tail", "transformer")
+# What is never rounded to the weights' dtype: the 8 bits of a bfloat16 are too few for an angle.
+FLOAT32_INPUTS = ("timestep", "guidance", "rotary_cos", "rotary_sin")
+
+
+@dataclass(frozen=True)
+class ParallelPart:
+    """A part of one rank.
+
+    Attributes:
+        module: on the meta device, in eval mode. `forward` takes the inputs in their order.
+        inputs: activations, the same on all ranks; float32 stands for the weights' dtype but in `FLOAT32_INPUTS`.
+        outputs: names of what `forward` returns, the same on all ranks.
+        slots: the module's parameters in order, with their local shapes. A part of several blocks has the number of the
+            block in front of the names: `0.attn.to_q.weight`.
+        all_reduces, all_gathers: how many it issues.
+    """
+
+    module: nn.Module
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[str, ...]
+    slots: tuple[TensorSpec, ...]
+    all_reduces: int
+    all_gathers: int
+
+    def inputs_in(self, dtype: str) -> tuple[TensorSpec, ...]:
+        """The inputs of the part when its weights have `dtype`."""
+        rounded = (spec.dtype == "float32" and spec.name not in FLOAT32_INPUTS for spec in self.inputs)
+        return tuple(
+            replace(spec, dtype=dtype) if change else spec for spec, change in zip(self.inputs, rounded, strict=True)
+        )
+
+
+def build_parallel_part(
+    kind: str, configs: Configs, shapes: Shapes, collectives: Collectives, *, blocks: int = 1
+) -> ParallelPart:
+    """The module of `kind` for one of `collectives.ranks` ranks; shapes and structure, no weight memory.
+
+    Args:
+        kind: one of `PARALLEL_KINDS`.
+        configs: each component's `config.json`, keyed by its folder name.
+        blocks: for double and single: how many successive blocks the module holds.
+
+    Raises:
+        UsageError: no such kind, a weight the ranks cannot share, or several blocks of a kind that has one.
+        PatchError: upstream changed. CheckpointError: a structure the parts do not cover.
+    """
+    if kind not in PARALLEL_KINDS:
+        raise UsageError(f"no kind of tensor-parallel part is called {kind!r}; there are {', '.join(PARALLEL_KINDS)}")
+    if blocks < 1 or (blocks > 1 and kind not in ("double", "single")):
+        raise UsageError(f"{blocks} blocks in a part of kind {kind}: double and single take 1 or more, the others 1")
+    check_patches(parallel_text.PATCHES if kind == "t5" else parallel_transformer.PATCHES)
+    members = member_kinds(kind, configs, blocks)
+    modules = [_build_member(member, configs, collectives) for member in members]
+    if kind == "transformer":
+        module: nn.Module = WholeTransformer(members, modules, configs)
+    else:
+        module = modules[0] if blocks == 1 else _GROUPS[kind](modules)
+    slots = (TensorSpec(name, tuple(weight.shape)) for name, weight in module.named_parameters())
+    inputs, outputs = _interface(kind, configs, shapes, blocks)
+    return ParallelPart(
+        module.eval().requires_grad_(False),
+        tuple(TensorSpec(name, shape, _INTEGERS.get(name, "float32")) for name, shape in inputs.items()),
+        outputs,
+        tuple(slots),
+        all_reduces=sum(_reductions(member, configs) for member in members),
+        all_gathers=members.count("head"),
+    )
+
+
+def member_kinds(kind: str, configs: Configs, blocks: int = 1) -> tuple[str, ...]:
+    """The kinds of what a part holds, in the order it runs them."""
+    if kind != "transformer":
+        return (kind,) * blocks
+    doubles, singles = _block_counts(configs)
+    return ("head", *("double",) * doubles, *("single",) * singles, "tail")
+
+
+def modulation_rows(configs: Configs) -> dict[str, tuple[int, int]]:
+    """Rows [start, stop) of the head's modulation by the part they are for: `double.00`, ..., `single.00`, ..., `tail`.
+
+    Successive blocks have successive rows; a part of several blocks takes them together.
+    """
+    doubles, singles = _block_counts(configs)
+    names = [f"double.{i:02d}" for i in range(doubles)] + [f"single.{i:02d}" for i in range(singles)] + ["tail"]
+    rows, start = {}, 0
+    for name in names:
+        stop = start + MODULATION_CHUNKS[name.partition(".")[0]]
+        rows[name] = (start, stop)
+        start = stop
+    return rows
+
+
+def load_parallel_part(part: ParallelPart, weights: Mapping[str, Tensor]) -> nn.Module:
+    """The part's module with real weights, for eager execution; the part is not to be used for another rank then.
+
+    Args:
+        weights: one rank's, by slot.
+
+    Raises:
+        CheckpointError: a weight is missing, one too many, or of another shape than the slot.
+    """
+    shapes = {spec.name: spec.shape for spec in part.slots}
+    for name in sorted(shapes.keys() ^ weights.keys()):
+        raise CheckpointError(f"weight {name} is missing or unexpected; shard the checkpoint again")
+    for name, shape in shapes.items():
+        if tuple(weights[name].shape) != shape:
+            raise CheckpointError(
+                f"weight {name} has shape {list(weights[name].shape)}, this rank's is {list(shape)}; shard the "
+                "checkpoint again for this number of ranks"
+            )
+    part.module.load_state_dict(dict(weights), assign=True)
+    return part.module.requires_grad_(False)
+
+
+class DoubleGroup(nn.Module):
+    """Successive double blocks; as `ParallelDouble`, with the rows of all blocks as modulation [1, 12 N, D]."""
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        for i, block in enumerate(blocks):
+            self.add_module(str(i), block)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        modulation: Tensor,
+        rotary_cos: Tensor,
+        rotary_sin: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        for block, rows in zip(
+            self.children(), torch.split(modulation, MODULATION_CHUNKS["double"], dim=1), strict=True
+        ):
+            hidden_states, encoder_hidden_states = block(
+                hidden_states, encoder_hidden_states, rows, rotary_cos, rotary_sin
+            )
+        return hidden_states, encoder_hidden_states
+
+
+class SingleGroup(nn.Module):
+    """Successive single blocks; as `ParallelSingle`, with the rows of all blocks as modulation [1, 3 N, D]."""
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        for i, block in enumerate(blocks):
+            self.add_module(str(i), block)
+
+    def forward(self, hidden_states: Tensor, modulation: Tensor, rotary_cos: Tensor, rotary_sin: Tensor) -> Tensor:
+        for block, rows in zip(
+            self.children(), torch.split(modulation, MODULATION_CHUNKS["single"], dim=1), strict=True
+        ):
+            hidden_states = block(hidden_states, rows, rotary_cos, rotary_sin)
+        return hidden_states
+
+
+class WholeTransformer(nn.Module):
+    """Head, all blocks and tail: `FluxTransformer2DModel.forward` but for the rotary embedding, which is an input.
+
+    Inputs: the head's, then rotary_cos, rotary_sin [J, K] float32. Output: sample [1, S, 4C].
+    """
+
+    def __init__(self, kinds: Sequence[str], members: Sequence[nn.Module], configs: Configs) -> None:
+        super().__init__()
+        self.kinds, self.rows = tuple(kinds), tuple(modulation_rows(configs).values())
+        for i, member in enumerate(members):
+            self.add_module(str(i), member)
+
+    def forward(self, *activations: Tensor) -> Tensor:
+        *embedded, rotary_cos, rotary_sin = activations
+        head, *blocks, tail = self.children()
+        hidden_states, encoder_hidden_states, modulation = head(*embedded)
+        of_block = [modulation[:, start:stop] for start, stop in self.rows]
+        tokens, rotary, doubles = encoder_hidden_states.shape[1], (rotary_cos, rotary_sin), self.kinds.count("double")
+        for block, rows in zip(blocks[:doubles], of_block, strict=False):
+            hidden_states, encoder_hidden_states = block(hidden_states, encoder_hidden_states, rows, *rotary)
+        hidden_states = torch.cat([encoder_hidden_states, hidden_states], dim=1)
+        for block, rows in zip(blocks[doubles:], of_block[doubles:-1], strict=True):
+            hidden_states = block(hidden_states, rows, *rotary)
+        sample: Tensor = tail(hidden_states[:, tokens:], of_block[-1])
+        return sample
+
+
+_GROUPS = {"double": DoubleGroup, "single": SingleGroup}
+_INTEGERS = {"input_ids": "int32", "position_buckets": "int32"}
+
+
+def _block_counts(configs: Configs) -> tuple[int, int]:
+    return int(configs["transformer"]["num_layers"]), int(configs["transformer"]["num_single_layers"])
+
+
+def _reductions(kind: str, configs: Configs) -> int:
+    if kind == "t5":
+        return 2 * int(configs["text_encoder_2"]["num_layers"])
+    return {"double": 2, "single": 1}.get(kind, 0)
+
+
+def _build_member(kind: str, configs: Configs, collectives: Collectives) -> nn.Module:
+    with torch.device("meta"):
+        if kind == "t5":
+            module: nn.Module = ParallelT5(_t5_encoder(configs), collectives)
+        elif kind == "head":
+            module = ParallelHead(build_part("head", configs), _modulation_norms(configs), collectives)
+        elif kind == "double":
+            module = ParallelDouble(build_part("double_modulated", configs).block, collectives)
+        elif kind == "single":
+            module = ParallelSingle(build_part("single_modulated", configs).block, collectives)
+        else:
+            module = ParallelTail(build_part("tail_modulated", configs))
+    heads = head_count(kind, configs)
+    for name, weight in tuple(module.named_parameters()):
+        shape = local_shape(kind, name, tuple(weight.shape), heads, collectives.ranks)
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, nn.Parameter(weight.new_empty(shape), requires_grad=False))
+    return module
+
+
+def _t5_encoder(configs: Configs) -> Any:
+    from transformers import T5Config, T5EncoderModel
+
+    build_part("t5_block", configs)  # refuses what is not FLUX.1's T5
+    return T5EncoderModel(T5Config(**configs["text_encoder_2"]))
+
+
+def _modulation_norms(configs: Configs) -> dict[str, nn.Module]:
+    """The AdaLN norms of the transformer as modules that have their linear alone, by name, in the order of the rows."""
+    doubles, singles = _block_counts(configs)
+    flux = configs["transformer"]
+    width = int(flux["num_attention_heads"]) * int(flux["attention_head_dim"])
+    chunks = {
+        **{f"transformer_blocks.{i}.{name}": 6 for i in range(doubles) for name in ("norm1", "norm1_context")},
+        **{f"single_transformer_blocks.{i}.norm": MODULATION_CHUNKS["single"] for i in range(singles)},
+        "norm_out": MODULATION_CHUNKS["tail"],
+    }
+    return {name: nn.ModuleDict({"linear": nn.Linear(width, count * width)}) for name, count in chunks.items()}
+
+
+def _interface(
+    kind: str, configs: Configs, shapes: Shapes, blocks: int
+) -> tuple[dict[str, tuple[int, ...]], tuple[str, ...]]:
+    """Input names and shapes, and output names."""
+    text, image, joint = shapes.tokens, shapes.image_tokens, shapes.joint_tokens
+    if kind == "t5":
+        return {"input_ids": (1, text), "position_buckets": (text, text)}, ("last_hidden_state",)
+    flux = configs["transformer"]
+    head_dim = int(flux["attention_head_dim"])
+    width = int(flux["num_attention_heads"]) * head_dim
+    rotary = {"rotary_cos": (joint, head_dim), "rotary_sin": (joint, head_dim)}
+    streams = {"hidden_states": (1, image, width), "encoder_hidden_states": (1, text, width)}
+    embedded = {
+        "hidden_states": (1, image, int(flux["in_channels"])),
+        "encoder_hidden_states": (1, text, int(flux["joint_attention_dim"])),
+        "pooled_projections": (1, int(flux["pooled_projection_dim"])),
+        "timestep": (1,),
+        **({"guidance": (1,)} if flux.get("guidance_embeds") else {}),
+    }
+    rows = {"modulation": (1, blocks * MODULATION_CHUNKS.get(kind, 0), width)}
+    both = ("hidden_states_out", "encoder_hidden_states_out")
+    known: dict[str, tuple[dict[str, tuple[int, ...]], tuple[str, ...]]] = {
+        "head": ({**embedded}, (*both, "modulation")),
+        "double": ({**streams, **rows, **rotary}, both),
+        "single": ({"hidden_states": (1, joint, width), **rows, **rotary}, ("hidden_states_out",)),
+        "tail": ({"hidden_states": (1, image, width), **rows}, ("sample",)),
+        "transformer": ({**embedded, **rotary}, ("sample",)),
+    }
+    return known[kind]

@@ -1,0 +1,181 @@
+"""From a kind and the checkpoint's configs to the wrapper module of that kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from fluxkiln.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module
+
+Configs = Mapping[str, Mapping[str, Any]]
+
+
+def build_part(kind: str, configs: Configs) -> Module:
+    """The wrapper module of `kind` on the meta device, in eval mode: shapes and structure, no weight memory.
+
+    Args:
+        kind: a name of `fluxkiln.components.KINDS`.
+        configs: each component's `config.json`, keyed by its folder name; `vae_tiny` for the tiny decoder.
+
+    Raises:
+        UsageError: no such kind. CheckpointError: a structure the parts do not cover.
+    """
+    import torch
+
+    builders = {
+        "clip": _clip,
+        "t5_embed": _t5,
+        "t5_block": _t5,
+        "t5_final": _t5,
+        "head": _transformer,
+        "double": _transformer,
+        "single": _transformer,
+        "tail": _transformer,
+        "time_embed": _hoisted,
+        "double_modulation": _hoisted,
+        "single_modulation": _hoisted,
+        "tail_modulation": _hoisted,
+        "token_embed": _hoisted,
+        "double_modulated": _hoisted,
+        "single_modulated": _hoisted,
+        "tail_modulated": _hoisted,
+        "vae_decoder": _vae,
+        "tiny_vae_decoder": _tiny_vae,
+    }
+    if kind not in builders:
+        raise UsageError(f"no kind of part is called {kind!r}; there are {', '.join(builders)}")
+    with torch.device("meta"):
+        module = builders[kind](kind, configs)
+    return module.eval().requires_grad_(False)
+
+
+def part_slots(kind: str, configs: Configs) -> tuple[str, ...]:
+    """The weights a part of `kind` holds, as the checkpoint names them after the part's prefix; errors as build_part.
+
+    T5's block 0 has one tensor more in the checkpoint, the position bias table, which no part holds.
+    """
+    return tuple(slot_name(name) for name, _ in build_part(kind, configs).named_parameters())
+
+
+def load_part(kind: str, configs: Configs, weights: Mapping[str, Tensor]) -> Module:
+    """The wrapper module of `kind` with real weights, keyed by `slot_name`; for eager execution.
+
+    Raises:
+        CheckpointError: a weight is missing or one too many.
+    """
+    module = build_part(kind, configs)
+    names = {name: slot_name(name) for name, _ in module.named_parameters()}
+    missing = sorted(set(names.values()) ^ set(weights))
+    if missing:
+        raise CheckpointError(f"part of kind {kind}: weight {missing[0]} is missing or unexpected")
+    state = {name: weights[slot] for name, slot in names.items()}
+    buffers = {name: _real_buffer(name, buffer) for name, buffer in module.named_buffers()}
+    module.load_state_dict({**state, **buffers}, strict=False, assign=True)
+    return module
+
+
+def slot_name(parameter: str) -> str:
+    """A parameter's name inside the part, as the checkpoint has it after the part's prefix."""
+    return parameter.removeprefix("block.")
+
+
+def _real_buffer(name: str, buffer: Tensor) -> Tensor:
+    import torch
+
+    return torch.zeros(buffer.shape, dtype=buffer.dtype)  # position ids: the parts do not read them
+
+
+def _clip(kind: str, configs: Configs) -> Module:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    from fluxkiln.patches.flux1.text import ClipPart
+
+    return ClipPart(CLIPTextModel(CLIPTextConfig(**configs["text_encoder"])))
+
+
+def _t5(kind: str, configs: Configs) -> Module:
+    from transformers import T5Config, T5EncoderModel
+
+    from fluxkiln.patches.flux1.text import T5BlockPart, T5EmbedPart, T5FinalPart
+
+    activation = configs["text_encoder_2"].get("feed_forward_proj")
+    if activation != "gated-gelu":
+        raise CheckpointError(
+            f"text_encoder_2 has feed_forward_proj {activation!r}, FLUX.1's T5 v1.1 has 'gated-gelu'; use FLUX.1's own"
+        )
+    # block 0 owns the position bias table; block 1 is what the kind looks like
+    model = T5EncoderModel(T5Config(**{**configs["text_encoder_2"], "num_layers": 2}))
+    if kind == "t5_embed":
+        return T5EmbedPart(model)
+    if kind == "t5_final":
+        return T5FinalPart(model.encoder.final_layer_norm)
+    return T5BlockPart(model.encoder.block[1])
+
+
+def _one_of_each(configs: Configs) -> Any:
+    """The transformer with one block of each kind."""
+    from diffusers import FluxTransformer2DModel
+
+    config = {**configs["transformer"], "num_layers": 1, "num_single_layers": 1}
+    model: Any = FluxTransformer2DModel.from_config(config)
+    return model
+
+
+def _transformer(kind: str, configs: Configs) -> Module:
+    from fluxkiln.patches.flux1.transformer import DoublePart, HeadPart, SinglePart, TailPart
+
+    model = _one_of_each(configs)
+    if kind == "head":
+        return HeadPart(model)
+    if kind == "double":
+        return DoublePart(model.transformer_blocks[0])
+    if kind == "single":
+        return SinglePart(model.single_transformer_blocks[0])
+    return TailPart(model)
+
+
+def _hoisted(kind: str, configs: Configs) -> Module:
+    from fluxkiln.patches.flux1 import modulation
+
+    model = _one_of_each(configs)
+    double, single = model.transformer_blocks[0], model.single_transformer_blocks[0]
+    wrappers: dict[str, Callable[[], Module]] = {
+        "time_embed": lambda: modulation.TimeEmbedPart(model),
+        "token_embed": lambda: modulation.TokenEmbedPart(model),
+        "double_modulation": lambda: modulation.ModulationPart(double, "norm1", "norm1_context"),
+        "single_modulation": lambda: modulation.ModulationPart(single, "norm"),
+        "tail_modulation": lambda: modulation.ModulationPart(model, "norm_out"),
+        "double_modulated": lambda: modulation.DoubleModulatedPart(double),
+        "single_modulated": lambda: modulation.SingleModulatedPart(single),
+        "tail_modulated": lambda: modulation.TailModulatedPart(model),
+    }
+    return wrappers[kind]()
+
+
+def _vae(kind: str, configs: Configs) -> Module:
+    from diffusers import AutoencoderKL
+
+    from fluxkiln.patches.flux1.vae import VaeDecoderPart
+
+    model: Any = AutoencoderKL.from_config(dict(configs["vae"]))
+    if model.post_quant_conv is not None:
+        raise CheckpointError(
+            "the VAE has a post_quant_conv, which FLUX.1's has not: set use_post_quant_conv to false in "
+            "vae/config.json or use FLUX.1's own VAE"
+        )
+    return VaeDecoderPart(model.decoder)
+
+
+def _tiny_vae(kind: str, configs: Configs) -> Module:
+    from diffusers import AutoencoderTiny
+
+    from fluxkiln.patches.flux1.vae import VaeDecoderPart
+
+    if "vae_tiny" not in configs:
+        raise CheckpointError("the checkpoint has no folder vae_tiny: put taef1 (AutoencoderTiny) there, or use VAE=kl")
+    model: Any = AutoencoderTiny.from_config(dict(configs["vae_tiny"]))
+    return VaeDecoderPart(model.decoder)

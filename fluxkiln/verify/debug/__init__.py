@@ -1,0 +1,1 @@
+"""Where inside a part an error starts."""

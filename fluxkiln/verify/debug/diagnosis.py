@@ -1,0 +1,173 @@
+"""Where inside a part the error starts: its values compared one by one, rung by rung, and what to do about the first.
+
+The rungs are those of the ladder that can be looked into: the template against diffusers' own modules, the stored
+weights against the checkpoint's, and the compiled form (the compiler's lowered graph, or the graph of a cpu bundle)
+against the template with the stored weights. A chip's binary shows its outputs only; the weights in it, where the
+bundle is there, are read back byte by byte. For a model cut over cores see `fluxkiln.verify.debug.split_probe`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fluxkiln.build.budget import name_shapes
+from fluxkiln.build.context import Prepared
+from fluxkiln.compile.rungs import lay_out_lowered
+from fluxkiln.compile.templates import Kiln, find_template, make_template
+from fluxkiln.compile.toolchains.tpu_mlir.moulds import cast_part, compile_part, find_mould, make_mould
+from fluxkiln.components import Part, find_kind, find_part
+from fluxkiln.errors import UsageError
+from fluxkiln.progress import Progress, Silent
+from fluxkiln.verify.debug.probe import (
+    Culprit,
+    Inside,
+    RungFindings,
+    Values,
+    check_binary,
+    check_linked,
+    check_lowered,
+    check_stored,
+    check_template,
+    look_inside,
+)
+from fluxkiln.verify.debug.split_probe import check_can_be_debugged, look_on_ranks
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """All rungs of a part, from the bottom; `culprit` is that of the lowest bad one."""
+
+    part: str
+    kind: str
+    scheme: str
+    step: int
+    rungs: tuple[RungFindings, ...]
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def culprit(self) -> Culprit | None:
+        return next((rung.culprit for rung in self.rungs if rung.culprit is not None), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """The diagnosis as plain JSON."""
+        found = self.culprit
+        return {
+            "part": self.part,
+            "kind": self.kind,
+            "scheme": self.scheme,
+            "step": self.step,
+            **self.facts,
+            "culprit": None if found is None else asdict(found),
+            "rungs": [
+                {"rung": rung.rung, "against": rung.against, "values": [asdict(finding) for finding in rung.findings]}
+                for rung in self.rungs
+            ],
+        }
+
+
+def debug_part(prepared: Prepared, name: str, step: int = 0, progress: Progress | None = None) -> Diagnosis:
+    """Look into the part called `name` at every rung, on what it is given at denoising step `step`.
+
+    Raises:
+        UsageError: no such part or step, or a target whose parts cannot be looked into.
+        Whatever recording or compiling raises.
+    """
+    progress = progress or Silent()
+    kiln = prepared.kiln
+    part = find_part(kiln.parts, name)
+    if kiln.split is not None:
+        check_can_be_debugged(kiln, kiln.split.find(name))
+    inputs, outputs, kiln = _recorded(prepared, part, step, progress)
+    if kiln.split is not None:
+        rungs = look_on_ranks(kiln, part, inputs, outputs, prepared.bundle, progress)
+        executed = {"executed on": "XLA CPU replicas", "ranks": str(kiln.split.ranks(kiln.split.find(name)))}
+        return _diagnosis(kiln, part, step, rungs, executed)
+    with tempfile.TemporaryDirectory(prefix="fluxkiln-debug-") as scratch:
+        rungs = _look(prepared, kiln, part, inputs, Path(scratch), progress)
+    facts = {}
+    if kiln.target.toolchain == "tpu_mlir" and kiln.tpu_mlir is None:
+        facts["lowered graph"] = "not looked into: its interpreter is TPU-MLIR's, which is not installed here"
+    return _diagnosis(kiln, part, step, rungs, facts)
+
+
+def _diagnosis(
+    kiln: Kiln, part: Part, step: int, rungs: tuple[RungFindings, ...], facts: Mapping[str, str]
+) -> Diagnosis:
+    shown = step if find_kind(part.kind).each_step else -1
+    shapes = {"shapes": name_shapes(kiln.shapes)}
+    return Diagnosis(part.name, part.kind, kiln.scheme(part).name, shown, rungs, {**shapes, **facts})
+
+
+def _recorded(prepared: Prepared, part: Part, step: int, progress: Progress) -> tuple[Values, Values, Kiln]:
+    """What the part was given and made, and the kiln at the shapes of the recording; what runs once has one step."""
+    from fluxkiln.build.parity import record
+    from fluxkiln.verify.modulation import fill_rows
+
+    progress.stage("record", 1)
+    kiln = prepared.kiln
+    recording = record(kiln, prepared.settings, prepared.fingerprint, prepared.folder / "recording")
+    progress.done("record", "reference run", f"{recording.steps} step(s)")
+    if not 0 <= step < recording.steps:
+        raise UsageError(
+            f"step {step} was not recorded, there are 0 to {recording.steps - 1}; --steps gives the reference run more "
+            "of them"
+        )
+    place = step if find_kind(part.kind).each_step else 0
+    inputs, _ = fill_rows(part, recording.inputs(part.name, place))
+    return inputs, recording.outputs(part.name, place), replace(kiln, shapes=recording.shapes)
+
+
+def _look(
+    prepared: Prepared, kiln: Kiln, part: Part, inputs: Values, scratch: Path, progress: Progress
+) -> tuple[RungFindings, ...]:
+    tpu_mlir = kiln.target.toolchain == "tpu_mlir"
+    progress.stage("look inside", 3)
+    inside = look_inside(kiln, part, inputs, "onnx17" if tpu_mlir else "onnx23")
+    rungs = [check_template(inside, kiln)]
+    progress.done("look inside", "onnxruntime", f"{len(inside.operations)} operations")
+    scheme = kiln.scheme(part).name.split("-")[0]
+    if tpu_mlir or kiln.scheme(part).weight_bits:
+        rungs.append(check_stored(inside, scheme))
+        progress.done("look inside", "dequantized", f"{len(rungs[-1].findings)} values")
+    if tpu_mlir:
+        from fluxkiln.compile.toolchains.tpu_mlir.simulator import Simulator
+
+        if kiln.tpu_mlir is not None:
+            folder = scratch / "lowered"
+            template = make_template(kiln, part.kind, "onnx17")
+            mould = make_mould(kiln, template)
+            binary = cast_part(kiln, part, mould) if mould.castable else compile_part(kiln, part, template)
+            lay_out_lowered(kiln, binary, folder)
+            # as the compiler wrote it: in groups of heads the scores have names of their own
+            (folder / "lowered.mlir").write_text(kiln.path(binary.lowered).read_text())
+            with Simulator(kiln.tpu_mlir, kiln.target.chip, kiln.logs / "debug.log") as simulator:
+                rungs.append(check_lowered(inside, folder / "lowered.mlir", simulator, scheme))
+        stored = _read_back(prepared, part, inside)
+        if stored is not None:
+            rungs.append(stored)
+    else:
+        from fluxkiln.compile.onnx.linked import link_parts
+
+        (graph,) = link_parts(replace(kiln, parts=(part,)), kiln.schemes, scratch / "graphs").values()
+        rungs.append(check_linked(inside, graph, scheme))
+    progress.done("look inside", rungs[-1].rung, f"{len(rungs[-1].findings)} values")
+    return tuple(rungs)
+
+
+def _read_back(prepared: Prepared, part: Part, inside: Inside) -> RungFindings | None:
+    """The part's weights in the build's own bundle; None where there is no bundle, or nothing was cast."""
+    from fluxkiln.artifacts.bundle import read_manifest
+
+    kiln = prepared.kiln
+    if not (prepared.bundle / "manifest.json").is_file():
+        return None
+    entry = next((one for one in read_manifest(prepared.bundle).parts if one.name == part.name), None)
+    template = find_template(kiln, part.kind, "onnx17")
+    mould = None if template is None else find_mould(kiln, template)
+    if entry is None or mould is None or not mould.castable:
+        return None
+    return check_binary(inside, kiln, cast_part(kiln, part, mould), prepared.bundle / entry.file, entry.net)

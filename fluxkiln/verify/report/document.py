@@ -1,0 +1,294 @@
+"""The parity report: `report.json` for programs, `report.html` for people, both from one dict.
+
+`build_report` makes that dict from the ladder's rows and the facts of a build; `write_report` writes both files. The
+HTML is a pure function of the dict, so it can be made again from a stored `report.json`. It is one file: no network,
+no fonts, no libraries, readable without JavaScript.
+
+Keys of the dict, all but the first two optional (a section without facts is left out):
+    title, target: strings. reference: what the reference is, in words.
+    model: name, fingerprint, variant. shapes: height, width, tokens, steps. schemes: part or kind -> scheme.
+    parts: list of name, kind, scheme, bytes, device_memory, estimate_ms, made (`cast`, `compiled`, ...).
+    images: see `compare_pictures`. timings: list of name, seconds. memory: file -> {what: bytes}.
+    devices: budget in bytes, peaks {way to load: bytes on each device}, load (the way that fits).
+    heat: maps of `verify.heat`. runs: of `verify.runs`: several prompts and seeds.
+    estimate, lowering: label, entries {what: value with its unit}, values for programs.
+    tools, machine, provenance: what -> text.
+`build_report` adds schema, rows, gates, rungs, summary and verdict.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fluxkiln.errors import UsageError
+from fluxkiln.verify.drift import drift_chart
+from fluxkiln.verify.gates import GATES, GROUP_NAMES, PIPELINE, RUNG_ORDER, RUNGS, Gate, first_bad_rung
+from fluxkiln.verify.heat import map_picture
+from fluxkiln.verify.ladder import Row, name_culprit, row_to_dict, verdict_to_dict
+from fluxkiln.verify.metrics import AnyArray, gain_of
+from fluxkiln.verify.report import wording
+from fluxkiln.verify.report.charts import Measure, depth_chart, ladder_panels, rung_keys, rungs_drawn, step_chart
+from fluxkiln.verify.report.page import compact_json, embed_document, static_rows
+
+SCHEMA = "fluxkiln.report/1"
+SIGNIFICANT_DIGITS = 6
+BLOCK_KINDS = ("double", "single", "double_modulated", "single_modulated")
+MAX_HTML_BYTES = 3_000_000
+FEW_ROWS = 300  # in a page that would be larger
+MAX_IMAGE_BYTES = 200_000
+FACTS = frozenset(
+    {"title", "target", "reference", "model", "shapes", "schemes", "parts", "images", "timings", "memory", "estimate"}
+    | {"devices", "lowering", "heat", "runs"}
+    | {"tools", "machine", "provenance"}
+)
+MEASURES: tuple[tuple[Measure, str], ...] = (
+    ("delta", "what a part adds, against the reference"),
+    ("whole", "whole output, against the reference"),
+    ("added", "against the rung before"),
+)
+
+
+def build_report(rows: Sequence[Row], facts: Mapping[str, Any], gates: Sequence[Gate] = GATES) -> dict[str, Any]:
+    """The report's dict: `facts` (see the module) plus judged rows, gates, a summary and the verdict in words.
+
+    Raises:
+        UsageError: a fact the report has no place for, or no title or target.
+    """
+    unknown, missing = set(facts) - FACTS, {"title", "target"} - set(facts)
+    if unknown or missing:
+        wrong = f"no place for {', '.join(sorted(unknown))}" if unknown else f"{', '.join(sorted(missing))} is missing"
+        raise UsageError(f"report facts: {wrong}; a report takes {', '.join(sorted(FACTS))}")
+    climbed = {row.rung for row in rows}
+    return {
+        **facts,
+        "schema": SCHEMA,
+        "rows": [row_to_dict(row, gates) for row in rows],
+        "gates": [_gate_to_dict(gate, number, rows) for number, gate in enumerate(gates)],
+        "rungs": [{"name": rung.name, "meaning": rung.meaning, "climbed": rung.name in climbed} for rung in RUNGS],
+        "summary": _summarise(rows, gates),
+        "verdict": _verdict(rows),
+    }
+
+
+def compare_pictures(reference: AnyArray, actual: AnyArray, rung: str) -> dict[str, Any]:
+    """The `images` section: both pictures and their amplified difference as data URIs.
+
+    Args:
+        reference, actual: [height, width, 3], both uint8 or both float in 0..1.
+        rung: the rung that `actual` was made at.
+
+    Returns:
+        reference, actual, difference: data URIs; gain: what the difference was multiplied by (see `gain_of`);
+        largest: of the difference, 0 to 255; width, height, rung.
+    """
+    shown, other = _to_uint8(reference), _to_uint8(actual)
+    difference = np.abs(shown.astype(np.int16) - other.astype(np.int16))
+    gain = gain_of(difference)
+    return {
+        "reference": _data_uri(shown),
+        "actual": _data_uri(other),
+        "difference": _data_uri(np.minimum(difference * gain, 255).astype(np.uint8)),
+        "gain": gain,
+        "largest": int(difference.max()),
+        "width": int(shown.shape[1]),
+        "height": int(shown.shape[0]),
+        "rung": rung,
+    }
+
+
+def write_report(destination: Path, report: Mapping[str, Any]) -> tuple[Path, Path]:
+    """Write `report.json` and `report.html` into the folder `destination`, each replaced in one step.
+
+    The same dict gives the same bytes: keys are sorted, floats keep six significant digits, and floats JSON has no
+    number for become the strings NaN, Infinity and -Infinity (as in Protocol Buffers' JSON mapping).
+
+    Returns:
+        The two paths.
+    """
+    document = plain(report)
+    html = render_html(document)
+    destination.mkdir(parents=True, exist_ok=True)
+    paths = destination / "report.json", destination / "report.html"
+    for path, text in zip(paths, (_dump(document), html), strict=True):
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    return paths
+
+
+def render_html(report: Mapping[str, Any]) -> str:
+    """`report.html` from a dict of `build_report`, as built or as read back from `report.json`."""
+    from markupsafe import Markup
+
+    document = plain(report)
+    rows = document["rows"]
+    environment = page_environment()
+    blocks = [row for row in rows if row["kind"] in BLOCK_KINDS]
+    encoder = [row for row in rows if row["kind"] == "t5_block"]
+    embedded = embed_document(document)
+    context = {
+        "report": dict.fromkeys(FACTS) | document,
+        "embedded": Markup(embedded.text),
+        "packed": embedded.packed,
+        "static_rows": static_rows(rows),
+        "measures": MEASURES,
+        "panels": {
+            measure: [(title, Markup(svg)) for title, svg in ladder_panels(rows, measure)] if rows else []
+            for measure, _ in MEASURES
+        },
+        "depth": [
+            (
+                title,
+                Markup(rung_keys(rungs_drawn(chosen, kinds))),
+                [(measure, Markup(depth_chart(chosen, kinds, measure))) for measure in ("added", "delta")],
+                [(measure, Markup(step_chart(chosen, kinds, measure))) for measure in ("added", "delta")],
+            )
+            for title, kinds, chosen in (
+                ("Transformer blocks", BLOCK_KINDS, blocks),
+                ("T5 blocks", ("t5_block",), encoder),
+            )
+            if len({row["part"] for row in chosen}) > 1
+        ],
+        "heat": [{**entry, "picture": map_picture(entry)} for entry in document.get("heat") or ()],
+        "drift": Markup(drift_chart(document["runs"]["entries"])) if document.get("runs") else "",
+        "rung_order": RUNG_ORDER,
+        "rung_names": list(dict.fromkeys(sorted((row["rung"] for row in rows), key=RUNG_ORDER.__getitem__))),
+        "kind_names": list(dict.fromkeys(row["kind"] for row in rows)),
+    }
+    template = environment.get_template("report.html.j2")
+    html: str = template.render(context)
+    if len(html.encode()) > MAX_HTML_BYTES:
+        packed = embed_document(document, most_plain=0)
+        html = template.render(
+            context | {"embedded": Markup(packed.text), "packed": True, "static_rows": static_rows(rows, FEW_ROWS)}
+        )
+    if len(html.encode()) > MAX_HTML_BYTES:
+        html = template.render(context | {"embedded": ""})
+    return html
+
+
+def page_environment() -> Any:
+    """Templates of the pages, and how they write numbers."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(wording.FILTERS)
+    return environment
+
+
+def plain(value: Any) -> Any:
+    """`value` in JSON's own types, floats rounded; NaN and infinity stay floats for now."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, np.generic):
+        return plain(value.item())
+    if isinstance(value, float):
+        return float(f"{value:.{SIGNIFICANT_DIGITS}g}")
+    return value if value is None or isinstance(value, str | int | bool) else str(value)
+
+
+def _summarise(rows: Sequence[Row], gates: Sequence[Gate]) -> dict[str, Any]:
+    rungs = []
+    for name in sorted({row.rung for row in rows}, key=RUNG_ORDER.__getitem__):
+        here = [row for row in rows if row.rung == name]
+        judged = [(row, row.worst) for row in here if row.worst is not None]
+        worst = max(judged, key=lambda pair: (not pair[1].passed, pair[1].excess), default=None) if judged else None
+        rungs.append(
+            {
+                "rung": name,
+                "meaning": RUNGS[RUNG_ORDER[name]].meaning,
+                "rows": len(here),
+                "parts": len({row.part for row in here}),
+                "failed": sum(not row.passed for row in here),
+                "worst": worst and _name_worst(*worst, gates),
+            }
+        )
+    return {
+        "rows": len(rows),
+        "failed": sum(not row.passed for row in rows),
+        "parts": len({row.part for row in rows if row.kind != PIPELINE}),
+        "pipeline": any(row.kind == PIPELINE for row in rows),
+        "rungs": rungs,
+        "first_bad": first_bad_rung(rows),
+    }
+
+
+def _name_worst(row: Row, verdict: Any, gates: Sequence[Gate]) -> dict[str, Any]:
+    named = {"part": row.part, "output": row.output, "step": row.step, "scheme": row.scheme}
+    return named | verdict_to_dict(verdict, gates)
+
+
+def _verdict(rows: Sequence[Row]) -> dict[str, Any]:
+    failure = name_culprit(rows)
+    failed = [row for row in rows if not row.passed]
+    bad, all_parts = {row.part for row in failed}, {row.part for row in rows}
+    if not failure:
+        headline = f"All {len(rows)} comparisons stayed within their gates."
+    elif not rows:
+        headline = "Nothing was compared."
+    else:
+        headline = f"{len(failed)} of {len(rows)} comparisons missed a gate, in {len(bad)} of {len(all_parts)} parts."
+    return {"passed": not failure, "headline": headline, "failure": failure}
+
+
+def _gate_to_dict(gate: Gate, number: int, rows: Sequence[Row]) -> dict[str, Any]:
+    verdicts = [verdict for row in rows for verdict in row.verdicts if verdict.gate == gate]
+    described = {name: getattr(gate, name) for name in Gate.__dataclass_fields__}
+    return described | {
+        "number": number,
+        "what": GROUP_NAMES.get(gate.kind, gate.kind),
+        "judged": len(verdicts),
+        "failed": sum(not verdict.passed for verdict in verdicts),
+        "worst": max((verdict.excess for verdict in verdicts), default=None),
+    }
+
+
+def _to_uint8(image: AnyArray) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    if image.ndim != 3 or image.shape[2] != 3:
+        raise UsageError(f"a picture of shape {image.shape}: the report shows [height, width, 3]")
+    if image.dtype == np.uint8:
+        return image.astype(np.uint8)
+    return (np.nan_to_num(image.astype(np.float64)).clip(0.0, 1.0) * 255.0).round().astype(np.uint8)
+
+
+def _data_uri(image: np.ndarray[Any, np.dtype[np.uint8]]) -> str:
+    """PNG where it is small, WebP at falling quality where it is not."""
+    from PIL import Image
+
+    picture = Image.fromarray(image)
+    for kind, quality in (("png", 0), ("webp", 92), ("webp", 80), ("webp", 60), ("webp", 30)):
+        buffer = io.BytesIO()
+        picture.save(buffer, kind, **({"quality": quality} if quality else {"optimize": True}))
+        if buffer.tell() <= MAX_IMAGE_BYTES:
+            break
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _dump(document: Mapping[str, Any]) -> str:
+    """JSON with one line per top-level key and per element of a top-level list: compact, and diffs read well."""
+    lines = []
+    for key in sorted(document):
+        value = document[key]
+        text = (
+            "[\n" + ",\n".join(map(compact_json, value)) + "\n]"
+            if isinstance(value, list) and value
+            else compact_json(value)
+        )
+        lines.append(f"{json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"

@@ -1,0 +1,292 @@
+"""The way a large model is verified, forced upon the tiny one; each corruption is found at the block it is in."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+
+from fluxkiln.build import blockwise
+from fluxkiln.build.blockwise import verify_blockwise
+from fluxkiln.build.budget import Limits, executed_parts, multiplications
+from fluxkiln.build.parity import record, verify_build
+from fluxkiln.compile import rungs
+from fluxkiln.compile.onnx.linked import link_components
+from fluxkiln.compile.templates import make_template
+from fluxkiln.compile.toolchains.tpu_mlir.moulds import cast_part, make_mould
+from fluxkiln.components import Shapes, find_part, list_parts
+from fluxkiln.errors import CheckpointError, CompileError
+from fluxkiln.progress import Silent
+from fluxkiln.settings import Settings
+from fluxkiln.verify.gates import first_bad_rung
+from fluxkiln.verify.ladder import explain_failure
+
+SMALL = Shapes(height=16, width=16, tokens=8)
+AT = " at 32x32"
+
+
+class Told(Silent):
+    """Keeps what was reported."""
+
+    def __init__(self):
+        self.announced, self.lines = {}, []
+
+    def stage(self, name, total):
+        self.announced[name] = total
+
+    def done(self, stage, what, how):
+        self.lines.append((stage, what, how))
+
+
+class Large:
+    """tiny-dev with limits so low that it counts as large."""
+
+    def __init__(self, kiln, folder, scheme="W4BF16", target="cpu", component=None):
+        self.kiln, self.folder = kiln(scheme=scheme, target=target), folder
+        if component is not None:
+            parts = tuple(part for part in self.kiln.parts if part.component == component)
+            tensors = {component: self.kiln.checkpoint.tensors[component]}
+            self.kiln = replace(self.kiln, parts=parts, checkpoint=replace(self.kiln.checkpoint, tensors=tensors))
+        self.settings = Settings(target, str(self.kiln.checkpoint.root), scheme=scheme)
+        most = multiplications(replace(self.kiln, shapes=SMALL))
+        self.limits = Limits(replayed=most, executed=1e9, blocks=1)
+        self.graphs = {}
+        if target == "cpu":
+            _, _, self.graphs = link_components(self.kiln, folder / "linked", Silent())
+        self.recording = record(self.kiln, self.settings, "tiny", folder / "recording", self.limits)
+
+    def verify(self, kiln=None, graphs=None, binaries=(), progress=None):
+        parity = verify_blockwise(
+            kiln or self.kiln, self.settings, "tiny", binaries, graphs or self.graphs, self.recording,
+            self.folder / "work", progress or Silent(), self.limits,
+        )  # fmt: skip
+        return parity, first_bad_rung(parity.ladder.rows)
+
+
+@pytest.fixture(scope="module")
+def large(kiln, tmp_path_factory):
+    return Large(kiln, tmp_path_factory.mktemp("large"))
+
+
+@pytest.fixture(scope="module")
+def sound(large):
+    told = Told()
+    return *large.verify(progress=told), told
+
+
+def chosen_block(large, kind):
+    return next(part.name for part in executed_parts(large.kiln, 0, large.limits) if part.kind == kind)
+
+
+def test_one_step_at_smaller_shapes_is_recorded(large):
+    assert large.recording.shapes == SMALL
+    assert large.recording.steps == 1
+    assert tuple(large.recording.calls) == tuple(part.name for part in large.kiln.parts)
+    assert {len(calls) for calls in large.recording.calls.values()} == {1}
+
+
+def test_a_sound_model_passes(large, sound):
+    parity, bad, _ = sound
+    assert bad == {}
+    assert explain_failure(parity.ladder.rows) == ""
+    assert parity.recording is large.recording
+    assert parity.pipeline_rung == "onnxruntime"
+    assert parity.pipeline.image.shape == (16, 16, 3)
+
+
+def test_every_part_is_replayed_and_some_are_executed_at_the_shapes_of_the_build(large, sound):
+    parity, _, _ = sound
+    rungs_of = {}
+    for row in parity.ladder.rows:
+        rungs_of.setdefault(row.part, []).append(row.rung)
+    chosen = [part.name for part in executed_parts(large.kiln, 0, large.limits)]
+    assert list(rungs_of) == [
+        *(part.name for part in large.kiln.parts), *(f"{name}{AT}" for name in chosen), "pipeline",
+    ]  # fmt: skip
+    assert {"double", "single", "t5_block", "vae_decoder"} <= {name.split(".")[0] for name in chosen}
+    for part, made in rungs_of.items():
+        expected = ["dequantized", "executed"] if AT in part else ["patched", "onnxruntime", "dequantized"]
+        assert list(dict.fromkeys(made)) == (["onnxruntime"] if part == "pipeline" else expected)
+    for row in parity.ladder.rows:
+        assert (row.vs_reference.delta_cosine is not None) == row.kind.startswith(("double", "single", "t5_block"))
+
+
+def test_the_report_is_told_what_ran_where(large, sound):
+    parity, _, told = sound
+    facts = parity.facts
+    assert facts["every part replayed at"] == "16x16, 8 tokens, 1 step"
+    assert chosen_block(large, "single") in facts["compiled form executed at 32x32, 16 tokens"].split(", ")
+    assert facts["compiled form not executed, too large"] == "none"
+    verified = [what for stage, what, _ in told.lines if stage == "verify"]
+    assert len(verified) == told.announced["verify"] == len(set(verified))
+    assert f"{chosen_block(large, 'double')}{AT}" in verified
+
+
+def test_what_is_too_large_is_left_out_and_said(large):
+    limits = replace(large.limits, executed=1e6)
+    parity = verify_blockwise(
+        large.kiln, large.settings, "tiny", (), large.graphs, large.recording, large.folder / "work", Silent(), limits
+    )
+    assert parity.facts["compiled form not executed, too large"].split(", ")[-1] == "vae_decoder"
+    assert "vae_decoder" in {row.part for row in parity.ladder.rows}, "at the smaller shapes it is replayed"
+    assert f"vae_decoder{AT}" not in {row.part for row in parity.ladder.rows}
+
+
+def test_further_images_are_made_at_the_smaller_shapes(large):
+    settings = replace(large.settings, seeds=(1, 2), steps=3)
+    parity = verify_blockwise(
+        large.kiln, settings, "tiny", (), large.graphs, large.recording, large.folder / "work", Silent(), large.limits
+    )
+    runs = parity.runs
+    assert (runs["rung"], runs["shapes"], runs["steps"]) == ("onnxruntime", "16x16, 8 tokens", 3)
+    assert [entry["seed"] for entry in runs["entries"]] == [1, 2]
+    rows = [row for row in parity.ladder.rows if row.part.startswith("pipeline.")]
+    assert len(rows) == 4
+    assert all(row.passed for row in rows)
+
+
+def swap(kiln, one, other):
+    """A kiln in which two parts have the weights of one another."""
+    prefixes = {part.name: part.prefix for part in kiln.parts}
+    prefixes[one], prefixes[other] = prefixes[other], prefixes[one]
+    return replace(kiln, parts=tuple(replace(part, prefix=prefixes[part.name]) for part in kiln.parts))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("double.00", "double.01"), ("single.01", "single.02"), ("t5_block.00", "t5_block.01")]
+)
+def test_swapped_blocks_are_found(large, one, other):
+    _, bad = large.verify(swap(large.kiln, one, other))
+    assert {name: rung for name, rung in bad.items() if AT not in name} == {
+        one: "patched", other: "patched", "pipeline": "onnxruntime",
+    }  # fmt: skip
+    assert {name.removesuffix(AT) for name in bad if AT in name} <= {one, other}
+
+
+def test_weights_of_another_block_at_one_rung_are_found(large, monkeypatch):
+    fill = rungs._fill
+
+    def wrong(kiln, name):
+        return fill(kiln, "single.02" if name == "single.01" else name)
+
+    monkeypatch.setattr(rungs, "_fill", wrong)
+    _, bad = large.verify()
+    assert bad == {"single.01": "onnxruntime", "pipeline": "onnxruntime"}
+
+
+def test_blocks_in_the_wrong_order_are_found(large):
+    """Each has its own weights and is sound; only the whole pipeline shows it."""
+    parts = list(large.kiln.parts)
+    places = [index for index, part in enumerate(parts) if part.kind == "double"]
+    parts[places[0]], parts[places[1]] = parts[places[1]], parts[places[0]]
+    _, bad = large.verify(replace(large.kiln, parts=tuple(parts)))
+    assert bad == {"pipeline": "onnxruntime"}
+
+
+def test_a_bundle_with_the_graph_of_another_block_is_found(large):
+    chosen = chosen_block(large, "single")
+    other = next(name for name in large.graphs if name.startswith("single.") and name != chosen)
+    _, bad = large.verify(graphs={**large.graphs, chosen: large.graphs[other]})
+    assert bad == {f"{chosen}{AT}": "executed"}
+
+
+def test_without_quantization_the_bundles_graphs_are_the_onnxruntime_rung(kiln, tmp_path):
+    plain = Large(kiln, tmp_path, scheme="BF16")
+    parity, bad = plain.verify()
+    assert bad == {}
+    assert {row.rung for row in parity.ladder.rows if AT in row.part} == {"onnxruntime"}
+    assert {row.rung for row in parity.ladder.rows} == {"patched", "onnxruntime"}
+
+
+def test_both_forms_of_the_transformer_are_verified(kiln, tmp_path):
+    """The one that the fixtures do not make: blocks with their modulation as an input, or with their AdaLN linears."""
+    model = kiln(scheme="W4BF16", target="cpu")
+    other = "hoisted" if any(part.kind == "head" for part in model.parts) else "inline"
+    parts = list_parts(model.checkpoint.configs, modulation=other)
+    both = Large(lambda **_: replace(model, parts=parts), tmp_path)
+    parity, bad = both.verify()
+    assert bad == {}
+    kinds = {row.kind for row in parity.ladder.rows if AT in row.part}
+    assert kinds >= ({"single_modulated", "single_modulation"} if other == "hoisted" else {"single", "head"})
+
+
+@pytest.mark.parametrize("component", ["text_encoder_2", "transformer", "vae"])
+def test_a_component_is_verified_alone(kiln, tmp_path, component):
+    """There is no whole pipeline then; the random numbers in place of the others' outputs do as well for a part."""
+    alone = Large(kiln, tmp_path, component=component)
+    told = Told()
+    parity, bad = alone.verify(progress=told)
+    assert bad == {}
+    assert parity.pipeline is None
+    chosen = executed_parts(alone.kiln, 0, alone.limits)
+    assert {row.part for row in parity.ladder.rows} == {
+        *(part.name for part in alone.kiln.parts), *(f"{part.name}{AT}" for part in chosen)
+    }  # fmt: skip
+    assert len(told.lines) == told.announced["verify"]
+    if component == "transformer":
+        _, bad = alone.verify(swap(alone.kiln, "single.00", "single.01"))
+        assert bad.keys() >= {"single.00", "single.01"}
+        assert bad["single.00"] == "patched"
+
+
+def test_a_small_models_component_is_replayed_alone(kiln, tmp_path):
+    model = kiln(scheme="BF16", target="cpu")
+    model = replace(model, parts=tuple(part for part in model.parts if part.component == "text_encoder_2"))
+    settings = Settings("cpu", str(model.checkpoint.root), scheme="BF16")
+    _, files, graphs = link_components(model, tmp_path / "linked", Silent())
+    recording = record(model, settings, "tiny", tmp_path / "recording")
+    parity = verify_build(model, settings, "tiny", (), files, graphs, recording, tmp_path / "work", Silent())
+    assert explain_failure(parity.ladder.rows) == ""
+    assert parity.pipeline is None
+    assert {row.part for row in parity.ladder.rows} == {part.name for part in model.parts}
+
+
+def test_a_failure_does_not_wait_for_what_is_executed(large, monkeypatch):
+    """At full size a block is interpreted for most of a minute."""
+    begun, gone, saw_it_go = threading.Event(), threading.Event(), []
+
+    def run(part, inputs):
+        begun.set()
+        saw_it_go.append(gone.wait(20))
+        raise CompileError("the process ended")
+
+    @contextmanager
+    def process(*_):
+        try:
+            yield {"executed": run}
+        finally:
+            gone.set()
+
+    def fail(*_):
+        assert begun.wait(20)
+        raise CheckpointError("a shard has gone")
+
+    monkeypatch.setattr(blockwise, "executed_rung", process)
+    monkeypatch.setattr(blockwise, "_replay_all", fail)
+    with pytest.raises(CheckpointError, match="a shard has gone"):
+        large.verify()
+    assert saw_it_go == [True]
+
+
+@pytest.mark.tpu_mlir
+@pytest.mark.parametrize("spoilt", [False, True])
+def test_compiled_blocks_are_interpreted(kiln, tmp_path, monkeypatch, spoilt):
+    """A block cast from the weights of another is found at the interpreter, which no other rung has to do with."""
+    compiled = Large(kiln, tmp_path, target="bm1684x")
+    name, source = "single.01", "single.02" if spoilt else "single.01"
+    template = make_template(compiled.kiln, "single", "onnx17")
+    mould = make_mould(compiled.kiln, template)
+    binary = cast_part(compiled.kiln, find_part(compiled.kiln.parts, source), mould)
+    part = find_part(compiled.kiln.parts, name)
+    if spoilt:  # what was cast for the one is taken for the other
+        cast = rungs.lay_out_lowered
+        monkeypatch.setattr(rungs, "lay_out_lowered", lambda k, b, f: cast(k, replace(b, part=binary.part), f))
+    monkeypatch.setattr(blockwise, "executed_parts", lambda *_: (part,))
+    parity, bad = compiled.verify(binaries=(replace(binary, part=part),))
+    assert bad == ({f"{name}{AT}": "interpreter"} if spoilt else {})
+    rows = [row for row in parity.ladder.rows if AT in row.part]
+    assert [row.rung for row in rows] == ["dequantized", "interpreter"]
+    assert parity.facts["compiled form not executed, too large"].split(", ")[:2] == ["clip", "t5_embed"]
+    assert not (compiled.folder / "work" / "lowered").exists(), "a part's files go when it is done"

@@ -1,0 +1,176 @@
+"""The ladder of compiled parts, and what it must catch: each corruption at the rung it enters."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+
+import pytest
+
+from fluxkiln.build.parity import climb_stored
+from fluxkiln.compile.rungs import bm1684x_rungs
+from fluxkiln.compile.templates import CombinedFile, make_template
+from fluxkiln.compile.toolchains.tpu_mlir.bmodel import check_codes, read_bmodel
+from fluxkiln.compile.toolchains.tpu_mlir.cast import cast_region
+from fluxkiln.compile.toolchains.tpu_mlir.coefficients import CoefficientMap
+from fluxkiln.compile.toolchains.tpu_mlir.moulds import make_mould
+from fluxkiln.compile.toolchains.tpu_mlir.proof import prove_cast
+from fluxkiln.compile.toolchains.tpu_mlir.shell import write_check_code
+from fluxkiln.components import Shapes, find_part
+from fluxkiln.errors import CompileError, IntegrityError
+from fluxkiln.export.bindings import bind_part, weight_reader
+from fluxkiln.verify.gates import first_bad_rung
+from fluxkiln.verify.ladder import Ladder
+
+pytestmark = pytest.mark.tpu_mlir
+
+NAME = "single.00"
+OUTPUT = "hidden_states_out"
+
+
+@pytest.fixture(scope="module")
+def climbed(kiln, cast_and_direct, cast_alone, tiny_checkpoint, tiny_recording, tmp_path_factory):
+    """One block at every rung, and on the simulator in every spoilt form."""
+    kiln = kiln()
+    kiln = replace(kiln, parts=tuple(find_part(kiln.parts, name) for name in (NAME, "single.01")))
+    folder = tmp_path_factory.mktemp("parity")
+    recording = tiny_recording("tiny-dev", "kl", Shapes(height=32, width=32, tokens=16))
+    template = make_template(kiln, "single", "onnx17")
+    mould, sound, direct = cast_and_direct(kiln, NAME)
+    casts = (sound, cast_alone(kiln, "single.01"))
+    inputs = recording.inputs(NAME, 0)
+    spoilt = {
+        "scale": double_one_scale(kiln, casts[0], mould, "proj_out"),
+        "slot": cast_from_wrong_slot(kiln, casts[0], mould, template),
+        "swapped": casts[1],
+    }
+    stale = folder / "stale.bmodel"
+    data = bytearray(kiln.path(spoilt["scale"].bmodel).read_bytes())
+    span = read_bmodel(kiln.path(casts[0].bmodel)).nets[0].check_code
+    data[span.start : span.stop] = kiln.path(casts[0].bmodel).read_bytes()[span.start : span.stop]
+    stale.write_bytes(data)
+    caught = {}
+    attempts = {
+        "check_codes": lambda: check_codes(stale),
+        "prove_cast": lambda: prove_cast(spoilt["scale"], direct, kiln, mould),
+    }
+    for what, attempt in attempts.items():
+        try:
+            attempt()
+        except (CompileError, IntegrityError) as error:
+            caught[what] = type(error)
+    made = {}
+    for what, cast in {"sound": casts[0], **spoilt}.items():
+        files = (CombinedFile(f"{what}.bmodel", cast.bmodel, (NAME,)),)
+        only = replace(kiln, parts=kiln.parts[:1])
+        binary = replace(cast, part=kiln.parts[0], net=read_bmodel(kiln.path(cast.bmodel)).nets[0].name)
+        with bm1684x_rungs(only, (binary,), files, folder / what) as rungs:
+            names = rungs if what == "sound" else ("simulator",)
+            made[what] = {rung: rungs[rung](NAME, inputs)[OUTPUT] for rung in names}
+    other = replace(kiln, parts=(replace(kiln.parts[1], name=NAME),))  # called after the one, weights of the other
+    with bm1684x_rungs(other, (casts[0],), files, folder / "other") as rungs:
+        made["onnxruntime swapped"] = {"onnxruntime": rungs["onnxruntime"](NAME, inputs)[OUTPUT]}
+    return recording, made, caught
+
+
+@pytest.mark.parametrize(("what", "slot"), [("sound", None), ("scale", "proj_out"), ("slot", ""), ("swapped", "")])
+def test_stored_weights_are_the_checkpoints(kiln, cast_alone, what, slot):
+    """One scale of one group doubled changes one byte or two: no output shows it, the bytes do."""
+    base = kiln()
+    part = find_part(base.parts, NAME)
+    only = replace(base, parts=(part,))
+    template = make_template(only, "single", "onnx17")
+    mould = make_mould(only, template)
+    sound = cast_alone(only, NAME)
+    spoilt = {
+        "sound": lambda: sound,
+        "scale": lambda: double_one_scale(only, sound, mould, "proj_out"),
+        "slot": lambda: cast_from_wrong_slot(only, sound, mould, template),
+        "swapped": lambda: replace(
+            cast_alone(replace(base, parts=(replace(find_part(base.parts, "single.01"), name=NAME),)), NAME), part=part
+        ),
+    }[what]()
+    ladder = Ladder()
+    climb_stored(ladder, only, (spoilt,), (CombinedFile("x.bmodel", spoilt.bmodel, (NAME,)),))
+    if what == "sound":
+        assert ladder.rows
+        assert all(row.passed for row in ladder.rows)
+    else:
+        assert first_bad_rung(ladder.rows) == {NAME: "stored"}
+        assert slot in ladder.rows[0].output
+
+
+def climb(climbed, **instead):
+    """The ladder of the sound block, with some rungs replaced."""
+    recording, made, _ = climbed
+    rungs = [(rung, instead.get(rung, array)) for rung, array in made["sound"].items()]
+    ladder = Ladder()
+    reference, base = recording.outputs(NAME, 0)[OUTPUT], recording.inputs(NAME, 0)["hidden_states"]
+    shaped = [(rung, array.reshape(reference.shape)) for rung, array in rungs]
+    ladder.climb(NAME, "single", OUTPUT, 0, reference, base, shaped, "W4BF16")
+    return ladder
+
+
+def double_one_scale(kiln, cast, mould, slot):
+    """The scale of one group of one row, in the bmodel; its check code is made right, so that only numbers differ."""
+    found = CoefficientMap.from_json(json.loads(kiln.path(mould.result.outputs["map"]).read_text()))
+    place = next(p for p in found.binary if p.form.slot.startswith(slot) and p.form.name.startswith("scale"))
+    data = bytearray(kiln.path(cast.bmodel).read_bytes())
+    (net,) = read_bmodel(kiln.path(cast.bmodel)).nets
+    position = net.coefficients.start + place.offset
+    bits = int.from_bytes(data[position : position + 2], "little")
+    data[position : position + 2] = (bits + 0x80).to_bytes(2, "little")  # bfloat16: one more in the exponent
+    code = hashlib.sha256(data[net.coefficients.start : net.coefficients.stop])
+    data[net.check_code.start : net.check_code.stop] = code.digest()
+    digest = f"sha256:{code.hexdigest()}"
+    return replace(cast, bmodel=kiln.cache.store.add_bytes(bytes(data)), digest=digest)
+
+
+def cast_from_wrong_slot(kiln, cast, mould, template):
+    found = CoefficientMap.from_json(json.loads(kiln.path(mould.result.outputs["map"]).read_text()))
+    placements = list(found.binary)
+    index = next(
+        i for i, p in enumerate(placements) if p.form.slot.startswith("attn.to_v.weight") and p.form.name == "codes"
+    )
+    form = placements[index].form
+    placements[index] = replace(placements[index], form=replace(form, slot=form.slot.replace("to_v", "to_k")))
+    reader = weight_reader(bind_part(cast.part, template.slots, kiln.checkpoint), kiln.checkpoint)
+    target = kiln.cache.store.root / "wrong.bmodel"
+    kiln.cache.store.export(cast.bmodel.digest, target)
+    (net,) = read_bmodel(target).nets
+    code = cast_region(target, net.coefficients, replace(found, binary=tuple(placements)), reader)
+    write_check_code(target, net.name, code)
+    return replace(cast, bmodel=kiln.cache.store.add_file(target, move=True))
+
+
+def test_a_sound_block_passes_every_rung(climbed):
+    ladder = climb(climbed)
+    assert [row.rung for row in ladder.rows] == ["patched", "onnxruntime", "dequantized", "interpreter", "simulator"]
+    assert first_bad_rung(ladder.rows) == {}
+    quantization = next(row for row in ladder.rows if row.rung == "dequantized").vs_reference
+    assert 0.01 < quantization.delta_relative_l2 < 0.15
+
+
+def test_swapped_weights_fail_at_onnxruntime(climbed):
+    _, made, _ = climbed
+    ladder = climb(climbed, onnxruntime=made["onnxruntime swapped"]["onnxruntime"])
+    assert first_bad_rung(ladder.rows) == {NAME: "onnxruntime"}
+
+
+@pytest.mark.parametrize("what", ["swapped", "slot"])
+def test_a_corrupted_binary_fails_at_the_simulator(climbed, what):
+    _, made, _ = climbed
+    ladder = climb(climbed, simulator=made[what]["simulator"])
+    assert first_bad_rung(ladder.rows) == {NAME: "simulator"}
+
+
+def test_one_doubled_scale_is_refused_by_proof_and_codes(climbed):
+    """One scale of one group is 1 of 20 of one channel's inputs: it shows in the worst channel, twice its noise, but a
+    bound that low would not hold for every sound block. Bytes are what it is caught by."""
+    _, made, caught = climbed
+    sound, spoilt = (
+        climb(climbed, simulator=made[what]["simulator"]).rows[-1].vs_previous for what in ("sound", "scale")
+    )
+    assert spoilt.worst_channel > 1.5 * sound.worst_channel
+    assert caught == {"check_codes": IntegrityError, "prove_cast": CompileError}

@@ -1,0 +1,139 @@
+"""Plans: sizes without tracing, keys of the build, and what the machine has no room for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fluxkiln.build import plan as planning
+from fluxkiln.build.context import Prepared, prepare
+from fluxkiln.build.make import build, plan
+from fluxkiln.build.plan import (
+    Job,
+    check_disk,
+    disk_bytes,
+    list_jobs,
+    peak_memory,
+    recording_bytes,
+)
+from fluxkiln.compile.tensors import part_refs, stored_bytes
+from fluxkiln.components import list_parts
+from fluxkiln.errors import ResourceError
+from fluxkiln.export.bindings import tensors_of
+from fluxkiln.patches.flux1.parts import part_slots
+from fluxkiln.quantize.schemes import parse_scheme
+from fluxkiln.settings import Settings
+
+
+@pytest.fixture
+def prepared(tiny_checkpoint, tmp_path):
+    def make(target: str = "cpu", modulation: str = "hoisted", **changes) -> Prepared:
+        return prepare(
+            Settings(
+                target, str(tiny_checkpoint().root), build_dir=tmp_path / "build", modulation=modulation, **changes
+            )
+        )
+
+    return make
+
+
+@pytest.mark.parametrize("modulation", ["inline", "hoisted"])
+@pytest.mark.parametrize("vae", ["kl", "tiny"])
+def test_tensors_of_a_part_by_name_are_those_it_holds(prepared, vae, modulation):
+    kiln = prepared(vae=vae, modulation=modulation).kiln
+    assert kiln.parts == list_parts(kiln.checkpoint.configs, vae, modulation)
+    for part in kiln.parts:
+        held = {part.prefix + slot for slot in part_slots(part.kind, kiln.checkpoint.configs)}
+        found = {ref.name for ref in part_refs(kiln, part)}
+        # T5's block 0 has the table of position biases, which the host reads.
+        table = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        assert found - {table} == held, part.name
+    every = [ref.name for part in kiln.parts for ref in part_refs(kiln, part) if tensors_of(part) == "transformer"]
+    assert sorted(every) == sorted(kiln.checkpoint.tensors["transformer"]), "each once"
+
+
+def test_plan_before_and_after_a_build(tiny_checkpoint, tmp_path):
+    settings = Settings("cpu", str(tiny_checkpoint().root), build_dir=tmp_path / "build", verify=False)
+    before = plan(settings)
+    kinds = {job["kind"] for job in before["jobs"] if job["kind"]}
+    assert [job["what"] for job in before["jobs"] if job["stage"] == "template"] == [
+        f"{k} onnx23" for k in _order(kinds)
+    ]
+    assert {job["in_store"] for job in before["jobs"]} == {False}
+    assert before["totals"]["to_do"] == before["totals"]["jobs"] == len(before["jobs"])
+    assert json.loads(json.dumps(before)) == before
+    made = build(settings)
+    written = sum(path.stat().st_size for path in (tmp_path / "build").rglob("*") if path.is_file())
+    assert written <= before["totals"]["disk_bytes"] <= 5 * written
+    after = plan(settings)
+    assert {job["in_store"] for job in after["jobs"] if job["stage"] in ("template", "bundle")} == {True}
+    assert after["name"] == made.name
+    other = plan(Settings("cpu", settings.model, build_dir=tmp_path / "build", verify=False, size=(64, 32)))
+    assert {job["in_store"] for job in other["jobs"] if job["stage"] == "template"} <= {True, False}
+    assert not any(job["in_store"] for job in other["jobs"] if job["kind"] == "double_modulated")
+
+
+def _order(kinds: set[str]) -> list[str]:
+    from fluxkiln.components import KINDS
+
+    return [kind for kind in KINDS if kind in kinds]
+
+
+@pytest.mark.tpu_mlir
+def test_plan_for_a_compiler(prepared):
+    jobs = list_jobs(prepared("bm1684x"))
+    names = {stage: [job.what for job in jobs if job.stage == stage] for stage in dict.fromkeys(j.stage for j in jobs)}
+    assert list(names) == ["template", "mould", "compile", "combine", "cast", "record", "verify", "bundle"]
+    kiln = prepared("bm1684x").kiln
+    assert names["mould"] == [f"mould {kind}" for kind in kiln.kinds()]
+    assert len(names["compile"]) == len(names["mould"]), "a proof for each mould"
+    assert sorted(names["cast"]) == sorted(part.name for part in kiln.parts)
+    double, tail = (
+        next(job for job in jobs if job.what == f"mould {kind}") for kind in ("double_modulated", "tail_modulated")
+    )
+    assert double.weights > tail.weights
+    assert double.memory_bytes > tail.memory_bytes > 700e6
+    assert (double.scheme, tail.scheme) == ("W4BF16", "BF16")
+
+
+def test_full_disk_is_refused_before_the_start(prepared, monkeypatch):
+    small = prepared()
+    check_disk(small, list_jobs(small))
+    monkeypatch.setattr(planning, "free_bytes", lambda place: 1_000_000)
+    with pytest.raises(ResourceError, match=r"0\.00 GB are free, this build needs about 0\.\d\d GB; make room"):
+        check_disk(small, list_jobs(small))
+    with pytest.raises(ResourceError):
+        build(small.settings)
+    assert not small.folder.parent.exists()
+
+
+def test_finished_jobs_take_no_disk(prepared):
+    small = prepared()
+    jobs = list_jobs(small)
+    assert disk_bytes(small, []) == 0
+    assert disk_bytes(small, jobs) > disk_bytes(small, [job for job in jobs if job.stage != "verify"]) > 0
+
+
+def test_recording_grows_with_steps(prepared):
+    kiln = prepared().kiln
+    assert recording_bytes(kiln, 2) < recording_bytes(kiln, 4) < 2 * recording_bytes(kiln, 2)
+
+
+@pytest.mark.parametrize(("scheme", "size"), [("F32", 4000), ("BF16", 2000), ("W8BF16", 1047), ("W4BF16", 547)])
+def test_stored_bytes(scheme, size):
+    assert stored_bytes(parse_scheme(scheme), 1000) == size
+
+
+def test_peak_memory_counts_workers():
+    jobs = [Job("compile", str(gigabytes), "", "", gigabytes << 30, False) for gigabytes in (1, 4, 2)]
+    one, two = (peak_memory(jobs, Settings("cpu", jobs=count)) for count in (1, 2))
+    assert (one, two) == ((1 + 4) << 30, (1 + 4 + 2) << 30)
+    alone = Job("record", "", "", "", 9 << 30, False)
+    assert peak_memory([*jobs, alone], Settings("cpu", jobs=2)) == 9 << 30
+    assert peak_memory([], Settings("cpu")) == 0
+
+
+def test_place_that_is_not_there_yet_has_its_parents_room(tmp_path):
+    assert planning.free_bytes(tmp_path / "a" / "b") == pytest.approx(planning.free_bytes(Path(tmp_path)), rel=0.01)

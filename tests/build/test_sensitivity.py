@@ -1,0 +1,195 @@
+"""What single weights' codes do to their blocks, and that it is what a budget is spent by."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fluxkiln.build.context import prepare
+from fluxkiln.build.mixture import choose_slots, predicted_errors
+from fluxkiln.build.quantization import quantize_model
+from fluxkiln.build.sensitivity import block_errors, open_trials, slot_errors
+from fluxkiln.cli.main import main
+from fluxkiln.compile.rungs import dequantized_rung
+from fluxkiln.errors import ParityError, SchemeError
+from fluxkiln.progress import Silent
+from fluxkiln.quantize.schemes import parse_scheme
+from fluxkiln.settings import Settings
+from fluxkiln.verify.metrics import compare
+
+CODED = parse_scheme("W4BF16")
+# of tiny-dev's slots, one of a residual branch and the modulation of the same block
+SOME = tuple(
+    f"{stack}.{number}.{slot}.weight"
+    for stack, slots in (
+        ("transformer_blocks", ("attn.to_out.0", "norm1.linear")),
+        ("single_transformer_blocks", ("proj_out", "norm.linear")),
+    )
+    for number in range(2)
+    for slot in slots
+)
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_checkpoint, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sensitivity")
+    return Settings("cpu", str(tiny_checkpoint().root), components=("transformer",), build_dir=folder)
+
+
+@pytest.fixture(scope="module")
+def trials(settings):
+    return open_trials(prepare(settings), SOME, Silent())
+
+
+def test_the_first_and_the_last_block_of_each_kind_are_tried(trials):
+    assert {kind: [part.name for part in parts] for kind, parts in trials.blocks.items()} == {
+        "double": ["double.00", "double.01"],
+        "single": ["single.00", "single.02"],
+    }
+    assert trials.slots == {"double": ("attn.to_out.0", "norm1.linear"), "single": ("proj_out", "norm.linear")}
+
+
+def test_an_error_is_that_of_a_build_that_keeps_all_others(trials):
+    """The same by another way: a scheme whose exceptions name all other weights, against BF16."""
+    found = slot_errors(trials, CODED, Silent())
+    assert set(found) == {"double.attn.to_out.0", "double.norm1.linear", "single.proj_out", "single.norm.linear"}
+    assert all(0.002 < error < 0.12 for error in found.values())
+    others = ("proj_mlp", "norm.linear", "attn.to_?")
+    squares = []
+    for part in trials.blocks["single"]:
+        kilns = [
+            replace(trials.kiln, schemes={**trials.kiln.schemes, "single": scheme})
+            for scheme in (replace(CODED, kept=others), parse_scheme("BF16"))
+        ]
+        for step in range(2):
+            inputs = trials.recording.inputs(part.name, step)
+            made, expected = (dequantized_rung(kiln)(part.name, inputs)["hidden_states_out"] for kiln in kilns)
+            squares.append(compare(made, expected, inputs["hidden_states"]).delta_relative_l2 ** 2)
+    assert found["single.proj_out"] == pytest.approx(np.sqrt(np.mean(squares)), rel=1e-4)
+
+
+def test_blocks_with_nothing_in_codes_have_no_error(trials):
+    assert block_errors(trials, CODED, {}, Silent()) == {"double": 0.0, "single": 0.0}
+    one = slot_errors(trials, CODED, Silent())
+    both = block_errors(trials, CODED, trials.slots, Silent())
+    for kind, slots in trials.slots.items():
+        assert both[kind] > max(one[f"{kind}.{slot}"] for slot in slots)
+    # a kept pattern of the scheme itself does not count: what is in codes is said
+    kept = replace(CODED, kept=("proj_out",))
+    assert block_errors(trials, kept, {"single": ["proj_out"]}, Silent())["single"] == pytest.approx(
+        one["single.proj_out"]
+    )
+
+
+def test_what_is_not_finite_is_refused(trials):
+    class Spoilt:
+        calls = trials.recording.calls
+
+        def inputs(self, part, step):
+            return {name: np.full_like(array, np.nan) for name, array in trials.recording.inputs(part, step).items()}
+
+    with pytest.raises(ParityError, match=r"double\.00 with attn\.to_out\.0 in codes makes values that are not finite"):
+        slot_errors(replace(trials, recording=Spoilt()), CODED, Silent())
+
+
+def planted(root, target):
+    """A checkpoint in whose double blocks the feed-forward's output is most of what is added."""
+    shutil.copytree(root, target)
+    found = 0
+    for file in (target / "transformer").glob("*.safetensors"):
+        tensors = load_file(file)
+        for name, tensor in tensors.items():
+            if name.startswith("transformer_blocks.") and name.endswith("net.2.weight"):
+                tensors[name] = (tensor.float() * 16).to(torch.bfloat16)
+                found += 1
+        save_file(tensors, file, {"format": "pt"})
+    assert found == 4
+    return target
+
+
+@pytest.fixture(scope="module")
+def planted_choice(settings, tiny_checkpoint, tmp_path_factory):
+    root = planted(tiny_checkpoint().root, tmp_path_factory.mktemp("planted") / "tiny-dev")
+    chosen = replace(settings, model=str(root))
+    return chosen, quantize_model(chosen, ["W4BF16"], "7bits", per_kind=True)
+
+
+def test_what_matters_to_the_block_is_kept(planted_choice):
+    """Layers' own relative errors are all alike, so that small ones are kept; the block does not notice."""
+    chosen, made = planted_choice
+    figures = {name: found for name, found in made.figures.items() if name.startswith("transformer_blocks.")}
+    budget = sum(found["W4BF16"].weights for found in figures.values()) * 7 // 8
+    known = {f"{one.kind}.{one.slot}": one.error for one in made.mix.slots}
+    trials = open_trials(prepare(chosen), figures, Silent())
+    assert set(trials.blocks) == {"double"}
+    kept, errors = [], []
+    for by_block in (known, None):
+        _, _, slots = choose_slots(figures, "W4BF16", "BF16", budget, by_block)
+        assert 0.9 * budget < sum(one.plain if one.kept else one.coded for one in slots) <= budget
+        kept.append({one.slot for one in slots if one.kept})
+        # the control: both choices run
+        coded = {"double": [one.slot for one in slots if not one.kept]}
+        errors.append(block_errors(trials, CODED, coded, Silent())["double"])
+    assert kept[0] >= {"ff.net.2"}
+    assert "attn.to_out.0" not in kept[0]
+    assert kept[1] >= {"attn.to_q", "attn.to_out.0"}
+    assert not any("ff" in slot for slot in kept[1])
+    assert errors[0] < 0.8 * errors[1]
+
+
+def test_the_sum_of_squares_foretells_the_block(planted_choice):
+    mix = planted_choice[1].mix
+    for kind, error in predicted_errors(mix.slots).items():
+        assert error == pytest.approx(mix.measured[kind], rel=0.1)
+    # a control: without one slot it does not
+    worst = max(mix.slots, key=lambda one: 0.0 if one.kept else one.error)
+    without = tuple(one for one in mix.slots if one is not worst)
+    assert predicted_errors(without)[worst.kind] < 0.9 * mix.measured[worst.kind]
+    everything = predicted_errors(mix.slots, all_coded=True)
+    assert all(everything[kind] > error for kind, error in predicted_errors(mix.slots).items())
+
+
+def test_the_table_is_printed_and_in_json(planted_choice, capsys):
+    chosen, made = planted_choice
+    command = [
+        "quantize", chosen.model, "--scheme", "W4BF16", "--budget", "7bits", "--per-kind", "--components",
+        "transformer", "--size", "32x32", "--tokens", "16", "--build-dir", str(chosen.build_dir),
+    ]  # fmt: skip
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    mix = found["mix"]
+    assert found["scheme"] == made.scheme
+    assert len(mix["slots"]) == len(made.mix.slots) == 20
+    for row, one in zip(mix["slots"], made.mix.slots, strict=True):
+        assert (row["kind"], row["slot"], row["chosen"]) == (one.kind, one.slot, "BF16" if one.kept else "W4BF16")
+        assert row["bits"] == (16.0 if one.kept else 4.375)
+        assert row["bytes_kept"] == one.weights * (16 - 4.375) / 8
+        assert row["sensitivity"] == pytest.approx(one.error)
+    assert sum(row["size"] for row in mix["slots"]) == found["size"] <= found["budget"]
+    for row in mix["kinds"]:
+        assert 0 < row["predicted_error"] < row["predicted_error_all_in_codes"]
+        assert row["measured_error"] == pytest.approx(made.mix.measured[row["kind"]])
+    assert main(command) == 0
+    text = capsys.readouterr().out
+    for word in ("kept costs", "foretold", "ff_context.net.2", "single.00, single.02", f"--scheme '{made.scheme}'"):
+        assert word in text
+    assert main(["quantize", chosen.model, "--scheme", "W4BF16", "--budget", "7bits", "--components", "transformer",
+                 "--size", "32x32", "--tokens", "16", "--build-dir", str(chosen.build_dir), "--json"]) == 0  # fmt: skip
+    assert json.loads(capsys.readouterr().out)["mix"] is None
+
+
+def test_a_budget_that_cannot_be_met_is_said_before_a_block_is_run(settings, monkeypatch):
+    def never(*_):
+        raise AssertionError("a block was run")
+
+    monkeypatch.setattr("fluxkiln.build.quantization.open_trials", never)
+    with pytest.raises(SchemeError, match=r"a budget of \d+ bytes cannot be met"):
+        quantize_model(settings, ["W4BF16"], "4bits", per_kind=True)
+    with pytest.raises(AssertionError, match="a block was run"):
+        quantize_model(settings, ["W4BF16"], "6bits", per_kind=True)

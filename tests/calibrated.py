@@ -1,0 +1,41 @@
+"""A calibration of the tiny model, and kilns of one part."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from fluxkiln.compile.weights import calibration_action, component_digest
+from fluxkiln.components import find_part
+from fluxkiln.quantize.calibration import open_calibration
+from fluxkiln.quantize.sums import Sums
+
+NAME, COMPONENT = "single.00", "transformer"
+
+
+def one_part(kiln, scheme, name=NAME, target="cpu"):
+    made = kiln(scheme=scheme, target=target)
+    return replace(made, parts=(find_part(made.parts, name),))
+
+
+@pytest.fixture(scope="session")
+def calibrated(kiln, tmp_path_factory):
+    """The store of all kilns gets a calibration of tiny-dev: random inputs, channel i with a size of its own."""
+    import torch
+
+    made = kiln(target="cpu")
+    path = tmp_path_factory.mktemp("calibration") / "c.safetensors"
+    random = torch.Generator().manual_seed(0)
+    layers = [n for n, ref in made.checkpoint.tensors[COMPONENT].items() if len(ref.shape) == 2]
+    with Sums(path, 64, len(layers)) as sums:
+        for name in layers:
+            width = made.checkpoint.tensors[COMPONENT][name].shape[1]
+            sizes = torch.exp(torch.randn(width, generator=torch.Generator().manual_seed(width)))
+            mixing = torch.randn(width // 4, width, generator=random) * sizes
+            sums.add(COMPONENT, name, torch.randn(400, width // 4, generator=random) @ mixing)
+        sums.finish({"components": {COMPONENT: component_digest(made.digests, COMPONENT)}, "facts": {"prompts": 0}})
+    blob = made.cache.store.add_file(path)
+    action = calibration_action(COMPONENT, component_digest(made.digests, COMPONENT))
+    made.cache.record(action, {"calibration": blob}, {})
+    return open_calibration(made.cache.store.path(blob.digest), blob.digest)

@@ -1,0 +1,155 @@
+"""What a change makes anew, and what it leaves alone."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from fluxkiln.artifacts import actions
+from fluxkiln.compile.templates import make_template, net_name, template_action
+from fluxkiln.compile.toolchains.tpu_mlir.cast_file import cast_file
+from fluxkiln.compile.toolchains.tpu_mlir.devices import split_devices
+from fluxkiln.compile.toolchains.tpu_mlir.moulds import cast_part, compile_memory, make_mould, mould_action
+from fluxkiln.compile.toolchains.tpu_mlir.proof import proof_part
+from fluxkiln.components import find_part, list_parts
+from fluxkiln.progress import Silent
+
+CAST_KINDS = ("double", "single", "tail")
+
+
+def cast_all(kiln):
+    """Blocks and tail of the transformer in one file, by name."""
+    parts = [part for part in kiln.parts if part.kind in CAST_KINDS]
+    moulds = {kind: make_mould(kiln, make_template(kiln, kind, "onnx17")) for kind in CAST_KINDS}
+    file, binaries = cast_file(kiln, "x.bmodel", [cast_part(kiln, p, moulds[p.kind]) for p in parts], Silent())
+    assert file.parts == tuple(part.name for part in parts)
+    return {binary.part.name: binary for binary in binaries}
+
+
+def misses(kiln):
+    return {stage: count for stage, (_, count) in kiln.cache.counts.items()}
+
+
+@pytest.mark.tpu_mlir
+def test_another_scheme_uses_every_template_again(kiln):
+    first = kiln(scheme="W4BF16")
+    for kind in first.kinds():
+        make_template(first, kind, "onnx17")
+    for scheme in ("BF16", "F32", "W4BF16-g128", "W8BF16,tail=F16"):
+        other = kiln(scheme=scheme)
+        for kind in other.kinds():
+            make_template(other, kind, "onnx17")
+        assert other.cache.counts == {"template": [len(other.kinds()), 0]}
+
+
+@pytest.mark.tpu_mlir
+def test_another_scheme_is_another_mould(kiln):
+    """The control: what does depend on the scheme is not taken from the store."""
+    first, other = kiln(scheme="W4BF16"), kiln(scheme="BF16")
+    template = make_template(first, "single", "onnx17")
+    assert mould_action(first, template).key != mould_action(other, template).key
+    assert mould_action(first, template).key == mould_action(kiln(scheme="W4BF16"), template).key
+
+
+@pytest.mark.tpu_mlir
+def test_one_changed_tensor_recasts_one_part(kiln, tiny_checkpoint, tmp_path):
+    before = cast_all(kiln())
+    copy = tmp_path / "tiny-dev"
+    shutil.copytree(tiny_checkpoint().root, copy)
+    ref = tiny_checkpoint().tensors["transformer"]["single_transformer_blocks.1.attn.to_q.weight"]
+    shard = copy / ref.file.relative_to(tiny_checkpoint().root)
+    data = bytearray(shard.read_bytes())
+    data[ref.offset : ref.offset + 128] = np.full(64, 0x3F00, "<u2").tobytes()  # the first group: all 0.5
+    shard.chmod(0o644)
+    shard.write_bytes(data)
+    changed = kiln(copy)
+    after = cast_all(changed)
+    assert misses(changed) == {"template": 0, "mould": 0, "combine": 0, "cast": 1, "file": 1}
+    assert {name for name in before if before[name].digest != after[name].digest} == {"single.01"}
+    # and again: nothing is left to do
+    again = kiln(copy)
+    cast_all(again)
+    assert misses(again) == {"template": 0, "mould": 0, "combine": 0, "cast": 0, "file": 0}
+
+
+@pytest.mark.tpu_mlir
+def test_a_changed_patch_makes_templates_stale(kiln, tmp_path, monkeypatch):
+    kiln = kiln()
+    keys = {kind: template_action(kiln, kind, "onnx17").key for kind in kiln.kinds()}
+    package = tmp_path / "fluxkiln"
+    shutil.copytree(actions.PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(actions, "PACKAGE", package)
+    assert {kind: template_action(kiln, kind, "onnx17").key for kind in kiln.kinds()} == keys
+    gates = package / "verify" / "gates.py"
+    gates.write_text(gates.read_text() + "# looser\n")  # code that has no part in tracing
+    assert {kind: template_action(kiln, kind, "onnx17").key for kind in kiln.kinds()} == keys
+    patch = package / "patches" / "text.py"
+    patch.write_text(patch.read_text().replace("MASKED_SCORE = -10000.0", "MASKED_SCORE = -20000.0"))
+    for kind in kiln.kinds():
+        stale = template_action(kiln, kind, "onnx17")
+        assert stale.key != keys[kind]
+        assert kiln.cache.lookup(stale.key) is None
+
+
+@pytest.mark.tpu_mlir
+def test_depth_and_seed_share_templates_and_shapes_do_not(kiln):
+    kiln = kiln()
+    key = template_action(kiln, "single", "onnx17").key
+    configs = dict(kiln.checkpoint.configs)
+    deeper = replace(kiln, checkpoint=replace(
+        kiln.checkpoint, configs={**configs, "transformer": {**configs["transformer"], "num_single_layers": 38}}
+    ))  # fmt: skip
+    assert template_action(deeper, "single", "onnx17").key == key
+    other_shapes = replace(kiln, shapes=replace(kiln.shapes, width=48))
+    assert template_action(other_shapes, "single", "onnx17").key != key
+    assert template_action(kiln, "single", "onnx23").key != key
+
+
+def fake(size, extra=0):
+    return SimpleNamespace(facts={"weight_bytes": size, "instruction_bytes": extra})
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_devices_are_balanced(seed):
+    """Against all ways to cut the chain."""
+    choose = random.Random(seed)
+    sizes = [choose.randint(1, 100) for _ in range(choose.randint(3, 11))]
+    parts = [fake(size - 1, 1) for size in sizes]
+    runs = split_devices(parts, 3)
+    assert [id(part) for run in runs for part in run] == [id(part) for part in parts]
+    assert 1 <= len(runs) <= 3
+    cuts = itertools.combinations(range(1, len(sizes)), 2)
+    best = min(max(sum(sizes[:a]), sum(sizes[a:b]), sum(sizes[b:])) for a, b in cuts)
+    assert max(sum(part.facts["weight_bytes"] + 1 for part in run) for run in runs) == best
+
+
+def test_few_parts_take_few_devices():
+    assert [len(run) for run in split_devices([fake(5)], 3)] == [1]
+    assert [len(run) for run in split_devices([fake(5), fake(5)], 3)] == [1, 1]
+
+
+def test_proof_is_chosen_by_seed(tiny_checkpoint):
+    parts = [part for part in list_parts(tiny_checkpoint().configs) if part.kind == "single"]
+    chosen = [proof_part(parts, seed).name for seed in range(20)]
+    assert chosen == [proof_part(parts, seed).name for seed in range(20)]
+    assert set(chosen) == {part.name for part in parts}
+
+
+def test_net_names_are_as_long_as_the_moulds(tiny_checkpoint):
+    parts = list_parts(tiny_checkpoint().configs)
+    names = [net_name(part) for part in parts]
+    assert len(set(names)) == len(names)
+    kinds = {kind: {len(net_name(part)) for part in parts if part.kind == kind} for kind in {p.kind for p in parts}}
+    assert all(len(lengths) == 1 for lengths in kinds.values())
+    assert net_name(find_part(parts, "double.01")) == "double_01"
+
+
+def test_memory_grows_with_the_weights():
+    assert 1 << 28 < compile_memory(0) < compile_memory(1_000_000) < compile_memory(100_000_000)
+    assert compile_memory(100_000_000) > 4 * 100_000_000

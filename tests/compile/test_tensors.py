@@ -1,0 +1,81 @@
+"""Tensors of a part by name: what a scheme keeps of them, what that leaves, and bytes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from fluxkiln.build.context import describe
+from fluxkiln.compile.tensors import check_weights, part_bytes, part_refs, quantizable
+from fluxkiln.errors import SchemeError
+from fluxkiln.settings import Settings
+
+
+def kiln_of(scheme, **others):
+    return describe(Settings("bm1684x", "tiny-dev", scheme=scheme, components=("transformer",), **others)).kiln
+
+
+def test_patterns_go_to_the_kinds_that_have_such_weights():
+    kiln = kiln_of("W4BF16,double.norm1*=BF16,double.ff.*=BF16,single.proj_*=BF16")
+    assert {kind: kiln.schemes[kind].kept for kind in kiln.kinds() if kiln.schemes[kind].kept} == {
+        "double_modulated": ("ff.*",), "single_modulated": ("proj_*",),
+    }  # fmt: skip
+    # all that it has is kept, so it is a kind without codes
+    assert kiln.schemes["double_modulation"].name == "BF16"
+    assert kiln.schemes["single_modulation"].name == "W4BF16"
+    inline = kiln_of("W4BF16,double.norm1*=BF16", modulation="inline")
+    assert inline.schemes["double"].name == "W4BF16-bf16:norm1*"
+
+
+@pytest.mark.parametrize(
+    ("exception", "clue"),
+    [
+        ("single.proj_in=BF16", r"no weight of single is called 'proj_in'; there are proj_mlp, proj_out, attn\.to_q"),
+        ("double_modulation.attn.to_q=BF16", r"no weight of double is called 'attn\.to_q'"),
+        ("single.proj_out=BF16,double.proj_out=BF16", "no weight of double is called 'proj_out'"),
+        ("single.attn.norm_q=BF16", "no weight of single is called 'attn.norm_q'"),
+    ],
+)
+def test_a_pattern_that_matches_nothing_is_refused_with_what_there_is(exception, clue):
+    with pytest.raises(SchemeError, match=clue):
+        kiln_of(f"W4BF16,{exception}")
+
+
+def test_long_schemes_have_short_folders():
+    def name(scheme):
+        return describe(Settings("bm1684x", "tiny-dev", scheme=scheme, components=("transformer",))).name
+
+    plain, odd, other = (name(f"W4BF16{more}") for more in ("", ",single.proj_*=BF16", ",single.attn.*=BF16"))
+    assert len({plain, odd, other}) == 3
+    assert all(sign not in odd for sign in "*?[],=:")
+    assert "single.proj_out-bf16" in name("W4BF16,single.proj_out=BF16")
+    assert describe(Settings("bm1684x", "tiny-dev", scheme="single.proj_*=BF16")).name.startswith("tiny-dev-w4bf16-")
+
+
+def test_bytes():
+    kiln = kiln_of("W4BF16-svd-r8,single.proj_out=BF16")
+    part = next(part for part in kiln.parts if part.kind == "single_modulated")
+    matrices = {name: math.prod(ref.shape) for name, ref in quantizable(kiln, part).items()}
+    branches = sum(2 * 8 * sum(ref.shape) for name, ref in quantizable(kiln, part).items() if "proj_out" not in name)
+    coded = sum(size for name, size in matrices.items() if "proj_out" not in name)
+    rest = sum(math.prod(ref.shape) for ref in part_refs(kiln, part)) - coded
+    assert part_bytes(kiln, part) == coded // 2 + 3 * coded // 64 + branches + 2 * rest
+    plain = replace(kiln, schemes={**kiln.schemes, part.kind: kiln.schemes["token_embed"]})
+    assert part_bytes(plain, part) == 2 * (coded + rest)
+
+
+def test_what_is_kept_needs_no_groups():
+    """A width that no group divides: refused in codes, and not where it is kept."""
+    kiln = kiln_of("W4BF16-g128,single.proj_out=BF16")
+    parts = tuple(part for part in kiln.parts if part.kind == "single_modulated")
+    refs = {}
+    for name, ref in kiln.checkpoint.tensors["transformer"].items():
+        odd = name.endswith("proj_out.weight") and len(ref.shape) == 2
+        refs[name] = replace(ref, shape=(ref.shape[0], 1000)) if odd else ref
+    odd = replace(kiln, parts=parts, checkpoint=replace(kiln.checkpoint, tensors={"transformer": refs}))
+    check_weights(odd)
+    plain = replace(odd, schemes={**odd.schemes, "single_modulated": replace(odd.schemes["single_modulated"], kept=())})
+    with pytest.raises(SchemeError, match="does not divide the 1000 input channels"):
+        check_weights(plain)

@@ -1,0 +1,290 @@
+"""A split model from checkpoint to bundle: every rank executed, the compiler refused or, as a stub, called."""
+
+import json
+import os
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fluxkiln.artifacts.bundle import read_manifest, verify_bundle
+from fluxkiln.artifacts.store import open_store
+from fluxkiln.build.context import describe, prepare
+from fluxkiln.build.make import build, plan
+from fluxkiln.build.parity import record
+from fluxkiln.compile.toolchains.neuron import rungs as replicating
+from fluxkiln.compile.toolchains.neuron.modules import lower_modules
+from fluxkiln.compile.toolchains.neuron.resume import resume_compile
+from fluxkiln.compile.toolchains.neuron.split import shard_weights
+from fluxkiln.errors import IntegrityError, ParityError, ResourceError, ToolchainError, UsageError
+from fluxkiln.export.shard_files import join_shards, read_shard
+from fluxkiln.export.split import list_split_parts
+from fluxkiln.progress import Silent
+from fluxkiln.settings import Settings
+
+STUB = Path(__file__).with_name("stub-neuronx-cc")
+
+
+def settings(root, **changes):
+    return Settings("trn1", build_dir=root, **changes)
+
+
+def without_compiler(monkeypatch):
+    """No neuronx-cc on PATH, whatever the machine has."""
+    found = [place for place in os.environ["PATH"].split(":") if not (Path(place) / "neuronx-cc").exists()]
+    monkeypatch.setenv("PATH", ":".join(found))
+
+
+def with_stub(monkeypatch, folder, version="2.26.6360.0+stub"):
+    """A stub in the compiler's place; what it writes is no NEFF."""
+    (folder / "bin").mkdir(parents=True, exist_ok=True)
+    shutil.copy(STUB, folder / "bin" / "neuronx-cc")
+    (folder / "bin" / "neuronx-cc").chmod(0o755)
+    calls = folder / "calls"
+    calls.mkdir(exist_ok=True)
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.setenv("STUB_CALLS", str(calls))
+    monkeypatch.setenv("STUB_VERSION", version)
+    return calls
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A build folder where tiny-dev was built without a compiler, and what it said."""
+    root = tmp_path_factory.mktemp("neuron")
+    with pytest.MonkeyPatch.context() as patch:
+        without_compiler(patch)
+        with pytest.raises(ToolchainError) as caught:
+            build(settings(root))
+    return root, caught.value
+
+
+@pytest.fixture
+def bundle(built, tmp_path):
+    """A copy of its bundle."""
+    target = tmp_path / "bundle"
+    shutil.copytree(bundle_of(built[0]), target)
+    return target
+
+
+def bundle_of(root):
+    return root / "trn1" / "tiny-dev-bf16-32x32-16" / "bundle"
+
+
+def report_of(root):
+    return json.loads((bundle_of(root).parent / "report.json").read_text())
+
+
+def test_all_but_the_compile_is_finished(built):
+    root, error = built
+    assert error.exit_code == 5
+    assert str(bundle_of(root)) in str(error)
+    assert "hlo/ (7 modules), weights/, compile_neff.sh" in str(error)
+    manifest = verify_bundle(bundle_of(root))
+    assert manifest.parity["passed"]
+    assert manifest.settings["tp_degree"] == 2
+    names = {file.path for file in manifest.files}
+    assert {"neuron.json", "compile_neff.sh", "hlo/double.hlo_module.pb", "weights/double.01/tp1.safetensors"} <= names
+    assert not [name for name in names if name.startswith("neff/")]
+    described = json.loads((bundle_of(root) / "neuron.json").read_text())
+    assert [part["module"] for part in described["parts"]] == [
+        "clip", "t5", "head", "double", "double", "single", "single", "single", "tail", "vae_decoder",
+    ]  # fmt: skip
+    assert described["modulation_rows"] == {
+        "double.00": [0, 12], "double.01": [12, 24], "single.00": [24, 27], "single.01": [27, 30],
+        "single.02": [30, 33], "tail": [33, 35],
+    }  # fmt: skip
+    double = described["modules"]["double"]
+    assert [name for name, _, _ in double["inputs"]][:3] == ["hidden_states", "encoder_hidden_states", "modulation"]
+    shard = read_shard(bundle_of(root) / "weights/double.00/tp0.safetensors")
+    assert [name for name, _, _ in double["slots"]] == list(shard)
+    assert double["collectives"] == {"all-reduce": 2, "all-gather": 0}
+
+
+def test_the_report_says_what_was_executed(built):
+    report = report_of(built[0])
+    values, entries = report["lowering"]["values"], report["lowering"]["entries"]
+    assert (values["all_reduces"], values["all_gathers"], values["modules"]) == (2 * 2 + 3, 1, 7)
+    assert entries["executed on"] == "XLA CPU replicas"
+    assert entries["NEFF"] == "not compiled here"
+    assert report["summary"]["failed"] == 0
+    rungs = {rung["rung"]: rung for rung in report["summary"]["rungs"]}
+    assert set(rungs) == {"split", "unsplit", "replicas"}
+    ranks = [row for row in report["rows"] if row["output"] == "ranks"]
+    assert {(row["part"], row["rung"]) for row in ranks} == {
+        (part["name"], rung) for part in report["parts"] for rung in ("split", "replicas")
+    }
+    assert any(row["part"] == "pipeline" and row["output"] == "image" for row in report["rows"])
+
+
+def test_nothing_is_made_again(built, monkeypatch):
+    without_compiler(monkeypatch)
+    prepared = prepare(settings(built[0]))
+    before = (prepared.bundle / "manifest.json").stat().st_mtime_ns
+    with pytest.raises(ToolchainError, match=r"hlo/ \(7 modules\)"):
+        build(settings(built[0]))
+    assert (prepared.bundle / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_shards_are_the_checkpoint_bit_for_bit(built):
+    root = built[0]
+    checkpoint = prepare(settings(root)).kiln.checkpoint
+    seen = {}
+    for part in list_split_parts(checkpoint.configs):
+        files = sorted((bundle_of(root) / "weights" / part.name).glob("*.safetensors"))
+        seen |= {
+            (part.component, name): tensor
+            for name, tensor in join_shards(part, checkpoint, [read_shard(file) for file in files]).items()
+        }
+    for (component, name), tensor in seen.items():
+        ref = checkpoint.tensors[component][name]
+        with ref.file.open("rb") as file:
+            file.seek(ref.offset)
+            assert tensor.tobytes() == file.read(ref.nbytes), name
+    assert {name for component, name in seen if component == "transformer"} == set(checkpoint.tensors["transformer"])
+
+
+def test_full_size_has_as_many_collectives_as_it_must(tmp_path):
+    kiln = describe(settings(tmp_path, model="full-dev", tp_degree=8)).kiln
+    kinds = [part.kind for part in kiln.split_parts]
+    modules = lower_modules(kiln, Silent())
+    assert len(modules) == len({module.blob.digest for module in modules.values()}) == 7
+    reduces = {name: len(module.facts["all_reduce_bytes"]) for name, module in modules.items()}
+    gathers = {name: len(module.facts["all_gather_bytes"]) for name, module in modules.items()}
+    transformer = [kind for kind in kinds if kind in ("head", "double", "single", "tail")]
+    assert sum(reduces[kind] for kind in transformer) == 76
+    assert sum(gathers[kind] for kind in transformer) == 1
+    assert reduces["t5"] == 48
+    assert kinds.count("double") == 19
+    assert kinds.count("single") == 38
+
+
+@pytest.mark.parametrize("granularity", ["group:2", "whole"])
+def test_other_granularities_pass_the_same_gates(built, granularity, monkeypatch):
+    without_compiler(monkeypatch)
+    root = built[0]
+    changed = settings(root, granularity=granularity, components=("transformer",), steps=1)
+    with pytest.raises(ToolchainError):
+        build(changed)
+    report = json.loads((prepare(changed).folder / "report.json").read_text())
+    assert report["summary"]["failed"] == 0
+    assert report["lowering"]["values"]["all_reduces"] == 2 * 2 + 3
+
+
+def test_more_ranks_than_heads_are_padded_and_pass_the_same_gates(built, tmp_path):
+    """2 heads on 4 ranks: half of them zeros, which no instance is given but every rank computes."""
+    changed = settings(built[0], steps=1)
+    prepared = prepare(changed)
+    kiln = replace(prepared.kiln, split=replace(prepared.kiln.split, degree=4), logs=tmp_path / "logs")
+    modules, shards = lower_modules(kiln, Silent()), shard_weights(kiln, Silent())
+    recording = record(kiln, changed, prepared.fingerprint, tmp_path / "recording")
+    parity = replicating.verify_split(kiln, changed, modules, shards, recording, Silent())
+    assert {module.ranks for module in modules.values()} == {1, 4}
+    assert parity.pipeline is not None
+    assert [row for row in parity.ladder.rows if not row.passed] == []
+
+
+def swapped(ranks):
+    return ranks[::-1]
+
+
+def doubled_bias(ranks):
+    """What adding a bias on every rank comes to."""
+    last = [array * array.dtype.type(len(ranks)) if array.ndim == 1 else array for array in ranks[0]]
+    return [last, *ranks[1:]] if len(ranks) == 1 else [last] * len(ranks)
+
+
+@pytest.mark.parametrize("spoil", [swapped, doubled_bias])
+def test_wrong_shards_are_seen(built, spoil, monkeypatch, tmp_path):
+    without_compiler(monkeypatch)
+    sound = replicating.shard_arrays
+
+    def spoilt(kiln, shards):
+        ranks = sound(kiln, shards)
+        return spoil(ranks) if len(ranks) > 1 else ranks
+
+    monkeypatch.setattr(replicating, "shard_arrays", spoilt)
+    changed = settings(tmp_path, store=built[0] / "store", components=("transformer",), steps=1)
+    with pytest.raises(ParityError, match="first bad rung: replicas"):
+        build(changed)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"tp_degree": 3}, UsageError, "takes groups of 1, 2, 8, 16, 32"),
+        ({"tp_degree": 8}, UsageError, "legal for trn1.32xlarge and 2 heads: tp 1, 2"),
+        ({"lnc": 2}, UsageError, "use lnc 1"),
+        ({"instance": "inf2.48xlarge"}, UsageError, "there are trn1.32xlarge, trn1.2xlarge"),
+        ({"granularity": "group:0"}, UsageError, "group:N with N blocks"),
+        ({"modulation": "inline"}, UsageError, "leave --modulation out"),
+        ({"model": "full-dev", "instance": "trn1.2xlarge"}, ResourceError, "it fits inf2.48xlarge with tp 4, 8"),
+    ],
+)
+def test_what_the_instance_cannot_do_is_refused_before_a_weight_is_read(tmp_path, changes, error, says):
+    with pytest.raises(error, match=says):
+        plan(settings(tmp_path, **changes))
+    assert not (tmp_path / "models").exists()
+
+
+def test_a_bundle_is_completed_elsewhere(bundle, tmp_path, monkeypatch):
+    calls = with_stub(monkeypatch, tmp_path)
+    made = resume_compile(bundle, open_store(tmp_path / "store"), Silent())
+    assert len(made.compiled) == 7
+    assert len(list(calls.glob("call.*"))) == 7
+    assert {file.path for file in verify_bundle(bundle).files} >= {"neff/double.neff", "neff/double.json"}
+    again = resume_compile(bundle, open_store(tmp_path / "store"), Silent())
+    assert (again.compiled, len(again.taken)) == ((), 7)
+    assert len(list(calls.glob("call.*"))) == 7
+
+
+def test_the_script_of_the_bundle_runs_as_it_is(bundle, tmp_path, monkeypatch):
+    with pytest.MonkeyPatch.context() as patch:
+        calls = with_stub(patch, tmp_path)
+        subprocess.run([bundle / "compile_neff.sh"], cwd="/", check=True, capture_output=True)
+    assert len(list(calls.glob("call.*"))) == 7
+    without_compiler(monkeypatch)
+    made = resume_compile(bundle, open_store(tmp_path / "store"), Silent())
+    assert (made.compiled, len(made.taken)) == ((), 7)
+    verify_bundle(bundle)
+
+
+def test_a_compiled_module_of_another_version_is_never_used(bundle, tmp_path, monkeypatch):
+    with_stub(monkeypatch, tmp_path)
+    store = open_store(tmp_path / "store")
+    resume_compile(bundle, store, Silent())
+    (bundle / "neff" / "tail.neff").unlink()
+    with_stub(monkeypatch, tmp_path, version="2.27.0.0+stub")
+    with pytest.raises(ToolchainError, match=r"2\.26\.6360\.0"):
+        resume_compile(bundle, store, Silent())
+
+
+def test_a_changed_module_is_not_compiled(bundle, tmp_path, monkeypatch):
+    calls = with_stub(monkeypatch, tmp_path)
+    module = bundle / "hlo" / "single.hlo_module.pb"
+    module.chmod(0o644)
+    module.write_bytes(module.read_bytes()[:-1] + b"\0")
+    with pytest.raises(IntegrityError, match=r"single\.hlo_module\.pb has the digest"):
+        resume_compile(bundle, open_store(tmp_path / "store"), Silent())
+    assert not list(calls.glob("call.*"))
+
+
+def test_no_compiler_elsewhere_either(bundle, tmp_path, monkeypatch):
+    without_compiler(monkeypatch)
+    before = read_manifest(bundle)
+    with pytest.raises(ToolchainError, match="neuronx-cc"):
+        resume_compile(bundle, open_store(tmp_path / "store"), Silent())
+    assert read_manifest(bundle) == before
+
+
+def test_a_build_with_the_compiler_has_its_modules(built, tmp_path, monkeypatch):
+    calls = with_stub(monkeypatch, tmp_path)
+    changed = replace(settings(tmp_path, store=built[0] / "store"), verify=False)
+    made = build(changed)
+    assert made.compiler_runs == len(list(calls.glob("call.*"))) == 7
+    assert (made.bundle / "neff" / "t5.neff").is_file()
+    again = build(changed)
+    assert again.nothing_to_do
+    assert len(list(calls.glob("call.*"))) == 7

@@ -1,0 +1,100 @@
+"""Files that weights are cast into: what a kill leaves, and what the next call makes of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from fluxkiln.artifacts.actions import ActionCache
+from fluxkiln.artifacts.store import Store
+from fluxkiln.compile.templates import make_template
+from fluxkiln.compile.toolchains.tpu_mlir.bmodel import check_codes, read_bmodel
+from fluxkiln.compile.toolchains.tpu_mlir.cast_file import cast_file
+from fluxkiln.compile.toolchains.tpu_mlir.moulds import cast_part, make_mould
+from fluxkiln.errors import CheckpointError
+from fluxkiln.progress import Silent
+
+pytestmark = pytest.mark.tpu_mlir
+NAME = "blocks.bmodel"
+
+
+class Told(Silent):
+    """Remembers how each part was made; stops like Ctrl-C after `limit` of them."""
+
+    def __init__(self, limit=None):
+        self.limit, self.how = limit, {}
+
+    def done(self, stage, what, how):
+        if self.limit is not None and len(self.how) >= self.limit:
+            raise KeyboardInterrupt
+        self.how[what] = how.split(" in ")[0]
+
+
+@pytest.fixture
+def blocks(kiln, tmp_path):
+    """A kiln whose store has the moulds of all blocks and nothing cast into them, and the blocks."""
+    shared = kiln()
+    parts = [part for part in shared.parts if part.kind in ("double", "single")]
+    moulds = {kind: make_mould(shared, make_template(shared, kind, "onnx17")) for kind in ("double", "single")}
+    whole, _ = cast_file(shared, NAME, [cast_part(shared, part, moulds[part.kind]) for part in parts], Silent())
+    fresh = replace(shared, cache=ActionCache(Store(shared.cache.store.root)), logs=tmp_path / "logs")
+    for record in list(fresh.cache.records()):
+        if record["stage"] in ("cast", "file"):
+            fresh.cache.forget(record["key"])
+    return fresh, [cast_part(fresh, part, moulds[part.kind]) for part in parts], whole.blob
+
+
+def test_an_interrupted_file_goes_on_where_it_was(blocks, tmp_path):
+    kiln, parts, whole = blocks
+    with pytest.raises(KeyboardInterrupt):
+        cast_file(kiln, NAME, parts, Told(limit=3), jobs=1)
+    place = tmp_path / "casting" / NAME
+    finished = len(place.with_name(f"{NAME}.journal").read_text().splitlines()) - 1
+    assert 3 <= finished <= len(parts)
+    told = Told()
+    file, binaries = cast_file(kiln, NAME, parts, told, jobs=2)
+    assert file.blob == whole
+    assert sorted(told.how.values()) == ["cast"] * (len(parts) - finished) + ["was finished before"] * finished
+    assert not place.parent.exists()
+    check_codes(kiln.path(file.blob))
+    codes = {net.name: net.check_code for net in read_bmodel(kiln.path(file.blob)).nets}
+    data = kiln.path(file.blob).read_bytes()
+    assert all(data[codes[b.net].start : codes[b.net].stop].hex() == b.digest.removeprefix("sha256:") for b in binaries)
+
+
+@pytest.mark.parametrize("damage", ["region", "half a line", "another file", "no journal"])
+def test_what_a_kill_left_is_not_trusted(blocks, tmp_path, damage):
+    kiln, parts, whole = blocks
+    with pytest.raises(KeyboardInterrupt):
+        cast_file(kiln, NAME, parts, Told(limit=2), jobs=1)
+    place, journal = tmp_path / "casting" / NAME, tmp_path / "casting" / f"{NAME}.journal"
+    lines = journal.read_text().splitlines()
+    assert [json.loads(line)[0] for line in lines][:4] == ["file", "single_02", "single_01", "single_00"]
+    finished = len(lines) - 1
+    again = {"region": finished - 1, "half a line": finished - 1, "another file": 0, "no journal": 0}[damage]
+    if damage == "region":
+        (net,) = (net for net in read_bmodel(place).nets if net.name == "single_02")
+        with place.open("r+b") as file:
+            file.seek(net.coefficients.start + 100)
+            file.write(b"\x55" * 8)
+    elif damage == "half a line":
+        journal.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][:9])
+    elif damage == "another file":
+        journal.write_text("\n".join([json.dumps(["file", "sha256:" + "0" * 64]), *lines[1:]]) + "\n")
+    else:
+        journal.unlink()
+    told = Told()
+    file, _ = cast_file(kiln, NAME, parts, told)
+    assert file.blob == whole
+    assert list(told.how.values()).count("was finished before") == again
+
+
+def test_a_shard_that_changes_ends_the_build(blocks):
+    kiln, parts, _ = blocks
+    shard = next(iter(kiln.shards))
+    changed = replace(kiln, shards={**kiln.shards, shard: (0,)})
+    with pytest.raises(CheckpointError, match=r"changed while the build read it, and a build is of one checkpoint"):
+        cast_file(changed, NAME, parts, Silent())
+    assert cast_file(kiln, NAME, parts, Silent())[0].blob

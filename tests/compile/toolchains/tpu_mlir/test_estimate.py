@@ -1,0 +1,119 @@
+"""The compiler's estimate: read from what it writes, absent when it is not there, summed over an image."""
+
+from __future__ import annotations
+
+import pytest
+
+from fluxkiln.compile.toolchains.tpu_mlir.estimate import PROFILE, estimate_pipeline, read_estimate
+
+HEAD = "s: start time, b: bd_id, g: gdma_id, e: end time, t: cmd cost time, dr: direction, sz: memsize, bw: bandwidth"
+# two commands of the tensor unit and two of the memory unit, one of each on one line
+COMMANDS = """
+                                        Load_1|GDMA_TENSOR|s:0|b:0|g:1|e:453|t:454|dr:0|sz:24576|bw:50.41
+LayerNorm_30|AR|s:454|b:1|g:1|e:469|t:16
+Mul_2|AR|s:470|b:2|g:1|e:569|t:100      Store_3|GDMA_TENSOR|s:470|b:2|g:2|e:999|t:530|dr:1|sz:24576|bw:38.21
+"""
+TOTAL = "API_END total_cycle:1000|b:2|g:2\nTCYC : 1000\n"
+RUNTIME = "flops: 79432192, runtime: 0.001000ms, ComputationAbility: 1.146108T"
+
+
+def profile(folder, text):
+    (folder / PROFILE).write_text(text)
+    return folder
+
+
+def test_cycles_of_both_units_and_their_overlap(tmp_path):
+    found = read_estimate(profile(tmp_path, HEAD + COMMANDS + TOTAL + RUNTIME), "bm1684x")
+    assert found is not None
+    assert found.ms == pytest.approx(1e-3)
+    assert found.tensor_ms == pytest.approx(116e-6)
+    assert found.memory_ms == pytest.approx(984e-6)
+    # they overlap by 100 cycles, so together they are longer than the whole
+    assert found.tensor_ms + found.memory_ms > found.ms
+
+
+def test_a_net_without_arithmetic_has_no_runtime_line(tmp_path):
+    found = read_estimate(profile(tmp_path, HEAD + COMMANDS + TOTAL), "bm1684x")
+    assert found is not None
+    assert found.ms == pytest.approx(1e-3)
+
+
+def test_each_chip_has_its_clock(tmp_path):
+    text = HEAD + COMMANDS + "TCYC : 1000. (bdc_cycle:116, gdma_cycle:984)\n" + RUNTIME.replace("0.001000", "0.001111")
+    found = read_estimate(profile(tmp_path, text), "bm1688")
+    assert found is not None
+    assert found.ms == pytest.approx(1 / 900)
+    assert found.tensor_ms == pytest.approx(116 / 900_000)
+
+
+@pytest.mark.parametrize(
+    ("text", "chip"),
+    [
+        ("", "bm1684x"),
+        (HEAD + COMMANDS, "bm1684x"),  # ended in the middle
+        (TOTAL.replace("1000", "0"), "bm1684x"),
+        (TOTAL + TOTAL, "bm1684x"),
+        (TOTAL + RUNTIME.replace("0.001000", "0.002000"), "bm1684x"),  # another clock
+        (TOTAL, "sg2380"),
+    ],
+)
+def test_what_is_not_understood_is_no_estimate(tmp_path, text, chip):
+    assert read_estimate(profile(tmp_path, text), chip) is None
+
+
+def test_no_file_is_no_estimate(tmp_path):
+    assert read_estimate(tmp_path, "bm1684x") is None
+
+
+PARTS = {
+    "clip": ("clip", 4.0),
+    "t5_embed": ("t5_embed", 0.5),
+    "head": ("head", 3.0),
+    "double.00": ("double", 110.0),
+    "double.01": ("double", 111.0),
+    "single.00": ("single", 107.0),
+    "tail": ("tail", 2.0),
+    "vae_decoder": ("vae_decoder", 1318.0),
+}
+
+
+def test_an_image_is_its_steps_and_what_runs_once():
+    found = estimate_pipeline(PARTS, steps=28)
+    assert found.step_ms == pytest.approx(333.0)
+    assert found.once_ms == pytest.approx(1322.5)
+    assert found.image_ms == pytest.approx(1322.5 + 28 * 333.0)
+    assert found.by_kind["double"] == (2, 221.0)
+    assert found.missing == ()
+
+
+def test_a_part_without_an_estimate_is_named_and_not_0():
+    once = estimate_pipeline(PARTS | {"t5_embed": ("t5_embed", None)}, steps=2)
+    assert once.missing == ("t5_embed",)
+    assert once.once_ms == pytest.approx(1322.0)
+    assert once.image_ms == pytest.approx(1322.0 + 2 * 333.0)
+    step = estimate_pipeline(PARTS | {"single.00": ("single", None)}, steps=2)
+    assert step.missing == ("single.00",)
+    assert step.step_ms is None
+    assert step.image_ms is None
+    assert "single" not in step.by_kind
+
+
+def test_hoisted_modulation_is_paid_once():
+    plain = estimate_pipeline(PARTS, steps=10)
+    for kind in ("time_embed", "double_modulation", "single_modulation", "tail_modulation"):
+        hoisted = estimate_pipeline({**PARTS, "hoisted": (kind, 5.0)}, steps=10)
+        assert hoisted.step_ms == plain.step_ms
+        assert hoisted.image_ms == pytest.approx((plain.image_ms or 0) + 5.0)
+    # the control: blocks that take the hoisted rows still run at every step
+    more = estimate_pipeline({**PARTS, "more": ("single_modulated", 5.0)}, steps=10)
+    assert more.step_ms == pytest.approx((plain.step_ms or 0) + 5.0)
+
+
+@pytest.mark.tpu_mlir
+def test_the_compiler_leaves_an_estimate(compile_matmul):
+    facts = {width: compile_matmul(width, "F32")[1].facts for width in (128, 256)}
+    for found in facts.values():
+        assert 0 < found["estimate_tensor_ms"] <= found["estimate_ms"]
+        assert 0 < found["estimate_memory_ms"] <= found["estimate_ms"]
+    # twice the weight to load
+    assert facts[256]["estimate_memory_ms"] > facts[128]["estimate_memory_ms"]

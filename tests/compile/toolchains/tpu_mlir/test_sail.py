@@ -1,0 +1,119 @@
+"""Executor sail against a double of the documented interface: order, bits, memory, refusals. No board has run it."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+
+from fluxkiln.compile.executor import Net
+from fluxkiln.compile.toolchains.tpu_mlir.sail import SailExecutor
+from fluxkiln.errors import CompileError, ResourceError, ToolchainError, UsageError
+from fluxkiln.types import TensorSpec
+from tests.compile.boards import sail
+
+IN = (TensorSpec("hidden_states", (1, 4), "bf16"), TensorSpec("position_bias", (2,), "f32"))
+OUT = (TensorSpec("hidden_states_out", (1, 4), "bf16"),)
+
+
+def widened(bits):
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def add(hidden, bias):
+    assert hidden.dtype == np.uint16
+    total = widened(hidden) + bias.sum()
+    return ((total.view(np.uint32) >> 16).astype(np.uint16),)
+
+
+GRAPHS = {
+    "text_encoder_2.bmodel": {"t5_block_00": (["a", "b"], ["c"], add)},
+    "vae.bmodel": {"vae": (["latents"], ["image"], lambda latents: (latents * 2,))},
+}
+
+
+@pytest.fixture
+def nets(tmp_path):
+    for name in GRAPHS:
+        (tmp_path / name).write_bytes(b"bmodel")
+    vae = (TensorSpec("latents", (1, 2), "f32"),), (TensorSpec("image", (1, 2), "f32"),)
+    return {
+        "t5_block.00": Net("t5_block.00", "t5_block", tmp_path / "text_encoder_2.bmodel", "t5_block_00", IN, OUT),
+        "vae_decoder": Net("vae_decoder", "vae_decoder", tmp_path / "vae.bmodel", "vae", *vae),
+    }
+
+
+@pytest.fixture
+def library(monkeypatch):
+    def install(**arguments):
+        module = sail(GRAPHS, **arguments)
+        monkeypatch.setitem(sys.modules, "sophon", module)
+        monkeypatch.setitem(sys.modules, "sophon.sail", module)
+        return module
+
+    return install
+
+
+def test_values_pass_as_their_bits(nets, library):
+    module = library()
+    executor = SailExecutor(nets)
+    hidden = np.array([[1.0, -2.5, 3.1415926, 1e-3]], np.float32)
+    made = executor("t5_block.00", {"hidden_states": hidden, "position_bias": np.array([0.5, 0.5], np.float64)})
+    assert made["hidden_states_out"].dtype == np.float32
+    np.testing.assert_allclose(made["hidden_states_out"], hidden + 1, rtol=2**-7)
+    assert np.abs(made["hidden_states_out"] - hidden).min() > 0.5
+    assert module.loaded == ["text_encoder_2.bmodel"]
+    assert executor.facts["device"] == "BM1684X 0"
+
+
+def test_files_are_loaded_once_and_released(nets, library):
+    module = library()
+    executor = SailExecutor(nets)
+    executor.load("text_encoder_2")
+    inputs = {"hidden_states": np.ones((1, 4), np.float32), "position_bias": np.zeros(2)}
+    executor("t5_block.00", inputs)
+    assert module.loaded == ["text_encoder_2.bmodel"]
+    executor.release("text_encoder_2")
+    executor("vae_decoder", {"latents": np.ones((1, 2))})
+    executor("t5_block.00", inputs)
+    assert module.loaded == ["text_encoder_2.bmodel", "vae.bmodel", "text_encoder_2.bmodel"]
+
+
+def test_a_file_shared_with_another_component_stays(nets, library, tmp_path):
+    from dataclasses import replace
+
+    module = library()
+    shared = {name: replace(net, file=tmp_path / "text_encoder_2.bmodel") for name, net in nets.items()}
+    executor = SailExecutor(shared)
+    executor.load("text_encoder_2")
+    executor.release("text_encoder_2")
+    executor.load("text_encoder_2")
+    assert module.loaded == ["text_encoder_2.bmodel"]
+
+
+def test_what_is_refused(nets, library, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sophon", None)
+    with pytest.raises(ToolchainError, match="sophon-sail") as caught:
+        SailExecutor(nets)
+    assert caught.value.exit_code == 5
+    library(devices=0)
+    with pytest.raises(ToolchainError, match="device 0: sophon-sail sees 0 devices"):
+        SailExecutor(nets)
+    library()
+    executor = SailExecutor(nets)
+    with pytest.raises(CompileError, match=r"no part 'double.00'; it has t5_block.00"):
+        executor("double.00", {})
+    with pytest.raises(CompileError, match=r"hidden_states has shape \[1, 5\].*\[1, 4\]"):
+        executor("t5_block.00", {"hidden_states": np.ones((1, 5)), "position_bias": np.zeros(2)})
+    with pytest.raises(CompileError, match="position_bias is missing"):
+        executor("t5_block.00", {"hidden_states": np.ones((1, 4))})
+    (tmp_path / "other.bmodel").write_bytes(b"x")
+    from dataclasses import replace
+
+    bad = SailExecutor({"vae_decoder": replace(nets["vae_decoder"], file=tmp_path / "other.bmodel")})
+    with pytest.raises(ResourceError, match=r"cannot load other.bmodel"):
+        bad.load("vae")
+    (tmp_path / "vae.bmodel").unlink()
+    with pytest.raises(UsageError, match="without the executor's binaries"):
+        SailExecutor(nets)

@@ -20,11 +20,11 @@ from fluxkiln.compile.toolchains.tpu_mlir import compiler as tpu_mlir
 from fluxkiln.compile.toolchains.tpu_mlir.coefficients import probe_reader
 from fluxkiln.compile.toolchains.tpu_mlir.compiler import CompileJob, compile_graph
 from fluxkiln.compile.toolchains.tpu_mlir.environment import TpuMlirEnv, default_tpu_mlir_root, find_tpu_mlir
-from fluxkiln.components import Shapes
 from fluxkiln.export import trace
 from fluxkiln.patches.flux1 import transformer
 from fluxkiln.patches.flux1.presets import PRESETS
 from fluxkiln.quantize.schemes import Scheme, parse_schemes
+from fluxkiln.types import Shapes
 
 CONFIGS = PRESETS["full-dev"].configs
 SHAPES = Shapes(1024, 1024, 512)

@@ -12,7 +12,8 @@ SHAPE = "1024x1024, 512 tokens"
 _TEMPLATES = """
 import json, sys, time
 from pathlib import Path
-from fluxkiln.components import KINDS, Shapes
+from fluxkiln.types import Shapes
+from fluxkiln.patches.flux1.kinds import KINDS
 from fluxkiln.patches.flux1.presets import PRESETS
 from fluxkiln.export.trace import export_template
 folder, graph_format, kinds = Path(sys.argv[1]), sys.argv[2], sys.argv[3].split(",") if sys.argv[3] else list(KINDS)

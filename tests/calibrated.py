@@ -7,9 +7,9 @@ from dataclasses import replace
 import pytest
 
 from fluxkiln.compile.weights import calibration_action, component_digest
-from fluxkiln.components import find_part
 from fluxkiln.quantize.calibration import open_calibration
 from fluxkiln.quantize.sums import Sums
+from fluxkiln.types import find_part
 
 NAME, COMPONENT = "single.00", "transformer"
 
@@ -34,8 +34,8 @@ def calibrated(kiln, tmp_path_factory):
             sizes = torch.exp(torch.randn(width, generator=torch.Generator().manual_seed(width)))
             mixing = torch.randn(width // 4, width, generator=random) * sizes
             sums.add(COMPONENT, name, torch.randn(400, width // 4, generator=random) @ mixing)
-        sums.finish({"components": {COMPONENT: component_digest(made.digests, COMPONENT)}, "facts": {"prompts": 0}})
+        sums.finish({"components": {COMPONENT: component_digest(made.checkpoint.digests, COMPONENT)}, "facts": {"prompts": 0}})
     blob = made.cache.store.add_file(path)
-    action = calibration_action(COMPONENT, component_digest(made.digests, COMPONENT))
+    action = calibration_action(COMPONENT, component_digest(made.checkpoint.digests, COMPONENT))
     made.cache.record(action, {"calibration": blob}, {})
     return open_calibration(made.cache.store.path(blob.digest), blob.digest)

@@ -17,16 +17,17 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+from fluxkiln.verify.modulation import recorded_parts, view_recording
 
 from fluxkiln.compile.templates import BinaryPart, Kiln, Mould, make_template
 from fluxkiln.compile.toolchains.tpu_mlir.cast_file import cast_file
 from fluxkiln.compile.toolchains.tpu_mlir.environment import TpuMlirEnv, default_tpu_mlir_root, find_tpu_mlir
 from fluxkiln.compile.toolchains.tpu_mlir.moulds import cast_part, compile_part, make_mould
-from fluxkiln.components import Part, Shapes, find_part, list_parts
 from fluxkiln.export.checkpoint import Checkpoint, TensorReader, open_checkpoint
+from fluxkiln.patches.flux1.kinds import list_parts
 from fluxkiln.progress import Silent
 from fluxkiln.settings import Settings
-from fluxkiln.verify.modulation import recorded_parts, view_recording
+from fluxkiln.types import Part, Shapes, find_part
 from fluxkiln.verify.reference import Recording, record_reference
 
 

@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from fluxkiln.components import Component
+from fluxkiln.export.host import host_constants
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from fluxkiln.artifacts.bundle import write_bundle
 from fluxkiln.artifacts.store import open_store
 from fluxkiln.build.finish import HOST_CONSTANTS
-from fluxkiln.components import Component, Shapes, list_parts
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.export.eager import PatchedRunner
-from fluxkiln.export.host import host_constants
 from fluxkiln.generate.bundle import CONFIGS, Bundle, open_bundle
+from fluxkiln.patches.flux1.kinds import list_parts
+from fluxkiln.types import Shapes
 
 SHAPES = Shapes(height=64, width=64, tokens=32)
 

@@ -30,11 +30,11 @@ from fluxkiln.build.parity import (
 from fluxkiln.build.samples import sample_runs
 from fluxkiln.compile.rungs import executed_rung, onnxruntime_rung, rungs_below, stored_rung
 from fluxkiln.compile.templates import BinaryPart, Kiln
-from fluxkiln.components import Part, find_part
-from fluxkiln.export.bindings import tensors_of
 from fluxkiln.export.checkpoint import expect_tensors
+from fluxkiln.patches.pipeline import run_rows
 from fluxkiln.progress import Progress
 from fluxkiln.settings import Settings
+from fluxkiln.types import Part, find_part
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -118,8 +118,6 @@ def _replay_all(
     The pipeline is what leads through the parts, so that its rung does not load their weights a second time. There is
     none where only some components are built.
     """
-    from fluxkiln.verify.modulation import run_rows
-
     rungs = rungs_below(kiln, threads=0)
     following = dict(zip(kiln.parts, kiln.parts[1:], strict=False))
 
@@ -147,5 +145,5 @@ def _replay_all(
 def _expect(kiln: Kiln, part: Part | None) -> None:
     """Have the system read a block's weights while another one is computed."""
     if part is not None and part.prefix:
-        refs = kiln.checkpoint.tensors[tensors_of(part)].values()
+        refs = kiln.checkpoint.tensors[part.folder].values()
         expect_tensors(ref for ref in refs if ref.name.startswith(part.prefix))

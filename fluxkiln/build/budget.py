@@ -15,16 +15,12 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from fluxkiln.compile.templates import Kiln, make_template
-from fluxkiln.components import KINDS, SIZE_MULTIPLE, Part, Shapes
+from fluxkiln.types import SIZE_MULTIPLE, Part, Shapes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
 LEAST_TOKENS = 8
-# How often a weight of the VAE's decoder is used, on average, for every position of the latents; counted at 1024x1024.
-DECODED = 6.4
-# a table of embeddings, and the half of the VAE that makes latents of images
-_NOT_RUN = ("shared.", "encoder.conv", "encoder.down", "encoder.mid")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,17 +52,11 @@ def multiplications(kiln: Kiln) -> float:
 
     Of the transformer one step. A decoder's convolutions run at up to 8 times the width and height of the latents.
     """
-    shapes = kiln.shapes
-    times = {
-        "text_encoder_2": shapes.tokens,
-        "transformer": shapes.joint_tokens,
-        "vae": DECODED * shapes.latent_hw[0] * shapes.latent_hw[1],
-    }
     counts = [0.0]
-    for component, often in times.items():
+    for component, use in kiln.checkpoint.model.weight_uses(kiln.shapes).items():
         refs = kiln.checkpoint.tensors.get(component, {}).items()
-        matrices = (ref for name, ref in refs if len(ref.shape) in (2, 4) and not name.startswith(_NOT_RUN))
-        counts.append(float(often) * sum(math.prod(ref.shape) for ref in matrices))
+        matrices = (ref for name, ref in refs if len(ref.shape) in (2, 4) and not name.startswith(use.idle))
+        counts.append(use.times * sum(math.prod(ref.shape) for ref in matrices))
     return max(counts)
 
 
@@ -98,7 +88,7 @@ def executed_parts(kiln: Kiln, seed: int, limits: Limits = LIMITS) -> tuple[Part
         if kiln.target.toolchain == "tpu_mlir" and work.widest_convolution > limits.convolved:
             continue
         prefixes = sorted({part.prefix for part in parts})
-        count = limits.blocks if KINDS[kind].component == "transformer" else 1
+        count = limits.blocks if parts[0].component == "transformer" else 1
         picked = Random(_seed(seed, prefixes)).sample(prefixes, min(count, len(prefixes)))
         chosen |= {part.name for part in parts if part.prefix in picked}
     return tuple(part for part in kiln.parts if part.name in chosen)

@@ -21,7 +21,7 @@ from fluxkiln.build.context import prepare
 from fluxkiln.compile.templates import Kiln
 from fluxkiln.compile.weights import calibration_action, component_digest
 from fluxkiln.errors import UsageError
-from fluxkiln.export.checkpoint import TensorReader
+from fluxkiln.patches.pipeline import Sampling, quiet
 from fluxkiln.files import digest_file, disk_full_named
 from fluxkiln.progress import FROM_STORE, Progress, Silent
 from fluxkiln.quantize.calibration import DEFAULT_BLOCK, Calibration, open_calibration
@@ -30,13 +30,11 @@ from fluxkiln.settings import Settings
 
 DEFAULT_PROMPTS = Path(__file__).parents[1] / "quantize" / "prompts.txt"
 DEFAULT_STEPS = 4
-# components whose linear layers a scheme may quantize
-CALIBRATED = ("text_encoder_2", "transformer")
 _CODE = (
     "fluxkiln.build.calibration",
     "fluxkiln.quantize.sums",
     "fluxkiln.verify.streaming",
-    "fluxkiln.verify.partial",
+    "fluxkiln.patches.flux1.pipeline",
 )
 _TOOLS = ("torch", "diffusers", "transformers")
 
@@ -103,12 +101,13 @@ def calibrate(
     started = time.perf_counter()
     progress = progress or Silent()
     kiln = prepare(settings, progress).kiln
-    components = [name for name in CALIBRATED if name in settings.chosen]
+    calibrated, built = kiln.checkpoint.model.calibrated, list(dict.fromkeys(part.component for part in kiln.parts))
+    components = [name for name in calibrated if name in built]
     if not components:
-        raise UsageError(f"no component of {', '.join(settings.chosen)} is quantized; {', '.join(CALIBRATED)} are")
+        raise UsageError(f"no component of {', '.join(built)} is quantized; {', '.join(calibrated)} are")
     if block and (block < 0 or block % 32):
         raise UsageError(f"block {block}: multiples of 32 input channels are supported, and 0 for all of them")
-    digests = {component: component_digest(kiln.digests, component) for component in components}
+    digests = {component: component_digest(kiln.checkpoint.digests, component) for component in components}
     shapes = kiln.shapes
     facts: dict[str, Any] = {
         "prompts": len(prompts),
@@ -158,7 +157,7 @@ def use_calibration(settings: Settings, file: Path, progress: Progress | None = 
     if not file.is_file():
         raise UsageError(f"{file} is no file; fluxkiln calibrate --out writes one")
     found = open_calibration(file, digest_file(file)[0])
-    digests = {name: component_digest(kiln.digests, name) for name in found.components if name in kiln.digests}
+    digests = {name: component_digest(kiln.checkpoint.digests, name) for name in found.components if name in kiln.checkpoint.digests}
     if not digests:
         raise UsageError(f"{file} is for {', '.join(found.components)}, of which this model has none")
     for component, digest in digests.items():
@@ -191,14 +190,13 @@ def _record(
 ) -> None:
     from torch import nn
 
-    from fluxkiln.verify.partial import render_present
-    from fluxkiln.verify.pipeline import GUIDANCE_SCALE, quiet
     from fluxkiln.verify.streaming import open_pipeline, weights_in_place
 
     # an image is not needed; what makes the transformer's inputs is run where it is there
-    running = [name for name in settings.chosen if name != "vae"]
+    running = {part.component: part.folder for part in kiln.parts if part.component != "vae"}
+    model = kiln.checkpoint.model
     with quiet():
-        pipe = open_pipeline(kiln.checkpoint.root, TensorReader(kiln.checkpoint), running, tiny=False)
+        pipe = open_pipeline(kiln.checkpoint, running)
     layers = {
         (component, name): module
         for component in components
@@ -212,7 +210,7 @@ def _record(
         for index, prompt in enumerate(prompts):
             started = time.perf_counter()
             with weights_in_place():
-                render_present(pipe, kiln.shapes, settings.steps, settings.seed + index, prompt, GUIDANCE_SCALE)
+                model.render(pipe, kiln.shapes, Sampling(settings.steps, settings.seed + index, prompt))
             sums.forget_last()
             progress.done("calibrate", f"prompt {index + 1}", f"{time.perf_counter() - started:.1f} s")
         sums.finish(known)

@@ -17,14 +17,16 @@ from fluxkiln.build.loras import fused_root, lora_label, unfused_bytes
 from fluxkiln.compile.target import Target
 from fluxkiln.compile.targets import find_target
 from fluxkiln.compile.templates import Kiln
-from fluxkiln.compile.toolchains.neuron.split import parts_of_split, plan_memory, plan_split
-from fluxkiln.components import COMPONENTS, SPLIT_KINDS, Part, Shapes, check_steps, list_parts
-from fluxkiln.errors import CheckpointError
-from fluxkiln.export.checkpoint import Checkpoint, open_checkpoint
+from fluxkiln.compile.toolchains.neuron.split import plan_memory, plan_split
+from fluxkiln.errors import CheckpointError, ShapeError, UsageError
+from fluxkiln.export.checkpoint import Checkpoint, find_model, open_checkpoint
 from fluxkiln.export.fingerprint import DigestMemo, digest_tensors, fingerprint, scan_finite, shard_states
 from fluxkiln.export.source import resolve_model, synthetic_folder
+from fluxkiln.patches.model import Model
+from fluxkiln.patches.registry import all_presets
 from fluxkiln.progress import STEP_BYTES, Progress, Silent, count_bytes
 from fluxkiln.settings import Settings
+from fluxkiln.types import Part, Shapes, check_steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,51 +52,47 @@ def prepare(settings: Settings, progress: Progress | None = None) -> Prepared:
     from fluxkiln.build.plan import check_resources
 
     progress = progress or Silent()
+    chosen = choose_components(model_of(settings), settings)
     if unwritten_bytes(settings, _read_progress(progress)):
         check_resources(outline(settings))
     report = count_bytes(progress, "synthesize", "written")
-    root = resolve_model(settings.model, _models(settings), report, settings.components and settings.chosen)
+    root = resolve_model(settings.model, _models(settings), report, settings.components and chosen)
     memo = DigestMemo(settings.store_path.absolute() / "memo" / "tensors.json")
     root = fused_root(root, settings, _models(settings), memo, progress, _read_progress(progress))
-    checkpoint = open_checkpoint(root, settings.chosen)
+    checkpoint = open_checkpoint(root, chosen)
     prepared = _prepared(settings, checkpoint)
-    shards = shard_states(checkpoint)
+    states = shard_states(checkpoint)
     print_ = fingerprint(checkpoint, memo, _read_progress(progress))
     digests = {name: digest_tensors(refs.values(), memo) for name, refs in checkpoint.tensors.items()}
     memo.save()
-    prepared = replace(prepared, fingerprint=print_, kiln=replace(prepared.kiln, digests=digests, shards=shards))
+    read = replace(checkpoint, digests=digests, states=states)
+    prepared = replace(prepared, fingerprint=print_, kiln=replace(prepared.kiln, checkpoint=read))
     _validate(prepared.kiln, print_, memo, progress)
     return prepared
 
 
 def outline(settings: Settings) -> Prepared:
     """A build by its model's configs alone: no weight is read, nor written."""
-    from fluxkiln.patches.flux1.presets import PRESETS
+    chosen = choose_components(model_of(settings), settings)
+    if settings.model in all_presets():
+        from fluxkiln.export.synth.checkpoint import unwritten_checkpoint
 
-    if settings.model in PRESETS:
-        return describe(settings)
-    root = resolve_model(settings.model, _models(settings), None, settings.components and settings.chosen)
-    return _prepared(settings, open_checkpoint(root, settings.chosen))
-
-
-def describe(settings: Settings) -> Prepared:
-    """A build of a synthetic checkpoint that is not written yet: shapes and sizes are known, content is not."""
-    from fluxkiln.export.synth.checkpoint import unwritten_checkpoint
-    from fluxkiln.patches.flux1.presets import PRESETS
-
-    return _prepared(settings, unwritten_checkpoint(PRESETS[settings.model], settings.chosen))
+        return _prepared(settings, unwritten_checkpoint(settings.model, chosen))
+    root = resolve_model(settings.model, _models(settings), None, settings.components and chosen)
+    return _prepared(settings, open_checkpoint(root, chosen))
 
 
 def unwritten_bytes(settings: Settings, reading: Callable[[int, int], None] | None = None) -> int:
     """Bytes that a build has to write first: of a synthetic checkpoint, of one with LoRAs in it; 0 for any other."""
-    from fluxkiln.export.synth.checkpoint import synthesized_bytes, with_tiny_vae
-    from fluxkiln.patches.flux1.presets import PRESETS
+    from fluxkiln.export.synth.checkpoint import synthesized_bytes, with_sisters
 
-    preset = PRESETS.get(settings.model)
-    chosen = settings.components and settings.chosen
+    model = model_of(settings)
+    preset = model.presets.get(settings.model)
+    components = choose_components(model, settings)
+    chosen = settings.components and components
     if preset is not None and not (synthetic_folder(preset, _models(settings), chosen) / "model_index.json").is_file():
-        fused = synthesized_bytes(preset, ("transformer",)) if settings.loras else 0
-        return synthesized_bytes(preset, with_tiny_vae(settings.chosen)) + fused
+        fused = synthesized_bytes(preset.name, (model.adapted,)) if settings.loras else 0
+        return synthesized_bytes(preset.name, with_sisters(model, components)) + fused
     if not settings.loras:
         return 0
     root = resolve_model(settings.model, _models(settings), None, chosen)
@@ -104,15 +102,13 @@ def unwritten_bytes(settings: Settings, reading: Callable[[int, int], None] | No
 def _prepared(settings: Settings, checkpoint: Checkpoint) -> Prepared:
     """What is fixed for a build, but for what depends on the bytes of the checkpoint."""
     target = find_target(settings.target)
-    blocks, schemes = target.parse_schemes(settings.scheme)
+    _, schemes = target.parse_schemes(settings.scheme, checkpoint.model.kinds)
     width, height = settings.size or default_size(checkpoint)
     shapes = Shapes(height, width, settings.tokens or default_tokens(checkpoint))
-    shapes.check_variant(checkpoint.variant)
+    check_tokens(shapes, checkpoint)
     check_vae(checkpoint, settings)
     split = plan_split(settings, target, checkpoint) if target.toolchain == "neuron" else None
-    if split is not None:
-        schemes |= dict.fromkeys(SPLIT_KINDS, blocks)
-    parts = parts_of_split(split) if split is not None else chosen_parts(settings, checkpoint)
+    parts = chosen_parts(settings, checkpoint, split is not None)
     check_steps(parts, settings.steps)
     folder = settings.build_dir.absolute() / target.name / _name(settings, target, checkpoint, shapes).lower()
     kiln = Kiln(
@@ -121,7 +117,6 @@ def _prepared(settings: Settings, checkpoint: Checkpoint) -> Prepared:
         schemes=schemes,
         parts=parts,
         checkpoint=checkpoint,
-        digests={},
         cache=ActionCache(open_store(settings.store_path.absolute())),
         logs=folder / "logs",
         tpu_mlir=_tpu_mlir(target),
@@ -138,7 +133,8 @@ def _prepared(settings: Settings, checkpoint: Checkpoint) -> Prepared:
 
 def _name(settings: Settings, target: Target, checkpoint: Checkpoint, shapes: Shapes) -> str:
     label = _label(settings.scheme or target.schemes[0], target)
-    chosen = "" if settings.chosen == COMPONENTS else "-" + "-".join(settings.chosen)
+    components = choose_components(checkpoint.model, settings)
+    chosen = "" if components == checkpoint.model.components else "-" + "-".join(components)
     if target.toolchain == "neuron":
         label += f"-{settings.instance}" * bool(settings.instance) + f"-tp{settings.tp_degree}" * bool(
             settings.tp_degree
@@ -156,17 +152,19 @@ def _label(scheme: str, target: Target) -> str:
     label = scheme.replace(",", "-").replace("=", "-")
     if re.fullmatch(r"[\w.-]{1,100}", label):
         return label
-    return f"{target.parse_schemes(scheme)[0].base_name}-{hashlib.sha256(scheme.encode()).hexdigest()[:10]}"
+    return f"{scheme_base(scheme, target)}-{hashlib.sha256(scheme.encode()).hexdigest()[:10]}"
 
 
-def chosen_parts(settings: Settings, checkpoint: Checkpoint) -> tuple[Part, ...]:
+def chosen_parts(settings: Settings, checkpoint: Checkpoint, split: bool = False) -> tuple[Part, ...]:
     """The parts of the components that the settings choose; configs of others need not be there."""
-    depths = {
-        "text_encoder_2": {"num_layers": 0},
-        "transformer": {"num_layers": 0, "num_single_layers": 0},
-    }
-    every = list_parts({**depths, **checkpoint.configs}, settings.vae, settings.modulation)
-    return tuple(part for part in every if part.component in settings.chosen)
+    model, configs = checkpoint.model, checkpoint.configs
+    every = (
+        model.list_split_parts(configs, settings.granularity, settings.vae)
+        if split
+        else model.list_parts(configs, settings.vae, settings.modulation)
+    )
+    chosen = choose_components(model, settings)
+    return tuple(part for part in every if part.component in chosen)
 
 
 def _models(settings: Settings) -> Path:
@@ -175,7 +173,7 @@ def _models(settings: Settings) -> Path:
 
 def check_vae(checkpoint: Checkpoint, settings: Settings) -> None:
     """Raise CheckpointError when the tiny VAE is asked for and not there."""
-    if settings.vae == "tiny" and "vae" in settings.chosen and "vae_tiny" not in checkpoint.tensors:
+    if settings.vae == "tiny" and "vae" in choose_components(checkpoint.model, settings) and "vae_tiny" not in checkpoint.tensors:
         raise CheckpointError(
             f"{checkpoint.name} has no folder vae_tiny, --vae tiny needs it; save taef1 there with "
             "AutoencoderTiny.save_pretrained, or leave --vae out"
@@ -184,17 +182,62 @@ def check_vae(checkpoint: Checkpoint, settings: Settings) -> None:
 
 def default_size(checkpoint: Checkpoint) -> tuple[int, int]:
     """Width and height: the preset's own for a synthetic model, 1024 x 1024 otherwise."""
-    from fluxkiln.patches.flux1.presets import PRESETS
-
-    return PRESETS[checkpoint.name].size if checkpoint.name in PRESETS else (1024, 1024)
+    preset = checkpoint.model.presets.get(checkpoint.name)
+    return preset.size if preset else (1024, 1024)
 
 
 def default_tokens(checkpoint: Checkpoint) -> int:
     """Text tokens: the preset's own for a synthetic model, else the most that the variant takes."""
-    from fluxkiln.components import MAX_TOKENS
-    from fluxkiln.patches.flux1.presets import PRESETS
+    preset = checkpoint.model.presets.get(checkpoint.name)
+    return preset.tokens if preset else checkpoint.model.most_tokens[checkpoint.variant]
 
-    return PRESETS[checkpoint.name].tokens if checkpoint.name in PRESETS else MAX_TOKENS[checkpoint.variant]
+
+def check_tokens(shapes: Shapes, checkpoint: Checkpoint) -> None:
+    """Raise ShapeError when the variant cannot take this many text tokens."""
+    limit = checkpoint.model.most_tokens[checkpoint.variant]
+    if shapes.tokens > limit:
+        raise ShapeError(
+            f"{shapes.tokens} text tokens: {checkpoint.model.title}-{checkpoint.variant} was trained with at most "
+            f"{limit}; use TOKENS={limit}"
+        )
+
+
+def choose_components(model: Model, settings: Settings) -> tuple[str, ...]:
+    """The components to build, in the order of the pipeline.
+
+    Raises:
+        UsageError: there is no such component, or what else is asked for needs those that are left out.
+    """
+    wanted, known = settings.components, model.components
+    if wanted is None:
+        return known
+    for component in wanted:
+        if component not in known:
+            raise UsageError(f"no component is called {component!r}; there are {', '.join(known)}")
+    if not wanted:
+        raise UsageError(f"no component was asked for; there are {', '.join(known)}")
+    chosen = tuple(name for name in known if name in wanted)
+    if settings.loras and model.adapted not in chosen:
+        raise UsageError(
+            f"LoRAs go into the {model.adapted}, and only {', '.join(chosen)} is built; leave out --lora, or add "
+            f"{model.adapted} to --components"
+        )
+    if (settings.prompts or settings.seeds) and chosen != known:
+        raise UsageError(
+            f"prompts and seeds make whole images, and only {', '.join(chosen)} is built; leave --components out"
+        )
+    return chosen
+
+
+def model_of(settings: Settings) -> Model:
+    """The model that the settings name, before anything of it is written or fetched: that of a preset or a folder.
+
+    A Hugging Face id has to be fetched for it.
+    """
+    presets = all_presets()
+    if settings.model in presets:
+        return presets[settings.model][0]
+    return find_model(resolve_model(settings.model, _models(settings), None, settings.components))
 
 
 def _read_progress(progress: Progress) -> Callable[[int, int], None] | None:

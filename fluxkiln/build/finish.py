@@ -20,7 +20,6 @@ from fluxkiln.compile.templates import COMPILER_STAGES, SHARDED, BinaryPart, Com
 from fluxkiln.compile.toolchains.neuron.split import runtime_constants, split_settings
 from fluxkiln.compile.toolchains.tpu_mlir.report import estimate_ms, report_costs
 from fluxkiln.compile.weights import used_calibrations
-from fluxkiln.components import find_kind
 from fluxkiln.errors import ParityError, ToolchainError
 from fluxkiln.files import digest_file
 from fluxkiln.progress import FROM_STORE, Laps, Progress
@@ -319,7 +318,7 @@ def _manifest(
 
 
 def _part_entry(binary: BinaryPart, file: str) -> dict[str, Any]:
-    kind = find_kind(binary.part.kind)
+    kind = binary.part.traits
     sides = {}
     for side, names in (("inputs", kind.inputs), ("outputs", kind.outputs)):
         tensors: Any = binary.facts[side]

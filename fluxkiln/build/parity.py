@@ -15,15 +15,14 @@ from fluxkiln.artifacts.actions import Action, run_action, stage_code_version
 from fluxkiln.build.budget import LIMITS, Limits, multiplications, replayed_shapes
 from fluxkiln.compile.corrections import part_weights
 from fluxkiln.compile.rungs import Rungs, bm1684x_rungs, cpu_rungs
-from fluxkiln.compile.templates import BinaryPart, CombinedFile, Kiln, find_template, make_template, tell_template
+from fluxkiln.compile.templates import BinaryPart, CombinedFile, Kiln, pipeline_files, find_template, make_template, tell_template
 from fluxkiln.compile.weights import part_rounders
-from fluxkiln.components import COMPONENTS, Part, Shapes, find_kind
 from fluxkiln.digests import digest_json
-from fluxkiln.export.checkpoint import TensorReader
+from fluxkiln.patches.pipeline import Sampling, run_rows
 from fluxkiln.progress import Progress
 from fluxkiln.quantize.schemes import METHODS, Scheme
 from fluxkiln.settings import Settings
-from fluxkiln.types import GraphFormat, PartRunner
+from fluxkiln.types import GraphFormat, Part, PartRunner, Shapes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,9 +31,6 @@ if TYPE_CHECKING:
     from fluxkiln.verify.pipeline import PipelineResult
     from fluxkiln.verify.reference import Recording
 
-
-# configs of components that are not there
-_NO_BLOCKS = {"text_encoder_2": {"num_layers": 0}, "transformer": {"num_layers": 0, "num_single_layers": 0}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,29 +59,20 @@ def record(kiln: Kiln, settings: Settings, print_: str, folder: Path, limits: Li
     Args:
         print_: the checkpoint's fingerprint.
     """
-    from fluxkiln.verify.modulation import recorded_parts, view_recording
+    from fluxkiln.verify.reference import view_recording
 
-    shapes = replayed_shapes(kiln, limits)
+    shapes, model = replayed_shapes(kiln, limits), kiln.checkpoint.model
     built = {part.component for part in kiln.parts}
-    both = tuple(
-        part
-        for part in recorded_parts({**_NO_BLOCKS, **kiln.checkpoint.configs}, settings.vae)
-        if part.component in built
-    )
+    every = model.recorded_parts(kiln.checkpoint.configs, settings.vae)
+    recorded = tuple(part for part in every if part.component in built)
     steps = settings.steps if shapes == kiln.shapes else 1
-    recording = record_run(kiln, settings, print_, folder, both, shapes, steps, settings.prompt)
-    if kiln.split is not None:
-        from fluxkiln.compile.toolchains.neuron.split import inline_members
-        from fluxkiln.verify.split import view_split
-
-        pairs = zip(kiln.parts, kiln.split.parts, strict=True)
-        return view_split(recording, {part: inline_members(cut) for part, cut in pairs})
-    return view_recording(recording, kiln.parts)
+    recording = record_run(kiln, settings, print_, folder, recorded, shapes, steps, settings.prompt)
+    return view_recording(recording, model, kiln.parts)
 
 
 def is_complete(kiln: Kiln) -> bool:
     """Whether all components of a pipeline are built."""
-    return {part.component for part in kiln.parts} == set(COMPONENTS)
+    return {part.component for part in kiln.parts} == set(kiln.checkpoint.model.components)
 
 
 def record_run(
@@ -103,10 +90,8 @@ def record_run(
     from fluxkiln.verify.reference import INDEX, read_recording, record_reference
 
     def produce(work: Path) -> tuple[dict[str, Path], dict[str, Any]]:
-        record_reference(
-            kiln.checkpoint.root, parts, shapes, work, TensorReader(kiln.checkpoint),
-            only=only, steps=steps, seed=settings.seed, prompt=prompt,
-        )  # fmt: skip
+        sampling = Sampling(steps, settings.seed, prompt)
+        record_reference(kiln.checkpoint, parts, shapes, work, sampling, only=only)
         files = [path for path in work.rglob("*") if path.is_file()]
         return {str(path.relative_to(work)): path for path in files}, {}
 
@@ -115,9 +100,9 @@ def record_run(
         what=f"reference run of {kiln.checkpoint.name}",
         code_version=stage_code_version(
             "fluxkiln.verify.reference",
-            "fluxkiln.verify.observe",
+            "fluxkiln.patches.flux1.hooks",
             "fluxkiln.verify.pipeline",
-            "fluxkiln.verify.partial",
+            "fluxkiln.patches.flux1.pipeline",
             "fluxkiln.verify.streaming",
         ),
         inputs={"checkpoint": f"sha256:{print_}"},
@@ -244,7 +229,7 @@ def replay(kiln: Kiln, settings: Settings, recording: Recording, rungs: Rungs, p
 
 def climb_pipeline(ladder: Ladder, kiln: Kiln, recording: Recording, rung: str, pipeline: PipelineResult) -> None:
     """Rows of the final latents and the image, under the scheme of the blocks."""
-    blocks = [part for part in kiln.parts if part.component == "transformer" and find_kind(part.kind).residual]
+    blocks = [part for part in kiln.parts if part.component == "transformer" and part.traits.residual]
     scheme = _base_name(kiln.scheme(blocks[0]))
     ladder.climb_latents(recording.steps - 1, recording.latents, [(rung, pipeline.latents)], scheme)
     ladder.climb_image(-1, recording.image, [(rung, pipeline.image)], scheme)
@@ -280,20 +265,14 @@ def climb_stored(ladder: Ladder, kiln: Kiln, binaries: tuple[BinaryPart, ...], f
 def run_pipeline(kiln: Kiln, settings: Settings, runner: PartRunner) -> PipelineResult:
     """diffusers' own loop with `runner` in place of every model."""
     from fluxkiln.compile.toolchains.neuron.split import runtime_constants
-    from fluxkiln.export.host import pooled_row
     from fluxkiln.verify.pipeline import run_with_parts
 
-    return run_with_parts(
-        kiln.checkpoint.root, kiln.checkpoint.configs, kiln.shapes, kiln.parts,
-        runtime_constants(kiln), pooled_row, runner,
-        steps=settings.steps, seed=settings.seed, prompt=settings.prompt,
-    )  # fmt: skip
+    sampling = Sampling(settings.steps, settings.seed, settings.prompt)
+    return run_with_parts(kiln.checkpoint.model, pipeline_files(kiln), kiln.shapes, kiln.parts, runner, sampling)
 
 
 def replay_part(rungs: Rungs, recording: Recording, part: Part) -> list[dict[str, Mapping[str, NDArray[Any]]]]:
     """Step -> rung -> outputs. A rung lets go of the part's weights before the next one loads them."""
-    from fluxkiln.verify.modulation import run_rows
-
     steps: list[dict[str, Mapping[str, NDArray[Any]]]] = [{} for _ in recording.calls[part.name]]
     for rung, runner in rungs.items():
         for step, made in enumerate(steps):
@@ -325,7 +304,7 @@ def climb_part(
         label: what the part is called in the rows; its name by default.
     """
     inputs, expected = recording.inputs(part.name, step), recording.outputs(part.name, step)
-    residual = dict(find_kind(part.kind).residual)
+    residual = dict(part.traits.residual)
     shown = step if part.component == "transformer" else -1
     for output, reference in expected.items():
         base = inputs[residual[output]] if output in residual else None

@@ -30,10 +30,9 @@ from fluxkiln.compile.toolchains.tpu_mlir.moulds import (
     find_mould,
 )
 from fluxkiln.compile.toolchains.tpu_mlir.proof import needs_proof, proof_part
-from fluxkiln.components import KINDS, Part, find_kind
 from fluxkiln.errors import ResourceError
 from fluxkiln.settings import Settings
-from fluxkiln.types import GraphFormat, Template, TensorSpec
+from fluxkiln.types import GraphFormat, Part, Template, TensorSpec
 
 if TYPE_CHECKING:
     from fluxkiln.build.context import Prepared
@@ -143,7 +142,7 @@ def split_jobs(kiln: Kiln) -> list[Job]:
     for part in kiln.parts:
         weights = count_elements(part_refs(kiln, part))
         cut = kiln.split_parts[kiln.parts.index(part)]
-        known = bool(kiln.digests) and kiln.cache.lookup(shard_action(kiln, cut).key) is not None
+        known = bool(kiln.checkpoint.digests) and kiln.cache.lookup(shard_action(kiln, cut).key) is not None
         jobs.append(Job("shard", part.name, part.kind, "BF16", CAST_MEMORY, known, weights))
     return jobs
 
@@ -212,7 +211,7 @@ def _combine_job(name: str, known: bool = False) -> Job:
 
 def _find_binary(kiln: Kiln, part: Part, template: Template | None, mould: Mould | None) -> BinaryPart | None:
     """What a part's binary is made of, if that is in the store."""
-    if template is None or mould is None or not kiln.digests:
+    if template is None or mould is None or not kiln.checkpoint.digests:
         return None
     if mould.castable:
         return cast_part(kiln, part, mould)
@@ -232,7 +231,7 @@ def compile_job(kiln: Kiln, part: Part, template: Template | None) -> Job:
     weights = count_elements(template.slots if template else part_refs(kiln, part))
     known = (
         template is not None
-        and bool(kiln.digests)
+        and bool(kiln.checkpoint.digests)
         and kiln.cache.lookup(compile_action(kiln, part, template).key) is not None
     )
     return Job("compile", part.name, part.kind, kiln.scheme(part).name, compile_memory(weights), known, weights)
@@ -358,22 +357,13 @@ def disk_bytes(prepared: Prepared, todo: Iterable[Job]) -> int:
 
 def recording_bytes(kiln: Kiln, steps: int) -> int:
     """About the bytes of a recorded run: what goes into each part, in float32; most outputs are another's input."""
-    total = 0
+    total, constants = 0, kiln.checkpoint.model.constant_inputs
     for part in kiln.parts:
         calls = steps if part.component == "transformer" else 1
-        specs = _inputs_of(kiln, part)
-        changing = [spec for spec in specs if not spec.name.startswith(("rotary", "position"))]
+        specs = kiln.checkpoint.model.part_inputs(part.kind, kiln.checkpoint.configs, kiln.shapes)
+        changing = [spec for spec in specs if spec.name not in constants]
         total += 4 * calls * count_elements(changing)
     return 2 * total
-
-
-def _inputs_of(kiln: Kiln, part: Part) -> tuple[TensorSpec, ...]:
-    from fluxkiln.export.trace import part_inputs
-
-    if kiln.split is None or part.kind in KINDS:
-        return part_inputs(part.kind, kiln.checkpoint.configs, kiln.shapes)
-    known = {"t5": "t5_embed", "modulated_head": "head", "transformer": "head"}
-    return part_inputs(known[part.kind], kiln.checkpoint.configs, kiln.shapes)
 
 
 def peak_memory(todo: Iterable[Job], settings: Settings) -> int:
@@ -400,7 +390,7 @@ def estimate_seconds(prepared: Prepared, todo: Iterable[Job]) -> float:
         elif job.stage == "verify":
             parts = prepared.kiln.parts
             alone += CALL_SECONDS * sum(
-                settings.steps if find_kind(part.kind).component == "transformer" else 1 for part in parts
+                settings.steps if part.traits.component == "transformer" else 1 for part in parts
             )
     return alone + pooled / min(_workers(settings), 2)
 

@@ -296,7 +296,7 @@ def _tensors(layer: Layer, scheme: Scheme) -> list[tuple[str, str, tuple[int, in
 
 
 def _calibration(kiln: Kiln, component: str) -> Calibration | None:
-    return find_calibration(kiln.cache, component, component_digest(kiln.digests, component))
+    return find_calibration(kiln.cache, component, component_digest(kiln.checkpoint.digests, component))
 
 
 def _summary(found: Sequence[Figures]) -> tuple[float, float, int]:

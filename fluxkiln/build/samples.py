@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from fluxkiln.artifacts.actions import Action, run_action, stage_code_version
 from fluxkiln.build.budget import name_shapes
-from fluxkiln.compile.templates import Kiln
-from fluxkiln.components import find_kind
+from fluxkiln.compile.templates import Kiln, pipeline_files
+from fluxkiln.patches.pipeline import Sampling, quiet
 from fluxkiln.digests import digest_json
 from fluxkiln.progress import Progress
 from fluxkiln.settings import Settings
@@ -48,7 +48,7 @@ def sample_runs(
     scheme = next(
         kiln.scheme(part).name.split("-")[0]
         for part in kiln.parts
-        if part.component == "transformer" and find_kind(part.kind).residual
+        if part.component == "transformer" and part.traits.residual
     )
     for number, (prompt, seed) in enumerate(pairs):
         reference = references[prompt, seed]
@@ -86,15 +86,13 @@ def reference_runs(
 
 def sample_parts(kiln: Kiln, settings: Settings, runner: PartRunner, prompt: str, seed: int) -> Sampled:
     """diffusers' own loop with `runner` in place of every model."""
-    from fluxkiln.compile.toolchains.neuron.split import runtime_constants
-    from fluxkiln.export.host import pooled_row
     from fluxkiln.verify.pipeline import run_with_parts
 
     latents: list[NDArray[Any]] = []
+    sampling = Sampling(settings.steps, seed, prompt)
     made = run_with_parts(
-        kiln.checkpoint.root, kiln.checkpoint.configs, kiln.shapes, kiln.parts, runtime_constants(kiln), pooled_row,
-        runner, steps=settings.steps, seed=seed, prompt=prompt, on_latents=latents.append,
-    )  # fmt: skip
+        kiln.checkpoint.model, pipeline_files(kiln), kiln.shapes, kiln.parts, runner, sampling, latents.append
+    )
     return Sampled(tuple(latents), made.image)
 
 
@@ -107,7 +105,7 @@ def _reference_action(kiln: Kiln, settings: Settings, prompt: str, seed: int) ->
         code_version=stage_code_version(
             "fluxkiln.verify.pipeline", "fluxkiln.verify.streaming", "fluxkiln.verify.runs", "fluxkiln.build.samples"
         ),
-        inputs={"checkpoint": digest_json({name: dict(tensors) for name, tensors in kiln.digests.items()})},
+        inputs={"checkpoint": digest_json({name: dict(tensors) for name, tensors in kiln.checkpoint.digests.items()})},
         settings={
             "configs": digest_json(kiln.checkpoint.configs),
             "shapes": [kiln.shapes.height, kiln.shapes.width, kiln.shapes.tokens],
@@ -121,26 +119,19 @@ def _reference_action(kiln: Kiln, settings: Settings, prompt: str, seed: int) ->
 
 
 def _open_reference(kiln: Kiln) -> Any:
-    from fluxkiln.components import COMPONENTS
-    from fluxkiln.export.checkpoint import TensorReader
-    from fluxkiln.verify.pipeline import quiet
-
     with quiet():
         from fluxkiln.verify.streaming import open_pipeline
 
-        tiny = any(part.kind == "tiny_vae_decoder" for part in kiln.parts)
-        return open_pipeline(kiln.checkpoint.root, TensorReader(kiln.checkpoint), set(COMPONENTS), tiny)
+        return open_pipeline(kiln.checkpoint, {part.component: part.folder for part in kiln.parts})
 
 
 def _render(pipe: Any, kiln: Kiln, settings: Settings, prompt: str, seed: int) -> Sampled:
-    from fluxkiln.verify.pipeline import GUIDANCE_SCALE, render
     from fluxkiln.verify.streaming import weights_in_place
 
     latents: list[NDArray[Any]] = []
     with weights_in_place():
-        made = render(
-            pipe, kiln.shapes, settings.steps, seed, prompt, GUIDANCE_SCALE, on_latents=latents.append
-        )  # fmt: skip
+        sampling = Sampling(settings.steps, seed, prompt)
+        made = kiln.checkpoint.model.render(pipe, kiln.shapes, sampling, latents.append)
     return Sampled(tuple(latents), made.image)
 
 

@@ -18,10 +18,10 @@ from fluxkiln.build.mixture import slot_of
 from fluxkiln.build.parity import record
 from fluxkiln.compile.rungs import dequantized_rung
 from fluxkiln.compile.templates import Kiln, make_template
-from fluxkiln.components import KINDS, Part
 from fluxkiln.errors import ParityError
 from fluxkiln.progress import Progress
 from fluxkiln.quantize.schemes import Scheme, parse_scheme
+from fluxkiln.types import Part
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -153,7 +153,7 @@ class _Block:
         """Relative L2 of what is added, root mean square over outputs and steps."""
         from fluxkiln.verify.metrics import compare
 
-        residual, squares = dict(KINDS[self.part.kind].residual), []
+        residual, squares = dict(self.part.traits.residual), []
         for step, outputs in enumerate(self.run(coded)):
             inputs = self.recording.inputs(self.part.name, step)
             for name, actual in outputs.items():

@@ -16,11 +16,11 @@ import click
 from fluxkiln.cli.options import build_dir_option, check_size, size_option, tokens_option, vae_option
 from fluxkiln.cli.output import Output, count_text, json_option, seconds_text
 from fluxkiln.cli.progress import open_progress
-from fluxkiln.components import KINDS, Part, Shapes, find_part, list_parts
 from fluxkiln.errors import UsageError
+from fluxkiln.patches.flux1.kinds import KINDS, list_parts
 from fluxkiln.progress import Progress, count_bytes
 from fluxkiln.settings import Settings
-from fluxkiln.types import GraphFormat, Template
+from fluxkiln.types import GraphFormat, Part, Shapes, Template, find_part
 from fluxkiln.verify.report.wording import size as size_text
 
 if TYPE_CHECKING:

@@ -28,10 +28,9 @@ def synth(output: Output, preset: str, directory: Path, components: str | None, 
     """
     from fluxkiln.export.synth.checkpoint import find_preset, parse_components, synthesize, synthesized_bytes
 
-    names = parse_components(
-        None if components is None else [name for name in components.replace(",", " ").split() if name]
-    )
-    total = synthesized_bytes(find_preset(preset), names)
+    model, _ = find_preset(preset)
+    names = parse_components(model, None if components is None else components.replace(",", " ").split())
+    total = synthesized_bytes(preset, names)
     started = time.perf_counter()
     with open_progress() as progress:
         synthesize(preset, directory, names, seed, count_bytes(progress, "synthesize", "written"))

@@ -21,11 +21,10 @@ from fluxkiln.compile.onnx.filled import weight_matmuls
 from fluxkiln.compile.templates import Kiln, make_template, weights_digest
 from fluxkiln.compile.toolchains.tpu_mlir.side_tensors import beside_slots, in_codes, split_slot
 from fluxkiln.compile.weights import CalibratedSlots, part_statistics, rounding_key
-from fluxkiln.components import Part
 from fluxkiln.export.bindings import BoundWeights, WeightReader, bind_part, weight_reader
 from fluxkiln.quantize.activation import find_divisors, pack_low_rank, packed_rows
 from fluxkiln.quantize.statistics import Statistics
-from fluxkiln.types import Template
+from fluxkiln.types import Part, Template
 
 # rows of the weights of one input that its scales are chosen by
 MOST_ROWS = 4096

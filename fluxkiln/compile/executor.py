@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fluxkiln.components import Component, find_kind
 from fluxkiln.errors import CompileError, UsageError
-from fluxkiln.types import TensorSpec
+from fluxkiln.types import Kind, TensorSpec
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -23,7 +22,7 @@ class Net:
     """
 
     part: str
-    kind: str
+    kind: Kind
     file: Path
     name: str
     inputs: tuple[TensorSpec, ...]
@@ -31,8 +30,8 @@ class Net:
     size: int = 0
 
     @property
-    def component(self) -> Component:
-        return find_kind(self.kind).component
+    def component(self) -> str:
+        return self.kind.component
 
 
 class Executor(Protocol):
@@ -54,10 +53,10 @@ class Executor(Protocol):
             IntegrityError: a file is damaged. ResourceError: memory ran out.
         """
 
-    def load(self, component: Component) -> None:
+    def load(self, component: str) -> None:
         """Load all parts of a component now; errors as a call."""
 
-    def release(self, component: Component) -> None:
+    def release(self, component: str) -> None:
         """Let go of a component's memory; its parts are loaded again when they are run."""
 
     def drop(self, part: str) -> None:

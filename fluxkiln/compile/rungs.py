@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING, Any
 from fluxkiln.compile.corrections import part_weights
 from fluxkiln.compile.templates import BinaryPart, CombinedFile, Kiln, make_template
 from fluxkiln.compile.weights import part_correctors, part_rounders
-from fluxkiln.components import KINDS, find_part
 from fluxkiln.export.bindings import WeightReader, bind_part, weight_reader
 from fluxkiln.quantize.rounding import RounderOf, as_compiler
 from fluxkiln.quantize.schemes import Scheme
-from fluxkiln.types import PartRunner
+from fluxkiln.types import PartRunner, find_part
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -187,8 +186,8 @@ class Interpreted:
             self.close()
             lay_out_lowered(self.kiln, self.binaries[part], self.folder)
             self._laid_out = part
-        kind = self.binaries[part].part.kind
-        return self.interpreter.run(self.folder / "lowered.mlir", inputs, KINDS[kind].outputs)
+        outputs = self.binaries[part].part.traits.outputs
+        return self.interpreter.run(self.folder / "lowered.mlir", inputs, outputs)
 
     def close(self) -> None:
         """Remove the files; the runner can be used again."""
@@ -229,9 +228,7 @@ def _net_runner(kiln: Kiln, binaries: tuple[BinaryPart, ...], homes: Mapping[str
 
     def run(part: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         binary = by_name[part]
-        outputs: dict[str, NDArray[Any]] = simulator.run(
-            homes[part], inputs, KINDS[binary.part.kind].outputs, binary.net
-        )
+        outputs: dict[str, NDArray[Any]] = simulator.run(homes[part], inputs, binary.part.traits.outputs, binary.net)
         return outputs
 
     return run

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from fluxkiln.errors import SchemeError
 from fluxkiln.quantize.schemes import Scheme, parse_schemes
-from fluxkiln.types import GraphFormat
+from fluxkiln.types import GraphFormat, Kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,8 @@ class Target:
         chip: what the toolchain calls it.
         graph_format: the templates the toolchain reads.
         schemes: legal block schemes, the default first.
-        narrow_inputs, narrow_outputs: kinds whose activations come or go in 16 bits: what passes between blocks.
+        narrow: what passes between blocks comes and goes in 16 bits (`Kind.narrow_inputs`, `narrow_outputs`).
+        float_norms: its norms and SiLU take float32, so what they alone read does not come in 16 bits.
         device_bytes: memory that a device gives to models.
         instances: machines that a model is split for, the default first; none where a device holds whole parts.
         uniform: all kinds are stored in one scheme, without exceptions.
@@ -55,19 +57,24 @@ class Target:
     chip: str
     graph_format: GraphFormat
     schemes: tuple[str, ...]
-    narrow_inputs: tuple[str, ...] = ()
-    narrow_outputs: tuple[str, ...] = ()
+    narrow: bool = False
+    float_norms: bool = False
     device_bytes: int = 0
     instances: tuple[Instance, ...] = ()
     uniform: bool = False
 
-    def parse_schemes(self, text: str | None) -> tuple[Scheme, dict[str, Scheme]]:
+    def narrows(self, kind: Kind) -> tuple[bool, bool]:
+        """Whether a kind's activations come, and whether they go, in 16 bits."""
+        comes = kind.narrow_inputs == "all" or (kind.narrow_inputs == "norms" and not self.float_norms)
+        return self.narrow and comes, self.narrow and kind.narrow_outputs
+
+    def parse_schemes(self, text: str | None, kinds: Mapping[str, Kind]) -> tuple[Scheme, dict[str, Scheme]]:
         """The block scheme and every kind's scheme (see `quantize.schemes.parse_schemes`).
 
         Raises:
             SchemeError: one does not exist, or this target cannot store it.
         """
-        blocks, schemes = parse_schemes(text, self.schemes[0])
+        blocks, schemes = parse_schemes(text, self.schemes[0], kinds)
         if self.uniform:
             if text not in (None, *self.schemes):
                 legal = " or ".join(self.schemes)

@@ -20,22 +20,19 @@ from typing import TYPE_CHECKING, Any
 from fluxkiln.artifacts.actions import Action, ActionCache, ActionResult, run_action, stage_code_version
 from fluxkiln.artifacts.store import Blob
 from fluxkiln.compile.target import Target
-from fluxkiln.components import Part, Shapes
 from fluxkiln.digests import digest_json
-from fluxkiln.export.bindings import binding_refs, tensors_of
-from fluxkiln.export.checkpoint import Checkpoint
+from fluxkiln.export.bindings import binding_refs
+from fluxkiln.export.checkpoint import Checkpoint, TensorReader
+from fluxkiln.patches.pipeline import PipelineFiles
 from fluxkiln.progress import FROM_STORE, Progress
 from fluxkiln.quantize.schemes import Scheme
-from fluxkiln.types import Binding, GraphFormat, Template, TensorRef, TensorSpec
+from fluxkiln.types import Binding, GraphFormat, Part, Shapes, Template, TensorRef, TensorSpec
 
 if TYPE_CHECKING:
     from fluxkiln.compile.toolchains.neuron.split import Split
     from fluxkiln.compile.toolchains.tpu_mlir.environment import TpuMlirEnv
-    from fluxkiln.export.split import SplitPart
 
 EXPORT_TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir")
-# of no influence on one block's graph: models of another depth share its template and its mould
-_DEPTHS = ("num_layers", "num_single_layers")
 # stages in which the compiler runs
 COMPILER_STAGES = ("mould", "compile", "combine", "neff")
 # how a part of a split model is made
@@ -47,8 +44,6 @@ class Kiln:
     """What is fixed for one build.
 
     Attributes:
-        digests: component -> tensor name -> sha256 of its bytes.
-        shards: weight file -> its size, times and inode when those digests were taken.
         logs: where the compilers' logs go.
         split: how the model is cut over cores, where it is.
     """
@@ -58,23 +53,15 @@ class Kiln:
     schemes: Mapping[str, Scheme]
     parts: tuple[Part, ...]
     checkpoint: Checkpoint
-    digests: Mapping[str, Mapping[str, str]]
     cache: ActionCache
     logs: Path
     tpu_mlir: TpuMlirEnv | None = None
-    shards: Mapping[Path, tuple[int, ...]] = field(default_factory=dict)
     split: Split | None = None
 
     def path(self, blob: Blob | None) -> Path:
         """Where a blob lies in the store; what has no blob must not be asked for."""
         assert blob is not None
         return self.cache.store.path(blob.digest)
-
-    @property
-    def split_parts(self) -> tuple[SplitPart, ...]:
-        """The parts as they are cut; of a split model only."""
-        assert self.split is not None
-        return self.split.parts
 
     def kinds(self) -> tuple[str, ...]:
         """The kinds of this model's parts, each once, in the order they run."""
@@ -144,13 +131,13 @@ class CombinedFile:
 
 def template_action(kiln: Kiln, kind: str, graph_format: GraphFormat) -> Action:
     """The key of a template: config without depth, shapes, format, the exporter's versions, patches, export code."""
-    from fluxkiln.export.trace import part_inputs
-
-    component = next(tensors_of(part) for part in kiln.parts if part.kind == kind)
+    model, configs = kiln.checkpoint.model, kiln.checkpoint.configs
+    traits = model.kinds[kind]
+    depths = model.whole_numbers.get(traits.component, ())
     config = {
         name: value
-        for name, value in kiln.checkpoint.configs[component].items()
-        if not name.startswith("_") and (name not in _DEPTHS)
+        for name, value in configs[traits.folder or traits.component].items()
+        if not name.startswith("_") and name not in depths
     }
     return Action(
         stage="template",
@@ -160,7 +147,7 @@ def template_action(kiln: Kiln, kind: str, graph_format: GraphFormat) -> Action:
         settings={
             "kind": kind,
             "format": graph_format,
-            "inputs": _specs_to_json(part_inputs(kind, kiln.checkpoint.configs, kiln.shapes)),
+            "inputs": _specs_to_json(model.part_inputs(kind, configs, kiln.shapes)),
         },
         tools={name: importlib.metadata.version(name) for name in EXPORT_TOOLS},
     )
@@ -178,7 +165,8 @@ def make_template(kiln: Kiln, kind: str, graph_format: GraphFormat) -> Template:
     def produce(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
         from fluxkiln.export.trace import export_template
 
-        made = export_template(kind, kiln.checkpoint.configs, kiln.shapes, graph_format, folder)
+        checkpoint = kiln.checkpoint
+        made = export_template(checkpoint.model, kind, checkpoint.configs, kiln.shapes, graph_format, folder)
         facts = {name: _specs_to_json(getattr(made, name)) for name in ("inputs", "outputs", "slots")}
         return {"graph": made.path}, facts
 
@@ -221,7 +209,7 @@ def count_elements(specs: Iterable[TensorSpec | TensorRef]) -> int:
 
 def weights_digest(kiln: Kiln, binding: Binding) -> str:
     """A digest over the checkpoint tensors that a binding reads, and what it does to them."""
-    known = kiln.digests[binding.component]
+    known = kiln.checkpoint.digests[binding.component]
     refs = [[ref.name, known[ref.name]] for ref in binding_refs(binding, kiln.checkpoint)]
     slots = [[slot.slot, list(slot.sources)] for slot in binding.slots]
     return "sha256:" + hashlib.sha256(json.dumps([refs, slots]).encode()).hexdigest()
@@ -233,3 +221,16 @@ def _specs_to_json(specs: tuple[TensorSpec, ...]) -> list[Any]:
 
 def _specs_from_json(value: Any) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(name, tuple(shape), dtype) for name, shape, dtype in value)
+
+
+def host_constants(kiln: Kiln) -> dict[str, Any]:
+    """What the host hands to the parts at run time, by name; see `Model.host_constants`."""
+    checkpoint = kiln.checkpoint
+    return checkpoint.model.host_constants(
+        checkpoint.configs, kiln.shapes, TensorReader(checkpoint), kiln.split is not None
+    )
+
+
+def pipeline_files(kiln: Kiln) -> PipelineFiles:
+    """What a pipeline on the parts of a build is made of besides them."""
+    return PipelineFiles(kiln.checkpoint.root, kiln.checkpoint.configs, host_constants(kiln))

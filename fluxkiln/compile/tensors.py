@@ -7,44 +7,19 @@ from dataclasses import replace
 
 from fluxkiln.compile.templates import Kiln
 from fluxkiln.compile.toolchains.neuron.split import holds_tensor
-from fluxkiln.components import Part
 from fluxkiln.errors import SchemeError
-from fluxkiln.export.bindings import tensors_of
 from fluxkiln.quantize.figures import stored_size
 from fluxkiln.quantize.schemes import Scheme, check_groups, form_group, parse_scheme
-from fluxkiln.types import TensorRef
-
-# Kinds whose tensors have no prefix of their own: the beginnings of their names, or of those they do not have.
-_OWN = {
-    "t5_embed": ("shared.",),
-    "tail": ("norm_out.", "proj_out."),
-    "time_embed": ("time_text_embed.",),
-    "token_embed": ("x_embedder.", "context_embedder."),
-    "tail_modulation": ("norm_out.linear.",),
-    "tail_modulated": ("proj_out.",),
-}
-_OTHERS = {"head": ("transformer_blocks.", "single_transformer_blocks.", "norm_out.", "proj_out.")}
-# Kinds that share a block's prefix, the one having of it what the other has not.
-_MODULATION = {"double": ("norm1.linear.", "norm1_context.linear."), "single": ("norm.linear.",)}
-# Matrices that are looked up in, not multiplied with.
-_TABLES = ("embedding.weight", "shared.weight", "relative_attention_bias.weight")
+from fluxkiln.types import Part, TensorRef
 
 
 def part_refs(kiln: Kiln, part: Part) -> list[TensorRef]:
     """The checkpoint tensors of a part, by their names alone."""
-    refs = kiln.checkpoint.tensors[tensors_of(part)]
+    refs, traits = kiln.checkpoint.tensors[part.folder], part.traits
     if kiln.split is not None:
-        cut = kiln.split.find(part.name)
-        return [ref for name, ref in refs.items() if holds_tensor(cut, name)]
-    own: tuple[str, ...] = _OWN.get(part.kind, (part.prefix,))
-    others: tuple[str, ...] = _OTHERS.get(part.kind, ())
-    block, _, form = part.kind.partition("_")
-    modulation = tuple(part.prefix + name for name in _MODULATION.get(block, ()))
-    if modulation and form == "modulation":
-        own = modulation
-    elif modulation and form == "modulated":
-        others = modulation
-    return [ref for name, ref in refs.items() if name.startswith(own) and not (others and name.startswith(others))]
+        return [ref for name, ref in refs.items() if holds_tensor(kiln.checkpoint.model, part, name)]
+    own, without = (tuple(part.prefix + name for name in names) for names in (traits.own, traits.without))
+    return [ref for name, ref in refs.items() if name.startswith(own) and not name.startswith(without)]
 
 
 def quantizable(kiln: Kiln, part: Part) -> dict[str, TensorRef]:
@@ -53,7 +28,7 @@ def quantizable(kiln: Kiln, part: Part) -> dict[str, TensorRef]:
     return {
         ref.name.removeprefix(part.prefix): ref
         for ref in refs
-        if len(ref.shape) == 2 and not ref.name.endswith(_TABLES)
+        if len(ref.shape) == 2 and not ref.name.endswith(part.traits.tables)
     }
 
 
@@ -72,7 +47,7 @@ def settle_kept(kiln: Kiln) -> Kiln:
         scheme = kiln.schemes[kind]
         used = [one for one in scheme.kept if any(replace(scheme, kept=(one,)).keeps(name) for name in names)]
         for one in scheme.kept:
-            key = (form_group(kind), one)
+            key = (form_group(kiln.checkpoint.model.kinds, kind), one)
             unmatched[key] = unmatched.get(key, True) and one not in used
         schemes[kind] = replace(scheme, kept=tuple(used))
         if all(schemes[kind].keeps(name) for name in names):

@@ -12,15 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from fluxkiln.artifacts.actions import Action, ActionCache
 from fluxkiln.compile.templates import Kiln, make_template
-from fluxkiln.components import Part
 from fluxkiln.digests import digest_json
 from fluxkiln.errors import SchemeError
-from fluxkiln.export.bindings import bind_part, tensors_of
+from fluxkiln.export.bindings import bind_part
 from fluxkiln.quantize.calibration import Calibration, open_calibration
 from fluxkiln.quantize.rounding import Rounder, RounderOf, as_compiler, empty_packed, make_rounder
 from fluxkiln.quantize.schemes import METHODS, Scheme
 from fluxkiln.quantize.statistics import Statistics
-from fluxkiln.types import Binding, SlotBinding
+from fluxkiln.types import Binding, Part, SlotBinding
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -73,8 +72,8 @@ def part_calibration(kiln: Kiln, part: Part) -> Calibration | None:
     scheme = kiln.scheme(part)
     if not _is_calibrated(scheme):
         return None
-    component = tensors_of(part)
-    found = find_calibration(kiln.cache, component, component_digest(kiln.digests, component))
+    component = part.folder
+    found = find_calibration(kiln.cache, component, component_digest(kiln.checkpoint.digests, component))
     if found is None:
         raise SchemeError(
             f"{part.name} is to be stored as {scheme.name}, which needs calibration, and the store has none for the "
@@ -86,9 +85,9 @@ def part_calibration(kiln: Kiln, part: Part) -> Calibration | None:
 def used_calibrations(kiln: Kiln) -> dict[str, str]:
     """Component -> digest of the calibration that its parts are rounded by; without what the store has not got."""
     found: dict[str, str] = {}
-    for component in dict.fromkeys(tensors_of(part) for part in kiln.parts if _is_calibrated(kiln.scheme(part))):
-        if component in kiln.digests:
-            calibration = find_calibration(kiln.cache, component, component_digest(kiln.digests, component))
+    for component in dict.fromkeys(part.folder for part in kiln.parts if _is_calibrated(kiln.scheme(part))):
+        if component in kiln.checkpoint.digests:
+            calibration = find_calibration(kiln.cache, component, component_digest(kiln.checkpoint.digests, component))
             found |= {component: calibration.digest} if calibration else {}
     return found
 
@@ -205,7 +204,7 @@ class CalibratedSlots:
     def __init__(self, kiln: Kiln, part: Part, calibration: Calibration, binding: Binding) -> None:
         self.scheme = kiln.scheme(part)
         self.calibration = calibration
-        self.component = tensors_of(part)
+        self.component = part.folder
         self.tensors = kiln.checkpoint.tensors[self.component]
         self.slots: Mapping[str, SlotBinding] = {slot.slot: slot for slot in binding.slots}
         self._last: tuple[tuple[str, int, int], Rounder] | None = None

@@ -6,11 +6,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fluxkiln.components import Part
 from fluxkiln.errors import CheckpointError
 from fluxkiln.export.checkpoint import Checkpoint, read_rows, read_tensor
 from fluxkiln.export.graph import slot_transforms
-from fluxkiln.types import Binding, SlotBinding, TensorRef, TensorSpec, Transform
+from fluxkiln.types import Binding, Part, SlotBinding, TensorRef, TensorSpec, Transform
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,7 +25,7 @@ def bind_part(part: Part, slots: tuple[TensorSpec, ...], checkpoint: Checkpoint)
     Raises:
         CheckpointError: a tensor the part needs is missing or has another shape than the slot.
     """
-    component = tensors_of(part)
+    component = part.folder
     tensors = checkpoint.tensors[component]
     bindings = []
     for spec in slots:
@@ -42,11 +41,6 @@ def bind_part(part: Part, slots: tuple[TensorSpec, ...], checkpoint: Checkpoint)
             )
         bindings.append(SlotBinding(spec.name, (ref.name,), transforms))
     return Binding(part.name, component, tuple(bindings))
-
-
-def tensors_of(part: Part) -> str:
-    """The key of `Checkpoint.tensors` and `Checkpoint.configs` where the part's weights are."""
-    return "vae_tiny" if part.kind == "tiny_vae_decoder" else part.component
 
 
 def transformed_shape(shape: tuple[int, ...], transforms: tuple[Transform, ...]) -> tuple[int, ...]:
@@ -131,7 +125,7 @@ def part_state(part: Part, slots: Iterable[str], checkpoint: Checkpoint) -> dict
     """
     import numpy as np
 
-    component = tensors_of(part)
+    component = part.folder
     tensors = checkpoint.tensors[component]
     state = {}
     for slot in slots:
@@ -144,6 +138,6 @@ def part_state(part: Part, slots: Iterable[str], checkpoint: Checkpoint) -> dict
 
 def _missing(part: Part, slot: str, checkpoint: Checkpoint) -> CheckpointError:
     return CheckpointError(
-        f"{tensors_of(part)} of {checkpoint.root} has no tensor {part.prefix + slot}, which part {part.name} needs; "
+        f"{part.folder} of {checkpoint.root} has no tensor {part.prefix + slot}, which part {part.name} needs; "
         "fetch the checkpoint again or give one in the diffusers layout"
     )

@@ -1,4 +1,4 @@
-"""A FLUX.1 checkpoint in the diffusers folder layout, opened in place: configs and tensor positions, no weight data."""
+"""A checkpoint in the diffusers folder layout, opened in place: configs and tensor positions, no weight data."""
 
 from __future__ import annotations
 
@@ -6,105 +6,102 @@ import json
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fluxkiln.components import COMPONENTS, Variant
 from fluxkiln.errors import CheckpointError
 from fluxkiln.export.safetensors_header import read_header
+from fluxkiln.patches.model import Model
+from fluxkiln.patches.registry import model_for
 from fluxkiln.types import TensorRef
 
 if TYPE_CHECKING:
     import numpy as np
 
-PIPELINE_CLASS = "FluxPipeline"
-COMPONENT_CLASSES: Mapping[str, str] = {
-    "text_encoder": "CLIPTextModel",
-    "text_encoder_2": "T5EncoderModel",
-    "transformer": "FluxTransformer2DModel",
-    "vae": "AutoencoderKL",
-    "vae_tiny": "AutoencoderTiny",
-}
 # Written by transformers and by diffusers, in this order.
 WEIGHT_STEMS = ("model", "diffusion_pytorch_model")
-_CONFIG_INTEGERS: Mapping[str, tuple[str, ...]] = {
-    "text_encoder_2": ("num_layers",),
-    "transformer": ("num_layers", "num_single_layers"),
-}
-_REMEDY = "give a folder that FluxPipeline.save_pretrained wrote, a Hugging Face id, or a synthetic preset"
+_REMEDY = "give a folder that a pipeline's save_pretrained wrote, a Hugging Face id, or a synthetic preset"
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Configs and tensor positions of a FLUX.1 checkpoint.
+    """Configs and tensor positions of a checkpoint, and the model that it is one of.
 
     `configs` and `tensors` are keyed by component, and by `vae_tiny` where the folder has a tiny VAE; `configs` has
     `scheduler` as well. Tensors are keyed by their name in the module's `state_dict()`, which is also `TensorRef.name`;
     files are resolved, symlinks of the Hugging Face cache included. `sidecars` are the small files a bundle copies:
-    tokenizers and scheduler, by their path below `root`.
+    tokenizers and scheduler, by their path below `root`. Once its bytes were read, `digests` are component -> tensor
+    name -> sha256, and `states` weight file -> its size, times and inode then.
     """
 
     root: Path
     name: str
-    variant: Variant
+    variant: str
     configs: Mapping[str, Mapping[str, Any]]
     tensors: Mapping[str, Mapping[str, TensorRef]]
     sidecars: Mapping[str, Path]
     licence: Path | None
+    model: Model
+    digests: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    states: Mapping[Path, tuple[int, ...]] = field(default_factory=dict)
 
 
-def open_checkpoint(root: Path, components: Collection[str] = COMPONENTS) -> Checkpoint:
+def open_checkpoint(root: Path, components: Collection[str] | None = None) -> Checkpoint:
     """Read `model_index.json`, each component's `config.json` and safetensors headers; no weight data, no torch.
 
     Args:
         root: a folder in the diffusers layout.
-        components: those that must be there; others are not looked at.
+        components: those that must be there, all by default; others are not looked at.
 
     Raises:
-        CheckpointError: no FLUX.1 checkpoint, or a damaged one; the message names the file and the tensor.
+        CheckpointError: a checkpoint of no model there is, or a damaged one; the message names the file and the tensor.
     """
-    if root.is_file():
-        raise CheckpointError(
-            f"{root} is a file, a checkpoint is a folder in the diffusers layout; convert a single file with "
-            f"FluxPipeline.from_single_file(...).save_pretrained(...)"
-        )
-    if not root.is_dir():
-        raise CheckpointError(f"{root} does not exist; {_REMEDY}")
+    model, index = _read_index(root)
     root = root.absolute()
-    index = _read_json(root, "model_index.json")
-    if index.get("_class_name") != PIPELINE_CLASS:
-        raise CheckpointError(
-            f"{root / 'model_index.json'} is for {index.get('_class_name')!r}, fluxkiln compiles {PIPELINE_CLASS}; "
-            f"{_REMEDY}"
-        )
     configs: dict[str, Mapping[str, Any]] = {}
     tensors: dict[str, Mapping[str, TensorRef]] = {}
-    for component in components:
+    for component in components or model.components:
         entry = index.get(component)
-        if not isinstance(entry, list) or entry[-1:] != [COMPONENT_CLASSES[component]]:
+        if not isinstance(entry, list) or entry[-1:] != [model.classes[component]]:
             raise CheckpointError(
-                f"{root / 'model_index.json'} has {entry!r} as {component}, FLUX.1 has {COMPONENT_CLASSES[component]}; "
-                f"{_REMEDY}"
+                f"{root / 'model_index.json'} has {entry!r} as {component}, {model.title} has "
+                f"{model.classes[component]}; {_REMEDY}"
             )
-        configs[component] = _read_config(root, component)
-        tensors[component] = _read_component(root, component)
-    if (root / "vae_tiny").is_dir():
-        configs["vae_tiny"] = _read_config(root, "vae_tiny")
-        tensors["vae_tiny"] = _read_component(root, "vae_tiny")
+        configs[component] = _read_config(root, component, model)
+        tensors[component] = _read_component(root, component, model)
+    for folder in model.classes.keys() - set(model.components):
+        if (root / folder).is_dir():
+            configs[folder] = _read_config(root, folder, model)
+            tensors[folder] = _read_component(root, folder, model)
     configs["scheduler"] = _read_json(root, "scheduler/scheduler_config.json")
-    # The schedule tells as well: dev shifts it by the size of the image, schnell does not.
-    shifted = configs["scheduler"].get("use_dynamic_shifting", False)
-    guidance = configs.get("transformer", {}).get("guidance_embeds", False) if "transformer" in configs else shifted
     return Checkpoint(
         root=root,
         name=_name(root),
-        variant="dev" if guidance else "schnell",
+        variant=model.variant(configs),
         configs=configs,
         tensors=tensors,
-        sidecars=_find_sidecars(root),
+        sidecars=_find_sidecars(root, model),
         licence=_find_licence(root),
+        model=model,
     )
+
+
+def find_model(root: Path) -> Model:
+    """The model of the checkpoint in a folder; CheckpointError where there is none, or of no model there is."""
+    return _read_index(root)[0]
+
+
+def _read_index(root: Path) -> tuple[Model, dict[str, Any]]:
+    if root.is_file():
+        raise CheckpointError(
+            f"{root} is a file, a checkpoint is a folder in the diffusers layout; convert a single file with its "
+            "pipeline's from_single_file(...).save_pretrained(...)"
+        )
+    if not root.is_dir():
+        raise CheckpointError(f"{root} does not exist; {_REMEDY}")
+    index = _read_json(root, "model_index.json")
+    return model_for(index.get("_class_name"), str(root / "model_index.json")), index
 
 
 def read_tensor(ref: TensorRef) -> np.ndarray[Any, Any]:
@@ -138,8 +135,6 @@ def read_tensor(ref: TensorRef) -> np.ndarray[Any, Any]:
 
 def read_rows(ref: TensorRef, start: int, stop: int) -> np.ndarray[Any, Any]:
     """Rows `start` to `stop` of a tensor, as `read_tensor`; nothing else of it is read."""
-    from dataclasses import replace
-
     row_bytes = ref.nbytes // ref.shape[0]
     rows = stop - start
     return read_tensor(
@@ -190,9 +185,9 @@ def _read_json(root: Path, relative: str) -> dict[str, Any]:
     return value
 
 
-def _read_config(root: Path, component: str) -> dict[str, Any]:
+def _read_config(root: Path, component: str, model: Model) -> dict[str, Any]:
     config = _read_json(root, f"{component}/config.json")
-    for key in _CONFIG_INTEGERS.get(component, ()):
+    for key in model.whole_numbers.get(component, ()):
         if type(config.get(key)) is not int or config[key] < 1:
             raise CheckpointError(
                 f"{root / component / 'config.json'} has {key} = {config.get(key)!r}, it must be a whole number; "
@@ -201,7 +196,7 @@ def _read_config(root: Path, component: str) -> dict[str, Any]:
     return config
 
 
-def _read_component(root: Path, component: str) -> dict[str, TensorRef]:
+def _read_component(root: Path, component: str, model: Model) -> dict[str, TensorRef]:
     folder = root / component
     indexes = [path for stem in WEIGHT_STEMS if (path := folder / f"{stem}.safetensors.index.json").exists()]
     singles = [path for stem in WEIGHT_STEMS if (path := folder / f"{stem}.safetensors").exists()]
@@ -213,7 +208,8 @@ def _read_component(root: Path, component: str) -> dict[str, TensorRef]:
         wanted = " or ".join(f"{stem}.safetensors[.index.json]" for stem in WEIGHT_STEMS)
         raise CheckpointError(f"{folder} has no weights: {wanted} is missing; {_REMEDY}")
     refs = _read_sharded(folder, indexes[0]) if indexes else read_header(singles[0].resolve())
-    return _state_dict_names(component, refs)
+    files = model.state_names(component, refs)
+    return {name: refs[old] if name == old else replace(refs[old], name=name) for name, old in files.items()}
 
 
 def _read_sharded(folder: Path, index_path: Path) -> dict[str, TensorRef]:
@@ -239,22 +235,6 @@ def _read_sharded(folder: Path, index_path: Path) -> dict[str, TensorRef]:
     return refs
 
 
-def _state_dict_names(component: str, refs: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
-    """Rename tensors to what the pinned transformers calls them; files hold the names of older releases."""
-    from dataclasses import replace
-
-    if component == "text_encoder":
-        refs = {name.removeprefix("text_model."): ref for name, ref in refs.items()}
-        refs = {name: ref for name, ref in refs.items() if name != "embeddings.position_ids"}
-    elif component == "text_encoder_2":
-        # Two names of one tied matrix.
-        tied = refs.get("shared.weight", refs.get("encoder.embed_tokens.weight"))
-        refs = {name: ref for name, ref in refs.items() if name != "encoder.embed_tokens.weight"}
-        if tied is not None:
-            refs["shared.weight"] = tied
-    return {name: ref if ref.name == name else replace(ref, name=name) for name, ref in refs.items()}
-
-
 def _name(root: Path) -> str:
     """`org/name` for a snapshot in the Hugging Face cache, otherwise the folder's name."""
     repository = root.parent.parent.name
@@ -263,8 +243,8 @@ def _name(root: Path) -> str:
     return root.name
 
 
-def _find_sidecars(root: Path) -> dict[str, Path]:
-    folders = (root / name for name in ("scheduler", "tokenizer", "tokenizer_2"))
+def _find_sidecars(root: Path, model: Model) -> dict[str, Path]:
+    folders = (root / name for name in ("scheduler", *model.tokenizers.values()))
     files = (file for folder in folders if folder.is_dir() for file in folder.iterdir() if file.is_file())
     return {str(file.relative_to(root)): file.resolve() for file in sorted(files)}
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from fluxkiln.components import KINDS, Part, find_part
-from fluxkiln.export.bindings import part_state
 from fluxkiln.export.checkpoint import Checkpoint
-from fluxkiln.patches.flux1.parts import load_part, part_slots
-from fluxkiln.patches.patch import apply_patches, patches_for
-from fluxkiln.types import GraphFormat
+from fluxkiln.export.leaves import load_whole
+from fluxkiln.patches.patch import Patch, apply_patches, patches_for
+from fluxkiln.types import GraphFormat, Kind, Part, find_part
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -43,9 +41,10 @@ class PatchedRunner:
         if name not in self._loaded:
             while self._loaded and len(self._loaded) >= self.keep:
                 del self._loaded[next(iter(self._loaded))]
-            self._loaded[name] = _load(part, self.checkpoint)
+            self._loaded[name] = load_whole(part, self.checkpoint)
         self._loaded[name] = self._loaded.pop(name)  # the last used goes last
-        return run_module(part.kind, self._loaded[name], inputs, self.graph_format)
+        patches = patches_for(self.checkpoint.model, part.kind, self.graph_format)
+        return run_module(part.traits, self._loaded[name], inputs, patches)
 
     def close(self) -> None:
         """Drop the weights; the runner can be used again."""
@@ -53,22 +52,15 @@ class PatchedRunner:
 
 
 def run_module(
-    kind: str, module: Module, inputs: Mapping[str, NDArray[Any]], graph_format: GraphFormat
+    kind: Kind, module: Module, inputs: Mapping[str, NDArray[Any]], patches: Iterable[Patch]
 ) -> dict[str, NDArray[Any]]:
-    """Outputs of a wrapper module of `kind` by their names, float32, with the patches of `graph_format` applied."""
+    """Outputs of a wrapper module of `kind` by their names, float32, with the patches applied."""
     import numpy as np
     import torch
 
     # copies: recorded arrays may be read-only, which torch does not know
-    tensors = [torch.from_numpy(np.array(inputs[name])) for name in KINDS[kind].inputs if name in inputs]
-    with apply_patches(patches_for(kind, graph_format)), torch.no_grad():
+    tensors = [torch.from_numpy(np.array(inputs[name])) for name in kind.inputs if name in inputs]
+    with apply_patches(patches), torch.no_grad():
         results = module(*tensors)
     results = results if isinstance(results, tuple) else (results,)
-    return {name: result.numpy() for name, result in zip(KINDS[kind].outputs, results, strict=True)}
-
-
-def _load(part: Part, checkpoint: Checkpoint) -> Module:
-    import torch
-
-    state = part_state(part, part_slots(part.kind, checkpoint.configs), checkpoint)
-    return load_part(part.kind, checkpoint.configs, {slot: torch.from_numpy(weight) for slot, weight in state.items()})
+    return {name: result.numpy() for name, result in zip(kind.outputs, results, strict=True)}

@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fluxkiln.components import KINDS, Part
 from fluxkiln.export.bindings import part_state
 from fluxkiln.export.checkpoint import Checkpoint
-from fluxkiln.patches.flux1.parts import load_part, part_slots, slot_name
+from fluxkiln.patches.leaves import Leaf, watch_leaves
+from fluxkiln.patches.parts import load_part, part_slots
+from fluxkiln.types import Part
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch.nn import Module
-
-
-@dataclass(frozen=True, slots=True)
-class Leaf:
-    """One call of a leaf module: its name inside the part as the checkpoint has it, its class, and what it returned.
-
-    `epsilon` is a norm's own, else None.
-    """
-
-    name: str
-    type: str
-    output: NDArray[Any]
-    epsilon: float | None
 
 
 def see_leaves(part: Part, checkpoint: Checkpoint, inputs: Mapping[str, NDArray[Any]]) -> tuple[Leaf, ...]:
@@ -43,7 +30,7 @@ def see_leaves(part: Part, checkpoint: Checkpoint, inputs: Mapping[str, NDArray[
 
     module = load_whole(part, checkpoint)
     seen = watch_leaves(module)
-    tensors = [torch.from_numpy(np.array(inputs[name])) for name in KINDS[part.kind].inputs if name in inputs]
+    tensors = [torch.from_numpy(np.array(inputs[name])) for name in part.traits.inputs if name in inputs]
     with torch.no_grad():
         module(*tensors)
     return tuple(seen)
@@ -53,26 +40,6 @@ def load_whole(part: Part, checkpoint: Checkpoint) -> Module:
     """The wrapper module of a part with its weights in float32; errors as `see_leaves`."""
     import torch
 
-    state = part_state(part, part_slots(part.kind, checkpoint.configs), checkpoint)
-    return load_part(part.kind, checkpoint.configs, {slot: torch.from_numpy(weight) for slot, weight in state.items()})
-
-
-def watch_leaves(module: Module) -> list[Leaf]:
-    """A list that gets what the leaf modules of `module` make whenever it runs, in call order."""
-    import torch
-
-    seen: list[Leaf] = []
-
-    def watch(name: str, leaf: Any) -> None:
-        epsilon = next((getattr(leaf, key) for key in ("eps", "variance_epsilon") if hasattr(leaf, key)), None)
-
-        def hook(_: Any, __: Any, output: Any) -> None:
-            if isinstance(output, torch.Tensor) and output.is_floating_point():
-                seen.append(Leaf(slot_name(name), type(leaf).__name__, output.float().numpy().copy(), epsilon))
-
-        leaf.register_forward_hook(hook)
-
-    for name, leaf in module.named_modules():
-        if not list(leaf.children()):
-            watch(name, leaf)
-    return seen
+    state = part_state(part, part_slots(checkpoint.model, part.kind, checkpoint.configs), checkpoint)
+    weights = {slot: torch.from_numpy(weight) for slot, weight in state.items()}
+    return load_part(checkpoint.model, part.kind, checkpoint.configs, weights)

@@ -76,14 +76,14 @@ def fuse_lora(
 
     Raises:
         UsageError: no such file, a strength that is no number, `destination` has something in it.
-        CheckpointError: no FLUX.1 checkpoint; no LoRA, or none for this checkpoint; a result that is not finite.
+        CheckpointError: no checkpoint; no LoRA, or none for this checkpoint; a result that is not finite.
         ResourceError: not enough room on the disk.
     """
     check_destination(destination)
     check_loras(loras)
     opened = open_checkpoint(checkpoint, (COMPONENT,))
     refs = opened.tensors[COMPONENT]
-    files = {file: read_lora(file) for file, _ in loras}
+    files = {file: read_lora(file, opened.model) for file, _ in loras}
     changes: dict[str, list[tuple[Piece, float]]] = {}
     for file, strength in loras:
         for piece in files[file].pieces:

@@ -1,7 +1,6 @@
-"""A LoRA for FLUX.1's transformer, read from any of the forms that people have, as what it adds to which tensor.
+"""A LoRA for a transformer, read from any of the forms that people have, as what it adds to which tensor.
 
-Names are converted by diffusers' own converters (diffusers.loaders.FluxLoraLoaderMixin.lora_state_dict): PEFT's and
-diffusers' names, kohya's and ComfyUI's with fused qkv and linear1, XLabs', Black Forest Labs' own. Where these leave
+Names are converted by diffusers' own converters, as the model calls them. Where these leave
 something out without a word, the file is refused here: a LoRA counts as a whole or not at all.
 
 Shapes: O = out features, I = in features, R = rank.
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxkiln.errors import CheckpointError, UsageError
 from fluxkiln.export.safetensors_header import read_header
+from fluxkiln.patches.model import Model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,10 +38,6 @@ _REFUSED = (
 )  # fmt: skip
 _DOWN = re.compile(r"\.(lora_A|lora_down|down)\.weight$")
 _UP = re.compile(r"\.(lora_B|lora_up|up)\.weight$")
-# The roots of Black Forest Labs' own names, which PEFT writes behind the same prefix as diffusers' names.
-_ORIGINAL = re.compile(r"(double_blocks|single_blocks|final_layer|img_in|txt_in|time_in|vector_in|guidance_in)\b")
-_PEFT_PREFIX = "base_model.model."
-_SWAPPED = "final_layer.adaLN_modulation.1.lora_A.weight"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +84,14 @@ def _digest(file: Path, state: tuple[int, ...]) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def read_lora(file: Path) -> LoraFile:
+def read_lora(file: Path, model: Model) -> LoraFile:
     """Read, convert and check a LoRA file; tensors become float32.
 
     Memory: twice 4 bytes for each of the file's numbers, at most.
 
     Raises:
         UsageError: no such file.
-        CheckpointError: no safetensors file, no LoRA in it, something besides pairs for FLUX.1's transformer, names
+        CheckpointError: no safetensors file, no LoRA in it, something besides pairs for the model's transformer, names
             that diffusers cannot convert, a NaN or Inf.
     """
     sha256 = digest_lora(file)
@@ -112,14 +108,13 @@ def read_lora(file: Path) -> LoraFile:
     tensors, metadata = _load(file)
     if not any(".lora_A." in name for name in names):
         metadata = {}  # PEFT's; the other forms have their alphas in tensors
-    tensors = _prepare(tensors)
     rows = sum(tensor.shape[0] for name, tensor in tensors.items() if _UP.search(name) and tensor.ndim)
-    converted, alphas = _convert(file, tensors)
+    converted, alphas = _convert(file, model, tensors)
     placed = sum(tensor.shape[0] for name, tensor in converted.items() if _UP.search(name) and tensor.ndim)
     if placed != rows:
         raise CheckpointError(
             f"{file} has layers with {rows} output rows, and diffusers' converter finds a place for {placed} of them; "
-            f"it mixes forms or has layers that FLUX.1 has not: {_ELSEWHERE}"
+            f"it mixes forms or has layers that {model.title} has not: {_ELSEWHERE}"
         )
     pieces = _pieces(file, converted, alphas, metadata)
     return LoraFile(file, sha256, tuple(sorted(pieces, key=lambda piece: piece.tensor)))
@@ -146,37 +141,15 @@ def _load(file: Path) -> tuple[Tensors, dict[str, Any]]:
         raise CheckpointError(f"{file} has a {METADATA_KEY} that is no JSON object; save the LoRA again") from error
 
 
-def _prepare(tensors: Tensors) -> Tensors:
-    """Names and alphas that diffusers' converters do not take as they are meant."""
-    stripped = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in tensors.items()}
-    if len(stripped) == len(tensors) and not any(map(_ORIGINAL.match, stripped)):
-        # What PEFT saves by itself; behind this prefix diffusers looks for the original names only.
-        tensors = stripped
-    for name in [name for name in tensors if "final_layer" in name and name.endswith(".alpha")]:
-        # Thrown away by the converter, which scales all the other layers of this form.
-        alpha, layer = tensors.pop(name), name.removesuffix(".alpha")
-        up = f"{layer}.lora_up.weight"
-        if up in tensors:
-            tensors[up] = tensors[up] * (float(alpha) / tensors[up].shape[1])
-    if _SWAPPED in tensors:
-        # The converter swaps scale and shift, which are halves of the output, in this matrix of ranks as well: undo it.
-        tensors[_SWAPPED] = tensors[_SWAPPED].roll((tensors[_SWAPPED].shape[0] + 1) // 2, 0)
-    return tensors
-
-
-def _convert(file: Path, tensors: Tensors) -> tuple[Tensors, Mapping[str, Any]]:
-    from diffusers.loaders import FluxLoraLoaderMixin
-
+def _convert(file: Path, model: Model, tensors: Tensors) -> tuple[Tensors, Mapping[str, Any]]:
     try:
-        # A copy: converters empty what they are given.
-        converted, alphas = FluxLoraLoaderMixin.lora_state_dict(dict(tensors), return_alphas=True)
+        return model.convert_lora(tensors)
     except (LookupError, ValueError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"{file} has layers that diffusers' converter cannot place in FLUX.1 ({type(error).__name__}: {reason}); "
-            "it is for another model or not whole: give the file as its trainer wrote it for FLUX.1"
+            f"{file} has layers that diffusers' converter cannot place in {model.title} ({type(error).__name__}: "
+            f"{reason}); it is for another model or not whole: give the file as its trainer wrote it for {model.title}"
         ) from error
-    return converted, alphas or {}
 
 
 def _pieces(file: Path, converted: Tensors, alphas: Mapping[str, Any], metadata: Mapping[str, Any]) -> list[Piece]:

@@ -22,8 +22,8 @@ from fluxkiln.errors import CheckpointError, IntegrityError, ResourceError
 from fluxkiln.export.bindings import apply_transforms
 from fluxkiln.export.checkpoint import Checkpoint, read_tensor
 from fluxkiln.export.safetensors_header import ITEM_BYTES, read_header
-from fluxkiln.export.split import SplitPart, Window, bind_shard, split_slots, window_of
-from fluxkiln.types import Binding, TensorRef, TensorSpec
+from fluxkiln.export.split import Window, bind_shard, split_slots, window_of
+from fluxkiln.types import Part, Binding, TensorRef, TensorSpec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,7 +51,7 @@ class ShardFile:
 
 
 def write_shards(
-    parts: Sequence[SplitPart],
+    parts: Sequence[Part],
     checkpoint: Checkpoint,
     tp_degree: int,
     folder: Path,
@@ -62,7 +62,7 @@ def write_shards(
     """Write the shards of every rank of the parts to `folder`.
 
     A file appears under its name when it is complete and on the disk; what was there is replaced. Parts that run on one
-    core have one rank, see `SplitPart.ranks`. Memory: 20 MB a worker, whatever the size of tensors.
+    core have one rank, see `Part.ranks`. Memory: 20 MB a worker, whatever the size of tensors.
 
     Args:
         workers: parts that are written at once.
@@ -79,7 +79,7 @@ def write_shards(
     for part in parts:
         ranks, alike = part.ranks(tp_degree), (part.kind, len(part.members))
         if alike not in known:
-            known[alike] = split_slots(part, checkpoint.configs, ranks)
+            known[alike] = split_slots(checkpoint.model, part, checkpoint.configs, ranks)
         slots = known[alike]
         jobs.append((slots, [bind_shard(part, slots, checkpoint, ranks, rank) for rank in range(ranks)]))
     total = sum(2 * math.prod(spec.shape) * len(bindings) for slots, bindings in jobs for spec in slots)
@@ -119,7 +119,7 @@ def read_shard(path: Path, sha256: str | None = None) -> dict[str, NDArray[Any]]
 
 
 def join_shards(
-    part: SplitPart, checkpoint: Checkpoint, shards: Sequence[Mapping[str, NDArray[Any]]]
+    part: Part, checkpoint: Checkpoint, shards: Sequence[Mapping[str, NDArray[Any]]]
 ) -> dict[str, NDArray[Any]]:
     """What the shards of all ranks of a part, in rank order, say about the checkpoint's tensors, padding left out.
 
@@ -135,7 +135,7 @@ def join_shards(
     import numpy as np
 
     ranks = len(shards)
-    slots = split_slots(part, checkpoint.configs, ranks)
+    slots = split_slots(checkpoint.model, part, checkpoint.configs, ranks)
     placed = [
         (slot, checkpoint.tensors[part.component][slot.sources[0]], shard[slot.slot], rank)
         for rank, shard in enumerate(shards)

@@ -11,23 +11,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from fluxkiln.errors import CheckpointError, ResourceError, UsageError
-from fluxkiln.patches.flux1.presets import GENERATOR, PRESETS, Preset
+from fluxkiln.patches.model import Preset
+from fluxkiln.patches.registry import all_models, all_presets
 
 Progress = Callable[[int, int], None]
 
-# The diffusers layout without the single-file copies of the same weights that FLUX.1's repositories also hold.
-HUB_PATTERNS = (
-    "model_index.json",
-    "LICENSE*",
-    "scheduler/*",
-    "tokenizer/*",
-    "tokenizer_2/*",
-    *(
-        f"{component}/{pattern}"
-        for component in ("text_encoder", "text_encoder_2", "transformer", "vae", "vae_tiny")
-        for pattern in ("config.json", "*.safetensors", "*.safetensors.index.json")
-    ),
-)
 _HUB_ID = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 
@@ -48,8 +36,9 @@ def resolve_model(
         CheckpointError: the download failed; one sentence says why, and never shows a token.
         ResourceError: the disk is full.
     """
-    if spec in PRESETS:
-        return _synthesize_once(PRESETS[spec], cache_dir, progress, components)
+    presets = all_presets()
+    if spec in presets:
+        return _synthesize_once(presets[spec][1], cache_dir, progress, components)
     path = Path(spec).expanduser()
     if path.exists():
         return path
@@ -57,14 +46,24 @@ def resolve_model(
     if match is None:
         raise UsageError(
             f"{spec!r} is no model: neither an existing folder, nor a Hugging Face id (org/name), nor a synthetic "
-            f"preset ({', '.join(PRESETS)})"
+            f"preset ({', '.join(presets)})"
         )
     return _download(match["repository"], match["revision"])
 
 
+def hub_patterns() -> list[str]:
+    """The diffusers layout without the single-file copies of the same weights that repositories also hold."""
+    weights = ("config.json", "*.safetensors", "*.safetensors.index.json")
+    found = {f"{folder}/{pattern}": None for model in all_models() for folder in model.classes for pattern in weights}
+    found |= {f"{folder}/*": None for model in all_models() for folder in ("scheduler", *model.tokenizers.values())}
+    return ["model_index.json", "LICENSE*", *found]
+
+
 def generator_digest(preset: Preset) -> str:
     """Short key of what `synthesize` writes for `preset` with its default seed."""
-    return hashlib.sha256(json.dumps([GENERATOR, asdict(preset)], sort_keys=True).encode()).hexdigest()[:12]
+    return hashlib.sha256(
+        json.dumps([all_presets()[preset.name][0].generator, asdict(preset)], sort_keys=True).encode()
+    ).hexdigest()[:12]
 
 
 def synthetic_folder(preset: Preset, cache_dir: Path, components: Collection[str] | None = None) -> Path:
@@ -78,13 +77,13 @@ def synthetic_folder(preset: Preset, cache_dir: Path, components: Collection[str
 def _synthesize_once(
     preset: Preset, cache_dir: Path, progress: Progress | None, components: Collection[str] | None
 ) -> Path:
-    from fluxkiln.export.synth.checkpoint import synthesize, with_tiny_vae
+    from fluxkiln.export.synth.checkpoint import synthesize, with_sisters
 
     # The folder's own name is the model's name.
     folder = synthetic_folder(preset, cache_dir, components)
     if (folder / "model_index.json").is_file():
         return folder
-    chosen = None if components is None else with_tiny_vae(components)
+    chosen = None if components is None else with_sisters(all_presets()[preset.name][0], components)
     try:
         return synthesize(preset.name, folder, chosen, progress=progress)
     except UsageError:
@@ -100,7 +99,7 @@ def _download(repository: str, revision: str | None) -> Path:
     name = f"{repository}@{revision}" if revision else repository
     page = f"https://huggingface.co/{repository}"
     try:
-        folder = snapshot_download(repository, revision=revision, allow_patterns=list(HUB_PATTERNS))
+        folder = snapshot_download(repository, revision=revision, allow_patterns=hub_patterns())
     except errors.GatedRepoError:
         reason = f"is gated: accept its licence at {page}, then log in with `hf auth login`"
     except errors.RevisionNotFoundError:

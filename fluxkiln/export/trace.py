@@ -14,92 +14,24 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fluxkiln.components import CLIP_TOKENS, KINDS, MODULATION_CHUNKS, MODULATION_ROWS, Shapes
 from fluxkiln.errors import ExportError, UsageError
-from fluxkiln.patches.flux1.parts import Configs, build_part, slot_name
+from fluxkiln.patches.model import Model
+from fluxkiln.patches.parts import slot_name
 from fluxkiln.patches.patch import apply_patches, patches_for
-from fluxkiln.types import GraphFormat, Template, TensorSpec
+from fluxkiln.types import Configs, GraphFormat, Kind, Shapes, Template, TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
 OPSETS: Mapping[str, int] = {"onnx17": 17, "onnx23": 23}
-# these create constants while they run, and a constant made on the meta device has no value
-CPU_KINDS = ("clip", "head", "time_embed")
-# torch's meta convolution does not take the TorchScript tracer's shapes
-CONVOLUTIONAL_KINDS = ("vae_decoder", "tiny_vae_decoder")
 # convolutions cost arithmetic on the CPU, so a VAE is traced on this side of latents and its shape is set afterwards
 TRACED_LATENT = 8
-# input names and shapes
-Sized = dict[str, tuple[int, ...]]
 SUFFIXES: Mapping[str, str] = {"onnx17": ".onnx", "onnx23": ".onnx", "pt2": ".pt2", "torchscript": ".pt"}
 
 
-def part_inputs(kind: str, configs: Configs, shapes: Shapes) -> tuple[TensorSpec, ...]:
-    """The activations a part of `kind` takes, with static shapes, in `KINDS[kind].inputs` order."""
-    if kind not in KINDS:
-        raise UsageError(f"no kind of part is called {kind!r}; there are {', '.join(KINDS)}")
-    component = KINDS[kind].component
-    if component == "text_encoder":
-        known: dict[str, Sized] = {"clip": {"input_ids": (1, CLIP_TOKENS)}}
-    elif component == "text_encoder_2":
-        known = _t5_inputs(configs["text_encoder_2"], shapes)
-    elif component == "transformer":
-        known = _transformer_inputs(configs["transformer"], shapes)
-    else:
-        latents: Sized = {"latents": (1, int(configs["vae"]["latent_channels"]), *shapes.latent_hw)}
-        known = {"vae_decoder": latents, "tiny_vae_decoder": latents}
-    dtype = "int64" if KINDS[kind].inputs == ("input_ids",) else "float32"
-    return tuple(TensorSpec(name, shape, dtype) for name, shape in known[kind].items())
-
-
-def _t5_inputs(config: Mapping[str, Any], shapes: Shapes) -> dict[str, Sized]:
-    text = shapes.tokens
-    hidden: Sized = {"hidden_states": (1, text, int(config["d_model"]))}
-    return {
-        "t5_embed": {"input_ids": (1, text)},
-        "t5_block": {**hidden, "position_bias": (1, int(config["num_heads"]), text, text)},
-        "t5_final": hidden,
-    }
-
-
-def _transformer_inputs(flux: Mapping[str, Any], shapes: Shapes) -> dict[str, Sized]:
-    heads, head_dim = int(flux["num_attention_heads"]), int(flux["attention_head_dim"])
-    width = heads * head_dim
-    text, image, joint = shapes.tokens, shapes.image_tokens, shapes.joint_tokens
-    rotary: Sized = {"rotary_cos": (joint, head_dim), "rotary_sin": (joint, head_dim)}
-    tokens_in: Sized = {
-        "hidden_states": (1, image, int(flux["in_channels"])),
-        "encoder_hidden_states": (1, text, int(flux["joint_attention_dim"])),
-    }
-    pooled: Sized = {"pooled_projections": (1, int(flux["pooled_projection_dim"]))}
-    guided = bool(flux.get("guidance_embeds"))
-    streams: Sized = {"hidden_states": (1, image, width), "encoder_hidden_states": (1, text, width)}
-    rows: Sized = {"temb": (MODULATION_ROWS, width)}
-    row: dict[str, Sized] = {kind: {"modulation": (1, chunks, width)} for kind, chunks in MODULATION_CHUNKS.items()}
-    return {
-        "head": {**tokens_in, **pooled, "timestep": (1,), **({"guidance": (1,)} if guided else {})},
-        "double": {**streams, "temb": (1, width), **rotary},
-        "single": {"hidden_states": (1, joint, width), "temb": (1, width), **rotary},
-        "tail": {"hidden_states": (1, image, width), "temb": (1, width)},
-        "time_embed": {
-            **pooled,
-            "timestep": (MODULATION_ROWS,),
-            **({"guidance": (MODULATION_ROWS,)} if guided else {}),
-        },
-        "double_modulation": rows,
-        "single_modulation": rows,
-        "tail_modulation": rows,
-        "token_embed": tokens_in,
-        "double_modulated": {**streams, **row["double"], **rotary},
-        "single_modulated": {"hidden_states": (1, joint, width), **row["single"], **rotary},
-        "tail_modulated": {"hidden_states": (1, image, width), **row["tail"]},
-    }
-
-
 def export_template(
-    kind: str, configs: Configs, shapes: Shapes, graph_format: GraphFormat, destination: Path
+    model: Model, kind: str, configs: Configs, shapes: Shapes, graph_format: GraphFormat, destination: Path
 ) -> Template:
     """Trace `kind` and write its graph to `destination` (a folder).
 
@@ -108,20 +40,21 @@ def export_template(
     """
     if graph_format not in SUFFIXES:
         raise UsageError(f"no graph format is called {graph_format!r}; there are {', '.join(SUFFIXES)}")
-    inputs = part_inputs(kind, configs, shapes)
+    inputs, traits = model.part_inputs(kind, configs, shapes), model.kinds[kind]
     path = destination / f"{kind}{SUFFIXES[graph_format]}"
-    with apply_patches(patches_for(kind, graph_format)):
-        module = _slots_as_inputs(build_part(kind, configs), len(inputs))
+    with apply_patches(patches_for(model, kind, graph_format)):
+        module = _slots_as_inputs(model.build_part(kind, configs), len(inputs))
         arguments = _arguments("meta", inputs, module)
-        outputs = _output_specs(kind, module, arguments)
+        outputs = _output_specs(traits, module, arguments)
         scripted = graph_format in ("onnx17", "torchscript")
-        # torch.export computes nothing either way, but what it traced on the meta device runs nowhere else
-        if kind in CPU_KINDS or graph_format == "pt2" or (kind in CONVOLUTIONAL_KINDS and scripted):
+        # torch.export computes nothing either way, but what it traced on the meta device runs nowhere else; constants
+        # made there have no value; torch's meta convolution does not take the TorchScript tracer's shapes
+        if traits.traced_on == "cpu" or graph_format == "pt2" or (traits.convolutional and scripted):
             arguments = _arguments("cpu", inputs, module)
         slots = module.slots
         with _quiet():
             if graph_format == "onnx17":
-                slots = _write_onnx17(module, arguments, inputs, outputs, path)
+                slots = _write_onnx17(module, arguments, inputs, outputs, path, traits.convolutional)
             elif graph_format == "onnx23":
                 _write_onnx23(module, arguments, inputs, outputs, path)
             elif graph_format == "pt2":
@@ -178,12 +111,14 @@ def _arguments(device: str, inputs: tuple[TensorSpec, ...], module: Any) -> tupl
     return (*activations, *weights)
 
 
-def _output_specs(kind: str, module: Any, arguments: tuple[Tensor, ...]) -> tuple[TensorSpec, ...]:
+def _output_specs(kind: Kind, module: Any, arguments: tuple[Tensor, ...]) -> tuple[TensorSpec, ...]:
     results = module(*arguments)
     results = results if isinstance(results, tuple) else (results,)
-    names = KINDS[kind].outputs
+    names = kind.outputs
     if len(results) != len(names):
-        raise ExportError(f"kind {kind} gave {len(results)} outputs, {len(names)} are declared: {', '.join(names)}")
+        raise ExportError(
+            f"kind {kind.name} gave {len(results)} outputs, {len(names)} are declared: {', '.join(names)}"
+        )
     return tuple(TensorSpec(name, tuple(result.shape)) for name, result in zip(names, results, strict=True))
 
 
@@ -193,14 +128,14 @@ def _write_onnx17(
     inputs: tuple[TensorSpec, ...],
     outputs: tuple[TensorSpec, ...],
     path: Path,
+    convolutional: bool,
 ) -> tuple[TensorSpec, ...]:
     import onnx_ir as ir
     import torch
 
     from fluxkiln.export.graph import check_template, finish_graph, set_static_shapes
 
-    convolutional = inputs[0].name == "latents"
-    dynamic = {name: {2: f"{name}_height", 3: f"{name}_width"} for name in ("latents", "image")}
+    dynamic = {spec.name: {2: f"{spec.name}_height", 3: f"{spec.name}_width"} for spec in (inputs[0], *outputs)}
     if convolutional:
         small = arguments[0][:, :, :TRACED_LATENT, :TRACED_LATENT]
         arguments = (small, *arguments[1:])

@@ -6,37 +6,34 @@ from collections.abc import Mapping
 from typing import Any
 
 from fluxkiln.errors import CheckpointError
-from fluxkiln.export.checkpoint import COMPONENT_CLASSES, Checkpoint
+from fluxkiln.export.checkpoint import Checkpoint
+from fluxkiln.patches.model import Model
 
 FLOAT_DTYPES = ("BF16", "F16", "F32")
-# `T5EncoderModel` shows its tied embedding twice; a checkpoint is opened with the first name only.
-_TIED = {"text_encoder_2": ("encoder.embed_tokens.weight",)}
 
 
-def expected_tensors(component: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def expected_tensors(model: Model, component: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the `state_dict()` that a component has with this config.
 
     Raises:
         CheckpointError: the class does not accept the config.
     """
-    import diffusers
     import torch
-    import transformers
 
-    class_name = COMPONENT_CLASSES[component]
+    class_name, cls = model.classes[component], model.load_class(component)
     try:
         with torch.device("meta"):
-            if component.startswith("text_encoder"):
-                cls = getattr(transformers, class_name)
+            if component in model.tokenizers:
                 module = cls(cls.config_class.from_dict(dict(config)))
             else:
-                module = getattr(diffusers, class_name).from_config(dict(config))
+                module = cls.from_config(dict(config))
     except Exception as error:  # whatever a constructor raises about values it does not like
         raise CheckpointError(
             f"{component}/config.json does not describe a {class_name} ({type(error).__name__}: {error}); "
             f"copy or fetch it again"
         ) from error
-    tied = _TIED.get(component, ())
+    # a tied tensor has two names there; a checkpoint is opened with the first only
+    tied = model.tied.get(component, ())
     return {name: tuple(value.shape) for name, value in module.state_dict().items() if name not in tied}
 
 
@@ -47,8 +44,8 @@ def validate_checkpoint(checkpoint: Checkpoint) -> None:
         CheckpointError: the first tensor that is missing, unexpected, of another shape or no float, and how many more.
     """
     for component, refs in checkpoint.tensors.items():
-        expected = expected_tensors(component, checkpoint.configs[component])
-        class_name = COMPONENT_CLASSES[component]
+        expected = expected_tensors(checkpoint.model, component, checkpoint.configs[component])
+        class_name = checkpoint.model.classes[component]
         where = f"{component} of {checkpoint.name}"
         if missing := [name for name in expected if name not in refs]:
             raise CheckpointError(

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fluxkiln.components import COMPONENTS, KINDS, Component, Part, modulation_name
 from fluxkiln.errors import ExportError, UsageError
+from fluxkiln.types import Part
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto
@@ -38,15 +38,17 @@ class LinkedPart:
     Attributes:
         model: an `onnx.ModelProto`; parts of a kind have equal nodes.
         weights: initializer that lies elsewhere -> what it is called in the component, the checkpoint's name say.
+        giver: the part that gives what it does not share with others, its modulation.
     """
 
     part: Part
     model: Any
     weights: Mapping[str, str]
+    giver: str = ""
 
 
-def component_graphs(parts: Iterable[Part], component: str) -> dict[str, tuple[Part, ...]]:
-    """Graph -> its parts in the order they run, for one component: one graph, called like the component.
+def component_graphs(parts: Iterable[Part], component: str, known: tuple[str, ...]) -> dict[str, tuple[Part, ...]]:
+    """Graph -> its parts in the order they run, for one component of those of a model: one graph, called like the component.
 
     Of a transformer in the hoisted form two: what runs once per image is `transformer_modulation`, whose outputs have a
     row for each step; the row of a step is what `transformer` takes under the same names.
@@ -54,13 +56,12 @@ def component_graphs(parts: Iterable[Part], component: str) -> dict[str, tuple[P
     Raises:
         UsageError: there is no such component.
     """
-    known: tuple[Component, ...] = COMPONENTS
     if component not in known:
         raise UsageError(f"no component is called {component!r}; there are {', '.join(known)}")
     own = tuple(part for part in parts if part.component == component)
     graphs = {
-        f"{component}_modulation": tuple(part for part in own if KINDS[part.kind].rows),
-        component: tuple(part for part in own if not KINDS[part.kind].rows),
+        f"{component}_modulation": tuple(part for part in own if part.traits.rows),
+        component: tuple(part for part in own if not part.traits.rows),
     }
     return {name: members for name, members in graphs.items() if members}
 
@@ -69,7 +70,7 @@ def stitch_parts(name: str, linked: Sequence[LinkedPart]) -> ModelProto:
     """One model that runs the parts one after the other.
 
     Its inputs are those that no part before gives (an input that every part has under one name is one input), its
-    outputs those that no part after takes: by the names of `KINDS` without `_out` where these are clear, else as
+    outputs those that no part after takes: by the names of the kinds without `_out` where these are clear, else as
     `part/name`.
 
     Args:
@@ -115,7 +116,7 @@ class _Stitching:
         for value in graph.input:
             argument = self.current.get(value.name)
             if argument is None:
-                argument = f"{modulation_name(one.part)}/{value.name}" if value.name in _OWN else value.name
+                argument = f"{one.giver}/{value.name}" if value.name in _OWN else value.name
                 self.inputs.setdefault(argument, _renamed(value, argument))
             arguments.append(argument)
         outputs = []

@@ -18,11 +18,11 @@ from fluxkiln.build.finish import HOST_CONSTANTS
 from fluxkiln.compile.executor import Executor, Net
 from fluxkiln.compile.target import Target
 from fluxkiln.compile.targets import find_target
-from fluxkiln.components import COMPONENTS, Component, Part, find_kind
 from fluxkiln.errors import IntegrityError, UsageError
 from fluxkiln.files import digest_file
 from fluxkiln.progress import Progress, Silent
 from fluxkiln.quantize.schemes import parse_scheme
+from fluxkiln.types import Part
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -77,7 +77,7 @@ def open_bundle(folder: Path, progress: Progress | None = None) -> Bundle:
     folder = folder.absolute()
     manifest = read_manifest(folder)
     digest = digest_file(folder / MANIFEST_FILE)[0]
-    built = {find_kind(entry.kind).component for entry in manifest.parts}
+    built = {entry.traits.component for entry in manifest.parts}
     if missing := [component for component in COMPONENTS if component not in built]:
         raise UsageError(
             f"{folder} has no {', '.join(missing)}: it was built with --components, and an image needs all of "
@@ -195,7 +195,7 @@ def list_nets(bundle: Bundle) -> dict[str, Net]:
     }  # fmt: skip
 
 
-def components_to_release(bundle: Bundle) -> tuple[Component, ...]:
+def components_to_release(bundle: Bundle) -> tuple[str, ...]:
     """The text encoders: nothing of them is needed once the prompts are encoded."""
     return tuple(component for component in COMPONENTS if component.startswith("text_encoder"))
 

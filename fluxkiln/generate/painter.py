@@ -22,11 +22,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.compile.executor import Executor
-from fluxkiln.components import CLIP_TOKENS, Shapes, check_steps, find_kind
 from fluxkiln.errors import ShapeError, UsageError
 from fluxkiln.export.host import pooled_row
 from fluxkiln.generate.bundle import Bundle, components_to_release
+from fluxkiln.patches.flux1.kinds import CLIP_TOKENS
 from fluxkiln.progress import Laps, Progress, Silent
+from fluxkiln.types import Shapes, check_steps
 from fluxkiln.verify.pipeline import GUIDANCE_SCALE, PartChain, check_constants, quiet
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class Painter:
 
     def __post_init__(self) -> None:
         check_constants(self.bundle.constants, self.bundle.manifest.shapes)
-        self._once = frozenset(part.name for part in self.bundle.parts if find_kind(part.kind).rows)
+        self._once = frozenset(part.name for part in self.bundle.parts if part.traits.rows)
         self._chain = PartChain(self.bundle.parts, self._run_part)
         with quiet():
             from fluxkiln.verify.stand_ins import build_pipeline

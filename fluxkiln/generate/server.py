@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from fluxkiln.components import Shapes
 from fluxkiln.errors import FluxkilnError, ResourceError, UsageError
 from fluxkiln.generate.bundle import Bundle
 from fluxkiln.generate.painter import Painter, Request, Step, check_request, default_steps, paint
 from fluxkiln.generate.pictures import describe_picture, png_bytes
+from fluxkiln.types import Shapes
 from fluxkiln.verify.pipeline import GUIDANCE_SCALE
 
 if TYPE_CHECKING:

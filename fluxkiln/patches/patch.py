@@ -15,9 +15,12 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fluxkiln.errors import PatchError, UsageError
+
+if TYPE_CHECKING:
+    from fluxkiln.patches.model import Model
 
 # every thread sees a replaced attribute, so they take turns; one thread that nests a patch is refused by its digest
 _IN_PLACE = threading.RLock()
@@ -54,24 +57,18 @@ class PatchStatus:
     changed: tuple[str, ...]
 
 
-def all_patches() -> tuple[Patch, ...]:
-    """Every patch, in the order they are listed and applied."""
-    from fluxkiln.patches.flux1 import modulation, parallel_text, parallel_transformer, rms_norm, text, transformer, vae
-
-    upstream = (*rms_norm.PATCHES, *transformer.PATCHES, *modulation.PATCHES, *text.PATCHES, *vae.PATCHES)
-    return (*upstream, *parallel_transformer.PATCHES, *parallel_text.PATCHES)
-
-
-def patches_for(kind: str, graph_format: str) -> tuple[Patch, ...]:
+def patches_for(model: Model, kind: str, graph_format: str) -> tuple[Patch, ...]:
     """The patches that a template of `kind` in `graph_format` is traced with."""
     return tuple(
-        patch for patch in all_patches() if kind in patch.kinds and (not patch.formats or graph_format in patch.formats)
+        patch
+        for patch in model.patches()
+        if kind in patch.kinds and (not patch.formats or graph_format in patch.formats)
     )
 
 
-def find_patch(name: str) -> Patch:
+def find_patch(patches_of: Iterable[Patch], name: str) -> Patch:
     """The patch called `name`; UsageError with the legal names otherwise."""
-    patches = {patch.name: patch for patch in all_patches()}
+    patches = {patch.name: patch for patch in patches_of}
     if name not in patches:
         raise UsageError(f"no patch is called {name!r}; there are {', '.join(patches)}")
     return patches[name]

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from fluxkiln.components import KINDS, MODULATION_KINDS
 from fluxkiln.errors import SchemeError
+from fluxkiln.types import Kind
 
 Arithmetic = Literal["F32", "F16", "BF16"]
 
@@ -195,37 +195,12 @@ def parse_scheme(text: str) -> Scheme:
     return replace(scheme, **chosen)
 
 
-# Kinds that repeat: their weights are most of the model.
-_BLOCKS = (
-    "t5_block", "double", "single",
-    "double_modulated", "single_modulated", "double_modulation", "single_modulation",
-)  # fmt: skip
-# What a scheme's exception may be written for beside a kind: a kind of the inline form stands for what it becomes in
-# the hoisted one, so that one text serves both.
-GROUPS: Mapping[str, tuple[str, ...]] = {
-    "head": ("head", "time_embed", "token_embed"),
-    "double": ("double", "double_modulated"),
-    "single": ("single", "single_modulated"),
-    "tail": ("tail", "tail_modulated"),
-    "modulation": MODULATION_KINDS,
-}
-# The same for single weights: those of the modulation are in the block that it belongs to, as in the inline form.
-_SLOT_GROUPS: Mapping[str, tuple[str, ...]] = {
-    **GROUPS,
-    **{block: (*GROUPS[block], f"{block}_modulation") for block in ("double", "single", "tail")},
-}
-
-
-def form_group(kind: str) -> tuple[str, ...]:
+def form_group(kinds: Mapping[str, Kind], kind: str) -> tuple[str, ...]:
     """All kinds that have weights of the block that a kind is of, in either form."""
-    return next((kinds for kinds in _SLOT_GROUPS.values() if kind in kinds), (kind,))
+    return tuple(one.name for one in kinds.values() if one.block == kinds[kind].block)
 
 
-# T5's residual stream leaves the range of F16, so its blocks never run in it
-_F16_OVERFLOWS = ("t5_block", "t5_final")
-
-
-def part_schemes(blocks: Scheme) -> dict[str, Scheme]:
+def part_schemes(blocks: Scheme, kinds: Mapping[str, Kind]) -> dict[str, Scheme]:
     """The scheme of every kind when the blocks are to be stored as `blocks`.
 
     The repeated blocks and their hoisted modulation carry the weight and take `blocks`, so that both forms of the
@@ -233,27 +208,25 @@ def part_schemes(blocks: Scheme) -> dict[str, Scheme]:
     above all) reach every block. The VAE takes F16: through its 25 convolutions BF16 leaves 1.0e-2, in the compiler as
     in eager PyTorch, F16 leaves 1.2e-3 (`docs/numerics.md`).
     """
-    once = {"clip": "F16", "t5_embed": "F16", "vae_decoder": "F16", "tiny_vae_decoder": "F16"}
     schemes = {}
-    for kind in KINDS:
+    for name, kind in kinds.items():
         if blocks.arithmetic == "F32":
-            schemes[kind] = _NAMED["F32"]
-        elif kind in _F16_OVERFLOWS and blocks.arithmetic == "F16":
-            schemes[kind] = _NAMED["BF16"]
-        elif kind in _BLOCKS:
-            schemes[kind] = blocks
-        elif blocks.arithmetic == "F16":
-            schemes[kind] = _NAMED["F16"]
+            schemes[name] = _NAMED["F32"]
+        elif kind.overflows and blocks.arithmetic == "F16":
+            schemes[name] = _NAMED["BF16"]
+        elif kind.stored == "blocks":
+            schemes[name] = blocks
         else:
-            schemes[kind] = _NAMED[once.get(kind, "BF16")]
+            schemes[name] = _NAMED["F16" if blocks.arithmetic == "F16" else kind.stored]
     return schemes
 
 
-def parse_schemes(text: str | None, default: str) -> tuple[Scheme, dict[str, Scheme]]:
+def parse_schemes(text: str | None, default: str, kinds: Mapping[str, Kind]) -> tuple[Scheme, dict[str, Scheme]]:
     """`W4BF16` or `W4BF16,vae_decoder=BF16`: the block scheme, and the scheme of every kind.
 
-    An exception is for a kind or a group of GROUPS, and a later one overrides an earlier one; or for some weights of
-    one, `single.proj_out=BF16`, with a shell pattern (`Scheme.keeps`), and then it is added to what was said before.
+    An exception is for a family of kinds (a block in either form, the modulation) or one kind, and a later one
+    overrides an earlier one; or for some weights of one, `single.proj_out=BF16`, with a shell pattern (`Scheme.keeps`),
+    and then it is added to what was said before: those of a block's modulation are in the block.
 
     Raises:
         SchemeError: a scheme or kind that does not exist.
@@ -262,34 +235,40 @@ def parse_schemes(text: str | None, default: str) -> tuple[Scheme, dict[str, Sch
     if "=" in head:
         head, exceptions = default, [head, *exceptions]
     blocks = parse_scheme(head)
-    schemes = part_schemes(blocks)
+    schemes = part_schemes(blocks, kinds)
+    families: dict[str, tuple[str, ...]] = {}
+    for one in kinds.values():
+        families[one.family] = (*families.get(one.family, ()), one.name)
     for exception in exceptions:
         place, _, name = (piece.strip() for piece in exception.partition("="))
         kind, dot, pattern = place.partition(".")
-        if kind not in schemes and kind not in GROUPS:
-            known = ", ".join(dict.fromkeys([*schemes, *GROUPS]))
+        if kind not in schemes and kind not in families:
+            known = ", ".join(dict.fromkeys([*schemes, *families]))
             raise SchemeError(f"scheme {text!r}: no kind of part is called {kind!r}; there are {known}")
         if dot:
-            schemes.update(_keeping(text or "", schemes, kind, pattern, name))
+            block = families.get(kind, (kind,))[0]
+            group = form_group(kinds, block) if kind == kinds[block].block else families.get(kind, (kind,))
+            schemes.update(_keeping(f"scheme {text!r}: {kind}", schemes, group, pattern, name))
         else:
-            schemes.update(dict.fromkeys(GROUPS.get(kind, (kind,)), parse_scheme(name)))
+            schemes.update(dict.fromkeys(families.get(kind, (kind,)), parse_scheme(name)))
     return blocks, schemes
 
 
 def _keeping(
-    text: str, schemes: Mapping[str, Scheme], kind: str, pattern: str, name: str
+    what: str, schemes: Mapping[str, Scheme], kinds: tuple[str, ...], pattern: str, name: str
 ) -> Iterator[tuple[str, Scheme]]:
     """Kinds with their schemes, of which the weights of `pattern` are left out now."""
-    kinds = [one for one in _SLOT_GROUPS.get(kind, (kind,)) if schemes[one].weight_bits]
-    arithmetic = schemes[kinds[0]].arithmetic if kinds else schemes[GROUPS.get(kind, (kind,))[0]].name
-    if not kinds:
-        raise SchemeError(f"scheme {text!r}: {kind} is not quantized, it is {arithmetic} as a whole; leave it out")
+    quantized = [one for one in kinds if schemes[one].weight_bits]
+    if not quantized:
+        raise SchemeError(f"{what} is not quantized, it is {schemes[kinds[0]].name} as a whole; leave it out")
+    arithmetic = schemes[quantized[0]].arithmetic
     if parse_scheme(name).name != arithmetic:
+        place = f"{what.rpartition(' ')[2]}.{pattern}"
         raise SchemeError(
-            f"scheme {text!r}: {kind}.{pattern} cannot be {name}: single weights of a quantized kind are {arithmetic} "
-            f"or as the others; write {kind}.{pattern}={arithmetic}"
+            f"{what}.{pattern} cannot be {name}: single weights of a quantized kind are {arithmetic} or as the others; "
+            f"write {place}={arithmetic}"
         )
-    return ((one, replace(schemes[one], kept=(*schemes[one].kept, pattern))) for one in kinds)
+    return ((one, replace(schemes[one], kept=(*schemes[one].kept, pattern))) for one in quantized)
 
 
 def check_groups(scheme: Scheme, slot: str, in_features: int) -> None:

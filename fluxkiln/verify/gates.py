@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal
 
-from fluxkiln.components import KINDS, SPLIT_KINDS
+from fluxkiln.patches.flux1.kinds import KINDS, SPLIT_KINDS
 from fluxkiln.verify.metrics import Metrics
 
 if TYPE_CHECKING:

@@ -11,27 +11,25 @@ import json
 import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fluxkiln.components import KINDS, Part, Shapes
 from fluxkiln.errors import IntegrityError, PatchError, ResourceError, UsageError
-from fluxkiln.verify.observe import observe_part
-from fluxkiln.verify.pipeline import GUIDANCE_SCALE, PROMPT, OnStep, Rendering, quiet
+from fluxkiln.types import Part, Shapes
+from fluxkiln.export.checkpoint import Checkpoint
+from fluxkiln.patches.model import Call, Model
+from fluxkiln.patches.pipeline import Rendering, Sampling, quiet
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from fluxkiln.verify.streaming import ReadTensor
 
 FORMAT = 1
 INDEX = "recording.json"
 RENDERED = ("latents", "image", "prompt_embeds", "pooled_prompt_embeds")
 
-# {"inputs": {name: file}, "outputs": {name: file}}, files below the recording's folder
-Files = Mapping[str, Mapping[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +47,7 @@ class Recording:
     guidance_scale: float
     seconds: Mapping[str, float]
     kinds: Mapping[str, str]
-    calls: Mapping[str, tuple[Files, ...]]
+    calls: Mapping[str, tuple[Call, ...]]
     rendered: Mapping[str, str]
 
     def inputs(self, part: str, step: int = 0) -> dict[str, NDArray[Any]]:
@@ -98,30 +96,23 @@ class Recording:
 
 
 def record_reference(
-    root: Path,
+    checkpoint: Checkpoint,
     parts: tuple[Part, ...],
     shapes: Shapes,
     destination: Path,
-    read: ReadTensor,
+    sampling: Sampling | None = None,
     *,
     only: bool = False,
-    steps: int = 2,
-    seed: int = 0,
-    prompt: str = PROMPT,
-    guidance_scale: float = GUIDANCE_SCALE,
-    on_step: OnStep | None = None,
 ) -> Recording:
-    """Run `diffusers.FluxPipeline` as published, in float32, and keep what goes in and out of every part.
+    """Run diffusers' pipeline as published, in float32, and keep what goes in and out of every part.
 
     Weights are in memory one block at a time (`fluxkiln.verify.streaming`), and are read anew at every step. Arrays are
     written as they appear, none is kept.
 
     Args:
-        root: a checkpoint folder.
         parts: the parts to record. Which components run is seen from them, and which VAE: the checkpoint's own, or
-            `vae_tiny`. What a component that does not run would have made is random numbers for `seed`.
+            `vae_tiny`. What a component that does not run would have made is random numbers for the seed.
         destination: a folder, made if it is not there; an older recording in it is replaced.
-        read: reads the checkpoint's tensors.
         only: leave out all blocks that are not among `parts`.
 
     Raises:
@@ -129,24 +120,22 @@ def record_reference(
         ResourceError: the disk is full.
         PatchError: a part was not called, or not in the way this was written for; diffusers changed.
     """
-    start = time.perf_counter()
+    start, model, sampling = time.perf_counter(), checkpoint.model, sampling or Sampling()
     _make_room(destination)
     with quiet():
-        from fluxkiln.verify.partial import render_present
         from fluxkiln.verify.streaming import open_pipeline, shorten, weights_in_place
 
-        components = {part.component for part in parts}
-        pipe = open_pipeline(root, read, components, any(part.kind == "tiny_vae_decoder" for part in parts))
+        pipe = open_pipeline(checkpoint, {part.component: part.folder for part in parts})
     recorder = _Recorder(destination)
     for part in parts:
-        observe_part(pipe, part, recorder.put)
+        model.observe(pipe, part, recorder.put)
     if only:
-        shorten(pipe, {part.prefix for part in parts})
+        shorten(pipe, model, {part.prefix for part in parts})
     loaded = time.perf_counter()
     with weights_in_place():
-        made = render_present(pipe, shapes, steps, seed, prompt, guidance_scale, on_step)
+        made = model.render(pipe, shapes, sampling)
     for part in parts:
-        expected = steps if part.component == "transformer" else 1
+        expected = sampling.steps if part.component == "transformer" else 1
         if len(recorder.calls.get(part.name, ())) != expected:
             raise PatchError(
                 f"part {part.name} ran {len(recorder.calls.get(part.name, ()))} times in the reference, {expected} "
@@ -155,10 +144,7 @@ def record_reference(
     index = {
         "format": FORMAT,
         "shapes": {"height": shapes.height, "width": shapes.width, "tokens": shapes.tokens},
-        "steps": steps,
-        "seed": seed,
-        "prompt": prompt,
-        "guidance_scale": guidance_scale,
+        **asdict(sampling),
         "seconds": {"load": loaded - start, "run": made.seconds},
         "kinds": {part.name: part.kind for part in parts},
         "calls": {part.name: recorder.calls[part.name] for part in parts},
@@ -168,6 +154,19 @@ def record_reference(
     unfinished.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
     unfinished.replace(destination / INDEX)
     return read_recording(destination)
+
+
+def view_recording(recording: Recording, model: Model, parts: tuple[Part, ...]) -> Recording:
+    """A recording of `Model.recorded_parts` as if only `parts`, of one form or some of it, had been recorded.
+
+    Raises:
+        UsageError: a part was not recorded, or not in a form it can be made of.
+    """
+    return replace(
+        recording,
+        kinds={part.name: part.kind for part in parts},
+        calls={part.name: model.recorded_calls(recording, part) for part in parts},
+    )
 
 
 def read_recording(path: Path) -> Recording:
@@ -199,10 +198,10 @@ def read_recording(path: Path) -> Recording:
 @dataclass(slots=True)
 class _Recorder:
     root: Path
-    calls: dict[str, list[Files]] = field(default_factory=dict)
+    calls: dict[str, list[Call]] = field(default_factory=dict)
 
     def put(self, part: Part, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
-        kind = KINDS[part.kind]
+        kind = part.traits
         if not inputs.keys() <= set(kind.inputs) or outputs.keys() != set(kind.outputs):
             raise PatchError(
                 f"kind {part.kind} was recorded with {', '.join([*inputs, *outputs])}; it is declared with "

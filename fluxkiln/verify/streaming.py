@@ -7,7 +7,7 @@ right after, by forward hooks: nothing upstream is replaced. Checked with diffus
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,18 +21,12 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from fluxkiln.errors import CheckpointError, PatchError
+from fluxkiln.export.checkpoint import Checkpoint, TensorReader
+from fluxkiln.patches.model import Model
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# Lists of blocks, by component; what is outside of them is a unit where it hangs.
-_STACKS: Mapping[str, tuple[str, ...]] = {
-    "text_encoder_2": ("encoder.block",),
-    "transformer": ("transformer_blocks", "single_transformer_blocks"),
-    "vae": (),
-}
-# Stacks whose first block makes what all others take: T5's position bias.
-_FIRST_IS_NEEDED = ("encoder.block",)
 
 
 class ReadTensor(Protocol):
@@ -59,57 +53,51 @@ class _Unit:
         return tuple(name for _, _, name in self.weights)
 
 
-def open_pipeline(root: Path, read: ReadTensor, components: Collection[str], tiny: bool) -> Any:
-    """A `diffusers.FluxPipeline` in float32 on the CPU whose weights are read while it runs.
+def open_pipeline(checkpoint: Checkpoint, folders: Mapping[str, str], read: ReadTensor | None = None) -> Any:
+    """diffusers' pipeline of a checkpoint in float32 on the CPU, whose weights are read while it runs.
 
-    What it computes equals, bit for bit, what `FluxPipeline.from_pretrained(root, dtype=torch.float32)` computes.
+    What it computes equals, bit for bit, what its `from_pretrained(root, dtype=torch.float32)` computes.
 
     Args:
-        root: a checkpoint folder.
-        components: the models that it has; the others are None, and need not be in the folder.
-        tiny: with the tiny VAE of `vae_tiny`.
+        folders: the components that it has -> where their weights are, `vae_tiny` for the tiny VAE say; the others are
+            None, and need not be in the checkpoint.
+        read: reads the tensors, from the checkpoint by default.
 
     Raises:
-        CheckpointError: the tiny VAE is asked for and not there.
+        CheckpointError: a folder is not there.
         PatchError: a model has a buffer whose values are unknown; upstream changed.
     """
-    from diffusers import AutoencoderKL, AutoencoderTiny, FluxPipeline, FluxTransformer2DModel
-    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
-
-    vae = "vae_tiny" if tiny else "vae"
-    if "vae" in components and not (root / vae).is_dir():
-        raise CheckpointError(f"{root} has no folder {vae}: put taef1 (AutoencoderTiny) there, or use VAE=kl")
-    makers: dict[str, Callable[[], Any]] = {
-        "text_encoder": lambda: CLIPTextModel(CLIPTextConfig.from_pretrained(root / "text_encoder")),
-        "text_encoder_2": lambda: T5EncoderModel(T5Config.from_pretrained(root / "text_encoder_2")),
-        "transformer": lambda: _from_config(FluxTransformer2DModel, root / "transformer"),
-        "vae": lambda: _from_config(AutoencoderTiny if tiny else AutoencoderKL, root / vae),
-    }
+    model, root = checkpoint.model, checkpoint.root
+    for folder in folders.values():
+        if not (root / folder).is_dir():
+            raise CheckpointError(
+                f"{root} has no folder {folder}: put {model.classes[folder]} there, or build without it (VAE=kl)"
+            )
     with _ParametersOnMeta():
-        models = {name: make() if name in components else None for name, make in makers.items()}
-    for slot, model in models.items():
-        if model is not None:
-            _stream(model.eval().requires_grad_(False), slot, vae if slot == "vae" else slot, read)
-    tokenizers = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
-    missing = {name: None for model, name in tokenizers.items() if models[model] is None}
-    return FluxPipeline.from_pretrained(root, **models, **missing)
+        made = {name: _make(model, root, folder) for name, folder in folders.items()}
+    for name, module in made.items():
+        stacks = model.stacks.get(name)
+        _stream(module.eval().requires_grad_(False), stacks, folders[name], read or TensorReader(checkpoint))
+    absent = {name: None for name in model.components if name not in made}
+    missing = {tokenizer: None for name, tokenizer in model.tokenizers.items() if name in absent}
+    return model.load_pipeline_class().from_pretrained(root, **made, **absent, **missing)
 
 
-def shorten(pipe: Any, prefixes: Collection[str]) -> None:
+def shorten(pipe: Any, model: Model, prefixes: Collection[str]) -> None:
     """Leave every block out of a streamed pipeline but those that `prefixes` names (`transformer_blocks.3.`).
 
     The blocks left are chained in their order. Where the first block makes what the others need it stays as well. Call
     it after the observers have found their modules.
     """
-    for component, stacks in _STACKS.items():
-        model = getattr(pipe, component)
-        for stack in stacks if model is not None else ():
+    for component, stacks in model.stacks.items():
+        module = getattr(pipe, component)
+        for stack in stacks if module is not None else ():
             blocks = [
                 block
-                for index, block in enumerate(model.get_submodule(stack))
-                if f"{stack}.{index}." in prefixes or (index == 0 and stack in _FIRST_IS_NEEDED)
+                for index, block in enumerate(module.get_submodule(stack))
+                if f"{stack}.{index}." in prefixes or (index == 0 and stack in model.first_is_needed)
             ]
-            model.set_submodule(stack, nn.ModuleList(blocks))
+            module.set_submodule(stack, nn.ModuleList(blocks))
 
 
 @contextmanager
@@ -138,14 +126,18 @@ class _ParametersOnMeta(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def _from_config(model: Any, folder: Path) -> Any:
-    return model.from_config(model.load_config(folder))
+def _make(model: Model, root: Path, folder: str) -> Any:
+    """The model of a folder by its config alone."""
+    made = model.load_class(folder)
+    if hasattr(made, "load_config"):  # diffusers'
+        return made.from_config(made.load_config(root / folder))
+    return made(made.config_class.from_pretrained(root / folder))
 
 
-def _stream(model: nn.Module, slot: str, component: str, read: ReadTensor) -> None:
+def _stream(model: nn.Module, stacks: Collection[str] | None, component: str, read: ReadTensor) -> None:
     """Put hooks on the units of `model`, its parameters on the meta device, and nothing else."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}  # a tied one has its first name
-    units = [unit for module in _units(model, slot) if (unit := _unit(component, module, names)).weights]
+    units = [unit for module in _units(model, stacks) if (unit := _unit(component, module, names)).weights]
     for unit in units:
         for owner, leaf, _ in unit.weights:
             parameter = owner._parameters[leaf]
@@ -163,11 +155,10 @@ def _stream(model: nn.Module, slot: str, component: str, read: ReadTensor) -> No
     model._hf_hook = SimpleNamespace(execution_device="cpu")  # type: ignore[assignment]
 
 
-def _units(model: nn.Module, slot: str) -> Iterator[nn.Module]:
-    if slot not in _STACKS:
+def _units(model: nn.Module, stacks: Collection[str] | None) -> Iterator[nn.Module]:
+    if stacks is None:
         yield model
         return
-    stacks = _STACKS[slot]
 
     def below(module: nn.Module, path: str) -> Iterator[nn.Module]:
         for name, child in module.named_children():

@@ -16,10 +16,11 @@ from fluxkiln.compile import rungs
 from fluxkiln.compile.onnx.linked import link_components
 from fluxkiln.compile.templates import make_template
 from fluxkiln.compile.toolchains.tpu_mlir.moulds import cast_part, make_mould
-from fluxkiln.components import Shapes, find_part, list_parts
 from fluxkiln.errors import CheckpointError, CompileError
+from fluxkiln.patches.flux1.kinds import list_parts
 from fluxkiln.progress import Silent
 from fluxkiln.settings import Settings
+from fluxkiln.types import Shapes, find_part
 from fluxkiln.verify.gates import first_bad_rung
 from fluxkiln.verify.ladder import explain_failure
 

@@ -18,7 +18,8 @@ from fluxkiln.build.budget import (
     replayed_shapes,
 )
 from fluxkiln.compile.templates import make_template
-from fluxkiln.components import KINDS, Shapes, list_parts
+from fluxkiln.patches.flux1.kinds import KINDS, list_parts
+from fluxkiln.types import Shapes
 
 
 @pytest.fixture(scope="module")

@@ -77,7 +77,7 @@ def test_gates_tell_the_lora(plain, fused, settings, with_lora, tmp_path):
 
 
 def test_one_tensor_differs(plain, fused, settings, with_lora):
-    before, after = (prepare(one).kiln.digests["transformer"] for one in (settings, with_lora))
+    before, after = (prepare(one).kiln.checkpoint.digests["transformer"] for one in (settings, with_lora))
     assert [name for name in before if before[name] != after[name]] == [f"{LAYER}.weight"]
 
 

@@ -17,9 +17,9 @@ from fluxkiln.compile.toolchains.tpu_mlir.coefficients import CoefficientMap
 from fluxkiln.compile.toolchains.tpu_mlir.moulds import make_mould
 from fluxkiln.compile.toolchains.tpu_mlir.proof import prove_cast
 from fluxkiln.compile.toolchains.tpu_mlir.shell import write_check_code
-from fluxkiln.components import Shapes, find_part
 from fluxkiln.errors import CompileError, IntegrityError
 from fluxkiln.export.bindings import bind_part, weight_reader
+from fluxkiln.types import Shapes, find_part
 from fluxkiln.verify.gates import first_bad_rung
 from fluxkiln.verify.ladder import Ladder
 

@@ -19,9 +19,9 @@ from fluxkiln.build.plan import (
     recording_bytes,
 )
 from fluxkiln.compile.tensors import part_refs, stored_bytes
-from fluxkiln.components import list_parts
 from fluxkiln.errors import ResourceError
 from fluxkiln.export.bindings import tensors_of
+from fluxkiln.patches.flux1.kinds import list_parts
 from fluxkiln.patches.flux1.parts import part_slots
 from fluxkiln.quantize.schemes import parse_scheme
 from fluxkiln.settings import Settings
@@ -50,7 +50,7 @@ def test_tensors_of_a_part_by_name_are_those_it_holds(prepared, vae, modulation)
         # T5's block 0 has the table of position biases, which the host reads.
         table = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
         assert found - {table} == held, part.name
-    every = [ref.name for part in kiln.parts for ref in part_refs(kiln, part) if tensors_of(part) == "transformer"]
+    every = [ref.name for part in kiln.parts for ref in part_refs(kiln, part) if part.folder == "transformer"]
     assert sorted(every) == sorted(kiln.checkpoint.tensors["transformer"]), "each once"
 
 
@@ -76,7 +76,7 @@ def test_plan_before_and_after_a_build(tiny_checkpoint, tmp_path):
 
 
 def _order(kinds: set[str]) -> list[str]:
-    from fluxkiln.components import KINDS
+    from fluxkiln.patches.flux1.kinds import KINDS
 
     return [kind for kind in KINDS if kind in kinds]
 

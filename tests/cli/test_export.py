@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxkiln.components import MODULATION_ROWS
+from fluxkiln.patches.flux1.kinds import MODULATION_ROWS
 
 SIZE = ("--size", "32x32", "--tokens", "16")
 

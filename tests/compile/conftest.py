@@ -12,10 +12,11 @@ import pytest
 from onnx import TensorProto, helper
 
 from fluxkiln.compile.onnx.link import link_weights
-from fluxkiln.components import Shapes, find_part, list_parts
 from fluxkiln.export.bindings import bind_part, binding_refs, weight_reader
 from fluxkiln.export.trace import export_template
+from fluxkiln.patches.flux1.kinds import list_parts
 from fluxkiln.quantize.schemes import parse_scheme
+from fluxkiln.types import Shapes, find_part
 
 SHAPES = Shapes(height=64, width=64, tokens=32)
 

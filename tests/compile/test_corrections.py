@@ -24,11 +24,11 @@ from fluxkiln.compile.toolchains.tpu_mlir.moulds import make_mould
 from fluxkiln.compile.toolchains.tpu_mlir.proof import prove_cast, prove_mould
 from fluxkiln.compile.toolchains.tpu_mlir.side_tensors import DOWN, RECIPROCALS, beside_slots, split_slot
 from fluxkiln.compile.weights import part_correctors, part_rounders
-from fluxkiln.components import Shapes
 from fluxkiln.errors import CompileError, SchemeError
 from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.quantize import activation
 from fluxkiln.settings import Settings
+from fluxkiln.types import Shapes
 from fluxkiln.verify.debug import probe as probing
 from fluxkiln.verify.debug.probe import check_binary, look_inside
 from fluxkiln.verify.gates import first_bad_rung

@@ -4,14 +4,16 @@ import hashlib
 from dataclasses import replace
 
 import pytest
+from fluxkiln.components import MODULATION_KINDS
 
 from fluxkiln.compile.targets import find_target, target_names
 from fluxkiln.compile.templates import make_template
 from fluxkiln.compile.toolchains.tpu_mlir.bmodel import read_bmodel
 from fluxkiln.compile.toolchains.tpu_mlir.moulds import compile_part
-from fluxkiln.components import KINDS, MODULATION_KINDS, find_part, list_parts
 from fluxkiln.errors import SchemeError, UsageError
+from fluxkiln.patches.flux1.kinds import KINDS, list_parts
 from fluxkiln.quantize.schemes import SCHEME_NAMES, parse_scheme
+from fluxkiln.types import find_part
 
 
 def test_every_target_is_found_by_its_own_name():

@@ -17,8 +17,9 @@ from fluxkiln.compile.toolchains.tpu_mlir.cast_file import cast_file
 from fluxkiln.compile.toolchains.tpu_mlir.devices import split_devices
 from fluxkiln.compile.toolchains.tpu_mlir.moulds import cast_part, compile_memory, make_mould, mould_action
 from fluxkiln.compile.toolchains.tpu_mlir.proof import proof_part
-from fluxkiln.components import find_part, list_parts
+from fluxkiln.patches.flux1.kinds import list_parts
 from fluxkiln.progress import Silent
+from fluxkiln.types import find_part
 
 CAST_KINDS = ("double", "single", "tail")
 

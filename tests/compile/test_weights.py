@@ -28,7 +28,6 @@ from fluxkiln.compile.weights import (
     part_rounders,
     rounding_key,
 )
-from fluxkiln.components import Shapes
 from fluxkiln.errors import CheckpointError, SchemeError, UsageError
 from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.progress import Silent
@@ -38,6 +37,7 @@ from fluxkiln.quantize.rounding import as_compiler, pack_matrix
 from fluxkiln.quantize.schemes import parse_scheme
 from fluxkiln.quantize.sums import Sums
 from fluxkiln.settings import Settings
+from fluxkiln.types import Shapes
 from fluxkiln.verify.gates import first_bad_rung
 from fluxkiln.verify.ladder import Ladder
 from fluxkiln.verify.metrics import compare
@@ -135,7 +135,7 @@ def test_what_cannot_be_had_is_refused_before_anything_is_compiled(kiln, calibra
     with pytest.raises(SchemeError, match=r"was made with weights .* of transformer, this checkpoint's are"):
         calibrated.check_checkpoint(COMPONENT, "sha256:" + "0" * 64)
     made = one_part(kiln, "W4BF16-gptq")
-    assert find_calibration(made.cache, COMPONENT, component_digest(made.digests, COMPONENT)) == calibrated
+    assert find_calibration(made.cache, COMPONENT, component_digest(made.checkpoint.digests, COMPONENT)) == calibrated
 
 
 def test_prompts(tmp_path):

@@ -6,15 +6,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from fluxkiln.verify.modulation import run_rows
 
-from fluxkiln.components import KINDS, list_parts
 from fluxkiln.errors import CheckpointError, ParityError, PatchError, UsageError
 from fluxkiln.export import bindings, eager
 from fluxkiln.export.eager import PatchedRunner
 from fluxkiln.patches.flux1 import transformer as patches
+from fluxkiln.patches.flux1.kinds import list_parts
 from fluxkiln.types import TensorRef
 from fluxkiln.verify.ladder import Ladder, explain_failure
-from fluxkiln.verify.modulation import run_rows
 
 CASES = [("tiny-dev", "kl", "onnx17"), ("tiny-dev", "tiny", "onnx23"), ("tiny-schnell", "kl", "onnx17")]
 LARGEST = 1e-6
@@ -24,7 +24,7 @@ def climb(recording, run, parts):
     """Every output of every call of `parts` at the rung `patched`."""
     ladder = Ladder()
     for part in parts:
-        kind = KINDS[part.kind]
+        kind = part.traits
         for step in range(len(recording.calls[part.name])):
             inputs, expected = recording.inputs(part.name, step), recording.outputs(part.name, step)
             actual = run_rows(run, part, inputs)

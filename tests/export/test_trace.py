@@ -7,13 +7,14 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from fluxkiln.verify.modulation import run_rows
 
 from fluxkiln.compile.onnx.filled import pour
-from fluxkiln.components import KINDS, MODULATION_ROWS, Shapes
 from fluxkiln.errors import UsageError
 from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.export.trace import configs_digest, export_template, part_inputs
-from fluxkiln.verify.modulation import run_rows
+from fluxkiln.patches.flux1.kinds import KINDS, MODULATION_ROWS
+from fluxkiln.types import Shapes
 
 SMALLEST = Shapes(height=32, width=32, tokens=16)
 BLOCKS = ("t5_block", "double", "single", "tail", "double_modulation", "double_modulated", "single_modulated")

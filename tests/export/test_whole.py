@@ -11,17 +11,18 @@ import onnx.inliner
 import onnxruntime
 import pytest
 import torch
+from fluxkiln.export.host import T5_BIAS_TABLE, host_constants
 from onnx import TensorProto, helper
 from safetensors.torch import load_file
 
 from fluxkiln.compile.onnx.external_data import external_range
 from fluxkiln.compile.onnx.linked import export_graphs
 from fluxkiln.compile.onnx.session import open_session
-from fluxkiln.components import MODULATION_ROWS, Part, Shapes, list_parts
 from fluxkiln.errors import ExportError, UsageError
-from fluxkiln.export.host import T5_BIAS_TABLE, host_constants
 from fluxkiln.export.whole import LinkedPart, component_graphs, stitch_parts
+from fluxkiln.patches.flux1.kinds import MODULATION_ROWS, list_parts
 from fluxkiln.progress import Silent
+from fluxkiln.types import Part, Shapes
 
 SHAPES = Shapes(height=64, width=64, tokens=32)
 PARITY = 1e-6

@@ -8,9 +8,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from fluxkiln.components import Shapes
 from fluxkiln.errors import CompileError, ShapeError, UsageError
 from fluxkiln.generate.painter import Painter, Request, check_request, default_steps, paint
+from fluxkiln.types import Shapes
 from tests.painting import SHAPES, make_bundle, open_eager
 
 

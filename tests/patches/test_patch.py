@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from fluxkiln.components import KINDS
 from fluxkiln.errors import PatchError, UsageError
+from fluxkiln.patches.flux1.kinds import KINDS
 from fluxkiln.patches.flux1.rms_norm import explicit_rms_norm
 from fluxkiln.patches.patch import (
     Patch,

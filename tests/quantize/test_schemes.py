@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fluxkiln.components import KINDS
 from fluxkiln.errors import SchemeError
+from fluxkiln.patches.flux1.kinds import KINDS
 from fluxkiln.quantize.schemes import (
     GROUP_SIZES,
     SCHEME_NAMES,

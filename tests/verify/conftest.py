@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from fluxkiln.components import KINDS
+from fluxkiln.patches.flux1.kinds import KINDS
 from fluxkiln.verify.ladder import Ladder
 
 TOKENS, WIDTH, GROUP = 12, 64, 16

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from fluxkiln.components import KINDS, SPLIT_KINDS
+from fluxkiln.patches.flux1.kinds import KINDS, SPLIT_KINDS
 from fluxkiln.verify.gates import (
     GATES,
     HIGHER_IS_BETTER,

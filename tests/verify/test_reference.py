@@ -8,14 +8,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from fluxkiln.export.host import host_constants, pooled_row
+from fluxkiln.verify.pipeline import PROMPT
 
-from fluxkiln.components import KINDS, Shapes, list_parts
 from fluxkiln.errors import CheckpointError, IntegrityError, PatchError, ResourceError, UsageError
 from fluxkiln.export.checkpoint import TensorReader
-from fluxkiln.export.host import host_constants, pooled_row
 from fluxkiln.export.trace import part_inputs
+from fluxkiln.patches.flux1.kinds import list_parts
+from fluxkiln.types import Shapes
 from fluxkiln.verify import reference as module
-from fluxkiln.verify.pipeline import PROMPT
 from fluxkiln.verify.reference import read_recording, record_reference
 
 SHAPES = Shapes(64, 64, 32)
@@ -57,7 +58,7 @@ def test_every_part_is_there_with_the_shapes_it_is_exported_for(case):
             found = [(name, array.shape, array.dtype.name) for name, array in inputs.items()]
             assert found == [(spec.name, spec.shape, spec.dtype) for spec in specs], part.name
             outputs = recording.outputs(part.name, step)
-            assert tuple(outputs) == KINDS[part.kind].outputs
+            assert tuple(outputs) == part.traits.outputs
             assert all(array.dtype == np.float32 and np.isfinite(array).all() for array in outputs.values())
 
 
@@ -89,7 +90,7 @@ def test_every_part_changes_what_it_is_given(case):
     """Otherwise a part that does nothing would pass every comparison."""
     _, parts, recording = case
     for part in parts:
-        for output, base in KINDS[part.kind].residual:
+        for output, base in part.traits.residual:
             before, after = recording.inputs(part.name)[base], recording.outputs(part.name)[output]
             assert np.linalg.norm(after - before) > 0.1 * np.linalg.norm(before), part.name
 

@@ -9,13 +9,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from fluxkiln.verify.pipeline import GUIDANCE_SCALE, PROMPT, render
 
-from fluxkiln.components import Shapes, list_parts
 from fluxkiln.errors import CheckpointError
 from fluxkiln.export.checkpoint import TensorReader
 from fluxkiln.export.eager import PatchedRunner
+from fluxkiln.patches.flux1.kinds import list_parts
+from fluxkiln.types import Shapes
 from fluxkiln.verify import streaming
-from fluxkiln.verify.pipeline import GUIDANCE_SCALE, PROMPT, render
 from fluxkiln.verify.reference import record_reference
 
 SHAPES = Shapes(height=64, width=64, tokens=32)

@@ -25,9 +25,8 @@ def model_card(
         licence: the text in the bundle; random weights of ours name no base model.
         extra_licences: paths of licences of adapters, beside the bundle.
     """
-    synthetic = is_synthetic(licence)
-    base = _BASE[manifest.variant]
-    source = manifest.checkpoint.source
+    synthetic, source = is_synthetic(licence), manifest.checkpoint.source
+    base = _BASE.get(manifest.variant, source)
     front = ["---", *_licence_lines(manifest, licence)]
     if not synthetic:
         # A fine-tune that was built from its own hub id is the nearer ancestor.

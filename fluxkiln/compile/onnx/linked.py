@@ -19,16 +19,15 @@ from typing import Any, Literal
 
 from fluxkiln.compile.templates import BinaryPart, CombinedFile, Kiln, make_template, tell_template
 from fluxkiln.compile.weights import part_correctors, part_rounders
-from fluxkiln.components import KINDS, Part, Shapes
 from fluxkiln.errors import ResourceError, UsageError
-from fluxkiln.export.bindings import bind_part, binding_refs, tensors_of, weight_reader
+from fluxkiln.export.bindings import bind_part, binding_refs, weight_reader
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.export.safetensors_header import copy_tensors
 from fluxkiln.export.weight_files import check_unchanged, shard_states
 from fluxkiln.files import clone, disk_full_named, partial_directory, write_durably
 from fluxkiln.progress import Progress
 from fluxkiln.quantize.schemes import Scheme, parse_scheme
-from fluxkiln.types import Binding, GraphFormat, Template, TensorRef
+from fluxkiln.types import Binding, GraphFormat, Part, Shapes, Template, TensorRef
 
 GRAPHS = "onnx"
 WEIGHTS = "weights"
@@ -94,7 +93,7 @@ def export_graphs(
     if graph_format not in LINKED_FORMATS:
         raise UsageError(f"graphs with weights are written as {' or '.join(LINKED_FORMATS)}, not as {graph_format}")
     parts = tuple(dict.fromkeys(part for members in files.values() for part in members))
-    states = shard_states(ref for name in map(tensors_of, parts) for ref in checkpoint.tensors[name].values())
+    states = shard_states(ref for name in (part.folder for part in parts) for ref in checkpoint.tensors[name].values())
     inside = _check_reach(states, checkpoint.root, destination, copy)
     with (
         disk_full_named(destination.absolute().parent),
@@ -173,7 +172,7 @@ def link_components(
         binaries.append(
             BinaryPart(part, part.name, kiln.scheme(part), facts, "linked", digest=blob.digest, size=blob.size)
         )
-        progress.done("link", part.name, f"{len(KINDS[part.kind].inputs)} inputs, weights in place")
+        progress.done("link", part.name, f"{len(part.traits.inputs)} inputs, weights in place")
     names = {path: part for part, path in graphs.items()}
     files = []
     for path in sorted(path for path in (folder / GRAPHS).rglob("*") if path.is_file()):
@@ -219,7 +218,9 @@ def _trace(
     progress.stage("template", len(kinds))
     templates = {}
     for kind in kinds:
-        templates[kind] = export_template(kind, checkpoint.configs, shapes, graph_format, folder)
+        templates[kind] = export_template(
+            checkpoint.model, kind, checkpoint.configs, shapes, graph_format, folder
+        )
         progress.done("template", kind, "traced")
     return templates
 
@@ -247,7 +248,7 @@ def _write_graph(
         sources |= {name: refs[name].nbytes for name in one.in_place.values()}
         beside = {name: f"{part.name}/{name}" for name in one.copied}
         copied |= {beside[name]: size for name, size in one.copied.items()}
-        linked.append(LinkedPart(part, one.model, {**one.in_place, **beside}))
+        linked.append(LinkedPart(part, one.model, {**one.in_place, **beside}, checkpoint.model.modulation_name(part)))
     model = linked[0].model if len(linked) == 1 else stitch_parts(target.stem, linked)
     for key, value in (
         ("model", checkpoint.name),

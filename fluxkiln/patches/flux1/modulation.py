@@ -6,7 +6,7 @@ image and can then be released; blocks and tail take the row of their step. Stan
 and the `forward` of the AdaLN norms (checked with diffusers 0.42.1); everything between the norms is
 `fluxkiln.patches.flux1.transformer`'s.
 
-Shape suffix legend: see `fluxkiln.components`.
+Shape suffix legend: see `fluxkiln.types`.
 """
 
 from __future__ import annotations

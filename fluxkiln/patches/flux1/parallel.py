@@ -6,56 +6,28 @@ A part holds one kind, several successive blocks of a kind, or the whole transfo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fluxkiln.components import MODULATION_CHUNKS, Shapes
-from fluxkiln.errors import CheckpointError, UsageError
+from fluxkiln.errors import UsageError
 from fluxkiln.patches.collectives import Collectives
+from fluxkiln.patches.cut import ParallelPart, local_shape
 from fluxkiln.patches.flux1 import parallel_text, parallel_transformer
-from fluxkiln.patches.flux1.cuts import head_count, local_shape
+from fluxkiln.patches.flux1.cuts import CUTS, head_count
+from fluxkiln.patches.flux1.kinds import MODULATION_CHUNKS
 from fluxkiln.patches.flux1.parallel_text import ParallelT5
 from fluxkiln.patches.flux1.parallel_transformer import ParallelDouble, ParallelHead, ParallelSingle, ParallelTail
-from fluxkiln.patches.flux1.parts import Configs, build_part
+from fluxkiln.patches.flux1.parts import build_part
 from fluxkiln.patches.patch import check_patches
-from fluxkiln.types import TensorSpec
+from fluxkiln.types import Configs, Shapes, TensorSpec
 
 # in the order in which they run; `transformer` is all but t5 in one module
 PARALLEL_KINDS = ("t5", "head", "double", "single", "tail", "transformer")
 # What is never rounded to the weights' dtype: the 8 bits of a bfloat16 are too few for an angle.
 FLOAT32_INPUTS = ("timestep", "guidance", "rotary_cos", "rotary_sin")
-
-
-@dataclass(frozen=True)
-class ParallelPart:
-    """A part of one rank.
-
-    Attributes:
-        module: on the meta device, in eval mode. `forward` takes the inputs in their order.
-        inputs: activations, the same on all ranks; float32 stands for the weights' dtype but in `FLOAT32_INPUTS`.
-        outputs: names of what `forward` returns, the same on all ranks.
-        slots: the module's parameters in order, with their local shapes. A part of several blocks has the number of the
-            block in front of the names: `0.attn.to_q.weight`.
-        all_reduces, all_gathers: how many it issues.
-    """
-
-    module: nn.Module
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[str, ...]
-    slots: tuple[TensorSpec, ...]
-    all_reduces: int
-    all_gathers: int
-
-    def inputs_in(self, dtype: str) -> tuple[TensorSpec, ...]:
-        """The inputs of the part when its weights have `dtype`."""
-        rounded = (spec.dtype == "float32" and spec.name not in FLOAT32_INPUTS for spec in self.inputs)
-        return tuple(
-            replace(spec, dtype=dtype) if change else spec for spec, change in zip(self.inputs, rounded, strict=True)
-        )
 
 
 def build_parallel_part(
@@ -92,6 +64,7 @@ def build_parallel_part(
         tuple(slots),
         all_reduces=sum(_reductions(member, configs) for member in members),
         all_gathers=members.count("head"),
+        float32_inputs=FLOAT32_INPUTS,
     )
 
 
@@ -116,28 +89,6 @@ def modulation_rows(configs: Configs) -> dict[str, tuple[int, int]]:
         rows[name] = (start, stop)
         start = stop
     return rows
-
-
-def load_parallel_part(part: ParallelPart, weights: Mapping[str, Tensor]) -> nn.Module:
-    """The part's module with real weights, for eager execution; the part is not to be used for another rank then.
-
-    Args:
-        weights: one rank's, by slot.
-
-    Raises:
-        CheckpointError: a weight is missing, one too many, or of another shape than the slot.
-    """
-    shapes = {spec.name: spec.shape for spec in part.slots}
-    for name in sorted(shapes.keys() ^ weights.keys()):
-        raise CheckpointError(f"weight {name} is missing or unexpected; shard the checkpoint again")
-    for name, shape in shapes.items():
-        if tuple(weights[name].shape) != shape:
-            raise CheckpointError(
-                f"weight {name} has shape {list(weights[name].shape)}, this rank's is {list(shape)}; shard the "
-                "checkpoint again for this number of ranks"
-            )
-    part.module.load_state_dict(dict(weights), assign=True)
-    return part.module.requires_grad_(False)
 
 
 class DoubleGroup(nn.Module):
@@ -236,7 +187,7 @@ def _build_member(kind: str, configs: Configs, collectives: Collectives) -> nn.M
             module = ParallelTail(build_part("tail_modulated", configs))
     heads = head_count(kind, configs)
     for name, weight in tuple(module.named_parameters()):
-        shape = local_shape(kind, name, tuple(weight.shape), heads, collectives.ranks)
+        shape = local_shape(CUTS[kind], name, tuple(weight.shape), heads, collectives.ranks)
         owner, _, leaf = name.rpartition(".")
         setattr(module.get_submodule(owner), leaf, nn.Parameter(weight.new_empty(shape), requires_grad=False))
     return module

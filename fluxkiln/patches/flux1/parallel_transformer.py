@@ -14,7 +14,7 @@ Tensors have the dtype of the weights. Norms, softmax and activation functions c
 to it, as torch's own kernels do and a compiler does not by itself; the sinusoids of time and guidance and the rotary
 embedding are float32 whatever the dtype.
 
-Shape suffix legend: see `fluxkiln.components`.
+Shape suffix legend: see `fluxkiln.types`.
 """
 
 from __future__ import annotations

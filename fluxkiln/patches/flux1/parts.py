@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.errors import CheckpointError, UsageError
+from fluxkiln.types import Configs
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from torch.nn import Module
-
-Configs = Mapping[str, Mapping[str, Any]]
 
 
 def build_part(kind: str, configs: Configs) -> Module:
     """The wrapper module of `kind` on the meta device, in eval mode: shapes and structure, no weight memory.
 
     Args:
-        kind: a name of `fluxkiln.components.KINDS`.
+        kind: a name of `kinds.KINDS`.
         configs: each component's `config.json`, keyed by its folder name; `vae_tiny` for the tiny decoder.
 
     Raises:
@@ -51,42 +49,6 @@ def build_part(kind: str, configs: Configs) -> Module:
     with torch.device("meta"):
         module = builders[kind](kind, configs)
     return module.eval().requires_grad_(False)
-
-
-def part_slots(kind: str, configs: Configs) -> tuple[str, ...]:
-    """The weights a part of `kind` holds, as the checkpoint names them after the part's prefix; errors as build_part.
-
-    T5's block 0 has one tensor more in the checkpoint, the position bias table, which no part holds.
-    """
-    return tuple(slot_name(name) for name, _ in build_part(kind, configs).named_parameters())
-
-
-def load_part(kind: str, configs: Configs, weights: Mapping[str, Tensor]) -> Module:
-    """The wrapper module of `kind` with real weights, keyed by `slot_name`; for eager execution.
-
-    Raises:
-        CheckpointError: a weight is missing or one too many.
-    """
-    module = build_part(kind, configs)
-    names = {name: slot_name(name) for name, _ in module.named_parameters()}
-    missing = sorted(set(names.values()) ^ set(weights))
-    if missing:
-        raise CheckpointError(f"part of kind {kind}: weight {missing[0]} is missing or unexpected")
-    state = {name: weights[slot] for name, slot in names.items()}
-    buffers = {name: _real_buffer(name, buffer) for name, buffer in module.named_buffers()}
-    module.load_state_dict({**state, **buffers}, strict=False, assign=True)
-    return module
-
-
-def slot_name(parameter: str) -> str:
-    """A parameter's name inside the part, as the checkpoint has it after the part's prefix."""
-    return parameter.removeprefix("block.")
-
-
-def _real_buffer(name: str, buffer: Tensor) -> Tensor:
-    import torch
-
-    return torch.zeros(buffer.shape, dtype=buffer.dtype)  # position ids: the parts do not read them
 
 
 def _clip(kind: str, configs: Configs) -> Module:

@@ -3,27 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
-from fluxkiln.components import Variant
+from fluxkiln.patches.model import Config, Preset
 
 # Raise when synth writes other bytes for the same preset and seed: caches of synthetic checkpoints are keyed by it.
 GENERATOR = 2
-
-Config = Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Preset:
-    """A synthetic model: the config of every component, the size it is built at by default."""
-
-    name: str
-    summary: str
-    variant: Variant
-    size: tuple[int, int]
-    tokens: int
-    configs: Mapping[str, Config]
 
 
 def _clip(hidden: int, layers: int, heads: int, intermediate: int, vocab: int) -> Config:
@@ -82,7 +66,7 @@ def _t5(d_model: int, layers: int, heads: int, d_ff: int, vocab: int) -> Config:
     }
 
 
-def _transformer(double: int, single: int, heads: int, joint: int, pooled: int, variant: Variant) -> Config:
+def _transformer(double: int, single: int, heads: int, joint: int, pooled: int, variant: str) -> Config:
     return {
         "_class_name": "FluxTransformer2DModel",
         "_diffusers_version": "0.42.1",
@@ -147,7 +131,7 @@ def _tiny_vae(width: int, blocks: tuple[int, int, int, int]) -> Config:
     }
 
 
-def _scheduler(variant: Variant) -> Config:
+def _scheduler(variant: str) -> Config:
     return {
         "_class_name": "FlowMatchEulerDiscreteScheduler",
         "_diffusers_version": "0.42.1",
@@ -161,7 +145,7 @@ def _scheduler(variant: Variant) -> Config:
     }
 
 
-def _tiny(name: str, variant: Variant) -> Preset:
+def _tiny(name: str, variant: str) -> Preset:
     return Preset(
         name,
         f"2 double + 3 single blocks of width 256, like FLUX.1-{variant} otherwise",

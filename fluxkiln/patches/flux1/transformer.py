@@ -11,7 +11,7 @@ is to run them (the order of statements): projections before the norms of their 
 the one that reads it. This saves passes over memory on the chip and changes the result by float rounding only (`python
 -m bench formulations`). Each of it can go when a compiler finds it by itself.
 
-Shape suffix legend: see `fluxkiln.components`.
+Shape suffix legend: see `fluxkiln.types`.
 """
 
 from __future__ import annotations

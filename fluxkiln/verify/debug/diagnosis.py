@@ -19,9 +19,9 @@ from fluxkiln.build.context import Prepared
 from fluxkiln.compile.rungs import lay_out_lowered
 from fluxkiln.compile.templates import Kiln, find_template, make_template
 from fluxkiln.compile.toolchains.tpu_mlir.moulds import cast_part, compile_part, find_mould, make_mould
-from fluxkiln.components import Part, find_kind, find_part
 from fluxkiln.errors import UsageError
 from fluxkiln.progress import Progress, Silent
+from fluxkiln.types import Part, find_part
 from fluxkiln.verify.debug.probe import (
     Culprit,
     Inside,
@@ -97,7 +97,7 @@ def debug_part(prepared: Prepared, name: str, step: int = 0, progress: Progress 
 def _diagnosis(
     kiln: Kiln, part: Part, step: int, rungs: tuple[RungFindings, ...], facts: Mapping[str, str]
 ) -> Diagnosis:
-    shown = step if find_kind(part.kind).each_step else -1
+    shown = step if part.traits.each_step else -1
     shapes = {"shapes": name_shapes(kiln.shapes)}
     return Diagnosis(part.name, part.kind, kiln.scheme(part).name, shown, rungs, {**shapes, **facts})
 
@@ -116,7 +116,7 @@ def _recorded(prepared: Prepared, part: Part, step: int, progress: Progress) -> 
             f"step {step} was not recorded, there are 0 to {recording.steps - 1}; --steps gives the reference run more "
             "of them"
         )
-    place = step if find_kind(part.kind).each_step else 0
+    place = step if part.traits.each_step else 0
     inputs, _ = fill_rows(part, recording.inputs(part.name, place))
     return inputs, recording.outputs(part.name, place), replace(kiln, shapes=recording.shapes)
 

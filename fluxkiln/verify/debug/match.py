@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from fluxkiln.compile.onnx.values import Operation
-    from fluxkiln.export.leaves import Leaf
+    from fluxkiln.patches.leaves import Leaf
 
 
 def match_leaves(

@@ -13,9 +13,8 @@ from fluxkiln.compile.corrections import part_weights
 from fluxkiln.compile.rungs import dequantized_rung
 from fluxkiln.compile.templates import BinaryPart, Kiln, make_template
 from fluxkiln.compile.weights import part_correctors, part_rounders
-from fluxkiln.components import Part
 from fluxkiln.export.bindings import WeightReader, bind_part, weight_reader
-from fluxkiln.types import GraphFormat, Template
+from fluxkiln.types import GraphFormat, Part, Template
 from fluxkiln.verify.debug.bisect import (
     Finding,
     Range,

@@ -23,10 +23,9 @@ from fluxkiln.compile.templates import Kiln
 from fluxkiln.compile.toolchains.neuron.modules import Module, lower_modules, module_name
 from fluxkiln.compile.toolchains.neuron.rungs import LARGEST_PART, bound_weights, dtype_of, shard_arrays
 from fluxkiln.compile.toolchains.neuron.split import held_elements, runtime_constants, shard_file, shard_weights
-from fluxkiln.components import Part
 from fluxkiln.errors import UsageError
-from fluxkiln.export.split import SplitPart
 from fluxkiln.progress import Progress
+from fluxkiln.types import Part
 from fluxkiln.verify.debug.bisect import Finding, Range, first_missed, judge_ranks, tolerance_of, value_range
 from fluxkiln.verify.debug.probe import Culprit, RungFindings
 from fluxkiln.verify.debug.remedies import Remedy, find_split_remedy
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 
     from fluxkiln.compile.onnx.values import Operation
     from fluxkiln.compile.toolchains.neuron.replicas import Program, Replicas
-    from fluxkiln.export.leaves import Leaf
+    from fluxkiln.patches.leaves import Leaf
 
 Values = Mapping[str, "NDArray[Any]"]
 # of each rank its weights in the order of the module's slots
@@ -55,7 +54,7 @@ class SplitInside:
     """
 
     part: Part
-    cut: SplitPart
+    cut: Part
     module: Module
     proto: bytes
     inputs: Values
@@ -162,7 +161,7 @@ def look_on_ranks(
     return tuple(rungs)
 
 
-def whole_state(kiln: Kiln, cut: SplitPart, whole: Module) -> Values:
+def whole_state(kiln: Kiln, cut: Part, whole: Module) -> Values:
     """The weights of a part uncut, float32, by the slots of its module for one rank."""
     (weights,) = bound_weights(kiln, cut, whole, "float32")
     return {spec.name: weight for spec, weight in zip(whole.slots, weights, strict=True)}
@@ -171,7 +170,7 @@ def whole_state(kiln: Kiln, cut: SplitPart, whole: Module) -> Values:
 def open_inside(
     kiln: Kiln,
     part: Part,
-    cut: SplitPart,
+    cut: Part,
     module: Module,
     inputs: Values,
     workers: Mapping[int, Replicas],
@@ -182,7 +181,7 @@ def open_inside(
     return SplitInside(part, cut, module, kiln.path(module.blob).read_bytes(), inputs, weights, workers[module.ranks])
 
 
-def check_can_be_debugged(kiln: Kiln, cut: SplitPart) -> None:
+def check_can_be_debugged(kiln: Kiln, cut: Part) -> None:
     """Raise UsageError for a part of several blocks, or of more weights than one process is given."""
     if len(cut.members) > 1:
         raise UsageError(
@@ -197,7 +196,7 @@ def check_can_be_debugged(kiln: Kiln, cut: SplitPart) -> None:
         )
 
 
-def read_shards(kiln: Kiln, cut: SplitPart, bundle: Path, progress: Progress) -> Weights:
+def read_shards(kiln: Kiln, cut: Part, bundle: Path, progress: Progress) -> Weights:
     """Each rank's weights as they are shipped; the bundle's may be damaged, that is for the rungs to say."""
     from fluxkiln.export.shard_files import read_shard
 
@@ -219,7 +218,7 @@ def check_split(inside: SplitInside, leaves: Sequence[Leaf], state: Values, outp
     returned = zip(result_values(inside.proto), inside.module.outputs, strict=True)
     results = {value: outputs[spec.name] for value, spec in returned if value in inside.order}
     tolerance = tolerance_of("split", "*")
-    matched = match_split(leaves, inside.operations, inside.exact, inside.cut.kind, tolerance, results)
+    matched = match_split(leaves, inside.operations, inside.exact, inside.cuts, tolerance, results)
     made = RungFindings("split", "reference", tuple(matched))
     first = first_missed(matched)
     if first is None:
@@ -229,7 +228,7 @@ def check_split(inside: SplitInside, leaves: Sequence[Leaf], state: Values, outp
     doubled = False
     if bias is not None:
         leaf = next(one for one in leaves if one.name == bias.removesuffix(".bias"))
-        found = assembled(first.value, leaf, inside.operations, inside.exact, inside.cut.kind)
+        found = assembled(first.value, leaf, inside.operations, inside.exact, inside.cuts)
         doubled = found is not None and added_on_every_rank(first, leaf.output, found, state[bias], len(inside.exact))
     return _with_culprit(made, inside, first, inside.exact, {}, doubled)
 

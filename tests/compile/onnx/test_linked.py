@@ -15,10 +15,11 @@ from fluxkiln.compile.onnx import linked as linking
 from fluxkiln.compile.onnx.external_data import external_range
 from fluxkiln.compile.onnx.linked import export_graphs
 from fluxkiln.compile.onnx.session import open_session
-from fluxkiln.components import Shapes, find_part, list_parts
 from fluxkiln.errors import CheckpointError, ResourceError, UsageError
 from fluxkiln.export.checkpoint import open_checkpoint
+from fluxkiln.patches.flux1.kinds import list_parts
 from fluxkiln.progress import Silent
+from fluxkiln.types import Shapes, find_part
 
 SHAPES = Shapes(height=32, width=32, tokens=16)
 SHARED_MEMORY = Path("/dev/shm")

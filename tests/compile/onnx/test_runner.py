@@ -13,9 +13,9 @@ import pytest
 from fluxkiln.compile.onnx.filled import quantized_matmuls
 from fluxkiln.compile.onnx.runner import Filling, TemplateRunner, attention_by_heads, weights_as_inputs
 from fluxkiln.compile.onnx.session import OrtRunner
-from fluxkiln.components import KINDS
 from fluxkiln.errors import CheckpointError, CompileError
 from fluxkiln.export.bindings import bind_part, weight_reader
+from fluxkiln.patches.flux1.kinds import KINDS
 from fluxkiln.quantize.schemes import parse_scheme
 from fluxkiln.quantize.stored import stored_weight
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from fluxkiln.components import Shapes
 from fluxkiln.errors import CheckpointError, PatchError, UsageError
 from fluxkiln.export.bindings import apply_transforms
 from fluxkiln.export.checkpoint import read_tensor
@@ -17,7 +16,7 @@ from fluxkiln.export.split import bind_shard, list_split_parts, split_slots
 from fluxkiln.patches.collectives import ThreadRanks
 from fluxkiln.patches.flux1.parallel import build_parallel_part, load_parallel_part
 from fluxkiln.patches.flux1.parallel_text import position_buckets
-from fluxkiln.types import TensorRef
+from fluxkiln.types import Shapes, TensorRef
 
 BOUND = 5e-6
 # longer than the 128 positions beyond which all fall into the last bucket

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fluxkiln.components import KINDS, list_parts
 from fluxkiln.errors import CheckpointError, UsageError
 from fluxkiln.export.bindings import part_state, tensors_of
+from fluxkiln.patches.flux1.kinds import KINDS, list_parts
 from fluxkiln.patches.flux1.parts import build_part, load_part, part_slots, slot_name
 
 BIAS_TABLE = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
@@ -31,7 +31,7 @@ def test_parts_hold_every_tensor_of_the_checkpoint_once(tiny_checkpoint, preset,
     for part in list_parts(checkpoint.configs, vae, modulation):
         module = build_part(part.kind, checkpoint.configs)
         for name, parameter in module.named_parameters():
-            key = tensors_of(part), part.prefix + slot_name(name)
+            key = part.folder, part.prefix + slot_name(name)
             assert key not in held, f"{part.name} holds {key[1]}, so does {held[key]}"
             held[key] = part.name
             assert tuple(parameter.shape) == checkpoint.tensors[key[0]][key[1]].shape

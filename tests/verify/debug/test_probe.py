@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from fluxkiln.compile.templates import make_template
-from fluxkiln.components import Shapes, find_part
 from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.quantize.schemes import parse_scheme
+from fluxkiln.types import Shapes, find_part
 from fluxkiln.verify.debug.probe import check_linked, check_lowered, check_stored, check_template, look_inside
 
 SHAPES = Shapes(height=32, width=32, tokens=16)

@@ -14,11 +14,11 @@ from fluxkiln.build.context import prepare
 from fluxkiln.build.parity import record
 from fluxkiln.compile.toolchains.neuron.modules import lower_modules
 from fluxkiln.compile.toolchains.neuron.split import runtime_constants, shard_file, shard_weights
-from fluxkiln.components import find_part
 from fluxkiln.errors import UsageError
 from fluxkiln.export.split import list_split_parts
 from fluxkiln.progress import Silent
 from fluxkiln.settings import Settings
+from fluxkiln.types import find_part
 from fluxkiln.verify.debug.diagnosis import debug_part
 from fluxkiln.verify.debug.split_match import see_split_leaves
 from fluxkiln.verify.debug.split_probe import (

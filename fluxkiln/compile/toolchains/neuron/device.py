@@ -24,9 +24,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fluxkiln.compile.executor import from_bits16
 from fluxkiln.compile.toolchains.neuron.replica_executor import ReadWeights, module_arguments
 from fluxkiln.compile.toolchains.neuron.split_bundle import SplitBundle, SplitModule, find_compiled
-from fluxkiln.components import Component, find_kind
 from fluxkiln.errors import CompileError, IntegrityError, ToolchainError
-from fluxkiln.types import TensorSpec
+from fluxkiln.types import Kind, TensorSpec
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -48,7 +47,7 @@ class NeuronExecutor:
 
     name = "neuron"
 
-    def __init__(self, bundle: SplitBundle, kinds: Mapping[str, str], weights: ReadWeights) -> None:
+    def __init__(self, bundle: SplitBundle, kinds: Mapping[str, Kind], weights: ReadWeights) -> None:
         self.bundle = bundle
         self.kinds = dict(kinds)
         self.weights = weights
@@ -79,14 +78,14 @@ class NeuronExecutor:
             spec.name: _as_float32(results[name].numpy(), spec) for name, spec in zip(own, module.outputs, strict=True)
         }
 
-    def load(self, component: Component) -> None:
+    def load(self, component: str) -> None:
         for part, kind in self.kinds.items():
-            if find_kind(kind).component == component:
+            if kind.component == component:
                 self._load(part, self.bundle.module_of(part))
 
-    def release(self, component: Component) -> None:
+    def release(self, component: str) -> None:
         """Free a component's weights and the NEFFs of its modules; nrtpy frees a tensor when nobody holds it."""
-        gone = [part for part, kind in self.kinds.items() if find_kind(kind).component == component]
+        gone = [part for part, kind in self.kinds.items() if kind.component == component]
         for part in gone:
             self._weights.pop(part, None)
             self._models.pop(self.bundle.part_modules[part], None)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from fluxkiln.artifacts.store import Blob
 from fluxkiln.build.finish import HOST_CONSTANTS, finish_bundle
-from fluxkiln.compile.templates import SHARDED, BinaryPart, CombinedFile
+from fluxkiln.types import Part
+from fluxkiln.compile.templates import host_constants, SHARDED, BinaryPart, CombinedFile
 from fluxkiln.compile.toolchains.neuron.compilation import compile_kinds, take_finished, write_compile_script
 from fluxkiln.compile.toolchains.neuron.modules import Module, compile_jobs, lower_modules, module_name
 from fluxkiln.compile.toolchains.neuron.neff import HLO_SUFFIX, SCRIPT, CompileJob, Neff, neff_path, record_path
@@ -56,7 +57,7 @@ def build_split(prepared: Prepared, progress: Progress, laps: Laps) -> BuildResu
     store = kiln.cache.store
     files = [CombinedFile(SCRIPT, store.add_file(script), ())]
     for name, module in modules.items():
-        members = tuple(part.name for part in kiln.split_parts if module_name(part) == name)
+        members = tuple(part.name for part in kiln.parts if module_name(part) == name)
         files.append(CombinedFile(hlo_file(name), module.blob, members))
     for part, blobs in shards.items():
         files += [CombinedFile(shard_file(part, rank), blob, ()) for rank, blob in enumerate(blobs)]
@@ -65,7 +66,7 @@ def build_split(prepared: Prepared, progress: Progress, laps: Laps) -> BuildResu
             files.append(CombinedFile(f"neff/{path.name}", store.add_file(path), ()))
     description = describe_split(prepared, modules, shards)
     files.append(CombinedFile(DESCRIPTION, store.add_bytes(json.dumps(description, indent=1).encode() + b"\n"), ()))
-    binaries = tuple(_binary(part, modules, shards) for part in zip(kiln.parts, kiln.split_parts, strict=True))
+    binaries = tuple(_binary(part, modules, shards) for part in kiln.parts)
     result = finish_bundle(
         prepared, binaries, tuple(files), {}, progress, laps,
         lambda recording: verify_split(kiln, settings, modules, shards, recording, progress),
@@ -89,10 +90,7 @@ def describe_split(
     A module's parameters are `inputs` and then `slots`, its result is a tuple of `outputs`. Rank r of a part runs its
     module with the tensors of `shards[r]`, which lie there in the order of `slots`.
     """
-    from fluxkiln.patches.flux1.parallel import modulation_rows
-
     kiln = prepared.kiln
-    configs = kiln.checkpoint.configs
     return {
         "schema": SCHEMA,
         **split_settings(prepared),
@@ -121,10 +119,10 @@ def describe_split(
                     for rank, blob in enumerate(shards[part.name])
                 ],
             }
-            for part in kiln.split_parts
+            for part in kiln.parts
         ],
-        "modulation_rows": modulation_rows(configs) if "transformer" in configs else {},
-        "host_constants": {"file": HOST_CONSTANTS, "names": sorted(runtime_constants(kiln))},
+        "modulation_rows": kiln.checkpoint.model.modulation_rows(kiln.checkpoint.configs),
+        "host_constants": {"file": HOST_CONSTANTS, "names": sorted(host_constants(kiln))},
     }
 
 
@@ -152,12 +150,11 @@ def _take_over(bundle: Path, work: Path) -> None:
         shutil.copytree(bundle / "neff", work / "neff", symlinks=True, dirs_exist_ok=True)
 
 
-def _binary(pair: tuple[Any, Any], modules: Mapping[str, Module], shards: Mapping[str, Sequence[Blob]]) -> BinaryPart:
+def _binary(part: Part, modules: Mapping[str, Module], shards: Mapping[str, Sequence[Blob]]) -> BinaryPart:
     from fluxkiln.digests import digest_json
     from fluxkiln.quantize.schemes import parse_scheme
 
-    part, cut = pair
-    module, blobs = modules[module_name(cut)], shards[part.name]
+    module, blobs = modules[module_name(part)], shards[part.name]
     facts = {
         **{side: [[name, dtype, shape] for name, shape, dtype in module.facts[side]] for side in ("inputs", "outputs")},
         "weight_bytes": blobs[0].size,

@@ -12,17 +12,14 @@ from typing import Any, Literal
 from fluxkiln.artifacts.actions import Action, run_action, stage_code_version
 from fluxkiln.artifacts.store import Blob
 from fluxkiln.compile.templates import EXPORT_TOOLS, Kiln
+from fluxkiln.compile.toolchains.neuron.split import ranks_of
 from fluxkiln.compile.toolchains.neuron.neff import COMPILE_MEMORY, CompileJob, hlo_path
-from fluxkiln.components import find_kind
 from fluxkiln.digests import digest_json
-from fluxkiln.export.split import WHOLE_KINDS, SplitPart
 from fluxkiln.progress import FROM_STORE, Progress
 from fluxkiln.types import TensorSpec
 
 Dtype = Literal["bfloat16", "float32"]
 LOWERING_TOOLS = (*EXPORT_TOOLS[:3], "jax", "jaxlib", "torchax")
-# of no influence on a block's module: models of another depth share it
-_DEPTHS = ("num_layers", "num_single_layers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +27,7 @@ class Module:
     """The module of some parts, as one rank runs it.
 
     Attributes:
-        name: what its files are called; kind: of `SplitPart`.
+        name: what its files are called; kind: of `Part`.
         blob: the canonical HLO module proto.
         inputs: the activations it takes; slots: its weights after them, in the order of its parameters.
         outputs: by the names of the kind.
@@ -53,9 +50,20 @@ def lowering_versions() -> dict[str, str]:
     return {name: _version(name) for name in LOWERING_TOOLS}
 
 
-def module_name(part: SplitPart) -> str:
+def module_name(part: Part) -> str:
     """The module that runs a part: `double`, or `double.4x` for one of four blocks."""
-    return part.kind if len(part.members) == 1 or part.kind == "transformer" else f"{part.kind}.{len(part.members)}x"
+    name = module_kind(part)
+    return name if not is_group(part) else f"{name}.{len(part.members)}x"
+
+
+def module_kind(part: Part) -> str:
+    """What modules call the kind of a part."""
+    return part.traits.cut or part.kind
+
+
+def is_group(part: Part) -> bool:
+    """Whether it holds several blocks of one kind; what holds the whole transformer does not."""
+    return len({kind for kind, _ in part.members}) == 1 < len(part.members)
 
 
 def lower_modules(
@@ -70,12 +78,12 @@ def lower_modules(
         ToolchainError: jax, jaxlib or torchax is missing or of another version. CompileError: a module breaks a rule.
     """
     assert kiln.split is not None
-    parts = {module_name(part): part for part in kiln.split.parts}
+    parts = {module_name(part): part for part in kiln.parts}
     progress.stage(stage, len(parts))
     made = {}
     for name, part in parts.items():
         started = time.perf_counter()
-        made[name] = _lower(kiln, part, dtype, part.ranks(degree or kiln.split.degree))
+        made[name] = _lower(kiln, part, dtype, ranks_of(part, degree or kiln.split.degree))
         spent = f"lowered in {time.perf_counter() - started:.1f} s"
         progress.done(stage, name, FROM_STORE if made[name].hit else spent)
     return made
@@ -93,18 +101,18 @@ def compile_jobs(kiln: Kiln, modules: Mapping[str, Module], folder: Path) -> tup
     return tuple(jobs)
 
 
-def neff_kind(name: str, kind: str) -> str:
-    """What the compile stage calls the kind of the module `name`."""
-    return "whole" if kind == "transformer" else "group" if name != kind else kind
+def neff_kind(name: str, kind: str, blocks: int) -> str:
+    """What the compile stage calls the kind of the module `name` of so many blocks."""
+    return "group" if name != kind else "whole" if blocks > 1 else kind
 
 
-def _lower(kiln: Kiln, part: SplitPart, dtype: Dtype, ranks: int) -> Module:
+def _lower(kiln: Kiln, part: Part, dtype: Dtype, ranks: int) -> Module:
     def produce(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
         from fluxkiln.compile.toolchains.neuron.canonical import canonicalise
         from fluxkiln.compile.toolchains.neuron.check import check_hlo
         from fluxkiln.compile.toolchains.neuron.frontend import lower_module
 
-        source = _whole_part(kiln, part, dtype) if part.kind in WHOLE_KINDS else _split_part(kiln, part, dtype, ranks)
+        source = _split_part(kiln, part, dtype, ranks) if part.traits.cut else _whole_part(kiln, part, dtype)
         lowered = lower_module(source.make, source.inputs, ranks, dtype)
         proto = canonicalise(lowered.proto)
         cut = ranks > 1
@@ -131,21 +139,21 @@ def _lower(kiln: Kiln, part: SplitPart, dtype: Dtype, ranks: int) -> Module:
     result = run_action(kiln.cache, action, produce)
     facts: Any = result.facts
     return Module(
-        module_name(part), part.kind, ranks, result.outputs["hlo"], _specs(facts["inputs"]), _specs(facts["slots"]),
+        module_name(part), module_kind(part), ranks, result.outputs["hlo"], _specs(facts["inputs"]), _specs(facts["slots"]),
         _specs(facts["outputs"]), facts, result.hit,
     )  # fmt: skip
 
 
-def lower_action(kiln: Kiln, part: SplitPart, dtype: Dtype = "bfloat16", ranks: int | None = None) -> Action:
+def lower_action(kiln: Kiln, part: Part, dtype: Dtype = "bfloat16", ranks: int | None = None) -> Action:
     """The key of a part's module; no checkpoint is in it."""
-    ranks = ranks or part.ranks(kiln.split.degree if kiln.split else 1)
+    ranks = ranks or ranks_of(part, kiln.split.degree if kiln.split else 1)
     return Action(
         stage="lower",
         what=f"{module_name(part)} {dtype} tp{ranks}",
-        code_version=stage_code_version("fluxkiln.compile.neuron", "fluxkiln.patches", "fluxkiln.export.split"),
+        code_version=stage_code_version("fluxkiln.compile.toolchains.neuron", "fluxkiln.patches", "fluxkiln.export.split"),
         inputs={"config": digest_json(_config(kiln, part))},
         settings={
-            "kind": part.kind,
+            "kind": module_kind(part),
             "blocks": len(part.members),
             "shapes": [kiln.shapes.height, kiln.shapes.width, kiln.shapes.tokens],
             "ranks": ranks,
@@ -167,14 +175,13 @@ class _Source:
     slot_of: Any = str
 
 
-def _split_part(kiln: Kiln, part: SplitPart, dtype: Dtype, ranks: int) -> _Source:
+def _split_part(kiln: Kiln, part: Part, dtype: Dtype, ranks: int) -> _Source:
     from fluxkiln.patches.collectives import ThreadRanks
-    from fluxkiln.patches.flux1.parallel import build_parallel_part
 
-    blocks = 1 if part.kind == "transformer" else len(part.members)
+    model = kiln.checkpoint.model
 
     def build(collectives: Any) -> Any:
-        return build_parallel_part(part.kind, kiln.checkpoint.configs, kiln.shapes, collectives, blocks=blocks)
+        return model.build_parallel_part(part, kiln.checkpoint.configs, kiln.shapes, collectives)
 
     known = build(ThreadRanks(ranks))
     return _Source(
@@ -183,26 +190,26 @@ def _split_part(kiln: Kiln, part: SplitPart, dtype: Dtype, ranks: int) -> _Sourc
     )  # fmt: skip
 
 
-def _whole_part(kiln: Kiln, part: SplitPart, dtype: Dtype) -> _Source:
-    from fluxkiln.export.trace import part_inputs
-    from fluxkiln.patches.flux1.parts import build_part, slot_name
+def _whole_part(kiln: Kiln, part: Part, dtype: Dtype) -> _Source:
+    from fluxkiln.patches.parts import slot_name
     from fluxkiln.patches.patch import check_patches, patches_for
 
-    check_patches(patches_for(part.kind, "pt2"))
+    model, configs = kiln.checkpoint.model, kiln.checkpoint.configs
+    check_patches(patches_for(model, part.kind, "pt2"))
     narrow = {"int64": "int32", "float32": dtype}
     inputs = tuple(
-        replace(spec, dtype=narrow[spec.dtype]) for spec in part_inputs(part.kind, kiln.checkpoint.configs, kiln.shapes)
+        replace(spec, dtype=narrow[spec.dtype]) for spec in model.part_inputs(part.kind, configs, kiln.shapes)
     )
-    outputs = find_kind(part.kind).outputs
-    return _Source(lambda _: build_part(part.kind, kiln.checkpoint.configs), inputs, outputs, 0, 0, slot_name)
+    outputs = part.traits.outputs
+    return _Source(lambda _: model.build_part(part.kind, configs), inputs, outputs, 0, 0, slot_name)
 
 
-def _config(kiln: Kiln, part: SplitPart) -> dict[str, Any]:
-    config = {
-        name: value for name, value in kiln.checkpoint.configs[part.component].items() if not name.startswith("_")
-    }
-    block = part.kind in ("double", "single", "tail")
-    return {name: value for name, value in config.items() if not (block and name in _DEPTHS)}
+def _config(kiln: Kiln, part: Part) -> dict[str, Any]:
+    """Without depths where they are of no influence: a block's or the tail's module is that of models of any depth."""
+    config = {name: value for name, value in kiln.checkpoint.configs[part.folder].items() if not name.startswith("_")}
+    alone = part.traits.ordered and part.traits.cut
+    depths = kiln.checkpoint.model.whole_numbers.get(part.component, ()) if alone else ()
+    return {name: value for name, value in config.items() if name not in depths}
 
 
 def _version(name: str) -> str:

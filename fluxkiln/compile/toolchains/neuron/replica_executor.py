@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.compile.toolchains.neuron.split_bundle import SplitBundle, SplitModule, read_module
-from fluxkiln.components import Component, find_kind
+from fluxkiln.types import Kind
 from fluxkiln.errors import CompileError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ class ReplicaExecutor:
 
     name = "replicas"
 
-    def __init__(self, bundle: SplitBundle, kinds: Mapping[str, str], weights: ReadWeights) -> None:
+    def __init__(self, bundle: SplitBundle, kinds: Mapping[str, Kind], weights: ReadWeights) -> None:
         self.bundle = bundle
         self.kinds = dict(kinds)
         self.weights = weights
@@ -53,13 +53,13 @@ class ReplicaExecutor:
                 raise CompileError(f"part {part}: rank {rank} gives other bytes than rank 0; lower the module again")
         return {spec.name: array.astype(np.float32) for spec, array in zip(module.outputs, ranks[0], strict=True)}
 
-    def load(self, component: Component) -> None:
+    def load(self, component: str) -> None:
         for part, kind in self.kinds.items():
-            if find_kind(kind).component == component:
+            if kind.component == component:
                 self._load(part, self.bundle.module_of(part))
 
-    def release(self, component: Component) -> None:
-        for part in [part for part in self._kept if find_kind(self.kinds[part]).component == component]:
+    def release(self, component: str) -> None:
+        for part in [part for part in self._kept if self.kinds[part].component == component]:
             self.drop(part)
 
     def drop(self, part: str) -> None:

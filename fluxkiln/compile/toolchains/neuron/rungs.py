@@ -14,8 +14,8 @@ from fluxkiln.build.parity import Parity, replay
 from fluxkiln.compile.rungs import Rungs
 from fluxkiln.compile.templates import Kiln
 from fluxkiln.compile.toolchains.neuron.modules import Module, lower_modules, module_name
-from fluxkiln.compile.toolchains.neuron.split import held_elements, runtime_constants
-from fluxkiln.export.split import SplitPart
+from fluxkiln.compile.templates import host_constants
+from fluxkiln.compile.toolchains.neuron.split import held_elements
 from fluxkiln.progress import Progress
 from fluxkiln.settings import Settings
 
@@ -30,7 +30,7 @@ KEPT_BYTES = 2 << 30
 # of one part in float32; T5-XXL in one part has 19 GB
 LARGEST_PART = 3 << 30
 # part -> rank -> its weights in the order of the slots
-ReadWeights = Callable[[SplitPart], "Sequence[Sequence[NDArray[Any]]]"]
+ReadWeights = Callable[[Part], "Sequence[Sequence[NDArray[Any]]]"]
 
 
 class ReplicaRunner:
@@ -63,8 +63,7 @@ class ReplicaRunner:
         """
         import numpy as np
 
-        assert self.kiln.split is not None
-        part = self.kiln.split.find(name)
+        part = find_part(self.kiln.parts, name)
         module = self.modules[module_name(part)]
         worker = self.workers[module.ranks]
         if module.name not in self._programs:
@@ -76,7 +75,7 @@ class ReplicaRunner:
         self._compare(name, ranks)
         return {spec.name: array.astype(np.float32) for spec, array in zip(module.outputs, ranks[0], strict=True)}
 
-    def _weights(self, part: SplitPart, worker: Replicas) -> Kept:
+    def _weights(self, part: Part, worker: Replicas) -> Kept:
         if part.name in self._kept:
             self._kept.move_to_end(part.name)
             return self._kept[part.name][0]
@@ -89,8 +88,7 @@ class ReplicaRunner:
         return self._kept[part.name][0]
 
     def _worker_of(self, name: str) -> Replicas:
-        assert self.kiln.split is not None
-        return self.workers[self.modules[module_name(self.kiln.split.find(name))].ranks]
+        return self.workers[self.modules[module_name(find_part(self.kiln.parts, name))].ranks]
 
     def _compare(self, name: str, ranks: Sequence[Sequence[NDArray[Any]]]) -> None:
         import numpy as np
@@ -121,7 +119,7 @@ def split_rungs(
     exact = lower_modules(kiln, progress, "float32", stage="lower float32")
     whole = lower_modules(kiln, progress, "bfloat16", 1, stage="lower unsplit")
     counts = {module.ranks for one in (modules, exact, whole) for module in one.values()}
-    constants = runtime_constants(kiln)
+    constants = host_constants(kiln)
     with ExitStack() as stack:
         workers = {
             ranks: stack.enter_context(Replicas(ranks, kiln.logs / f"replicas.{ranks}.log")) for ranks in sorted(counts)
@@ -137,13 +135,13 @@ def split_rungs(
         }
 
 
-def bound_weights(kiln: Kiln, part: SplitPart, module: Module, dtype: str) -> list[list[NDArray[Any]]]:
+def bound_weights(kiln: Kiln, part: Part, module: Module, dtype: str) -> list[list[NDArray[Any]]]:
     """Each rank's weights, cut from the checkpoint's tensors, in `dtype`."""
     from fluxkiln.export.bindings import apply_transforms
     from fluxkiln.export.checkpoint import read_tensor
     from fluxkiln.export.split import bind_shard
 
-    tensors = kiln.checkpoint.tensors[part.component]
+    tensors = kiln.checkpoint.tensors[part.folder]
     ranks = []
     for rank in range(module.ranks):
         binding = bind_shard(part, module.slots, kiln.checkpoint, module.ranks, rank)
@@ -208,11 +206,5 @@ def verify_split(
 
 def _executed(kiln: Kiln) -> Kiln:
     """The build with the parts that fit the memory: one process has all ranks of a part, twice while they are moved."""
-    assert kiln.split is not None
-    fitting = [
-        (part, cut)
-        for part, cut in zip(kiln.parts, kiln.split.parts, strict=True)
-        if 4 * held_elements(kiln.checkpoint, cut) <= LARGEST_PART
-    ]
-    cuts = tuple(cut for _, cut in fitting)
-    return replace(kiln, parts=tuple(part for part, _ in fitting), split=replace(kiln.split, parts=cuts))
+    fitting = tuple(part for part in kiln.parts if 4 * held_elements(kiln.checkpoint, part) <= LARGEST_PART)
+    return replace(kiln, parts=fitting)

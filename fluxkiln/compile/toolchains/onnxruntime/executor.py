@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.compile.executor import Net, find_net, require_file
-from fluxkiln.components import Component
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -41,12 +40,12 @@ class OrtExecutor:
 
         return run_session(self._session(part), part, inputs)
 
-    def load(self, component: Component) -> None:
+    def load(self, component: str) -> None:
         for part, net in self.nets.items():
             if net.component == component:
                 self._session(part)
 
-    def release(self, component: Component) -> None:
+    def release(self, component: str) -> None:
         for part in [part for part in self.sessions if self.nets[part].component == component]:
             del self.sessions[part]
 

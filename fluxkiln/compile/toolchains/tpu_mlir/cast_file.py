@@ -99,7 +99,7 @@ def cast_file(
     def produce(folder: Path) -> tuple[dict[str, Path | Blob], dict[str, Any]]:
         place = kiln.logs.parent / "casting" / name
         made = _fill(kiln, shell, binaries, keys, place, action.key, progress, jobs)
-        check_shards(kiln.checkpoint, kiln.shards)
+        check_shards(kiln.checkpoint, kiln.checkpoint.states)
         nets = {net.name: net.coefficients for net in read_bmodel(place).nets}
         blob = kiln.cache.store.add_file(place, move=True)
         facts = {net: [made[net], nets[net].start, nets[net].size] for net in made}

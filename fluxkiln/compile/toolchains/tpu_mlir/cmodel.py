@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.compile.executor import Net, check_inputs, find_net, require_file
-from fluxkiln.components import Component, Shapes, find_kind
 from fluxkiln.errors import ToolchainError, UsageError
+from fluxkiln.patches.model import Model, WeightUse
+from fluxkiln.types import Shapes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -21,8 +22,6 @@ SPEED = 5e7
 MOST_MULTIPLICATIONS = 15e9
 # what every net takes besides, however small
 NET_SECONDS = 2.5
-# how often a weight of the VAE's decoder is used for every position of the latents, on average
-DECODED = 6.4
 _BYTES = {"W4BF16": 0.5625, "W8BF16": 1.0625, "BF16": 2.0, "F16": 2.0, "F32": 4.0}
 
 
@@ -42,6 +41,7 @@ class CmodelExecutor:
         self,
         nets: Mapping[str, Net],
         chip: str,
+        model: Model,
         shapes: Shapes,
         schemes: Mapping[str, str],
         most: float = MOST_MULTIPLICATIONS,
@@ -50,7 +50,7 @@ class CmodelExecutor:
 
         for net in nets.values():
             require_file(net)
-        work = count_work(nets, shapes, schemes)
+        work = count_work(nets, model.weight_uses(shapes), schemes)
         if work > most:
             raise UsageError(
                 f"the simulator makes about {SPEED:.0e} multiplications a second, and the costliest component of this "
@@ -65,7 +65,7 @@ class CmodelExecutor:
             )
         self.nets = dict(nets)
         self.chip = chip
-        each_step = sum(find_kind(net.kind).each_step for net in nets.values())
+        each_step = sum(net.kind.each_step for net in nets.values())
         self.step_seconds = work / SPEED + NET_SECONDS * each_step
         self._env = env
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
@@ -76,11 +76,11 @@ class CmodelExecutor:
         check_inputs(net, inputs)
         return self._open().run(net.file, inputs, tuple(spec.name for spec in net.outputs), net.name)
 
-    def load(self, component: Component) -> None:
+    def load(self, component: str) -> None:
         """Start the simulator; it loads a file when a net of it is run."""
         self._open()
 
-    def release(self, component: Component) -> None:
+    def release(self, component: str) -> None:
         """The simulator holds one file at a time as it is."""
 
     def drop(self, part: str) -> None:
@@ -107,21 +107,16 @@ class CmodelExecutor:
         return self._simulator
 
 
-def count_work(nets: Mapping[str, Net], shapes: Shapes, schemes: Mapping[str, str]) -> float:
+def count_work(nets: Mapping[str, Net], uses: Mapping[str, WeightUse], schemes: Mapping[str, str]) -> float:
     """About how many multiplications the costliest component takes, of the transformer one step.
 
-    Every stored weight is used once for every token, one of the decoder `DECODED` times for every position.
+    Every stored weight is used as often as the model says.
     """
-    often = {
-        "text_encoder_2": float(shapes.tokens),
-        "transformer": float(shapes.joint_tokens),
-        "vae": DECODED * shapes.latent_hw[0] * shapes.latent_hw[1],
-    }
     totals: dict[str, float] = {}
     for part, net in nets.items():
-        kind = find_kind(net.kind)
-        if net.kind == "t5_embed" or (kind.component == "transformer" and not kind.each_step):
+        use = uses.get(net.component)
+        if use is None or (use.idle and net.kind.own[0] in use.idle) or net.kind.rows:
             continue
         weights = net.size / _BYTES.get(schemes[part].split("-")[0], 2.0)
-        totals[net.component] = totals.get(net.component, 0.0) + weights * often.get(net.component, 0.0)
+        totals[net.component] = totals.get(net.component, 0.0) + weights * use.times
     return max(totals.values(), default=0.0)

@@ -21,11 +21,10 @@ from fluxkiln.compile.toolchains.tpu_mlir.moulds import (
 )
 from fluxkiln.compile.toolchains.tpu_mlir.proof import needs_proof, proof_part
 from fluxkiln.compile.weights import check_methods
-from fluxkiln.components import KINDS, Part
 from fluxkiln.errors import CompileError
 from fluxkiln.progress import FROM_STORE, Progress
 from fluxkiln.settings import Settings
-from fluxkiln.types import Template
+from fluxkiln.types import Part, Template
 
 
 def compile_parts(
@@ -75,7 +74,7 @@ def submit_moulds(
     templates: dict[str, Template] = {}
     moulds: dict[str, Future[Any]] = {}
     # the slowest first, so that the others fill the gaps
-    for kind in sorted(first, key=lambda kind: (KINDS[kind].component != "vae", -_weights(kiln, first[kind]))):
+    for kind in sorted(first, key=lambda kind: (first[kind].component != "vae", -_weights(kiln, first[kind]))):
         template = templates[kind] = tell_template(kiln, kind, kiln.target.graph_format, progress, "template")
         claim = claim_memory(kiln, mould_action(kiln, template), template)
         moulds[kind] = pool.submit(f"mould {kind}", claim, _told(progress, make_mould, kiln, template))

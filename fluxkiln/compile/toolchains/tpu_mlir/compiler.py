@@ -26,9 +26,8 @@ if TYPE_CHECKING:
 
 # sin and cos of large arguments lose them in 16 bits, so they and all that feeds them stay in F32
 F32_ANCESTORS_OF = ("Sin", "Cos")
-# Their nodes stand in the order that the chip is to run them in (`order.py`). With it the most thorough
+# Of kinds whose nodes stand in the order that the chip is to run them in (`order.py`). With it the most thorough
 # search for slices that fit into local memory costs 3 s a block and gains another per cent.
-ORDERED_KINDS = frozenset({"double", "single", "tail", "double_modulated", "single_modulated", "tail_modulated"})
 _ORDERED = ["--disable_topo_sort", "--shape_secs_search_strategy", "2"]
 _TRANSFORM = Path(__file__).with_name("transform.py")
 _DEPLOY = Path(__file__).with_name("deploy.py")
@@ -46,6 +45,7 @@ class CompileJob:
         graph: the poured ONNX file; template: the opset 17 template it was poured from.
         activations: the graph inputs that are not slots.
         narrow_inputs, narrow_outputs: inputs or outputs in the scheme's 16-bit type instead of float32.
+        ordered: the template's nodes stand in the order in which the chip is to run them.
         keep_f32: leave sinusoids in F32 (never off but in the test that shows what is lost).
     """
 
@@ -58,6 +58,7 @@ class CompileJob:
     chip: str
     narrow_inputs: bool = False
     narrow_outputs: bool = False
+    ordered: bool = False
     keep_f32: bool = True
 
 
@@ -94,7 +95,7 @@ def compile_graph(env: TpuMlirEnv, job: CompileJob, folder: Path, log: Path) -> 
     python, tool = tool_argv(env, "model_deploy")
     deploy = [python, str(_DEPLOY), tool, "--mlir", "top.mlir", "--chip", job.chip, "--model", "net.bmodel"]
     deploy += ["--quantize", f"W{job.scheme.weight_bits}BF16" if job.scheme.weight_bits else job.scheme.arithmetic]
-    deploy += _ORDERED * (job.kind in ORDERED_KINDS)
+    deploy += _ORDERED * job.ordered
     if job.scheme.weight_bits:
         deploy += ["--q_group_size", str(job.scheme.group_size)]
     if job.scheme.arithmetic != "F32":

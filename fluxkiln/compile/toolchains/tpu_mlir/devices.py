@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fluxkiln.compile.templates import BinaryPart, Kiln
-from fluxkiln.components import Part
 from fluxkiln.errors import ResourceError
+from fluxkiln.types import Part
 
 # In the order in which an image needs them.
 PHASES = ("encode", "modulate", "denoise", "decode")
@@ -141,7 +141,7 @@ def file_of(part: Part) -> str:
 
 def is_modulation(part: Part) -> bool:
     """Whether a part runs once per image, before the loop, for all steps."""
-    return part.kind == "time_embed" or part.kind.endswith("_modulation")
+    return bool(part.traits.rows)
 
 
 def plan_devices(kiln: Kiln, groups: Mapping[str, Sequence[BinaryPart]]) -> DevicePlan:

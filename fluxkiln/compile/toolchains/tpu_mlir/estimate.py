@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fluxkiln.components import KINDS
+from fluxkiln.types import Part
+
 
 PROFILE = "compiler_profile_0.txt"
 
@@ -84,28 +85,28 @@ def read_estimate(folder: Path, chip: str) -> Estimate | None:
     return Estimate(ms, *(count / CYCLES_PER_MS[chip] for count in spent))
 
 
-def estimate_pipeline(parts: Mapping[str, tuple[str, float | None]], steps: int) -> PipelineEstimate:
+def estimate_pipeline(parts: Mapping[Part, float | None], steps: int) -> PipelineEstimate:
     """What an image takes when parts that depend on the step run once a step, and everything else once.
 
     Args:
-        parts: part name -> its kind, and ms of one run.
+        parts: part -> ms of one run.
         steps: denoising steps.
     """
     once, step, step_is_known = 0.0, 0.0, True
     by_kind: dict[str, tuple[int, float]] = {}
     missing = []
-    for name, (kind, ms) in parts.items():
-        every_step = KINDS[kind].each_step
+    for part, ms in parts.items():
+        every_step = part.traits.each_step
         if ms is None:
-            missing.append(name)
+            missing.append(part.name)
             step_is_known = step_is_known and not every_step
             continue
         if every_step:
             step += ms
         else:
             once += ms
-        count, spent = by_kind.get(kind, (0, 0.0))
-        by_kind[kind] = (count + 1, spent + ms)
+        count, spent = by_kind.get(part.kind, (0, 0.0))
+        by_kind[part.kind] = (count + 1, spent + ms)
     return PipelineEstimate(
         steps,
         once,

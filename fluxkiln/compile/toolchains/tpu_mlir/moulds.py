@@ -18,11 +18,10 @@ from fluxkiln.compile.corrections import part_weights
 from fluxkiln.compile.templates import BinaryPart, Kiln, Mould, mould_net, net_name, weights_digest
 from fluxkiln.compile.toolchains.tpu_mlir.environment import TPU_MLIR_VERSION, TpuMlirEnv, default_tpu_mlir_root
 from fluxkiln.compile.weights import rounding_key
-from fluxkiln.components import Part
 from fluxkiln.digests import digest_json
 from fluxkiln.errors import CompileError, ToolchainError
 from fluxkiln.export.bindings import bind_part
-from fluxkiln.types import Template
+from fluxkiln.types import Part, Template
 
 # what decides the bytes of a coefficient region
 STORED_CODE = (
@@ -181,7 +180,7 @@ def _compile_action(kiln: Kiln, stage: str, template: Template, net: str, inputs
             "net": net,
             "scheme": scheme.compiled_name,
             "chip": kiln.target.chip,
-            "narrow": [template.kind in kiln.target.narrow_inputs, template.kind in kiln.target.narrow_outputs],
+            "narrow": list(kiln.target.narrows(kiln.checkpoint.model.kinds[template.kind])),
         },
         tools={"tpu_mlir": TPU_MLIR_VERSION},
     )
@@ -198,6 +197,8 @@ def compile_weights(kiln: Kiln, template: Template, net: str, read_weight: Any, 
     pour(template.path, activations, read_weight, graph)
     work = folder / "work"
     work.mkdir()
+    kind = kiln.checkpoint.model.kinds[template.kind]
+    narrow_inputs, narrow_outputs = kiln.target.narrows(kind)
     job = CompileJob(
         net=net,
         kind=template.kind,
@@ -206,7 +207,8 @@ def compile_weights(kiln: Kiln, template: Template, net: str, read_weight: Any, 
         activations=frozenset(activations),
         scheme=kiln.schemes[template.kind],
         chip=kiln.target.chip,
-        narrow_inputs=template.kind in kiln.target.narrow_inputs,
-        narrow_outputs=template.kind in kiln.target.narrow_outputs,
+        narrow_inputs=narrow_inputs,
+        narrow_outputs=narrow_outputs,
+        ordered=kind.ordered,
     )
     return compile_graph(env, job, work, kiln.logs / f"{log_name}.log")

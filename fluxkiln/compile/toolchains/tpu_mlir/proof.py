@@ -13,11 +13,10 @@ from fluxkiln.compile.templates import BinaryPart, Kiln, Mould, make_template, m
 from fluxkiln.compile.toolchains.tpu_mlir.cast_file import CAST_CODE
 from fluxkiln.compile.toolchains.tpu_mlir.moulds import compile_weights, compiled_form
 from fluxkiln.compile.weights import part_rounders
-from fluxkiln.components import Part
 from fluxkiln.errors import CompileError
 from fluxkiln.files import digest_file
 from fluxkiln.quantize.rounding import RounderOf, as_compiler
-from fluxkiln.types import Template
+from fluxkiln.types import Part, Template
 
 
 def proof_part(parts: list[Part], seed: int) -> Part:

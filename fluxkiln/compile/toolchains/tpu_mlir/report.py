@@ -13,8 +13,6 @@ LABEL = (
     "Summed from the schedules that the compiler makes of its own code, net after net; no board ran. It ranks "
     "formulations, it does not measure them."
 )
-# FLUX.1-schnell is distilled to four steps; 28 is what diffusers' example for dev takes.
-STEPS = {"dev": 28, "schnell": 4}
 
 
 def report_costs(kiln: Kiln, binaries: Sequence[BinaryPart]) -> dict[str, Any]:
@@ -31,8 +29,8 @@ def report_costs(kiln: Kiln, binaries: Sequence[BinaryPart]) -> dict[str, Any]:
 
 def report_estimate(kiln: Kiln, binaries: Sequence[BinaryPart]) -> dict[str, Any]:
     """The compiler's estimate per kind, per step and per image, as text for people and as numbers for programs."""
-    steps = STEPS[kiln.checkpoint.variant]
-    parts = {binary.part.name: (binary.part.kind, estimate_ms(binary)) for binary in binaries}
+    steps = kiln.checkpoint.model.steps[kiln.checkpoint.variant]
+    parts = {binary.part: estimate_ms(binary) for binary in binaries}
     found = estimate_pipeline(parts, steps)
     entries = {
         f"{count} x {kind}" if count > 1 else kind: f"{spent / count:.3f} ms" + (" each" if count > 1 else "")

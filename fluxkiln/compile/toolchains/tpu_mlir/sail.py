@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.compile.executor import Net, check_inputs, find_net, from_bits16, require_file, to_bits16
-from fluxkiln.components import Component
 from fluxkiln.errors import CompileError, ResourceError, ToolchainError
 
 if TYPE_CHECKING:
@@ -87,12 +86,12 @@ class SailExecutor:
             results[spec.name] = wide.reshape(spec.shape)
         return results
 
-    def load(self, component: Component) -> None:
+    def load(self, component: str) -> None:
         for net in self.nets.values():
             if net.component == component:
                 self._engine(net)
 
-    def release(self, component: Component) -> None:
+    def release(self, component: str) -> None:
         """Free a component's files, but for those that hold nets of another one too."""
         others = {net.file for net in self.nets.values() if net.component != component}
         for file in {net.file for net in self.nets.values() if net.component == component} - others:

@@ -14,12 +14,11 @@ from fluxkiln.compile.toolchains.neuron.check import check_hlo
 from fluxkiln.compile.toolchains.neuron.frontend import load_frontend, lower_module
 from fluxkiln.compile.toolchains.neuron.hlo_proto import parse_module
 from fluxkiln.compile.toolchains.neuron.replicas import Replicas
-from fluxkiln.components import Shapes
 from fluxkiln.errors import CompileError, ToolchainError
 from fluxkiln.export.trace import part_inputs
 from fluxkiln.patches.flux1.parts import build_part
 from fluxkiln.patches.flux1.presets import PRESETS
-from fluxkiln.types import TensorSpec
+from fluxkiln.types import Shapes, TensorSpec
 
 pytest.importorskip("jax")
 import torch

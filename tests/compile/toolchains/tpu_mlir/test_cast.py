@@ -21,10 +21,10 @@ from fluxkiln.compile.toolchains.tpu_mlir.forms import Form, form_bytes
 from fluxkiln.compile.toolchains.tpu_mlir.moulds import make_mould
 from fluxkiln.compile.toolchains.tpu_mlir.shell import lay_out, make_shell, write_check_code
 from fluxkiln.compile.toolchains.tpu_mlir.simulator import Simulator
-from fluxkiln.components import find_part
 from fluxkiln.errors import CompileError, IntegrityError
 from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.export.synth.checkpoint import synthesize
+from fluxkiln.types import find_part
 
 pytestmark = pytest.mark.tpu_mlir
 

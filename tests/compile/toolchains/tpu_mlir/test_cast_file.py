@@ -93,8 +93,8 @@ def test_what_a_kill_left_is_not_trusted(blocks, tmp_path, damage):
 
 def test_a_shard_that_changes_ends_the_build(blocks):
     kiln, parts, _ = blocks
-    shard = next(iter(kiln.shards))
-    changed = replace(kiln, shards={**kiln.shards, shard: (0,)})
+    shard = next(iter(kiln.checkpoint.states))
+    changed = replace(kiln, shards={**kiln.checkpoint.states, shard: (0,)})
     with pytest.raises(CheckpointError, match=r"changed while the build read it, and a build is of one checkpoint"):
         cast_file(changed, NAME, parts, Silent())
     assert cast_file(kiln, NAME, parts, Silent())[0].blob

@@ -7,9 +7,8 @@ import pytest
 from fluxkiln.compile.executor import Net
 from fluxkiln.compile.toolchains.tpu_mlir import environment as tpu_mlir_env
 from fluxkiln.compile.toolchains.tpu_mlir.cmodel import NET_SECONDS, CmodelExecutor, count_work
-from fluxkiln.components import Shapes
 from fluxkiln.errors import CompileError, ToolchainError, UsageError
-from fluxkiln.types import TensorSpec
+from fluxkiln.types import Shapes, TensorSpec
 
 SHAPES = Shapes(64, 64, 32)
 

@@ -25,12 +25,11 @@ from fluxkiln.compile.toolchains.tpu_mlir.coefficients import (
 from fluxkiln.compile.toolchains.tpu_mlir.compilation import compile_parts
 from fluxkiln.compile.toolchains.tpu_mlir.moulds import make_mould, mould_action
 from fluxkiln.compile.toolchains.tpu_mlir.proof import prove_cast
-from fluxkiln.components import find_part
 from fluxkiln.errors import CompileError
 from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.progress import Silent
 from fluxkiln.settings import Settings
-from fluxkiln.types import TensorSpec
+from fluxkiln.types import TensorSpec, find_part
 
 SLOTS = (TensorSpec("a.weight__t", (64, 32)), TensorSpec("a.bias", (32,)), TensorSpec("norm.weight", (64,)))
 

@@ -17,10 +17,11 @@ from fluxkiln.compile.templates import make_template
 from fluxkiln.compile.toolchains.tpu_mlir import compiler as adapter
 from fluxkiln.compile.toolchains.tpu_mlir.compiler import CompileJob, check_fusions, compile_graph, f32_table
 from fluxkiln.compile.toolchains.tpu_mlir.simulator import Simulator
-from fluxkiln.components import KINDS, find_part
 from fluxkiln.errors import CompileError, SchemeError
 from fluxkiln.export.bindings import bind_part, weight_reader
+from fluxkiln.patches.flux1.kinds import KINDS
 from fluxkiln.quantize.schemes import parse_scheme
+from fluxkiln.types import find_part
 from fluxkiln.verify.gates import first_bad_rung
 from fluxkiln.verify.ladder import Ladder
 

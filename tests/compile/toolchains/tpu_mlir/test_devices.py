@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from fluxkiln.compile.toolchains.tpu_mlir.devices import RESIDENT, group_parts, plan_devices
-from fluxkiln.components import Part
 from fluxkiln.errors import ResourceError
+from fluxkiln.types import Part
 
 GB = 10**9
 PARTS = (

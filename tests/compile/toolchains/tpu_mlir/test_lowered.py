@@ -13,8 +13,9 @@ from fluxkiln.compile.toolchains.tpu_mlir.lowered import lean_graph
 from fluxkiln.compile.toolchains.tpu_mlir.moulds import compile_part
 from fluxkiln.compile.toolchains.tpu_mlir.simulator import Simulator
 from fluxkiln.compile.toolchains.tpu_mlir.simulator_worker import inputs_first
-from fluxkiln.components import KINDS, Shapes, find_part
 from fluxkiln.errors import CompileError
+from fluxkiln.patches.flux1.kinds import KINDS
+from fluxkiln.types import Shapes, find_part
 
 SMALLEST = Shapes(height=32, width=32, tokens=16)
 # softmax(query @ key) @ value of 4 heads, as the compiler writes it

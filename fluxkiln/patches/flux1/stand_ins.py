@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,9 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fluxkiln.components import MODULATION_CHUNKS, Component, Part, modulation_name
 from fluxkiln.errors import PatchError
-from fluxkiln.verify.pipeline import Configs, PartChain, PooledRow
+from fluxkiln.patches.flux1.host import pooled_row
+from fluxkiln.patches.flux1.kinds import MODULATION_CHUNKS, modulation_name
+from fluxkiln.patches.pipeline import PartChain, PipelineFiles
+from fluxkiln.types import Part
 
 AnyArray = NDArray[Any]
 
@@ -30,7 +31,7 @@ class _StandIn(nn.Module):
     dtype = torch.float32
     device = torch.device("cpu")
 
-    def __init__(self, component: Component, chain: PartChain, config: Mapping[str, Any]) -> None:
+    def __init__(self, component: str, chain: PartChain, config: Mapping[str, Any]) -> None:
         super().__init__()
         self.chain = chain
         self.parts = chain.parts_of(component)
@@ -48,7 +49,7 @@ class _StandIn(nn.Module):
 class TextEncoder(_StandIn):
     """CLIP: one part; the pooled row is picked here."""
 
-    def __init__(self, chain: PartChain, config: Mapping[str, Any], pooled_row: PooledRow) -> None:
+    def __init__(self, chain: PartChain, config: Mapping[str, Any]) -> None:
         super().__init__("text_encoder", chain, config)
         self.pooled_row: Callable[[AnyArray], int] = lambda input_ids: pooled_row(input_ids, config)
 
@@ -119,8 +120,8 @@ class Transformer(_StandIn):
     ) -> AnyArray:
         """Blocks and tail, each with what `condition` has for it."""
         doubles, singles, (tail,) = (
-            tuple(part for part in self.parts if part.kind in (kind, f"{kind}_modulated"))
-            for kind in ("double", "single", "tail")
+            tuple(part for part in self.parts if part.traits.family == family)
+            for family in ("double", "single", "tail")
         )
         for part in doubles:
             streams = {"hidden_states": image, "encoder_hidden_states": text}
@@ -177,7 +178,7 @@ class HoistedTransformer(Transformer):
         self.modulation = {
             part.name: self.chain.run(part, {"temb": temb})["modulation"]
             for part in self.parts
-            if part.kind.endswith("_modulation")
+            if part.traits.family == "modulation"
         }
 
 
@@ -190,8 +191,8 @@ class SplitTransformer(Transformer):
         head = self.run_kind("modulated_head", **tokens, **times)
         rows, position = {}, 0
         for part in self.parts:
-            if part.kind.endswith("_modulated"):
-                taken = _blocks_of(part) * MODULATION_CHUNKS[part.kind.removesuffix("_modulated")]
+            if part.traits.cut in MODULATION_CHUNKS:
+                taken = _blocks_of(part) * MODULATION_CHUNKS[part.traits.cut]
                 rows[part.name] = head["modulation"][:, position : position + taken]
                 position += taken
         return self.run_blocks(
@@ -223,19 +224,17 @@ class Vae(_StandIn):
         return (_tensor(self.chain.run(self.part, {"latents": latents.numpy()})["image"]),)
 
 
-def build_pipeline(
-    root: Path,
-    configs: Configs,
-    chain: PartChain,
-    host_constants: Mapping[str, AnyArray],
-    pooled_row: PooledRow,
-) -> Any:
-    """A `diffusers.FluxPipeline` with the folder's tokenizers and scheduler, and stand-ins for its models."""
+def build_pipeline(files: PipelineFiles, chain: PartChain) -> Any:
+    """A `diffusers.FluxPipeline` with the folder's tokenizers and scheduler, and stand-ins for its models.
+
+    Its constants: `rotary_cos`, `rotary_sin` [J, K] float32, and T5's `position_bias` [1, H, T, T] float32, or
+    `position_buckets` [T, T] int32 where it is split.
+    """
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
     from transformers import CLIPTokenizer, T5TokenizerFast
 
-    rotary = {name: host_constants[name] for name in ("rotary_cos", "rotary_sin")}
-    vae = "vae_tiny" if chain.parts_of("vae")[0].kind == "tiny_vae_decoder" else "vae"
+    root, configs = files.root, files.configs
+    rotary = {name: files.constants[name] for name in ("rotary_cos", "rotary_sin")}
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(root / "scheduler")
     kinds = {part.kind for part in chain.parts}
     if kinds & {"modulated_head", "transformer"}:
@@ -248,10 +247,10 @@ def build_pipeline(
         scheduler=scheduler,
         tokenizer=CLIPTokenizer.from_pretrained(root / "tokenizer"),
         tokenizer_2=T5TokenizerFast.from_pretrained(root / "tokenizer_2"),
-        text_encoder=TextEncoder(chain, configs["text_encoder"], pooled_row),
-        text_encoder_2=TextEncoder2(chain, configs["text_encoder_2"], host_constants),
+        text_encoder=TextEncoder(chain, configs["text_encoder"]),
+        text_encoder_2=TextEncoder2(chain, configs["text_encoder_2"], files.constants),
         transformer=transformer,
-        vae=Vae(chain, configs[vae]),
+        vae=Vae(chain, configs[chain.parts_of("vae")[0].folder]),
     )
 
 

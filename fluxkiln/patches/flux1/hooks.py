@@ -10,11 +10,10 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from fluxkiln.components import KINDS, Part
 from fluxkiln.errors import PatchError
+from fluxkiln.patches.model import Put
+from fluxkiln.types import Part
 
-# (part, inputs, outputs): one call of a part, tensors by the names its kind declares
-Put = Callable[[Part, Mapping[str, Any], Mapping[str, Any]], None]
 # what upstream's forward was given, by its own argument names, and what it returned
 See = Callable[[Mapping[str, Any], Any], None]
 
@@ -83,7 +82,7 @@ def _keep(kept: dict[str, Any], name: str, module: Any, args: Any, output: Any) 
 
 def _observe_embedders(pipe: Any, part: Part, put: Put) -> None:
     """Parts that are given what the model is given, and make what its embedders make."""
-    model, kind = pipe.transformer, KINDS[part.kind]
+    model, kind = pipe.transformer, part.traits
     outputs: dict[str, Any] = {}
     embedders = {
         "hidden_states_out": model.x_embedder,

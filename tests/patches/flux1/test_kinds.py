@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from fluxkiln.components import KINDS, MODULATION_CHUNKS, MODULATION_ROWS, check_steps, list_parts, modulation_name
 from fluxkiln.errors import UsageError
+from fluxkiln.patches.flux1.kinds import MODULATION_CHUNKS, MODULATION_ROWS, list_parts, modulation_name
+from fluxkiln.types import check_steps
 
 CONFIGS = {"text_encoder_2": {"num_layers": 1}, "transformer": {"num_layers": 2, "num_single_layers": 1}}
 
@@ -30,7 +31,7 @@ def test_hoisted_parts_have_what_runs_once_first():
         "token_embed", "double.00", "double.01", "single.00", "tail",
         "vae_decoder",
     ]  # fmt: skip
-    each_step = [part.name for part in list_parts(CONFIGS, modulation="hoisted") if KINDS[part.kind].each_step]
+    each_step = [part.name for part in list_parts(CONFIGS, modulation="hoisted") if part.traits.each_step]
     assert each_step == ["token_embed", "double.00", "double.01", "single.00", "tail"]
 
 

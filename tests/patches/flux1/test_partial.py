@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from fluxkiln.components import COMPONENTS
 
-from fluxkiln.components import COMPONENTS, Shapes, list_parts
 from fluxkiln.export.checkpoint import TensorReader, open_checkpoint
 from fluxkiln.export.eager import PatchedRunner
+from fluxkiln.patches.flux1.kinds import list_parts
+from fluxkiln.types import Shapes
 from fluxkiln.verify.reference import record_reference
 
 SHAPES = Shapes(height=64, width=96, tokens=24)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from fluxkiln.components import Shapes
-from fluxkiln.export.checkpoint import Checkpoint, read_tensor
+from fluxkiln.patches.model import ReadTensor
+from fluxkiln.types import Configs, Shapes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -14,13 +14,21 @@ if TYPE_CHECKING:
 T5_BIAS_TABLE = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
 
 
-def host_constants(checkpoint: Checkpoint, shapes: Shapes) -> dict[str, NDArray[Any]]:
-    """`rotary_cos`, `rotary_sin` [J, K] and `position_bias` [1, H, T, T], float32; of components that are there."""
+def host_constants(configs: Configs, shapes: Shapes, read: ReadTensor, split: bool) -> dict[str, NDArray[Any]]:
+    """What the host hands to the parts of the components that are there, by name.
+
+    `rotary_cos`, `rotary_sin` [J, K] float32; of T5 `position_bias` [1, H, T, T] float32, or where the model is cut
+    over ranks `position_buckets` [T, T] int32.
+    """
     constants: dict[str, NDArray[Any]] = {}
-    if "transformer" in checkpoint.tensors:
-        constants |= rotary_embedding(checkpoint.configs["transformer"], shapes)
-    if "text_encoder_2" in checkpoint.tensors:
-        constants["position_bias"] = position_bias(checkpoint, shapes)
+    if "transformer" in configs:
+        constants |= rotary_embedding(configs["transformer"], shapes)
+    if "text_encoder_2" in configs and split:
+        from fluxkiln.patches.flux1.parallel_text import position_buckets
+
+        constants["position_buckets"] = position_buckets(configs["text_encoder_2"], shapes.tokens)
+    elif "text_encoder_2" in configs:
+        constants["position_bias"] = position_bias(configs["text_encoder_2"], shapes, read)
     return constants
 
 
@@ -40,15 +48,15 @@ def rotary_embedding(config: Mapping[str, Any], shapes: Shapes) -> dict[str, NDA
     return {"rotary_cos": cos.float().numpy(), "rotary_sin": sin.float().numpy()}
 
 
-def position_bias(checkpoint: Checkpoint, shapes: Shapes) -> NDArray[Any]:
+def position_bias(t5: Mapping[str, Any], shapes: Shapes, read: ReadTensor) -> NDArray[Any]:
     """T5's relative position bias [1, H, T, T] float32, by transformers' own bucketing from block 0's table."""
     import numpy as np
     import torch
     from transformers import T5Config
     from transformers.models.t5.modeling_t5 import T5Attention
 
-    config = T5Config(**checkpoint.configs["text_encoder_2"])
-    table = read_tensor(checkpoint.tensors["text_encoder_2"][T5_BIAS_TABLE]).astype(np.float32)
+    config = T5Config(**t5)
+    table = read("text_encoder_2", T5_BIAS_TABLE).astype(np.float32)
     with torch.device("meta"):
         attention = T5Attention(config, has_relative_attention_bias=True, layer_idx=0)
     attention.relative_attention_bias.weight = torch.nn.Parameter(torch.from_numpy(table), requires_grad=False)

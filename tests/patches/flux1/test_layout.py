@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 
 import pytest
+from fluxkiln.export.synth.layout import component_layout
 
-from fluxkiln.components import Shapes
 from fluxkiln.export.checkpoint import COMPONENT_CLASSES
 from fluxkiln.export.synth.checkpoint import PRESETS, synthesized_bytes
-from fluxkiln.export.synth.layout import component_layout
 from fluxkiln.export.validate import expected_tensors
+from fluxkiln.types import Shapes
 
 
 @pytest.mark.parametrize("component", COMPONENT_CLASSES)

@@ -6,15 +6,16 @@ import shutil
 
 import numpy as np
 import pytest
-
-from fluxkiln.components import KINDS, MODULATION_ROWS, Shapes, list_parts
-from fluxkiln.errors import ParityError, PatchError, ShapeError, UsageError
-from fluxkiln.export.eager import PatchedRunner
 from fluxkiln.export.host import host_constants, pooled_row
-from fluxkiln.verify.ladder import Ladder
-from fluxkiln.verify.metrics import compare, compare_images
 from fluxkiln.verify.pipeline import PROMPT, PartChain, quiet, render, run_with_parts
 from fluxkiln.verify.stand_ins import build_pipeline
+
+from fluxkiln.errors import ParityError, PatchError, ShapeError, UsageError
+from fluxkiln.export.eager import PatchedRunner
+from fluxkiln.patches.flux1.kinds import KINDS, MODULATION_ROWS, list_parts
+from fluxkiln.types import Shapes
+from fluxkiln.verify.ladder import Ladder
+from fluxkiln.verify.metrics import compare, compare_images
 
 SHAPES = Shapes(64, 64, 32)
 WIDE = Shapes(height=64, width=96, tokens=24)
@@ -91,7 +92,7 @@ def test_what_lies_between_the_parts_is_bit_exact(case):
     checkpoint, parts, recording = case
     replay = Replay(recording)
     result = run(checkpoint, parts, recording.shapes, replay)
-    each_step = [part.name for part in parts if KINDS[part.kind].each_step]
+    each_step = [part.name for part in parts if part.traits.each_step]
     before = [part.name for part in parts[:-1] if part.name not in each_step]
     assert replay.order == before + 2 * each_step + [parts[-1].name]
     np.testing.assert_array_equal(result.latents, recording.latents)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
-from fluxkiln.components import Shapes
 from fluxkiln.export.host import host_constants, pooled_row, position_bias, rotary_embedding
+
+from fluxkiln.types import Shapes
 
 SMALLEST = Shapes(height=32, width=32, tokens=16)
 

@@ -1,0 +1,217 @@
+"""What FLUX.1 is made of: its kinds of parts, and the parts of a checkpoint in the order they run.
+
+The transformer comes in two forms. `inline`: head, blocks and tail, all run at every step. `hoisted`: what depends on
+timestep, guidance and pooled prompt alone is in parts of their own that run once per image for all its steps, one row
+a step; blocks and tail take the row of their step as an input.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from fluxkiln.errors import UsageError
+from fluxkiln.types import Configs, Kind, Part
+
+CLIP_TOKENS = 77
+# Denoising steps that the hoisted parts take at once; rows beyond an image's number of steps are padding.
+MODULATION_ROWS = 64
+# Rows of modulation that upstream's AdaLN linears give: shift, scale, gate of attention, then of the feed-forward, and
+# this for the image and for the text; shift, scale, gate; scale, shift.
+MODULATION_CHUNKS: Mapping[str, int] = {"double": 12, "single": 3, "tail": 2}
+# configs of components that are not there stand for models without blocks
+NO_BLOCKS: Configs = {"text_encoder_2": {"num_layers": 0}, "transformer": {"num_layers": 0, "num_single_layers": 0}}
+
+_ROTARY = ("rotary_cos", "rotary_sin")
+_IMAGE, _TEXT = "hidden_states", "encoder_hidden_states"
+_STREAMS, _STREAMS_OUT = (_IMAGE, _TEXT), ("hidden_states_out", "encoder_hidden_states_out")
+_BOTH = (("hidden_states_out", _IMAGE), ("encoder_hidden_states_out", _TEXT))
+_ONE = _BOTH[:1]
+_TIMES = ("pooled_projections", "timestep", "guidance")
+_EMBEDDERS = ("x_embedder.", "context_embedder.")
+_BLOCKS = ("transformer_blocks.", "single_transformer_blocks.")
+_ADALN: Mapping[str, tuple[str, ...]] = {
+    "double": ("norm1.linear.", "norm1_context.linear."),
+    "single": ("norm.linear.",),
+    "tail": ("norm_out.linear.",),
+}
+
+
+def _kind(name: str, component: str, inputs: tuple[str, ...], outputs: tuple[str, ...], **traits: Any) -> Kind:
+    return Kind(name, component, inputs, outputs, **{"family": name, "block": traits.get("family", name), **traits})
+
+
+def _block(name: str, inputs: tuple[str, ...], **traits: Any) -> Kind:
+    """A double or single block, or the tail, in one of its forms."""
+    family = name.partition("_")[0]
+    outputs, residual = {
+        "double": (_STREAMS_OUT, _BOTH), "single": (_STREAMS_OUT[:1], _ONE), "tail": (("sample",), ()),
+    }[family]  # fmt: skip
+    blocks = family != "tail"
+    return _kind(
+        name, "transformer", inputs, outputs, residual=residual, stored="blocks" if blocks else "BF16", family=family,
+        narrow_outputs=blocks, ordered=True, **{"narrow_inputs": "all", **traits},
+    )  # fmt: skip
+
+
+def _modulation(block: str) -> Kind:
+    return _kind(
+        f"{block}_modulation", "transformer", ("temb",), ("modulation",), rows=("temb",), most_rows=MODULATION_ROWS,
+        own=_ADALN[block], stored="BF16" if block == "tail" else "blocks", narrow_outputs=True, family="modulation",
+        block=block,
+    )  # fmt: skip
+
+
+def _decoder(name: str, folder: str = "") -> Kind:
+    return _kind(name, "vae", ("latents",), ("image",), folder=folder, stored="F16", convolutional=True)
+
+
+_WHOLE = (
+    _kind("clip", "text_encoder", ("input_ids",), ("last_hidden_state",), stored="F16", traced_on="cpu",
+          tables=("embedding.weight",)),
+    _kind("t5_embed", "text_encoder_2", ("input_ids",), ("hidden_states_out",), stored="F16", own=("shared.",),
+          tables=("shared.weight",)),
+    _kind("t5_block", "text_encoder_2", (_IMAGE, "position_bias"), ("hidden_states_out",), residual=_ONE,
+          stored="blocks", overflows=True, narrow_inputs="all", narrow_outputs=True,
+          tables=("relative_attention_bias.weight",)),
+    _kind("t5_final", "text_encoder_2", (_IMAGE,), ("last_hidden_state",), overflows=True, narrow_inputs="all"),
+    _kind("head", "transformer", (*_STREAMS, *_TIMES), (*_STREAMS_OUT, "temb"), traced_on="cpu", narrow_outputs=True,
+          without=(*_BLOCKS, "norm_out.", "proj_out.")),
+    _block("double", (*_STREAMS, "temb", *_ROTARY)),
+    _block("single", (_IMAGE, "temb", *_ROTARY)),
+    # LayerNorm and SiLU alone read what it is given
+    _block("tail", (_IMAGE, "temb"), narrow_inputs="norms", own=("norm_out.", "proj_out.")),
+    _kind("time_embed", "transformer", _TIMES, ("temb",), rows=("timestep", "guidance"), most_rows=MODULATION_ROWS,
+          own=("time_text_embed.",), family="head", traced_on="cpu"),
+    # SiLU alone reads temb there, and takes float32: time_embed hands it over in float32
+    _modulation("double"),
+    _modulation("single"),
+    _modulation("tail"),
+    _kind("token_embed", "transformer", _STREAMS, _STREAMS_OUT, own=_EMBEDDERS, family="head", narrow_outputs=True),
+    _block("double_modulated", (*_STREAMS, "modulation", *_ROTARY), without=_ADALN["double"], cut="double"),
+    _block("single_modulated", (_IMAGE, "modulation", *_ROTARY), without=_ADALN["single"], cut="single"),
+    _block("tail_modulated", (_IMAGE, "modulation"), own=("proj_out.",), cut="tail"),
+    _decoder("vae_decoder"),
+    _decoder("tiny_vae_decoder", "vae_tiny"),
+)  # fmt: skip
+# Kinds that exist only where a model is cut over the cores of one accelerator. Blocks and tail are the hoisted form's,
+# a part of several blocks has the kind of one.
+_SPLIT = (
+    _kind("t5", "text_encoder_2", ("input_ids", "position_buckets"), ("last_hidden_state",), cut="t5"),
+    _kind("modulated_head", "transformer", (*_STREAMS, *_TIMES), (*_STREAMS_OUT, "modulation"), cut="head"),
+    _kind("transformer", "transformer", (*_STREAMS, *_TIMES, *_ROTARY), ("sample",), cut="transformer"),
+)  # fmt: skip
+KINDS: Mapping[str, Kind] = {kind.name: kind for kind in _WHOLE}
+SPLIT_KINDS: Mapping[str, Kind] = {kind.name: kind for kind in _SPLIT}
+
+
+def make_part(name: str, kind: str, prefix: str = "", members: tuple[tuple[str, str], ...] = ()) -> Part:
+    """A part of FLUX.1 by the name of its kind; UsageError with the legal names otherwise."""
+    known = {**KINDS, **SPLIT_KINDS}
+    if kind not in known:
+        raise UsageError(f"no kind of part is called {kind!r}; there are {', '.join(known)}")
+    return Part(name, known[kind], prefix, members)
+
+
+def list_parts(
+    configs: Configs, vae: Literal["kl", "tiny"] = "kl", modulation: Literal["inline", "hoisted"] = "inline"
+) -> tuple[Part, ...]:
+    """All parts of a pipeline in the order they run.
+
+    Args:
+        configs: each component's `config.json`, keyed by its folder name.
+        vae: `kl` for the checkpoint's own decoder, `tiny` for taef1.
+        modulation: the transformer's form. Blocks and tail are called the same in both, their kinds differ.
+
+    Raises:
+        UsageError: no such form.
+    """
+    if modulation not in ("inline", "hoisted"):
+        raise UsageError(f"no form of the transformer is called {modulation!r}; there are inline, hoisted")
+    parts = [make_part("clip", "clip"), make_part("t5_embed", "t5_embed")]
+    for i in range(int(configs["text_encoder_2"]["num_layers"])):
+        parts.append(make_part(f"t5_block.{i:02d}", "t5_block", f"encoder.block.{i}."))
+    parts.append(make_part("t5_final", "t5_final", "encoder.final_layer_norm."))
+    doubles, singles = (_prefixes(configs, kind) for kind in ("double", "single"))
+    blocks = [
+        *(make_part(f"double.{i:02d}", "double", prefix) for i, prefix in enumerate(doubles)),
+        *(make_part(f"single.{i:02d}", "single", prefix) for i, prefix in enumerate(singles)),
+        make_part("tail", "tail"),
+    ]
+    if modulation == "inline":
+        parts += [make_part("head", "head"), *blocks]
+    else:
+        parts.append(make_part("time_embed", "time_embed"))
+        parts += [make_part(modulation_name(part), f"{part.kind}_modulation", part.prefix) for part in blocks]
+        parts.append(make_part("token_embed", "token_embed"))
+        parts += [replace(part, traits=KINDS[f"{part.kind}_modulated"]) for part in blocks]
+    return (*parts, _vae_part(vae))
+
+
+def list_split_parts(
+    configs: Configs, granularity: str = "block", vae: Literal["kl", "tiny"] = "kl"
+) -> tuple[Part, ...]:
+    """All parts of a pipeline that is cut over ranks, in the order they run.
+
+    Args:
+        granularity: `block`, each block a part; `group:N`, N successive blocks of a kind; `whole`, one part for head,
+            all blocks and tail.
+
+    Raises:
+        UsageError: no such granularity.
+    """
+    match = re.fullmatch(r"block|whole|group:([1-9]\d*)", granularity)
+    if match is None:
+        raise UsageError(f"granularity {granularity!r}: block, group:N with N blocks in a part, and whole are known")
+    configs = {**NO_BLOCKS, **configs}
+    doubles, singles = ([(kind, prefix) for prefix in _prefixes(configs, kind)] for kind in ("double", "single"))
+    if granularity == "whole":
+        members = (("head", ""), *doubles, *singles, ("tail", ""))
+        transformer = [make_part("transformer", "transformer", "", members)]
+    else:
+        size = int(match.group(1) or 1)
+        transformer = [
+            make_part("head", "modulated_head", "", (("head", ""),)),
+            *_groups("double", doubles, size),
+            *_groups("single", singles, size),
+            make_part("tail", "tail_modulated", "", (("tail", ""),)),
+        ]
+    vae_part = _vae_part(vae)
+    return (
+        make_part("clip", "clip", "", (("clip", ""),)),
+        make_part("t5", "t5", "", (("t5", ""),)),
+        *transformer,
+        replace(vae_part, members=((vae_part.kind, vae_part.prefix),)),
+    )
+
+
+def modulation_name(part: Part) -> str:
+    """The part that computes the modulation of `part`, a block or the tail: `double.07` -> `double_modulation.07`."""
+    base, dot, number = part.name.partition(".")
+    return f"{base}_modulation{dot}{number}"
+
+
+def _prefixes(configs: Configs, kind: str) -> list[str]:
+    """Where the tensors of each block of a kind start."""
+    folder, depth = {
+        "double": ("transformer_blocks", "num_layers"),
+        "single": ("single_transformer_blocks", "num_single_layers"),
+    }[kind]
+    return [f"{folder}.{i}." for i in range(int(configs["transformer"][depth]))]
+
+
+def _groups(kind: str, blocks: Sequence[tuple[str, str]], size: int) -> list[Part]:
+    parts = []
+    for first in range(0, len(blocks), size):
+        members = tuple(blocks[first : first + size])
+        last = first + len(members) - 1
+        name = f"{kind}.{first:02d}" if first == last else f"{kind}.{first:02d}-{last:02d}"
+        parts.append(make_part(name, f"{kind}_modulated", members[0][1], members))
+    return parts
+
+
+def _vae_part(vae: Literal["kl", "tiny"]) -> Part:
+    kind = "vae_decoder" if vae == "kl" else "tiny_vae_decoder"
+    return make_part(kind, kind, "decoder.")

@@ -1,0 +1,267 @@
+"""FLUX.1 as the rest of fluxkiln sees it; what takes torch or diffusers is in the files beside this."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fluxkiln.patches.flux1 import kinds
+from fluxkiln.patches.flux1.presets import GENERATOR, PRESETS
+from fluxkiln.patches.model import API, Call, Config, Preset, Put, ReadTensor, Recorded, WeightUse
+from fluxkiln.types import Configs, Kind, Part, Shapes, TensorSpec
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+    from torch.nn import Module
+
+    from fluxkiln.patches.collectives import Collectives
+    from fluxkiln.patches.cut import Cut, ParallelPart
+    from fluxkiln.patches.patch import Patch
+    from fluxkiln.patches.pipeline import OnLatents, PartChain, PipelineFiles, Rendering, Sampling
+
+NON_COMMERCIAL = "LicenseRef-FLUX-1-dev-Non-Commercial"
+# How often a weight of the VAE's decoder is used, on average, for every position of the latents; counted at 1024x1024.
+DECODED = 6.4
+
+
+class Flux1:
+    """FLUX.1, dev and schnell; see `patches.model.Model`."""
+
+    api = API
+    name = "flux1"
+    title = "FLUX.1"
+    pipeline_class = "FluxPipeline"
+    classes: Mapping[str, str] = {
+        "text_encoder": "CLIPTextModel",
+        "text_encoder_2": "T5EncoderModel",
+        "transformer": "FluxTransformer2DModel",
+        "vae": "AutoencoderKL",
+        "vae_tiny": "AutoencoderTiny",
+    }
+    components: tuple[str, ...] = ("text_encoder", "text_encoder_2", "transformer", "vae")
+    tokenizers: Mapping[str, str] = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
+    whole_numbers: Mapping[str, tuple[str, ...]] = {
+        "text_encoder_2": ("num_layers",),
+        "transformer": ("num_layers", "num_single_layers"),
+    }
+    stacks: Mapping[str, Mapping[str, str]] = {
+        "text_encoder_2": {"encoder.block": "t5_block"},
+        "transformer": {"transformer_blocks": "double", "single_transformer_blocks": "single"},
+        "vae": {},
+    }
+    first_is_needed: tuple[str, ...] = ("encoder.block",)
+    calibrated: tuple[str, ...] = ("text_encoder_2", "transformer")
+    adapted = "transformer"
+    tied: Mapping[str, tuple[str, ...]] = {"text_encoder_2": ("encoder.embed_tokens.weight",)}
+    most_tokens: Mapping[str, int] = {"dev": 512, "schnell": 256}
+    # schnell is distilled to four steps; 28 is what diffusers' example for dev takes
+    steps: Mapping[str, int] = {"dev": 28, "schnell": 4}
+    kinds: Mapping[str, Kind] = {**kinds.KINDS, **kinds.SPLIT_KINDS}
+    presets: Mapping[str, Preset] = PRESETS
+    generator = GENERATOR
+    constant_inputs: tuple[str, ...] = ("rotary_cos", "rotary_sin", "position_bias", "position_buckets")
+
+    def variant(self, configs: Configs) -> str:
+        # The schedule tells as well: dev shifts it by the size of the image, schnell does not.
+        guided = (
+            configs["transformer"].get("guidance_embeds", False)
+            if "transformer" in configs
+            else configs.get("scheduler", {}).get("use_dynamic_shifting", False)
+        )
+        return "dev" if guided else "schnell"
+
+    def state_names(self, component: str, names: Iterable[str]) -> dict[str, str]:
+        found = {name: name for name in names}
+        if component == "text_encoder":
+            found = {name.removeprefix("text_model."): name for name in found}
+            found.pop("embeddings.position_ids", None)
+        elif component == "text_encoder_2":
+            # two names of one tied matrix
+            other = found.pop("encoder.embed_tokens.weight", None)
+            if other is not None:
+                found.setdefault("shared.weight", other)
+        return found
+
+    def licence(self, text: str, variant: str) -> str:
+        return "Apache-2.0" if "Apache" in text or (variant == "schnell" and not text) else NON_COMMERCIAL
+
+    def load_class(self, folder: str) -> Any:
+        import diffusers
+        import transformers
+
+        return getattr(transformers if folder in self.tokenizers else diffusers, self.classes[folder])
+
+    def load_pipeline_class(self) -> Any:
+        import diffusers
+
+        return getattr(diffusers, self.pipeline_class)
+
+    def convert_lora(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+        from fluxkiln.patches.flux1.lora import convert_lora
+
+        return convert_lora(tensors)
+
+    def layout(self, folder: str, config: Config) -> dict[str, tuple[int, ...]]:
+        from fluxkiln.patches.flux1.layout import component_layout
+
+        return component_layout(folder, config)
+
+    def write_tokenizers(self, root: Path, configs: Configs) -> dict[str, str]:
+        from fluxkiln.patches.flux1.tokenizers import write_clip_tokenizer, write_t5_tokenizer
+
+        written = {}
+        if "text_encoder" in configs:
+            (root / "tokenizer").mkdir()
+            write_clip_tokenizer(root / "tokenizer", configs["text_encoder"]["vocab_size"])
+            written["tokenizer"] = "CLIPTokenizer"
+        if "text_encoder_2" in configs:
+            (root / "tokenizer_2").mkdir()
+            write_t5_tokenizer(root / "tokenizer_2", configs["text_encoder_2"]["vocab_size"], max_length=512)
+            written["tokenizer_2"] = "T5TokenizerFast"
+        return written
+
+    def list_parts(self, configs: Configs, vae: Any, modulation: Any) -> tuple[Part, ...]:
+        return kinds.list_parts({**kinds.NO_BLOCKS, **configs}, vae, modulation)
+
+    def list_split_parts(self, configs: Configs, granularity: str, vae: Any) -> tuple[Part, ...]:
+        return kinds.list_split_parts(configs, granularity, vae)
+
+    def recorded_parts(self, configs: Configs, vae: Any) -> tuple[Part, ...]:
+        inline = self.list_parts(configs, vae, "inline")
+        names = {part.name for part in inline}
+        return (*inline, *(part for part in self.list_parts(configs, vae, "hoisted") if part.name not in names))
+
+    def recorded_calls(self, recorded: Recorded, part: Part) -> tuple[Call, ...]:
+        from fluxkiln.patches.flux1.views import recorded_calls
+
+        return recorded_calls(recorded, part)
+
+    def modulation_name(self, part: Part) -> str:
+        return kinds.modulation_name(part)
+
+    def part_inputs(self, kind: str, configs: Configs, shapes: Shapes) -> tuple[TensorSpec, ...]:
+        from fluxkiln.patches.flux1.inputs import part_inputs
+
+        return part_inputs(kind, configs, shapes)
+
+    def build_part(self, kind: str, configs: Configs) -> Module:
+        from fluxkiln.patches.flux1.parts import build_part
+
+        return build_part(kind, configs)
+
+    def patches(self) -> tuple[Patch, ...]:
+        from fluxkiln.patches.flux1 import (
+            modulation,
+            parallel_text,
+            parallel_transformer,
+            rms_norm,
+            text,
+            transformer,
+            vae,
+        )  # fmt: skip
+
+        upstream = (*rms_norm.PATCHES, *transformer.PATCHES, *modulation.PATCHES, *text.PATCHES, *vae.PATCHES)
+        return (*upstream, *parallel_transformer.PATCHES, *parallel_text.PATCHES)
+
+    def host_constants(self, configs: Configs, shapes: Shapes, read: ReadTensor, split: bool) -> dict[str, Any]:
+        from fluxkiln.patches.flux1.host import host_constants
+
+        return host_constants(configs, shapes, read, split)
+
+    def weight_uses(self, shapes: Shapes) -> dict[str, WeightUse]:
+        decoded = DECODED * shapes.latent_hw[0] * shapes.latent_hw[1]
+        return {
+            "text_encoder_2": WeightUse(shapes.tokens, ("shared.",)),
+            "transformer": WeightUse(shapes.joint_tokens),
+            "vae": WeightUse(decoded, ("encoder.conv", "encoder.down", "encoder.mid")),
+        }
+
+    @property
+    def cuts(self) -> Mapping[str, tuple[Cut, ...]]:
+        from fluxkiln.patches.flux1.cuts import CUTS
+
+        return CUTS
+
+    def head_count(self, cut: str, configs: Configs) -> int:
+        from fluxkiln.patches.flux1.cuts import head_count
+
+        return head_count(cut, configs)
+
+    def split_axes(self, configs: Configs) -> tuple[int, dict[str, int]]:
+        from fluxkiln.patches.flux1.cuts import split_axes
+
+        return split_axes(configs)
+
+    def activation_bytes(self, configs: Configs, shapes: Shapes, degree: int) -> int:
+        from fluxkiln.patches.flux1.cuts import activation_bytes
+
+        return activation_bytes(configs, shapes, degree)
+
+    def build_parallel_part(
+        self, part: Part, configs: Configs, shapes: Shapes, collectives: Collectives
+    ) -> ParallelPart:
+        from fluxkiln.patches.flux1.parallel import build_parallel_part
+
+        blocks = 1 if part.traits.cut == "transformer" else len(part.members)
+        return build_parallel_part(part.traits.cut, configs, shapes, collectives, blocks=blocks)
+
+    def modulation_rows(self, configs: Configs) -> dict[str, tuple[int, int]]:
+        from fluxkiln.patches.flux1.parallel import modulation_rows
+
+        return modulation_rows(configs) if "transformer" in configs else {}
+
+    def observe(self, pipe: Any, part: Part, put: Put) -> None:
+        from fluxkiln.patches.flux1.hooks import observe_part
+
+        observe_part(pipe, part, put)
+
+    def build_pipeline(self, files: PipelineFiles, chain: PartChain) -> Any:
+        from fluxkiln.patches.flux1.stand_ins import build_pipeline
+
+        return build_pipeline(files, chain)
+
+    def check_constants(self, constants: Mapping[str, NDArray[Any]], shapes: Shapes) -> None:
+        from fluxkiln.patches.flux1.pipeline import check_constants
+
+        check_constants(constants, shapes)
+
+    def render(self, pipe: Any, shapes: Shapes, sampling: Sampling, on_latents: OnLatents | None = None) -> Rendering:
+        from fluxkiln.patches.flux1.pipeline import render
+
+        return render(pipe, shapes, sampling, on_latents)
+
+    def encode(
+        self, pipe: Any, shapes: Shapes, prompt: str, prompt_2: str | None
+    ) -> tuple[dict[str, NDArray[Any]], tuple[str, ...]]:
+        from fluxkiln.patches.flux1.pipeline import encode
+
+        return encode(pipe, shapes, prompt, prompt_2)
+
+    def denoise(
+        self, pipe: Any, encoded: Mapping[str, Any], shapes: Shapes, after_step: Callable[..., Any], **sampling: Any
+    ) -> Any:
+        from fluxkiln.patches.flux1.pipeline import denoise
+
+        return denoise(pipe, encoded, shapes, after_step, **sampling)
+
+    def decode(self, pipe: Any, shapes: Shapes, latents: NDArray[Any]) -> NDArray[Any]:
+        from fluxkiln.patches.flux1.pipeline import decode
+
+        return decode(pipe, shapes, latents)
+
+    def see_split_leaves(
+        self,
+        part: Part,
+        configs: Configs,
+        inputs: Mapping[str, Any],
+        state: Mapping[str, Any],
+        load: Callable[..., Any],
+    ) -> Any:
+        from fluxkiln.patches.flux1.leaves import see_split_leaves
+
+        return see_split_leaves(part, configs, inputs, state, load)
+
+
+MODEL = Flux1()

@@ -1,0 +1,139 @@
+"""diffusers' FluxPipeline: run on one prompt, all of it or as much of it as is there; and its stages one by one.
+
+Checked with diffusers 0.42.1.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fluxkiln.errors import ShapeError
+from fluxkiln.patches.flux1.kinds import CLIP_TOKENS
+from fluxkiln.patches.pipeline import OnLatents, Rendering, Sampling, quiet
+from fluxkiln.types import Shapes
+
+SHOWN_CUT = 160  # characters of what was cut from a prompt
+
+
+def render(pipe: Any, shapes: Shapes, sampling: Sampling, on_latents: OnLatents | None = None) -> Rendering:
+    """Run `pipe`, a `diffusers.FluxPipeline` with None for the models it has not got, on the CPU's random numbers.
+
+    Without an encoder its embedding is normal random numbers for the seed, without a transformer so are the latents
+    that a VAE is given. What is neither given nor made is empty.
+    """
+    random = torch.Generator("cpu").manual_seed(sampling.seed)
+    embeds, pooled, latents = (torch.empty(0) for _ in range(3))
+    image = np.empty((0, 0, 3), np.float32)
+    start = time.perf_counter()
+
+    def after_step(_: Any, __: int, ___: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        nonlocal latents
+        latents = tensors["latents"]
+        if on_latents:
+            on_latents(latents.float().numpy().copy())
+        return {}
+
+    # quiet: a prompt cut to the build's few tokens is meant, and diffusers warns of it
+    with torch.no_grad(), quiet():
+        if pipe.text_encoder_2 is not None:
+            embeds = pipe._get_t5_prompt_embeds(
+                sampling.prompt, max_sequence_length=shapes.tokens, device="cpu", dtype=torch.float32
+            )
+        elif pipe.transformer is not None:
+            embeds = torch.randn(1, shapes.tokens, pipe.transformer.config.joint_attention_dim, generator=random)
+        if pipe.text_encoder is not None:
+            pooled = pipe._get_clip_prompt_embeds(sampling.prompt, device="cpu")
+        elif pipe.transformer is not None:
+            pooled = torch.randn(1, pipe.transformer.config.pooled_projection_dim, generator=random)
+        if pipe.transformer is not None:
+            encoded = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
+            made = denoise(
+                pipe, encoded, shapes, after_step, steps=sampling.steps, guidance=sampling.guidance_scale,
+                random=random, output_type="latent" if pipe.vae is None else "np",
+            )  # fmt: skip
+            image = image if pipe.vae is None else made[0]
+        elif pipe.vae is not None:
+            config = pipe.vae.config
+            latents = torch.randn(1, config.latent_channels, *shapes.latent_hw, generator=random)
+            decoded = pipe.vae.decode(latents / config.scaling_factor + config.shift_factor, return_dict=False)[0]
+            image = pipe.image_processor.postprocess(decoded, output_type="np")[0]
+    seconds = time.perf_counter() - start
+    return Rendering(latents.numpy(), image, embeds.numpy(), pooled.numpy(), seconds)
+
+
+def denoise(
+    pipe: Any, encoded: Mapping[str, Any], shapes: Shapes, after_step: Callable[..., dict[str, Any]], *,
+    steps: int, guidance: float, random: Any, latents: Any = None, output_type: str = "latent",
+) -> Any:  # fmt: skip
+    """Run the loop of `pipe` on encoded prompts; its images.
+
+    Args:
+        encoded: by diffusers' argument names. after_step: diffusers' `callback_on_step_end`, given the latents.
+        random: a torch.Generator. output_type: as diffusers names it: `np`, or `latent` for no images.
+    """
+    pipe.set_progress_bar_config(disable=True)
+    return pipe(
+        **encoded, height=shapes.height, width=shapes.width, num_inference_steps=steps, guidance_scale=guidance,
+        generator=random, latents=latents, output_type=output_type, callback_on_step_end=after_step,
+        callback_on_step_end_tensor_inputs=["latents"],
+    ).images  # fmt: skip
+
+
+def encode(
+    pipe: Any, shapes: Shapes, prompt: str, prompt_2: str | None
+) -> tuple[dict[str, NDArray[Any]], tuple[str, ...]]:
+    """A prompt as `denoise` takes it, float32, and a sentence for each encoder that does not see all of it."""
+    with torch.no_grad(), quiet():
+        notes = (
+            *_cut_note(pipe.tokenizer, prompt, CLIP_TOKENS, "CLIP"),
+            *_cut_note(pipe.tokenizer_2, prompt_2 or prompt, shapes.tokens, "T5"),
+        )
+        embeds, pooled, _ = pipe.encode_prompt(prompt, prompt_2 or None, max_sequence_length=shapes.tokens)
+    return {"prompt_embeds": embeds.numpy(), "pooled_prompt_embeds": pooled.numpy()}, notes
+
+
+def decode(pipe: Any, shapes: Shapes, latents: NDArray[Any]) -> NDArray[Any]:
+    """The image [height, width, 3] in 0..1 of packed latents [1, S, 4C].
+
+    Source: the end of diffusers' `FluxPipeline.__call__`.
+    """
+    config = pipe.vae.config
+    with torch.no_grad(), quiet():
+        packed = torch.from_numpy(np.array(latents, np.float32))
+        unpacked = pipe._unpack_latents(packed, shapes.height, shapes.width, pipe.vae_scale_factor)
+        image = pipe.vae.decode(unpacked / config.scaling_factor + config.shift_factor)[0]
+        made: NDArray[Any] = pipe.image_processor.postprocess(image, output_type="np")[0]
+    return made
+
+
+def check_constants(host_constants: Mapping[str, NDArray[Any]], shapes: Shapes) -> None:
+    """Raise ShapeError when host constants were made for other shapes."""
+    lengths = {"rotary_cos": shapes.joint_tokens, "rotary_sin": shapes.joint_tokens, "position_bias": shapes.tokens}
+    lengths["position_buckets"] = shapes.tokens
+    for name, length in lengths.items():
+        if name not in host_constants:
+            continue
+        found = host_constants[name].shape[-2]
+        if found != length:
+            raise ShapeError(
+                f"{name} is for {found} tokens, {shapes.width}x{shapes.height} with {shapes.tokens} text tokens needs "
+                f"{length} (CLIP's {CLIP_TOKENS} do not count); compute the host constants for these shapes"
+            )
+
+
+def _cut_note(tokenizer: Any, prompt: str, tokens: int, name: str) -> tuple[str, ...]:
+    """What of a prompt a text encoder does not see, as a sentence; nothing where all of it fits."""
+    ids = tokenizer(prompt).input_ids
+    if len(ids) <= tokens:
+        return ()
+    # the last token is the end mark, which the cut prompt has as well
+    lost = ids[tokens - 1 : -1]
+    text = tokenizer.decode(lost, skip_special_tokens=True)
+    shown = text if len(text) <= SHOWN_CUT else f"{text[:SHOWN_CUT]}…"
+    return (f"{name} takes {tokens} tokens and the prompt has {len(ids)}: the last {len(lost)} were cut: {shown!r}",)

@@ -1,0 +1,230 @@
+"""What a model is: everything that is true of one family of checkpoints and of no other.
+
+A model is a folder beside this file, or a package of somebody else's that is registered under the entry-point group
+`fluxkiln.models`. Nothing outside of it names a kind of its parts, a depth or a tensor. Usually one subclasses the
+model it resembles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fluxkiln.types import Configs, Kind, Part, Shapes, TensorSpec
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+    from torch.nn import Module
+
+    from fluxkiln.patches.collectives import Collectives
+    from fluxkiln.patches.cut import Cut, ParallelPart
+    from fluxkiln.patches.patch import Patch
+    from fluxkiln.patches.pipeline import OnLatents, PartChain, PipelineFiles, Rendering, Sampling
+
+# Of this protocol; raised when a method is added or changes its meaning.
+API = 1
+
+Config = Mapping[str, Any]
+# component and tensor -> its values
+ReadTensor = Callable[[str, str], "NDArray[Any]"]
+# {"inputs": {name: file}, "outputs": {name: file}} of one run of a part
+Call = Mapping[str, Mapping[str, str]]
+# (part, inputs, outputs): one call of a part, tensors by the names its kind declares
+Put = Callable[[Part, Mapping[str, Any], Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """A synthetic model: the config of every component, the size it is built at by default."""
+
+    name: str
+    summary: str
+    variant: str
+    size: tuple[int, int]
+    tokens: int
+    configs: Mapping[str, Config]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightUse:
+    """How often an image step uses each matrix of a component, on average; `idle` are beginnings of names it does not
+    run at all (tables, the half of a VAE that makes latents of images)."""
+
+    times: float
+    idle: tuple[str, ...] = ()
+
+
+class Recorded(Protocol):
+    """A recorded reference run: part -> its kind, and the calls of it; files lie below `root`."""
+
+    @property
+    def root(self) -> Path: ...
+    @property
+    def kinds(self) -> Mapping[str, str]: ...
+    @property
+    def calls(self) -> Mapping[str, tuple[Call, ...]]: ...
+
+
+class Model(Protocol):
+    """One family of checkpoints.
+
+    Attributes:
+        api: the API of this protocol that it was written for. title: what people call it.
+        pipeline_class: of `model_index.json`, which is how a checkpoint's model is found.
+        classes: folder with weights -> class of its model; for a component, as `model_index.json` has it.
+        components: those of a pipeline, in the order in which an image needs them; tokenizers: theirs, by component.
+        whole_numbers: component -> keys of its config that must be whole numbers of at least 1.
+        stacks: component -> lists of blocks in it, whose weights are read one block at a time, by the kind of block;
+            components that are not named are read as a whole. first_is_needed: those whose first block makes what all
+            others take.
+        calibrated: components whose linear layers a scheme may quantize. adapted: the one that LoRAs are for.
+        tied: component -> second names of tensors in its `state_dict()`.
+        generator: raised when the same preset and seed give other bytes. constant_inputs: of parts, what the host gives.
+        most_tokens: variant -> the most text tokens it takes. steps: variant -> denoising steps of an ordinary image.
+    """
+
+    api: int
+    name: str
+    title: str
+    pipeline_class: str
+    classes: Mapping[str, str]
+    components: tuple[str, ...]
+    tokenizers: Mapping[str, str]
+    whole_numbers: Mapping[str, tuple[str, ...]]
+    stacks: Mapping[str, Mapping[str, str]]
+    first_is_needed: tuple[str, ...]
+    calibrated: tuple[str, ...]
+    adapted: str
+    tied: Mapping[str, tuple[str, ...]]
+    most_tokens: Mapping[str, int]
+    steps: Mapping[str, int]
+    kinds: Mapping[str, Kind]
+    presets: Mapping[str, Preset]
+    generator: int
+    constant_inputs: tuple[str, ...]
+
+    # The checkpoint.
+
+    def variant(self, configs: Configs) -> str:
+        """`dev` or `schnell`, say."""
+
+    def state_names(self, component: str, names: Iterable[str]) -> Mapping[str, str]:
+        """Name in the module's `state_dict()` -> name in the files, which have those of older releases."""
+
+    def licence(self, text: str, variant: str) -> str:
+        """The SPDX name of the licence of a checkpoint with this text, which may be empty."""
+
+    def load_class(self, folder: str) -> Any:
+        """diffusers' or transformers' class of what is in a folder of the checkpoint; imports it."""
+
+    def load_pipeline_class(self) -> Any:
+        """diffusers' class of the whole; imports it."""
+
+    def convert_lora(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+        """Tensors of a LoRA file -> the same by diffusers' names, and alphas; whatever diffusers' converters raise."""
+
+    # Synthetic checkpoints.
+
+    def layout(self, folder: str, config: Config) -> dict[str, tuple[int, ...]]:
+        """Names, as files have them, and shapes of the tensors of a component; no heavy import."""
+
+    def write_tokenizers(self, root: Path, configs: Configs) -> dict[str, str]:
+        """The tokenizers of these components below the folder `root`; their folders and classes."""
+
+    # Its parts.
+
+    def list_parts(self, configs: Configs, vae: Any, modulation: Any) -> tuple[Part, ...]:
+        """All parts in the order they run; of components without a config, those that there are but once.
+
+        Raises: UsageError: there is no such form.
+        """
+
+    def list_split_parts(self, configs: Configs, granularity: str, vae: Any) -> tuple[Part, ...]:
+        """The same of a model that is cut over ranks; UsageError for a granularity that there is not."""
+
+    def recorded_parts(self, configs: Configs, vae: Any) -> tuple[Part, ...]:
+        """The parts to record so that one run of the reference serves all forms."""
+
+    def recorded_calls(self, recorded: Recorded, part: Part) -> tuple[Call, ...]:
+        """The calls of a part of any form, made of those of `recorded_parts`; UsageError where they cannot be."""
+
+    def modulation_name(self, part: Part) -> str:
+        """The part that gives the input `modulation` of a part."""
+
+    def part_inputs(self, kind: str, configs: Configs, shapes: Shapes) -> tuple[TensorSpec, ...]:
+        """The activations a part takes, in the order of its kind's inputs."""
+
+    def build_part(self, kind: str, configs: Configs) -> Module:
+        """The wrapper module of a kind on the meta device; CheckpointError for a structure it does not cover."""
+
+    def patches(self) -> tuple[Patch, ...]:
+        """Every rewrite of upstream, in the order they are applied."""
+
+    def host_constants(self, configs: Configs, shapes: Shapes, read: ReadTensor, split: bool) -> dict[str, Any]:
+        """What the host hands to the parts of the components that are there, by name."""
+
+    def weight_uses(self, shapes: Shapes) -> Mapping[str, WeightUse]:
+        """Component -> how much of it an image step runs."""
+
+    # Cut over ranks.
+
+    @property
+    def cuts(self) -> Mapping[str, tuple[Cut, ...]]:
+        """What a kind is called there -> how each of its weights is cut."""
+
+    def head_count(self, cut: str, configs: Configs) -> int:
+        """Attention heads of the component that a kind is cut from; 1 for kinds that are not cut by heads."""
+
+    def split_axes(self, configs: Configs) -> tuple[int, dict[str, int]]:
+        """Attention heads of the transformer, which may be padded, and the axes that have to split evenly, by name."""
+
+    def activation_bytes(self, configs: Configs, shapes: Shapes, degree: int) -> int:
+        """Bytes of activations that are alive at once on one of `degree` ranks."""
+
+    def build_parallel_part(
+        self, part: Part, configs: Configs, shapes: Shapes, collectives: Collectives
+    ) -> ParallelPart:
+        """The module of a part for one of `collectives.ranks` ranks, on the meta device."""
+
+    def modulation_rows(self, configs: Configs) -> dict[str, tuple[int, int]]:
+        """Rows [start, stop) of the head's modulation, by the part they are for."""
+
+    # The pipeline.
+
+    def observe(self, pipe: Any, part: Part, put: Put) -> None:
+        """Have `put` called each time a part runs in diffusers' pipeline."""
+
+    def build_pipeline(self, files: PipelineFiles, chain: PartChain) -> Any:
+        """diffusers' pipeline with stand-ins for its models that run the parts of `chain`."""
+
+    def check_constants(self, constants: Mapping[str, NDArray[Any]], shapes: Shapes) -> None:
+        """Raise ShapeError when host constants were made for other shapes."""
+
+    def render(self, pipe: Any, shapes: Shapes, sampling: Sampling, on_latents: OnLatents | None = None) -> Rendering:
+        """Run diffusers' pipeline on a prompt; what a component that is None would have made is random numbers."""
+
+    def encode(
+        self, pipe: Any, shapes: Shapes, prompt: str, prompt_2: str | None
+    ) -> tuple[dict[str, NDArray[Any]], tuple[str, ...]]:
+        """A prompt as `denoise` takes it, by diffusers' argument names, and sentences on what was cut of it."""
+
+    def denoise(
+        self, pipe: Any, encoded: Mapping[str, Any], shapes: Shapes, after_step: Callable[..., Any], **sampling: Any
+    ) -> Any:
+        """Run the loop: `steps`, `guidance`, `random`, `latents`."""
+
+    def decode(self, pipe: Any, shapes: Shapes, latents: NDArray[Any]) -> NDArray[Any]:
+        """The image [height, width, 3] in 0..1 of packed latents."""
+
+    def see_split_leaves(
+        self,
+        part: Part,
+        configs: Configs,
+        inputs: Mapping[str, Any],
+        state: Mapping[str, Any],
+        load: Callable[..., Any],
+    ) -> Any:
+        """What upstream's own leaf modules make in the place of a split part, in call order; for `debug`."""

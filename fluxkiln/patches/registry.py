@@ -1,0 +1,57 @@
+"""The models there are: a folder of this package each, and those that other distributions register.
+
+Such a distribution has an entry point in the group `fluxkiln.models`, whose value is an object as
+`fluxkiln.patches.model.Model` describes it. One that cannot be used is left out with a sentence that says why.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from functools import cache
+
+import fluxkiln.patches
+from fluxkiln.errors import CheckpointError, UsageError
+from fluxkiln.patches.model import API, Model, Preset
+from fluxkiln.plugins import find_plugins
+from fluxkiln.types import Configs
+
+GROUP = "fluxkiln.models"
+
+
+@cache
+def all_models() -> tuple[Model, ...]:
+    """Those of this package first."""
+    own = tuple(
+        importlib.import_module(f"fluxkiln.patches.{module.name}.model").MODEL
+        for module in pkgutil.iter_modules(fluxkiln.patches.__path__)
+        if module.ispkg
+    )
+    return (*own, *find_plugins(GROUP, Model, API, {model.name for model in own}))
+
+
+def model_for(pipeline_class: object, where: str) -> Model:
+    """The model whose checkpoints have this class in `model_index.json`; CheckpointError with those that there are."""
+    for model in all_models():
+        if model.pipeline_class == pipeline_class:
+            return model
+    known = ", ".join(f"{model.pipeline_class} ({model.title})" for model in all_models())
+    raise CheckpointError(
+        f"{where} is for {pipeline_class!r}, fluxkiln compiles {known}; give a folder that one of these wrote with "
+        "save_pretrained, a Hugging Face id, or a synthetic preset"
+    )
+
+
+def model_of_configs(configs: Configs) -> Model:
+    """The model of a bundle: that whose transformer has the class that its config names."""
+    found = configs.get("transformer", {}).get("_class_name")
+    for model in all_models():
+        if model.classes.get("transformer") == found:
+            return model
+    known = ", ".join(f"{model.classes['transformer']} ({model.title})" for model in all_models())
+    raise UsageError(f"the bundle's transformer is a {found!r}; this fluxkiln knows {known}: install what made it")
+
+
+def all_presets() -> dict[str, tuple[Model, Preset]]:
+    """Synthetic presets of all models by name."""
+    return {name: (model, preset) for model in reversed(all_models()) for name, preset in model.presets.items()}

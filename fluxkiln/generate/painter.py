@@ -27,6 +27,7 @@ from fluxkiln.errors import ShapeError, UsageError
 from fluxkiln.export.host import pooled_row
 from fluxkiln.generate.bundle import Bundle, components_to_release
 from fluxkiln.progress import Laps, Progress, Silent
+from fluxkiln.settings import MOST_SEED
 from fluxkiln.verify.pipeline import GUIDANCE_SCALE, PartChain, check_constants, quiet
 
 if TYPE_CHECKING:
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
 # as the model cards have it
 DEFAULT_STEPS: Mapping[str, int] = {"dev": 28, "schnell": 4}
-MOST_SEED = 2**63 - 1
 SHOWN_CUT = 160  # characters of what was cut from a prompt
 
 

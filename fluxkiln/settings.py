@@ -1,124 +1,45 @@
-"""One dataclass of settings for a build, from flags and Make variables; what it leaves open the model decides."""
+"""The settings of a build, each described once; what they leave open the model and the target decide.
+
+The command line's options are made from the description. The Makefile's variables and the table of them in the
+documentation are held equal to it by a test.
+"""
 
 from __future__ import annotations
 
 import math
+import operator
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
-from fluxkiln.components import COMPONENTS
 from fluxkiln.errors import ShapeError, UsageError
+from fluxkiln.types import Shapes
 
 DEFAULT_MODEL = "tiny-dev"
 DEFAULT_PROMPT = "a small kiln by a river at night"
 STORE_VARIABLE = "FLUXKILN_STORE"
+MOST_SEEDS = 256
+MOST_SEED = 2**63 - 1
+
+_T = TypeVar("_T")
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """What a user asks for.
-
-    Attributes:
-        model: a synthetic preset, a folder, or a Hugging Face id.
-        size: width and height of the image; None for the model's default.
-        tokens: text tokens; None for the model's default.
-        scheme: how the blocks are stored; None for the target's default.
-        vae: the checkpoint's own decoder, or taef1.
-        components: only these of `COMPONENTS`; None for all.
-        loras: LoRA files and their strengths, fused into the transformer before anything else.
-        modulation: of the transformer: computed in every block in every step, or once per image before the first.
-        instance, tp_degree, granularity, lnc, flags: of a target that cuts the model over cores: the instance and how
-            many cores share a part, None for the target's default; how many blocks a module holds; physical cores of a
-            logical one; the preset of compiler flags.
-        jobs: compilers at once; None for one per core.
-        build_dir: where bundles and reports go; store: the content-addressed store.
-        seed, steps, prompt: of the recorded reference run.
-        prompts, seeds: whole images besides it: each of one with each of the other. `prompt` or `seed` stands in for
-            the one that is empty; none where both are.
-        verify: climb the parity ladder.
-        prove: compile one part of each cast kind even if casts from its mould have been proven before.
-    """
-
-    target: str
-    model: str = DEFAULT_MODEL
-    size: tuple[int, int] | None = None
-    tokens: int | None = None
-    scheme: str | None = None
-    vae: Literal["kl", "tiny"] = "kl"
-    components: tuple[str, ...] | None = None
-    loras: tuple[tuple[Path, float], ...] = ()
-    modulation: Literal["inline", "hoisted"] = "hoisted"
-    instance: str | None = None
-    tp_degree: int | None = None
-    granularity: str = "block"
-    lnc: int = 1
-    flags: Literal["default", "published"] = "default"
-    jobs: int | None = None
-    build_dir: Path = Path("build")
-    store: Path | None = None
-    seed: int = 0
-    steps: int = 2
-    prompt: str = DEFAULT_PROMPT
-    prompts: tuple[str, ...] = ()
-    seeds: tuple[int, ...] = ()
-    verify: bool = True
-    prove: bool = False
-
-    def __post_init__(self) -> None:
-        if self.vae not in ("kl", "tiny"):
-            raise UsageError(f"no VAE is called {self.vae!r}; there are kl (the checkpoint's own) and tiny (taef1)")
-        if self.modulation not in ("inline", "hoisted"):
-            raise UsageError(f"no form of the transformer is called {self.modulation!r}; there are inline, hoisted")
-        if self.flags not in ("default", "published"):
-            raise UsageError(f"no preset of compiler flags is called {self.flags!r}; there are default, published")
-        for component in self.components or ():
-            if component not in COMPONENTS:
-                raise UsageError(f"no component is called {component!r}; there are {', '.join(COMPONENTS)}")
-        if self.components == ():
-            raise UsageError(f"no component was asked for; there are {', '.join(COMPONENTS)}")
-        if self.loras and "transformer" not in self.chosen:
-            raise UsageError(
-                f"LoRAs go into the transformer, and only {', '.join(self.chosen)} is built; leave out --lora, or add "
-                "transformer to --components"
-            )
-        if self.prompts or self.seeds:
-            if set(self.chosen) != set(COMPONENTS):
-                raise UsageError(
-                    f"prompts and seeds make whole images, and only {', '.join(self.chosen)} is built; leave "
-                    "--components out"
-                )
-            if not self.verify:
-                raise UsageError("prompts and seeds are for verification, which --no-verify leaves out; drop either")
-        for name, value in (
-            ("jobs", self.jobs),
-            ("tokens", self.tokens),
-            ("steps", self.steps),
-            ("tp", self.tp_degree),
-        ):
-            if value is not None and value < 1:
-                raise UsageError(f"{name} {value}: at least 1 is needed; leave the option out for the default")
-
-    @property
-    def chosen(self) -> tuple[str, ...]:
-        """The components to build, in the order of the pipeline."""
-        return tuple(name for name in COMPONENTS if name in (self.components or COMPONENTS))
-
-    @property
-    def store_path(self) -> Path:
-        return self.store or Path(os.environ.get(STORE_VARIABLE) or self.build_dir / "store")
+def parse_names(text: str) -> tuple[str, ...]:
+    """`transformer,vae` -> ("transformer", "vae")."""
+    return tuple(text.replace(",", " ").split())
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """`1024x768` -> (width, height), `1024` -> a square; whether they are legal is for `Shapes` to say."""
+    """`1024x768` -> (width, height), `1024` -> a square; ShapeError when it is no size, or none the model can take."""
     match = re.fullmatch(r"(\d{1,6})(?:[xX*](\d{1,6}))?", text.strip())
     if match is None:
         raise ShapeError(f"size {text!r} is not WIDTHxHEIGHT in pixels; 1024x1024 is FLUX.1's own")
-    width = int(match.group(1))
-    return width, int(match.group(2) or width)
+    width, height = int(match.group(1)), int(match.group(2) or match.group(1))
+    Shapes(height, width, tokens=1)
+    return width, height
 
 
 def parse_loras(texts: Iterable[str]) -> tuple[tuple[Path, float], ...]:
@@ -159,3 +80,210 @@ def _is_file(text: str) -> bool:
         return Path(text).expanduser().is_file()
     except (OSError, ValueError, RuntimeError):  # no name that a file could have
         return False
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """The prompts of a file, one a line; empty lines and lines that start with # are left out.
+
+    Raises:
+        UsageError: no such file, no text, or no prompt.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--prompts {path} is no UTF-8 text ({error.reason}); save it as UTF-8") from error
+    except OSError as error:
+        raise UsageError(f"--prompts {path}: {error.strerror}; give a text file with a prompt a line") from error
+    prompts = tuple(line for line in lines if line and not line.startswith("#"))
+    if not prompts:
+        raise UsageError(f"--prompts {path} has no prompt in it; write one a line")
+    return prompts
+
+
+def read_distinct_prompts(path: Path) -> tuple[str, ...]:
+    """The prompts of a file; UsageError too when one is there twice."""
+    prompts = read_prompts(path)
+    twice = next((prompt for prompt in prompts if prompts.count(prompt) > 1), None)
+    if twice is not None:
+        raise UsageError(f"--prompts {path} has {twice[:60]!r} twice; write each prompt once")
+    return prompts
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """`0-3,7` -> (0, 1, 2, 3, 7).
+
+    Raises:
+        UsageError: no such list, too many, a seed twice or too large.
+    """
+    seeds: list[int] = []
+    for piece in text.replace(",", " ").split():
+        first, dash, last = piece.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise UsageError(
+                f"--seeds {text}: {piece!r} is no seed and no range; write whole numbers from 0, 0-3,7 say"
+            )
+        start, stop = int(first), int(last) if dash else int(first)
+        if stop < start or stop - start >= MOST_SEEDS:
+            raise UsageError(f"--seeds {text}: {piece!r} must rise, over at most {MOST_SEEDS} seeds")
+        seeds += range(start, stop + 1)
+    if not seeds or len(seeds) > MOST_SEEDS:
+        raise UsageError(f"--seeds {text!r} has {len(seeds)} seeds; give 1 to {MOST_SEEDS}")
+    if len(set(seeds)) < len(seeds):
+        raise UsageError(f"--seeds {text} has a seed twice; give each once")
+    if max(seeds) > MOST_SEED:
+        raise UsageError(f"--seeds {text}: {max(seeds)} is too large; a seed is at most {MOST_SEED}")
+    return tuple(seeds)
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """How a setting is given: as `--flag` and, where `make` says so, as the variable of make that is called FLAG.
+
+    Attributes:
+        default: the field's own.
+        help: one or two sentences.
+        metavar: stands for the value; of several between | those in small letters are what there is.
+        flag: without dashes; where it is empty, the field's name is.
+        kind: of a value as it is given; bool for a flag without one.
+        parse: given -> setting; None where they are the same.
+        several: the flag may be given again, and `parse` takes the list.
+        make: what the variable is for: what is built, or the recorded images only; empty where there is none.
+    """
+
+    default: Any
+    help: str
+    metavar: str | None = None
+    flag: str = ""
+    kind: type[str | int | Path] = str
+    parse: Callable[[Any], Any] | None = None
+    several: bool = False
+    make: Literal["build", "images", ""] = "build"
+
+
+def _option(default: _T, text: str, metavar: str | None = None, **how: Any) -> _T:
+    return field(default=default, metadata={"option": Option(default, text, metavar, **how)})
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a user asks for; None is for the model or the target to decide.
+
+    Attributes:
+        size: width and height.
+        loras: files and strengths, fused into the transformer before anything else.
+        instance, tp_degree, granularity, flags: of a target that cuts the model over cores.
+        seed, steps, prompt: of the recorded reference run.
+        prompts, seeds: whole images besides it: each of one with each of the other. `prompt` or `seed` stands in for
+            the one that is empty; none where both are.
+    """
+
+    target: str
+    model: str = _option(DEFAULT_MODEL, f"A synthetic preset, a folder or a Hugging Face id. Default: {DEFAULT_MODEL}.")
+    size: tuple[int, int] | None = _option(
+        None, "Image size in pixels, multiples of 16. Default: the model's own, 1024x1024.", "WxH", parse=parse_size
+    )
+    tokens: int | None = _option(
+        None, "Text tokens. Default: the most the model takes (dev 512, schnell 256).", "N", kind=int
+    )
+    scheme: str | None = _option(
+        None,
+        "How the blocks' weights are stored, W4BF16 or BF16 say; W4BF16,head=F32 for one kind of part otherwise. "
+        "Default: the target's.",
+        "NAME",
+    )
+    vae: Literal["kl", "tiny"] = _option("kl", "The checkpoint's own decoder, or taef1.", "kl|tiny")
+    components: tuple[str, ...] | None = _option(
+        None, "Build only these, transformer,vae say. Default: all.", "A,B", parse=parse_names
+    )
+    loras: tuple[tuple[Path, float], ...] = _option(
+        (),
+        "A LoRA to fuse into the transformer, style.safetensors:0.8 say; again, or after a comma, for another.",
+        "FILE[:STRENGTH]", flag="lora", parse=parse_loras, several=True,
+    )  # fmt: skip
+    modulation: Literal["inline", "hoisted"] = _option(
+        "hoisted",
+        "AdaLN modulation once per image, before the first step (the default), or in every block and step.",
+        "inline|hoisted",
+    )
+    instance: str | None = _option(
+        None, "trn1, inf2: the instance type, trn1.32xlarge say. Default: the target's.", "NAME"
+    )
+    tp_degree: int | None = _option(
+        None,
+        "trn1, inf2: cores that share the transformer and T5. Default: 8, or what the instance has.",
+        "N", flag="tp", kind=int,
+    )  # fmt: skip
+    granularity: str = _option(
+        "block", "trn1, inf2: blocks in a compiled module. Default: block.", "block|group:N|whole"
+    )
+    flags: Literal["default", "published"] = _option(
+        "default", "trn1, inf2: the compiler's flags, ours or those of the published sample.", "default|published"
+    )
+    jobs: int | None = _option(None, "Compilers at once. Default: one per core.", "N", kind=int)
+    build_dir: Path = _option(Path("build"), "Where builds go. Default: ./build.", kind=Path, make="")  # noqa: RUF009
+    store: Path | None = _option(  # noqa: RUF009
+        None, f"The store that builds share. Default: ${STORE_VARIABLE}, or `store` in the build folder.",
+        kind=Path, make="",
+    )  # fmt: skip
+    seed: int = _option(0, "Seed of the reference run, and of which casts are proven.", "N", kind=int, make="")
+    steps: int = _option(2, "Denoising steps of the reference run. Default: 2.", "N", kind=int, make="images")
+    prompt: str = _option(
+        DEFAULT_PROMPT, "What the reference run draws.", parse=lambda text: text or DEFAULT_PROMPT, make=""
+    )
+    prompts: tuple[str, ...] = _option(
+        (), "Compare whole images of these prompts too, one a line, each with every seed of --seeds.", "FILE",
+        kind=Path, parse=read_distinct_prompts, make="images",
+    )  # fmt: skip
+    seeds: tuple[int, ...] = _option(
+        (), "Compare whole images of these seeds too, 0-3,7 say.", "A,B-C", parse=parse_seeds, make="images"
+    )
+    verify: bool = _option(
+        True, "Build without climbing the parity ladder.", flag="no-verify", kind=bool, parse=operator.not_, make=""
+    )
+    prove: bool = _option(
+        False, "Compile one part of each cast kind again, also for moulds of the store.", kind=bool, make=""
+    )
+
+    def __post_init__(self) -> None:
+        if self.vae not in ("kl", "tiny"):
+            raise UsageError(f"no VAE is called {self.vae!r}; there are kl (the checkpoint's own) and tiny (taef1)")
+        if self.modulation not in ("inline", "hoisted"):
+            raise UsageError(f"no form of the transformer is called {self.modulation!r}; there are inline, hoisted")
+        if self.flags not in ("default", "published"):
+            raise UsageError(f"no preset of compiler flags is called {self.flags!r}; there are default, published")
+        if (self.prompts or self.seeds) and not self.verify:
+            raise UsageError("prompts and seeds are for verification, which --no-verify leaves out; drop either")
+        for name, value in (
+            ("jobs", self.jobs),
+            ("tokens", self.tokens),
+            ("steps", self.steps),
+            ("tp", self.tp_degree),
+        ):
+            if value is not None and value < 1:
+                raise UsageError(f"{name} {value}: at least 1 is needed; leave the option out for the default")
+
+    @property
+    def store_path(self) -> Path:
+        return self.store or Path(os.environ.get(STORE_VARIABLE) or self.build_dir / "store")
+
+
+# Setting -> how it is given; all but the target.
+OPTIONS: Mapping[str, Option] = {
+    one.name: replace(option, flag=option.flag or one.name.replace("_", "-"))
+    for one in fields(Settings)
+    if (option := one.metadata.get("option"))
+}
+
+
+def read_settings(target: str, given: Mapping[str, Any]) -> Settings:
+    """Settings from what was given for them by name, as `Option.kind`; None stands for what was not given.
+
+    Raises:
+        UsageError, ShapeError: a text that means nothing, or settings that contradict each other.
+    """
+    read = {
+        name: parse(value) if (parse := OPTIONS[name].parse) else value
+        for name, value in given.items()
+        if value is not None
+    }
+    return Settings(target, **read)

@@ -64,22 +64,6 @@ class CalibrationResult:
         }
 
 
-def read_prompts(path: Path) -> tuple[str, ...]:
-    """One prompt a line; empty lines and those that begin with # are none.
-
-    Raises:
-        UsageError: no file, not text, or without a prompt.
-    """
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read as prompts ({error}); give a text file with one a line") from error
-    prompts = tuple(line for line in lines if line and not line.startswith("#"))
-    if not prompts:
-        raise UsageError(f"{path} has no prompt; give a text file with one a line")
-    return prompts
-
-
 def calibrate(
     settings: Settings,
     prompts: tuple[str, ...],

@@ -16,8 +16,8 @@ from fluxkiln.artifacts.bundle import write_bundle
 from fluxkiln.artifacts.modelpack import store_bundle
 from fluxkiln.artifacts.store import Blob
 from fluxkiln.build.loras import lora_facts
-from fluxkiln.compile.templates import COMPILER_STAGES, SHARDED, BinaryPart, CombinedFile
-from fluxkiln.compile.toolchains.neuron.split import runtime_constants, split_settings
+from fluxkiln.compile.templates import COMPILER_STAGES, SHARDED, BinaryPart, CombinedFile, host_constants
+from fluxkiln.compile.toolchains.neuron.split import split_settings
 from fluxkiln.compile.toolchains.tpu_mlir.report import estimate_ms, report_costs
 from fluxkiln.compile.weights import used_calibrations
 from fluxkiln.errors import ParityError, ToolchainError
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from fluxkiln.verify.reference import Recording
 
 HOST_CONSTANTS = "host/constants.safetensors"
-NON_COMMERCIAL = "LicenseRef-FLUX-1-dev-Non-Commercial"
 
 
 def build_action(prepared: Prepared) -> Action:
@@ -185,7 +184,7 @@ def bundle_files(
     constants = work / HOST_CONSTANTS
     constants.parent.mkdir(parents=True, exist_ok=True)
     # in row order: safetensors takes the bytes of an array as they lie, and a transposed one's lie otherwise
-    save_file({name: np.ascontiguousarray(array) for name, array in runtime_constants(kiln).items()}, constants)
+    save_file({name: np.ascontiguousarray(array) for name, array in host_constants(kiln).items()}, constants)
     sources[HOST_CONSTANTS] = constants
     configs = work / "configs.json"
     configs.write_text(json.dumps(checkpoint.configs, indent=1, sort_keys=True))
@@ -195,12 +194,10 @@ def bundle_files(
 
 
 def licence_id(prepared: Prepared) -> str:
-    """The checkpoint's licence: Apache-2.0 where its text says so or the model is schnell, else FLUX.1-dev's."""
-    licence = prepared.kiln.checkpoint.licence
-    text = licence.read_text(errors="replace") if licence else ""
-    if "Apache" in text or (prepared.kiln.checkpoint.variant == "schnell" and not text):
-        return "Apache-2.0"
-    return NON_COMMERCIAL
+    """The checkpoint's licence, as its model reads it."""
+    checkpoint = prepared.kiln.checkpoint
+    text = checkpoint.licence.read_text(errors="replace") if checkpoint.licence else ""
+    return checkpoint.model.licence(text, checkpoint.variant)
 
 
 def _record(prepared: Prepared, progress: Progress) -> Recording:
@@ -230,7 +227,7 @@ def _write_report(
     facts = {
         "title": prepared.name,
         "target": kiln.target.name,
-        "reference": "diffusers FluxPipeline as published, float32",
+        "reference": f"diffusers {kiln.checkpoint.model.pipeline_class} as published, float32",
         "model": {
             "name": kiln.checkpoint.name,
             "fingerprint": prepared.fingerprint,

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 BASELINE = "W4BF16-rtn"
 # of which a budget chooses, by the method
 BUDGET_SCHEMES = ("W4BF16-g128-{0}", "W4BF16-{0}", "W4BF16-g32-{0}", "BF16")
-_BLOCKS = ("transformer_blocks.", "single_transformer_blocks.", "encoder.block.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import click
 from fluxkiln.cli.options import SettingsFor, settings_options
 from fluxkiln.cli.output import Output, count_text, json_option, parity_text, path_text, seconds_text
 from fluxkiln.cli.progress import open_progress
+from fluxkiln.cli.usage import TargetCommand
 from fluxkiln.errors import ResourceError
 from fluxkiln.verify.report.wording import size as size_text
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from fluxkiln.build.make import BuildResult
 
 
-@click.command()
+@click.command(cls=TargetCommand)
 @click.argument("target")
 @settings_options
 @json_option
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 def build(output: Output, settings_for: SettingsFor, target: str) -> None:
     """Build a verified bundle for TARGET, from checkpoint to report.
 
-    TARGET is bm1684x, bm1688 or cpu. Without --model the build uses a small synthetic checkpoint, made in seconds
-    without a network. What is in the store already is not made again.
+    Without --model the build uses a small synthetic checkpoint, made in seconds without a network. What is in the store
+    already is not made again.
     """
     settings = settings_for(target)
     with open_progress() as progress:
@@ -37,7 +38,7 @@ def build(output: Output, settings_for: SettingsFor, target: str) -> None:
     _show(output, result)
 
 
-@click.command()
+@click.command(cls=TargetCommand)
 @click.argument("target")
 @settings_options
 @json_option

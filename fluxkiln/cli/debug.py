@@ -9,6 +9,7 @@ import click
 from fluxkiln.cli.options import SettingsFor, settings_options
 from fluxkiln.cli.output import Output, json_option
 from fluxkiln.cli.progress import open_progress
+from fluxkiln.cli.usage import TargetCommand
 from fluxkiln.errors import ParityError
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 DEFAULT_TARGET = "bm1684x"
 
 
-@click.command()
+@click.command(cls=TargetCommand)
 @click.argument("part")
 @click.option("--target", metavar="NAME", default=DEFAULT_TARGET, help=f"Of the build. Default: {DEFAULT_TARGET}.")
 @click.option("--step", type=int, metavar="N", default=0, help="The denoising step to look at, from 0. Default: 0.")

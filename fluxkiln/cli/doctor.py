@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING
 import click
 
 from fluxkiln.cli.output import Output, json_option
+from fluxkiln.cli.usage import TargetCommand
 from fluxkiln.errors import ToolchainError, UsageError
 
 if TYPE_CHECKING:
     from fluxkiln.compile.doctor import ToolStatus
 
 
-@click.command()
+@click.command(cls=TargetCommand)
 @click.argument("target", required=False)
 @json_option
 @click.pass_obj

@@ -14,6 +14,7 @@ from fluxkiln.cli.options import check_size
 from fluxkiln.cli.output import Output, count_text, json_option, path_text, seconds_text
 from fluxkiln.cli.progress import open_progress
 from fluxkiln.errors import UsageError
+from fluxkiln.settings import read_prompts
 from fluxkiln.verify.report.wording import size as size_text
 
 if TYPE_CHECKING:
@@ -40,7 +41,13 @@ class Saved:
 @click.command()
 @click.argument("prompts", nargs=-1, metavar="PROMPT...")
 @click.option("--bundle", type=_path, required=True, metavar="DIR", help="A bundle, or the folder of a build.")
-@click.option("--prompts", "file", type=_path, metavar="FILE", help="A file with a prompt on each line.")
+@click.option(
+    "--prompts",
+    "file",
+    type=_path,
+    metavar="FILE",
+    help="A file with a prompt on each line; lines that begin with # are left out.",
+)
 @click.option("--prompt-2", metavar="TEXT", help="What T5 gets, if not the prompt itself.")
 @click.option("--steps", type=int, metavar="N", help="Denoising steps. Default: dev 28, schnell 4.")
 @click.option("--guidance", type=float, metavar="X", help="Guidance scale, dev only. Default: 3.5.")
@@ -130,18 +137,6 @@ def generate(
     document["peak_memory"] = peak_bytes()
     output.document({"bundle": str(opened.folder), "digest": opened.digest, "executor": facts, **document})
     _show(output, opened, facts, document)
-
-
-def read_prompts(file: Path) -> tuple[str, ...]:
-    """The lines of a file that are not empty; UsageError when there is none, or it is no text."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{file} is no UTF-8 text ({error.reason}); save it as one prompt on each line") from error
-    prompts = tuple(line.strip() for line in lines if line.strip())
-    if not prompts:
-        raise UsageError(f"{file} has no prompt; write one on each line")
-    return prompts
 
 
 def peak_bytes() -> int:

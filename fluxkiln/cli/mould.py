@@ -10,7 +10,7 @@ import click
 from fluxkiln.cli.options import SettingsFor, open_existing, settings_options, store_options
 from fluxkiln.cli.output import Output, count_text, json_option
 from fluxkiln.cli.progress import open_progress
-from fluxkiln.cli.usage import NamedCommands
+from fluxkiln.cli.usage import NamedCommands, TargetCommand
 from fluxkiln.settings import Settings
 from fluxkiln.verify.report.wording import size as size_text
 
@@ -27,7 +27,7 @@ def mould() -> None:
     """
 
 
-@mould.command()
+@mould.command(cls=TargetCommand)
 @click.argument("target")
 @settings_options
 @json_option

@@ -12,7 +12,7 @@ from fluxkiln.cli.options import build_dir_option, check_size, size_option, stor
 from fluxkiln.cli.output import Output, count_text, json_option, seconds_text
 from fluxkiln.cli.progress import open_progress
 from fluxkiln.errors import UsageError
-from fluxkiln.settings import Settings
+from fluxkiln.settings import Settings, read_prompts
 from fluxkiln.verify.report.wording import size as size_text
 
 _COMPONENTS = "text_encoder,text_encoder_2,transformer"
@@ -64,7 +64,7 @@ def calibrate(
         if use is not None:
             made = calibrating.use_calibration(settings, use, progress)
         else:
-            texts = calibrating.read_prompts(prompts or calibrating.DEFAULT_PROMPTS)
+            texts = read_prompts(prompts or calibrating.DEFAULT_PROMPTS)
             side = DEFAULT_BLOCK if block is None else block
             made = calibrating.calibrate(settings, texts, out, side, progress)
     found = made.to_json()

@@ -12,6 +12,7 @@ import click
 from fluxkiln.cli.options import SettingsFor, settings_options
 from fluxkiln.cli.output import Output, count_text, json_option
 from fluxkiln.cli.progress import open_progress
+from fluxkiln.cli.usage import TargetCommand
 from fluxkiln.errors import UsageError
 from fluxkiln.verify.report.wording import size as size_text
 
@@ -49,7 +50,7 @@ def transfer_options(command: _F) -> _F:
     return plain(parallel(wrapped))  # type: ignore[return-value]
 
 
-@click.command()
+@click.command(cls=TargetCommand)
 @click.argument("bundle")
 @click.argument("reference", metavar="REF")
 @click.option(

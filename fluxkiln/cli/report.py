@@ -11,6 +11,7 @@ import click
 
 from fluxkiln.cli.options import SettingsFor, settings_options
 from fluxkiln.cli.output import Output, count_text, json_option, path_text
+from fluxkiln.cli.usage import TargetCommand
 from fluxkiln.errors import IntegrityError, UsageError
 
 MANIFEST, REPORT, PAGE, COMPARISON = "manifest.json", "report.json", "report.html", "comparison.html"
@@ -18,7 +19,7 @@ MANIFEST, REPORT, PAGE, COMPARISON = "manifest.json", "report.json", "report.htm
 _path = click.Path(path_type=Path)
 
 
-@click.command()
+@click.command(cls=TargetCommand)
 @click.argument("where", metavar="BUILD...", nargs=-1, required=True, type=_path)
 @click.option("--out", type=_path, help=f"Where the page goes. Default: {PAGE} beside its {REPORT}, ./{COMPARISON}.")
 @settings_options

@@ -19,6 +19,16 @@ class NamedCommands(click.Group):
         return super().resolve_command(ctx, args)
 
 
+class TargetCommand(click.Command):
+    """A command whose help ends with the names of all targets; they are looked for when it is asked for."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from fluxkiln.compile.targets import target_names
+
+        with formatter.section("Targets"):
+            formatter.write_text(", ".join(target_names()))
+
+
 def explain_usage(error: click.ClickException) -> str:
     """One sentence for an error that click found while it read the command line."""
     context = getattr(error, "ctx", None)

@@ -20,9 +20,11 @@ from fluxkiln.compile.target import Target
 from fluxkiln.compile.targets import find_target
 from fluxkiln.errors import IntegrityError, UsageError
 from fluxkiln.files import digest_file
+from fluxkiln.patches.model import Model
+from fluxkiln.patches.registry import model_of_configs
 from fluxkiln.progress import Progress, Silent
 from fluxkiln.quantize.schemes import parse_scheme
-from fluxkiln.types import Part
+from fluxkiln.types import Kind, Part
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -50,13 +52,14 @@ class Bundle:
     manifest: Manifest
     digest: str
     target: Target
+    model: Model
     configs: Mapping[str, Mapping[str, Any]]
     constants: Mapping[str, NDArray[Any]]
 
     @property
     def parts(self) -> tuple[Part, ...]:
         """All parts in the order they run."""
-        return tuple(Part(entry.name, entry.kind) for entry in self.manifest.parts)
+        return tuple(Part(entry.name, self.model.kinds[entry.kind]) for entry in self.manifest.parts)
 
     @property
     def takes_guidance(self) -> bool:
@@ -77,21 +80,29 @@ def open_bundle(folder: Path, progress: Progress | None = None) -> Bundle:
     folder = folder.absolute()
     manifest = read_manifest(folder)
     digest = digest_file(folder / MANIFEST_FILE)[0]
-    built = {entry.traits.component for entry in manifest.parts}
-    if missing := [component for component in COMPONENTS if component not in built]:
+    check_files(folder, manifest, digest, progress or Silent())
+    configs = json.loads((folder / CONFIGS).read_bytes())
+    model = model_of_configs(configs)
+    check_kinds(manifest, model.kinds, folder)
+    built = {model.kinds[entry.kind].component for entry in manifest.parts}
+    if missing := [component for component in model.components if component not in built]:
         raise UsageError(
             f"{folder} has no {', '.join(missing)}: it was built with --components, and an image needs all of "
-            f"{', '.join(COMPONENTS)}; build the whole model"
+            f"{', '.join(model.components)}; build the whole model"
         )
-    check_files(folder, manifest, digest, progress or Silent())
     return Bundle(
-        folder,
-        manifest,
-        digest,
-        find_target(manifest.target),
-        json.loads((folder / CONFIGS).read_bytes()),
-        load_file(folder / HOST_CONSTANTS),
+        folder, manifest, digest, find_target(manifest.target), model, configs, load_file(folder / HOST_CONSTANTS)
     )
+
+
+def check_kinds(manifest: Manifest, kinds: Mapping[str, Kind], folder: Path) -> None:
+    """Raise IntegrityError when a part is of a kind that the model has not."""
+    for entry in manifest.parts:
+        if entry.kind not in kinds:
+            raise IntegrityError(
+                f"{folder / MANIFEST_FILE}: part {entry.name} is of the kind {entry.kind!r}; the kinds are "
+                f"{', '.join(kinds)}: build or fetch the bundle again"
+            )
 
 
 def check_files(folder: Path, manifest: Manifest, digest: str, progress: Progress) -> None:
@@ -163,7 +174,7 @@ def open_executor(
         from fluxkiln.compile.toolchains.tpu_mlir.cmodel import CmodelExecutor
 
         schemes = {entry.name: entry.scheme for entry in manifest.parts}
-        return CmodelExecutor(nets, bundle.target.chip, manifest.shapes, schemes)
+        return CmodelExecutor(nets, bundle.target.chip, bundle.model, manifest.shapes, schemes)
     if chosen == "sail":
         from fluxkiln.compile.toolchains.tpu_mlir.sail import SailExecutor
 
@@ -173,7 +184,7 @@ def open_executor(
     from fluxkiln.compile.toolchains.neuron.split_bundle import read_split_bundle
 
     split = read_split_bundle(bundle.folder)
-    kinds = {entry.name: entry.kind for entry in manifest.parts}
+    kinds = {part.name: part.traits for part in bundle.parts}
 
     def weights(part: str) -> Sequence[Sequence[NDArray[Any]]]:
         from fluxkiln.export.shard_files import read_shard
@@ -188,7 +199,7 @@ def list_nets(bundle: Bundle) -> dict[str, Net]:
     """Part -> its net."""
     return {
         entry.name: Net(
-            entry.name, entry.kind, resolve_inside(bundle.folder, entry.file), entry.net, entry.inputs, entry.outputs,
+            entry.name, bundle.model.kinds[entry.kind], resolve_inside(bundle.folder, entry.file), entry.net, entry.inputs, entry.outputs,
             entry.size,
         )
         for entry in bundle.manifest.parts
@@ -197,7 +208,7 @@ def list_nets(bundle: Bundle) -> dict[str, Net]:
 
 def components_to_release(bundle: Bundle) -> tuple[str, ...]:
     """The text encoders: nothing of them is needed once the prompts are encoded."""
-    return tuple(component for component in COMPONENTS if component.startswith("text_encoder"))
+    return tuple(bundle.model.tokenizers)
 
 
 def _state(folder: Path, entry: FileEntry) -> list[int]:

@@ -23,20 +23,15 @@ from typing import TYPE_CHECKING, Any
 
 from fluxkiln.compile.executor import Executor
 from fluxkiln.errors import ShapeError, UsageError
-from fluxkiln.export.host import pooled_row
 from fluxkiln.generate.bundle import Bundle, components_to_release
-from fluxkiln.patches.flux1.kinds import CLIP_TOKENS
 from fluxkiln.progress import Laps, Progress, Silent
+from fluxkiln.settings import MOST_SEED
 from fluxkiln.types import Shapes, check_steps
-from fluxkiln.verify.pipeline import GUIDANCE_SCALE, PartChain, check_constants, quiet
+from fluxkiln.patches.pipeline import GUIDANCE_SCALE, PartChain, PipelineFiles, quiet
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# as the model cards have it
-DEFAULT_STEPS: Mapping[str, int] = {"dev": 28, "schnell": 4}
-MOST_SEED = 2**63 - 1
-SHOWN_CUT = 160  # characters of what was cut from a prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +49,12 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """A prompt as the transformer takes it: [1, T, joint] and [1, pooled], float32. `notes` say what was cut."""
+    """A prompt as the transformer takes it, by diffusers' argument names, float32. `notes` say what was cut.
 
-    prompt_embeds: NDArray[Any]
-    pooled_prompt_embeds: NDArray[Any]
+    FLUX.1's: `prompt_embeds` [1, T, joint] and `pooled_prompt_embeds` [1, pooled].
+    """
+
+    embeds: Mapping[str, NDArray[Any]]
     notes: tuple[str, ...] = ()
 
 
@@ -105,16 +102,13 @@ class Painter:
     _known: dict[str, tuple[bytes, dict[str, NDArray[Any]]]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_constants(self.bundle.constants, self.bundle.manifest.shapes)
+        bundle = self.bundle
+        bundle.model.check_constants(bundle.constants, bundle.manifest.shapes)
         self._once = frozenset(part.name for part in self.bundle.parts if part.traits.rows)
         self._chain = PartChain(self.bundle.parts, self._run_part)
         with quiet():
-            from fluxkiln.verify.stand_ins import build_pipeline
-
-            self._pipe = build_pipeline(
-                self.bundle.folder, self.bundle.configs, self._chain, self.bundle.constants, pooled_row
-            )
-            self._pipe.set_progress_bar_config(disable=True)
+            files = PipelineFiles(bundle.folder, bundle.configs, bundle.constants)
+            self._pipe = bundle.model.build_pipeline(files, self._chain)
 
     @property
     def part_seconds(self) -> float:
@@ -126,16 +120,7 @@ class Painter:
 
         A prompt longer than the tokens is cut, as diffusers does, and the notes say how much.
         """
-        import torch
-
-        tokens = self.bundle.manifest.shapes.tokens
-        with torch.no_grad(), quiet():
-            notes = (
-                *_cut_note(self._pipe.tokenizer, prompt, CLIP_TOKENS, "CLIP"),
-                *_cut_note(self._pipe.tokenizer_2, prompt_2 or prompt, tokens, "T5"),
-            )
-            embeds, pooled, _ = self._pipe.encode_prompt(prompt, prompt_2 or None, max_sequence_length=tokens)
-        return Encoded(embeds.numpy(), pooled.numpy(), notes)
+        return Encoded(*self.bundle.model.encode(self._pipe, self.bundle.manifest.shapes, prompt, prompt_2))
 
     def denoise(
         self,
@@ -162,20 +147,10 @@ class Painter:
         yield from self._steps(encoded, request, latents, on_step)
 
     def decode(self, latents: NDArray[Any]) -> NDArray[Any]:
-        """The image [height, width, 3] uint8 of packed latents [1, S, 4C].
-
-        Source: the end of diffusers' `FluxPipeline.__call__`.
-        """
+        """The image [height, width, 3] uint8 of packed latents [1, S, 4C]."""
         import numpy as np
-        import torch
 
-        shapes, pipe = self.bundle.manifest.shapes, self._pipe
-        config = pipe.vae.config
-        with torch.no_grad(), quiet():
-            packed = torch.from_numpy(np.array(latents, np.float32))
-            unpacked = pipe._unpack_latents(packed, shapes.height, shapes.width, pipe.vae_scale_factor)
-            image = pipe.vae.decode(unpacked / config.scaling_factor + config.shift_factor)[0]
-            made = pipe.image_processor.postprocess(image, output_type="np")[0]
+        made = self.bundle.model.decode(self._pipe, self.bundle.manifest.shapes, latents)
         pixels: NDArray[Any] = (made * 255).round().astype(np.uint8)
         return pixels
 
@@ -256,26 +231,22 @@ class Painter:
         import numpy as np
         import torch
 
-        shapes = self.bundle.manifest.shapes
         with quiet():
-            self._pipe(
-                prompt_embeds=torch.from_numpy(np.array(encoded.prompt_embeds, np.float32)),
-                pooled_prompt_embeds=torch.from_numpy(np.array(encoded.pooled_prompt_embeds, np.float32)),
-                height=shapes.height,
-                width=shapes.width,
-                num_inference_steps=steps,
-                guidance_scale=GUIDANCE_SCALE if request.guidance is None else request.guidance,
-                generator=torch.Generator("cpu").manual_seed(request.seed),
+            self.bundle.model.denoise(
+                self._pipe,
+                {name: torch.from_numpy(np.array(array, np.float32)) for name, array in encoded.embeds.items()},
+                self.bundle.manifest.shapes,
+                after_step,
+                steps=steps,
+                guidance=GUIDANCE_SCALE if request.guidance is None else request.guidance,
+                random=torch.Generator("cpu").manual_seed(request.seed),
                 latents=None if latents is None else torch.from_numpy(np.array(latents, np.float32)),
-                output_type="latent",
-                callback_on_step_end=after_step,
-                callback_on_step_end_tensor_inputs=["latents"],
             )
 
 
 def default_steps(bundle: Bundle) -> int:
     """How many steps the model card takes."""
-    return DEFAULT_STEPS[bundle.manifest.variant]
+    return bundle.model.steps[bundle.manifest.variant]
 
 
 def check_request(bundle: Bundle, request: Request) -> None:
@@ -302,13 +273,13 @@ def check_request(bundle: Bundle, request: Request) -> None:
     if request.guidance is not None:
         if not bundle.takes_guidance:
             raise UsageError(
-                f"guidance {request.guidance:g}: FLUX.1-{variant} was distilled without guidance and takes none; leave "
+                f"guidance {request.guidance:g}: {bundle.model.title}-{variant} was distilled without guidance and takes none; leave "
                 "it out"
             )
         if not 0 <= request.guidance <= 100:
-            raise UsageError(f"guidance {request.guidance:g}: it must be from 0 to 100, 3.5 is FLUX.1-dev's own")
+            raise UsageError(f"guidance {request.guidance:g}: it must be from 0 to 100, 3.5 is the usual one")
     if request.steps is not None and request.steps < 1:
-        raise UsageError(f"{request.steps} steps: at least 1 is needed, {DEFAULT_STEPS[variant]} is the model's own")
+        raise UsageError(f"{request.steps} steps: at least 1 is needed, {default_steps(bundle)} is the model's own")
     check_steps(bundle.parts, request.steps or default_steps(bundle))
     if not 0 <= request.seed <= MOST_SEED:
         raise UsageError(f"seed {request.seed}: it must be from 0 to {MOST_SEED}")
@@ -384,15 +355,3 @@ def _digest(inputs: Mapping[str, NDArray[Any]]) -> bytes:
         found.update(f"{name} {inputs[name].dtype} {inputs[name].shape}\n".encode())
         found.update(np.ascontiguousarray(inputs[name]).view(np.uint8).data)
     return found.digest()
-
-
-def _cut_note(tokenizer: Any, prompt: str, tokens: int, name: str) -> tuple[str, ...]:
-    """What of a prompt a text encoder does not see, as a sentence; nothing where all of it fits."""
-    ids = tokenizer(prompt).input_ids
-    if len(ids) <= tokens:
-        return ()
-    # the last token is the end mark, which the cut prompt has as well
-    lost = ids[tokens - 1 : -1]
-    text = tokenizer.decode(lost, skip_special_tokens=True)
-    shown = text if len(text) <= SHOWN_CUT else f"{text[:SHOWN_CUT]}…"
-    return (f"{name} takes {tokens} tokens and the prompt has {len(ids)}: the last {len(lost)} were cut: {shown!r}",)

@@ -32,7 +32,7 @@ def generate(fluxkiln, folder, tiny_checkpoint, monkeypatch, tmp_path):
 
 def test_images_grid_and_document(generate, folder, tmp_path):
     prompts = tmp_path / "prompts.txt"
-    prompts.write_text("zwei Öfen\n\n  a river  \n", encoding="utf-8")
+    prompts.write_text("# two\nzwei Öfen\n\n  a river  \n", encoding="utf-8")
     run = generate(
         "a kiln", "--prompts", prompts, "--n-images", 2, "--seed", 7, "--steps", 1, "--rows", 2, "--guidance", 2.5,
         "--prompt-2", "word " * 40, "--size", "64x64", "--save-latents", "--out", "out", "--json",
@@ -81,7 +81,7 @@ def test_one_image_into_one_file(generate, tmp_path):
         (("x", "--n-images", 0), 2, ("--n-images 0",)),
         (("x", "--rows", 2), 2, ("--rows 2", "1 image")),
         (("x", "y", "--out", "one.png"), 2, ("one file for 2 images",)),
-        (("x", "--prompts", "none.txt"), 1, ("none.txt",)),
+        (("x", "--prompts", "none.txt"), 2, ("--prompts none.txt", "No such file")),
     ],
 )
 def test_what_is_refused(generate, arguments, code, words, tmp_path):

@@ -14,6 +14,7 @@ import pytest
 
 from fluxkiln import errors
 from fluxkiln.cli import main as command_line
+from fluxkiln.compile.targets import target_names
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "rich", "numpy", "safetensors", "jinja2")
@@ -60,6 +61,15 @@ def test_help_says_what_each_command_says(fluxkiln):
         assert command is not None
         assert command.help.splitlines()[0] == summary
         assert f"{name} {summary}" in shown
+
+
+@pytest.mark.parametrize("command", ["build", "plan", "mould build", "debug", "report", "publish", "doctor"])
+def test_help_names_the_targets_there_are(fluxkiln, monkeypatch, command):
+    names = target_names()
+    assert {"bm1684x", "bm1688", "cpu", "inf2", "trn1"} <= set(names)
+    assert f"Targets:\n  {', '.join(names)}\n" in fluxkiln(*command.split(), "--help").out
+    monkeypatch.setattr("fluxkiln.compile.targets.target_names", lambda: ("another", *names))
+    assert "Targets:\n  another, " in fluxkiln(*command.split(), "--help").out
 
 
 def test_without_a_command_help_and_exit_2(fluxkiln):

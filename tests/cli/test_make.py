@@ -12,6 +12,7 @@ import click
 import pytest
 
 from fluxkiln.cli import main as command_line
+from fluxkiln.settings import OPTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 NASTY = 'it\'s "a" $HOME $(HOME) $(shell touch made) `touch made` ${HOME}; touch made #\n-second line'
@@ -62,6 +63,18 @@ def test_a_prompt_arrives_as_it_was_given(make):
 def test_a_prompt_of_the_environment_arrives_too(make):
     _, _, calls = make("generate", "BUNDLE=x", PROMPT=NASTY)
     assert calls == [["generate", "--bundle=x", "--", NASTY]]
+
+
+def test_every_variable_arrives_as_its_option(make):
+    options = [option for option in OPTIONS.values() if option.make]
+    words = {option.flag: f"--{option.flag}=a $1 {option.flag}" for option in options}
+    variables = [f"{flag.upper()}=a $1 {flag}" for flag in words]
+    make("cpu", *variables)
+    (whole, built, _) = make("generate", "PROMPT=a", *variables)[2]
+    assert whole[:2] == built[:2] == ["build", "cpu"]
+    assert sorted(whole[2:]) == sorted(words.values())
+    # steps and prompts are the image's then, not those of the build's reference
+    assert sorted(built[2:]) == sorted([*(words[one.flag] for one in options if one.make == "build"), "--json"])
 
 
 def test_without_a_bundle_the_build_of_the_variables_is_made_first(make):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fluxkiln.cli.options import parse_seeds, read_prompts
+from fluxkiln.settings import parse_seeds, read_prompts
 
 
 def test_prompts_of_a_file(tmp_path):
@@ -27,17 +27,25 @@ def test_seeds(text, seeds):
         (b"", "has no prompt in it; write one a line"),
         (b"# only this\n\n", "has no prompt in it"),
         (b"\xff\xfe\x00a", "is no UTF-8 text"),
-        (b"a kiln\na kiln\n", "has 'a kiln' twice; write each prompt once"),
     ],
 )
-def test_bad_prompts(fluxkiln, tmp_path, content, sentence):
+@pytest.mark.parametrize("command", [("build", "cpu"), ("calibrate", "tiny-dev"), ("generate", "--bundle", "x")])
+def test_bad_prompts(fluxkiln, tmp_path, command, content, sentence):
     file = tmp_path / "prompts.txt"
     if content is not None:
         file.write_bytes(content)
-    run = fluxkiln("build", "cpu", "--prompts", file)
+    run = fluxkiln(*command, "--prompts", file)
     assert run.code == 2
+    assert f"error: --prompts {file}" in run.err
     assert sentence in run.err
-    assert "--prompts" in run.err
+
+
+def test_images_are_compared_once(fluxkiln, tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_text("a kiln\na kiln\n")
+    assert read_prompts(file) == ("a kiln", "a kiln")
+    run = fluxkiln("build", "cpu", "--prompts", file)
+    assert (run.code, "has 'a kiln' twice; write each prompt once" in run.err) == (2, True)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 
-from fluxkiln.build.calibration import calibrate, read_prompts
+from fluxkiln.build.calibration import calibrate
 from fluxkiln.build.context import prepare
 from fluxkiln.build.finish import build_action
 from fluxkiln.build.parity import climb_stored
@@ -28,7 +28,7 @@ from fluxkiln.compile.weights import (
     part_rounders,
     rounding_key,
 )
-from fluxkiln.errors import CheckpointError, SchemeError, UsageError
+from fluxkiln.errors import CheckpointError, SchemeError
 from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.progress import Silent
 from fluxkiln.quantize.calibration import open_calibration
@@ -136,17 +136,6 @@ def test_what_cannot_be_had_is_refused_before_anything_is_compiled(kiln, calibra
         calibrated.check_checkpoint(COMPONENT, "sha256:" + "0" * 64)
     made = one_part(kiln, "W4BF16-gptq")
     assert find_calibration(made.cache, COMPONENT, component_digest(made.checkpoint.digests, COMPONENT)) == calibrated
-
-
-def test_prompts(tmp_path):
-    path = tmp_path / "p.txt"
-    path.write_text("# a list\n\n one \ntwo\n")
-    assert read_prompts(path) == ("one", "two")
-    path.write_text("#\n")
-    with pytest.raises(UsageError, match="has no prompt"):
-        read_prompts(path)
-    with pytest.raises(UsageError, match="cannot be read as prompts"):
-        read_prompts(tmp_path / "missing")
 
 
 def test_sums_are_means_and_layers_share_inputs(tmp_path):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from typing import TYPE_CHECKING
 
-from fluxkiln.compile.target import Target
 from fluxkiln.errors import UsageError
+
+if TYPE_CHECKING:
+    from fluxkiln.compile.target import Target
 
 
 def target_names() -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""What an instance can take: tensor-parallel degrees, memory of a core, logical cores. No weight is read for it."""
+"""What an instance can take: tensor-parallel degrees, memory of a core. No weight is read for it."""
 
 from __future__ import annotations
 
@@ -120,18 +120,6 @@ def check_degree(instance: Instance, degree: int, heads: int, widths: Mapping[st
         f"tp {degree} does not divide {heads} heads, and of {padded} with padding {padded - heads} would be zeros, a "
         f"quarter at most is allowed; {use}"
     )
-
-
-def check_lnc(instance: Instance, lnc: int) -> None:
-    """Raise UsageError unless a logical NeuronCore is one physical core: NeuronCore-v2 cannot join two.
-
-    Source: AWS Neuron documentation, compiler error NCC_EARG001, "On trn1, only lnc=1 is supported".
-    """
-    if lnc != 1:
-        raise UsageError(
-            f"lnc {lnc}: {instance.name} has NeuronCore-v2, where a logical core is one physical core; use lnc 1, or "
-            "leave it out"
-        )
 
 
 def check_memory(

@@ -21,7 +21,6 @@ from fluxkiln.compile.toolchains.neuron.profile import (
     CoreMemory,
     all_instances,
     check_degree,
-    check_lnc,
     check_memory,
     default_degree,
     find_instance,
@@ -76,8 +75,7 @@ def plan_split(settings: Settings, target: Target, checkpoint: Checkpoint) -> Sp
     """How the model is cut for the instance that the settings name; no weight is read.
 
     Raises:
-        UsageError: no such instance or granularity, a degree that its topology or the model's heads do not allow, a
-            logical core of two.
+        UsageError: no such instance or granularity, a degree that its topology or the model's heads do not allow.
     """
     if settings.modulation != "hoisted":
         raise UsageError(
@@ -85,7 +83,6 @@ def plan_split(settings: Settings, target: Target, checkpoint: Checkpoint) -> Sp
             "gather; leave --modulation out"
         )
     instance = find_instance(target, settings.instance)
-    check_lnc(instance, settings.lnc)
     heads, widths = checkpoint.model.split_axes(checkpoint.configs)
     degree = settings.tp_degree or default_degree(instance, heads, widths)
     check_degree(instance, degree, heads, widths)

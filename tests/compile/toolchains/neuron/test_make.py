@@ -216,7 +216,6 @@ def test_wrong_shards_are_seen(built, spoil, monkeypatch, tmp_path):
     [
         ({"tp_degree": 3}, UsageError, "takes groups of 1, 2, 8, 16, 32"),
         ({"tp_degree": 8}, UsageError, "legal for trn1.32xlarge and 2 heads: tp 1, 2"),
-        ({"lnc": 2}, UsageError, "use lnc 1"),
         ({"instance": "inf2.48xlarge"}, UsageError, "there are trn1.32xlarge, trn1.2xlarge"),
         ({"granularity": "group:0"}, UsageError, "group:N with N blocks"),
         ({"modulation": "inline"}, UsageError, "leave --modulation out"),

@@ -10,7 +10,6 @@ from fluxkiln.compile.toolchains.neuron.profile import (
     CoreMemory,
     all_instances,
     check_degree,
-    check_lnc,
     check_memory,
     default_degree,
     find_instance,
@@ -112,14 +111,6 @@ def test_widths_must_be_divided():
         check_degree(inf2, 12, 64, widths)
     assert check_degree(inf2, 8, 64, widths) == 64
     assert check_degree(instance("trn1.32xlarge"), 32, 64, widths) == 64
-
-
-def test_only_one_physical_core_is_a_logical_core():
-    check_lnc(instance("trn1.32xlarge"), 1)
-    for name in ("trn1.32xlarge", "inf2.8xlarge"):
-        with pytest.raises(UsageError, match=f"lnc 2: {name}.*use lnc 1") as raised:
-            check_lnc(instance(name), 2)
-        assert raised.value.exit_code == 2
 
 
 @pytest.mark.parametrize("name", ["trn1.2xlarge", "inf2.8xlarge"])

@@ -42,7 +42,7 @@ BUILDS: tuple[tuple[str, ...], ...] = (
     ),
     ("bm1684x", "--model", "tiny-schnell", "--no-verify"),
     ("bm1684x", "--vae", "tiny", "--components", "vae", "--no-verify"),
-    ("bm1688", "--no-verify"),
+    ("bm1688", "--scheme", "W4BF16-rtn", "--no-verify"),
     ("bm1684x", "--model", "wide-dev", "--no-verify"),
 )
 CALIBRATED = "tiny-dev"

@@ -111,6 +111,10 @@ class Part:
         """The key of `Checkpoint.tensors` and of configs where its weights are."""
         return self.traits.folder or self.traits.component
 
+    def ranks(self, degree: int) -> int:
+        """How many ranks it runs on when the parts that are cut run on `degree`."""
+        return degree if self.traits.cut else 1
+
 
 def find_part(parts: tuple[Part, ...], name: str) -> Part:
     """The part called `name`; UsageError with the legal names otherwise."""

@@ -34,7 +34,9 @@ def calibrated(kiln, tmp_path_factory):
             sizes = torch.exp(torch.randn(width, generator=torch.Generator().manual_seed(width)))
             mixing = torch.randn(width // 4, width, generator=random) * sizes
             sums.add(COMPONENT, name, torch.randn(400, width // 4, generator=random) @ mixing)
-        sums.finish({"components": {COMPONENT: component_digest(made.checkpoint.digests, COMPONENT)}, "facts": {"prompts": 0}})
+        sums.finish(
+            {"components": {COMPONENT: component_digest(made.checkpoint.digests, COMPONENT)}, "facts": {"prompts": 0}}
+        )
     blob = made.cache.store.add_file(path)
     action = calibration_action(COMPONENT, component_digest(made.checkpoint.digests, COMPONENT))
     made.cache.record(action, {"calibration": blob}, {})

@@ -21,8 +21,8 @@ from fluxkiln.build.context import prepare
 from fluxkiln.compile.templates import Kiln
 from fluxkiln.compile.weights import calibration_action, component_digest
 from fluxkiln.errors import UsageError
-from fluxkiln.patches.pipeline import Sampling, quiet
 from fluxkiln.files import digest_file, disk_full_named
+from fluxkiln.patches.pipeline import Sampling, quiet
 from fluxkiln.progress import FROM_STORE, Progress, Silent
 from fluxkiln.quantize.calibration import DEFAULT_BLOCK, Calibration, open_calibration
 from fluxkiln.quantize.sums import Sums
@@ -141,7 +141,11 @@ def use_calibration(settings: Settings, file: Path, progress: Progress | None = 
     if not file.is_file():
         raise UsageError(f"{file} is no file; fluxkiln calibrate --out writes one")
     found = open_calibration(file, digest_file(file)[0])
-    digests = {name: component_digest(kiln.checkpoint.digests, name) for name in found.components if name in kiln.checkpoint.digests}
+    digests = {
+        name: component_digest(kiln.checkpoint.digests, name)
+        for name in found.components
+        if name in kiln.checkpoint.digests
+    }
     if not digests:
         raise UsageError(f"{file} is for {', '.join(found.components)}, of which this model has none")
     for component, digest in digests.items():

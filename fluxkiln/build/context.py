@@ -25,6 +25,7 @@ from fluxkiln.export.source import resolve_model, synthetic_folder
 from fluxkiln.patches.model import Model
 from fluxkiln.patches.registry import all_presets
 from fluxkiln.progress import STEP_BYTES, Progress, Silent, count_bytes
+from fluxkiln.quantize.schemes import parse_scheme
 from fluxkiln.settings import Settings
 from fluxkiln.types import Part, Shapes, check_steps
 
@@ -152,7 +153,8 @@ def _label(scheme: str, target: Target) -> str:
     label = scheme.replace(",", "-").replace("=", "-")
     if re.fullmatch(r"[\w.-]{1,100}", label):
         return label
-    return f"{scheme_base(scheme, target)}-{hashlib.sha256(scheme.encode()).hexdigest()[:10]}"
+    base = parse_scheme((scheme if "=" not in scheme.split(",")[0] else target.schemes[0]).split(",")[0]).base_name
+    return f"{base}-{hashlib.sha256(scheme.encode()).hexdigest()[:10]}"
 
 
 def chosen_parts(settings: Settings, checkpoint: Checkpoint, split: bool = False) -> tuple[Part, ...]:
@@ -173,7 +175,11 @@ def _models(settings: Settings) -> Path:
 
 def check_vae(checkpoint: Checkpoint, settings: Settings) -> None:
     """Raise CheckpointError when the tiny VAE is asked for and not there."""
-    if settings.vae == "tiny" and "vae" in choose_components(checkpoint.model, settings) and "vae_tiny" not in checkpoint.tensors:
+    if (
+        settings.vae == "tiny"
+        and "vae" in choose_components(checkpoint.model, settings)
+        and "vae_tiny" not in checkpoint.tensors
+    ):
         raise CheckpointError(
             f"{checkpoint.name} has no folder vae_tiny, --vae tiny needs it; save taef1 there with "
             "AutoencoderTiny.save_pretrained, or leave --vae out"

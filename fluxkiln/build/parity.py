@@ -15,7 +15,15 @@ from fluxkiln.artifacts.actions import Action, run_action, stage_code_version
 from fluxkiln.build.budget import LIMITS, Limits, multiplications, replayed_shapes
 from fluxkiln.compile.corrections import part_weights
 from fluxkiln.compile.rungs import Rungs, bm1684x_rungs, cpu_rungs
-from fluxkiln.compile.templates import BinaryPart, CombinedFile, Kiln, pipeline_files, find_template, make_template, tell_template
+from fluxkiln.compile.templates import (
+    BinaryPart,
+    CombinedFile,
+    Kiln,
+    find_template,
+    make_template,
+    pipeline_files,
+    tell_template,
+)
 from fluxkiln.compile.weights import part_rounders
 from fluxkiln.digests import digest_json
 from fluxkiln.patches.pipeline import Sampling, run_rows
@@ -30,7 +38,6 @@ if TYPE_CHECKING:
     from fluxkiln.verify.ladder import Ladder
     from fluxkiln.verify.pipeline import PipelineResult
     from fluxkiln.verify.reference import Recording
-
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +271,6 @@ def climb_stored(ladder: Ladder, kiln: Kiln, binaries: tuple[BinaryPart, ...], f
 
 def run_pipeline(kiln: Kiln, settings: Settings, runner: PartRunner) -> PipelineResult:
     """diffusers' own loop with `runner` in place of every model."""
-    from fluxkiln.compile.toolchains.neuron.split import runtime_constants
     from fluxkiln.verify.pipeline import run_with_parts
 
     sampling = Sampling(settings.steps, settings.seed, settings.prompt)

@@ -32,7 +32,7 @@ from fluxkiln.compile.toolchains.tpu_mlir.moulds import (
 from fluxkiln.compile.toolchains.tpu_mlir.proof import needs_proof, proof_part
 from fluxkiln.errors import ResourceError
 from fluxkiln.settings import Settings
-from fluxkiln.types import GraphFormat, Part, Template, TensorSpec
+from fluxkiln.types import GraphFormat, Part, Template
 
 if TYPE_CHECKING:
     from fluxkiln.build.context import Prepared
@@ -134,15 +134,14 @@ def list_jobs(prepared: Prepared) -> list[Job]:
 
 def split_jobs(kiln: Kiln) -> list[Job]:
     """Jobs of a target that cuts the model: modules, every part's shards, the compiler where there is one."""
-    modules = {module_name(cut): lower_action(kiln, cut).key for cut in kiln.split_parts}
+    modules = {module_name(part): lower_action(kiln, part).key for part in kiln.parts}
     jobs = [
         Job("lower", name, "", "BF16", TRACE_MEMORY, kiln.cache.lookup(key) is not None)
         for name, key in modules.items()
     ]
     for part in kiln.parts:
         weights = count_elements(part_refs(kiln, part))
-        cut = kiln.split_parts[kiln.parts.index(part)]
-        known = bool(kiln.checkpoint.digests) and kiln.cache.lookup(shard_action(kiln, cut).key) is not None
+        known = bool(kiln.checkpoint.digests) and kiln.cache.lookup(shard_action(kiln, part).key) is not None
         jobs.append(Job("shard", part.name, part.kind, "BF16", CAST_MEMORY, known, weights))
     return jobs
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,8 +58,8 @@ class Layer:
     @property
     def part(self) -> str:
         """The block it is in: `transformer_blocks.3`."""
-        stack = next(stack for stack in _BLOCKS if self.name.startswith(stack))
-        return stack + self.name.removeprefix(stack).split(".")[0]
+        before, number, _ = re.split(r"\.(\d+)\.", self.name, maxsplit=1)
+        return f"{before}.{number}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,11 +223,14 @@ def _per_kind(compared: Sequence[Scheme], budget: str, rules: Sequence[LayerRule
 
 
 def find_layers(kiln: Kiln) -> Iterator[Layer]:
-    """Every matrix of the blocks of the transformer and of T5, in the order of the checkpoint."""
-    for component in ("text_encoder_2", "transformer"):
+    """Every matrix of the blocks of what may be quantized, in the order of the checkpoint."""
+    model = kiln.checkpoint.model
+    for component in model.calibrated:
+        stacks = model.stacks[component]
+        tables = tuple(end for kind in stacks.values() for end in model.kinds[kind].tables)
         for name, ref in kiln.checkpoint.tensors.get(component, {}).items():
-            linear = len(ref.shape) == 2 and name.endswith(".weight") and "relative_attention_bias" not in name
-            if linear and name.startswith(_BLOCKS):
+            linear = len(ref.shape) == 2 and name.endswith(".weight") and not name.endswith(tables)
+            if linear and name.startswith(tuple(f"{stack}." for stack in stacks)):
                 yield Layer(component, name, ref)
 
 

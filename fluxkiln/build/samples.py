@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from fluxkiln.artifacts.actions import Action, run_action, stage_code_version
 from fluxkiln.build.budget import name_shapes
 from fluxkiln.compile.templates import Kiln, pipeline_files
-from fluxkiln.patches.pipeline import Sampling, quiet
 from fluxkiln.digests import digest_json
+from fluxkiln.patches.pipeline import Sampling, quiet
 from fluxkiln.progress import Progress
 from fluxkiln.settings import Settings
 from fluxkiln.types import PartRunner

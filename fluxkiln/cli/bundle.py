@@ -37,13 +37,14 @@ def inspect(output: Output, transfers: Transfers, bundle: str, all_parts: bool, 
     from fluxkiln.artifacts.bundle import read_manifest
     from fluxkiln.artifacts.manifest import describe_manifest
     from fluxkiln.artifacts.registry.reference import looks_like_reference
+    from fluxkiln.patches.registry import component_of
 
     published: dict[str, Any] = {}
     if looks_like_reference(bundle):
         manifest, published["published"] = inspect_published(output, bundle, transfers)
     else:
         manifest = read_manifest(bundle_folder(Path(bundle)))
-    described: dict[str, Any] = describe_manifest(manifest)
+    described: dict[str, Any] = describe_manifest(manifest, component_of)
     summary = {key: described[key] for key in ("size", "kinds", "roles")}
     output.document({**manifest.to_json(), "summary": summary, **published})
     shapes = manifest.shapes

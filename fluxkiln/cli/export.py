@@ -17,7 +17,7 @@ from fluxkiln.cli.options import build_dir_option, check_size, size_option, toke
 from fluxkiln.cli.output import Output, count_text, json_option, seconds_text
 from fluxkiln.cli.progress import open_progress
 from fluxkiln.errors import UsageError
-from fluxkiln.patches.flux1.kinds import KINDS, list_parts
+from fluxkiln.patches.model import Model
 from fluxkiln.progress import Progress, count_bytes
 from fluxkiln.settings import Settings
 from fluxkiln.types import GraphFormat, Part, Shapes, Template, find_part
@@ -99,7 +99,15 @@ def export(
     ONNX Runtime's constant folding would make a float32 copy of every weight when it opens a graph: turn it off with
     InferenceSession(path, disabled_optimizers=["ConstantFolding"]), and a weight is widened when it is used.
     """
-    from fluxkiln.build.context import check_vae, chosen_parts, default_size, default_tokens
+    from fluxkiln.build.context import (
+        check_tokens,
+        check_vae,
+        choose_components,
+        chosen_parts,
+        default_size,
+        default_tokens,
+        model_of,
+    )
     from fluxkiln.export.checkpoint import open_checkpoint
     from fluxkiln.export.source import resolve_model
 
@@ -115,10 +123,11 @@ def export(
         modulation=modulation,
         build_dir=build_dir,
     )
-    check_kinds(kinds, settings.vae, modulation)
+    known_model = model_of(settings)
+    check_kinds(known_model, kinds, settings.vae, modulation)
     linked = bool(components or names)
     if linked:
-        check_linked(components, kinds, chosen_formats)
+        check_linked(known_model, components, kinds, chosen_formats)
     elif copy:
         raise UsageError("--copy is for the weights of --whole and --part; templates have none")
     else:
@@ -127,14 +136,14 @@ def export(
     with open_progress() as progress:
         report = count_bytes(progress, "synthesize", "written")
         root = resolve_model(model, build_dir / "models", report, settings.components)
-        checkpoint = open_checkpoint(root, settings.chosen)
+        checkpoint = open_checkpoint(root, choose_components(known_model, settings))
         width, height = settings.size or default_size(checkpoint)
         shapes = Shapes(height, width, tokens or default_tokens(checkpoint))
-        shapes.check_variant(checkpoint.variant)
+        check_tokens(shapes, checkpoint)
         check_vae(checkpoint, settings)
         all_parts = chosen_parts(settings, checkpoint)
         if linked:
-            files = choose_graphs(all_parts, components, names)
+            files = choose_graphs(known_model, all_parts, components, names)
             document = write_graphs(checkpoint, files, shapes, chosen_formats[0], directory, copy, progress)
             _tell_graphs(output, document, directory, time.perf_counter() - started)
             return
@@ -200,14 +209,18 @@ def parse_formats(names: Sequence[str]) -> tuple[GraphFormat, ...]:
     return tuple(chosen)
 
 
-def check_kinds(names: Sequence[str], vae: Any, modulation: Any = "inline") -> None:
+def check_kinds(model: Model, names: Sequence[str], vae: Any, modulation: Any = "inline") -> None:
     """Raise UsageError for a kind that does not exist, or not with this VAE or form of the transformer."""
-    least = {"text_encoder_2": {"num_layers": 1}, "transformer": {"num_layers": 1, "num_single_layers": 1}}
-    there = {part.kind for part in list_parts(least, vae, modulation)}
+    least = {component: dict.fromkeys(keys, 1) for component, keys in model.whole_numbers.items()}
+    there = {part.kind for part in model.list_parts(least, vae, modulation)}
+    known = {kind for form in ("inline", "hoisted") for kind in model.list_parts(least, vae, form)}
+    legal = [
+        name for name in model.kinds if name in {part.kind for part in known} or model.kinds[name].component == "vae"
+    ]
     for name in names:
-        if name not in KINDS:
-            raise UsageError(f"no kind of part is called {name!r}; there are {', '.join(KINDS)}")
-        if name not in there and KINDS[name].component == "vae":
+        if name not in legal:
+            raise UsageError(f"no kind of part is called {name!r}; there are {', '.join(legal)}")
+        if name not in there and model.kinds[name].component == "vae":
             raise UsageError(
                 f"kind {name} is not there with --vae {vae}; use --vae {'kl' if vae == 'tiny' else 'tiny'}"
             )
@@ -216,13 +229,13 @@ def check_kinds(names: Sequence[str], vae: Any, modulation: Any = "inline") -> N
             raise UsageError(f"kind {name} is not there with --modulation {modulation}; use --modulation {other}")
 
 
-def check_linked(components: Sequence[str], kinds: Sequence[str], formats: Sequence[GraphFormat]) -> None:
+def check_linked(model: Model, components: Sequence[str], kinds: Sequence[str], formats: Sequence[GraphFormat]) -> None:
     """Raise UsageError for a component that does not exist, or options that do not go with --whole and --part."""
     from fluxkiln.compile.onnx.linked import LINKED_FORMATS
     from fluxkiln.export.whole import component_graphs
 
     for component in components:
-        component_graphs((), component)
+        component_graphs((), component, model.components)
 
     if kinds:
         raise UsageError("--kind chooses templates, not what --whole and --part write; use --part 'single.*' say")
@@ -233,7 +246,9 @@ def check_linked(components: Sequence[str], kinds: Sequence[str], formats: Seque
         )
 
 
-def choose_graphs(parts: Sequence[Part], components: Sequence[str], names: Sequence[str]) -> dict[str, list[Part]]:
+def choose_graphs(
+    model: Model, parts: Sequence[Part], components: Sequence[str], names: Sequence[str]
+) -> dict[str, list[Part]]:
     """Graph file -> the parts it runs, for the components and for the parts whose names match a pattern.
 
     Raises:
@@ -243,7 +258,10 @@ def choose_graphs(parts: Sequence[Part], components: Sequence[str], names: Seque
 
     files: dict[str, list[Part]] = {}
     for component in components:
-        files |= {f"{graph}.onnx": list(members) for graph, members in component_graphs(parts, component).items()}
+        files |= {
+            f"{graph}.onnx": list(members)
+            for graph, members in component_graphs(parts, component, model.components).items()
+        }
     for name in names:
         chosen = [part for part in parts if fnmatch.fnmatchcase(part.name, name)] or [find_part(tuple(parts), name)]
         files |= {f"{part.name}.onnx": [part] for part in chosen}
@@ -315,7 +333,9 @@ def write_export(
             progress.stage(graph_format, len(kinds))
             for kind in kinds:
                 started = time.perf_counter()
-                template = export_template(kind, checkpoint.configs, shapes, graph_format, folder / graph_format)
+                template = export_template(
+                    checkpoint.model, kind, checkpoint.configs, shapes, graph_format, folder / graph_format
+                )
                 templates.append(_describe(template))
                 for part in (part for part in parts if part.kind == kind):
                     slots = bind_part(part, template.slots, checkpoint).slots

@@ -54,10 +54,8 @@ def settings_options(command: _F) -> _F:
         def settings_for(target: str) -> Settings:
             from fluxkiln.compile.targets import find_target
 
-            found = find_target(target)
-            settings = read_settings(target, given)
-            found.parse_schemes(settings.scheme)
-            return settings
+            find_target(target)
+            return read_settings(target, given)
 
         return command(*args, settings_for=settings_for, **kwargs)
 

@@ -16,9 +16,11 @@ def patches(output: Output) -> None:
     A patch is `ok` while the source of every function that it stands for is one that it was checked with. A build
     refuses patches that are `changed`.
     """
-    from fluxkiln.patches.patch import all_patches, examine
+    from fluxkiln.patches.patch import examine
+    from fluxkiln.patches.registry import all_models
 
-    statuses = [examine(patch) for patch in all_patches()]
+    every = {patch.name: patch for model in reversed(all_models()) for patch in model.patches()}
+    statuses = [examine(patch) for patch in every.values()]
     documents = []
     for status in statuses:
         patch = status.patch

@@ -23,7 +23,7 @@ from fluxkiln.export.bindings import apply_transforms
 from fluxkiln.export.checkpoint import Checkpoint, read_tensor
 from fluxkiln.export.safetensors_header import ITEM_BYTES, read_header
 from fluxkiln.export.split import Window, bind_shard, split_slots, window_of
-from fluxkiln.types import Part, Binding, TensorRef, TensorSpec
+from fluxkiln.types import Binding, Part, TensorRef, TensorSpec
 
 if TYPE_CHECKING:
     import numpy as np

@@ -48,7 +48,7 @@ class LinkedPart:
 
 
 def component_graphs(parts: Iterable[Part], component: str, known: tuple[str, ...]) -> dict[str, tuple[Part, ...]]:
-    """Graph -> its parts in the order they run, for one component of those of a model: one graph, called like the component.
+    """Graph -> its parts in the order they run, for one component of those `known`: one graph, called like it.
 
     Of a transformer in the hoisted form two: what runs once per image is `transformer_modulation`, whose outputs have a
     row for each step; the row of a step is what `transformer` takes under the same names.

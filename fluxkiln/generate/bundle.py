@@ -199,8 +199,8 @@ def list_nets(bundle: Bundle) -> dict[str, Net]:
     """Part -> its net."""
     return {
         entry.name: Net(
-            entry.name, bundle.model.kinds[entry.kind], resolve_inside(bundle.folder, entry.file), entry.net, entry.inputs, entry.outputs,
-            entry.size,
+            entry.name, bundle.model.kinds[entry.kind], resolve_inside(bundle.folder, entry.file), entry.net,
+            entry.inputs, entry.outputs, entry.size,
         )
         for entry in bundle.manifest.parts
     }  # fmt: skip

@@ -12,7 +12,7 @@ from fluxkiln.errors import FluxkilnError, ResourceError, ToolchainError, UsageE
 from fluxkiln.generate.painter import default_steps
 from fluxkiln.generate.pictures import png_bytes
 from fluxkiln.generate.server import Job, Studio, parse_request
-from fluxkiln.verify.pipeline import GUIDANCE_SCALE
+from fluxkiln.patches.pipeline import GUIDANCE_SCALE
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette

@@ -24,14 +24,13 @@ from typing import TYPE_CHECKING, Any
 from fluxkiln.compile.executor import Executor
 from fluxkiln.errors import ShapeError, UsageError
 from fluxkiln.generate.bundle import Bundle, components_to_release
+from fluxkiln.patches.pipeline import GUIDANCE_SCALE, PartChain, PipelineFiles, quiet
 from fluxkiln.progress import Laps, Progress, Silent
 from fluxkiln.settings import MOST_SEED
 from fluxkiln.types import Shapes, check_steps
-from fluxkiln.patches.pipeline import GUIDANCE_SCALE, PartChain, PipelineFiles, quiet
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,8 +272,8 @@ def check_request(bundle: Bundle, request: Request) -> None:
     if request.guidance is not None:
         if not bundle.takes_guidance:
             raise UsageError(
-                f"guidance {request.guidance:g}: {bundle.model.title}-{variant} was distilled without guidance and takes none; leave "
-                "it out"
+                f"guidance {request.guidance:g}: {bundle.model.title}-{variant} was distilled without guidance and "
+                "takes none; leave it out"
             )
         if not 0 <= request.guidance <= 100:
             raise UsageError(f"guidance {request.guidance:g}: it must be from 0 to 100, 3.5 is the usual one")

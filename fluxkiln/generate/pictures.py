@@ -22,7 +22,7 @@ def describe_picture(bundle: Bundle, executor: str, request: Request) -> dict[st
     """What a PNG carries: prompt, seed, steps, guidance, the bundle's name and digest, and what ran it."""
     from fluxkiln import __version__
     from fluxkiln.generate.painter import default_steps
-    from fluxkiln.verify.pipeline import GUIDANCE_SCALE
+    from fluxkiln.patches.pipeline import GUIDANCE_SCALE
 
     guidance = GUIDANCE_SCALE if request.guidance is None else request.guidance
     return {

@@ -15,8 +15,8 @@ from fluxkiln.errors import FluxkilnError, ResourceError, UsageError
 from fluxkiln.generate.bundle import Bundle
 from fluxkiln.generate.painter import Painter, Request, Step, check_request, default_steps, paint
 from fluxkiln.generate.pictures import describe_picture, png_bytes
+from fluxkiln.patches.pipeline import GUIDANCE_SCALE
 from fluxkiln.types import Shapes
-from fluxkiln.verify.pipeline import GUIDANCE_SCALE
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

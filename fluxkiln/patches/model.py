@@ -82,7 +82,8 @@ class Model(Protocol):
             others take.
         calibrated: components whose linear layers a scheme may quantize. adapted: the one that LoRAs are for.
         tied: component -> second names of tensors in its `state_dict()`.
-        generator: raised when the same preset and seed give other bytes. constant_inputs: of parts, what the host gives.
+        generator: raised when the same preset and seed give other bytes.
+        constant_inputs: of parts, what the host gives.
         most_tokens: variant -> the most text tokens it takes. steps: variant -> denoising steps of an ordinary image.
     """
 

@@ -55,3 +55,8 @@ def model_of_configs(configs: Configs) -> Model:
 def all_presets() -> dict[str, tuple[Model, Preset]]:
     """Synthetic presets of all models by name."""
     return {name: (model, preset) for model in reversed(all_models()) for name, preset in model.presets.items()}
+
+
+def component_of(kind: str) -> str:
+    """The component of a kind of any model; empty for one that nobody knows."""
+    return next((model.kinds[kind].component for model in all_models() if kind in model.kinds), "")

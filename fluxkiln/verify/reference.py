@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.errors import IntegrityError, PatchError, ResourceError, UsageError
-from fluxkiln.types import Part, Shapes
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.patches.model import Call, Model
 from fluxkiln.patches.pipeline import Rendering, Sampling, quiet
+from fluxkiln.types import Part, Shapes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 FORMAT = 1
 INDEX = "recording.json"
 RENDERED = ("latents", "image", "prompt_embeds", "pooled_prompt_embeds")
-
 
 
 @dataclass(frozen=True, slots=True)

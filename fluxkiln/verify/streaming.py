@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-
 class ReadTensor(Protocol):
     """Reads checkpoint tensors; both are called with a component (`vae_tiny` for the tiny decoder) and names as in the
     `state_dict()` of its module."""

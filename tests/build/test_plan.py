@@ -20,7 +20,6 @@ from fluxkiln.build.plan import (
 )
 from fluxkiln.compile.tensors import part_refs, stored_bytes
 from fluxkiln.errors import ResourceError
-from fluxkiln.export.bindings import tensors_of
 from fluxkiln.patches.flux1.kinds import list_parts
 from fluxkiln.patches.flux1.parts import part_slots
 from fluxkiln.quantize.schemes import parse_scheme

@@ -218,9 +218,7 @@ def _trace(
     progress.stage("template", len(kinds))
     templates = {}
     for kind in kinds:
-        templates[kind] = export_template(
-            checkpoint.model, kind, checkpoint.configs, shapes, graph_format, folder
-        )
+        templates[kind] = export_template(checkpoint.model, kind, checkpoint.configs, shapes, graph_format, folder)
         progress.done("template", kind, "traced")
     return templates
 

@@ -80,11 +80,11 @@ def debug_part(prepared: Prepared, name: str, step: int = 0, progress: Progress 
     kiln = prepared.kiln
     part = find_part(kiln.parts, name)
     if kiln.split is not None:
-        check_can_be_debugged(kiln, kiln.split.find(name))
+        check_can_be_debugged(kiln, part)
     inputs, outputs, kiln = _recorded(prepared, part, step, progress)
     if kiln.split is not None:
         rungs = look_on_ranks(kiln, part, inputs, outputs, prepared.bundle, progress)
-        executed = {"executed on": "XLA CPU replicas", "ranks": str(kiln.split.ranks(kiln.split.find(name)))}
+        executed = {"executed on": "XLA CPU replicas", "ranks": str(kiln.split.ranks(part))}
         return _diagnosis(kiln, part, step, rungs, executed)
     with tempfile.TemporaryDirectory(prefix="fluxkiln-debug-") as scratch:
         rungs = _look(prepared, kiln, part, inputs, Path(scratch), progress)
@@ -105,7 +105,7 @@ def _diagnosis(
 def _recorded(prepared: Prepared, part: Part, step: int, progress: Progress) -> tuple[Values, Values, Kiln]:
     """What the part was given and made, and the kiln at the shapes of the recording; what runs once has one step."""
     from fluxkiln.build.parity import record
-    from fluxkiln.verify.modulation import fill_rows
+    from fluxkiln.patches.pipeline import fill_rows
 
     progress.stage("record", 1)
     kiln = prepared.kiln

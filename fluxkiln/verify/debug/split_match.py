@@ -9,7 +9,7 @@ import numpy as np
 
 from fluxkiln.errors import PatchError
 from fluxkiln.export.checkpoint import Checkpoint
-from fluxkiln.export.leaves import Leaf, load_whole, see_leaves
+from fluxkiln.export.leaves import load_whole, see_leaves
 from fluxkiln.patches.cut import Cut, find_cut
 from fluxkiln.patches.leaves import Leaf
 from fluxkiln.types import Part
@@ -139,10 +139,10 @@ def _partial(operation: Operation, operations: Sequence[Operation], cuts: tuple[
 
 
 def _is_row(cuts: tuple[Cut, ...], slot: str) -> bool:
-    if cut_kind in ():
+    if not cuts:
         return False
     try:
-        return find_cut(cut_kind, slot).way == "row"
+        return find_cut(cuts, slot).way == "row"
     except PatchError:
         return False
 

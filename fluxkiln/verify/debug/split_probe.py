@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fluxkiln.compile.templates import Kiln
+from fluxkiln.compile.templates import Kiln, host_constants
 from fluxkiln.compile.toolchains.neuron.modules import Module, lower_modules, module_name
 from fluxkiln.compile.toolchains.neuron.rungs import LARGEST_PART, bound_weights, dtype_of, shard_arrays
-from fluxkiln.compile.toolchains.neuron.split import held_elements, runtime_constants, shard_file, shard_weights
+from fluxkiln.compile.toolchains.neuron.split import held_elements, shard_file, shard_weights
 from fluxkiln.errors import UsageError
+from fluxkiln.patches.cut import Cut
 from fluxkiln.progress import Progress
 from fluxkiln.types import Part
 from fluxkiln.verify.debug.bisect import Finding, Range, first_missed, judge_ranks, tolerance_of, value_range
@@ -48,13 +49,14 @@ class SplitInside:
     """A part on the ranks of one module, which can be looked into.
 
     Attributes:
+        cuts: how its weights are cut; none where it is whole.
         proto: its canonical HLO. inputs: all activations of one recorded call, the host's constants included.
         weights: the checkpoint's, cut for each rank, in the module's dtype.
         worker: as many virtual devices as the module has ranks; programs: what it has compiled.
     """
 
     part: Part
-    cut: Part
+    cuts: tuple[Cut, ...]
     module: Module
     proto: bytes
     inputs: Values
@@ -128,16 +130,14 @@ def look_on_ranks(
     """
     from fluxkiln.compile.toolchains.neuron.replicas import Replicas
 
-    assert kiln.split is not None
-    cut = kiln.split.find(part.name)
-    check_can_be_debugged(kiln, cut)
-    kiln = replace(kiln, parts=(part,), split=replace(kiln.split, parts=(cut,)))
-    name = module_name(cut)
+    check_can_be_debugged(kiln, part)
+    kiln = replace(kiln, parts=(part,))
+    name = module_name(part)
     module = lower_modules(kiln, progress)[name]
     exact = lower_modules(kiln, progress, "float32", stage="lower float32")[name]
     whole = lower_modules(kiln, progress, degree=1, stage="lower unsplit")[name]
-    inputs = {**runtime_constants(kiln), **inputs}
-    state = whole_state(kiln, cut, whole)
+    inputs = {**host_constants(kiln), **inputs}
+    state = whole_state(kiln, part, whole)
     leaves = see_split_leaves(part, kiln.checkpoint, inputs, state)
     progress.stage("look inside", 4)
     rungs: list[RungFindings] = []
@@ -151,60 +151,60 @@ def look_on_ranks(
             ranks: stack.enter_context(Replicas(ranks, kiln.logs / f"debug.{ranks}.log"))
             for ranks in sorted({module.ranks, 1})
         }
-        look(check_split(open_inside(kiln, part, cut, exact, inputs, workers, "float32"), leaves, state, outputs))
+        look(check_split(open_inside(kiln, part, exact, inputs, workers, "float32"), leaves, state, outputs))
         if module.ranks > 1:  # CLIP and VAE are not cut: it would be the next rung again
-            look(check_ranks(open_inside(kiln, part, cut, whole, inputs, workers), None, "unsplit"))
-        shards = read_shards(kiln, cut, bundle, progress)
-        inside = open_inside(kiln, part, cut, module, inputs, workers)
+            look(check_ranks(open_inside(kiln, part, whole, inputs, workers), None, "unsplit"))
+        shards = read_shards(kiln, part, bundle, progress)
+        inside = open_inside(kiln, part, module, inputs, workers)
         look(check_ranks(inside, shards, "replicas"))
         look(check_shards(inside, shards))
     return tuple(rungs)
 
 
-def whole_state(kiln: Kiln, cut: Part, whole: Module) -> Values:
+def whole_state(kiln: Kiln, part: Part, whole: Module) -> Values:
     """The weights of a part uncut, float32, by the slots of its module for one rank."""
-    (weights,) = bound_weights(kiln, cut, whole, "float32")
+    (weights,) = bound_weights(kiln, part, whole, "float32")
     return {spec.name: weight for spec, weight in zip(whole.slots, weights, strict=True)}
 
 
 def open_inside(
     kiln: Kiln,
     part: Part,
-    cut: Part,
     module: Module,
     inputs: Values,
     workers: Mapping[int, Replicas],
     dtype: str = "bfloat16",
 ) -> SplitInside:
     """The part on the ranks of `module`, which was lowered in `dtype`, with the checkpoint's weights."""
-    weights = bound_weights(kiln, cut, module, dtype)
-    return SplitInside(part, cut, module, kiln.path(module.blob).read_bytes(), inputs, weights, workers[module.ranks])
+    weights = bound_weights(kiln, part, module, dtype)
+    cuts = kiln.checkpoint.model.cuts[part.traits.cut] if part.traits.cut else ()
+    return SplitInside(part, cuts, module, kiln.path(module.blob).read_bytes(), inputs, weights, workers[module.ranks])
 
 
-def check_can_be_debugged(kiln: Kiln, cut: Part) -> None:
+def check_can_be_debugged(kiln: Kiln, part: Part) -> None:
     """Raise UsageError for a part of several blocks, or of more weights than one process is given."""
-    if len(cut.members) > 1:
+    if len(part.members) > 1:
         raise UsageError(
-            f"{cut.name} has {len(cut.members)} blocks, and one is looked into at a time; debug it with --granularity "
-            "block, whose blocks compute the same"
+            f"{part.name} has {len(part.members)} blocks, and one is looked into at a time; debug it with "
+            "--granularity block, whose blocks compute the same"
         )
-    held = 4 * held_elements(kiln.checkpoint, cut)
+    held = 4 * held_elements(kiln.checkpoint, part)
     if held > LARGEST_PART:
         raise UsageError(
-            f"{cut.name} has {held / 1e9:.1f} GB of weights in float32, at most {LARGEST_PART / 1e9:.1f} are executed "
+            f"{part.name} has {held / 1e9:.1f} GB of weights in float32, at most {LARGEST_PART / 1e9:.1f} are executed "
             "here; debug a model with fewer layers, whose blocks are of the same kind"
         )
 
 
-def read_shards(kiln: Kiln, cut: Part, bundle: Path, progress: Progress) -> Weights:
+def read_shards(kiln: Kiln, part: Part, bundle: Path, progress: Progress) -> Weights:
     """Each rank's weights as they are shipped; the bundle's may be damaged, that is for the rungs to say."""
     from fluxkiln.export.shard_files import read_shard
 
     assert kiln.split is not None
-    files = [bundle / shard_file(cut.name, rank) for rank in range(kiln.split.ranks(cut))]
+    files = [bundle / shard_file(part.name, rank) for rank in range(kiln.split.ranks(part))]
     if all(file.is_file() for file in files):
         return [list(read_shard(file).values()) for file in files]
-    return shard_arrays(kiln, shard_weights(kiln, progress)[cut.name])
+    return shard_arrays(kiln, shard_weights(kiln, progress)[part.name])
 
 
 def check_split(inside: SplitInside, leaves: Sequence[Leaf], state: Values, outputs: Values) -> RungFindings:

@@ -47,7 +47,7 @@ def run(graph, inputs):
         return runner("part", inputs)
 
 
-def graph.folder:
+def tensors_of(graph):
     return {tensor.name: tensor for tensor in onnx.load(graph, load_external_data=False).graph.initializer}
 
 
@@ -70,7 +70,7 @@ def test_weights_stay_where_they_are(name, link, tiny_checkpoint, tiny_template,
     part, folder = tiny_parts(name), graph.parent
     assert not sidecar_path(graph, parse_scheme("F32")).exists()
     slots = {spec.name for spec in tiny_template(part.kind, "onnx23").slots}
-    tensors = graph.folder
+    tensors = tensors_of(graph)
     assert slots <= tensors.keys()
     checkpoint = tiny_checkpoint()
     key = "vae_tiny" if name == "tiny_vae_decoder" else part.component
@@ -173,7 +173,7 @@ def test_one_doubled_scale_is_seen(link, tiny_recording):
     graph = link("single.00", "W4BF16")
     inputs = tiny_recording().inputs("single.00")
     expected = run(graph, inputs)
-    tensor = graph.folder["attn.to_v.weight__0__scales"]
+    tensor = tensors_of(graph)["attn.to_v.weight__0__scales"]
     location, offset, _ = place_of(tensor)
     with (graph.parent / location).open("r+b") as file:
         file.seek(offset)
@@ -276,7 +276,7 @@ def test_an_odd_number_of_groups_is_padded(tmp_path):
     template, binding, refs, _, weights = make_by_hand(tmp_path, np.float32)
     scheme = replace(parse_scheme("W4BF16"), group_size=128)
     graph = link_weights(template, binding, refs, weights.__getitem__, scheme, tmp_path / "even.onnx")
-    assert list(graph.folder["plain__0__zeros"].dims) == [OUTER, 1]
+    assert list(tensors_of(graph)["plain__0__zeros"].dims) == [OUTER, 1]
     narrow = link_narrow(tmp_path)
     assert list(tensors_of(narrow[0])["w__0__zeros"].dims) == [8, 2]
     assert rel_l2(run(narrow[0], narrow[1])["y"], narrow[2]) <= EXACT
@@ -314,7 +314,7 @@ def test_what_is_done_to_a_weight_is_done_in_the_graph(tmp_path):
 
     graph = link_weights(template, binding, refs, refuse, parse_scheme("F32"), tmp_path / "linked.onnx")
     assert external_files(graph).keys() == {tmp_path / "shard.safetensors"}
-    found = {place_of(tensor)[1:] for tensor in graph.folder.values() if tensor.external_data}
+    found = {place_of(tensor)[1:] for tensor in tensors_of(graph).values() if tensor.external_data}
     assert found == {(refs[name].offset, refs[name].nbytes) for name in ("gemm", "columns", "rows", BIAS)}
     wide = {name: weight.astype(np.float32) for name, weight in weights.items()}
     computed = {**wide, "plain": wide["rows"][OUTER:] * -1.5, "gemm": wide["gemm"] * -1.5, BIAS: wide[BIAS] * -1.5}
@@ -331,7 +331,7 @@ def test_templates_with_derived_slots_read_the_same_bytes(name, link, tiny_check
     graph = link(name, graph_format="onnx17")
     key = "vae_tiny" if name == "tiny_vae_decoder" else part.component
     whole = {(ref.offset, ref.nbytes) for ref in checkpoint.tensors[key].values()}
-    assert {place_of(tensor)[1:] for tensor in graph.folder.values() if tensor.external_data} <= whole
+    assert {place_of(tensor)[1:] for tensor in tensors_of(graph).values() if tensor.external_data} <= whole
     assert [path.suffix for path in graph.parent.iterdir() if path.is_file()] == [".onnx"]
     expected = PatchedRunner(checkpoint, (part,))(name, inputs)
     assert worst(run(graph, inputs), expected) <= PARITY

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fluxkiln.errors import CheckpointError, UsageError
-from fluxkiln.export.bindings import part_state, tensors_of
+from fluxkiln.export.bindings import part_state
 from fluxkiln.patches.flux1.kinds import KINDS, list_parts
 from fluxkiln.patches.flux1.parts import build_part, load_part, part_slots, slot_name
 

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxkiln.artifacts.store import Blob
 from fluxkiln.build.finish import HOST_CONSTANTS, finish_bundle
-from fluxkiln.types import Part
-from fluxkiln.compile.templates import host_constants, SHARDED, BinaryPart, CombinedFile
+from fluxkiln.compile.templates import SHARDED, BinaryPart, CombinedFile, host_constants
 from fluxkiln.compile.toolchains.neuron.compilation import compile_kinds, take_finished, write_compile_script
 from fluxkiln.compile.toolchains.neuron.modules import Module, compile_jobs, lower_modules, module_name
 from fluxkiln.compile.toolchains.neuron.neff import HLO_SUFFIX, SCRIPT, CompileJob, Neff, neff_path, record_path
@@ -24,7 +23,6 @@ from fluxkiln.compile.toolchains.neuron.roofline import report_split
 from fluxkiln.compile.toolchains.neuron.rungs import verify_split
 from fluxkiln.compile.toolchains.neuron.split import (
     plan_memory,
-    runtime_constants,
     shard_file,
     shard_weights,
     split_settings,
@@ -32,6 +30,7 @@ from fluxkiln.compile.toolchains.neuron.split import (
 from fluxkiln.compile.toolchains.neuron.split_bundle import DESCRIPTION, SCHEMA
 from fluxkiln.errors import ToolchainError
 from fluxkiln.progress import Laps, Progress
+from fluxkiln.types import Part
 
 if TYPE_CHECKING:
     from fluxkiln.build.context import Prepared

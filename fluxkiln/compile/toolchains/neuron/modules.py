@@ -12,11 +12,10 @@ from typing import Any, Literal
 from fluxkiln.artifacts.actions import Action, run_action, stage_code_version
 from fluxkiln.artifacts.store import Blob
 from fluxkiln.compile.templates import EXPORT_TOOLS, Kiln
-from fluxkiln.compile.toolchains.neuron.split import ranks_of
 from fluxkiln.compile.toolchains.neuron.neff import COMPILE_MEMORY, CompileJob, hlo_path
 from fluxkiln.digests import digest_json
 from fluxkiln.progress import FROM_STORE, Progress
-from fluxkiln.types import TensorSpec
+from fluxkiln.types import Part, TensorSpec
 
 Dtype = Literal["bfloat16", "float32"]
 LOWERING_TOOLS = (*EXPORT_TOOLS[:3], "jax", "jaxlib", "torchax")
@@ -83,7 +82,7 @@ def lower_modules(
     made = {}
     for name, part in parts.items():
         started = time.perf_counter()
-        made[name] = _lower(kiln, part, dtype, ranks_of(part, degree or kiln.split.degree))
+        made[name] = _lower(kiln, part, dtype, part.ranks(degree or kiln.split.degree))
         spent = f"lowered in {time.perf_counter() - started:.1f} s"
         progress.done(stage, name, FROM_STORE if made[name].hit else spent)
     return made
@@ -101,9 +100,9 @@ def compile_jobs(kiln: Kiln, modules: Mapping[str, Module], folder: Path) -> tup
     return tuple(jobs)
 
 
-def neff_kind(name: str, kind: str, blocks: int) -> str:
-    """What the compile stage calls the kind of the module `name` of so many blocks."""
-    return "group" if name != kind else "whole" if blocks > 1 else kind
+def neff_kind(name: str, kind: str) -> str:
+    """What the compile stage calls the kind of the module `name`: one for the whole of a component is a kind alone."""
+    return "whole" if kind == "transformer" else "group" if name != kind else kind
 
 
 def _lower(kiln: Kiln, part: Part, dtype: Dtype, ranks: int) -> Module:
@@ -139,18 +138,20 @@ def _lower(kiln: Kiln, part: Part, dtype: Dtype, ranks: int) -> Module:
     result = run_action(kiln.cache, action, produce)
     facts: Any = result.facts
     return Module(
-        module_name(part), module_kind(part), ranks, result.outputs["hlo"], _specs(facts["inputs"]), _specs(facts["slots"]),
-        _specs(facts["outputs"]), facts, result.hit,
+        module_name(part), module_kind(part), ranks, result.outputs["hlo"], _specs(facts["inputs"]),
+        _specs(facts["slots"]), _specs(facts["outputs"]), facts, result.hit,
     )  # fmt: skip
 
 
 def lower_action(kiln: Kiln, part: Part, dtype: Dtype = "bfloat16", ranks: int | None = None) -> Action:
     """The key of a part's module; no checkpoint is in it."""
-    ranks = ranks or ranks_of(part, kiln.split.degree if kiln.split else 1)
+    ranks = ranks or part.ranks(kiln.split.degree if kiln.split else 1)
     return Action(
         stage="lower",
         what=f"{module_name(part)} {dtype} tp{ranks}",
-        code_version=stage_code_version("fluxkiln.compile.toolchains.neuron", "fluxkiln.patches", "fluxkiln.export.split"),
+        code_version=stage_code_version(
+            "fluxkiln.compile.toolchains.neuron", "fluxkiln.patches", "fluxkiln.export.split"
+        ),
         inputs={"config": digest_json(_config(kiln, part))},
         settings={
             "kind": module_kind(part),

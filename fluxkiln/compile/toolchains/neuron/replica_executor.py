@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.compile.toolchains.neuron.split_bundle import SplitBundle, SplitModule, read_module
-from fluxkiln.types import Kind
 from fluxkiln.errors import CompileError
+from fluxkiln.types import Kind
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -25,7 +25,7 @@ def report_split(
     """The report's facts `lowering` and `memory`."""
     assert kiln.split is not None
     instance, degree = kiln.split.instance, kiln.split.degree
-    step = [modules[module_name(part)] for part in kiln.split.parts if part.component == "transformer"]
+    step = [modules[module_name(part)] for part in kiln.parts if part.component == "transformer"]
     reduces = [moved for module in step for moved in module.facts["all_reduce_bytes"]]
     gathers = [moved for module in step for moved in module.facts["all_gather_bytes"]]
     milliseconds = 1e3 * sum(_seconds(kiln, module) for module in step)

@@ -12,12 +12,12 @@ from fluxkiln.artifacts.store import Blob
 from fluxkiln.build.budget import name_shapes
 from fluxkiln.build.parity import Parity, replay
 from fluxkiln.compile.rungs import Rungs
-from fluxkiln.compile.templates import Kiln
+from fluxkiln.compile.templates import Kiln, host_constants
 from fluxkiln.compile.toolchains.neuron.modules import Module, lower_modules, module_name
-from fluxkiln.compile.templates import host_constants
 from fluxkiln.compile.toolchains.neuron.split import held_elements
 from fluxkiln.progress import Progress
 from fluxkiln.settings import Settings
+from fluxkiln.types import Part, find_part
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +34,7 @@ from fluxkiln.patches.cut import WHOLE, columns_of, share_of
 from fluxkiln.patches.model import Model
 from fluxkiln.progress import FROM_STORE, Progress
 from fluxkiln.settings import Settings
-from fluxkiln.types import Part, Shapes
+from fluxkiln.types import Part
 
 if TYPE_CHECKING:
     from fluxkiln.build.context import Prepared
@@ -62,13 +61,7 @@ class Split:
 
     def ranks(self, part: Part) -> int:
         """How many cores a part runs on."""
-        return ranks_of(part, self.degree)
-
-
-
-def ranks_of(part: Part, degree: int) -> int:
-    """How many ranks a part runs on when those that are cut run on `degree`."""
-    return degree if part.traits.cut else 1
+        return part.ranks(self.degree)
 
 
 def plan_split(settings: Settings, target: Target, checkpoint: Checkpoint) -> Split:
@@ -223,7 +216,7 @@ def weights_per_core(parts: tuple[Part, ...], checkpoint: Checkpoint, degree: in
         owners: dict[str, list[tuple[str, int]]] = {}
         for part in parts:
             for kind, prefix in part.members if part.folder == component else ():
-                owners.setdefault(prefix, []).append((kind, ranks_of(part, degree)))
+                owners.setdefault(prefix, []).append((kind, part.ranks(degree)))
         size = 0
         for name, ref in checkpoint.tensors[component].items():
             pieces = name.split(".")

@@ -17,7 +17,6 @@ from pathlib import Path
 
 from fluxkiln.types import Part
 
-
 PROFILE = "compiler_profile_0.txt"
 
 # of the unit that the profile counts in: its own `runtime` is TCYC divided by this

@@ -1,0 +1,115 @@
+"""What is built, and what it becomes: the plan that every stage is given, and the values that stages hand on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fluxkiln.artifacts.store import Blob
+from fluxkiln.compile.target import Target
+from fluxkiln.quantize.schemes import Scheme
+from fluxkiln.types import Part, Shapes, list_kinds
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is built for which target, of which parts, at which shapes.
+
+    Attributes:
+        schemes: kind -> how its weights are stored.
+        layout: how the target's toolchain spreads a model over cores, a value of its own; None where it does not.
+        folder: of the build; logs and unfinished files go below it.
+    """
+
+    target: Target
+    shapes: Shapes
+    schemes: Mapping[str, Scheme]
+    parts: tuple[Part, ...]
+    folder: Path
+    layout: Any = None
+
+    @property
+    def logs(self) -> Path:
+        """Where the compilers' logs go."""
+        return self.folder / "logs"
+
+    @property
+    def quantized(self) -> bool:
+        """Whether any part has quantized weights."""
+        return any(self.schemes[part.kind].weight_bits for part in self.parts)
+
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of the parts, each once, in the order they run."""
+        return tuple(list_kinds(self.parts))
+
+    def scheme(self, part: Part) -> Scheme:
+        return self.schemes[part.kind]
+
+
+@dataclass(frozen=True, slots=True)
+class Binary:
+    """What a part's compiled form is made of, and once it has been made, what it is.
+
+    Attributes:
+        net: what it is called in the file of the bundle that holds it.
+        facts: `inputs` and `outputs` as [name, dtype, shape], `weight_bytes`, `instruction_bytes`, `runtime_bytes`; and
+            what its toolchain adds.
+        made: `cast`, `compiled`, `linked`, ..., for people.
+        blobs: what its toolchain keeps of it in the store, by names of its own.
+        digest, size: of the part's weights as they are stored.
+        hit: it was in the store.
+    """
+
+    part: Part
+    net: str
+    scheme: Scheme
+    facts: Mapping[str, Any]
+    made: str
+    blobs: Mapping[str, Blob] = field(default_factory=dict)
+    digest: str = ""
+    size: int = 0
+    hit: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class BundleFile:
+    """A file of the bundle and the names of the parts whose nets it holds, in order."""
+
+    name: str
+    blob: Blob
+    parts: tuple[str, ...] = ()
+    hit: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What a toolchain made of a plan.
+
+    Attributes:
+        missing: why the bundle is not complete here (a compiler that there is not), or empty.
+        own: what its own rungs and report need of it, a value of its own.
+    """
+
+    binaries: tuple[Binary, ...]
+    files: tuple[BundleFile, ...]
+    missing: str = ""
+    own: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One job of a build. `what` is a part, a kind or a file; `weights` how many numbers it works on.
+
+    `estimate_ms` is how long the compiler expects one run of a mould of the store to take on the chip.
+    """
+
+    stage: str
+    what: str
+    kind: str
+    scheme: str
+    memory_bytes: int
+    in_store: bool
+    weights: int = 0
+    estimate_ms: float | None = None

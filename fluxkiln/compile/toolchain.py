@@ -1,0 +1,171 @@
+"""What a toolchain is: an adapter around a compiler or runtime that lives elsewhere, and everything it alone knows.
+
+A toolchain is a folder of `compile/toolchains`, with a module `toolchain` whose `TOOLCHAIN` is an object as described
+here, or a package of somebody else's that is registered under the entry-point group `fluxkiln.toolchains`. It is found
+by name when a target asks for it; nothing outside of its folder names it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fluxkiln.artifacts.actions import ActionCache
+from fluxkiln.artifacts.manifest import Manifest
+from fluxkiln.compile import toolchains
+from fluxkiln.compile.executor import Executor, Net
+from fluxkiln.compile.plan import Binary, Job, Made, Plan
+from fluxkiln.compile.target import Target
+from fluxkiln.errors import UsageError
+from fluxkiln.export.checkpoint import Checkpoint
+from fluxkiln.patches.model import Model
+from fluxkiln.plugins import find_plugins
+from fluxkiln.progress import Laps, Progress
+from fluxkiln.settings import Settings
+from fluxkiln.types import Part, PartRunner
+from fluxkiln.verify.gates import Gate, Rung
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# Of this protocol; raised when a method is added or changes its meaning.
+API = 1
+GROUP = "fluxkiln.toolchains"
+
+# rung -> runner, from the bottom of the ladder to its top
+Rungs = dict[str, PartRunner]
+
+
+@dataclass(frozen=True, slots=True)
+class ToolStatus:
+    """One line of `fluxkiln doctor`.
+
+    `found` is whether the tool is usable as it stands; `path` where it lies. `needed` is whether builds for the
+    toolchain's targets need it; else it helps to run their bundles. `remedy` is empty when `found`.
+    """
+
+    name: str
+    found: bool
+    version: str
+    path: str
+    remedy: str
+    needed: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A bundle as an executor is opened on it. `parts` are in the order they run, `nets` the same by name."""
+
+    folder: Path
+    manifest: Manifest
+    target: Target
+    model: Model
+    parts: tuple[Part, ...]
+    nets: Mapping[str, Net]
+
+
+class Toolchain(Protocol):
+    """One compiler or runtime. `checkpoint`, `plan` and `cache` are what a build hands on.
+
+    Attributes:
+        rungs: those of the ladder that are its own, in order; gates: theirs.
+        executors: what runs its bundles, the default first.
+        compiler_stages: stages of actions in which the compiler runs; travelling: those whose results `mould export`
+            carries to machines that have no compiler.
+    """
+
+    api: int
+    name: str
+    rungs: tuple[Rung, ...]
+    gates: tuple[Gate, ...]
+    executors: tuple[str, ...]
+    compiler_stages: tuple[str, ...]
+    travelling: tuple[str, ...]
+
+    # Before anything is made.
+
+    def lay_out(self, settings: Settings, target: Target, checkpoint: Checkpoint) -> Any:
+        """The plan's `layout`; None for a toolchain that spreads nothing. UsageError for settings that cannot be."""
+
+    def list_parts(self, settings: Settings, checkpoint: Checkpoint) -> tuple[Part, ...]:
+        """All parts of the model in the form that is compiled."""
+
+    def label(self, settings: Settings) -> str:
+        """What the settings that are its own add to the name of a build's folder."""
+
+    def facts(self, settings: Settings, plan: Plan) -> dict[str, Any]:
+        """The same in keys and in the manifest's `settings`."""
+
+    def tools(self, plan: Plan) -> dict[str, str]:
+        """What a bundle's bytes depend on besides the packages that every build uses: name -> version."""
+
+    def check(self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> None:
+        """Raise ResourceError where the devices cannot hold the model, SchemeError where the compiler refuses."""
+
+    def jobs(self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, settings: Settings) -> list[Job]:
+        """What `make` will do, and which of it the store has."""
+
+    def devices(self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> dict[str, Any]:
+        """What every file will take on its device, for `plan`; empty where that is not planned."""
+
+    def host_constants(self, checkpoint: Checkpoint, plan: Plan) -> dict[str, NDArray[Any]]:
+        """What the host hands to the parts, by name."""
+
+    # Making and judging.
+
+    def make(
+        self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, settings: Settings, progress: Progress, laps: Laps
+    ) -> Made:
+        """Everything that is in the bundle besides sidecars, from the store or made now."""
+
+    def climb(
+        self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, made: Made, progress: Progress, folder: Path
+    ) -> AbstractContextManager[Rungs]:
+        """The runners of all rungs at the shapes of the plan, bottom to top; `folder` is for files that they need."""
+
+    def report(self, checkpoint: Checkpoint, plan: Plan, made: Made) -> dict[str, Any]:
+        """Facts of the report that are its own: memory, devices, estimates."""
+
+    # Bundles and machines.
+
+    def open_executor(self, bundle: Opened, name: str | None, options: Mapping[str, Any]) -> Executor:
+        """What runs a bundle's parts; UsageError where it cannot, ToolchainError where something is not installed."""
+
+    def doctor(self) -> Sequence[ToolStatus]:
+        """What is installed of what it takes, without starting anything."""
+
+
+@cache
+def all_toolchains() -> dict[str, Toolchain]:
+    """Those of this package and those that are registered, by name. Imports none of their compilers."""
+    own = {
+        module.name: importlib.import_module(f"{toolchains.__name__}.{module.name}.toolchain").TOOLCHAIN
+        for module in pkgutil.iter_modules(toolchains.__path__)
+    }
+    return own | {found.name: found for found in find_plugins(GROUP, Toolchain, API, own)}
+
+
+def find_toolchain(name: str) -> Toolchain:
+    """The toolchain called `name`; UsageError with those that there are otherwise."""
+    if name not in all_toolchains():
+        raise UsageError(
+            f"no toolchain is called {name!r}; there are {', '.join(all_toolchains())}: install the distribution that "
+            "the target belongs to"
+        )
+    return all_toolchains()[name]
+
+
+def toolchain_of(target: Target) -> Toolchain:
+    """The toolchain that compiles for a target."""
+    return find_toolchain(target.toolchain)
+
+
+def net_of(binaries: Sequence[Binary]) -> dict[str, Binary]:
+    """Part -> its binary."""
+    return {binary.part.name: binary for binary in binaries}

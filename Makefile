@@ -82,7 +82,7 @@ publish: env  ## publish a build: REGISTRY=HOST/REPO:TAG TARGET=bm1684x, or BUND
 	$(if $(REGISTRY),$(call quoted,$(REGISTRY))) \
 	$(call option,ACCEPT_LICENSE,accept-license) $(call option,SIGN,sign) $(OPTIONS)
 
-bench: envs  ## measure the figures that the README quotes
+bench: envs  ## measure the figures of docs/benchmarks.md
 	@$(BIN)/python -m bench $(BENCH)
 
 test: envs  ## all tests: real compiler, simulator and registry; PYTEST='-k name' picks some

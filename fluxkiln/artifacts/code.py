@@ -39,9 +39,9 @@ GROUND: Mapping[str, str] = {
     "fluxkiln.files": "writes bytes as they are",
     "fluxkiln.artifacts.*": "keeps bytes as they are, under these keys",
 }
-# A module that imports from these runs stages; a function that calls one of these is a stage, or makes a key.
+# A module that imports from these runs stages; a function with one of those is a stage, or makes a key.
 _RUNS_STAGES = re.compile(r"^from fluxkiln\.artifacts\.(?:actions|code) import", re.MULTILINE)
-_CALLS_STAGE = re.compile(r"\b(?:Action|run_action)\(")
+_IS_STAGE = re.compile(r"\b(?:Action|run_action)\(|-> Action:")
 
 # Python as far as names and imports go; parsing it takes ten times as long. A test holds the two equal.
 _QUOTED = (
@@ -49,7 +49,7 @@ _QUOTED = (
     r"'''[^'\\]*(?:(?:\\[\s\S]|'(?!''))[^'\\]*)*'''|'[^'\\]*(?:\\[\s\S][^'\\]*)*'"
 )
 _TEXT = re.compile(rf"{_QUOTED}|#.*")
-_START = re.compile(rf"{_QUOTED}|#.*|^(?=[A-Za-z_@])", re.MULTILINE)
+_START = re.compile(rf"^(?=[A-Za-z_@#])|{_QUOTED}|#.*", re.MULTILINE)
 _DEFINES = re.compile(r"(?:@.*\n(?:[ \t)].*\n)*)*(?:async def|def|class) (\w+)|((?:\w+, )*\w+)(?:: .*?)? = ")
 _IMPORT = re.compile(r"(?:^|[:;])[ \t]*(?:from[ \t]+([\w.]+)[ \t]+)?import[ \t]+(\([^)]*\)|.*)", re.MULTILINE)
 _FOR_TYPES = re.compile(r"^([ \t]*)if TYPE_CHECKING:.*\n(?:\1[ \t]+.*\n|[ \t]*\n)*", re.MULTILINE)
@@ -76,9 +76,9 @@ def code_version(*functions: Callable[..., object]) -> str:
 
 
 @cache
-def package_version() -> str:
+def package_version(package: Path = PACKAGE) -> str:
     """A digest over every file of fluxkiln, TOML and templates included; bytecode and hidden files do not count."""
-    return digest_sources({path.relative_to(PACKAGE).as_posix(): path.read_bytes() for path in _files(PACKAGE)})
+    return digest_sources({path.relative_to(package).as_posix(): path.read_bytes() for path in _files(package)})
 
 
 def digest_sources(sources: Mapping[str, bytes]) -> str:
@@ -142,7 +142,7 @@ class _Module:
     source: bytes
     has_stages: bool
     defined: Mapping[str, Sequence[str]]
-    imported: Mapping[str, Target]
+    imported: Mapping[str, Sequence[Target]]
     beside: frozenset[str]
 
 
@@ -180,7 +180,7 @@ class _Walk:
         uses = [_uses(one) for one in statements]
         used = {str(wanted)}.union(*(use.names for use in uses))
         yield from ((name, other) for other in used & module.defined.keys())
-        imports = {module.imported[other] for other in used & module.imported.keys()}
+        imports = {target for other in used & module.imported.keys() for target in module.imported[other]}
         for base, one in imports.union(*(use.imports for use in uses)):
             base = resolve_name(base, module.package)
             yield (f"{base}.{one}", None) if one and self.place(f"{base}.{one}") else (base, one)
@@ -201,8 +201,8 @@ class _Walk:
     def place(self, module: str) -> tuple[Path, str] | None:
         """The folder that the package of a module is in, and its path from there; None where it has no source here."""
         home, base = self.homes.get(module.partition(".")[0]), module.replace(".", "/")
-        for path in (f"{base}.py", f"{base}/__init__.py") if home else ():
-            if os.path.isfile(f"{home}/{path}"):
+        for path in (f"{base}.py", f"{base}/__init__.py"):
+            if home and os.path.isfile(f"{home}/{path}"):
                 return home, path
         return None
 
@@ -229,8 +229,8 @@ class _Walk:
 
 def _home(top: str) -> Path:
     """The folder that a top-level module or package lies in; it has been imported."""
-    module = sys.modules[top]
-    return Path(str(module.__file__)).parents[1 if hasattr(module, "__path__") else 0]
+    file = Path(getattr(sys.modules.get(top), "__file__", None) or "")
+    return file.parent.parent if file.name == "__init__.py" else file.parent
 
 
 def _files(base: Path) -> Iterator[Path]:
@@ -239,21 +239,23 @@ def _files(base: Path) -> Iterator[Path]:
         yield base
     for folder, folders, names in os.walk(base):
         folders[:] = [name for name in folders if name != "__pycache__" and not name.startswith(".")]
-        yield from (Path(folder, name) for name in names if not (name.startswith((".", "#")) or name.endswith("~")))
+        sources = (name for name in names if not (name.startswith((".", "#")) or name.endswith((".pyc", "~"))))
+        yield from (Path(folder, name) for name in sources)
 
 
 @cache
-def _top_level(text: str) -> tuple[Mapping[str, list[str]], Mapping[str, Target]]:
+def _top_level(text: str) -> tuple[Mapping[str, list[str]], Mapping[str, list[Target]]]:
     """A module's statements by the names that they define, and what it imports by the name that it has here."""
     starts = [found.start() for found in _START.finditer(text) if found.start() == found.end()]
     starts = starts[:1] + [start for last, start in pairwise(starts) if text[last] != "@"]  # decorators come before
     defined: dict[str, list[str]] = {}
-    imported: dict[str, Target] = {}
+    imported: dict[str, list[Target]] = {}
     for start, end in pairwise([*starts, len(text)]):
-        statement = text[start:end]
+        statement = text[start:end].rstrip() + "\n"
         if statement.startswith(("from ", "import ")):
-            imported |= _imports(_without_text(statement))
-        elif not statement.startswith("if TYPE_CHECKING:"):
+            for name, target in _imports(_without_text(statement)):
+                imported.setdefault(name, []).append(target)
+        elif not statement.startswith(("#", "if TYPE_CHECKING:")):
             found = _DEFINES.match(statement)
             for name in (found[1] or found[2]).split(", ") if found else [_ALWAYS]:
                 defined.setdefault(name, []).append(statement)
@@ -265,10 +267,10 @@ def _uses(statement: str) -> _Uses:
     code = _FOR_TYPES.sub("", _without_text(statement))
     return _Uses(
         frozenset(_NAME.findall(code)),
-        frozenset(_imports(code).values()),
+        frozenset(target for _, target in _imports(code)),
         frozenset(_STRING.findall(statement)),
         frozenset(_BY_NAME.findall(statement)),
-        statement.startswith(("def ", "@")) and _CALLS_STAGE.search(code) is not None,
+        statement.startswith(("def ", "@")) and _IS_STAGE.search(code) is not None,
     )
 
 
@@ -277,16 +279,14 @@ def _without_text(source: str) -> str:
 
     def evaluated(found: re.Match[str]) -> str:
         before = source[max(0, found.start() - 2) : found.start()].lower()
-        return " ".join(_EVALUATED.findall(found[0])) if "f" in before else ""
+        return " ".join(["", *_EVALUATED.findall(found[0]), ""]) if "f" in before else ""
 
     return _TEXT.sub(evaluated, source)
 
 
-def _imports(code: str) -> dict[str, Target]:
-    """What the imports in a piece of code bind: name -> module, with its leading dots, and name in it."""
-    found: dict[str, Target] = {}
+def _imports(code: str) -> Iterator[tuple[str, Target]]:
+    """What imports in a piece of code bind: a name, and the module, with its leading dots, and the name in it."""
     for base, listed in _IMPORT.findall(code) if "import" in code else ():
         for name, alias in _IMPORTED.findall(listed):
-            bound = alias or (name if base else name.partition(".")[0])
-            found[bound] = (base, None if name == "*" else name) if base else (name, None)
-    return found
+            target = (base, None if name == "*" else name) if base else (name, None)
+            yield alias or (name if base else name.partition(".")[0]), target

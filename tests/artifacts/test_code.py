@@ -76,7 +76,7 @@ def test_all_stages_are_found():
         "record_run",
         "reference_runs",
         "_lower",
-        "_shard_part",
+        "shard_weights _shard_part",
         "_record",
         "part_rounders _stored_beside",
     }
@@ -132,6 +132,7 @@ def test_every_stage_leaves_the_ground_out():
         ("make_mould", "compile/toolchains/tpu_mlir/deploy.py"),
         ("make_mould", "compile/toolchains/tpu_mlir/stubs/plotly/subplots.py"),
         ("make_template", "patches/flux1/rms_norm.py"),
+        ("shard_weights _shard_part", "patches/flux1/parallel.py"),
     ],
 )
 def test_what_lists_by_hand_left_out_or_runs_elsewhere_counts(name, path):

@@ -6,8 +6,6 @@ process leaves the whole record or none, two processes cannot corrupt each other
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +20,6 @@ from fluxkiln.files import disk_full_named
 
 SCHEMA = "fluxkiln.action/1"
 _INGREDIENTS = ("stage", "what", "code_version", "inputs", "settings", "tools")
-PACKAGE = Path(__file__).parents[1]
 
 Producer = Callable[[Path], tuple[Mapping[str, Path | Blob], Mapping[str, Json]]]
 
@@ -34,7 +31,7 @@ class Action:
     Args:
         stage: `template`, `mould`, `cast`, ...
         what: for people ("double.03 W4BF16"); not part of the key.
-        code_version: `stage_code_version` of the code that runs it.
+        code_version: `fluxkiln.artifacts.code.code_version` of the function that runs it.
         inputs: name -> digest of what it reads.
         settings: normalised flags: defaults filled in, no paths, nothing that does not change the result.
         tools: name -> version of what it calls.
@@ -220,51 +217,6 @@ def _produce(cache: ActionCache, action: Action, producer: Producer) -> ActionRe
             for name, path in files.items()
         }
         return cache.record(action, outputs, facts)
-
-
-def stage_code_version(*sources: str | Path) -> str:
-    """A digest over source files, so that a changed patch invalidates the templates made with it.
-
-    Args:
-        sources: modules or packages of fluxkiln by dotted name (nothing is imported), or paths. Every file of a
-            package counts, TOML and templates included; bytecode, hidden files and editors' backups do not.
-
-    Raises:
-        FluxkilnError: there is no such module or path.
-    """
-    digest = hashlib.sha256()
-    for label, path in sorted(_source_files(sources)):
-        digest.update(f"{label}\0".encode())
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return "sha256:" + digest.hexdigest()
-
-
-def _source_files(sources: tuple[str | Path, ...]) -> set[tuple[str, Path]]:
-    found = set()
-    for source in sources:
-        base = source if isinstance(source, Path) else _module_path(source)
-        if base.is_file():
-            found.add((_label(base, base.parent), base))
-            continue
-        if not base.is_dir():
-            raise FluxkilnError(f"no source {source!r} to take the version of; name a module of fluxkiln or a path")
-        for folder, folders, names in os.walk(base):
-            folders[:] = [name for name in folders if name != "__pycache__" and not name.startswith(".")]
-            for name in names:
-                if not (name.startswith((".", "#")) or name.endswith((".pyc", "~"))):
-                    path = Path(folder, name)
-                    found.add((_label(path, base.parent), path))
-    return found
-
-
-def _label(path: Path, base: Path) -> str:
-    # Relative, so that the version is the same wherever the package is installed.
-    return path.relative_to(PACKAGE.parent if path.is_relative_to(PACKAGE) else base).as_posix()
-
-
-def _module_path(name: str) -> Path:
-    path = PACKAGE.parent.joinpath(*name.split("."))
-    return path if path.is_dir() else path.with_suffix(".py")
 
 
 def _parse_record(data: bytes, key: str) -> tuple[dict[str, Blob], Mapping[str, Json]]:

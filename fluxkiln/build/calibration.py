@@ -16,7 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fluxkiln.artifacts.actions import Action, run_action, stage_code_version
+from fluxkiln.artifacts.actions import Action, run_action
+from fluxkiln.artifacts.code import code_version
 from fluxkiln.build.context import prepare
 from fluxkiln.compile.templates import Kiln
 from fluxkiln.compile.weights import calibration_action, component_digest
@@ -30,12 +31,6 @@ from fluxkiln.settings import Settings
 
 DEFAULT_PROMPTS = Path(__file__).parents[1] / "quantize" / "prompts.txt"
 DEFAULT_STEPS = 4
-_CODE = (
-    "fluxkiln.build.calibration",
-    "fluxkiln.quantize.sums",
-    "fluxkiln.verify.streaming",
-    "fluxkiln.patches.flux1.pipeline",
-)
 _TOOLS = ("torch", "diffusers", "transformers")
 
 
@@ -104,7 +99,7 @@ def calibrate(
     action = Action(
         stage="calibrate",
         what=f"{kiln.checkpoint.name}: {len(prompts)} prompts, {settings.steps} steps",
-        code_version=stage_code_version(*_CODE),
+        code_version=code_version(_record),
         inputs=digests,
         settings=facts,
         tools={name: importlib.metadata.version(name) for name in _TOOLS},

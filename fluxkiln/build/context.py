@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fluxkiln import __version__
-from fluxkiln.artifacts.actions import Action, ActionCache, stage_code_version
+from fluxkiln.artifacts.actions import Action, ActionCache
+from fluxkiln.artifacts.code import code_version
 from fluxkiln.artifacts.store import open_store
 from fluxkiln.build.loras import fused_root, lora_label, unfused_bytes
 from fluxkiln.compile.target import Target
@@ -255,24 +256,29 @@ def _read_progress(progress: Progress) -> Callable[[int, int], None] | None:
 def _validate(kiln: Kiln, print_: str, memo: DigestMemo, progress: Progress) -> None:
     """Groups that fit; shapes against upstream's classes and no NaN or Inf, once per checkpoint."""
     from fluxkiln.compile.tensors import check_weights
-    from fluxkiln.export.validate import validate_checkpoint
 
     action = Action(
         stage="validate",
         what=kiln.checkpoint.name,
-        code_version=stage_code_version("fluxkiln.export.validate", "fluxkiln.export.fingerprint"),
+        code_version=code_version(_read_through),
         inputs={"checkpoint": f"sha256:{print_}"},
     )
     check_weights(kiln)
     if kiln.cache.lookup(action.key) is None:
         started = time.perf_counter()
         progress.stage("validate", 1)
-        validate_checkpoint(kiln.checkpoint)
-        for refs in kiln.checkpoint.tensors.values():
-            scan_finite(refs.values(), memo)
+        _read_through(kiln.checkpoint, memo)
         kiln.cache.record(action, {}, {"version": __version__})
         tensors = sum(map(len, kiln.checkpoint.tensors.values()))
         progress.done("validate", f"{tensors} tensors", f"checked in {time.perf_counter() - started:.1f} s")
+
+
+def _read_through(checkpoint: Checkpoint, memo: DigestMemo) -> None:
+    from fluxkiln.export.validate import validate_checkpoint
+
+    validate_checkpoint(checkpoint)
+    for refs in checkpoint.tensors.values():
+        scan_finite(refs.values(), memo)
 
 
 def _tpu_mlir(target: Target) -> Any:

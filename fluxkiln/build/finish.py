@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln import __version__
-from fluxkiln.artifacts.actions import Action, stage_code_version
+from fluxkiln.artifacts.actions import Action
 from fluxkiln.artifacts.bundle import write_bundle
+from fluxkiln.artifacts.code import package_version
 from fluxkiln.artifacts.modelpack import store_bundle
 from fluxkiln.artifacts.store import Blob
 from fluxkiln.build.loras import lora_facts
@@ -45,7 +46,7 @@ def build_action(prepared: Prepared) -> Action:
     return Action(
         stage="build",
         what=f"{prepared.name} for {kiln.target.name}",
-        code_version=stage_code_version("fluxkiln"),
+        code_version=package_version(),
         inputs={
             "checkpoint": f"sha256:{prepared.fingerprint}",
             **{f"calibration of {component}": digest for component, digest in used_calibrations(kiln).items()},

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fluxkiln.artifacts.actions import Action, run_action, stage_code_version
+from fluxkiln.artifacts.actions import Action, run_action
+from fluxkiln.artifacts.code import code_version
 from fluxkiln.build.budget import LIMITS, Limits, multiplications, replayed_shapes
 from fluxkiln.compile.corrections import part_weights
 from fluxkiln.compile.rungs import Rungs, bm1684x_rungs, cpu_rungs
@@ -105,13 +106,7 @@ def record_run(
     action = Action(
         stage="record",
         what=f"reference run of {kiln.checkpoint.name}",
-        code_version=stage_code_version(
-            "fluxkiln.verify.reference",
-            "fluxkiln.patches.flux1.hooks",
-            "fluxkiln.verify.pipeline",
-            "fluxkiln.patches.flux1.pipeline",
-            "fluxkiln.verify.streaming",
-        ),
+        code_version=code_version(record_run),
         inputs={"checkpoint": f"sha256:{print_}"},
         settings={
             "parts": digest_json([[part.name, part.kind, part.prefix] for part in parts]),

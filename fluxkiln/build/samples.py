@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fluxkiln.artifacts.actions import Action, run_action, stage_code_version
+from fluxkiln.artifacts.actions import Action, run_action
+from fluxkiln.artifacts.code import code_version
 from fluxkiln.build.budget import name_shapes
 from fluxkiln.compile.templates import Kiln, pipeline_files
 from fluxkiln.digests import digest_json
@@ -102,9 +103,7 @@ def _reference_action(kiln: Kiln, settings: Settings, prompt: str, seed: int) ->
     return Action(
         stage="sample",
         what=f"reference image, seed {seed}",
-        code_version=stage_code_version(
-            "fluxkiln.verify.pipeline", "fluxkiln.verify.streaming", "fluxkiln.verify.runs", "fluxkiln.build.samples"
-        ),
+        code_version=code_version(reference_runs),
         inputs={"checkpoint": digest_json({name: dict(tensors) for name, tensors in kiln.checkpoint.digests.items()})},
         settings={
             "configs": digest_json(kiln.checkpoint.configs),

@@ -17,10 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fluxkiln.artifacts.actions import Action, run_action
+from fluxkiln.artifacts.code import code_version
 from fluxkiln.compile.onnx.filled import weight_matmuls
 from fluxkiln.compile.templates import Kiln, make_template, weights_digest
 from fluxkiln.compile.toolchains.tpu_mlir.side_tensors import beside_slots, in_codes, split_slot
-from fluxkiln.compile.weights import CalibratedSlots, part_statistics, rounding_key
+from fluxkiln.compile.weights import CalibratedSlots, part_calibration, part_rounders, part_statistics
 from fluxkiln.export.bindings import BoundWeights, WeightReader, bind_part, weight_reader
 from fluxkiln.quantize.activation import find_divisors, pack_low_rank, packed_rows
 from fluxkiln.quantize.statistics import Statistics
@@ -77,6 +78,21 @@ def part_weights(kiln: Kiln, part: Part, template: Template) -> WeightReader:
     if kiln.scheme(part).codes_only:
         return plain
     return CorrectedWeights(plain, _stored_beside(kiln, part, template, plain))
+
+
+def rounding_key(kiln: Kiln, part: Part) -> tuple[dict[str, Any], dict[str, str]]:
+    """Settings and inputs that a part's method adds to the key of its weights; nothing for the compiler's own."""
+    scheme = kiln.scheme(part)
+    if scheme.rounds_as_compiler:
+        return {}, {}
+    calibration = part_calibration(kiln, part)
+    settings = {
+        "method": scheme.method,
+        "symmetric": scheme.symmetric,
+        "rank": scheme.rank,
+        "code": code_version(part_rounders, _stored_beside),
+    }
+    return settings, {} if calibration is None else {"calibration": calibration.digest}
 
 
 def _stored_beside(kiln: Kiln, part: Part, template: Template, plain: BoundWeights) -> Mapping[str, NDArray[Any]]:

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fluxkiln.artifacts.actions import Action, ActionCache, ActionResult, run_action, stage_code_version
+from fluxkiln.artifacts.actions import Action, ActionCache, ActionResult, run_action
+from fluxkiln.artifacts.code import code_version
 from fluxkiln.artifacts.store import Blob
 from fluxkiln.compile.target import Target
 from fluxkiln.digests import digest_json
@@ -142,7 +143,7 @@ def template_action(kiln: Kiln, kind: str, graph_format: GraphFormat) -> Action:
     return Action(
         stage="template",
         what=f"{kind} {graph_format}",
-        code_version=stage_code_version("fluxkiln.patches", "fluxkiln.export.trace", "fluxkiln.export.graph"),
+        code_version=code_version(make_template),
         inputs={"config": digest_json(config)},
         settings={
             "kind": kind,

@@ -26,17 +26,6 @@ if TYPE_CHECKING:
 
     from fluxkiln.quantize.activation import Corrected, CorrectorOf
 
-# what decides the codes of a method that is not the compiler's
-ROUNDING_CODE = (
-    "fluxkiln.quantize.search",
-    "fluxkiln.quantize.gptq",
-    "fluxkiln.quantize.activation",
-    "fluxkiln.quantize.rounding",
-    "fluxkiln.quantize.statistics",
-    "fluxkiln.compile.weights",
-    "fluxkiln.compile.corrections",
-)
-
 
 def calibration_action(component: str, digest: str) -> Action:
     """The key under which the store keeps the calibration that builds of these weights use: the last one made."""
@@ -100,23 +89,6 @@ def check_methods(kiln: Kiln) -> None:
     """Raise SchemeError before anything is compiled, where a method cannot be had for lack of calibration."""
     for kind in kiln.kinds():
         part_calibration(kiln, next(part for part in kiln.parts if part.kind == kind))
-
-
-def rounding_key(kiln: Kiln, part: Part) -> tuple[dict[str, Any], dict[str, str]]:
-    """Settings and inputs that a part's method adds to the key of its weights; nothing for the compiler's own."""
-    scheme = kiln.scheme(part)
-    if scheme.rounds_as_compiler:
-        return {}, {}
-    from fluxkiln.artifacts.actions import stage_code_version
-
-    calibration = part_calibration(kiln, part)
-    settings = {
-        "method": scheme.method,
-        "symmetric": scheme.symmetric,
-        "rank": scheme.rank,
-        "code": stage_code_version(*ROUNDING_CODE),
-    }
-    return settings, {} if calibration is None else {"calibration": calibration.digest}
 
 
 def part_rounders(kiln: Kiln, part: Part, graph_format: Any = "onnx17") -> RounderOf:

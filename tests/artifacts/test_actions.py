@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxkiln.artifacts.actions import PACKAGE, Action, ActionCache, run_action, stage_code_version
+from fluxkiln.artifacts.actions import Action, ActionCache, run_action
 from fluxkiln.artifacts.store import Store, open_store
 from fluxkiln.errors import FluxkilnError, IntegrityError
 
@@ -277,68 +277,6 @@ def test_reachable_is_what_records_and_tags_need(cache):
     assert loose in cache.store.digests()
     cache.forget(ACTION.key)
     assert recorded not in cache.reachable()
-
-
-@pytest.fixture
-def package(tmp_path: Path) -> Path:
-    folder = tmp_path / "patches"
-    (folder / "__pycache__").mkdir(parents=True)
-    (folder / "rope.py").write_text("a = 1\n")
-    (folder / "schemes.toml").write_text("x = 1\n")
-    return folder
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda folder: (folder / "rope.py").write_text("a = 2\n"),
-        lambda folder: (folder / "schemes.toml").write_text("x = 2\n"),
-        lambda folder: (folder / "new.py").write_text(""),
-        lambda folder: (folder / "rope.py").rename(folder / "rope2.py"),
-        lambda folder: (folder / "schemes.toml").unlink(),
-    ],
-)
-def test_changed_patch_makes_its_templates_stale(cache, package, change):
-    def action():
-        return Action("template", "double", stage_code_version(package), {})
-
-    before = action()
-    run_action(cache, before, produce)
-    run_action(cache, action(), refuse)
-    change(package)
-    assert action().key != before.key
-    assert run_action(cache, action(), produce).hit is False
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda folder: os.utime(folder / "rope.py", (1, 1)),
-        lambda folder: (folder / "__pycache__" / "rope.cpython-311.pyc").write_bytes(b"x"),
-        lambda folder: (folder / ".rope.py.swp").write_bytes(b"x"),
-        lambda folder: (folder / "rope.py~").write_bytes(b"x"),
-    ],
-)
-def test_what_is_no_source_does_not_change_the_code_version(package, change):
-    before = stage_code_version(package)
-    change(package)
-    assert stage_code_version(package) == before
-
-
-def test_code_version_of_modules_by_name():
-    assert stage_code_version("fluxkiln.artifacts") == stage_code_version(PACKAGE / "artifacts")
-    assert stage_code_version("fluxkiln.errors") == stage_code_version(PACKAGE / "errors.py")
-    both = stage_code_version("fluxkiln.artifacts", "fluxkiln.errors")
-    assert both == stage_code_version("fluxkiln.errors", "fluxkiln.artifacts")
-    assert len({both, stage_code_version("fluxkiln.artifacts"), stage_code_version("fluxkiln.errors")}) == 3
-    with pytest.raises(FluxkilnError, match="no_such"):
-        stage_code_version("fluxkiln.no_such")
-
-
-def test_code_version_does_not_depend_on_where_the_package_lies(package, tmp_path):
-    elsewhere = tmp_path / "elsewhere"
-    shutil.copytree(package, elsewhere / "patches")
-    assert stage_code_version(elsewhere / "patches") == stage_code_version(package)
 
 
 def test_artifacts_import_nothing_but_the_standard_library(run_python):

@@ -13,6 +13,7 @@ from fluxkiln.build.calibration import calibrate
 from fluxkiln.build.context import prepare
 from fluxkiln.build.finish import build_action
 from fluxkiln.build.parity import climb_stored
+from fluxkiln.compile.corrections import rounding_key
 from fluxkiln.compile.onnx.linked import link_parts
 from fluxkiln.compile.rungs import bm1684x_rungs, cpu_rungs, dequantized_rung
 from fluxkiln.compile.templates import CombinedFile, make_template
@@ -26,7 +27,6 @@ from fluxkiln.compile.weights import (
     component_digest,
     find_calibration,
     part_rounders,
-    rounding_key,
 )
 from fluxkiln.errors import CheckpointError, SchemeError
 from fluxkiln.export.bindings import bind_part, weight_reader

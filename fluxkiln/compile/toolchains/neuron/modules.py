@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from fluxkiln.artifacts.actions import Action, run_action, stage_code_version
+from fluxkiln.artifacts.actions import Action, run_action
+from fluxkiln.artifacts.code import code_version
 from fluxkiln.artifacts.store import Blob
 from fluxkiln.compile.templates import EXPORT_TOOLS, Kiln
 from fluxkiln.compile.toolchains.neuron.neff import COMPILE_MEMORY, CompileJob, hlo_path
@@ -149,9 +150,7 @@ def lower_action(kiln: Kiln, part: Part, dtype: Dtype = "bfloat16", ranks: int |
     return Action(
         stage="lower",
         what=f"{module_name(part)} {dtype} tp{ranks}",
-        code_version=stage_code_version(
-            "fluxkiln.compile.toolchains.neuron", "fluxkiln.patches", "fluxkiln.export.split"
-        ),
+        code_version=code_version(_lower),
         inputs={"config": digest_json(_config(kiln, part))},
         settings={
             "kind": module_kind(part),

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fluxkiln.artifacts.actions import Action, run_action, stage_code_version
+from fluxkiln.artifacts.actions import Action, run_action
+from fluxkiln.artifacts.code import code_version
 from fluxkiln.artifacts.store import Blob
 from fluxkiln.compile.target import Instance, Target
 from fluxkiln.compile.templates import Kiln
@@ -178,9 +179,7 @@ def shard_action(kiln: Kiln, part: Part) -> Action:
     return Action(
         stage="shard",
         what=f"{part.name} tp{ranks}",
-        code_version=stage_code_version(
-            "fluxkiln.export.shard_files", "fluxkiln.export.split", "fluxkiln.export.checkpoint", "fluxkiln.patches"
-        ),
+        code_version=code_version(shard_weights, _shard_part),
         inputs={"weights": "sha256:" + hashlib.sha256(json.dumps(refs).encode()).hexdigest()},
         settings={"ranks": ranks, "members": [list(member) for member in part.members], "dtype": "BF16"},
     )

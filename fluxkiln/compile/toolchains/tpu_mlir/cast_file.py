@@ -18,20 +18,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fluxkiln.artifacts.actions import Action, run_action, stage_code_version
+from fluxkiln.artifacts.actions import Action, run_action
+from fluxkiln.artifacts.code import code_version
 from fluxkiln.artifacts.store import Blob
-from fluxkiln.compile.corrections import part_weights
+from fluxkiln.compile.corrections import part_weights, rounding_key
 from fluxkiln.compile.templates import BinaryPart, CombinedFile, Kiln, make_template, weights_digest
 from fluxkiln.compile.toolchains.tpu_mlir.environment import TPU_MLIR_VERSION
-from fluxkiln.compile.toolchains.tpu_mlir.moulds import STORED_CODE, require_compiler
-from fluxkiln.compile.weights import part_rounders, rounding_key
+from fluxkiln.compile.toolchains.tpu_mlir.moulds import require_compiler
+from fluxkiln.compile.weights import part_rounders
 from fluxkiln.export.bindings import bind_part, binding_refs
 from fluxkiln.export.checkpoint import expect_tensors
 from fluxkiln.export.fingerprint import check_shards
 from fluxkiln.files import disk_full_named
 from fluxkiln.progress import FROM_STORE, Progress
 
-CAST_CODE = ("fluxkiln.compile.toolchains.tpu_mlir.cast", *STORED_CODE)
 # of one thread: the largest weight that is stored transposed, in float32
 CAST_MEMORY = 256 << 20
 _BLOCK = 4 << 20
@@ -61,11 +61,7 @@ def combine_action(kiln: Kiln, name: str, binaries: list[BinaryPart]) -> Action:
     return Action(
         stage="combine",
         what=f"shell of {name}",
-        code_version=stage_code_version(
-            "fluxkiln.compile.toolchains.tpu_mlir.compiler",
-            "fluxkiln.compile.toolchains.tpu_mlir.shell",
-            "fluxkiln.compile.toolchains.tpu_mlir.bmodel",
-        ),
+        code_version=code_version(combine_shells),
         inputs={binary.net: binary.shell.digest for binary in binaries if binary.shell is not None},
         settings={"chip": kiln.target.chip, "order": [binary.net for binary in binaries]},
         tools={"tpu_mlir": TPU_MLIR_VERSION},
@@ -90,9 +86,7 @@ def cast_file(
     action = Action(
         stage="file",
         what=name,
-        code_version=stage_code_version(
-            "fluxkiln.compile.toolchains.tpu_mlir.cast_file", "fluxkiln.compile.toolchains.tpu_mlir.shell", *CAST_CODE
-        ),
+        code_version=code_version(cast_file),
         inputs={"shell": "sha256:" + shell.name, **keys},
     )
 
@@ -139,7 +133,7 @@ def part_action(kiln: Kiln, binary: BinaryPart) -> Action:
     if binary.coefficients is not None:
         settings, calibration = rounding_key(kiln, binary.part)
         inputs |= calibration
-    return Action("cast", f"{binary.part.name} {binary.scheme.name}", stage_code_version(*CAST_CODE), inputs, settings)
+    return Action("cast", f"{binary.part.name} {binary.scheme.name}", code_version(_fill_part), inputs, settings)
 
 
 def _fill(

@@ -13,38 +13,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from fluxkiln.artifacts.actions import Action, run_action, stage_code_version
-from fluxkiln.compile.corrections import part_weights
+from fluxkiln.artifacts.actions import Action, run_action
+from fluxkiln.artifacts.code import code_version
+from fluxkiln.compile.corrections import part_weights, rounding_key
 from fluxkiln.compile.templates import BinaryPart, Kiln, Mould, mould_net, net_name, weights_digest
 from fluxkiln.compile.toolchains.tpu_mlir.environment import TPU_MLIR_VERSION, TpuMlirEnv, default_tpu_mlir_root
-from fluxkiln.compile.weights import rounding_key
 from fluxkiln.digests import digest_json
 from fluxkiln.errors import CompileError, ToolchainError
 from fluxkiln.export.bindings import bind_part
 from fluxkiln.types import Part, Template
-
-# what decides the bytes of a coefficient region
-STORED_CODE = (
-    "fluxkiln.compile.toolchains.tpu_mlir.bmodel",
-    "fluxkiln.compile.toolchains.tpu_mlir.forms",
-    "fluxkiln.compile.toolchains.tpu_mlir.reorder",
-    "fluxkiln.compile.toolchains.tpu_mlir.shell",
-    "fluxkiln.quantize.pack",
-    "fluxkiln.export.bindings",
-    "fluxkiln.export.checkpoint",
-)
-_COMPILE_CODE = (
-    "fluxkiln.compile.onnx.filled",
-    "fluxkiln.compile.toolchains.tpu_mlir.side_tensors",
-    "fluxkiln.compile.toolchains.tpu_mlir.gelu",
-    "fluxkiln.compile.toolchains.tpu_mlir.order",
-    "fluxkiln.compile.toolchains.tpu_mlir.estimate",
-    "fluxkiln.compile.toolchains.tpu_mlir.compiler",
-    "fluxkiln.compile.toolchains.tpu_mlir.transform",
-    "fluxkiln.compile.toolchains.tpu_mlir.deploy",
-    "fluxkiln.compile.toolchains.tpu_mlir.coefficients",
-    *STORED_CODE,
-)
 
 
 def make_mould(kiln: Kiln, template: Template) -> Mould:
@@ -102,7 +79,8 @@ def compiled_form(kiln: Kiln, template: Template, folder: Path) -> Template:
 
 def mould_action(kiln: Kiln, template: Template) -> Action:
     """The key of a mould: no checkpoint is in it."""
-    return _compile_action(kiln, "mould", template, mould_net(kiln, template.kind), {"template": template.digest})
+    net, version = mould_net(kiln, template.kind), code_version(make_mould)
+    return _compile_action(kiln, "mould", version, template, net, {"template": template.digest})
 
 
 def find_mould(kiln: Kiln, template: Template) -> Mould | None:
@@ -147,7 +125,7 @@ def compile_action(kiln: Kiln, part: Part, template: Template) -> Action:
     if not kiln.scheme(part).codes_only:  # what is packed follows from the method
         settings, calibration = rounding_key(kiln, part)
         inputs |= {"method": digest_json(settings), **calibration}
-    return _compile_action(kiln, "compile", template, net_name(part), inputs)
+    return _compile_action(kiln, "compile", code_version(compile_part), template, net_name(part), inputs)
 
 
 def compile_memory(elements: int) -> int:
@@ -169,12 +147,14 @@ def require_compiler(kiln: Kiln, what: str) -> TpuMlirEnv:
     return kiln.tpu_mlir
 
 
-def _compile_action(kiln: Kiln, stage: str, template: Template, net: str, inputs: Mapping[str, str]) -> Action:
+def _compile_action(
+    kiln: Kiln, stage: str, version: str, template: Template, net: str, inputs: Mapping[str, str]
+) -> Action:
     scheme = kiln.schemes[template.kind]
     return Action(
         stage=stage,
         what=f"{net} {scheme.compiled_name}",
-        code_version=stage_code_version(*_COMPILE_CODE),
+        code_version=version,
         inputs=inputs,
         settings={
             "net": net,

@@ -7,10 +7,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from fluxkiln.artifacts.actions import Action, stage_code_version
+from fluxkiln.artifacts.actions import Action
+from fluxkiln.artifacts.code import code_version
 from fluxkiln.compile.corrections import part_weights
 from fluxkiln.compile.templates import BinaryPart, Kiln, Mould, make_template, mould_net
-from fluxkiln.compile.toolchains.tpu_mlir.cast_file import CAST_CODE
 from fluxkiln.compile.toolchains.tpu_mlir.moulds import compile_weights, compiled_form
 from fluxkiln.compile.weights import part_rounders
 from fluxkiln.errors import CompileError
@@ -26,11 +26,14 @@ def proof_part(parts: list[Part], seed: int) -> Part:
 
 
 def proof_action(mould: Mould) -> Action:
-    """The key of a mould's proof: its bytes, their map, and the code that casts. No checkpoint is in it."""
+    """The key of a mould's proof: its bytes, their map, and the code that compiles and casts probe weights.
+
+    No checkpoint is in it and no other method of rounding: that a cast has its weights in the right places is proven.
+    """
     return Action(
         stage="proof",
         what=f"casts of {mould.kind}",
-        code_version=stage_code_version(*CAST_CODE),
+        code_version=code_version(prove_mould),
         inputs={name: mould.result.outputs[name].digest for name in ("shell", "map")},
     )
 

@@ -38,6 +38,12 @@ GROUND: Mapping[str, str] = {
     "fluxkiln.digests": "makes keys: others if it makes them otherwise",
     "fluxkiln.files": "writes bytes as they are",
     "fluxkiln.artifacts.*": "keeps bytes as they are, under these keys",
+    "fluxkiln.patches.registry": "finds a checkpoint's model, which is counted by itself where it decides something",
+    "fluxkiln.patches.model": "says what a model has",
+    "fluxkiln.compile.toolchain": "finds toolchains, which count their own code",
+    "fluxkiln.compile.targets": "finds targets; what of one decides a result stands in the key",
+    "fluxkiln.compile.targets.*": "the same",
+    "fluxkiln.plugins": "finds what others add",
 }
 # A module that imports from these runs stages; a function with one of those is a stage, or makes a key.
 _RUNS_STAGES = re.compile(r"^from fluxkiln\.artifacts\.(?:actions|code) import", re.MULTILINE)
@@ -66,13 +72,17 @@ Target = tuple[str, str | None]
 
 
 @cache
-def code_version(*functions: Callable[..., object]) -> str:
+def code_version(*functions: Callable[..., object], model: type | None = None) -> str:
     """A digest over the sources that decide what `functions` make; they are of the top level of their modules.
+
+    Args:
+        model: a `patches.model.Model` whose code decides as well, with that of the models it is derived from.
 
     Raises:
         FluxkilnError: one of them is not, or has no source.
     """
-    return digest_sources(reached_sources((one.__module__, one.__qualname__) for one in functions))
+    classes = () if model is None else model.__mro__[:-1]
+    return digest_sources(reached_sources((one.__module__, one.__qualname__) for one in (*functions, *classes)))
 
 
 @cache

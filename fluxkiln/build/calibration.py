@@ -99,7 +99,7 @@ def calibrate(
     action = Action(
         stage="calibrate",
         what=f"{kiln.checkpoint.name}: {len(prompts)} prompts, {settings.steps} steps",
-        code_version=code_version(_record),
+        code_version=code_version(_record, model=type(kiln.checkpoint.model)),
         inputs=digests,
         settings=facts,
         tools={name: importlib.metadata.version(name) for name in _TOOLS},

@@ -260,7 +260,7 @@ def _validate(kiln: Kiln, print_: str, memo: DigestMemo, progress: Progress) -> 
     action = Action(
         stage="validate",
         what=kiln.checkpoint.name,
-        code_version=code_version(_read_through),
+        code_version=code_version(_read_through, model=type(kiln.checkpoint.model)),
         inputs={"checkpoint": f"sha256:{print_}"},
     )
     check_weights(kiln)

@@ -106,7 +106,7 @@ def record_run(
     action = Action(
         stage="record",
         what=f"reference run of {kiln.checkpoint.name}",
-        code_version=code_version(record_run),
+        code_version=code_version(record_run, model=type(kiln.checkpoint.model)),
         inputs={"checkpoint": f"sha256:{print_}"},
         settings={
             "parts": digest_json([[part.name, part.kind, part.prefix] for part in parts]),

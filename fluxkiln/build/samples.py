@@ -103,7 +103,7 @@ def _reference_action(kiln: Kiln, settings: Settings, prompt: str, seed: int) ->
     return Action(
         stage="sample",
         what=f"reference image, seed {seed}",
-        code_version=code_version(reference_runs),
+        code_version=code_version(reference_runs, model=type(kiln.checkpoint.model)),
         inputs={"checkpoint": digest_json({name: dict(tensors) for name, tensors in kiln.checkpoint.digests.items()})},
         settings={
             "configs": digest_json(kiln.checkpoint.configs),

@@ -143,7 +143,7 @@ def template_action(kiln: Kiln, kind: str, graph_format: GraphFormat) -> Action:
     return Action(
         stage="template",
         what=f"{kind} {graph_format}",
-        code_version=code_version(make_template),
+        code_version=code_version(make_template, model=type(kiln.checkpoint.model)),
         inputs={"config": digest_json(config)},
         settings={
             "kind": kind,

@@ -150,7 +150,7 @@ def lower_action(kiln: Kiln, part: Part, dtype: Dtype = "bfloat16", ranks: int |
     return Action(
         stage="lower",
         what=f"{module_name(part)} {dtype} tp{ranks}",
-        code_version=code_version(_lower),
+        code_version=code_version(_lower, model=type(kiln.checkpoint.model)),
         inputs={"config": digest_json(_config(kiln, part))},
         settings={
             "kind": module_kind(part),

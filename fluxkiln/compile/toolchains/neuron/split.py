@@ -179,7 +179,7 @@ def shard_action(kiln: Kiln, part: Part) -> Action:
     return Action(
         stage="shard",
         what=f"{part.name} tp{ranks}",
-        code_version=code_version(shard_weights, _shard_part),
+        code_version=code_version(shard_weights, _shard_part, model=type(kiln.checkpoint.model)),
         inputs={"weights": "sha256:" + hashlib.sha256(json.dumps(refs).encode()).hexdigest()},
         settings={"ranks": ranks, "members": [list(member) for member in part.members], "dtype": "BF16"},
     )

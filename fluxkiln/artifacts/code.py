@@ -81,8 +81,9 @@ def code_version(*functions: Callable[..., object], model: type | None = None) -
     Raises:
         FluxkilnError: one of them is not, or has no source.
     """
-    classes = () if model is None else model.__mro__[:-1]
-    return digest_sources(reached_sources((one.__module__, one.__qualname__) for one in (*functions, *classes)))
+    classes: tuple[type, ...] = () if model is None else model.__mro__[:-1]
+    starts = [(one.__module__, one.__qualname__) for one in (*functions, *classes)]
+    return digest_sources(reached_sources(starts))
 
 
 @cache

@@ -7,8 +7,8 @@ import pytest
 
 from fluxkiln.errors import SchemeError
 from fluxkiln.quantize.columns import BELIEF, DAMPING, ColumnRounder
-from fluxkiln.quantize.pack import bf16_to_float32, dequantize
-from fluxkiln.quantize.rounding import empty_packed, pack_matrix
+from fluxkiln.quantize.pack import bf16_to_float32, dequantize, empty_packed
+from fluxkiln.quantize.rounding import pack_matrix
 from fluxkiln.quantize.schemes import parse_scheme
 from fluxkiln.quantize.statistics import Statistics, gather
 from tests.quantize.weights import make_inputs, make_weight, relative_error

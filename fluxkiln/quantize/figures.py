@@ -77,7 +77,7 @@ def measure(
     started = time.thread_time()
     # a method that needs more than codes takes a whole matrix
     sided = None if scheme.codes_only else pack_sided(read_rows(0, shape[0]), scheme, statistics)
-    whole_matrix = sided and sided.dequantize(scheme.group_size)
+    sided_matrix = None if sided is None else sided.dequantize(scheme.group_size)
     rounder = make_rounder(scheme, statistics) if scheme.weight_bits and sided is None else None
     taken = time.thread_time() - started
     wrong = whole = lost = made = 0.0
@@ -92,8 +92,8 @@ def measure(
             one_signed, empty = one_signed + counts.one_signed, empty + counts.empty
             if not counts.finite:
                 raise SchemeError("the weight has NaN or infinite values, which have no code; fetch it again")
-        if whole_matrix is not None:
-            stored = whole_matrix[start:stop]
+        if sided_matrix is not None:
+            stored = sided_matrix[start:stop]
         elif rounder is not None:
             started = time.thread_time()
             packed = pack_by(rounder, rows, scheme.group_size, scheme.weight_bits)

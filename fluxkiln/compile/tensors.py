@@ -72,7 +72,7 @@ def check_weights(kiln: Kiln) -> None:
             if not scheme.keeps(name):
                 check_groups(scheme, ref.name, ref.shape[1])
                 if not kiln.target.takes_codes(ref.shape[0]):
-                    refused[f"{part.traits.block}.{weight_name(name)}"] = ref, scheme.arithmetic
+                    refused.setdefault(f"{part.traits.block}.{weight_name(name)}", (ref, scheme.arithmetic))
     if refused:
         (first, plain), lanes = next(iter(refused.values())), kiln.target.lanes
         fewer = f" or fewer than {lanes}" * kiln.target.partial_lanes

@@ -6,9 +6,9 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from fluxkiln.quantize.activation import pack_corrected
 
 from bench.figure import Figure, cpu_seconds, one_core, ratio
-from fluxkiln.quantize.activation import pack_corrected
 from fluxkiln.quantize.calibration import DEFAULT_BLOCK
 from fluxkiln.quantize.pack import dequantize
 from fluxkiln.quantize.rounding import pack_matrix

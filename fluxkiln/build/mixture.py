@@ -10,22 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fluxkiln.quantize.exceptions import with_exceptions
 from fluxkiln.quantize.figures import Figures
-from fluxkiln.quantize.recipes import choose_exactly
-
-# what the blocks of a stack are called as a kind
-STACK_KINDS: Mapping[str, str] = {
-    "transformer_blocks": "double",
-    "single_transformer_blocks": "single",
-    "encoder.block": "t5_block",
-}
-
-
-def slot_of(layer: str) -> tuple[str, str]:
-    """Kind and name within the part of a layer of a block: `single`, `attn.to_q`."""
-    stack = next(stack for stack in STACK_KINDS if layer.startswith(f"{stack}."))
-    _, _, slot = layer.removeprefix(f"{stack}.").partition(".")
-    return STACK_KINDS[stack], slot.removesuffix(".weight")
+from fluxkiln.quantize.recipes import build_place, choose_exactly
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +109,7 @@ def choose_slots(
     """
     slots: dict[str, list[str]] = {}
     for layer in figures:
-        slots.setdefault(".".join(slot_of(layer)), []).append(layer)
+        slots.setdefault(build_place(layer), []).append(layer)
     options: dict[str, list[Figures]] = {}
     for name, layers in slots.items():
         options[name] = [add_up(figures[layer][scheme] for layer in layers) for scheme in (coded, plain)]
@@ -176,4 +163,4 @@ def scheme_text(chosen: Mapping[str, str], coded: str, plain: str) -> str:
     for kind, names in kinds.items():
         kept: Sequence[str] = [name for name in names if chosen[name] == plain]
         pieces += [f"{kind}.*"] if len(kept) == len(names) else kept
-    return ",".join([coded, *(f"{piece}={plain}" for piece in pieces)])
+    return with_exceptions(coded, pieces, plain)

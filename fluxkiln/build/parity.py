@@ -29,7 +29,7 @@ from fluxkiln.compile.weights import part_rounders
 from fluxkiln.digests import digest_json
 from fluxkiln.patches.pipeline import Sampling, run_rows
 from fluxkiln.progress import Progress
-from fluxkiln.quantize.schemes import METHODS, Scheme
+from fluxkiln.quantize.schemes import Scheme
 from fluxkiln.settings import Settings
 from fluxkiln.types import GraphFormat, Part, PartRunner, Shapes
 
@@ -316,8 +316,7 @@ def climb_part(
 
 def _base_name(scheme: Scheme) -> str:
     """The scheme as the gates know it: without group size or method, but with whether that is calibrated."""
-    calibrated = scheme.weight_bits and METHODS[scheme.method].calibrated
-    return scheme.name.split("-")[0] + "-calibrated" * bool(calibrated)
+    return scheme.base_name + "-calibrated" * scheme.calibrated
 
 
 def _version(package: str) -> str:

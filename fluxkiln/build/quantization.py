@@ -28,7 +28,7 @@ from fluxkiln.export.checkpoint import read_rows
 from fluxkiln.files import disk_full_named
 from fluxkiln.progress import Progress, Silent
 from fluxkiln.quantize.recipes import LayerRule, assign_rules, choose, parse_budget
-from fluxkiln.quantize.schemes import METHODS, Scheme, check_groups, parse_scheme
+from fluxkiln.quantize.schemes import Scheme, check_groups, parse_scheme
 from fluxkiln.settings import Settings
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def quantize_model(
         wanted = [fixed[layer.name]] if layer.name in fixed else compared
         figures[layer.name] = {}
         for scheme in dict.fromkeys([*wanted, parse_scheme(BASELINE)]):
-            if statistics is None and METHODS[scheme.method].calibrated and scheme.weight_bits:
+            if statistics is None and scheme.calibrated:
                 raise SchemeError(f"{scheme.name} needs calibration of {layer.component}; run fluxkiln calibrate first")
             check_groups(scheme, layer.name, layer.shape[1])
             figures[layer.name][scheme.name] = measure(partial(read_rows, layer.ref), layer.shape, scheme, statistics)
@@ -247,8 +247,8 @@ def write_packed(
     """
     import numpy as np
 
-    from fluxkiln.quantize.pack import to_bf16_bits
-    from fluxkiln.quantize.rounding import empty_packed, make_rounder
+    from fluxkiln.quantize.pack import pack_by, to_bf16_bits
+    from fluxkiln.quantize.rounding import make_rounder
 
     header: dict[str, Any] = {}
     position = 0
@@ -277,10 +277,8 @@ def write_packed(
             sides = []
             for start in range(0, rows, 256):
                 weight = read_rows(layer.ref, start, min(start + 256, rows))
-                packed = empty_packed(weight.shape, scheme.group_size, scheme.weight_bits)
-                rounder(weight, scheme.weight_bits, packed.codes_OI, packed.scales_OG, packed.zeros_OG)
-                file.write(packed.codes_OI.data)
-                sides.append(packed)
+                sides.append(pack_by(rounder, weight, scheme.group_size, scheme.weight_bits))
+                file.write(sides[-1].codes_OI.data)
             file.write(np.concatenate([one.scales_OG for one in sides]).data)
             file.write(np.concatenate([one.zeros_OG for one in sides]).data)
     unfinished.replace(out)

@@ -14,12 +14,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.build.context import Prepared, chosen_parts
-from fluxkiln.build.mixture import slot_of
 from fluxkiln.build.parity import record
 from fluxkiln.compile.rungs import dequantized_rung
 from fluxkiln.compile.templates import Kiln, make_template
 from fluxkiln.errors import ParityError
 from fluxkiln.progress import Progress
+from fluxkiln.quantize.exceptions import weight_name
+from fluxkiln.quantize.recipes import slot_of
 from fluxkiln.quantize.schemes import Scheme, parse_scheme
 from fluxkiln.types import Part
 
@@ -128,7 +129,7 @@ class _Weights:
 
     def read(self, slot: str) -> NDArray[Any]:
         """What a slot of the template is filled with."""
-        return self.codes(slot) if slot.split("__")[0].removesuffix(".weight") in self.coded else self.plain[slot]
+        return self.codes(slot) if weight_name(slot) in self.coded else self.plain[slot]
 
 
 class _Block:

@@ -105,7 +105,7 @@ def _settings(
 @click.option("--scheme", "schemes", multiple=True, metavar="NAME", help="May be repeated; the first is chosen.")
 @click.option("--budget", default="", metavar="BYTES", help="6.5GB, or 4.6bits a weight: choose a scheme per layer.")
 @click.option(
-    "--layer", "rules", multiple=True, metavar="PATTERN=SCHEME", help="'modulation=BF16' say. May be repeated."
+    "--layer", "rules", multiple=True, metavar="PLACE=SCHEME", help="'single.proj_out=BF16' say. May be repeated."
 )
 @click.option("--per-kind", is_flag=True, help="Spend it on slots, for all blocks alike: BF16 or --scheme, one mould.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the packed layers to this safetensors file.")

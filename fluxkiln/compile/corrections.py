@@ -7,8 +7,9 @@ comparison with what was cast and the interpreter all ask for it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +21,25 @@ from fluxkiln.artifacts.actions import Action, run_action
 from fluxkiln.artifacts.code import code_version
 from fluxkiln.compile.onnx.filled import weight_matmuls
 from fluxkiln.compile.templates import Kiln, make_template, weights_digest
-from fluxkiln.compile.toolchains.tpu_mlir.side_tensors import beside_slots, in_codes, split_slot
 from fluxkiln.compile.weights import CalibratedSlots, part_calibration, part_rounders, part_statistics
 from fluxkiln.export.bindings import BoundWeights, WeightReader, bind_part, weight_reader
-from fluxkiln.quantize.activation import find_divisors, pack_low_rank, packed_rows
-from fluxkiln.quantize.statistics import Statistics
+from fluxkiln.quantize.methods import Source
+from fluxkiln.quantize.rounding import pack_sided
+from fluxkiln.quantize.schemes import Scheme
+from fluxkiln.quantize.side_tensors import PackerOf, SidedWeight, SideTensors, split_slot
 from fluxkiln.types import Part, Template
 
-# rows of the weights of one input that its scales are chosen by
+# rows of the weights of one input that what stands beside their codes may be chosen by
 MOST_ROWS = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class CorrectedWeights:
+class SidedWeights:
     """The weights of a part by slot, those in codes as they are packed.
 
     Attributes:
         plain: the checkpoint's.
-        beside: slot of `fluxkiln.compile.toolchains.tpu_mlir.side_tensors` -> its array, bfloat16, in torch's layout.
+        beside: slot of `quantize.side_tensors` -> its array, bfloat16, in torch's layout.
     """
 
     plain: BoundWeights
@@ -45,24 +47,17 @@ class CorrectedWeights:
 
     def __call__(self, slot: str) -> NDArray[Any]:
         """The whole weight."""
-        return self.beside[slot] if slot in self.beside else self._packed(slot, self.plain(slot), 0)
+        return self.beside[slot] if slot in self.beside else self._rest(slot, self.plain(slot), 0)
 
     def read_rows(self, slot: str, start: int, stop: int) -> NDArray[Any]:
         """Rows `start` to `stop` of the weight: the same numbers as in the whole."""
         if slot in self.beside:
             return self.beside[slot][start:stop]
-        return self._packed(slot, self.plain.read_rows(slot, start, stop), start)
+        return self._rest(slot, self.plain.read_rows(slot, start, stop), start)
 
-    def _packed(self, slot: str, rows: NDArray[Any], start: int) -> NDArray[Any]:
-        down, up, reciprocals = (self.beside.get(name) for name in beside_slots(slot))
-        if down is None and reciprocals is None:
-            return rows
-        columns = rows.shape[1]
-        scaled = np.ones(columns, np.float32) if reciprocals is None else reciprocals.astype(np.float32)
-        divisors: NDArray[np.float32] = np.reciprocal(scaled)
-        if down is None or up is None:
-            return packed_rows(rows, divisors, np.empty((len(rows), 0), np.uint16), np.empty((0, columns), np.uint16))
-        return packed_rows(rows, divisors, up[start : start + len(rows)].view(np.uint16), down.view(np.uint16))
+    def _rest(self, slot: str, rows: NDArray[Any], start: int) -> NDArray[Any]:
+        found = SideTensors.of_slot(self.beside, slot)
+        return found.rest(rows, start) if found else rows
 
 
 def part_weights(kiln: Kiln, part: Part, template: Template) -> WeightReader:
@@ -77,7 +72,51 @@ def part_weights(kiln: Kiln, part: Part, template: Template) -> WeightReader:
     plain = weight_reader(bind_part(part, template.slots, kiln.checkpoint), kiln.checkpoint)
     if kiln.scheme(part).codes_only:
         return plain
-    return CorrectedWeights(plain, _stored_beside(kiln, part, template, plain))
+    return SidedWeights(plain, _stored_beside(kiln, part, template, plain))
+
+
+def part_packers(kiln: Kiln, part: Part, graph_format: Any = "onnx17") -> PackerOf | None:
+    """Slot of a part's template -> what packs it by a method that needs more than codes; None for all others.
+
+    What is dequantized has what was cast beside its codes, not what is searched again: that takes seconds a matrix.
+
+    Raises:
+        SchemeError: there is no calibration, or it is not of this checkpoint.
+    """
+    scheme = kiln.scheme(part)
+    if scheme.codes_only:
+        return None
+    known = part_statistics(kiln, part, graph_format)
+    if scheme.how.of_input:
+        compiled = known if graph_format == "onnx17" else part_statistics(kiln, part)
+        shared = {compiled.channels(slot, None): found for slot, found in _known_beside(kiln, part).items()}
+        return _packers(scheme, known, lambda slot, columns: shared.get(known.channels(slot, columns)))
+    whole = _known_beside(kiln, part) if graph_format == "onnx17" else {}
+    return _packers(scheme, known, lambda slot, columns: whole.get(slot) if columns is None else None)
+
+
+def _packers(
+    scheme: Scheme,
+    known: CalibratedSlots,
+    beside_of: Callable[[str, tuple[int, int] | None], SideTensors | None],
+) -> PackerOf:
+    """Packers by what `beside_of` knows of a slot, and by a search where it knows nothing."""
+
+    def packer_of(slot: str, columns: tuple[int, int] | None) -> Callable[[NDArray[Any]], SidedWeight]:
+        beside = beside_of(slot, columns)
+        statistics = known.statistics(slot, columns) if beside is None else None
+        return partial(pack_sided, scheme=scheme, statistics=statistics, beside=beside)
+
+    return packer_of
+
+
+def _known_beside(kiln: Kiln, part: Part) -> dict[str, SideTensors]:
+    """Slot of a part's compiled form -> what stands beside its codes."""
+    template = make_template(kiln, part.kind, "onnx17")
+    binding = bind_part(part, template.slots, kiln.checkpoint)
+    arrays = _stored_beside(kiln, part, template, weight_reader(binding, kiln.checkpoint))
+    found = {slot: SideTensors.of_slot(arrays, slot) for slot in dict.fromkeys(split_slot(name)[0] for name in arrays)}
+    return {slot: beside for slot, beside in found.items() if beside is not None}
 
 
 def rounding_key(kiln: Kiln, part: Part) -> tuple[dict[str, Any], dict[str, str]]:
@@ -108,8 +147,9 @@ def _stored_beside(kiln: Kiln, part: Part, template: Template, plain: BoundWeigh
     )
 
     def produce(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
+        known = part_statistics(kiln, part)
         found: dict[str, Any] = {
-            slot: array.view(np.uint16) for slot, array in _find_beside(kiln, part, template, plain)
+            slot: array.view(np.uint16) for slot, array in _find_beside(kiln.scheme(part), template, plain, known)
         }
         with (folder / "beside.npz").open("wb") as file:
             np.savez(file, **found)
@@ -120,66 +160,15 @@ def _stored_beside(kiln: Kiln, part: Part, template: Template, plain: BoundWeigh
         return {slot: arrays[slot].view(ml_dtypes.bfloat16) for slot in arrays.files}
 
 
-def _find_beside(kiln: Kiln, part: Part, template: Template, plain: BoundWeights) -> Iterator[tuple[str, NDArray[Any]]]:
-    scheme = kiln.scheme(part)
-    group_size, bits = scheme.group_size, scheme.weight_bits
-    known = part_statistics(kiln, part)
+def _find_beside(
+    scheme: Scheme, template: Template, plain: BoundWeights, known: CalibratedSlots
+) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Slot beside a weight's -> its array, input by input."""
     inputs: dict[str, list[str]] = {}
     for one in weight_matmuls(template.path, {spec.name for spec in template.inputs}):
-        if in_codes(one.slot, scheme):
+        if scheme.in_codes(one.slot):
             inputs.setdefault(one.source, []).append(one.slot)
     for slots in inputs.values():
-        if scheme.method == "awq":
-            sampled = np.concatenate([_some_rows(plain(slot), MOST_ROWS // len(slots)) for slot in slots])
-            divisors = find_divisors(sampled, group_size, _mean([known.statistics(slot, None) for slot in slots]), bits)
-            for slot in slots:
-                yield beside_slots(slot)[2], np.reciprocal(divisors).astype(ml_dtypes.bfloat16)
-            continue
-        for slot in slots:
-            found = pack_low_rank(plain(slot), group_size, known.statistics(slot, None), scheme.rank, bits)
-            down, up, _ = beside_slots(slot)
-            yield down, found.down
-            yield up, found.up
-
-
-def shared_divisors(kiln: Kiln, part: Part) -> dict[tuple[str, int, int], NDArray[Any]]:
-    """Tensor of the checkpoint, its first and last input channel -> what these inputs are divided by, float32."""
-    beside, known = _known_beside(kiln, part)
-    return {
-        known.channels(split_slot(slot)[0], None): np.reciprocal(beside[slot].astype(np.float32)) for slot in beside
-    }
-
-
-def stored_branches(kiln: Kiln, part: Part) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
-    """Slot of a part's compiled form -> its branch, up and down in bits of bfloat16.
-
-    What is dequantized has the branch that was cast, not one that was searched again: that takes seconds a matrix.
-    """
-    beside, _ = _known_beside(kiln, part)
-    found = {}
-    for slot in dict.fromkeys(split_slot(name)[0] for name in beside):
-        down, up, _ = beside_slots(slot)
-        found[slot] = beside[up].view(np.uint16), beside[down].view(np.uint16)
-    return found
-
-
-def _known_beside(kiln: Kiln, part: Part) -> tuple[Mapping[str, NDArray[Any]], CalibratedSlots]:
-    template = make_template(kiln, part.kind, "onnx17")
-    binding = bind_part(part, template.slots, kiln.checkpoint)
-    beside = _stored_beside(kiln, part, template, weight_reader(binding, kiln.checkpoint))
-    return beside, part_statistics(kiln, part)
-
-
-def _some_rows(weight: NDArray[Any], most: int) -> NDArray[Any]:
-    """At most so many rows, from everywhere in the weight."""
-    return weight[:: -(-len(weight) // max(most, 1))]
-
-
-def _mean(known: Sequence[Statistics]) -> Statistics:
-    """Of inputs that are one and the same, but may have been recorded one by one."""
-    first, *others = known
-    if all(one.peaks is first.peaks for one in others):
-        return first
-    blocks = tuple(np.mean(blocks, axis=0) for blocks in zip(*(one.blocks for one in known), strict=True))
-    peaks: NDArray[np.float32] = np.mean([one.peaks for one in known], axis=0)
-    return Statistics(blocks, peaks, first.count)
+        sources = [Source(partial(plain, slot), known.statistics(slot, None)) for slot in slots]
+        for slot, beside in zip(slots, scheme.find_beside(sources, MOST_ROWS), strict=True):
+            yield from beside.arrays(slot).items()

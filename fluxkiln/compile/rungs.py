@@ -13,11 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fluxkiln.compile.corrections import part_weights
+from fluxkiln.compile.corrections import part_packers, part_weights
 from fluxkiln.compile.templates import BinaryPart, CombinedFile, Kiln, make_template
-from fluxkiln.compile.weights import part_correctors, part_rounders
+from fluxkiln.compile.weights import part_rounders
 from fluxkiln.export.bindings import WeightReader, bind_part, weight_reader
-from fluxkiln.quantize.rounding import RounderOf, as_compiler
+from fluxkiln.quantize.pack import RounderOf
+from fluxkiln.quantize.rounding import as_compiler
 from fluxkiln.quantize.schemes import Scheme
 from fluxkiln.types import PartRunner, find_part
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from fluxkiln.compile.onnx.runner import Filling, Rewrite
     from fluxkiln.compile.toolchains.tpu_mlir.simulator import Simulator
-    from fluxkiln.quantize.activation import CorrectorOf
+    from fluxkiln.quantize.side_tensors import PackerOf
 
 # rung -> runner, from the bottom of the ladder to its top
 Rungs = dict[str, PartRunner]
@@ -147,18 +148,16 @@ def _fill_stored(kiln: Kiln, name: str) -> Filling:
     matmuls = quantized_matmuls(template.path, {spec.name for spec in template.inputs})
     quantized = {slot for slot, _ in matmuls if not scheme.keeps(slot)}
     reader = weight_reader(bind_part(part, template.slots, kiln.checkpoint), kiln.checkpoint)
-    corrector_of = part_correctors(kiln, part)
-    if corrector_of is not None:
-        return Filling(template, partial(_corrected, reader, scheme, quantized, corrector_of))
+    packer_of = part_packers(kiln, part)
+    if packer_of is not None:
+        return Filling(template, partial(_sided, reader, scheme, quantized, packer_of))
     return Filling(template, partial(_stored, reader, scheme, quantized, part_rounders(kiln, part)))
 
 
-def _corrected(
-    reader: WeightReader, scheme: Scheme, quantized: set[str], corrector_of: CorrectorOf, slot: str
-) -> NDArray[Any]:
+def _sided(reader: WeightReader, scheme: Scheme, quantized: set[str], packer_of: PackerOf, slot: str) -> NDArray[Any]:
     if slot not in quantized:
         return _stored(reader, scheme, quantized, as_compiler, slot)
-    return corrector_of(slot, None)(reader(slot)).dequantize(scheme.group_size)
+    return packer_of(slot, None)(reader(slot)).dequantize(scheme.group_size)
 
 
 def _stored(

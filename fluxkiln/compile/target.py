@@ -50,6 +50,8 @@ class Target:
         device_bytes: memory that a device gives to models.
         instances: machines that a model is split for, the default first; none where a device holds whole parts.
         uniform: all kinds are stored in one scheme, without exceptions.
+        lanes: weights in codes have a multiple of so many output channels; 0 where any number will do.
+        partial_lanes: or fewer than that.
     """
 
     name: str
@@ -62,6 +64,12 @@ class Target:
     device_bytes: int = 0
     instances: tuple[Instance, ...] = ()
     uniform: bool = False
+    lanes: int = 0
+    partial_lanes: bool = False
+
+    def takes_codes(self, out_features: int) -> bool:
+        """Whether its compiler multiplies with codes of a weight with so many output channels."""
+        return not self.lanes or out_features % self.lanes == 0 or (self.partial_lanes and out_features < self.lanes)
 
     def narrows(self, kind: Kind) -> tuple[bool, bool]:
         """Whether a kind's activations come, and whether they go, in 16 bits."""

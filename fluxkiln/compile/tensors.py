@@ -8,6 +8,7 @@ from dataclasses import replace
 from fluxkiln.compile.templates import Kiln
 from fluxkiln.compile.toolchains.neuron.split import holds_tensor
 from fluxkiln.errors import SchemeError
+from fluxkiln.quantize.exceptions import weight_name, with_exceptions
 from fluxkiln.quantize.figures import stored_size
 from fluxkiln.quantize.schemes import Scheme, check_groups, form_group, parse_scheme
 from fluxkiln.types import Part, TensorRef
@@ -60,12 +61,26 @@ def settle_kept(kiln: Kiln) -> Kiln:
 
 
 def check_weights(kiln: Kiln) -> None:
-    """Raise SchemeError when a group size does not divide the width of a weight that the scheme quantizes."""
+    """Raise SchemeError when a weight cannot be in the codes that its scheme asks for.
+
+    Its groups do not divide its input channels, or the target's compiler does not take its output channels.
+    """
+    refused: dict[str, tuple[TensorRef, str]] = {}
     for part in kiln.parts:
         scheme = kiln.scheme(part)
         for name, ref in quantizable(kiln, part).items() if scheme.weight_bits else ():
             if not scheme.keeps(name):
                 check_groups(scheme, ref.name, ref.shape[1])
+                if not kiln.target.takes_codes(ref.shape[0]):
+                    refused.setdefault(f"{part.traits.block}.{weight_name(name)}", (ref, scheme.arithmetic))
+    if refused:
+        (first, plain), lanes = next(iter(refused.values())), kiln.target.lanes
+        fewer = f" or fewer than {lanes}" * kiln.target.partial_lanes
+        raise SchemeError(
+            f"{first.name} has {first.shape[0]} output channels; {kiln.target.name} takes codes of a weight with a "
+            f"multiple of {lanes}{fewer}, whatever its groups: ask for {plain}, or leave such weights out of the codes, "
+            f"--scheme '{with_exceptions('SCHEME', refused, plain)}'"
+        )
 
 
 def part_bytes(kiln: Kiln, part: Part) -> int:

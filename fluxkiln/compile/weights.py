@@ -6,9 +6,9 @@ methods that need more than codes see `fluxkiln.compile.corrections`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 from fluxkiln.artifacts.actions import Action, ActionCache
 from fluxkiln.compile.templates import Kiln, make_template
@@ -16,15 +16,11 @@ from fluxkiln.digests import digest_json
 from fluxkiln.errors import SchemeError
 from fluxkiln.export.bindings import bind_part
 from fluxkiln.quantize.calibration import Calibration, open_calibration
-from fluxkiln.quantize.rounding import Rounder, RounderOf, as_compiler, empty_packed, make_rounder
-from fluxkiln.quantize.schemes import METHODS, Scheme
+from fluxkiln.quantize.pack import Rounder, RounderOf
+from fluxkiln.quantize.rounding import as_compiler, make_rounder
+from fluxkiln.quantize.schemes import Scheme
 from fluxkiln.quantize.statistics import Statistics
-from fluxkiln.types import Binding, Part, SlotBinding
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from fluxkiln.quantize.activation import Corrected, CorrectorOf
+from fluxkiln.types import Part, SlotBinding, TensorRef
 
 
 def calibration_action(component: str, digest: str) -> Action:
@@ -59,7 +55,7 @@ def part_calibration(kiln: Kiln, part: Part) -> Calibration | None:
         SchemeError: there is none in the store.
     """
     scheme = kiln.scheme(part)
-    if not _is_calibrated(scheme):
+    if not scheme.calibrated:
         return None
     component = part.folder
     found = find_calibration(kiln.cache, component, component_digest(kiln.checkpoint.digests, component))
@@ -74,15 +70,11 @@ def part_calibration(kiln: Kiln, part: Part) -> Calibration | None:
 def used_calibrations(kiln: Kiln) -> dict[str, str]:
     """Component -> digest of the calibration that its parts are rounded by; without what the store has not got."""
     found: dict[str, str] = {}
-    for component in dict.fromkeys(part.folder for part in kiln.parts if _is_calibrated(kiln.scheme(part))):
+    for component in dict.fromkeys(part.folder for part in kiln.parts if kiln.scheme(part).calibrated):
         if component in kiln.checkpoint.digests:
             calibration = find_calibration(kiln.cache, component, component_digest(kiln.checkpoint.digests, component))
             found |= {component: calibration.digest} if calibration else {}
     return found
-
-
-def _is_calibrated(scheme: Scheme) -> bool:
-    return bool(scheme.weight_bits) and METHODS[scheme.method].calibrated
 
 
 def check_methods(kiln: Kiln) -> None:
@@ -103,59 +95,10 @@ def part_rounders(kiln: Kiln, part: Part, graph_format: Any = "onnx17") -> Round
     scheme = kiln.scheme(part)
     if scheme.rounds_as_compiler:
         return as_compiler
-    calibration = part_calibration(kiln, part) if scheme.codes_only else None
-    if calibration is None:
-        plain = make_rounder(scheme if scheme.codes_only else _rest_scheme(scheme))
-        return lambda slot, columns: plain
-    binding = bind_part(part, make_template(kiln, part.kind, graph_format).slots, kiln.checkpoint)
-    return CalibratedSlots(kiln, part, calibration, binding)
-
-
-def part_correctors(kiln: Kiln, part: Part, graph_format: Any = "onnx17") -> CorrectorOf | None:
-    """Slot of a part's template -> what packs it by a method that needs more than codes; None for all others.
-
-    Raises:
-        SchemeError: there is no calibration, or it is not of this checkpoint.
-    """
-    from fluxkiln.compile.corrections import shared_divisors, stored_branches
-    from fluxkiln.quantize.activation import pack_corrected, pack_scaled
-
-    scheme = kiln.scheme(part)
-    if scheme.codes_only:
-        return None
-    known = part_statistics(kiln, part, graph_format)
-    divisors = shared_divisors(kiln, part) if scheme.method == "awq" else {}
-    branches = stored_branches(kiln, part) if scheme.method == "svd" and graph_format == "onnx17" else {}
-
-    def corrector_of(slot: str, columns: tuple[int, int] | None) -> Callable[[NDArray[Any]], Corrected]:
-        shared = divisors.get(known.channels(slot, columns))
-        branch = branches.get(slot) if columns is None else None
-        if shared is not None:
-            return lambda weight: pack_scaled(weight, scheme.group_size, shared, scheme.weight_bits)
-        if branch is not None:
-            return lambda weight: _pack_rest(weight, scheme, *branch)
-        return lambda weight: pack_corrected(weight, scheme, known.statistics(slot, columns))
-
-    return corrector_of
-
-
-def _pack_rest(weight: NDArray[Any], scheme: Scheme, up: NDArray[Any], down: NDArray[Any]) -> Corrected:
-    """What a branch leaves of a weight, as a cast packs it; the branch in bits of bfloat16."""
-    import numpy as np
-
-    from fluxkiln.quantize.activation import Corrected, packed_rows
-
-    ones = np.ones(weight.shape[1], np.float32)
-    rest = packed_rows(weight, ones, up, down)
-    packed = empty_packed(rest.shape, scheme.group_size, scheme.weight_bits)
-    pack_into = make_rounder(_rest_scheme(scheme))
-    pack_into(rest, scheme.weight_bits, packed.codes_OI, packed.scales_OG, packed.zeros_OG)
-    return Corrected(packed, ones, up, down)
-
-
-def _rest_scheme(scheme: Scheme) -> Scheme:
-    """How a method that needs more than codes finds its codes."""
-    return replace(scheme, method="ls", rank=0)
+    if scheme.codes_only and scheme.calibrated:
+        return part_statistics(kiln, part, graph_format).rounder
+    plain = scheme.how.rounder(None, scheme.symmetric)
+    return lambda slot, columns: plain
 
 
 def part_statistics(kiln: Kiln, part: Part, graph_format: Any = "onnx17") -> CalibratedSlots:
@@ -164,24 +107,30 @@ def part_statistics(kiln: Kiln, part: Part, graph_format: Any = "onnx17") -> Cal
     Raises:
         SchemeError: there is no calibration, or it is not of this checkpoint.
     """
-    calibration = part_calibration(kiln, part)
+    calibration, component = part_calibration(kiln, part), part.folder
     assert calibration is not None
     binding = bind_part(part, make_template(kiln, part.kind, graph_format).slots, kiln.checkpoint)
-    return CalibratedSlots(kiln, part, calibration, binding)
+    slots = {slot.slot: slot for slot in binding.slots}
+    return CalibratedSlots(kiln.scheme(part), component, kiln.checkpoint.tensors[component], calibration, slots)
 
 
+@dataclass(slots=True)
 class CalibratedSlots:
-    """Rounders with the statistics of their matrices. The last one is kept: codes are asked for, then scales."""
+    """What calibration knows of the slots of a template, and rounders by it.
 
-    def __init__(self, kiln: Kiln, part: Part, calibration: Calibration, binding: Binding) -> None:
-        self.scheme = kiln.scheme(part)
-        self.calibration = calibration
-        self.component = part.folder
-        self.tensors = kiln.checkpoint.tensors[self.component]
-        self.slots: Mapping[str, SlotBinding] = {slot.slot: slot for slot in binding.slots}
-        self._last: tuple[tuple[str, int, int], Rounder] | None = None
+    Attributes:
+        tensors: of the component; slots: how each slot is filled from them.
+    """
 
-    def __call__(self, slot: str, columns: tuple[int, int] | None) -> Rounder:
+    scheme: Scheme
+    component: str
+    tensors: Mapping[str, TensorRef]
+    calibration: Calibration
+    slots: Mapping[str, SlotBinding]
+    _last: tuple[tuple[str, int, int], Rounder] | None = field(default=None, init=False)
+
+    def rounder(self, slot: str, columns: tuple[int, int] | None) -> Rounder:
+        """Of a slot, or of some of its channels. The last one is kept: codes are asked for, then scales."""
         key = self.channels(slot, columns)
         if self._last is None or self._last[0] != key:
             self._last = key, make_rounder(self.scheme, self.statistics(slot, columns))

@@ -12,10 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fluxkiln.errors import SchemeError
-from fluxkiln.quantize.activation import pack_corrected
-from fluxkiln.quantize.pack import bf16_to_float32, dequantize, to_bf16_bits
-from fluxkiln.quantize.rounding import empty_packed, inspect_groups, make_rounder
-from fluxkiln.quantize.schemes import METHODS, Scheme
+from fluxkiln.quantize.pack import bf16_to_float32, dequantize, pack_by, to_bf16_bits
+from fluxkiln.quantize.rounding import inspect_groups, make_rounder, pack_sided
+from fluxkiln.quantize.schemes import Scheme
 from fluxkiln.quantize.statistics import Statistics, output_error
 
 # elements that are in float32 at a time
@@ -56,13 +55,12 @@ class Figures:
 
 
 def stored_size(shape: tuple[int, ...], scheme: Scheme) -> int:
-    """Bytes: codes, a bfloat16 scale and an 8-bit zero point a group, low-rank branches in bfloat16."""
-    rows, columns = shape
-    branch = 2 * scheme.rank * (rows + columns)
+    """Bytes: codes, a bfloat16 scale and an 8-bit zero point a group, what stands beside them in bfloat16."""
+    weights = math.prod(shape)
     if not scheme.weight_bits:
-        return rows * columns * (4 if scheme.arithmetic == "F32" else 2)
-    scales = 2 * columns if scheme.method == "awq" else 0
-    return rows * columns * scheme.weight_bits // 8 + 3 * rows * columns // scheme.group_size + branch + scales
+        return weights * (4 if scheme.arithmetic == "F32" else 2)
+    beside = 2 * sum(map(math.prod, scheme.side_shapes(shape).values()))
+    return weights * scheme.weight_bits // 8 + 3 * weights // scheme.group_size + beside
 
 
 def measure(
@@ -77,8 +75,10 @@ def measure(
         SchemeError: what is not finite, a group size that does not divide, or a method without its calibration.
     """
     started = time.thread_time()
-    correct = _corrected(read_rows, shape, scheme, statistics)
-    rounder = make_rounder(scheme, statistics) if scheme.weight_bits and correct is None else None
+    # a method that needs more than codes takes a whole matrix
+    sided = None if scheme.codes_only else pack_sided(read_rows(0, shape[0]), scheme, statistics)
+    sided_matrix = None if sided is None else sided.dequantize(scheme.group_size)
+    rounder = make_rounder(scheme, statistics) if scheme.weight_bits and sided is None else None
     taken = time.thread_time() - started
     wrong = whole = lost = made = 0.0
     one_signed = empty = 0
@@ -92,12 +92,11 @@ def measure(
             one_signed, empty = one_signed + counts.one_signed, empty + counts.empty
             if not counts.finite:
                 raise SchemeError("the weight has NaN or infinite values, which have no code; fetch it again")
-        if correct is not None:
-            stored = correct[start:stop]
+        if sided_matrix is not None:
+            stored = sided_matrix[start:stop]
         elif rounder is not None:
-            packed = empty_packed(exact.shape, scheme.group_size, scheme.weight_bits)
             started = time.thread_time()
-            rounder(rows, scheme.weight_bits, packed.codes_OI, packed.scales_OG, packed.zeros_OG)
+            packed = pack_by(rounder, rows, scheme.group_size, scheme.weight_bits)
             taken += time.thread_time() - started
             stored = dequantize(packed, scheme.group_size)
         else:
@@ -112,15 +111,6 @@ def measure(
     output = math.sqrt(max(lost, 0.0) / made) if statistics is not None and made > 0 else math.nan
     weight_error = math.sqrt(wrong / whole) if whole else 0.0
     return Figures(scheme.name, weight_error, output, size, math.prod(shape), taken, one_signed, empty)
-
-
-def _corrected(
-    read_rows: ReadRows, shape: tuple[int, int], scheme: Scheme, statistics: Statistics | None
-) -> NDArray[np.float32] | None:
-    """The matrix of a method that needs more than codes; it takes a whole one."""
-    if not scheme.weight_bits or METHODS[scheme.method].codes_only:
-        return None
-    return pack_corrected(read_rows(0, shape[0]), scheme, statistics).dequantize(scheme.group_size)
 
 
 def _unquantized(values: NDArray[np.float32], scheme: Scheme) -> NDArray[np.float32]:

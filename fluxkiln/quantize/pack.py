@@ -9,6 +9,7 @@ Source: found by matching the compiler's output byte for byte; `tests/quantize/t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fluxkiln.errors import SchemeError
+
+# rows of a weight, bits, and what they are packed into: codes, scales, zero points; see `pack_into`
+Rounder = Callable[[NDArray[Any], int, NDArray[np.uint8], NDArray[np.uint16], NDArray[np.uint8]], None]
+# a slot, and the input channels of it that are packed if not all -> its rounder
+RounderOf = Callable[[str, "tuple[int, int] | None"], Rounder]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,23 +54,33 @@ def pack_int4(weight_OI: NDArray[Any], group_size: int) -> PackedWeight:
 
     Source: the module docstring.
     """
-    return _pack(weight_OI, group_size, 4)
+    return pack_by(pack_into, weight_OI, group_size, 4)
 
 
 def pack_int8(weight_OI: NDArray[Any], group_size: int) -> PackedWeight:
     """`pack_int4` with 8-bit codes, one a byte."""
-    return _pack(weight_OI, group_size, 8)
+    return pack_by(pack_into, weight_OI, group_size, 8)
 
 
-def _pack(weight_OI: NDArray[Any], group_size: int, bits: Literal[4, 8]) -> PackedWeight:
-    rows, columns = weight_OI.shape
+def pack_by(rounder: Rounder, weight_OI: NDArray[Any], group_size: int, bits: int) -> PackedWeight:
+    """A whole weight as a rounder packs it; SchemeError where in_features is not a multiple of the group size."""
+    packed = empty_packed(weight_OI.shape, group_size, bits)
+    rounder(weight_OI, bits, packed.codes_OI, packed.scales_OG, packed.zeros_OG)
+    return packed
+
+
+def empty_packed(shape: tuple[int, ...], group_size: int, bits: int) -> PackedWeight:
+    """A packed weight yet to be filled.
+
+    Raises:
+        SchemeError: in_features is not a multiple of the group size.
+    """
+    rows, columns = shape
     if group_size <= 0 or columns % group_size or group_size % 2:
         raise SchemeError(f"group size {group_size} does not divide {columns} input channels; use another group size")
+    groups = (rows, columns // group_size)
     codes = np.empty((rows, columns * bits // 8), np.uint8)
-    scales = np.empty((rows, columns // group_size), np.uint16)
-    zeros = np.empty((rows, columns // group_size), np.uint8)
-    pack_into(weight_OI, bits, codes, scales, zeros)
-    return PackedWeight(codes, scales, zeros, bits)
+    return PackedWeight(codes, np.empty(groups, np.uint16), np.empty(groups, np.uint8), 4 if bits == 4 else 8)
 
 
 def pack_into(
@@ -111,6 +127,16 @@ def to_bf16_bits(values: NDArray[Any]) -> NDArray[np.uint16]:
     if values.dtype == ml_dtypes.bfloat16:
         return values.view(np.uint16)
     return np.ascontiguousarray(values, np.float32).astype(ml_dtypes.bfloat16).view(np.uint16)
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def subtract_product(weight_OI: Any, up_OR: Any, down_RI: Any) -> None:
+    """weight -= up down, not by BLAS, whose sums depend on how many rows it is given."""
+    for row in range(weight_OI.shape[0]):
+        for r in range(down_RI.shape[0]):
+            factor = up_OR[row, r]
+            for i in range(weight_OI.shape[1]):
+                weight_OI[row, i] -= factor * down_RI[r, i]
 
 
 # The kernels below are written for LLVM to vectorise: loops over whole axes of 2-D arrays (an offset index would bring

@@ -5,34 +5,57 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 from fluxkiln.errors import SchemeError
+from fluxkiln.quantize.exceptions import matches, parse_exception, weight_name
 from fluxkiln.quantize.figures import Figures
 from fluxkiln.quantize.schemes import Scheme, parse_scheme
 
-_STACKS = ("transformer_blocks.", "single_transformer_blocks.", "encoder.block.")
+# what the blocks of a stack are called as a kind
+STACK_KINDS: Mapping[str, str] = {
+    "transformer_blocks.": "double",
+    "single_transformer_blocks.": "single",
+    "encoder.block.": "t5_block",
+}
 # layers that are often left alone, by the names of the checkpoint's tensors; LAST is the number of a stack's last block
 LAST = "<last>"
 LAYER_GROUPS: Mapping[str, tuple[str, ...]] = {
     "modulation": ("*norm1.linear.weight", "*norm1_context.linear.weight", "*.norm.linear.weight"),
-    "first_blocks": tuple(f"{stack}0.*" for stack in _STACKS),
-    "last_blocks": tuple(f"{stack}{LAST}.*" for stack in _STACKS),
+    "first_blocks": tuple(f"{stack}0.*" for stack in STACK_KINDS),
+    "last_blocks": tuple(f"{stack}{LAST}.*" for stack in STACK_KINDS),
 }
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 
 
 @dataclass(frozen=True, slots=True)
 class LayerRule:
-    """Layers whose name matches `pattern`, a shell pattern or a key of LAYER_GROUPS, are stored as `scheme`."""
+    """Layers at a place are stored as `scheme`.
 
-    pattern: str
+    A place is a shell pattern on the layer's name in the checkpoint or as builds have it (`single.proj_out`), a kind of
+    block, or a key of LAYER_GROUPS.
+    """
+
+    place: str
     scheme: Scheme
 
     def matching(self, names: Sequence[str]) -> list[str]:
         """Those of a model's layers that it is for."""
-        patterns = [_with_last(one, names) for one in LAYER_GROUPS.get(self.pattern, (self.pattern,))]
-        return [name for name in names if any(fnmatchcase(name, one) for one in patterns)]
+        place = f"{self.place}.*" if self.place in STACK_KINDS.values() else self.place
+        patterns = [_with_last(one, names) for one in LAYER_GROUPS.get(place, (place,))]
+        return [
+            name for name in names if any(matches(one, name) or matches(one, build_place(name)) for one in patterns)
+        ]
+
+
+def slot_of(layer: str) -> tuple[str, str]:
+    """Kind and name within the part of a layer of a block: `single`, `attn.to_q`."""
+    stack = next(stack for stack in STACK_KINDS if layer.startswith(stack))
+    return STACK_KINDS[stack], weight_name(layer.removeprefix(stack).partition(".")[2])
+
+
+def build_place(layer: str) -> str:
+    """`single.attn.to_q`, how a build names the layer in all blocks; its own name where it is in none."""
+    return ".".join(slot_of(layer)) if layer.startswith(tuple(STACK_KINDS)) else layer
 
 
 def _with_last(pattern: str, names: Sequence[str]) -> str:
@@ -45,17 +68,10 @@ def _with_last(pattern: str, names: Sequence[str]) -> str:
 
 
 def parse_rules(texts: Sequence[str]) -> tuple[LayerRule, ...]:
-    """`modulation=BF16`, `transformer_blocks.0.*=W4BF16-g32`: rules, of which a later one overrides."""
-    rules = []
-    for text in texts:
-        pattern, sign, name = (piece.strip() for piece in text.rpartition("="))
-        if not sign or not pattern:
-            raise SchemeError(
-                f"exception {text!r} is not PATTERN=SCHEME; a pattern is a layer's name with * in it, or one of "
-                f"{', '.join(LAYER_GROUPS)}"
-            )
-        rules.append(LayerRule(pattern, parse_scheme(name)))
-    return tuple(rules)
+    """`single.proj_out=BF16`, `transformer_blocks.0.*=W4BF16-g32`: rules, of which a later one overrides."""
+    places = f"a layer's name with * in it, KIND.PATTERN as a build takes it, or one of {', '.join(LAYER_GROUPS)}"
+    found = (parse_exception(text, places) for text in texts)
+    return tuple(LayerRule(place, parse_scheme(name)) for place, name in found)
 
 
 def assign_rules(names: Sequence[str], rules: Sequence[LayerRule]) -> dict[str, Scheme]:
@@ -69,7 +85,7 @@ def assign_rules(names: Sequence[str], rules: Sequence[LayerRule]) -> dict[str, 
         matched = rule.matching(names)
         if not matched:
             near = ", ".join(list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))[:8])
-            raise SchemeError(f"no layer is called {rule.pattern!r}; there are {near} and others")
+            raise SchemeError(f"no layer is called {rule.place!r}; there are {near} and others")
         found |= dict.fromkeys(matched, rule.scheme)
     return found
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import ml_dtypes
 import numba
@@ -13,15 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fluxkiln.errors import SchemeError
-from fluxkiln.quantize.pack import PackedWeight, pack_into, to_bf16_bits
-from fluxkiln.quantize.schemes import METHODS, Scheme
-from fluxkiln.quantize.search import Searched, search_into
+from fluxkiln.quantize.methods import Source, find_method, method_names
+from fluxkiln.quantize.pack import PackedWeight, Rounder, pack_by, pack_into, to_bf16_bits
+from fluxkiln.quantize.schemes import Scheme
+from fluxkiln.quantize.side_tensors import SidedWeight, SideTensors
 from fluxkiln.quantize.statistics import Statistics
-
-# rows of a weight, bits, and what they are packed into: codes, scales, zero points; see `pack.pack_into`
-Rounder = Callable[[NDArray[Any], int, NDArray[np.uint8], NDArray[np.uint16], NDArray[np.uint8]], None]
-# a slot, and the input channels of it that are packed if not all -> its rounder
-RounderOf = Callable[[str, "tuple[int, int] | None"], Rounder]
 
 
 def as_compiler(slot: str = "", columns: tuple[int, int] | None = None) -> Rounder:
@@ -38,22 +32,15 @@ def make_rounder(scheme: Scheme, statistics: Statistics | None = None) -> Rounde
     Raises:
         SchemeError: a calibrated method without statistics, or a method that needs more than codes.
     """
-    method = METHODS[scheme.method]
-    if not method.codes_only:
+    method = find_method(scheme.method)
+    if method.side_tensors is not None:
+        able = ", ".join(name for name in method_names() if find_method(name).side_tensors is None)
         raise SchemeError(
-            f"{scheme.name}: {scheme.method} changes the graph and cannot be put into its codes; use "
-            f"{', '.join(name for name, one in METHODS.items() if one.codes_only)}"
+            f"{scheme.name}: {scheme.method} changes the graph and cannot be put into its codes; use {able}"
         )
-    if method.calibrated:
-        from fluxkiln.quantize.gptq import Gptq
-
-        if statistics is None:
-            raise SchemeError(f"{scheme.name} needs calibration; make some with fluxkiln calibrate, and name it")
-        return Gptq(statistics)
-    if scheme.method in ("mse", "ls"):
-        searched: Searched = "ls" if scheme.method == "ls" else "mse"
-        return partial(search_into, method=searched, symmetric=scheme.symmetric)
-    return partial(pack_into, through_zero=True) if scheme.method == "rtn0" else pack_into
+    if method.calibrated and statistics is None:
+        raise SchemeError(f"{scheme.name} needs calibration; make some with fluxkiln calibrate, and name it")
+    return method.rounder(statistics, scheme.symmetric)
 
 
 def pack_matrix(weight_OI: NDArray[Any], scheme: Scheme, statistics: Statistics | None = None) -> PackedWeight:
@@ -63,27 +50,25 @@ def pack_matrix(weight_OI: NDArray[Any], scheme: Scheme, statistics: Statistics 
         SchemeError: in_features is not a multiple of the group size, NaN or infinity in the weight, or as
             `make_rounder`.
     """
-    packed = empty_packed(weight_OI.shape, scheme.group_size, scheme.weight_bits)
     if not is_finite(weight_OI):
         raise SchemeError("the weight has NaN or infinite values, which have no code; fetch the checkpoint again")
-    rounder = make_rounder(scheme, statistics)
-    rounder(weight_OI, scheme.weight_bits, packed.codes_OI, packed.scales_OG, packed.zeros_OG)
-    return packed
+    return pack_by(make_rounder(scheme, statistics), weight_OI, scheme.group_size, scheme.weight_bits)
 
 
-def empty_packed(shape: tuple[int, ...], group_size: int, bits: int) -> PackedWeight:
-    """A packed weight yet to be filled.
+def pack_sided(
+    weight_OI: NDArray[Any], scheme: Scheme, statistics: Statistics | None = None, beside: SideTensors | None = None
+) -> SidedWeight:
+    """Pack a whole weight by a method that needs more than codes.
+
+    Args:
+        beside: what was found before; searched now otherwise.
 
     Raises:
-        SchemeError: in_features is not a multiple of the group size.
+        SchemeError: the method needs statistics and there are none, or it finds nothing.
     """
-    rows, columns = shape
-    if group_size <= 0 or columns % group_size or group_size % 2:
-        raise SchemeError(f"group size {group_size} does not divide {columns} input channels; use another group size")
-    groups = (rows, columns // group_size)
-    codes = np.empty((rows, columns * bits // 8), np.uint8)
-    width: Literal[4, 8] = 4 if bits == 4 else 8
-    return PackedWeight(codes, np.empty(groups, np.uint16), np.empty(groups, np.uint8), width)
+    if beside is None:
+        (beside,) = scheme.find_beside([Source(lambda: weight_OI, statistics)])
+    return SidedWeight(beside.pack(weight_OI, scheme.group_size, scheme.weight_bits), beside)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,50 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from fluxkiln.errors import SchemeError
+from fluxkiln.quantize.exceptions import check_pattern, kept_text, matches, parse_exception, parse_kept
+from fluxkiln.quantize.methods import Method, Source, find_method, method_names
+from fluxkiln.quantize.side_tensors import SideTensors, side_shape, split_slot
 from fluxkiln.types import Kind
 
 Arithmetic = Literal["F32", "F16", "BF16"]
 
 
-@dataclass(frozen=True, slots=True)
-class Method:
-    """How codes, scales and zero points are found.
-
-    Attributes:
-        calibrated: from statistics of the inputs as well.
-        codes_only: nothing else is needed, so all such methods share a mould; each of the others changes the graph, and
-            has moulds of its own.
-        symmetric: zero points may all be held in the middle.
-    """
-
-    meaning: str
-    calibrated: bool = False
-    codes_only: bool = True
-    symmetric: bool = False
-
-
-METHODS: Mapping[str, Method] = {
-    "rtn": Method("as the compiler rounds, code for code"),
-    "rtn0": Method("the same, every group's range extended to 0"),
-    "mse": Method("the range whose rounding leaves the least error", symmetric=True),
-    "ls": Method("the codes that leave the least error with their own least-squares scale", symmetric=True),
-    "gptq": Method("columns one by one, each making up for the errors before it", calibrated=True),
-    "awq": Method("input channels scaled by what they carry", calibrated=True, codes_only=False),
-    "svd": Method("the largest directions kept in bfloat16 beside the codes", calibrated=True, codes_only=False),
-}
-DEFAULT_RANK = 32
 # what a scheme without a method means: of the methods without calibration the one that leaves least, where that shows
 DEFAULT_METHODS: Mapping[int, str] = {0: "rtn", 4: "ls", 8: "rtn"}
 GROUP_SIZES = (32, 64, 128)
-# what `kept` is called in a scheme's name, and what its patterns may consist of
-_KEPT = "bf16:"
-_PATTERN = re.compile(r"[\w.*?\[\]!]+")
 DEFAULT_GROUP_SIZE = 64
 
 
@@ -58,9 +30,10 @@ class Scheme:
         arithmetic: what activations are computed in, and what unquantized weights are stored in.
         weight_bits: 4, 8, or 0 for weights that are not quantized.
         group_size: input channels that share a scale; 0 without quantization. The compiler's 8 bits have groups too.
-        method: how the codes are found, of METHODS. A mould depends on it only where it needs more than codes.
+        method: how the codes are found, a file of `fluxkiln.quantize.methods`. A mould depends on it only where it
+            needs more than codes.
         symmetric: all zero points are the middle level.
-        rank: of the branch beside the codes, of the method `svd`; 0 without one.
+        rank: of the branch beside the codes; 0 for methods without one.
         kept: shell patterns on the names of weights that are not quantized, each once and sorted; see `keeps`.
     """
 
@@ -77,12 +50,14 @@ class Scheme:
             raise SchemeError(f"{self.weight_bits}-bit weights: 4, 8 and unquantized are supported")
         if self.weight_bits and self.group_size not in GROUP_SIZES:
             raise SchemeError(f"group size {self.group_size}: {', '.join(map(str, GROUP_SIZES))} are supported")
-        if self.method not in METHODS:
-            raise SchemeError(f"no method is called {self.method!r}; there are {', '.join(METHODS)}")
-        if bool(self.rank) != (self.method == "svd") or self.rank < 0:
-            raise SchemeError(f"rank {self.rank} of method {self.method}: svd has one of at least 1, no other has one")
-        if self.symmetric and not METHODS[self.method].symmetric:
-            able = ", ".join(name for name, method in METHODS.items() if method.symmetric)
+        method = find_method(self.method)
+        if bool(self.rank) != bool(method.default_rank) or self.rank < 0:
+            able = ", ".join(name for name in method_names() if find_method(name).default_rank)
+            raise SchemeError(
+                f"rank {self.rank} of method {self.method}: {able} has one of at least 1, no other has one"
+            )
+        if self.symmetric and not method.symmetric:
+            able = ", ".join(name for name in method_names() if find_method(name).symmetric)
             raise SchemeError(f"method {self.method} has no symmetric form; {able} have one")
         object.__setattr__(self, "kept", tuple(sorted(set(self.kept))))
         if self.kept and not self.weight_bits:
@@ -90,10 +65,7 @@ class Scheme:
                 f"{self.arithmetic} does not quantize, so no weight ({self.kept[0]}) can be left out of it"
             )
         for pattern in self.kept:
-            if not _PATTERN.fullmatch(pattern):
-                raise SchemeError(
-                    f"{pattern!r} is no pattern of weights; letters, digits and _ . * ? [ ] ! may be in it"
-                )
+            check_pattern(pattern)
 
     def keeps(self, slot: str) -> bool:
         """Whether a slot stays in the scheme's arithmetic though the others of its part are quantized.
@@ -101,9 +73,34 @@ class Scheme:
         Patterns are compared with the name of the checkpoint's tensor within its part, with and without `.weight`; what
         a template does to a tensor (`__s1.0.3072__t`) does not count.
         """
-        base = slot.split("__")[0]
-        names = (base, base.removesuffix(".weight"))
-        return any(fnmatchcase(name, pattern) for pattern in self.kept for name in names)
+        return any(matches(pattern, slot) for pattern in self.kept)
+
+    def in_codes(self, slot: str) -> bool:
+        """Whether a matmul's weight is to be quantized."""
+        return bool(self.weight_bits) and not split_slot(slot)[1] and not self.keeps(slot)
+
+    @property
+    def how(self) -> Method:
+        """The method by its name."""
+        return find_method(self.method)
+
+    def find_beside(self, sources: Sequence[Source], most_rows: int = 0) -> Iterator[SideTensors]:
+        """What stands beside the codes of weights that have one input in common, in their order.
+
+        Args:
+            most_rows: of all of them together that the choice may be made by; 0 for all.
+        """
+        search = self.how.side_tensors
+        return search(sources, self.group_size, self.weight_bits, self.rank, most_rows) if search else iter(())
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether its codes are made from statistics of the inputs as well."""
+        return bool(self.weight_bits) and self.how.calibrated
+
+    def side_shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+        """Role -> shape of what stands beside the codes of a weight [O, I], in torch's layout, bfloat16."""
+        return {role: side_shape(role, shape, self.rank) for role in (self.how.roles if self.weight_bits else ())}
 
     @property
     def name(self) -> str:
@@ -129,7 +126,7 @@ class Scheme:
     @property
     def codes_only(self) -> bool:
         """Whether weights are stored as codes and nothing beside them, or not quantized."""
-        return not self.weight_bits or METHODS[self.method].codes_only
+        return not self.weight_bits or not self.how.roles
 
     @property
     def _format(self) -> str:
@@ -138,16 +135,16 @@ class Scheme:
 
     @property
     def _rank(self) -> str:
-        return "" if self.rank in (0, DEFAULT_RANK) else f"-r{self.rank}"
+        return "" if self.rank == self.how.default_rank else f"-r{self.rank}"
 
     @property
     def _kept(self) -> str:
-        return f"-{_KEPT}{'+'.join(self.kept)}" if self.kept else ""
+        return f"-{kept_text(self.kept)}" if self.kept else ""
 
     @property
     def rounds_as_compiler(self) -> bool:
         """Whether the compiler itself, given the weights, would store the same codes."""
-        return not self.weight_bits or self.method == "rtn"
+        return not self.weight_bits or self.how.as_compiler
 
 
 _NAMED: Mapping[str, Scheme] = {
@@ -160,7 +157,7 @@ _NAMED: Mapping[str, Scheme] = {
 SCHEME_NAMES = (*_NAMED, *(f"W4BF16-g{size}" for size in GROUP_SIZES if size != DEFAULT_GROUP_SIZE))
 
 
-_LEGAL = f"there are {', '.join(SCHEME_NAMES)}; quantized ones may name a method: -{', -'.join(METHODS)}"
+_LEGAL = f"there are {', '.join(SCHEME_NAMES)}; quantized ones may name a method: -{', -'.join(method_names())}"
 
 
 def parse_scheme(text: str) -> Scheme:
@@ -169,30 +166,29 @@ def parse_scheme(text: str) -> Scheme:
     scheme = _NAMED.get(base.upper())
     if scheme is None:
         raise SchemeError(f"no scheme is called {text!r}; {_LEGAL}")
-    chosen: dict[str, Any] = {"rank": DEFAULT_RANK} if "svd" in map(str.lower, pieces) else {}
-    said: set[str] = set()
+    chosen: dict[str, Any] = {}
     value: int | str | bool | tuple[str, ...]
     for written in pieces:
-        piece = written.lower()
-        if piece.startswith(_KEPT):
-            key, value = "kept", tuple(written[len(_KEPT) :].split("+"))
+        piece, kept = written.lower(), parse_kept(written)
+        if kept is not None:
+            key, value = "kept", kept
         elif re.fullmatch(r"g\d+", piece):
             key, value = "group_size", int(piece[1:])
             if scheme.weight_bits != 4:
                 raise SchemeError(f"scheme {text!r}: only W4BF16 has groups; {_LEGAL}")
         elif re.fullmatch(r"r\d+", piece):
             key, value = "rank", int(piece[1:])
-        elif piece in METHODS or piece == "sym":
+        elif piece in method_names() or piece == "sym":
             key, value = ("symmetric", True) if piece == "sym" else ("method", piece)
             if not scheme.weight_bits:
                 raise SchemeError(f"scheme {text!r}: {base} does not quantize, so it has no methods; {_LEGAL}")
         else:
             raise SchemeError(f"no scheme is called {text!r}; {_LEGAL}")
-        if key in said:
+        if key in chosen:
             raise SchemeError(f"scheme {text!r} says two things about its {key.replace('_', ' ')}; keep one")
-        said.add(key)
         chosen[key] = value
-    return replace(scheme, **chosen)
+    rank = find_method(chosen.get("method", scheme.method)).default_rank
+    return replace(scheme, **{"rank": rank, **chosen})
 
 
 def form_group(kinds: Mapping[str, Kind], kind: str) -> tuple[str, ...]:
@@ -240,7 +236,7 @@ def parse_schemes(text: str | None, default: str, kinds: Mapping[str, Kind]) -> 
     for one in kinds.values():
         families[one.family] = (*families.get(one.family, ()), one.name)
     for exception in exceptions:
-        place, _, name = (piece.strip() for piece in exception.partition("="))
+        place, name = parse_exception(exception, "a kind of part, or KIND.PATTERN for some weights of one")
         kind, dot, pattern = place.partition(".")
         if kind not in schemes and kind not in families:
             known = ", ".join(dict.fromkeys([*schemes, *families]))

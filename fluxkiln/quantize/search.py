@@ -3,15 +3,15 @@
 A level is (code - zero point) * scale, so all levels are multiples of the scale. For each of some scales the zero point
 puts the levels in the middle of the group's range, the codes are the nearest ones, and two sums over them say all that
 is needed: with q = code - zero point, the least-squares scale of these codes is sum(q w) / sum(q q), and it leaves
-sum(w w) - sum(q w)^2 / sum(q q). `ls` takes the codes that leave least and their least-squares scale; `mse` does
-without that scale and compares the tried ones as they are. Either way the codes are then made once more, with the
+sum(w w) - sum(q w)^2 / sum(q q). With `refit` the codes that leave least get their least-squares scale; without, the
+tried ones are compared as they are. Either way the codes are then made once more, with the
 scale as it is stored: in bfloat16. Twelve scales come within 0.1 % of trying 60 scales with all 16 zero points
 (`tests/quantize/test_search.py`).
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import ml_dtypes
 import numba
@@ -25,7 +25,6 @@ SYMMETRIC_SHRINKS = tuple(round(0.72 + 0.4 * step / 15, 4) for step in range(16)
 # below this a group is stored as zeros
 LEAST_RANGE = 1e-30
 
-Searched = Literal["mse", "ls"]
 # float32 sums may be reordered: what is chosen by them is exact all the same
 _FAST = {"nnan", "ninf", "nsz", "reassoc", "contract", "arcp"}
 
@@ -36,20 +35,21 @@ def search_into(
     codes_OI: NDArray[np.uint8],
     scales_OG: NDArray[np.uint16],
     zeros_OG: NDArray[np.uint8],
-    method: Searched = "ls",
+    refit: bool = True,
     symmetric: bool = False,
 ) -> None:
     """Pack some rows of a weight into arrays, or rows of arrays, as `PackedWeight` has them; G of them are groups.
 
     Args:
         weight_OI: finite, float32 or bfloat16 (ml_dtypes).
+        refit: codes get the least-squares scale.
         symmetric: every zero point is the middle level, 8 or 128.
     """
     narrow = weight_OI.dtype == ml_dtypes.bfloat16
     source = np.ascontiguousarray(weight_OI, None if narrow else np.float32)
     shrinks = np.array(SYMMETRIC_SHRINKS if symmetric else SHRINKS, np.float32)
     words = source.view(np.uint16) if narrow else source
-    _search_rows(words, narrow, bits, shrinks, method == "ls", symmetric, codes_OI, scales_OG, zeros_OG)
+    _search_rows(words, narrow, bits, shrinks, refit, symmetric, codes_OI, scales_OG, zeros_OG)
 
 
 @numba.njit(cache=True, nogil=True, fastmath=_FAST)  # type: ignore[untyped-decorator]

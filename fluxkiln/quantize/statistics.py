@@ -7,7 +7,7 @@ products of channels that are near to one another. `peaks` is the mean of |x_i|.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,6 +78,16 @@ def output_error(error_OI: NDArray[np.float32], statistics: Statistics) -> float
         part = error_OI[:, first : first + len(block)]
         total += float(np.einsum("ij,ij->", part @ block, part, dtype=np.float64))
     return total
+
+
+def mean_statistics(known: Sequence[Statistics]) -> Statistics:
+    """Of inputs that are one and the same, but may have been recorded one by one."""
+    first, *others = known
+    if all(one.peaks is first.peaks for one in others):
+        return first
+    blocks = tuple(np.mean(blocks, axis=0) for blocks in zip(*(one.blocks for one in known), strict=True))
+    peaks: NDArray[np.float32] = np.mean([one.peaks for one in known], axis=0)
+    return Statistics(blocks, peaks, first.count)
 
 
 def gather(inputs_NI: NDArray[np.float32], block: int) -> Statistics:

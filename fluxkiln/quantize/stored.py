@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fluxkiln.quantize.pack import bf16_to_float32, dequantize, to_bf16_bits
-from fluxkiln.quantize.rounding import Rounder, empty_packed, make_rounder
+from fluxkiln.quantize.pack import Rounder, bf16_to_float32, dequantize, pack_by, to_bf16_bits
+from fluxkiln.quantize.rounding import make_rounder
 from fluxkiln.quantize.schemes import Scheme
 
 
@@ -27,9 +27,7 @@ def stored_weight(
         SchemeError: the group size does not divide the input channels.
     """
     if quantized and scheme.weight_bits:
-        packed = empty_packed(weight.shape, scheme.group_size, scheme.weight_bits)
-        pack_into = rounder or make_rounder(scheme)
-        pack_into(weight, scheme.weight_bits, packed.codes_OI, packed.scales_OG, packed.zeros_OG)
+        packed = pack_by(rounder or make_rounder(scheme), weight, scheme.group_size, scheme.weight_bits)
         return dequantize(packed, scheme.group_size)
     if scheme.arithmetic == "BF16":
         return bf16_to_float32(to_bf16_bits(weight))

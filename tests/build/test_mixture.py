@@ -6,17 +6,11 @@ import math
 
 import pytest
 
-from fluxkiln.build.mixture import add_up, choose_slots, predicted_errors, scheme_text, slot_of
+from fluxkiln.build.mixture import add_up, choose_slots, predicted_errors, scheme_text
 from fluxkiln.quantize.figures import Figures
 from fluxkiln.quantize.schemes import parse_schemes
 
 NAN = float("nan")
-
-
-def test_slots():
-    assert slot_of("single_transformer_blocks.12.attn.to_q.weight") == ("single", "attn.to_q")
-    assert slot_of("transformer_blocks.0.norm1.linear.weight") == ("double", "norm1.linear")
-    assert slot_of("encoder.block.3.layer.1.DenseReluDense.wi_0.weight") == ("t5_block", "layer.1.DenseReluDense.wi_0")
 
 
 def test_squared_errors_add_up():

@@ -12,13 +12,12 @@ from safetensors.numpy import load_file, save_file
 
 from fluxkiln.build.calibration import CALIBRATED, calibrate, use_calibration
 from fluxkiln.build.context import prepare
-from fluxkiln.build.mixture import slot_of
 from fluxkiln.build.quantization import quantize_model
 from fluxkiln.compile.tensors import quantizable
 from fluxkiln.errors import IntegrityError, SchemeError, UsageError
 from fluxkiln.export.checkpoint import read_tensor
 from fluxkiln.quantize.pack import PackedWeight, bf16_to_float32, dequantize
-from fluxkiln.quantize.recipes import parse_rules
+from fluxkiln.quantize.recipes import parse_rules, slot_of
 from fluxkiln.quantize.rounding import pack_matrix
 from fluxkiln.quantize.schemes import parse_scheme
 from fluxkiln.settings import Settings

@@ -13,7 +13,7 @@ import pytest
 from fluxkiln.build.parity import climb_stored
 from fluxkiln.build.plan import compile_jobs
 from fluxkiln.compile import rungs as flow_rungs
-from fluxkiln.compile.corrections import part_weights
+from fluxkiln.compile.corrections import part_packers, part_weights
 from fluxkiln.compile.rungs import bm1684x_rungs, dequantized_rung
 from fluxkiln.compile.templates import CombinedFile, make_template
 from fluxkiln.compile.toolchains.tpu_mlir.cast import compare_stored
@@ -22,11 +22,11 @@ from fluxkiln.compile.toolchains.tpu_mlir.coefficients import CoefficientMap
 from fluxkiln.compile.toolchains.tpu_mlir.forms import Form, FormMaker, SlotRows
 from fluxkiln.compile.toolchains.tpu_mlir.moulds import make_mould
 from fluxkiln.compile.toolchains.tpu_mlir.proof import prove_cast, prove_mould
-from fluxkiln.compile.toolchains.tpu_mlir.side_tensors import DOWN, RECIPROCALS, beside_slots, split_slot
-from fluxkiln.compile.weights import part_correctors, part_rounders
+from fluxkiln.compile.weights import part_rounders
 from fluxkiln.errors import CompileError, SchemeError
 from fluxkiln.export.bindings import bind_part, weight_reader
-from fluxkiln.quantize import activation
+from fluxkiln.quantize.methods import svd
+from fluxkiln.quantize.side_tensors import DOWN, RECIPROCALS, ROLES, UP, side_slot, split_slot
 from fluxkiln.settings import Settings
 from fluxkiln.types import Shapes
 from fluxkiln.verify.debug import probe as probing
@@ -53,7 +53,7 @@ def test_weights_are_packed_row_by_row_as_they_are_whole(kiln, calibrated, schem
     weights = part_weights(made, part, template)
     plain = weight_reader(bind_part(part, template.slots, made.checkpoint), made.checkpoint)
     for slot in (SLOT, "proj_out.weight__s1.256.768__t"):
-        found = part_correctors(made, part)(slot, None)(plain(slot))
+        found = part_packers(made, part)(slot, None)(plain(slot))
         whole = weights(slot)
         pieces = [weights.read_rows(slot, start, start + 32) for start in range(0, len(whole), 32)]
         assert np.concatenate(pieces).tobytes() == whole.tobytes()
@@ -63,12 +63,12 @@ def test_weights_are_packed_row_by_row_as_they_are_whole(kiln, calibrated, schem
             Form(slot, "codes"), SlotRows(whole.shape, lambda a, b, slot=slot: weights.read_rows(slot, a, b))
         )
         assert codes.tobytes() == found.packed.codes_OI.tobytes()
-        down, up, reciprocals = (weights.beside.get(name) for name in beside_slots(slot))
+        down, up, reciprocals = (weights.beside.get(side_slot(slot, role)) for role in ROLES)
         if reciprocals is None:
-            assert down.view(np.uint16).tobytes() == found.down.tobytes()
-            assert up.view(np.uint16).tobytes() == found.up.tobytes()
+            assert down.view(np.uint16).tobytes() == found.beside.down.tobytes()
+            assert up.view(np.uint16).tobytes() == found.beside.up.tobytes()
         else:
-            np.testing.assert_array_equal(1 / reciprocals.astype(np.float32), found.divisors)
+            np.testing.assert_array_equal(1 / reciprocals.astype(np.float32), found.beside.divisors)
     assert weights("proj_out.bias").tobytes() == plain("proj_out.bias").tobytes()
 
 
@@ -77,22 +77,22 @@ def test_what_is_dequantized_has_the_branch_that_was_stored(kiln, calibrated, mo
     made = one_part(kiln, "W4BF16-svd-r8")
     weights = part_weights(made, made.parts[0], template_of(made))
     plain = weights.plain(SLOT)
-    directions = activation._directions
+    directions = svd._directions
 
     def others(matrix, rank):
         left, right = directions(matrix, rank)
         return -left, -right * 1.01
 
-    monkeypatch.setattr(activation, "_directions", others)
-    corrector_of = part_correctors(made, made.parts[0])
+    monkeypatch.setattr(svd, "_directions", others)
+    packer_of = part_packers(made, made.parts[0])
     slots = {split_slot(slot)[0] for slot in weights.beside}
     assert any("__s1." in slot for slot in slots)
     for slot in slots:  # a cast makes its codes of the same
-        found = corrector_of(slot, None)(weights.plain(slot))
-        down, up = (weights.beside[name].tobytes() for name in beside_slots(slot)[:2])
-        assert (found.up.tobytes(), found.down.tobytes()) == (up, down)
-    up = weights.beside[beside_slots(SLOT)[1]]
-    again = activation.pack_low_rank(plain, 64, None, 8)
+        found = packer_of(slot, None)(weights.plain(slot))
+        down, up = (weights.beside[side_slot(slot, role)].tobytes() for role in (DOWN, UP))
+        assert (found.beside.up.tobytes(), found.beside.down.tobytes()) == (up, down)
+    up = weights.beside[side_slot(SLOT, UP)]
+    again = svd.find_branch(plain, None, 8)
     assert again.up.tobytes() != up.tobytes(), "the control: a search of its own ends elsewhere"
 
 
@@ -173,7 +173,7 @@ class _Spoilt:
         if role == RECIPROCALS:
             return np.random.default_rng(0).permutation(beside[slot])[start:stop]
         if role:
-            down, up, _ = (beside.get(name) for name in beside_slots(base))
+            down, up, _ = (beside.get(side_slot(base, role)) for role in ROLES)
             swapped = up.T if role == DOWN else down.T
             return (swapped if swapped.shape == beside[slot].shape else beside[slot])[start:stop]
         return self.sound(slot)[start:stop]

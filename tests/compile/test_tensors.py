@@ -79,3 +79,38 @@ def test_what_is_kept_needs_no_groups():
     plain = replace(odd, schemes={**odd.schemes, "single_modulated": replace(odd.schemes["single_modulated"], kept=())})
     with pytest.raises(SchemeError, match="does not divide the 1000 input channels"):
         check_weights(plain)
+
+
+def narrowed(kiln, width=96):
+    """The kiln with blocks whose queries and outputs are `width` channels."""
+    refs = {
+        name: replace(ref, shape=(width, ref.shape[1])) if name.endswith(("to_q.weight", "proj_out.weight")) else ref
+        for name, ref in kiln.checkpoint.tensors["transformer"].items()
+    }
+    return replace(kiln, checkpoint=replace(kiln.checkpoint, tensors={"transformer": refs}))
+
+
+@pytest.mark.parametrize("scheme", ["W4BF16-g32", "W8BF16"])
+def test_output_channels_that_no_lanes_take_are_refused_with_what_helps(scheme):
+    """The groups divide; the compiler would take minutes, and leave the last 32 rows in BF16."""
+    with pytest.raises(SchemeError) as caught:
+        check_weights(narrowed(kiln_of(scheme)))
+    assert str(caught.value) == (
+        "transformer_blocks.0.attn.to_q.weight has 96 output channels; bm1684x takes codes of a weight with a multiple "
+        "of 64 or fewer than 64, whatever its groups: ask for BF16, or leave such weights out of the codes, "
+        "--scheme 'SCHEME,double.attn.to_q=BF16,single.proj_out=BF16,single.attn.to_q=BF16'"
+    )
+    check_weights(narrowed(kiln_of(f"{scheme},double.attn.to_q=BF16,single.proj_out=BF16,single.attn.to_q=BF16")))
+    check_weights(narrowed(kiln_of(scheme), width=48))
+    check_weights(narrowed(kiln_of("BF16")))
+
+
+def test_lanes_are_the_chips():
+    settings = Settings("bm1688", "tiny-dev", scheme="W4BF16-g32", components=("transformer",))
+    kiln = describe(settings).kiln
+    check_weights(narrowed(kiln))
+    with pytest.raises(SchemeError, match="has 48 output channels; bm1688 takes codes .* a multiple of 32, whatever"):
+        check_weights(narrowed(kiln, width=48))
+    with pytest.raises(SchemeError, match="has 16 output channels; bm1688"):
+        check_weights(narrowed(kiln, width=16))
+    check_weights(narrowed(describe(replace(settings, target="cpu")).kiln, width=48))

@@ -32,7 +32,6 @@ from fluxkiln.errors import CheckpointError, SchemeError
 from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.progress import Silent
 from fluxkiln.quantize.calibration import open_calibration
-from fluxkiln.quantize.pack import pack_int4
 from fluxkiln.quantize.rounding import as_compiler, pack_matrix
 from fluxkiln.quantize.schemes import parse_scheme
 from fluxkiln.quantize.sums import Sums
@@ -64,7 +63,7 @@ def test_a_cast_rounds_as_the_scheme_says(kiln, calibrated):
     for scheme in ("W4BF16-rtn", "W4BF16", "W4BF16-gptq"):
         weight, made = packed_by(one_part(kiln, scheme))
         codes[scheme] = made.tobytes()
-    assert codes["W4BF16-rtn"] == pack_int4(weight, 64).codes_OI.tobytes()
+    assert codes["W4BF16-rtn"] == pack_matrix(weight, parse_scheme("W4BF16-rtn")).codes_OI.tobytes()
     assert codes["W4BF16"] == pack_matrix(weight, parse_scheme("W4BF16-ls")).codes_OI.tobytes()
     name = "single_transformer_blocks.0.attn.to_q.weight"
     known = calibrated.statistics(COMPONENT, name, weight.shape[1])

@@ -11,7 +11,8 @@ import pytest
 from fluxkiln.compile.process import run_tool
 from fluxkiln.compile.toolchains.tpu_mlir.environment import tool_argv, tpu_mlir_environ
 from fluxkiln.errors import SchemeError
-from fluxkiln.quantize.pack import bf16_to_float32, dequantize, pack_int4, pack_int8, to_bf16_bits
+from fluxkiln.quantize.pack import bf16_to_float32, dequantize, to_bf16_bits
+from tests.quantize.weights import pack_int4, pack_int8
 
 F = np.float32
 PACK = {4: pack_int4, 8: pack_int8}

@@ -9,7 +9,7 @@ import pytest
 
 from fluxkiln.errors import SchemeError
 from fluxkiln.quantize.figures import Figures
-from fluxkiln.quantize.recipes import assign_rules, choose, choose_exactly, parse_budget, parse_rules
+from fluxkiln.quantize.recipes import assign_rules, choose, choose_exactly, parse_budget, parse_rules, slot_of
 
 NAMES = [
     *(f"transformer_blocks.{i}.{name}.weight" for i in range(2) for name in ("norm1.linear", "attn.to_q")),
@@ -21,6 +21,21 @@ def test_later_rules_override_and_groups_have_names():
     found = assign_rules(NAMES, parse_rules(["*=W4BF16-g32", "modulation=BF16", "transformer_blocks.1.*=W8BF16"]))
     assert [found[name].name for name in NAMES] == ["BF16", "W4BF16-g32", "W8BF16", "W8BF16", "BF16"]
     assert assign_rules(NAMES, ()) == {}
+
+
+def test_slots():
+    assert slot_of("single_transformer_blocks.12.attn.to_q.weight") == ("single", "attn.to_q")
+    assert slot_of("transformer_blocks.0.norm1.linear.weight") == ("double", "norm1.linear")
+    assert slot_of("encoder.block.3.layer.1.DenseReluDense.wi_0.weight") == ("t5_block", "layer.1.DenseReluDense.wi_0")
+
+
+@pytest.mark.parametrize(
+    ("place", "blocks"),
+    [("single", (4,)), ("double", (0, 1, 2, 3)), ("double.attn.to_q", (1, 3)), ("double.norm1.*", (0, 2)),
+     ("*.attn.to_q", (1, 3)), ("transformer_blocks.0.attn.to_q", (1,))],
+)  # fmt: skip
+def test_places_of_a_build_are_places_of_layers(place, blocks):
+    assert list(assign_rules(NAMES, parse_rules([f"{place}=BF16"]))) == [NAMES[index] for index in blocks]
 
 
 def test_last_blocks_are_those_of_the_model_at_hand():
@@ -42,7 +57,7 @@ def test_a_rule_that_matches_nothing_is_refused(pattern):
 
 @pytest.mark.parametrize("text", ["BF16", "=BF16", "modulation:BF16"])
 def test_what_is_no_rule_is_refused(text):
-    with pytest.raises(SchemeError, match="is not PATTERN=SCHEME"):
+    with pytest.raises(SchemeError, match="is not PLACE=SCHEME"):
         parse_rules([text])
     with pytest.raises(SchemeError, match="no scheme is called"):
         parse_rules(["modulation=W5BF16"])

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from fluxkiln.errors import SchemeError
-from fluxkiln.quantize.pack import pack_int4, pack_int8
-from fluxkiln.quantize.rounding import as_compiler, empty_packed, inspect_groups, make_rounder, pack_matrix
+from fluxkiln.quantize.pack import empty_packed
+from fluxkiln.quantize.rounding import as_compiler, inspect_groups, make_rounder, pack_matrix
 from fluxkiln.quantize.schemes import parse_scheme
-from tests.quantize.weights import make_weight
+from tests.quantize.weights import make_weight, pack_int4, pack_int8
 
 
 @pytest.mark.parametrize(("name", "pack"), [("W4BF16-rtn", pack_int4), ("W8BF16", pack_int8)])
@@ -41,7 +41,7 @@ def test_what_cannot_be_had_is_refused():
     with pytest.raises(SchemeError, match="W4BF16-gptq needs calibration"):
         make_rounder(parse_scheme("W4BF16-gptq"))
     for method in ("awq", "svd"):
-        with pytest.raises(SchemeError, match="changes the graph and cannot be put into its codes; use rtn"):
+        with pytest.raises(SchemeError, match="cannot be put into its codes; use gptq, ls, mse, rtn, rtn0"):
             make_rounder(parse_scheme(f"W4BF16-{method}"))
 
 

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from fluxkiln.errors import SchemeError
-from fluxkiln.quantize.pack import dequantize, pack_int4, pack_int8
+from fluxkiln.quantize.pack import dequantize
 from fluxkiln.quantize.rounding import as_compiler, pack_matrix
 from fluxkiln.quantize.schemes import SCHEME_NAMES, parse_scheme
 from fluxkiln.quantize.stored import stored_weight
+from tests.quantize.weights import pack_int4, pack_int8
 
 WEIGHT = np.random.default_rng(0).standard_normal((32, 256)).astype(np.float32)
 

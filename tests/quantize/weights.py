@@ -5,9 +5,17 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
-from fluxkiln.quantize.pack import dequantize
+from fluxkiln.quantize.pack import dequantize, pack_by, pack_into
 from fluxkiln.quantize.rounding import pack_matrix
 from fluxkiln.quantize.schemes import parse_scheme
+
+
+def pack_int4(weight, group_size):
+    return pack_by(pack_into, weight, group_size, 4)
+
+
+def pack_int8(weight, group_size):
+    return pack_by(pack_into, weight, group_size, 8)
 
 
 def make_weight(kind, shape, seed=0):

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fluxkiln.compile.toolchains.tpu_mlir.coefficients import TRANSPOSED, WeightReader
 from fluxkiln.compile.toolchains.tpu_mlir.gelu import fuse_tanh_gelu
 from fluxkiln.compile.toolchains.tpu_mlir.order import small_work_first
 from fluxkiln.errors import CompileError
+from fluxkiln.export.bindings import WeightReader
+from fluxkiln.types import TRANSPOSED
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fluxkiln.compile.onnx.external_data import Sidecar, external_range, in_place_tensor
-from fluxkiln.compile.onnx.packed import CONTRIB, corrected_matmul, packed_matmul
+from fluxkiln.compile.onnx.packed import CONTRIB, packed_matmul, sided_matmul
 from fluxkiln.errors import CompileError, IntegrityError
 from fluxkiln.quantize.schemes import Scheme, check_groups
 from fluxkiln.types import Binding, SlotBinding, Template, TensorRef
@@ -25,9 +25,9 @@ from fluxkiln.types import Binding, SlotBinding, Template, TensorRef
 if TYPE_CHECKING:
     from onnx import NodeProto, TensorProto
 
-    from fluxkiln.compile.toolchains.tpu_mlir.coefficients import WeightReader
-    from fluxkiln.quantize.activation import CorrectorOf
-    from fluxkiln.quantize.rounding import RounderOf
+    from fluxkiln.export.bindings import WeightReader
+    from fluxkiln.quantize.pack import RounderOf
+    from fluxkiln.quantize.side_tensors import PackerOf
 
 # operations that move a weight without computing: done before the cast, so that only what they keep is cast
 _MOVES = ("Gather", "Slice")
@@ -58,7 +58,7 @@ def link_weights(
     scheme: Scheme,
     target: Path,
     rounder_of: RounderOf | None = None,
-    corrector_of: CorrectorOf | None = None,
+    packer_of: PackerOf | None = None,
 ) -> Path:
     """Write `target`: the template with every slot turned into an initializer that lies in another file.
 
@@ -66,7 +66,7 @@ def link_weights(
     Arguments and errors as `link_graph`.
     """
     sidecar = Sidecar(sidecar_path(target, scheme))
-    model = link_graph(template, binding, refs, read_weight, scheme, sidecar, rounder_of, corrector_of).model
+    model = link_graph(template, binding, refs, read_weight, scheme, sidecar, rounder_of, packer_of).model
     target.write_bytes(model.SerializeToString(deterministic=True))
     return target
 
@@ -79,7 +79,7 @@ def link_graph(
     scheme: Scheme,
     sidecar: Sidecar,
     rounder_of: RounderOf | None = None,
-    corrector_of: CorrectorOf | None = None,
+    packer_of: PackerOf | None = None,
 ) -> LinkedGraph:
     """The template with every slot turned into an initializer that lies in another file.
 
@@ -93,7 +93,7 @@ def link_graph(
             folder.
         rounder_of: slot and input channels -> what makes their codes; the scheme's own by default, which has no
             calibration.
-        corrector_of: the same for a method that needs more than codes; then it is what is asked.
+        packer_of: the same for a method that needs more than codes; then it is what is asked.
 
     Raises:
         CompileError: no such template can be linked, the binding is for another kind, or a weight cannot be read in
@@ -113,7 +113,7 @@ def link_graph(
     replaced = {output: [_fused(matmul)] for output, matmul in matmuls.items()}
     if scheme.weight_bits:
         coded = {output: matmul for output, matmul in matmuls.items() if not scheme.keeps(matmul.slot)}
-        replaced |= _quantized(coded, scheme, read_weight, sidecar, rounder_of, corrector_of)
+        replaced |= _quantized(coded, scheme, read_weight, sidecar, rounder_of, packer_of)
     nodes = [new for node in graph.node for new in replaced.get(node.output[0], [node])]
     nodes = _without_unused(nodes, {value.name for value in graph.output})
     used = {name for node in nodes for name in node.input}
@@ -293,10 +293,11 @@ def _quantized(
     read_weight: WeightReader,
     sidecar: Sidecar,
     rounder_of: RounderOf | None,
-    corrector_of: CorrectorOf | None,
+    packer_of: PackerOf | None,
 ) -> dict[str, list[NodeProto]]:
     """MatMulNBits for every product, by the name of its output; each slot is read once."""
-    from fluxkiln.quantize.rounding import empty_packed, make_rounder
+    from fluxkiln.quantize.pack import pack_by
+    from fluxkiln.quantize.rounding import make_rounder
 
     by_slot: dict[str, dict[str, _MatMul]] = defaultdict(dict)
     for output, matmul in matmuls.items():
@@ -309,14 +310,11 @@ def _quantized(
             check_groups(scheme, slot, part.shape[1])
             start, stop, _ = matmul.region[1].indices(weight.shape[1])
             name = f"{slot}__{index}"
-            if corrector_of is not None:
-                nodes[output] = corrected_matmul(
-                    matmul.node, corrector_of(slot, (start, stop))(part), scheme, sidecar, name
-                )
+            if packer_of is not None:
+                nodes[output] = sided_matmul(matmul.node, packer_of(slot, (start, stop))(part), scheme, sidecar, name)
                 continue
-            packed = empty_packed(part.shape, scheme.group_size, scheme.weight_bits)
-            pack_into = make_rounder(scheme) if rounder_of is None else rounder_of(slot, (start, stop))
-            pack_into(part, scheme.weight_bits, packed.codes_OI, packed.scales_OG, packed.zeros_OG)
+            rounder = make_rounder(scheme) if rounder_of is None else rounder_of(slot, (start, stop))
+            packed = pack_by(rounder, part, scheme.group_size, scheme.weight_bits)
             nodes[output] = packed_matmul(matmul.node, packed, scheme, sidecar, name)
     return nodes
 

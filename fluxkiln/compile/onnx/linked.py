@@ -17,8 +17,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from fluxkiln.compile.corrections import part_packers
 from fluxkiln.compile.templates import BinaryPart, CombinedFile, Kiln, make_template, tell_template
-from fluxkiln.compile.weights import part_correctors, part_rounders
+from fluxkiln.compile.weights import part_rounders
 from fluxkiln.errors import ResourceError, UsageError
 from fluxkiln.export.bindings import bind_part, binding_refs, weight_reader
 from fluxkiln.export.checkpoint import Checkpoint
@@ -140,11 +141,11 @@ def link_parts(kiln: Kiln, schemes: Mapping[str, Scheme], folder: Path) -> dict[
             refs = copy_tensors(refs.values(), folder / WEIGHTS / f"{part.name}.safetensors")
         reader = weight_reader(binding, kiln.checkpoint)
         target = folder / f"{part.name}.onnx"
-        scheme, rounder_of, corrector_of = schemes[part.kind], None, None
+        scheme, rounder_of, packer_of = schemes[part.kind], None, None
         if scheme.weight_bits:
-            corrector_of = part_correctors(kiln, part, "onnx23")
-            rounder_of = None if corrector_of else part_rounders(kiln, part, "onnx23")
-        linked[part.name] = link_weights(template, binding, refs, reader, scheme, target, rounder_of, corrector_of)
+            packer_of = part_packers(kiln, part, "onnx23")
+            rounder_of = None if packer_of else part_rounders(kiln, part, "onnx23")
+        linked[part.name] = link_weights(template, binding, refs, reader, scheme, target, rounder_of, packer_of)
     return linked
 
 

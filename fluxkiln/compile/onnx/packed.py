@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from onnx import NodeProto
 
-    from fluxkiln.quantize.activation import Corrected
     from fluxkiln.quantize.pack import PackedWeight
+    from fluxkiln.quantize.side_tensors import SidedWeight
 
 CONTRIB = "com.microsoft"
 
@@ -69,26 +69,24 @@ def packed_matmul(
     return nodes
 
 
-def corrected_matmul(
-    node: NodeProto, corrected: Corrected, scheme: Scheme, sidecar: Sidecar, name: str
-) -> list[NodeProto]:
+def sided_matmul(node: NodeProto, sided: SidedWeight, scheme: Scheme, sidecar: Sidecar, name: str) -> list[NodeProto]:
     """As `packed_matmul`, with the input divided by channel, and a low-rank branch added to the product."""
     from onnx.helper import make_node
 
     from fluxkiln.quantize.pack import bf16_to_float32
 
-    x, output = node.input[0], node.output[0]
+    x, output, beside = node.input[0], node.output[0], sided.beside
     nodes: list[Any] = []
     source = x
-    if (corrected.divisors != 1).any():
+    if beside.divisors is not None and (beside.divisors != 1).any():
         source = f"{output}__divided"
-        sidecar.append(f"{name}__divisors", corrected.divisors)
+        sidecar.append(f"{name}__divisors", beside.divisors)
         nodes.append(make_node("Div", [x, f"{name}__divisors"], [source]))
-    nodes += packed_matmul(node, corrected.packed, scheme, sidecar, name, source)
-    if corrected.rank:
+    nodes += packed_matmul(node, sided.packed, scheme, sidecar, name, source)
+    if beside.up is not None and beside.down is not None:
         nodes[-1].output[0] = f"{output}__packed"
-        sidecar.append(f"{name}__down", np.ascontiguousarray(bf16_to_float32(corrected.down).T))
-        sidecar.append(f"{name}__up", np.ascontiguousarray(bf16_to_float32(corrected.up).T))
+        sidecar.append(f"{name}__down", np.ascontiguousarray(bf16_to_float32(beside.down).T))
+        sidecar.append(f"{name}__up", np.ascontiguousarray(bf16_to_float32(beside.up).T))
         nodes.append(make_node("MatMul", [x, f"{name}__down"], [f"{output}__down"]))
         nodes.append(make_node("MatMul", [f"{output}__down", f"{name}__up"], [f"{output}__branch"]))
         nodes.append(make_node("Add", [f"{output}__packed", f"{output}__branch"], [output]))

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fluxkiln.compile.onnx.session import make_session, run_session
-from fluxkiln.compile.toolchains.tpu_mlir.coefficients import TRANSPOSED, WeightReader
 from fluxkiln.errors import CompileError
-from fluxkiln.types import Template
+from fluxkiln.export.bindings import WeightReader
+from fluxkiln.types import TRANSPOSED, Template
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fluxkiln.compile.onnx.session import make_session
-from fluxkiln.compile.toolchains.tpu_mlir.coefficients import TRANSPOSED, WeightReader
+from fluxkiln.export.bindings import WeightReader
+from fluxkiln.types import TRANSPOSED
 
 if TYPE_CHECKING:
     from onnx import ModelProto

@@ -11,4 +11,7 @@ TARGET = Target(
     narrow=True,
     # a SE7-32 core module with its NPU memory set to 7615 MB and 2360 MB each for the VPU and VPP parts
     device_bytes=(7615 + 2360 + 2360) << 20,
+    # of other weights TPU-MLIR 1.30.2 leaves the last rows in BF16, without a word
+    lanes=64,
+    partial_lanes=True,
 )  # fmt: skip

@@ -9,10 +9,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fluxkiln.compile.corrections import part_weights
+from fluxkiln.compile.corrections import part_packers, part_weights
 from fluxkiln.compile.rungs import dequantized_rung
 from fluxkiln.compile.templates import BinaryPart, Kiln, make_template
-from fluxkiln.compile.weights import part_correctors, part_rounders
+from fluxkiln.compile.weights import part_rounders
 from fluxkiln.export.bindings import WeightReader, bind_part, weight_reader
 from fluxkiln.types import GraphFormat, Part, Template
 from fluxkiln.verify.debug.bisect import (
@@ -137,8 +137,8 @@ def _stored_23(kiln: Kiln, part: Part, template: Template, reader: WeightReader)
     if not scheme.weight_bits:
         return reader
     regions = quantized_regions(template.path, [spec.name for spec in template.slots])
-    corrector_of = part_correctors(kiln, part, "onnx23")
-    rounder_of = None if corrector_of is not None else part_rounders(kiln, part, "onnx23")
+    packer_of = part_packers(kiln, part, "onnx23")
+    rounder_of = None if packer_of is not None else part_rounders(kiln, part, "onnx23")
 
     def stored(slot: str) -> NDArray[Any]:
         weight = np.array(reader(slot), np.float32)
@@ -146,8 +146,8 @@ def _stored_23(kiln: Kiln, part: Part, template: Template, reader: WeightReader)
             return weight
         for region in regions.get(slot, ()):
             start, stop, _ = region[1].indices(weight.shape[1])
-            if corrector_of is not None:
-                weight[region] = corrector_of(slot, (start, stop))(weight[region]).dequantize(scheme.group_size)
+            if packer_of is not None:
+                weight[region] = packer_of(slot, (start, stop))(weight[region]).dequantize(scheme.group_size)
             elif rounder_of is not None:
                 weight[region] = stored_weight(weight[region], scheme, True, rounder_of(slot, (start, stop)))
         return weight
@@ -216,7 +216,7 @@ def check_binary(inside: Inside, kiln: Kiln, binary: BinaryPart, file: Path, net
     """
     from fluxkiln.compile.toolchains.tpu_mlir.cast import compare_stored
     from fluxkiln.compile.toolchains.tpu_mlir.coefficients import CoefficientMap
-    from fluxkiln.compile.toolchains.tpu_mlir.side_tensors import split_slot
+    from fluxkiln.quantize.side_tensors import split_slot
 
     reader = part_weights(kiln, binary.part, make_template(kiln, binary.part.kind, "onnx17"))
     coefficients = CoefficientMap.from_json(json.loads(kiln.path(binary.coefficients).read_text()))

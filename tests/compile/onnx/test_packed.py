@@ -10,11 +10,10 @@ import pytest
 from onnx import helper
 
 from fluxkiln.compile.onnx.external_data import Sidecar
-from fluxkiln.compile.onnx.packed import CONTRIB, corrected_matmul, packed_matmul
+from fluxkiln.compile.onnx.packed import CONTRIB, packed_matmul, sided_matmul
 from fluxkiln.compile.onnx.session import make_session
-from fluxkiln.quantize.activation import pack_awq, pack_low_rank
 from fluxkiln.quantize.pack import dequantize
-from fluxkiln.quantize.rounding import pack_matrix
+from fluxkiln.quantize.rounding import pack_matrix, pack_sided
 from fluxkiln.quantize.schemes import parse_scheme
 from fluxkiln.quantize.statistics import gather
 from tests.quantize.weights import make_inputs, make_weight
@@ -78,13 +77,13 @@ def test_wrong_packing_shows(tmp_path, what):
 
 
 @pytest.mark.parametrize("method", ["awq", "svd"])
-def test_corrected_products(tmp_path, method):
+def test_products_with_side_tensors(tmp_path, method):
     weight, statistics = make_weight("student", SHAPE), gather(make_inputs(1024, 320, 1), 0)
     scheme, bias = parse_scheme(f"W4BF16-{method}"), np.arange(SHAPE[0], dtype=np.float32) / 8
-    made = pack_awq(weight, 64, statistics) if method == "awq" else pack_low_rank(weight, 64, statistics)
+    made = pack_sided(weight, scheme, statistics)
     exact = X.astype(np.float64) @ made.dequantize(64).T.astype(np.float64)
     for b in (None, bias):
-        got = run(tmp_path, lambda node, sidecar: corrected_matmul(node, made, scheme, sidecar, "w"), b)
+        got = run(tmp_path, lambda node, sidecar: sided_matmul(node, made, scheme, sidecar, "w"), b)
         assert off(got, exact if b is None else exact + b) <= 2e-6
     without = run(tmp_path, lambda node, sidecar: packed_matmul(node, made.packed, scheme, sidecar, "w"))
     assert off(without, exact) > 0.05

@@ -16,10 +16,12 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from fluxkiln.compile.toolchains.tpu_mlir.bmodel import Span, read_bmodel
-from fluxkiln.compile.toolchains.tpu_mlir.coefficients import CoefficientMap, Placement, WeightReader
+from fluxkiln.compile.toolchains.tpu_mlir.coefficients import CoefficientMap, Placement
 from fluxkiln.compile.toolchains.tpu_mlir.forms import FormMaker, SlotRows
 from fluxkiln.errors import CompileError
-from fluxkiln.quantize.rounding import RounderOf, as_compiler
+from fluxkiln.export.bindings import WeightReader
+from fluxkiln.quantize.pack import RounderOf
+from fluxkiln.quantize.rounding import as_compiler
 
 Blocks = Iterator[NDArray[np.uint8]]
 

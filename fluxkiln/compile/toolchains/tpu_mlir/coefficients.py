@@ -24,11 +24,9 @@ from numpy.typing import NDArray
 from fluxkiln.compile.toolchains.tpu_mlir.bmodel import Net, read_bmodel
 from fluxkiln.compile.toolchains.tpu_mlir.forms import Form, FormMaker, SlotRows, candidates, form_bytes
 from fluxkiln.errors import CompileError
-from fluxkiln.types import TensorSpec
+from fluxkiln.export.bindings import WeightReader
+from fluxkiln.types import TRANSPOSED, TensorSpec
 
-# a slot's weight in torch's layout [O, I], and how it is called in the graph
-WeightReader = Callable[[str], NDArray[Any]]
-TRANSPOSED = "__t"
 ALIGNMENT = 4096
 # of all constants of a kind, compressed: tables and masks shrink, a weight that was taken for one would not
 MAX_CONSTANT_BYTES = 1 << 20

@@ -17,7 +17,6 @@ from fluxkiln.compile.toolchains.tpu_mlir.bmodel import normalise_time, read_bmo
 from fluxkiln.compile.toolchains.tpu_mlir.environment import TpuMlirEnv, tool_argv, tpu_mlir_environ
 from fluxkiln.compile.toolchains.tpu_mlir.estimate import read_estimate
 from fluxkiln.compile.toolchains.tpu_mlir.gelu import count_gelus
-from fluxkiln.compile.toolchains.tpu_mlir.side_tensors import in_codes
 from fluxkiln.errors import CompileError, SchemeError
 from fluxkiln.quantize.schemes import Scheme, check_groups
 
@@ -84,7 +83,7 @@ def compile_graph(env: TpuMlirEnv, job: CompileJob, folder: Path, log: Path) -> 
         ResourceError: the compiler was killed for memory.
     """
     every = weight_matmuls(job.template, set(job.activations))
-    matmuls = [one for one in every if in_codes(one.slot, job.scheme)]
+    matmuls = [one for one in every if job.scheme.in_codes(one.slot)]
     for one in matmuls:
         check_groups(job.scheme, one.slot, one.in_features)
     environ = tpu_mlir_environ(env, job.chip)
@@ -168,7 +167,8 @@ def _check(job: CompileJob, matmuls: list[WeightMatMul], folder: Path) -> Compil
     if quantized != expected:
         raise CompileError(
             f"{job.net}: {quantized} weights are stored in {job.scheme.weight_bits} bits, scheme {job.scheme.name} "
-            f"asks for {expected}; the compiler left a matmul unquantized: choose a group size that divides its width"
+            f"asks for {expected}; the compiler left some rows or a matmul unquantized: leave what it does not take out of the scheme, "
+            "KIND.WEIGHT=BF16"
         )
     check_fusions(job.kind, text, job.net)
     check_gelus(count_gelus(job.graph), text, job.net)

@@ -36,7 +36,8 @@ from fluxkiln.compile.toolchains.tpu_mlir.reorder import (
     group_channels,
     store_as,
 )
-from fluxkiln.quantize.rounding import RounderOf, as_compiler
+from fluxkiln.quantize.pack import RounderOf
+from fluxkiln.quantize.rounding import as_compiler
 
 # how many equal slices the compiler has been seen to cut a weight into
 CHUNKS = (1, 2, 3, 4, 6)

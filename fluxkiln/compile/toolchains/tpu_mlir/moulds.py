@@ -72,9 +72,9 @@ def compiled_form(kiln: Kiln, template: Template, folder: Path) -> Template:
     scheme = kiln.schemes[template.kind]
     if scheme.codes_only:
         return template
-    from fluxkiln.compile.toolchains.tpu_mlir.side_tensors import correct_template
+    from fluxkiln.compile.toolchains.tpu_mlir.side_tensors import add_side_tensors
 
-    return correct_template(template, scheme, folder / "corrected.onnx")
+    return add_side_tensors(template, scheme, folder / "corrected.onnx")
 
 
 def mould_action(kiln: Kiln, template: Template) -> Action:

@@ -15,7 +15,8 @@ from fluxkiln.compile.toolchains.tpu_mlir.moulds import compile_weights, compile
 from fluxkiln.compile.weights import part_rounders
 from fluxkiln.errors import CompileError
 from fluxkiln.files import digest_file
-from fluxkiln.quantize.rounding import RounderOf, as_compiler
+from fluxkiln.quantize.pack import RounderOf
+from fluxkiln.quantize.rounding import as_compiler
 from fluxkiln.types import Part, Template
 
 

@@ -1,61 +1,30 @@
 """Templates with what a method needs beside the codes of a weight, so that the compiler compiles that as well.
 
-For every matmul y = x W^T whose weight is in codes (slot S, W in torch's layout [O, I]):
+Every matmul y = x W^T whose weight is in codes gets the slots of `fluxkiln.quantize.side_tensors`, and the operations
+that use them. Matmuls of one x share the product by reciprocals and its slot, called after the first of them: the
+compiler would merge two that happened to be equal, and what it compiles must not depend on the weights.
 
-- `svd`: y = x S^T + (x down^T) up^T, with slots `S__down` [r, I] and `S__up` [O, r] in bfloat16; S holds the rest;
-- `awq`: y = (x * reciprocals) S^T, with a slot `S__reciprocals` [I] in bfloat16; S holds W * scales. A product, not a
-  quotient: the chip multiplies in one pass, and the scales are made so that this is exact. Matmuls of one x share the
-  product and the slot, called after the first of them: the compiler would merge two that happened to be equal, and what
-  it compiles must not depend on the weights.
-
-A slot that a template has transposed (`__t`) gets branches that are transposed too. The branch is added behind the
-product and before its bias, under the name that the product had.
-
-Source of the methods: `fluxkiln.quantize.activation`.
+A branch is added behind the product and before its bias, under the name that the product had.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fluxkiln.compile.onnx.filled import weight_matmuls
-from fluxkiln.compile.toolchains.tpu_mlir.coefficients import TRANSPOSED
 from fluxkiln.errors import CompileError
-from fluxkiln.quantize.activation import check_rank
 from fluxkiln.quantize.schemes import Scheme
-from fluxkiln.types import Template, TensorSpec
+from fluxkiln.quantize.side_tensors import DOWN, RECIPROCALS, UP, check_rank, side_slot
+from fluxkiln.types import TRANSPOSED, Template, TensorSpec
 
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-DOWN, UP, RECIPROCALS = "__down", "__up", "__reciprocals"
-_BESIDE = (DOWN, UP, RECIPROCALS)
 
-
-def split_slot(slot: str) -> tuple[str, str]:
-    """The weight that a slot stands beside, and as which of DOWN, UP and RECIPROCALS; its own name and "" otherwise."""
-    base = slot.removesuffix(TRANSPOSED)
-    for role in _BESIDE:
-        if base.endswith(role):
-            return base.removesuffix(role), role
-    return slot, ""
-
-
-def beside_slots(slot: str) -> tuple[str, str, str]:
-    """What the slots beside a weight's are called, whether its method has them or not: DOWN, UP and RECIPROCALS."""
-    return f"{slot}{DOWN}{TRANSPOSED}", f"{slot}{UP}{TRANSPOSED}", f"{slot}{RECIPROCALS}"
-
-
-def in_codes(slot: str, scheme: Scheme) -> bool:
-    """Whether a matmul's weight is to be quantized."""
-    return bool(scheme.weight_bits) and not split_slot(slot)[1] and not scheme.keeps(slot)
-
-
-def correct_template(template: Template, scheme: Scheme, target: Path) -> Template:
+def add_side_tensors(template: Template, scheme: Scheme, target: Path) -> Template:
     """Write `target`: an opset 17 template with the slots and operations of the scheme's method.
 
     Returns:
@@ -67,28 +36,29 @@ def correct_template(template: Template, scheme: Scheme, target: Path) -> Templa
     import onnx_ir as ir
 
     activations = {spec.name for spec in template.inputs}
-    coded = {one.output for one in weight_matmuls(template.path, activations) if in_codes(one.slot, scheme)}
+    coded = {one.output for one in weight_matmuls(template.path, activations) if scheme.in_codes(one.slot)}
     model = ir.load(template.path)
-    slots: dict[str, TensorSpec] = {}
+    known = {value.name for value in model.graph.inputs}
     scaled: dict[ir.Value | None, ir.Value] = {}
     for node in [node for node in model.graph if node.outputs[0].name in coded]:
-        if scheme.method == "svd":
-            added = tuple(_add_branch(model.graph, node, scheme))
-        else:
-            added = tuple(_scale_input(model.graph, node, scaled))
-        slots |= {spec.name: spec for spec in added}
+        slot, shape = _weight(node)
+        shapes = scheme.side_shapes(shape)
+        if DOWN in shapes:
+            check_rank(scheme.rank, shape, slot)
+            # transposed, as a MatMul takes them
+            down, up = (_slot(model.graph, side_slot(slot, role), shapes[role][::-1]) for role in (DOWN, UP))
+            _add_branch(model.graph, node, down, up)
+        if RECIPROCALS in shapes:
+            _scale_input(model.graph, node, side_slot(slot, RECIPROCALS), scaled)
     ir.save(model, target)
     digest = "sha256:" + hashlib.sha256(target.read_bytes()).hexdigest()
-    return replace(template, path=target, digest=digest, slots=(*template.slots, *slots.values()))
+    added = (TensorSpec(str(value.name), _shape(value)) for value in model.graph.inputs if value.name not in known)
+    return replace(template, path=target, digest=digest, slots=(*template.slots, *added))
 
 
-def _add_branch(graph: ir.Graph, node: ir.Node, scheme: Scheme) -> Iterator[TensorSpec]:
+def _add_branch(graph: ir.Graph, node: ir.Node, down: ir.Value, up: ir.Value) -> None:
     import onnx_ir as ir
 
-    slot, (rows, columns) = _weight(node)
-    check_rank(scheme.rank, (rows, columns), slot)
-    down, up = (_new_slot(graph, slot, role, shape) for role, shape in
-                ((DOWN, (columns, scheme.rank)), (UP, (scheme.rank, rows))))  # fmt: skip
     output = node.outputs[0]
     name = str(output.name)
     lower = ir.Node("", "MatMul", [node.inputs[0], down], name=f"{name}_down")
@@ -100,23 +70,19 @@ def _add_branch(graph: ir.Graph, node: ir.Node, scheme: Scheme) -> Iterator[Tens
     total.replace_input_with(0, output)
     _take_name(total.outputs[0], output, f"{name}_codes")
     graph.insert_after(node, [lower, upper, total])
-    for value in (down, up):
-        yield TensorSpec(str(value.name), _shape(value))
 
 
-def _scale_input(graph: ir.Graph, node: ir.Node, scaled: dict[ir.Value | None, ir.Value]) -> Iterator[TensorSpec]:
+def _scale_input(graph: ir.Graph, node: ir.Node, slot: str, scaled: dict[ir.Value | None, ir.Value]) -> None:
     """Have a matmul read its input times reciprocals: one of `scaled`, or made now and put there."""
     import onnx_ir as ir
 
     source = node.inputs[0]
     if source not in scaled:
-        slot, (_, columns) = _weight(node)
-        reciprocals = _new_slot(graph, slot, RECIPROCALS, (columns,))
+        reciprocals = _slot(graph, slot, (_weight(node)[1][1],))
         product = ir.Node("", "Mul", [source, reciprocals], name=f"{node.outputs[0].name}_scaled")
         product.outputs[0].name = product.name
         graph.insert_before(node, product)
         scaled[source] = product.outputs[0]
-        yield TensorSpec(str(reciprocals.name), (columns,))
     node.replace_input_with(0, scaled[source])
 
 
@@ -137,11 +103,10 @@ def _weight(node: ir.Node) -> tuple[str, tuple[int, int]]:
     return name, (rows, columns)
 
 
-def _new_slot(graph: ir.Graph, slot: str, role: str, shape: tuple[int, ...]) -> ir.Value:
-    """The slot beside another, made when it is first asked for; matrices are transposed, as a MatMul takes them."""
+def _slot(graph: ir.Graph, name: str, shape: tuple[int, ...]) -> ir.Value:
+    """The input of this name, made when it is first asked for: a weight may be in several matmuls."""
     import onnx_ir as ir
 
-    name = f"{slot}{role}{TRANSPOSED if len(shape) == 2 else ''}"
     for value in graph.inputs:
         if value.name == name:
             return value

@@ -9,19 +9,10 @@ import pytest
 from fluxkiln.compile.onnx.filled import weight_matmuls
 from fluxkiln.compile.onnx.session import make_session
 from fluxkiln.compile.toolchains.tpu_mlir.coefficients import probe_reader
-from fluxkiln.compile.toolchains.tpu_mlir.side_tensors import (
-    DOWN,
-    RECIPROCALS,
-    UP,
-    beside_slots,
-    correct_template,
-    in_codes,
-    split_slot,
-)
+from fluxkiln.compile.toolchains.tpu_mlir.side_tensors import add_side_tensors
 from fluxkiln.errors import SchemeError
 from fluxkiln.quantize.schemes import parse_scheme
-
-SLOT = "attn.to_q.weight__t"
+from fluxkiln.quantize.side_tensors import DOWN, RECIPROCALS, UP, side_slot
 
 
 def run(path, inputs, weights):
@@ -35,27 +26,18 @@ def run(path, inputs, weights):
     return dict(zip((value.name for value in session.get_outputs()), session.run(None, feeds), strict=True))
 
 
-def test_names_of_slots():
-    assert [split_slot(name) for name in beside_slots(SLOT)] == [(SLOT, DOWN), (SLOT, UP), (SLOT, RECIPROCALS)]
-    assert split_slot(SLOT) == (SLOT, "")
-    scheme = parse_scheme("W4BF16-svd-bf16:proj_out")
-    assert in_codes(SLOT, scheme)
-    assert not any(in_codes(name, scheme) for name in (*beside_slots(SLOT), "proj_out.weight__s1.0.256__t"))
-    assert not in_codes(SLOT, parse_scheme("BF16"))
-
-
 @pytest.mark.parametrize("kind", ["single", "double"])
 @pytest.mark.parametrize("name", ["W4BF16-svd-r8", "W4BF16-awq", "W4BF16-awq-bf16:attn.to_q"])
 def test_it_computes_what_the_method_says(kind, name, tiny_template, tmp_path):
     """With S = W - up down, or W / reciprocals, it is the template with W; with another S it is not."""
     scheme, template = parse_scheme(name), tiny_template(kind, "onnx17")
-    made = correct_template(template, scheme, tmp_path / "corrected.onnx")
+    made = add_side_tensors(template, scheme, tmp_path / "corrected.onnx")
     onnx.checker.check_model(onnx.load(made.path))
     assert made.slots[: len(template.slots)] == template.slots
     assert (made.inputs, made.outputs, made.kind) == (template.inputs, template.outputs, template.kind)
     plain = probe_reader(made.slots)
     activations = {spec.name for spec in template.inputs}
-    matmuls = [one for one in weight_matmuls(template.path, activations) if in_codes(one.slot, scheme)]
+    matmuls = [one for one in weight_matmuls(template.path, activations) if scheme.in_codes(one.slot)]
     shared = {one.source: next(two.slot for two in matmuls if two.source == one.source) for one in matmuls}
 
     def weights(slot, wrong=False):
@@ -64,8 +46,8 @@ def test_it_computes_what_the_method_says(kind, name, tiny_template, tmp_path):
             return plain(slot)
         weight = plain(slot).astype(np.float32)
         if scheme.method == "awq":
-            return weight / plain(beside_slots(shared[found[0].source])[2]).astype(np.float32)
-        down, up, _ = beside_slots(slot)
+            return weight / plain(side_slot(shared[found[0].source], RECIPROCALS)).astype(np.float32)
+        down, up = side_slot(slot, DOWN), side_slot(slot, UP)
         return weight - plain(up).astype(np.float32) @ plain(down).astype(np.float32)
 
     random = np.random.default_rng(0)
@@ -87,4 +69,4 @@ def test_it_computes_what_the_method_says(kind, name, tiny_template, tmp_path):
 
 def test_a_rank_that_a_weight_does_not_have(tiny_template, tmp_path):
     with pytest.raises(SchemeError, match=r"rank 500: .* of \d+ x \d+ has 1 to"):
-        correct_template(tiny_template("single", "onnx17"), parse_scheme("W4BF16-svd-r500"), tmp_path / "c.onnx")
+        add_side_tensors(tiny_template("single", "onnx17"), parse_scheme("W4BF16-svd-r500"), tmp_path / "c.onnx")

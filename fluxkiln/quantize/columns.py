@@ -34,7 +34,7 @@ ROWS = 8
 _FAST = {"nnan", "ninf", "nsz", "contract"}  # no reordering
 
 
-class Gptq:
+class ColumnRounder:
     """Packs rows of one matrix. Factors are made once; not for several threads.
 
     Args:

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from fluxkiln.errors import SchemeError
-from fluxkiln.quantize.gptq import BELIEF, DAMPING, Gptq
-from fluxkiln.quantize.pack import bf16_to_float32, dequantize
-from fluxkiln.quantize.rounding import empty_packed, pack_matrix
+from fluxkiln.quantize.columns import BELIEF, DAMPING, ColumnRounder
+from fluxkiln.quantize.pack import bf16_to_float32, dequantize, empty_packed
+from fluxkiln.quantize.rounding import pack_matrix
 from fluxkiln.quantize.schemes import parse_scheme
 from fluxkiln.quantize.statistics import Statistics, gather
 from tests.quantize.weights import make_inputs, make_weight, relative_error
@@ -67,7 +67,7 @@ def test_rows_may_be_given_some_at_a_time(name):
     scheme, weight = parse_scheme(name), make_weight("student", (45, WIDTH))
     statistics = gather(SEEN, 0)
     whole = pack_matrix(weight, scheme, statistics)
-    rounder, packed = Gptq(statistics), empty_packed(weight.shape, scheme.group_size, scheme.weight_bits)
+    rounder, packed = ColumnRounder(statistics), empty_packed(weight.shape, scheme.group_size, scheme.weight_bits)
     for start, stop in ((0, 7), (7, 8), (8, 45)):
         rounder(weight[start:stop].astype(np.float32), scheme.weight_bits,
                 packed.codes_OI[start:stop], packed.scales_OG[start:stop], packed.zeros_OG[start:stop])  # fmt: skip
@@ -115,4 +115,4 @@ def test_other_widths_and_impossible_moments_are_refused():
         pack_matrix(make_weight("gaussian", (4, 128)), GPTQ, gather(SEEN, 0))
     negative = Statistics((-np.eye(64, dtype=np.float32),), np.ones(64, np.float32), 1)
     with pytest.raises(SchemeError, match="no Cholesky factor"):
-        Gptq(negative)
+        ColumnRounder(negative)

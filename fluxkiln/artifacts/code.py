@@ -25,6 +25,7 @@ from functools import cache
 from importlib.util import resolve_name
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from fluxkiln.errors import FluxkilnError
 
@@ -82,7 +83,8 @@ def code_version(*functions: Callable[..., object], model: type | None = None) -
         FluxkilnError: one of them is not, or has no source.
     """
     classes: tuple[type, ...] = () if model is None else model.__mro__[:-1]
-    starts = [(one.__module__, one.__qualname__) for one in (*functions, *classes)]
+    reached: tuple[Any, ...] = (*functions, *classes)
+    starts = [(one.__module__, one.__qualname__) for one in reached]
     return digest_sources(reached_sources(starts))
 
 

@@ -159,6 +159,10 @@ class ActionCache:
         with self._lock:
             self.counts.setdefault(stage, [0, 0])[0 if hit else 1] += 1
 
+    def path(self, blob: Blob) -> Path:
+        """Where a blob lies in the store."""
+        return self.store.path(blob.digest)
+
     @property
     def hits(self) -> int:
         return sum(hits for hits, _ in self.counts.values())

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.build.budget import Limits, executed_parts, filling_prompt, name_shapes
 from fluxkiln.build.parity import (
     Parity,
@@ -28,9 +29,10 @@ from fluxkiln.build.parity import (
     trace_templates,
 )
 from fluxkiln.build.samples import sample_runs
+from fluxkiln.compile.plan import Binary, Plan
 from fluxkiln.compile.rungs import executed_rung, onnxruntime_rung, rungs_below, stored_rung
-from fluxkiln.compile.templates import BinaryPart, Kiln
-from fluxkiln.export.checkpoint import expect_tensors
+from fluxkiln.compile.toolchains.tpu_mlir.environment import installed
+from fluxkiln.export.checkpoint import Checkpoint, expect_tensors
 from fluxkiln.patches.pipeline import run_rows
 from fluxkiln.progress import Progress
 from fluxkiln.settings import Settings
@@ -49,10 +51,12 @@ PIPELINE_RUNG = "onnxruntime"
 
 
 def verify_blockwise(
-    kiln: Kiln,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    cache: ActionCache,
     settings: Settings,
     print_: str,
-    binaries: tuple[BinaryPart, ...],
+    binaries: tuple[Binary, ...],
     graphs: Mapping[str, Path],
     recording: Recording,
     folder: Path,
@@ -66,30 +70,32 @@ def verify_blockwise(
     from fluxkiln.verify.ladder import Ladder
 
     started = time.perf_counter()
-    small = replace(kiln, shapes=recording.shapes)
-    trace_templates(small, progress)
+    small = replace(plan, shapes=recording.shapes)
+    trace_templates(checkpoint, small, cache, progress)
     # what was compiled elsewhere cannot be executed here, its weights are read back all the same
-    able = kiln.target.toolchain != "tpu_mlir" or kiln.tpu_mlir is not None
-    chosen = executed_parts(kiln, settings.seed, limits) if able else ()
-    progress.stage("verify", len(kiln.parts) + len(chosen) + is_complete(kiln))
-    prompt = filling_prompt(settings.prompt, kiln.shapes.tokens, settings.seed)
+    able = plan.target.toolchain != "tpu_mlir" or installed() is not None
+    chosen = executed_parts(checkpoint, plan, cache, settings.seed, limits) if able else ()
+    progress.stage("verify", len(plan.parts) + len(chosen) + is_complete(checkpoint, plan, cache))
+    prompt = filling_prompt(settings.prompt, plan.shapes.tokens, settings.seed)
     true = recording
     if chosen:
-        true = record_run(kiln, settings, print_, folder / "executed", chosen, kiln.shapes, 1, prompt, only=True)
+        true = record_run(
+            checkpoint, plan, cache, settings, print_, folder / "executed", chosen, plan.shapes, 1, prompt, only=True
+        )
     ladder, executed = Ladder(), Ladder()
     # the interpreter is left first: then what runs there ends at once when something else has failed
-    with ThreadPoolExecutor(1, "top") as upper, executed_rung(kiln, binaries, graphs, folder) as top:
+    with ThreadPoolExecutor(1, "top") as upper, executed_rung(checkpoint, plan, cache, binaries, graphs, folder) as top:
         # a thread of its own: the interpreter is another process, which keeps one core busy
         compiled = {part.name: upper.submit(replay_part, top, true, part) for part in chosen}
         try:
-            pipeline = _replay_all(ladder, small, settings, recording, progress)
+            pipeline = _replay_all(ladder, checkpoint, small, cache, settings, recording, progress)
             interpreted = {name: future.result()[0] for name, future in compiled.items()}
             # only now: both at once would take 5 GB
-            stored = stored_rung(kiln)
+            stored = stored_rung(checkpoint, plan, cache)
             for part in chosen:
                 made = {**replay_part(stored, true, part)[0], **interpreted[part.name]}
-                label = f"{part.name} at {kiln.shapes.width}x{kiln.shapes.height}"
-                climb_part(executed, kiln, true, part, 0, made, label)
+                label = f"{part.name} at {plan.shapes.width}x{plan.shapes.height}"
+                climb_part(executed, checkpoint, plan, cache, true, part, 0, made, label)
                 progress.done("verify", label, f"{len(made)} rungs")
         except BaseException:
             upper.shutdown(wait=False, cancel_futures=True)
@@ -97,13 +103,22 @@ def verify_blockwise(
     ladder.absorb(executed)
     runs = None
     if pipeline is not None:
-        climb_pipeline(ladder, small, recording, PIPELINE_RUNG, pipeline)
+        climb_pipeline(ladder, checkpoint, small, cache, recording, PIPELINE_RUNG, pipeline)
         progress.done("verify", "whole pipeline", f"1 step at {name_shapes(small.shapes)}")
-        runs = sample_runs(small, settings, ladder, onnxruntime_rung(small, 0), PIPELINE_RUNG, progress)
-    left_out = dict.fromkeys(part.kind for part in kiln.parts if part.kind not in {part.kind for part in chosen})
+        runs = sample_runs(
+            checkpoint,
+            small,
+            cache,
+            settings,
+            ladder,
+            onnxruntime_rung(checkpoint, small, cache, 0),
+            PIPELINE_RUNG,
+            progress,
+        )
+    left_out = dict.fromkeys(part.kind for part in plan.parts if part.kind not in {part.kind for part in chosen})
     facts = {
         "every part replayed at": f"{name_shapes(small.shapes)}, 1 step",
-        f"compiled form executed at {name_shapes(kiln.shapes)}": ", ".join(part.name for part in chosen) or "none",
+        f"compiled form executed at {name_shapes(plan.shapes)}": ", ".join(part.name for part in chosen) or "none",
         f"compiled form not executed, {'too large' if able else 'no compiler here'}": ", ".join(left_out) or "none",
     }
     seconds = {"verify": time.perf_counter() - started, **recording.seconds}
@@ -111,19 +126,25 @@ def verify_blockwise(
 
 
 def _replay_all(
-    ladder: Ladder, kiln: Kiln, settings: Settings, recording: Recording, progress: Progress
+    ladder: Ladder,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    cache: ActionCache,
+    settings: Settings,
+    recording: Recording,
+    progress: Progress,
 ) -> PipelineResult | None:
     """Replay every part at the rungs that need no compiler, and run the whole pipeline on one of them meanwhile.
 
     The pipeline is what leads through the parts, so that its rung does not load their weights a second time. There is
     none where only some components are built.
     """
-    rungs = rungs_below(kiln, threads=0)
-    following = dict(zip(kiln.parts, kiln.parts[1:], strict=False))
+    rungs = rungs_below(checkpoint, plan, cache, threads=0)
+    following = dict(zip(plan.parts, plan.parts[1:], strict=False))
 
     def run(name: str, inputs: Mapping[str, NDArray[Any]] | None) -> dict[str, NDArray[Any]]:
-        part = find_part(kiln.parts, name)
-        _expect(kiln, following.get(part))
+        part = find_part(plan.parts, name)
+        _expect(checkpoint, plan, cache, following.get(part))
         made: dict[str, Any] = {}
         outputs: dict[str, Any] = {}
         for rung, runner in rungs.items():
@@ -131,19 +152,19 @@ def _replay_all(
             if rung == PIPELINE_RUNG and inputs is not None:
                 outputs = runner(name, inputs)
             let_go(runner)
-        climb_part(ladder, kiln, recording, part, 0, made)
-        progress.done("verify", name, f"{len(rungs)} rungs at {name_shapes(kiln.shapes)}")
+        climb_part(ladder, checkpoint, plan, cache, recording, part, 0, made)
+        progress.done("verify", name, f"{len(rungs)} rungs at {name_shapes(plan.shapes)}")
         return outputs
 
-    if is_complete(kiln):
-        return run_pipeline(kiln, replace(settings, steps=1), run)
-    for part in kiln.parts:
+    if is_complete(checkpoint, plan, cache):
+        return run_pipeline(checkpoint, plan, cache, replace(settings, steps=1), run)
+    for part in plan.parts:
         run(part.name, None)
     return None
 
 
-def _expect(kiln: Kiln, part: Part | None) -> None:
+def _expect(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part | None) -> None:
     """Have the system read a block's weights while another one is computed."""
     if part is not None and part.prefix:
-        refs = kiln.checkpoint.tensors[part.folder].values()
+        refs = checkpoint.tensors[part.folder].values()
         expect_tensors(ref for ref in refs if ref.name.startswith(part.prefix))

@@ -14,7 +14,10 @@ from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
 
-from fluxkiln.compile.templates import Kiln, make_template
+from fluxkiln.artifacts.actions import ActionCache
+from fluxkiln.compile.plan import Plan
+from fluxkiln.compile.templates import make_template
+from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.types import SIZE_MULTIPLE, Part, Shapes
 
 if TYPE_CHECKING:
@@ -47,23 +50,23 @@ class Limits:
 LIMITS = Limits()
 
 
-def multiplications(kiln: Kiln) -> float:
+def multiplications(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> float:
     """About how many multiplications the costliest component takes: every weight of a block once for every token.
 
     Of the transformer one step. A decoder's convolutions run at up to 8 times the width and height of the latents.
     """
     counts = [0.0]
-    for component, use in kiln.checkpoint.model.weight_uses(kiln.shapes).items():
-        refs = kiln.checkpoint.tensors.get(component, {}).items()
+    for component, use in checkpoint.model.weight_uses(plan.shapes).items():
+        refs = checkpoint.tensors.get(component, {}).items()
         matrices = (ref for name, ref in refs if len(ref.shape) in (2, 4) and not name.startswith(use.idle))
         counts.append(use.times * sum(math.prod(ref.shape) for ref in matrices))
     return max(counts)
 
 
-def replayed_shapes(kiln: Kiln, limits: Limits = LIMITS) -> Shapes:
+def replayed_shapes(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, limits: Limits = LIMITS) -> Shapes:
     """The shapes at which every part is replayed: those of the build, halved until a step is within the limit."""
-    shapes = kiln.shapes
-    while multiplications(replace(kiln, shapes=shapes)) > limits.replayed:
+    shapes = plan.shapes
+    while multiplications(checkpoint, replace(plan, shapes=shapes), cache) > limits.replayed:
         smaller = Shapes(_half(shapes.height), _half(shapes.width), max(shapes.tokens // 2, LEAST_TOKENS))
         if smaller == shapes:
             break
@@ -71,27 +74,29 @@ def replayed_shapes(kiln: Kiln, limits: Limits = LIMITS) -> Shapes:
     return shapes
 
 
-def executed_parts(kiln: Kiln, seed: int, limits: Limits = LIMITS) -> tuple[Part, ...]:
+def executed_parts(
+    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, seed: int, limits: Limits = LIMITS
+) -> tuple[Part, ...]:
     """The parts of a large model that are executed at the shapes of the build, in the order they run.
 
     Of parts that there are many of, those of some blocks, any but the same for the same seed: kinds that share blocks
     share the choice. Of the rest, all that are within the limit.
     """
     by_kind: dict[str, list[Part]] = {}
-    for part in kiln.parts:
+    for part in plan.parts:
         by_kind.setdefault(part.kind, []).append(part)
     chosen = set()
     for kind, parts in by_kind.items():
-        work = count_work(make_template(kiln, kind, kiln.target.graph_format).path)
+        work = count_work(make_template(checkpoint, plan, cache, kind, plan.target.graph_format).path)
         if work.multiplications > limits.executed:
             continue
-        if kiln.target.toolchain == "tpu_mlir" and work.widest_convolution > limits.convolved:
+        if plan.target.toolchain == "tpu_mlir" and work.widest_convolution > limits.convolved:
             continue
         prefixes = sorted({part.prefix for part in parts})
         count = limits.blocks if parts[0].component == "transformer" else 1
         picked = Random(_seed(seed, prefixes)).sample(prefixes, min(count, len(prefixes)))
         chosen |= {part.name for part in parts if part.prefix in picked}
-    return tuple(part for part in kiln.parts if part.name in chosen)
+    return tuple(part for part in plan.parts if part.name in chosen)
 
 
 @dataclass(frozen=True, slots=True)

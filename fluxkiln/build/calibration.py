@@ -16,12 +16,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fluxkiln.artifacts.actions import Action, run_action
+from fluxkiln.artifacts.actions import Action, ActionCache, run_action
 from fluxkiln.artifacts.code import code_version
 from fluxkiln.build.context import prepare
-from fluxkiln.compile.templates import Kiln
+from fluxkiln.compile.plan import Plan
 from fluxkiln.compile.weights import calibration_action, component_digest
 from fluxkiln.errors import UsageError
+from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.files import digest_file, disk_full_named
 from fluxkiln.patches.pipeline import Sampling, quiet
 from fluxkiln.progress import FROM_STORE, Progress, Silent
@@ -79,15 +80,16 @@ def calibrate(
     """
     started = time.perf_counter()
     progress = progress or Silent()
-    kiln = prepare(settings, progress).kiln
-    calibrated, built = kiln.checkpoint.model.calibrated, list(dict.fromkeys(part.component for part in kiln.parts))
+    prepared = prepare(settings, progress)
+    checkpoint, plan, cache = prepared.checkpoint, prepared.plan, prepared.cache
+    calibrated, built = checkpoint.model.calibrated, list(dict.fromkeys(part.component for part in plan.parts))
     components = [name for name in calibrated if name in built]
     if not components:
         raise UsageError(f"no component of {', '.join(built)} is quantized; {', '.join(calibrated)} are")
     if block and (block < 0 or block % 32):
         raise UsageError(f"block {block}: multiples of 32 input channels are supported, and 0 for all of them")
-    digests = {component: component_digest(kiln.checkpoint.digests, component) for component in components}
-    shapes = kiln.shapes
+    digests = {component: component_digest(checkpoint.digests, component) for component in components}
+    shapes = plan.shapes
     facts: dict[str, Any] = {
         "prompts": len(prompts),
         "prompts_digest": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
@@ -98,8 +100,8 @@ def calibrate(
     }
     action = Action(
         stage="calibrate",
-        what=f"{kiln.checkpoint.name}: {len(prompts)} prompts, {settings.steps} steps",
-        code_version=code_version(_record, model=type(kiln.checkpoint.model)),
+        what=f"{checkpoint.name}: {len(prompts)} prompts, {settings.steps} steps",
+        code_version=code_version(_record, model=type(checkpoint.model)),
         inputs=digests,
         settings=facts,
         tools={name: importlib.metadata.version(name) for name in _TOOLS},
@@ -109,19 +111,28 @@ def calibrate(
         target = folder / "calibration.safetensors"
         with disk_full_named(folder):
             _record(
-                kiln, settings, prompts, components, block, {"components": digests, "facts": facts}, target, progress
+                checkpoint,
+                plan,
+                cache,
+                settings,
+                prompts,
+                components,
+                block,
+                {"components": digests, "facts": facts},
+                target,
+                progress,
             )
         return {"calibration": target}, {}
 
-    result = run_action(kiln.cache, action, produce)
+    result = run_action(cache, action, produce)
     if result.hit:
-        progress.done("calibrate", kiln.checkpoint.name, FROM_STORE)
+        progress.done("calibrate", checkpoint.name, FROM_STORE)
     blob = result.outputs["calibration"]
     for component, digest in digests.items():
-        kiln.cache.record(calibration_action(component, digest), {"calibration": blob}, {})
+        cache.record(calibration_action(component, digest), {"calibration": blob}, {})
     if out is not None:
-        _copy_out(kiln, blob.digest, out)
-    found = open_calibration(kiln.path(blob), blob.digest)
+        _copy_out(checkpoint, plan, cache, blob.digest, out)
+    found = open_calibration(cache.path(blob), blob.digest)
     return CalibrationResult(found, blob.size, result.hit, time.perf_counter() - started, out)
 
 
@@ -132,37 +143,38 @@ def use_calibration(settings: Settings, file: Path, progress: Progress | None = 
         SchemeError: it was made with other weights. IntegrityError: it is no calibration, or not as it was recorded.
     """
     started = time.perf_counter()
-    kiln = prepare(settings, progress).kiln
+    prepared = prepare(settings, progress)
+    checkpoint, plan, cache = prepared.checkpoint, prepared.plan, prepared.cache
     if not file.is_file():
         raise UsageError(f"{file} is no file; fluxkiln calibrate --out writes one")
     found = open_calibration(file, digest_file(file)[0])
     digests = {
-        name: component_digest(kiln.checkpoint.digests, name)
-        for name in found.components
-        if name in kiln.checkpoint.digests
+        name: component_digest(checkpoint.digests, name) for name in found.components if name in checkpoint.digests
     }
     if not digests:
         raise UsageError(f"{file} is for {', '.join(found.components)}, of which this model has none")
     for component, digest in digests.items():
         found.check_checkpoint(component, digest)
-        for name, ref in kiln.checkpoint.tensors[component].items():
+        for name, ref in checkpoint.tensors[component].items():
             if name in found.matrices.get(component, {}):
                 found.statistics(component, name, ref.shape[1])
     found.check_data()
-    blob = kiln.cache.store.add_file(file)
+    blob = cache.store.add_file(file)
     for component, digest in digests.items():
-        kiln.cache.record(calibration_action(component, digest), {"calibration": blob}, {})
+        cache.record(calibration_action(component, digest), {"calibration": blob}, {})
     return CalibrationResult(found, blob.size, True, time.perf_counter() - started, file)
 
 
-def _copy_out(kiln: Kiln, digest: str, out: Path) -> None:
+def _copy_out(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, digest: str, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.unlink(missing_ok=True)
-    kiln.cache.store.export(digest, out)
+    cache.store.export(digest, out)
 
 
 def _record(
-    kiln: Kiln,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    cache: ActionCache,
     settings: Settings,
     prompts: tuple[str, ...],
     components: list[str],
@@ -176,10 +188,10 @@ def _record(
     from fluxkiln.verify.streaming import open_pipeline, weights_in_place
 
     # an image is not needed; what makes the transformer's inputs is run where it is there
-    running = {part.component: part.folder for part in kiln.parts if part.component != "vae"}
-    model = kiln.checkpoint.model
+    running = {part.component: part.folder for part in plan.parts if part.component != "vae"}
+    model = checkpoint.model
     with quiet():
-        pipe = open_pipeline(kiln.checkpoint, running)
+        pipe = open_pipeline(checkpoint, running)
     layers = {
         (component, name): module
         for component in components
@@ -193,7 +205,7 @@ def _record(
         for index, prompt in enumerate(prompts):
             started = time.perf_counter()
             with weights_in_place():
-                model.render(pipe, kiln.shapes, Sampling(settings.steps, settings.seed + index, prompt))
+                model.render(pipe, plan.shapes, Sampling(settings.steps, settings.seed + index, prompt))
             sums.forget_last()
             progress.done("calibrate", f"prompt {index + 1}", f"{time.perf_counter() - started:.1f} s")
         sums.finish(known)

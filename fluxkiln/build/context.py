@@ -8,16 +8,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from fluxkiln import __version__
 from fluxkiln.artifacts.actions import Action, ActionCache
 from fluxkiln.artifacts.code import code_version
 from fluxkiln.artifacts.store import open_store
 from fluxkiln.build.loras import fused_root, lora_label, unfused_bytes
+from fluxkiln.compile.plan import Plan
 from fluxkiln.compile.target import Target
 from fluxkiln.compile.targets import find_target
-from fluxkiln.compile.templates import Kiln
 from fluxkiln.compile.toolchains.neuron.split import plan_memory, plan_split
 from fluxkiln.errors import CheckpointError, ShapeError, UsageError
 from fluxkiln.export.checkpoint import Checkpoint, find_model, open_checkpoint
@@ -36,7 +35,9 @@ class Prepared:
     """A build that has been checked and may start. `name` is that of its folder."""
 
     settings: Settings
-    kiln: Kiln
+    checkpoint: Checkpoint
+    plan: Plan
+    cache: ActionCache
     name: str
     fingerprint: str
     folder: Path
@@ -68,8 +69,8 @@ def prepare(settings: Settings, progress: Progress | None = None) -> Prepared:
     digests = {name: digest_tensors(refs.values(), memo) for name, refs in checkpoint.tensors.items()}
     memo.save()
     read = replace(checkpoint, digests=digests, states=states)
-    prepared = replace(prepared, fingerprint=print_, kiln=replace(prepared.kiln, checkpoint=read))
-    _validate(prepared.kiln, print_, memo, progress)
+    prepared = replace(prepared, fingerprint=print_, checkpoint=read)
+    _validate(prepared.checkpoint, prepared.plan, prepared.cache, print_, memo, progress)
     return prepared
 
 
@@ -113,24 +114,15 @@ def _prepared(settings: Settings, checkpoint: Checkpoint) -> Prepared:
     parts = chosen_parts(settings, checkpoint, split is not None)
     check_steps(parts, settings.steps)
     folder = settings.build_dir.absolute() / target.name / _name(settings, target, checkpoint, shapes).lower()
-    kiln = Kiln(
-        target=target,
-        shapes=shapes,
-        schemes=schemes,
-        parts=parts,
-        checkpoint=checkpoint,
-        cache=ActionCache(open_store(settings.store_path.absolute())),
-        logs=folder / "logs",
-        tpu_mlir=_tpu_mlir(target),
-        split=split,
-    )
+    cache = ActionCache(open_store(settings.store_path.absolute()))
+    plan = Plan(target, shapes, schemes, parts, folder, split)
     if any(scheme.kept for scheme in schemes.values()):
         from fluxkiln.compile.tensors import settle_kept
 
-        kiln = settle_kept(kiln)
+        plan = settle_kept(checkpoint, plan, cache)
     if split is not None:
-        plan_memory(kiln)
-    return Prepared(settings, kiln, folder.name, "", folder)
+        plan_memory(checkpoint, plan, cache)
+    return Prepared(settings, checkpoint, plan, cache, folder.name, "", folder)
 
 
 def _name(settings: Settings, target: Target, checkpoint: Checkpoint, shapes: Shapes) -> str:
@@ -253,23 +245,25 @@ def _read_progress(progress: Progress) -> Callable[[int, int], None] | None:
     return lambda done, total: report(done, total) if total >= STEP_BYTES else None
 
 
-def _validate(kiln: Kiln, print_: str, memo: DigestMemo, progress: Progress) -> None:
+def _validate(
+    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, print_: str, memo: DigestMemo, progress: Progress
+) -> None:
     """Groups that fit; shapes against upstream's classes and no NaN or Inf, once per checkpoint."""
     from fluxkiln.compile.tensors import check_weights
 
     action = Action(
         stage="validate",
-        what=kiln.checkpoint.name,
-        code_version=code_version(_read_through, model=type(kiln.checkpoint.model)),
+        what=checkpoint.name,
+        code_version=code_version(_read_through, model=type(checkpoint.model)),
         inputs={"checkpoint": f"sha256:{print_}"},
     )
-    check_weights(kiln)
-    if kiln.cache.lookup(action.key) is None:
+    check_weights(checkpoint, plan, cache)
+    if cache.lookup(action.key) is None:
         started = time.perf_counter()
         progress.stage("validate", 1)
-        _read_through(kiln.checkpoint, memo)
-        kiln.cache.record(action, {}, {"version": __version__})
-        tensors = sum(map(len, kiln.checkpoint.tensors.values()))
+        _read_through(checkpoint, memo)
+        cache.record(action, {}, {"version": __version__})
+        tensors = sum(map(len, checkpoint.tensors.values()))
         progress.done("validate", f"{tensors} tensors", f"checked in {time.perf_counter() - started:.1f} s")
 
 
@@ -279,12 +273,3 @@ def _read_through(checkpoint: Checkpoint, memo: DigestMemo) -> None:
     validate_checkpoint(checkpoint)
     for refs in checkpoint.tensors.values():
         scan_finite(refs.values(), memo)
-
-
-def _tpu_mlir(target: Target) -> Any:
-    """TPU-MLIR's environment, or None: then moulds of the store must do."""
-    if target.toolchain != "tpu_mlir":
-        return None
-    from fluxkiln.compile.toolchains.tpu_mlir.environment import default_tpu_mlir_root, find_tpu_mlir
-
-    return find_tpu_mlir(default_tpu_mlir_root())

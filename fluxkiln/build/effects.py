@@ -52,16 +52,18 @@ def measure_effects(
     progress.stage("pipeline", len(steps) * (len(schemes) + 1))
     prepared = {}
     for scheme in (REFERENCE, *schemes):
-        kiln = prepared[scheme] = prepare(replace(settings, scheme=scheme)).kiln
-        if not is_complete(kiln):
+        one = prepared[scheme] = prepare(replace(settings, scheme=scheme))
+        checkpoint, plan, cache = one.checkpoint, one.plan, one.cache
+        if not is_complete(checkpoint, plan, cache):
             raise UsageError("the effect on the whole pipeline needs all components; leave --components out")
-        check_methods(kiln)
+        check_methods(checkpoint, plan, cache)
     effects = []
     for count in steps:
         made = {}
-        for scheme, kiln in prepared.items():
-            runner = dequantized_rung(kiln, threads=0)
-            made[scheme] = run_pipeline(kiln, replace(settings, scheme=scheme, steps=count), runner)
+        for scheme, one in prepared.items():
+            checkpoint, plan, cache = one.checkpoint, one.plan, one.cache
+            runner = dequantized_rung(checkpoint, plan, cache, threads=0)
+            made[scheme] = run_pipeline(checkpoint, plan, cache, replace(settings, scheme=scheme, steps=count), runner)
             progress.done("pipeline", scheme, f"{count} steps")
         base = made[REFERENCE]
         for scheme in schemes:

@@ -17,7 +17,9 @@ from fluxkiln.artifacts.code import package_version
 from fluxkiln.artifacts.modelpack import store_bundle
 from fluxkiln.artifacts.store import Blob
 from fluxkiln.build.loras import lora_facts
-from fluxkiln.compile.templates import COMPILER_STAGES, SHARDED, BinaryPart, CombinedFile, host_constants
+from fluxkiln.compile.plan import Binary, BundleFile
+from fluxkiln.compile.templates import COMPILER_STAGES, SHARDED, host_constants
+from fluxkiln.compile.toolchain import toolchain_of
 from fluxkiln.compile.toolchains.neuron.split import split_settings
 from fluxkiln.compile.toolchains.tpu_mlir.report import estimate_ms, report_costs
 from fluxkiln.compile.weights import used_calibrations
@@ -38,24 +40,25 @@ def build_action(prepared: Prepared) -> Action:
     """The key of a whole build: the same checkpoint, settings, code and tools give the same bundle."""
     from fluxkiln.compile.templates import EXPORT_TOOLS
 
-    kiln, settings = prepared.kiln, prepared.settings
+    checkpoint, plan, cache, settings = prepared.checkpoint, prepared.plan, prepared.cache, prepared.settings
     tools = {name: _version(name) for name in (*EXPORT_TOOLS, "onnxruntime", "numpy")}
-    if kiln.tpu_mlir is not None:
-        tools["tpu_mlir"] = kiln.tpu_mlir.version
-    tools |= kiln.split.tools() if kiln.split is not None else {}
+    tools |= toolchain_of(plan.target).tools(plan)
     return Action(
         stage="build",
-        what=f"{prepared.name} for {kiln.target.name}",
+        what=f"{prepared.name} for {plan.target.name}",
         code_version=package_version(),
         inputs={
             "checkpoint": f"sha256:{prepared.fingerprint}",
-            **{f"calibration of {component}": digest for component, digest in used_calibrations(kiln).items()},
+            **{
+                f"calibration of {component}": digest
+                for component, digest in used_calibrations(checkpoint, plan, cache).items()
+            },
         },
         settings={
             "name": prepared.name,
-            "target": kiln.target.name,
-            "shapes": [kiln.shapes.height, kiln.shapes.width, kiln.shapes.tokens],
-            "schemes": {kind: kiln.schemes[kind].name for kind in kiln.kinds()},
+            "target": plan.target.name,
+            "shapes": [plan.shapes.height, plan.shapes.width, plan.shapes.tokens],
+            "schemes": {kind: plan.schemes[kind].name for kind in plan.kinds()},
             "vae": settings.vae,
             "seed": settings.seed,
             "steps": settings.steps,
@@ -75,7 +78,7 @@ def finished_result(prepared: Prepared, laps: Laps) -> BuildResult | None:
     Raises:
         ParityError: it is finished, and a gate was missed then.
     """
-    record = prepared.kiln.cache.lookup(build_action(prepared).key)
+    record = prepared.cache.lookup(build_action(prepared).key)
     if record is None:
         return None
     facts = record.facts
@@ -104,8 +107,8 @@ def finished_result(prepared: Prepared, laps: Laps) -> BuildResult | None:
 
 def finish_bundle(
     prepared: Prepared,
-    binaries: tuple[BinaryPart, ...],
-    files: tuple[CombinedFile, ...],
+    binaries: tuple[Binary, ...],
+    files: tuple[BundleFile, ...],
     graphs: Mapping[str, Path],
     progress: Progress,
     laps: Laps,
@@ -120,7 +123,7 @@ def finish_bundle(
         lowering: the report's facts of a split model.
         missing: what the bundle lacks, remembered for the next call of the same build.
     """
-    kiln = prepared.kiln
+    checkpoint, plan, cache = prepared.checkpoint, prepared.plan, prepared.cache
     work = prepared.folder / "work"
     parity: Parity | None = None
     summary: dict[str, Any] = {"verified": False}
@@ -132,7 +135,17 @@ def finish_bundle(
             parity = verify(recording)
         else:
             parity = verify_build(
-                kiln, prepared.settings, prepared.fingerprint, binaries, files, graphs, recording, work, progress
+                checkpoint,
+                plan,
+                cache,
+                prepared.settings,
+                prepared.fingerprint,
+                binaries,
+                files,
+                graphs,
+                recording,
+                work,
+                progress,
             )
         summary = _write_report(prepared, binaries, parity, laps, lowering)
         laps.lap("verify")
@@ -140,14 +153,14 @@ def finish_bundle(
     manifest = _manifest(prepared, binaries, files, summary)
     progress.stage("bundle", 1)
     written = write_bundle(
-        prepared.bundle, sources, manifest, kiln.cache.store, roles={HOST_CONSTANTS: "constants"},
-        build={"machine": _machine(), "fluxkiln": __version__, **lora_facts(kiln.checkpoint)},
+        prepared.bundle, sources, manifest, cache.store, roles={HOST_CONSTANTS: "constants"},
+        build={"machine": _machine(), "fluxkiln": __version__, **lora_facts(checkpoint)},
     )  # fmt: skip
-    digest = store_bundle(kiln.cache.store, prepared.bundle, f"{prepared.name}:{kiln.target.name}")
+    digest = store_bundle(cache.store, prepared.bundle, f"{prepared.name}:{plan.target.name}")
     _remove_work(work)
     laps.lap("bundle")
     made = {binary.part.name: binary.made for binary in binaries}
-    kiln.cache.record(
+    cache.record(
         build_action(prepared),
         {},
         {
@@ -173,19 +186,22 @@ def _with_places(error: ParityError, prepared: Prepared) -> ParityError:
 
 
 def bundle_files(
-    prepared: Prepared, binaries: tuple[BinaryPart, ...], files: tuple[CombinedFile, ...], work: Path
+    prepared: Prepared, binaries: tuple[Binary, ...], files: tuple[BundleFile, ...], work: Path
 ) -> dict[str, Blob | Path]:
     """Everything a runtime needs, by its path in the bundle."""
     import numpy as np
     from safetensors.numpy import save_file
 
-    kiln, checkpoint = prepared.kiln, prepared.kiln.checkpoint
+    checkpoint, plan, cache = prepared.checkpoint, prepared.plan, prepared.cache
     sources: dict[str, Blob | Path] = {file.name: file.blob for file in files}
     sources.update(checkpoint.sidecars)
     constants = work / HOST_CONSTANTS
     constants.parent.mkdir(parents=True, exist_ok=True)
     # in row order: safetensors takes the bytes of an array as they lie, and a transposed one's lie otherwise
-    save_file({name: np.ascontiguousarray(array) for name, array in host_constants(kiln).items()}, constants)
+    save_file(
+        {name: np.ascontiguousarray(array) for name, array in host_constants(checkpoint, plan, cache).items()},
+        constants,
+    )
     sources[HOST_CONSTANTS] = constants
     configs = work / "configs.json"
     configs.write_text(json.dumps(checkpoint.configs, indent=1, sort_keys=True))
@@ -196,7 +212,7 @@ def bundle_files(
 
 def licence_id(prepared: Prepared) -> str:
     """The checkpoint's licence, as its model reads it."""
-    checkpoint = prepared.kiln.checkpoint
+    checkpoint = prepared.checkpoint
     text = checkpoint.licence.read_text(errors="replace") if checkpoint.licence else ""
     return checkpoint.model.licence(text, checkpoint.variant)
 
@@ -204,17 +220,24 @@ def licence_id(prepared: Prepared) -> str:
 def _record(prepared: Prepared, progress: Progress) -> Recording:
     from fluxkiln.build.parity import record
 
-    began, known = time.perf_counter(), prepared.kiln.cache.misses
+    began, known = time.perf_counter(), prepared.cache.misses
     progress.stage("record", 1)
-    recording = record(prepared.kiln, prepared.settings, prepared.fingerprint, prepared.folder / "recording")
+    recording = record(
+        prepared.checkpoint,
+        prepared.plan,
+        prepared.cache,
+        prepared.settings,
+        prepared.fingerprint,
+        prepared.folder / "recording",
+    )
     took = f"recorded in {time.perf_counter() - began:.1f} s"
-    progress.done("record", "reference run", took if prepared.kiln.cache.misses > known else FROM_STORE)
+    progress.done("record", "reference run", took if prepared.cache.misses > known else FROM_STORE)
     return recording
 
 
 def _write_report(
     prepared: Prepared,
-    binaries: tuple[BinaryPart, ...],
+    binaries: tuple[Binary, ...],
     parity: Parity,
     laps: Laps,
     lowering: Mapping[str, Any] | None = None,
@@ -222,25 +245,25 @@ def _write_report(
     from fluxkiln.verify.ladder import explain_failure
     from fluxkiln.verify.report.document import build_report, compare_pictures, write_report
 
-    kiln = prepared.kiln
+    checkpoint, plan, cache = prepared.checkpoint, prepared.plan, prepared.cache
     rows, made = parity.ladder.rows, parity.pipeline
-    loras = lora_facts(kiln.checkpoint).get("lora", ())
+    loras = lora_facts(checkpoint).get("lora", ())
     facts = {
         "title": prepared.name,
-        "target": kiln.target.name,
-        "reference": f"diffusers {kiln.checkpoint.model.pipeline_class} as published, float32",
+        "target": plan.target.name,
+        "reference": f"diffusers {checkpoint.model.pipeline_class} as published, float32",
         "model": {
-            "name": kiln.checkpoint.name,
+            "name": checkpoint.name,
             "fingerprint": prepared.fingerprint,
-            "variant": kiln.checkpoint.variant,
+            "variant": checkpoint.variant,
         },
         "shapes": {
-            "height": kiln.shapes.height,
-            "width": kiln.shapes.width,
-            "tokens": kiln.shapes.tokens,
+            "height": plan.shapes.height,
+            "width": plan.shapes.width,
+            "tokens": plan.shapes.tokens,
             "steps": prepared.settings.steps,
         },
-        "schemes": {kind: kiln.schemes[kind].name for kind in kiln.kinds()},
+        "schemes": {kind: plan.schemes[kind].name for kind in plan.kinds()},
         "parts": [_part_row(binary) for binary in binaries],
         **({"images": compare_pictures(parity.recording.image, made.image, parity.pipeline_rung)} if made else {}),
         "heat": parity.ladder.maps.to_json(),
@@ -249,7 +272,7 @@ def _write_report(
             {"name": name, "seconds": seconds}
             for name, seconds in {**parity.seconds, **laps.seconds, "all": laps.total}.items()
         ],
-        **(lowering if lowering is not None else report_costs(kiln, binaries)),
+        **(lowering if lowering is not None else report_costs(checkpoint, plan, cache, binaries)),
         "tools": build_action(prepared).tools,
         "machine": _machine(),
         "provenance": {
@@ -257,7 +280,10 @@ def _write_report(
             "prompt": prepared.settings.prompt,
             "seed": str(prepared.settings.seed),
             **{f"LoRA {lora['file']}": f"sha256:{lora['sha256']} x {lora['strength']}" for lora in loras},
-            **{f"calibration of {component}": digest for component, digest in used_calibrations(kiln).items()},
+            **{
+                f"calibration of {component}": digest
+                for component, digest in used_calibrations(checkpoint, plan, cache).items()
+            },
             **parity.facts,
         },
     }
@@ -273,7 +299,7 @@ def _write_report(
     }
 
 
-def _part_row(binary: BinaryPart) -> dict[str, Any]:
+def _part_row(binary: Binary) -> dict[str, Any]:
     facts = binary.facts
     return {
         "name": binary.part.name,
@@ -288,26 +314,26 @@ def _part_row(binary: BinaryPart) -> dict[str, Any]:
 
 def _manifest(
     prepared: Prepared,
-    binaries: tuple[BinaryPart, ...],
-    files: tuple[CombinedFile, ...],
+    binaries: tuple[Binary, ...],
+    files: tuple[BundleFile, ...],
     summary: Mapping[str, Any],
 ) -> dict[str, Any]:
-    kiln, settings = prepared.kiln, prepared.settings
+    checkpoint, plan, cache, settings = prepared.checkpoint, prepared.plan, prepared.cache, prepared.settings
     home = {part: file.name for file in files for part in file.parts}
     return {
         "name": prepared.name,
-        "target": kiln.target.name,
-        "variant": kiln.checkpoint.variant,
-        "shapes": {"height": kiln.shapes.height, "width": kiln.shapes.width, "tokens": kiln.shapes.tokens},
-        "checkpoint": {"source": kiln.checkpoint.name, "fingerprint": f"sha256:{prepared.fingerprint}"},
+        "target": plan.target.name,
+        "variant": checkpoint.variant,
+        "shapes": {"height": plan.shapes.height, "width": plan.shapes.width, "tokens": plan.shapes.tokens},
+        "checkpoint": {"source": checkpoint.name, "fingerprint": f"sha256:{prepared.fingerprint}"},
         "licence": {"spdx": licence_id(prepared), "file": "LICENSE"},
         "settings": {
             "vae": settings.vae,
             "seed": settings.seed,
             "steps": settings.steps,
             **split_settings(prepared),
-            **lora_facts(kiln.checkpoint),
-            **({"calibrations": calibrations} if (calibrations := used_calibrations(kiln)) else {}),
+            **lora_facts(checkpoint),
+            **({"calibrations": calibrations} if (calibrations := used_calibrations(checkpoint, plan, cache)) else {}),
         },
         "parity": dict(summary),
         "tools": dict(build_action(prepared).tools),
@@ -315,7 +341,7 @@ def _manifest(
     }
 
 
-def _part_entry(binary: BinaryPart, file: str) -> dict[str, Any]:
+def _part_entry(binary: Binary, file: str) -> dict[str, Any]:
     kind = binary.part.traits
     sides = {}
     for side, names in (("inputs", kind.inputs), ("outputs", kind.outputs)):
@@ -348,10 +374,10 @@ def _result(
 ) -> BuildResult:
     from fluxkiln.build.make import BuildResult
 
-    counts = prepared.kiln.cache.counts
+    counts = prepared.cache.counts
     return BuildResult(
         name=prepared.name,
-        target=prepared.kiln.target.name,
+        target=prepared.plan.target.name,
         bundle=prepared.bundle,
         report=prepared.folder / "report.html" if prepared.settings.verify else None,
         digest=digest,
@@ -359,7 +385,7 @@ def _result(
         seconds=laps.total,
         timings=laps.seconds,
         compiler_runs=sum(counts.get(stage, [0, 0])[1] for stage in COMPILER_STAGES),
-        cache=prepared.kiln.cache.summary(),
+        cache=prepared.cache.summary(),
         parts=made,
         parity=parity,
     )
@@ -368,8 +394,8 @@ def _result(
 def _licence_note(prepared: Prepared, work: Path) -> Path:
     path = work / "LICENSE"
     path.write_text(
-        f"The checkpoint {prepared.kiln.checkpoint.name} came without a licence text.\n"
-        f"FLUX.1-{prepared.kiln.checkpoint.variant} is published under {licence_id(prepared)}; its terms apply to this "
+        f"The checkpoint {prepared.checkpoint.name} came without a licence text.\n"
+        f"FLUX.1-{prepared.checkpoint.variant} is published under {licence_id(prepared)}; its terms apply to this "
         "bundle.\n"
     )
     return path

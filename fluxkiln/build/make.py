@@ -12,15 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.artifacts.bundle import heal_bundle
 from fluxkiln.artifacts.locks import build_lock
 from fluxkiln.build.context import Prepared, outline, prepare, unwritten_bytes
 from fluxkiln.compile.onnx.linked import link_components
-from fluxkiln.compile.templates import BinaryPart, CombinedFile, Kiln
+from fluxkiln.compile.plan import Binary, BundleFile, Plan
 from fluxkiln.compile.toolchains.tpu_mlir.cast_file import cast_file
 from fluxkiln.compile.toolchains.tpu_mlir.compilation import compile_parts
 from fluxkiln.compile.toolchains.tpu_mlir.devices import group_parts, plan_devices
 from fluxkiln.compile.toolchains.tpu_mlir.proof import prove_cast
+from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.progress import Laps, Progress, Silent
 from fluxkiln.settings import Settings
 
@@ -78,20 +80,22 @@ def build(settings: Settings, progress: Progress | None = None) -> BuildResult:
     laps.lap("prepare")
     with _folder_locked(prepared):
         heal_bundle(prepared.bundle)
-        prepared.kiln.cache.store.clean()
+        prepared.cache.store.clean()
         done = _already_done(prepared, laps)
         if done is not None and not settings.prove:
             return done
         check_resources(prepared)
-        if prepared.kiln.split is not None:
+        if prepared.plan.layout is not None:
             from fluxkiln.compile.toolchains.neuron.make import build_split
 
             return build_split(prepared, progress, laps)
         graphs: dict[str, Path] = {}
-        if prepared.kiln.target.toolchain == "tpu_mlir":
-            binaries, files = build_files(prepared.kiln, settings, progress, laps)
+        if prepared.plan.target.toolchain == "tpu_mlir":
+            binaries, files = build_files(prepared.checkpoint, prepared.plan, prepared.cache, settings, progress, laps)
         else:
-            binaries, files, graphs = link_components(prepared.kiln, prepared.folder / "work", progress)
+            binaries, files, graphs = link_components(
+                prepared.checkpoint, prepared.plan, prepared.cache, prepared.folder / "work", progress
+            )
             laps.lap("link")
         return finish_bundle(prepared, binaries, files, graphs, progress, laps)
 
@@ -99,7 +103,7 @@ def build(settings: Settings, progress: Progress | None = None) -> BuildResult:
 @contextmanager
 def _folder_locked(prepared: Prepared) -> Iterator[None]:
     """The build's folder, held against a second build of the same; gone afterwards if nothing was written to it."""
-    what = f"the build {prepared.name} for {prepared.kiln.target.name}"
+    what = f"the build {prepared.name} for {prepared.plan.target.name}"
     prepared.folder.mkdir(parents=True, exist_ok=True)
     try:
         with build_lock(prepared.folder / ".lock", what):
@@ -111,8 +115,8 @@ def _folder_locked(prepared: Prepared) -> Iterator[None]:
 
 
 def build_files(
-    kiln: Kiln, settings: Settings, progress: Progress, laps: Laps
-) -> tuple[tuple[BinaryPart, ...], tuple[CombinedFile, ...]]:
+    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, settings: Settings, progress: Progress, laps: Laps
+) -> tuple[tuple[Binary, ...], tuple[BundleFile, ...]]:
     """Every part's binary, in the files of the bundle.
 
     Moulds first, and parts that cannot be cast compiled; then file by file the shells are combined and every part's
@@ -120,24 +124,24 @@ def build_files(
     That proves the mould, not the checkpoint: it is not repeated for a mould of the store, unless `settings.prove` asks
     for it.
     """
-    parts, proofs = compile_parts(kiln, settings, progress)
-    groups = group_parts(kiln, parts)
-    plan_devices(kiln, groups)
+    parts, proofs = compile_parts(checkpoint, plan, cache, settings, progress)
+    groups = group_parts(checkpoint, plan, cache, parts)
+    plan_devices(checkpoint, plan, cache, groups)
     laps.lap("compile")
     progress.stage("cast", len(parts))
-    binaries: dict[str, BinaryPart] = {}
+    binaries: dict[str, Binary] = {}
     files = []
     for name, members in groups.items():
-        file, finished = cast_file(kiln, name, members, progress, settings.jobs)
+        file, finished = cast_file(checkpoint, plan, cache, name, members, progress, settings.jobs)
         files.append(file)
         binaries |= {binary.part.name: binary for binary in finished}
     for direct, mould in proofs:
-        binaries[direct.part.name] = prove_cast(binaries[direct.part.name], direct, kiln, mould)
+        binaries[direct.part.name] = prove_cast(binaries[direct.part.name], direct, checkpoint, plan, cache, mould)
     laps.lap("cast")
     compiled = [binary.part.name for binary in parts if binary.made == "compiled"]
     if not proofs and not compiled:
         progress.note("every part was cast from a mould of the store, without a compiler")
-    return tuple(binaries[part.name] for part in kiln.parts), tuple(files)
+    return tuple(binaries[part.name] for part in plan.parts), tuple(files)
 
 
 def _already_done(prepared: Prepared, laps: Laps) -> BuildResult | None:

@@ -22,11 +22,10 @@ from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.artifacts.store import Blob, Store
 from fluxkiln.build.context import outline
 from fluxkiln.compile.jobs import JobPool
-from fluxkiln.compile.templates import Mould
 from fluxkiln.compile.toolchains.tpu_mlir.cast_file import combine_shells
 from fluxkiln.compile.toolchains.tpu_mlir.compilation import claim_memory, submit_moulds
 from fluxkiln.compile.toolchains.tpu_mlir.devices import group_parts, plan_devices
-from fluxkiln.compile.toolchains.tpu_mlir.moulds import cast_part, mould_action
+from fluxkiln.compile.toolchains.tpu_mlir.moulds import Mould, cast_part, mould_action
 from fluxkiln.compile.toolchains.tpu_mlir.proof import needs_proof, prove_mould
 from fluxkiln.digests import canonical_json
 from fluxkiln.errors import IntegrityError, UsageError
@@ -78,22 +77,30 @@ def build_moulds(settings: Settings, progress: Progress | None = None) -> list[M
         As `build`.
     """
     progress = progress or Silent()
-    kiln = outline(settings).kiln
-    if kiln.target.toolchain != "tpu_mlir":
-        raise UsageError(f"target {kiln.target.name} has no moulds: it links graphs; there are bm1684x and bm1688")
+    prepared = outline(settings)
+    checkpoint, plan, cache = prepared.checkpoint, prepared.plan, prepared.cache
+    if plan.target.toolchain != "tpu_mlir":
+        raise UsageError(f"target {plan.target.name} has no moulds: it links graphs; there are bm1684x and bm1688")
     with JobPool[Any](settings.jobs) as pool:
-        templates, futures = submit_moulds(pool, kiln, progress)
+        templates, futures = submit_moulds(pool, checkpoint, plan, cache, progress)
         proofs: list[Future[Any]] = []
         made: dict[str, Mould] = {}
         progress.stage("compile", len(futures))
         progress.stage("prove", len(futures))
         for kind, future in futures.items():
             made[kind] = mould = future.result()
-            if settings.prove or needs_proof(kiln, mould):
-                claim = claim_memory(kiln, mould_action(kiln, templates[kind]), templates[kind], known=False)
+            if settings.prove or needs_proof(checkpoint, plan, cache, mould):
+                claim = claim_memory(
+                    checkpoint,
+                    plan,
+                    cache,
+                    mould_action(checkpoint, plan, cache, templates[kind]),
+                    templates[kind],
+                    known=False,
+                )
 
                 def prove(kind: str = kind, mould: Mould = mould) -> None:
-                    prove_mould(kiln, templates[kind], mould)
+                    prove_mould(checkpoint, plan, cache, templates[kind], mould)
                     progress.done("prove", kind, "cast and compiled: identical")
 
                 proofs.append(pool.submit(f"proof of {kind}", claim, prove))
@@ -102,14 +109,16 @@ def build_moulds(settings: Settings, progress: Progress | None = None) -> list[M
         for proof in proofs:
             proof.result()
     if all(mould.castable for mould in made.values()):
-        groups = group_parts(kiln, [cast_part(kiln, part, made[part.kind]) for part in kiln.parts])
-        plan_devices(kiln, groups)
+        groups = group_parts(
+            checkpoint, plan, cache, [cast_part(checkpoint, plan, cache, part, made[part.kind]) for part in plan.parts]
+        )
+        plan_devices(checkpoint, plan, cache, groups)
         progress.stage("combine", len(groups))
         for name, members in groups.items():
-            combine_shells(kiln, name, members)
+            combine_shells(checkpoint, plan, cache, name, members)
             progress.done("combine", name, f"{len(members)} nets")
     keys = {mould.result.key for mould in made.values()}
-    return [entry for entry in list_moulds(kiln.cache.store) if entry.key in keys]
+    return [entry for entry in list_moulds(cache.store) if entry.key in keys]
 
 
 def list_moulds(store: Store) -> list[MouldEntry]:

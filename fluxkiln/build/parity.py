@@ -11,22 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fluxkiln.artifacts.actions import Action, run_action
+from fluxkiln.artifacts.actions import Action, ActionCache, run_action
 from fluxkiln.artifacts.code import code_version
 from fluxkiln.build.budget import LIMITS, Limits, multiplications, replayed_shapes
 from fluxkiln.compile.corrections import part_weights
+from fluxkiln.compile.plan import Binary, BundleFile, Plan
 from fluxkiln.compile.rungs import Rungs, bm1684x_rungs, cpu_rungs
-from fluxkiln.compile.templates import (
-    BinaryPart,
-    CombinedFile,
-    Kiln,
-    find_template,
-    make_template,
-    pipeline_files,
-    tell_template,
-)
+from fluxkiln.compile.templates import find_template, make_template, pipeline_files, tell_template
 from fluxkiln.compile.weights import part_rounders
 from fluxkiln.digests import digest_json
+from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.patches.pipeline import Sampling, run_rows
 from fluxkiln.progress import Progress
 from fluxkiln.quantize.schemes import Scheme
@@ -59,7 +53,15 @@ class Parity:
     runs: Mapping[str, Any] | None = None
 
 
-def record(kiln: Kiln, settings: Settings, print_: str, folder: Path, limits: Limits = LIMITS) -> Recording:
+def record(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    cache: ActionCache,
+    settings: Settings,
+    print_: str,
+    folder: Path,
+    limits: Limits = LIMITS,
+) -> Recording:
     """The recorded reference run, from the store or made now, laid out in `folder`.
 
     Of a model that is too large to be replayed at its own shapes it is one step at smaller ones.
@@ -69,22 +71,24 @@ def record(kiln: Kiln, settings: Settings, print_: str, folder: Path, limits: Li
     """
     from fluxkiln.verify.reference import view_recording
 
-    shapes, model = replayed_shapes(kiln, limits), kiln.checkpoint.model
-    built = {part.component for part in kiln.parts}
-    every = model.recorded_parts(kiln.checkpoint.configs, settings.vae)
+    shapes, model = replayed_shapes(checkpoint, plan, cache, limits), checkpoint.model
+    built = {part.component for part in plan.parts}
+    every = model.recorded_parts(checkpoint.configs, settings.vae)
     recorded = tuple(part for part in every if part.component in built)
-    steps = settings.steps if shapes == kiln.shapes else 1
-    recording = record_run(kiln, settings, print_, folder, recorded, shapes, steps, settings.prompt)
-    return view_recording(recording, model, kiln.parts)
+    steps = settings.steps if shapes == plan.shapes else 1
+    recording = record_run(checkpoint, plan, cache, settings, print_, folder, recorded, shapes, steps, settings.prompt)
+    return view_recording(recording, model, plan.parts)
 
 
-def is_complete(kiln: Kiln) -> bool:
+def is_complete(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> bool:
     """Whether all components of a pipeline are built."""
-    return {part.component for part in kiln.parts} == set(kiln.checkpoint.model.components)
+    return {part.component for part in plan.parts} == set(checkpoint.model.components)
 
 
 def record_run(
-    kiln: Kiln,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    cache: ActionCache,
     settings: Settings,
     print_: str,
     folder: Path,
@@ -99,14 +103,14 @@ def record_run(
 
     def produce(work: Path) -> tuple[dict[str, Path], dict[str, Any]]:
         sampling = Sampling(steps, settings.seed, prompt)
-        record_reference(kiln.checkpoint, parts, shapes, work, sampling, only=only)
+        record_reference(checkpoint, parts, shapes, work, sampling, only=only)
         files = [path for path in work.rglob("*") if path.is_file()]
         return {str(path.relative_to(work)): path for path in files}, {}
 
     action = Action(
         stage="record",
-        what=f"reference run of {kiln.checkpoint.name}",
-        code_version=code_version(record_run, model=type(kiln.checkpoint.model)),
+        what=f"reference run of {checkpoint.name}",
+        code_version=code_version(record_run, model=type(checkpoint.model)),
         inputs={"checkpoint": f"sha256:{print_}"},
         settings={
             "parts": digest_json([[part.name, part.kind, part.prefix] for part in parts]),
@@ -123,21 +127,23 @@ def record_run(
             "transformers": _version("transformers"),
         },
     )
-    result = run_action(kiln.cache, action, produce)
+    result = run_action(cache, action, produce)
     for name, blob in result.outputs.items():
         if not (folder / name).is_file() or name == INDEX:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).unlink(missing_ok=True)
-            kiln.cache.store.export(blob.digest, folder / name)
+            cache.store.export(blob.digest, folder / name)
     return read_recording(folder)
 
 
 def verify_build(
-    kiln: Kiln,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    cache: ActionCache,
     settings: Settings,
     print_: str,
-    binaries: tuple[BinaryPart, ...],
-    files: tuple[CombinedFile, ...],
+    binaries: tuple[Binary, ...],
+    files: tuple[BundleFile, ...],
     graphs: Mapping[str, Path],
     recording: Recording,
     folder: Path,
@@ -153,42 +159,50 @@ def verify_build(
             `fluxkiln.build.blockwise`.
         folder: for files that a rung needs.
     """
-    if recording.shapes != kiln.shapes:
+    if recording.shapes != plan.shapes:
         from fluxkiln.build.blockwise import verify_blockwise
 
         parity = verify_blockwise(
-            kiln, settings, print_, binaries, graphs, recording, folder, progress, limits
+            checkpoint, plan, cache, settings, print_, binaries, graphs, recording, folder, progress, limits
         )  # fmt: skip
     else:
-        trace_templates(kiln, progress)
+        trace_templates(checkpoint, plan, cache, progress)
         rungs: AbstractContextManager[Rungs]
-        if kiln.target.toolchain == "tpu_mlir":
-            simulated = multiplications(kiln) <= limits.simulated
-            rungs = bm1684x_rungs(kiln, binaries, files, folder, simulated)
+        if plan.target.toolchain == "tpu_mlir":
+            simulated = multiplications(checkpoint, plan, cache) <= limits.simulated
+            rungs = bm1684x_rungs(checkpoint, plan, cache, binaries, files, folder, simulated)
         else:
-            rungs = cpu_rungs(kiln, graphs)
+            rungs = cpu_rungs(checkpoint, plan, cache, graphs)
         with rungs as made:
-            parity = replay(kiln, settings, recording, made, progress)
-    climb_stored(parity.ladder, kiln, binaries, files)
+            parity = replay(checkpoint, plan, cache, settings, recording, made, progress)
+    climb_stored(parity.ladder, checkpoint, plan, cache, binaries, files)
     return parity
 
 
-def trace_templates(kiln: Kiln, progress: Progress) -> None:
+def trace_templates(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, progress: Progress) -> None:
     """Make the templates of the rungs below the compiled one, so that tracing them is seen."""
     formats: dict[GraphFormat, bool] = {
-        "onnx23": kiln.target.graph_format == "onnx17",
-        "onnx17": kiln.target.graph_format == "onnx17" or kiln.quantized,
+        "onnx23": plan.target.graph_format == "onnx17",
+        "onnx17": plan.target.graph_format == "onnx17" or plan.quantized,
     }
     for graph_format, needed in formats.items():
-        missing = [kind for kind in kiln.kinds() if find_template(kiln, kind, graph_format) is None]
+        missing = [kind for kind in plan.kinds() if find_template(checkpoint, plan, cache, kind, graph_format) is None]
         if not needed or not missing:
             continue
         progress.stage(f"template {graph_format}", len(missing))
         for kind in missing:
-            tell_template(kiln, kind, graph_format, progress, f"template {graph_format}")
+            tell_template(checkpoint, plan, cache, kind, graph_format, progress, f"template {graph_format}")
 
 
-def replay(kiln: Kiln, settings: Settings, recording: Recording, rungs: Rungs, progress: Progress) -> Parity:
+def replay(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    cache: ActionCache,
+    settings: Settings,
+    recording: Recording,
+    rungs: Rungs,
+    progress: Progress,
+) -> Parity:
     """Replay the recording at every rung of every part; run the whole pipeline, if it is all there, on the top rung.
 
     Args:
@@ -197,20 +211,20 @@ def replay(kiln: Kiln, settings: Settings, recording: Recording, rungs: Rungs, p
     from fluxkiln.verify.ladder import Ladder
 
     started = time.perf_counter()
-    calls = [(part, step) for part in kiln.parts for step in range(len(recording.calls[part.name]))]
-    complete = is_complete(kiln)
+    calls = [(part, step) for part in plan.parts for step in range(len(recording.calls[part.name]))]
+    complete = is_complete(checkpoint, plan, cache)
     progress.stage("verify", len(calls) + complete)
     ladder = Ladder()
     *_, top = rungs
     below = {rung: runner for rung, runner in rungs.items() if rung != top}
     with ThreadPoolExecutor(1, "below") as lower, ThreadPoolExecutor(1, "top") as upper:
-        lower_parts = {part.name: lower.submit(replay_part, below, recording, part) for part in kiln.parts}
-        upper_parts = {part.name: upper.submit(replay_part, {top: rungs[top]}, recording, part) for part in kiln.parts}
-        whole = upper.submit(run_pipeline, kiln, settings, rungs[top]) if complete else None
+        lower_parts = {part.name: lower.submit(replay_part, below, recording, part) for part in plan.parts}
+        upper_parts = {part.name: upper.submit(replay_part, {top: rungs[top]}, recording, part) for part in plan.parts}
+        whole = upper.submit(run_pipeline, checkpoint, plan, cache, settings, rungs[top]) if complete else None
         try:
             for part, step in calls:
                 made = {**lower_parts[part.name].result()[step], **upper_parts[part.name].result()[step]}
-                climb_part(ladder, kiln, recording, part, step, made)
+                climb_part(ladder, checkpoint, plan, cache, recording, part, step, made)
                 progress.done("verify", part.name, f"{len(rungs)} rungs, step {step}")
             pipeline = whole.result() if whole is not None else None
         except BaseException:
@@ -218,26 +232,41 @@ def replay(kiln: Kiln, settings: Settings, recording: Recording, rungs: Rungs, p
             upper.shutdown(wait=False, cancel_futures=True)
             raise
     if pipeline is not None:
-        climb_pipeline(ladder, kiln, recording, top, pipeline)
+        climb_pipeline(ladder, checkpoint, plan, cache, recording, top, pipeline)
         progress.done("verify", "whole pipeline", f"{recording.steps} steps")
     runs = None
     if pipeline is not None:
         from fluxkiln.build.samples import sample_runs
 
-        runs = sample_runs(kiln, settings, ladder, rungs[top], top, progress)
+        runs = sample_runs(checkpoint, plan, cache, settings, ladder, rungs[top], top, progress)
     seconds = {"verify": time.perf_counter() - started, **recording.seconds}
     return Parity(ladder, recording, pipeline, top, seconds, runs=runs)
 
 
-def climb_pipeline(ladder: Ladder, kiln: Kiln, recording: Recording, rung: str, pipeline: PipelineResult) -> None:
+def climb_pipeline(
+    ladder: Ladder,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    cache: ActionCache,
+    recording: Recording,
+    rung: str,
+    pipeline: PipelineResult,
+) -> None:
     """Rows of the final latents and the image, under the scheme of the blocks."""
-    blocks = [part for part in kiln.parts if part.component == "transformer" and part.traits.residual]
-    scheme = _base_name(kiln.scheme(blocks[0]))
+    blocks = [part for part in plan.parts if part.component == "transformer" and part.traits.residual]
+    scheme = _base_name(plan.scheme(blocks[0]))
     ladder.climb_latents(recording.steps - 1, recording.latents, [(rung, pipeline.latents)], scheme)
     ladder.climb_image(-1, recording.image, [(rung, pipeline.image)], scheme)
 
 
-def climb_stored(ladder: Ladder, kiln: Kiln, binaries: tuple[BinaryPart, ...], files: tuple[CombinedFile, ...]) -> None:
+def climb_stored(
+    ladder: Ladder,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    cache: ActionCache,
+    binaries: tuple[Binary, ...],
+    files: tuple[BundleFile, ...],
+) -> None:
     """One row per cast part: its weights read back from the bundle's own file, against the checkpoint's.
 
     What a part computes dilutes one wrong scale among thousands of sound ones; its bytes do not.
@@ -247,13 +276,15 @@ def climb_stored(ladder: Ladder, kiln: Kiln, binaries: tuple[BinaryPart, ...], f
     from fluxkiln.compile.toolchains.tpu_mlir.cast import compare_stored
     from fluxkiln.compile.toolchains.tpu_mlir.coefficients import CoefficientMap
 
-    homes = {part: kiln.path(file.blob) for file in files for part in file.parts}
+    homes = {part: cache.path(file.blob) for file in files for part in file.parts}
     for binary in binaries:
-        if binary.coefficients is None:
+        if "map" not in binary.blobs:
             continue
-        reader = part_weights(kiln, binary.part, make_template(kiln, binary.part.kind, "onnx17"))
-        coefficients = CoefficientMap.from_json(json.loads(kiln.path(binary.coefficients).read_text()))
-        rounder_of = part_rounders(kiln, binary.part)
+        reader = part_weights(
+            checkpoint, plan, cache, binary.part, make_template(checkpoint, plan, cache, binary.part.kind, "onnx17")
+        )
+        coefficients = CoefficientMap.from_json(json.loads(cache.path(binary.blobs["map"]).read_text()))
+        rounder_of = part_rounders(checkpoint, plan, cache, binary.part)
         differing = compare_stored(homes[binary.part.name], binary.net, coefficients, reader, rounder_of)
         worst = max(differing, key=lambda slot: float(differing[slot].max()))
         output = f"weights of {worst}" if differing[worst].any() else "weights"
@@ -264,12 +295,16 @@ def climb_stored(ladder: Ladder, kiln: Kiln, binaries: tuple[BinaryPart, ...], f
         )
 
 
-def run_pipeline(kiln: Kiln, settings: Settings, runner: PartRunner) -> PipelineResult:
+def run_pipeline(
+    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, settings: Settings, runner: PartRunner
+) -> PipelineResult:
     """diffusers' own loop with `runner` in place of every model."""
     from fluxkiln.verify.pipeline import run_with_parts
 
     sampling = Sampling(settings.steps, settings.seed, settings.prompt)
-    return run_with_parts(kiln.checkpoint.model, pipeline_files(kiln), kiln.shapes, kiln.parts, runner, sampling)
+    return run_with_parts(
+        checkpoint.model, pipeline_files(checkpoint, plan, cache), plan.shapes, plan.parts, runner, sampling
+    )
 
 
 def replay_part(rungs: Rungs, recording: Recording, part: Part) -> list[dict[str, Mapping[str, NDArray[Any]]]]:
@@ -291,7 +326,9 @@ def let_go(runner: PartRunner) -> None:
 
 def climb_part(
     ladder: Ladder,
-    kiln: Kiln,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    cache: ActionCache,
     recording: Recording,
     part: Part,
     step: int,
@@ -310,7 +347,7 @@ def climb_part(
     for output, reference in expected.items():
         base = inputs[residual[output]] if output in residual else None
         rungs = [(rung, outputs[output].reshape(reference.shape)) for rung, outputs in made.items()]
-        scheme = _base_name(kiln.scheme(part))
+        scheme = _base_name(plan.scheme(part))
         ladder.climb(label or part.name, part.kind, output, shown, reference, base, rungs, scheme)
 
 

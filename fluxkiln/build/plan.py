@@ -13,9 +13,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.build.budget import replayed_shapes
 from fluxkiln.compile.jobs import available_memory
-from fluxkiln.compile.templates import BinaryPart, Kiln, Mould, count_elements, find_template, net_name
+from fluxkiln.compile.plan import Binary, Plan
+from fluxkiln.compile.templates import count_elements, find_template, net_name
 from fluxkiln.compile.tensors import part_bytes, part_refs, search_memory, stored_bytes
 from fluxkiln.compile.toolchains.neuron.modules import lower_action, module_name
 from fluxkiln.compile.toolchains.neuron.rungs import LARGEST_PART
@@ -23,6 +25,7 @@ from fluxkiln.compile.toolchains.neuron.split import shard_action
 from fluxkiln.compile.toolchains.tpu_mlir.cast_file import CAST_MEMORY, combine_action, part_action
 from fluxkiln.compile.toolchains.tpu_mlir.devices import group_parts, lay_files, plan_devices
 from fluxkiln.compile.toolchains.tpu_mlir.moulds import (
+    Mould,
     cast_part,
     compile_action,
     compile_memory,
@@ -31,6 +34,7 @@ from fluxkiln.compile.toolchains.tpu_mlir.moulds import (
 )
 from fluxkiln.compile.toolchains.tpu_mlir.proof import needs_proof, proof_part
 from fluxkiln.errors import ResourceError
+from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.settings import Settings
 from fluxkiln.types import GraphFormat, Part, Template
 
@@ -82,7 +86,7 @@ def plan_build(prepared: Prepared) -> dict[str, Any]:
     todo = [job for job in jobs if not job.in_store]
     return {
         "name": prepared.name,
-        "target": prepared.kiln.target.name,
+        "target": prepared.plan.target.name,
         "jobs": [job.to_json() for job in jobs],
         "totals": {
             "jobs": len(jobs),
@@ -91,15 +95,17 @@ def plan_build(prepared: Prepared) -> dict[str, Any]:
             "disk_bytes": disk_bytes(prepared, todo),
             "seconds": round(estimate_seconds(prepared, todo)),
         },
-        "devices": _devices(prepared.kiln),
+        "devices": _devices(prepared.checkpoint, prepared.plan, prepared.cache),
         "refused": _refusal(prepared),
     }
 
 
-def _devices(kiln: Kiln) -> dict[str, Any]:
-    if not kiln.target.device_bytes or kiln.split is not None:
+def _devices(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> dict[str, Any]:
+    if not plan.target.device_bytes or plan.layout is not None:
         return {}
-    return lay_files(kiln, group_parts(kiln, _known_or_lightest(kiln))).to_json()
+    return lay_files(
+        checkpoint, plan, cache, group_parts(checkpoint, plan, cache, _known_or_lightest(checkpoint, plan, cache))
+    ).to_json()
 
 
 def _refusal(prepared: Prepared) -> str:
@@ -114,16 +120,20 @@ def list_jobs(prepared: Prepared) -> list[Job]:
     """All jobs of a build."""
     from fluxkiln.build.finish import build_action
 
-    kiln = prepared.kiln
-    if kiln.split is not None:
-        jobs = split_jobs(kiln)
+    checkpoint, plan, cache = prepared.checkpoint, prepared.plan, prepared.cache
+    if plan.layout is not None:
+        jobs = split_jobs(checkpoint, plan, cache)
     else:
-        jobs = compile_jobs(kiln, prepared.settings) if kiln.target.toolchain == "tpu_mlir" else link_jobs(kiln)
-    finished = kiln.cache.lookup(build_action(prepared).key) is not None
-    weights = count_elements(ref for part in kiln.parts for ref in part_refs(kiln, part))
+        jobs = (
+            compile_jobs(checkpoint, plan, cache, prepared.settings)
+            if plan.target.toolchain == "tpu_mlir"
+            else link_jobs(checkpoint, plan, cache)
+        )
+    finished = cache.lookup(build_action(prepared).key) is not None
+    weights = count_elements(ref for part in plan.parts for ref in part_refs(checkpoint, plan, cache, part))
     if prepared.settings.verify:
-        largest = max(count_elements(part_refs(kiln, part)) for part in kiln.parts)
-        if kiln.split is not None:  # the reference runs block by block, and larger parts are not executed
+        largest = max(count_elements(part_refs(checkpoint, plan, cache, part)) for part in plan.parts)
+        if plan.layout is not None:  # the reference runs block by block, and larger parts are not executed
             largest = min(largest, LARGEST_PART // 4)
         # one part's weights in float32, and the next one's
         jobs.append(Job("record", "reference run", "", "F32", TRACE_MEMORY + 8 * largest, finished, weights))
@@ -132,33 +142,32 @@ def list_jobs(prepared: Prepared) -> list[Job]:
     return jobs
 
 
-def split_jobs(kiln: Kiln) -> list[Job]:
+def split_jobs(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> list[Job]:
     """Jobs of a target that cuts the model: modules, every part's shards, the compiler where there is one."""
-    modules = {module_name(part): lower_action(kiln, part).key for part in kiln.parts}
+    modules = {module_name(part): lower_action(checkpoint, plan, cache, part).key for part in plan.parts}
     jobs = [
-        Job("lower", name, "", "BF16", TRACE_MEMORY, kiln.cache.lookup(key) is not None)
-        for name, key in modules.items()
+        Job("lower", name, "", "BF16", TRACE_MEMORY, cache.lookup(key) is not None) for name, key in modules.items()
     ]
-    for part in kiln.parts:
-        weights = count_elements(part_refs(kiln, part))
-        known = bool(kiln.checkpoint.digests) and kiln.cache.lookup(shard_action(kiln, part).key) is not None
+    for part in plan.parts:
+        weights = count_elements(part_refs(checkpoint, plan, cache, part))
+        known = bool(checkpoint.digests) and cache.lookup(shard_action(checkpoint, plan, cache, part).key) is not None
         jobs.append(Job("shard", part.name, part.kind, "BF16", CAST_MEMORY, known, weights))
     return jobs
 
 
-def link_jobs(kiln: Kiln) -> list[Job]:
+def link_jobs(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> list[Job]:
     """Jobs of a target that runs the graphs as they are."""
-    jobs = [template_job(kiln, kind, kiln.target.graph_format) for kind in kiln.kinds()]
-    for part in kiln.parts:
-        weights = count_elements(part_refs(kiln, part))
+    jobs = [template_job(checkpoint, plan, cache, kind, plan.target.graph_format) for kind in plan.kinds()]
+    for part in plan.parts:
+        weights = count_elements(part_refs(checkpoint, plan, cache, part))
         # Linking is not a cached action: it takes the time of a copy.
         jobs.append(
             Job(
                 "link",
                 part.name,
                 part.kind,
-                kiln.scheme(part).name,
-                search_memory(kiln, part) + CAST_MEMORY,
+                plan.scheme(part).name,
+                search_memory(checkpoint, plan, cache, part) + CAST_MEMORY,
                 False,
                 weights,
             )
@@ -166,41 +175,51 @@ def link_jobs(kiln: Kiln) -> list[Job]:
     return jobs
 
 
-def compile_jobs(kiln: Kiln, settings: Settings) -> list[Job]:
+def compile_jobs(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, settings: Settings) -> list[Job]:
     """Jobs of a target with a compiler: templates, moulds, proofs, parts without a mould, combined shells, casts."""
     templates, made, cast = [], [], []
-    known: list[BinaryPart] = []
-    for kind in kiln.kinds():
-        template = find_template(kiln, kind, kiln.target.graph_format)
-        templates.append(template_job(kiln, kind, kiln.target.graph_format, known=template is not None))
-        parts = [part for part in kiln.parts if part.kind == kind]
-        weights = count_elements(template.slots if template else part_refs(kiln, parts[0]))
-        mould = find_mould(kiln, template) if template else None
-        scheme, memory = kiln.schemes[kind].name, compile_memory(weights)
+    known: list[Binary] = []
+    for kind in plan.kinds():
+        template = find_template(checkpoint, plan, cache, kind, plan.target.graph_format)
+        templates.append(
+            template_job(checkpoint, plan, cache, kind, plan.target.graph_format, known=template is not None)
+        )
+        parts = [part for part in plan.parts if part.kind == kind]
+        weights = count_elements(template.slots if template else part_refs(checkpoint, plan, cache, parts[0]))
+        mould = find_mould(checkpoint, plan, cache, template) if template else None
+        scheme, memory = plan.schemes[kind].name, compile_memory(weights)
         spent: Any = mould.result.facts.get("estimate_ms") if mould else None
         made.append(Job("mould", f"mould {kind}", kind, scheme, memory, mould is not None, weights, spent))
         if mould is not None and not mould.castable:
-            made += [compile_job(kiln, part, template) for part in parts]
-        elif settings.prove or needs_proof(kiln, mould):
-            made.append(compile_job(kiln, proof_part(parts, settings.seed), template))
+            made += [compile_job(checkpoint, plan, cache, part, template) for part in parts]
+        elif settings.prove or needs_proof(checkpoint, plan, cache, mould):
+            made.append(compile_job(checkpoint, plan, cache, proof_part(parts, settings.seed), template))
         for part in parts:
-            binary = _find_binary(kiln, part, template, mould)
-            in_store = binary is not None and kiln.cache.lookup(part_action(kiln, binary).key) is not None
+            binary = _find_binary(checkpoint, plan, cache, part, template, mould)
+            in_store = binary is not None and cache.lookup(part_action(checkpoint, plan, cache, binary).key) is not None
             cast.append(
-                Job("cast", part.name, kind, scheme, search_memory(kiln, part) + CAST_MEMORY, in_store, weights)
+                Job(
+                    "cast",
+                    part.name,
+                    kind,
+                    scheme,
+                    search_memory(checkpoint, plan, cache, part) + CAST_MEMORY,
+                    in_store,
+                    weights,
+                )
             )
             known += [binary] if binary is not None else []
-    return [*templates, *made, *_combine_jobs(kiln, known), *cast]
+    return [*templates, *made, *_combine_jobs(checkpoint, plan, cache, known), *cast]
 
 
-def _combine_jobs(kiln: Kiln, known: list[BinaryPart]) -> list[Job]:
-    if len(known) == len(kiln.parts):
-        order = {part.name: index for index, part in enumerate(kiln.parts)}
-        groups = group_parts(kiln, tuple(sorted(known, key=lambda binary: order[binary.part.name])))
-        keys = {name: combine_action(kiln, name, parts).key for name, parts in groups.items()}
-        return [_combine_job(name, kiln.cache.lookup(key) is not None) for name, key in keys.items()]
+def _combine_jobs(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, known: list[Binary]) -> list[Job]:
+    if len(known) == len(plan.parts):
+        order = {part.name: index for index, part in enumerate(plan.parts)}
+        groups = group_parts(checkpoint, plan, cache, tuple(sorted(known, key=lambda binary: order[binary.part.name])))
+        keys = {name: combine_action(checkpoint, plan, cache, name, parts).key for name, parts in groups.items()}
+        return [_combine_job(name, cache.lookup(key) is not None) for name, key in keys.items()]
     # Into how many files an unquantized transformer is cut depends on measured sizes.
-    components = dict.fromkeys(part.component for part in kiln.parts)
+    components = dict.fromkeys(part.component for part in plan.parts)
     return [_combine_job("vae_decoder.bmodel" if name == "vae" else f"{name}.bmodel") for name in components]
 
 
@@ -208,32 +227,41 @@ def _combine_job(name: str, known: bool = False) -> Job:
     return Job("combine", name, "", "", 0, known)
 
 
-def _find_binary(kiln: Kiln, part: Part, template: Template | None, mould: Mould | None) -> BinaryPart | None:
+def _find_binary(
+    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, template: Template | None, mould: Mould | None
+) -> Binary | None:
     """What a part's binary is made of, if that is in the store."""
-    if template is None or mould is None or not kiln.checkpoint.digests:
+    if template is None or mould is None or not checkpoint.digests:
         return None
     if mould.castable:
-        return cast_part(kiln, part, mould)
-    known = kiln.cache.lookup(compile_action(kiln, part, template).key) is not None
-    return compile_part(kiln, part, template) if known else None
+        return cast_part(checkpoint, plan, cache, part, mould)
+    known = cache.lookup(compile_action(checkpoint, plan, cache, part, template).key) is not None
+    return compile_part(checkpoint, plan, cache, part, template) if known else None
 
 
-def template_job(kiln: Kiln, kind: str, graph_format: GraphFormat, known: bool | None = None) -> Job:
+def template_job(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    cache: ActionCache,
+    kind: str,
+    graph_format: GraphFormat,
+    known: bool | None = None,
+) -> Job:
     """The job that traces a kind."""
     if known is None:
-        known = find_template(kiln, kind, graph_format) is not None
+        known = find_template(checkpoint, plan, cache, kind, graph_format) is not None
     return Job("template", f"{kind} {graph_format}", kind, "", TRACE_MEMORY, known)
 
 
-def compile_job(kiln: Kiln, part: Part, template: Template | None) -> Job:
+def compile_job(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, template: Template | None) -> Job:
     """The job that compiles a part with its own weights."""
-    weights = count_elements(template.slots if template else part_refs(kiln, part))
+    weights = count_elements(template.slots if template else part_refs(checkpoint, plan, cache, part))
     known = (
         template is not None
-        and bool(kiln.checkpoint.digests)
-        and kiln.cache.lookup(compile_action(kiln, part, template).key) is not None
+        and bool(checkpoint.digests)
+        and cache.lookup(compile_action(checkpoint, plan, cache, part, template).key) is not None
     )
-    return Job("compile", part.name, part.kind, kiln.scheme(part).name, compile_memory(weights), known, weights)
+    return Job("compile", part.name, part.kind, plan.scheme(part).name, compile_memory(weights), known, weights)
 
 
 def check_resources(prepared: Prepared) -> None:
@@ -242,36 +270,38 @@ def check_resources(prepared: Prepared) -> None:
     Raises:
         ResourceError: which of them, what is there and what is needed.
     """
-    check_devices(prepared.kiln)
+    check_devices(prepared.checkpoint, prepared.plan, prepared.cache)
     jobs = [job for job in list_jobs(prepared) if not job.in_store]
     check_disk(prepared, jobs)
     check_memory(jobs)
 
 
-def check_devices(kiln: Kiln) -> None:
+def check_devices(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> None:
     """Refuse weights that no way of loading gets onto the devices; instructions and run-time memory come on top."""
-    if kiln.target.device_bytes and kiln.split is None:
-        plan_devices(kiln, group_parts(kiln, _known_or_lightest(kiln)))
+    if plan.target.device_bytes and plan.layout is None:
+        plan_devices(
+            checkpoint, plan, cache, group_parts(checkpoint, plan, cache, _known_or_lightest(checkpoint, plan, cache))
+        )
 
 
-def _known_or_lightest(kiln: Kiln) -> list[BinaryPart]:
+def _known_or_lightest(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> list[Binary]:
     """Every part with the facts of its mould, or with nothing but its weights."""
     moulds: dict[str, Mould | None] = {}
-    for kind in kiln.kinds():
-        template = find_template(kiln, kind, kiln.target.graph_format)
-        moulds[kind] = find_mould(kiln, template) if template else None
+    for kind in plan.kinds():
+        template = find_template(checkpoint, plan, cache, kind, plan.target.graph_format)
+        moulds[kind] = find_mould(checkpoint, plan, cache, template) if template else None
     return [
-        BinaryPart(part, net_name(part), kiln.scheme(part), mould.result.facts, "planned")
+        Binary(part, net_name(part), plan.scheme(part), mould.result.facts, "planned")
         if (mould := moulds[part.kind]) is not None
-        else _lightest(kiln, part)
-        for part in kiln.parts
+        else _lightest(checkpoint, plan, cache, part)
+        for part in plan.parts
     ]
 
 
-def _lightest(kiln: Kiln, part: Part) -> BinaryPart:
-    size = part_bytes(kiln, part)
+def _lightest(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part) -> Binary:
+    size = part_bytes(checkpoint, plan, cache, part)
     facts = {"weight_bytes": size, "instruction_bytes": 0, "runtime_bytes": 0}
-    return BinaryPart(part, net_name(part), kiln.scheme(part), facts, "planned")
+    return Binary(part, net_name(part), plan.scheme(part), facts, "planned")
 
 
 def check_memory(todo: Iterable[Job]) -> None:
@@ -311,7 +341,7 @@ def check_disk(prepared: Prepared, todo: Iterable[Job]) -> None:
 
 def places(prepared: Prepared) -> tuple[Path, Path]:
     """Where a build writes: its folder and the store."""
-    return prepared.folder, prepared.kiln.cache.store.root
+    return prepared.folder, prepared.cache.store.root
 
 
 def free_bytes(place: Path) -> int:
@@ -323,23 +353,23 @@ def disk_bytes(prepared: Prepared, todo: Iterable[Job]) -> int:
     """About how many bytes these jobs write: into the store, the bundle, and working folders at their fullest."""
     from fluxkiln.build.context import unwritten_bytes
 
-    kiln, settings = prepared.kiln, prepared.settings
+    checkpoint, plan, cache, settings = prepared.checkpoint, prepared.plan, prepared.cache, prepared.settings
     todo = list(todo)
     if not todo:
         return 0
     total, working = SMALL_FILES + unwritten_bytes(settings), [0]
     for job in todo:
         if job.stage in ("mould", "compile"):
-            stored = stored_bytes(kiln.schemes[job.kind], job.weights)
+            stored = stored_bytes(plan.schemes[job.kind], job.weights)
             # Of a mould instructions and graphs are kept, of a compiled part its weights too, twice: the interpreter's
             # as well. A compile works on four float32 copies.
             total += KERNEL_BYTES + (2 * stored if job.stage == "compile" else 0)
             working.append(16 * job.weights)
         elif job.stage in ("cast", "shard"):
-            total += stored_bytes(kiln.schemes[job.kind], job.weights)
+            total += stored_bytes(plan.schemes[job.kind], job.weights)
         elif job.stage == "combine":
             total += KERNEL_BYTES
-    binaries = sum(part_bytes(kiln, part) for part in kiln.parts)
+    binaries = sum(part_bytes(checkpoint, plan, cache, part) for part in plan.parts)
     stages = {job.stage for job in todo}
     # Graphs lie in the working folder and in the store; a bundle has links to bmodels where it can.
     total += 2 * binaries * ("link" in stages)
@@ -347,19 +377,23 @@ def disk_bytes(prepared: Prepared, todo: Iterable[Job]) -> int:
         total += binaries * ("bundle" in stages)
     if "verify" in stages:
         # one part at a time: the weights of the interpreter, and those of a graph in float32
-        working.append(8 * max(count_elements(part_refs(kiln, part)) for part in kiln.parts) * (kiln.split is None))
-        shapes = replayed_shapes(kiln)
-        steps = settings.steps if shapes == kiln.shapes else 1
-        total += recording_bytes(replace(kiln, shapes=shapes), steps)
+        working.append(
+            8
+            * max(count_elements(part_refs(checkpoint, plan, cache, part)) for part in plan.parts)
+            * (plan.layout is None)
+        )
+        shapes = replayed_shapes(checkpoint, plan, cache)
+        steps = settings.steps if shapes == plan.shapes else 1
+        total += recording_bytes(checkpoint, replace(plan, shapes=shapes), cache, steps)
     return total + _most(working, settings)
 
 
-def recording_bytes(kiln: Kiln, steps: int) -> int:
+def recording_bytes(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, steps: int) -> int:
     """About the bytes of a recorded run: what goes into each part, in float32; most outputs are another's input."""
-    total, constants = 0, kiln.checkpoint.model.constant_inputs
-    for part in kiln.parts:
+    total, constants = 0, checkpoint.model.constant_inputs
+    for part in plan.parts:
         calls = steps if part.component == "transformer" else 1
-        specs = kiln.checkpoint.model.part_inputs(part.kind, kiln.checkpoint.configs, kiln.shapes)
+        specs = checkpoint.model.part_inputs(part.kind, checkpoint.configs, plan.shapes)
         changing = [spec for spec in specs if spec.name not in constants]
         total += 4 * calls * count_elements(changing)
     return 2 * total
@@ -387,7 +421,7 @@ def estimate_seconds(prepared: Prepared, todo: Iterable[Job]) -> float:
         elif job.stage == "record":
             alone += RECORD_SECONDS
         elif job.stage == "verify":
-            parts = prepared.kiln.parts
+            parts = prepared.plan.parts
             alone += CALL_SECONDS * sum(
                 settings.steps if part.traits.component == "transformer" else 1 for part in parts
             )

@@ -18,13 +18,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.build.context import Prepared, prepare
 from fluxkiln.build.mixture import Mix, choose_slots
 from fluxkiln.build.sensitivity import block_errors, open_trials, slot_errors
-from fluxkiln.compile.templates import Kiln
+from fluxkiln.compile.plan import Plan
 from fluxkiln.compile.weights import component_digest, find_calibration
 from fluxkiln.errors import SchemeError
-from fluxkiln.export.checkpoint import read_rows
+from fluxkiln.export.checkpoint import Checkpoint, read_rows
 from fluxkiln.files import disk_full_named
 from fluxkiln.progress import Progress, Silent
 from fluxkiln.quantize.recipes import LayerRule, assign_rules, choose, parse_budget
@@ -151,9 +152,11 @@ def quantize_model(
     started = time.perf_counter()
     progress = progress or Silent()
     prepared = prepare(settings, progress)
-    kiln = prepared.kiln
-    layers = tuple(find_layers(kiln))
-    calibrations = {name: _calibration(kiln, name) for name in dict.fromkeys(layer.component for layer in layers)}
+    checkpoint, plan, cache = prepared.checkpoint, prepared.plan, prepared.cache
+    layers = tuple(find_layers(checkpoint, plan, cache))
+    calibrations = {
+        name: _calibration(checkpoint, plan, cache, name) for name in dict.fromkeys(layer.component for layer in layers)
+    }
     compared = [parse_scheme(name) for name in schemes or ("W4BF16",)]
     if per_kind:
         compared = _per_kind(compared, budget, rules)
@@ -222,13 +225,13 @@ def _per_kind(compared: Sequence[Scheme], budget: str, rules: Sequence[LayerRule
     return [compared[0], parse_scheme(compared[0].arithmetic)]
 
 
-def find_layers(kiln: Kiln) -> Iterator[Layer]:
+def find_layers(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> Iterator[Layer]:
     """Every matrix of the blocks of what may be quantized, in the order of the checkpoint."""
-    model = kiln.checkpoint.model
+    model = checkpoint.model
     for component in model.calibrated:
         stacks = model.stacks[component]
         tables = tuple(end for kind in stacks.values() for end in model.kinds[kind].tables)
-        for name, ref in kiln.checkpoint.tensors.get(component, {}).items():
+        for name, ref in checkpoint.tensors.get(component, {}).items():
             linear = len(ref.shape) == 2 and name.endswith(".weight") and not name.endswith(tables)
             if linear and name.startswith(tuple(f"{stack}." for stack in stacks)):
                 yield Layer(component, name, ref)
@@ -296,8 +299,8 @@ def _tensors(layer: Layer, scheme: Scheme) -> list[tuple[str, str, tuple[int, in
     ]
 
 
-def _calibration(kiln: Kiln, component: str) -> Calibration | None:
-    return find_calibration(kiln.cache, component, component_digest(kiln.checkpoint.digests, component))
+def _calibration(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, component: str) -> Calibration | None:
+    return find_calibration(cache, component, component_digest(checkpoint.digests, component))
 
 
 def _summary(found: Sequence[Figures]) -> tuple[float, float, int]:

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fluxkiln.artifacts.actions import Action, run_action
+from fluxkiln.artifacts.actions import Action, ActionCache, run_action
 from fluxkiln.artifacts.code import code_version
 from fluxkiln.build.budget import name_shapes
-from fluxkiln.compile.templates import Kiln, pipeline_files
+from fluxkiln.compile.plan import Plan
+from fluxkiln.compile.templates import pipeline_files
 from fluxkiln.digests import digest_json
+from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.patches.pipeline import Sampling, quiet
 from fluxkiln.progress import Progress
 from fluxkiln.settings import Settings
@@ -26,7 +28,14 @@ _ARRAYS = "run.npz"
 
 
 def sample_runs(
-    kiln: Kiln, settings: Settings, ladder: Ladder, runner: PartRunner, rung: str, progress: Progress
+    checkpoint: Checkpoint,
+    plan: Plan,
+    cache: ActionCache,
+    settings: Settings,
+    ladder: Ladder,
+    runner: PartRunner,
+    rung: str,
+    progress: Progress,
 ) -> dict[str, Any] | None:
     """Make the images that the settings ask for and compare them; their last latents and images climb `ladder`.
 
@@ -45,15 +54,15 @@ def sample_runs(
     progress.stage("sample", 2 * len(pairs))
     runs: list[Run] = []
     pictures: dict[tuple[str, int], tuple[NDArray[Any], NDArray[Any]]] = {}
-    references = reference_runs(kiln, settings, pairs, progress)
+    references = reference_runs(checkpoint, plan, cache, settings, pairs, progress)
     scheme = next(
-        kiln.scheme(part).name.split("-")[0]
-        for part in kiln.parts
+        plan.scheme(part).name.split("-")[0]
+        for part in plan.parts
         if part.component == "transformer" and part.traits.residual
     )
     for number, (prompt, seed) in enumerate(pairs):
         reference = references[prompt, seed]
-        actual = sample_parts(kiln, settings, runner, prompt, seed)
+        actual = sample_parts(checkpoint, plan, cache, settings, runner, prompt, seed)
         runs.append(measure_run(prompt, seed, reference, actual))
         pictures[prompt, seed] = reference.image, actual.image
         name = f"pipeline.{number:02d}"
@@ -61,53 +70,74 @@ def sample_runs(
         ladder.climb_latents(last, reference.latents[-1], [(rung, actual.latents[-1])], scheme, name)
         ladder.climb_image(-1, reference.image, [(rung, actual.image)], scheme, name)
         progress.done("sample", f"seed {seed}: {_shown(prompt)}", f"{runs[-1].psnr:.1f} dB, SSIM {runs[-1].ssim:.4f}")
-    return {**describe_runs(runs, pictures, rung), "shapes": name_shapes(kiln.shapes)}
+    return {**describe_runs(runs, pictures, rung), "shapes": name_shapes(plan.shapes)}
 
 
 def reference_runs(
-    kiln: Kiln, settings: Settings, pairs: Sequence[tuple[str, int]], progress: Progress
+    checkpoint: Checkpoint,
+    plan: Plan,
+    cache: ActionCache,
+    settings: Settings,
+    pairs: Sequence[tuple[str, int]],
+    progress: Progress,
 ) -> Mapping[tuple[str, int], Sampled]:
     """diffusers' own images in float32, from the store or made now; its pipeline is opened once, and only if needed."""
     opened: list[Any] = []
     found: dict[tuple[str, int], Sampled] = {}
     for prompt, seed in pairs:
-        action = _reference_action(kiln, settings, prompt, seed)
+        action = _reference_action(checkpoint, plan, cache, settings, prompt, seed)
 
         def produce(folder: Path, prompt: str = prompt, seed: int = seed) -> tuple[dict[str, Path], dict[str, Any]]:
             if not opened:
-                opened.append(_open_reference(kiln))
-            _write_sampled(folder / _ARRAYS, _render(opened[0], kiln, settings, prompt, seed))
+                opened.append(_open_reference(checkpoint, plan, cache))
+            _write_sampled(folder / _ARRAYS, _render(opened[0], checkpoint, plan, cache, settings, prompt, seed))
             return {_ARRAYS: folder / _ARRAYS}, {}
 
-        result = run_action(kiln.cache, action, produce)
-        found[prompt, seed] = _read_sampled(kiln.path(result.outputs[_ARRAYS]))
+        result = run_action(cache, action, produce)
+        found[prompt, seed] = _read_sampled(cache.path(result.outputs[_ARRAYS]))
         progress.done("sample", f"reference, seed {seed}: {_shown(prompt)}", "from the store" if result.hit else "made")
     return found
 
 
-def sample_parts(kiln: Kiln, settings: Settings, runner: PartRunner, prompt: str, seed: int) -> Sampled:
+def sample_parts(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    cache: ActionCache,
+    settings: Settings,
+    runner: PartRunner,
+    prompt: str,
+    seed: int,
+) -> Sampled:
     """diffusers' own loop with `runner` in place of every model."""
     from fluxkiln.verify.pipeline import run_with_parts
 
     latents: list[NDArray[Any]] = []
     sampling = Sampling(settings.steps, seed, prompt)
     made = run_with_parts(
-        kiln.checkpoint.model, pipeline_files(kiln), kiln.shapes, kiln.parts, runner, sampling, latents.append
+        checkpoint.model,
+        pipeline_files(checkpoint, plan, cache),
+        plan.shapes,
+        plan.parts,
+        runner,
+        sampling,
+        latents.append,
     )
     return Sampled(tuple(latents), made.image)
 
 
-def _reference_action(kiln: Kiln, settings: Settings, prompt: str, seed: int) -> Action:
+def _reference_action(
+    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, settings: Settings, prompt: str, seed: int
+) -> Action:
     import importlib.metadata
 
     return Action(
         stage="sample",
         what=f"reference image, seed {seed}",
-        code_version=code_version(reference_runs, model=type(kiln.checkpoint.model)),
-        inputs={"checkpoint": digest_json({name: dict(tensors) for name, tensors in kiln.checkpoint.digests.items()})},
+        code_version=code_version(reference_runs, model=type(checkpoint.model)),
+        inputs={"checkpoint": digest_json({name: dict(tensors) for name, tensors in checkpoint.digests.items()})},
         settings={
-            "configs": digest_json(kiln.checkpoint.configs),
-            "shapes": [kiln.shapes.height, kiln.shapes.width, kiln.shapes.tokens],
+            "configs": digest_json(checkpoint.configs),
+            "shapes": [plan.shapes.height, plan.shapes.width, plan.shapes.tokens],
             "steps": settings.steps,
             "seed": seed,
             "prompt": prompt,
@@ -117,20 +147,22 @@ def _reference_action(kiln: Kiln, settings: Settings, prompt: str, seed: int) ->
     )
 
 
-def _open_reference(kiln: Kiln) -> Any:
+def _open_reference(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> Any:
     with quiet():
         from fluxkiln.verify.streaming import open_pipeline
 
-        return open_pipeline(kiln.checkpoint, {part.component: part.folder for part in kiln.parts})
+        return open_pipeline(checkpoint, {part.component: part.folder for part in plan.parts})
 
 
-def _render(pipe: Any, kiln: Kiln, settings: Settings, prompt: str, seed: int) -> Sampled:
+def _render(
+    pipe: Any, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, settings: Settings, prompt: str, seed: int
+) -> Sampled:
     from fluxkiln.verify.streaming import weights_in_place
 
     latents: list[NDArray[Any]] = []
     with weights_in_place():
         sampling = Sampling(settings.steps, seed, prompt)
-        made = kiln.checkpoint.model.render(pipe, kiln.shapes, sampling, latents.append)
+        made = checkpoint.model.render(pipe, plan.shapes, sampling, latents.append)
     return Sampled(tuple(latents), made.image)
 
 

@@ -13,11 +13,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.build.context import Prepared, chosen_parts
 from fluxkiln.build.parity import record
+from fluxkiln.compile.plan import Plan
 from fluxkiln.compile.rungs import dequantized_rung
-from fluxkiln.compile.templates import Kiln, make_template
+from fluxkiln.compile.templates import make_template
 from fluxkiln.errors import ParityError
+from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.progress import Progress
 from fluxkiln.quantize.exceptions import weight_name
 from fluxkiln.quantize.recipes import slot_of
@@ -40,12 +43,14 @@ class Trials:
     """What blocks are tried on.
 
     Attributes:
-        kiln: of the inline form, at the shapes of the recording.
+        plan: of the inline form, at the shapes of the recording.
         slots: kind -> its slots that may be in codes, `attn.to_q`.
         blocks: kind -> the blocks that are run: the first and the last.
     """
 
-    kiln: Kiln
+    checkpoint: Checkpoint
+    plan: Plan
+    cache: ActionCache
     recording: Recording
     slots: Mapping[str, tuple[str, ...]]
     blocks: Mapping[str, tuple[Part, ...]]
@@ -59,17 +64,17 @@ def open_trials(prepared: Prepared, layers: Collection[str], progress: Progress)
     """
     progress.stage("record", 1)
     settings = replace(prepared.settings, modulation="inline")
-    kiln = replace(prepared.kiln, parts=chosen_parts(settings, prepared.kiln.checkpoint))
-    recording = record(kiln, settings, prepared.fingerprint, prepared.folder / "recording")
+    checkpoint, cache = prepared.checkpoint, prepared.cache
+    plan = replace(prepared.plan, parts=chosen_parts(settings, checkpoint))
+    recording = record(checkpoint, plan, cache, settings, prepared.fingerprint, prepared.folder / "recording")
     progress.done("record", "reference run", f"{recording.steps} step(s)")
     slots: dict[str, dict[str, None]] = {}
     for kind, slot in map(slot_of, layers):
         slots.setdefault(kind, {})[slot] = None
-    every = {kind: [part for part in kiln.parts if part.kind == kind] for kind in slots}
+    every = {kind: [part for part in plan.parts if part.kind == kind] for kind in slots}
     blocks = {kind: tuple(dict.fromkeys((parts[0], parts[-1]))) for kind, parts in every.items()}
-    return Trials(
-        replace(kiln, shapes=recording.shapes), recording, {kind: tuple(found) for kind, found in slots.items()}, blocks
-    )
+    found = {kind: tuple(names) for kind, names in slots.items()}
+    return Trials(checkpoint, replace(plan, shapes=recording.shapes), cache, recording, found, blocks)
 
 
 def slot_errors(trials: Trials, scheme: Scheme, progress: Progress) -> dict[str, float]:
@@ -112,13 +117,13 @@ def block_errors(
 class _Weights:
     """A part's weights in float32, of which any may be replaced by what their codes stand for."""
 
-    def __init__(self, kiln: Kiln, part: Part, scheme: Scheme) -> None:
+    def __init__(self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, scheme: Scheme) -> None:
         import numpy as np
 
-        self.template = make_template(kiln, part.kind, "onnx17")
-        plain = _reader(kiln, part, parse_scheme(scheme.arithmetic))
+        self.template = make_template(checkpoint, plan, cache, part.kind, "onnx17")
+        plain = _reader(checkpoint, plan, cache, part, parse_scheme(scheme.arithmetic))
         self.plain = {spec.name: np.ascontiguousarray(plain(spec.name), np.float32) for spec in self.template.slots}
-        self.codes = _reader(kiln, part, replace(scheme, kept=()))
+        self.codes = _reader(checkpoint, plan, cache, part, replace(scheme, kept=()))
         self.coded: frozenset[str] = frozenset()
 
     def fill(self, part: str) -> Filling:
@@ -139,7 +144,7 @@ class _Block:
         from fluxkiln.compile.onnx.runner import TemplateRunner
 
         self.part, self.recording = part, trials.recording
-        self.weights = _Weights(trials.kiln, part, scheme)
+        self.weights = _Weights(trials.checkpoint, trials.plan, trials.cache, part, scheme)
         self.runner = TemplateRunner(self.weights.fill)
         self.expected = self.run(())
 
@@ -168,10 +173,10 @@ class _Block:
         return math.sqrt(sum(squares) / len(squares))
 
 
-def _reader(kiln: Kiln, part: Part, scheme: Scheme) -> WeightReader:
+def _reader(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, scheme: Scheme) -> WeightReader:
     """Slot of a part's template -> its weight as `scheme` stores it."""
     from fluxkiln.compile.onnx.runner import TemplateRunner
 
-    rung = dequantized_rung(replace(kiln, schemes={**kiln.schemes, part.kind: scheme}))
+    rung = dequantized_rung(checkpoint, replace(plan, schemes={**plan.schemes, part.kind: scheme}), cache)
     assert isinstance(rung, TemplateRunner)
     return rung.fill(part.name).read_weight

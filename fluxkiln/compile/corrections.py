@@ -17,12 +17,14 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from fluxkiln.artifacts.actions import Action, run_action
+from fluxkiln.artifacts.actions import Action, ActionCache, run_action
 from fluxkiln.artifacts.code import code_version
 from fluxkiln.compile.onnx.filled import weight_matmuls
-from fluxkiln.compile.templates import Kiln, make_template, weights_digest
+from fluxkiln.compile.plan import Plan
+from fluxkiln.compile.templates import make_template, weights_digest
 from fluxkiln.compile.weights import CalibratedSlots, part_calibration, part_rounders, part_statistics
 from fluxkiln.export.bindings import BoundWeights, WeightReader, bind_part, weight_reader
+from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.quantize.methods import Source
 from fluxkiln.quantize.rounding import pack_sided
 from fluxkiln.quantize.schemes import Scheme
@@ -60,7 +62,9 @@ class SidedWeights:
         return found.rest(rows, start) if found else rows
 
 
-def part_weights(kiln: Kiln, part: Part, template: Template) -> WeightReader:
+def part_weights(
+    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, template: Template
+) -> WeightReader:
     """Slot of a part's compiled form -> what it is filled with, in torch's layout; it has a method `read_rows`.
 
     Args:
@@ -69,13 +73,15 @@ def part_weights(kiln: Kiln, part: Part, template: Template) -> WeightReader:
     Raises:
         SchemeError: the method has no calibration, or a rank that a weight does not have.
     """
-    plain = weight_reader(bind_part(part, template.slots, kiln.checkpoint), kiln.checkpoint)
-    if kiln.scheme(part).codes_only:
+    plain = weight_reader(bind_part(part, template.slots, checkpoint), checkpoint)
+    if plan.scheme(part).codes_only:
         return plain
-    return SidedWeights(plain, _stored_beside(kiln, part, template, plain))
+    return SidedWeights(plain, _stored_beside(checkpoint, plan, cache, part, template, plain))
 
 
-def part_packers(kiln: Kiln, part: Part, graph_format: Any = "onnx17") -> PackerOf | None:
+def part_packers(
+    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, graph_format: Any = "onnx17"
+) -> PackerOf | None:
     """Slot of a part's template -> what packs it by a method that needs more than codes; None for all others.
 
     What is dequantized has what was cast beside its codes, not what is searched again: that takes seconds a matrix.
@@ -83,15 +89,17 @@ def part_packers(kiln: Kiln, part: Part, graph_format: Any = "onnx17") -> Packer
     Raises:
         SchemeError: there is no calibration, or it is not of this checkpoint.
     """
-    scheme = kiln.scheme(part)
+    scheme = plan.scheme(part)
     if scheme.codes_only:
         return None
-    known = part_statistics(kiln, part, graph_format)
+    known = part_statistics(checkpoint, plan, cache, part, graph_format)
     if scheme.how.of_input:
-        compiled = known if graph_format == "onnx17" else part_statistics(kiln, part)
-        shared = {compiled.channels(slot, None): found for slot, found in _known_beside(kiln, part).items()}
+        compiled = known if graph_format == "onnx17" else part_statistics(checkpoint, plan, cache, part)
+        shared = {
+            compiled.channels(slot, None): found for slot, found in _known_beside(checkpoint, plan, cache, part).items()
+        }
         return _packers(scheme, known, lambda slot, columns: shared.get(known.channels(slot, columns)))
-    whole = _known_beside(kiln, part) if graph_format == "onnx17" else {}
+    whole = _known_beside(checkpoint, plan, cache, part) if graph_format == "onnx17" else {}
     return _packers(scheme, known, lambda slot, columns: whole.get(slot) if columns is None else None)
 
 
@@ -110,21 +118,23 @@ def _packers(
     return packer_of
 
 
-def _known_beside(kiln: Kiln, part: Part) -> dict[str, SideTensors]:
+def _known_beside(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part) -> dict[str, SideTensors]:
     """Slot of a part's compiled form -> what stands beside its codes."""
-    template = make_template(kiln, part.kind, "onnx17")
-    binding = bind_part(part, template.slots, kiln.checkpoint)
-    arrays = _stored_beside(kiln, part, template, weight_reader(binding, kiln.checkpoint))
+    template = make_template(checkpoint, plan, cache, part.kind, "onnx17")
+    binding = bind_part(part, template.slots, checkpoint)
+    arrays = _stored_beside(checkpoint, plan, cache, part, template, weight_reader(binding, checkpoint))
     found = {slot: SideTensors.of_slot(arrays, slot) for slot in dict.fromkeys(split_slot(name)[0] for name in arrays)}
     return {slot: beside for slot, beside in found.items() if beside is not None}
 
 
-def rounding_key(kiln: Kiln, part: Part) -> tuple[dict[str, Any], dict[str, str]]:
+def rounding_key(
+    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part
+) -> tuple[dict[str, Any], dict[str, str]]:
     """Settings and inputs that a part's method adds to the key of its weights; nothing for the compiler's own."""
-    scheme = kiln.scheme(part)
+    scheme = plan.scheme(part)
     if scheme.rounds_as_compiler:
         return {}, {}
-    calibration = part_calibration(kiln, part)
+    calibration = part_calibration(checkpoint, plan, cache, part)
     settings = {
         "method": scheme.method,
         "symmetric": scheme.symmetric,
@@ -134,29 +144,35 @@ def rounding_key(kiln: Kiln, part: Part) -> tuple[dict[str, Any], dict[str, str]
     return settings, {} if calibration is None else {"calibration": calibration.digest}
 
 
-def _stored_beside(kiln: Kiln, part: Part, template: Template, plain: BoundWeights) -> Mapping[str, NDArray[Any]]:
+def _stored_beside(
+    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, template: Template, plain: BoundWeights
+) -> Mapping[str, NDArray[Any]]:
     """What stands beside the codes of a part's weights, from the store or found now."""
-    settings, calibration = rounding_key(kiln, part)
-    binding = bind_part(part, template.slots, kiln.checkpoint)
+    settings, calibration = rounding_key(checkpoint, plan, cache, part)
+    binding = bind_part(part, template.slots, checkpoint)
     action = Action(
         stage="correct",
-        what=f"{part.name} {kiln.scheme(part).name}",
+        what=f"{part.name} {plan.scheme(part).name}",
         code_version=str(settings["code"]),
-        inputs={"weights": weights_digest(kiln, binding), "template": template.digest, **calibration},
-        settings={"scheme": kiln.scheme(part).name},
+        inputs={
+            "weights": weights_digest(checkpoint, plan, cache, binding),
+            "template": template.digest,
+            **calibration,
+        },
+        settings={"scheme": plan.scheme(part).name},
     )
 
     def produce(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
-        known = part_statistics(kiln, part)
+        known = part_statistics(checkpoint, plan, cache, part)
         found: dict[str, Any] = {
-            slot: array.view(np.uint16) for slot, array in _find_beside(kiln.scheme(part), template, plain, known)
+            slot: array.view(np.uint16) for slot, array in _find_beside(plan.scheme(part), template, plain, known)
         }
         with (folder / "beside.npz").open("wb") as file:
             np.savez(file, **found)
         return {"beside": folder / "beside.npz"}, {}
 
-    blob = run_action(kiln.cache, action, produce).outputs["beside"]
-    with np.load(kiln.path(blob)) as arrays:
+    blob = run_action(cache, action, produce).outputs["beside"]
+    with np.load(cache.path(blob)) as arrays:
         return {slot: arrays[slot].view(ml_dtypes.bfloat16) for slot in arrays.files}
 
 

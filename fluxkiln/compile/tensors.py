@@ -5,27 +5,29 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from fluxkiln.compile.templates import Kiln
+from fluxkiln.artifacts.actions import ActionCache
+from fluxkiln.compile.plan import Plan
 from fluxkiln.compile.toolchains.neuron.split import holds_tensor
 from fluxkiln.errors import SchemeError
+from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.quantize.exceptions import weight_name, with_exceptions
 from fluxkiln.quantize.figures import stored_size
 from fluxkiln.quantize.schemes import Scheme, check_groups, form_group, parse_scheme
 from fluxkiln.types import Part, TensorRef
 
 
-def part_refs(kiln: Kiln, part: Part) -> list[TensorRef]:
+def part_refs(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part) -> list[TensorRef]:
     """The checkpoint tensors of a part, by their names alone."""
-    refs, traits = kiln.checkpoint.tensors[part.folder], part.traits
-    if kiln.split is not None:
-        return [ref for name, ref in refs.items() if holds_tensor(kiln.checkpoint.model, part, name)]
+    refs, traits = checkpoint.tensors[part.folder], part.traits
+    if plan.layout is not None:
+        return [ref for name, ref in refs.items() if holds_tensor(checkpoint.model, part, name)]
     own, without = (tuple(part.prefix + name for name in names) for names in (traits.own, traits.without))
     return [ref for name, ref in refs.items() if name.startswith(own) and not name.startswith(without)]
 
 
-def quantizable(kiln: Kiln, part: Part) -> dict[str, TensorRef]:
+def quantizable(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part) -> dict[str, TensorRef]:
     """Name within the part -> tensor, of the matrices that a scheme with weight bits quantizes if it keeps none."""
-    refs = part_refs(kiln, part)
+    refs = part_refs(checkpoint, plan, cache, part)
     return {
         ref.name.removeprefix(part.prefix): ref
         for ref in refs
@@ -33,22 +35,26 @@ def quantizable(kiln: Kiln, part: Part) -> dict[str, TensorRef]:
     }
 
 
-def settle_kept(kiln: Kiln) -> Kiln:
-    """The kiln with each kind's scheme without patterns that are for another kind of its block (the modulation, say).
+def settle_kept(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> Plan:
+    """The plan with each kind's scheme without patterns that are for another kind of its block (the modulation, say).
 
     A kind that keeps all its matrices is not quantized at all.
 
     Raises:
         SchemeError: a pattern matches no weight of the kinds that it was given for.
     """
-    schemes = dict(kiln.schemes)
-    matrices = {part.kind: list(quantizable(kiln, part)) for part in reversed(kiln.parts) if kiln.scheme(part).kept}
+    schemes = dict(plan.schemes)
+    matrices = {
+        part.kind: list(quantizable(checkpoint, plan, cache, part))
+        for part in reversed(plan.parts)
+        if plan.scheme(part).kept
+    }
     unmatched: dict[tuple[tuple[str, ...], str], bool] = {}
     for kind, names in matrices.items():
-        scheme = kiln.schemes[kind]
+        scheme = plan.schemes[kind]
         used = [one for one in scheme.kept if any(replace(scheme, kept=(one,)).keeps(name) for name in names)]
         for one in scheme.kept:
-            key = (form_group(kiln.checkpoint.model.kinds, kind), one)
+            key = (form_group(checkpoint.model.kinds, kind), one)
             unmatched[key] = unmatched.get(key, True) and one not in used
         schemes[kind] = replace(scheme, kept=tuple(used))
         if all(schemes[kind].keeps(name) for name in names):
@@ -57,36 +63,36 @@ def settle_kept(kiln: Kiln) -> Kiln:
         if missing:
             there = dict.fromkeys(name.removesuffix(".weight") for kind in kinds for name in matrices.get(kind, ()))
             raise SchemeError(f"no weight of {kinds[0]} is called {pattern!r}; there are {', '.join(there)}")
-    return replace(kiln, schemes=schemes)
+    return replace(plan, schemes=schemes)
 
 
-def check_weights(kiln: Kiln) -> None:
+def check_weights(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> None:
     """Raise SchemeError when a weight cannot be in the codes that its scheme asks for.
 
     Its groups do not divide its input channels, or the target's compiler does not take its output channels.
     """
     refused: dict[str, tuple[TensorRef, str]] = {}
-    for part in kiln.parts:
-        scheme = kiln.scheme(part)
-        for name, ref in quantizable(kiln, part).items() if scheme.weight_bits else ():
+    for part in plan.parts:
+        scheme = plan.scheme(part)
+        for name, ref in quantizable(checkpoint, plan, cache, part).items() if scheme.weight_bits else ():
             if not scheme.keeps(name):
                 check_groups(scheme, ref.name, ref.shape[1])
-                if not kiln.target.takes_codes(ref.shape[0]):
+                if not plan.target.takes_codes(ref.shape[0]):
                     refused.setdefault(f"{part.traits.block}.{weight_name(name)}", (ref, scheme.arithmetic))
     if refused:
-        (first, plain), lanes = next(iter(refused.values())), kiln.target.lanes
-        fewer = f" or fewer than {lanes}" * kiln.target.partial_lanes
+        (first, plain), lanes = next(iter(refused.values())), plan.target.lanes
+        fewer = f" or fewer than {lanes}" * plan.target.partial_lanes
         raise SchemeError(
-            f"{first.name} has {first.shape[0]} output channels; {kiln.target.name} takes codes of a weight with a "
+            f"{first.name} has {first.shape[0]} output channels; {plan.target.name} takes codes of a weight with a "
             f"multiple of {lanes}{fewer}, whatever its groups: ask for {plain}, or leave such weights out of the codes, "
             f"--scheme '{with_exceptions('SCHEME', refused, plain)}'"
         )
 
 
-def part_bytes(kiln: Kiln, part: Part) -> int:
+def part_bytes(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part) -> int:
     """Bytes of a part's weights in a binary: quantized matrices with all that is beside their codes, and the others."""
-    scheme, refs = kiln.scheme(part), part_refs(kiln, part)
-    quantized = {ref.name for name, ref in quantizable(kiln, part).items() if not scheme.keeps(name)}
+    scheme, refs = plan.scheme(part), part_refs(checkpoint, plan, cache, part)
+    quantized = {ref.name for name, ref in quantizable(checkpoint, plan, cache, part).items() if not scheme.keeps(name)}
     plain = 4 if scheme.arithmetic == "F32" else 2
     total = 0
     for ref in refs:
@@ -97,11 +103,11 @@ def part_bytes(kiln: Kiln, part: Part) -> int:
     return total
 
 
-def search_memory(kiln: Kiln, part: Part) -> int:
+def search_memory(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part) -> int:
     """Bytes that the search for what stands beside the codes takes: a few copies of the largest weight in float32."""
-    if kiln.scheme(part).codes_only:
+    if plan.scheme(part).codes_only:
         return 0
-    return 20 * max((math.prod(ref.shape) for ref in quantizable(kiln, part).values()), default=0)
+    return 20 * max((math.prod(ref.shape) for ref in quantizable(checkpoint, plan, cache, part).values()), default=0)
 
 
 def stored_bytes(scheme: Scheme, weights: int) -> int:

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fluxkiln.artifacts.actions import Action, ActionCache
-from fluxkiln.compile.templates import Kiln, make_template
+from fluxkiln.compile.plan import Plan
+from fluxkiln.compile.templates import make_template
 from fluxkiln.digests import digest_json
 from fluxkiln.errors import SchemeError
 from fluxkiln.export.bindings import bind_part
+from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.quantize.calibration import Calibration, open_calibration
 from fluxkiln.quantize.pack import Rounder, RounderOf
 from fluxkiln.quantize.rounding import as_compiler, make_rounder
@@ -48,42 +50,44 @@ def find_calibration(cache: ActionCache, component: str, digest: str) -> Calibra
     return calibration
 
 
-def part_calibration(kiln: Kiln, part: Part) -> Calibration | None:
+def part_calibration(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part) -> Calibration | None:
     """The calibration that a part's scheme asks for; None where it asks for none.
 
     Raises:
         SchemeError: there is none in the store.
     """
-    scheme = kiln.scheme(part)
+    scheme = plan.scheme(part)
     if not scheme.calibrated:
         return None
     component = part.folder
-    found = find_calibration(kiln.cache, component, component_digest(kiln.checkpoint.digests, component))
+    found = find_calibration(cache, component, component_digest(checkpoint.digests, component))
     if found is None:
         raise SchemeError(
             f"{part.name} is to be stored as {scheme.name}, which needs calibration, and the store has none for the "
-            f"{component} of {kiln.checkpoint.name}; run fluxkiln calibrate on this model first"
+            f"{component} of {checkpoint.name}; run fluxkiln calibrate on this model first"
         )
     return found
 
 
-def used_calibrations(kiln: Kiln) -> dict[str, str]:
+def used_calibrations(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> dict[str, str]:
     """Component -> digest of the calibration that its parts are rounded by; without what the store has not got."""
     found: dict[str, str] = {}
-    for component in dict.fromkeys(part.folder for part in kiln.parts if kiln.scheme(part).calibrated):
-        if component in kiln.checkpoint.digests:
-            calibration = find_calibration(kiln.cache, component, component_digest(kiln.checkpoint.digests, component))
+    for component in dict.fromkeys(part.folder for part in plan.parts if plan.scheme(part).calibrated):
+        if component in checkpoint.digests:
+            calibration = find_calibration(cache, component, component_digest(checkpoint.digests, component))
             found |= {component: calibration.digest} if calibration else {}
     return found
 
 
-def check_methods(kiln: Kiln) -> None:
+def check_methods(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> None:
     """Raise SchemeError before anything is compiled, where a method cannot be had for lack of calibration."""
-    for kind in kiln.kinds():
-        part_calibration(kiln, next(part for part in kiln.parts if part.kind == kind))
+    for kind in plan.kinds():
+        part_calibration(checkpoint, plan, cache, next(part for part in plan.parts if part.kind == kind))
 
 
-def part_rounders(kiln: Kiln, part: Part, graph_format: Any = "onnx17") -> RounderOf:
+def part_rounders(
+    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, graph_format: Any = "onnx17"
+) -> RounderOf:
     """Slot of a part's template -> its rounder; by a method that needs more than codes, that of what is in codes.
 
     Args:
@@ -92,26 +96,28 @@ def part_rounders(kiln: Kiln, part: Part, graph_format: Any = "onnx17") -> Round
     Raises:
         SchemeError: the method needs a calibration, and there is none or not of this checkpoint.
     """
-    scheme = kiln.scheme(part)
+    scheme = plan.scheme(part)
     if scheme.rounds_as_compiler:
         return as_compiler
     if scheme.codes_only and scheme.calibrated:
-        return part_statistics(kiln, part, graph_format).rounder
+        return part_statistics(checkpoint, plan, cache, part, graph_format).rounder
     plain = scheme.how.rounder(None, scheme.symmetric)
     return lambda slot, columns: plain
 
 
-def part_statistics(kiln: Kiln, part: Part, graph_format: Any = "onnx17") -> CalibratedSlots:
+def part_statistics(
+    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, graph_format: Any = "onnx17"
+) -> CalibratedSlots:
     """What calibration knows of the slots of a part's template.
 
     Raises:
         SchemeError: there is no calibration, or it is not of this checkpoint.
     """
-    calibration, component = part_calibration(kiln, part), part.folder
+    calibration, component = part_calibration(checkpoint, plan, cache, part), part.folder
     assert calibration is not None
-    binding = bind_part(part, make_template(kiln, part.kind, graph_format).slots, kiln.checkpoint)
+    binding = bind_part(part, make_template(checkpoint, plan, cache, part.kind, graph_format).slots, checkpoint)
     slots = {slot.slot: slot for slot in binding.slots}
-    return CalibratedSlots(kiln.scheme(part), component, kiln.checkpoint.tensors[component], calibration, slots)
+    return CalibratedSlots(plan.scheme(part), component, checkpoint.tensors[component], calibration, slots)
 
 
 @dataclass(slots=True)

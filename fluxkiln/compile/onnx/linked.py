@@ -17,8 +17,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.compile.corrections import part_packers
-from fluxkiln.compile.templates import BinaryPart, CombinedFile, Kiln, make_template, tell_template
+from fluxkiln.compile.plan import Binary, BundleFile, Plan
+from fluxkiln.compile.templates import make_template, tell_template
 from fluxkiln.compile.weights import part_rounders
 from fluxkiln.errors import ResourceError, UsageError
 from fluxkiln.export.bindings import bind_part, binding_refs, weight_reader
@@ -116,7 +118,9 @@ def export_graphs(
     return LinkedExport(destination, tuple(graphs), how, copied + sum(sum(one.copied.values()) for one in graphs))
 
 
-def link_parts(kiln: Kiln, schemes: Mapping[str, Scheme], folder: Path) -> dict[str, Path]:
+def link_parts(
+    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, schemes: Mapping[str, Scheme], folder: Path
+) -> dict[str, Path]:
     """Part -> an ONNX file in `folder`, its weights in files below `folder`.
 
     Without quantization the checkpoint's own shards are put there whole. With it a shard would come along for the few
@@ -131,38 +135,38 @@ def link_parts(kiln: Kiln, schemes: Mapping[str, Scheme], folder: Path) -> dict[
     folder.mkdir(parents=True)
     whole_shards = not any(scheme.weight_bits for scheme in schemes.values())
     linked = {}
-    for part in kiln.parts:
-        template = make_template(kiln, part.kind, "onnx23")
-        binding = bind_part(part, template.slots, kiln.checkpoint)
-        refs = {ref.name: ref for ref in binding_refs(binding, kiln.checkpoint)}
+    for part in plan.parts:
+        template = make_template(checkpoint, plan, cache, part.kind, "onnx23")
+        binding = bind_part(part, template.slots, checkpoint)
+        refs = {ref.name: ref for ref in binding_refs(binding, checkpoint)}
         if whole_shards:
-            refs = {name: replace(ref, file=_beside(ref.file, kiln.checkpoint, folder)) for name, ref in refs.items()}
+            refs = {name: replace(ref, file=_beside(ref.file, checkpoint, folder)) for name, ref in refs.items()}
         elif not schemes[part.kind].weight_bits:
             refs = copy_tensors(refs.values(), folder / WEIGHTS / f"{part.name}.safetensors")
-        reader = weight_reader(binding, kiln.checkpoint)
+        reader = weight_reader(binding, checkpoint)
         target = folder / f"{part.name}.onnx"
         scheme, rounder_of, packer_of = schemes[part.kind], None, None
         if scheme.weight_bits:
-            packer_of = part_packers(kiln, part, "onnx23")
-            rounder_of = None if packer_of else part_rounders(kiln, part, "onnx23")
+            packer_of = part_packers(checkpoint, plan, cache, part, "onnx23")
+            rounder_of = None if packer_of else part_rounders(checkpoint, plan, cache, part, "onnx23")
         linked[part.name] = link_weights(template, binding, refs, reader, scheme, target, rounder_of, packer_of)
     return linked
 
 
 def link_components(
-    kiln: Kiln, folder: Path, progress: Progress
-) -> tuple[tuple[BinaryPart, ...], tuple[CombinedFile, ...], dict[str, Path]]:
+    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, folder: Path, progress: Progress
+) -> tuple[tuple[Binary, ...], tuple[BundleFile, ...], dict[str, Path]]:
     """All of an ONNX Runtime build: parts, the files of the bundle, and part -> graph in `folder`."""
-    kinds = kiln.kinds()
+    kinds = plan.kinds()
     progress.stage("template", len(kinds))
     for kind in kinds:
-        tell_template(kiln, kind, "onnx23", progress, "template")
-    progress.stage("link", len(kiln.parts))
-    graphs = link_parts(kiln, kiln.schemes, folder / GRAPHS)
+        tell_template(checkpoint, plan, cache, kind, "onnx23", progress, "template")
+    progress.stage("link", len(plan.parts))
+    graphs = link_parts(checkpoint, plan, cache, plan.schemes, folder / GRAPHS)
     binaries = []
-    for part in kiln.parts:
-        template = make_template(kiln, part.kind, "onnx23")
-        blob = kiln.cache.store.add_file(graphs[part.name])
+    for part in plan.parts:
+        template = make_template(checkpoint, plan, cache, part.kind, "onnx23")
+        blob = cache.store.add_file(graphs[part.name])
         facts = {
             "inputs": [[spec.name, spec.dtype, list(spec.shape)] for spec in template.inputs],
             "outputs": [[spec.name, spec.dtype, list(spec.shape)] for spec in template.outputs],
@@ -170,16 +174,14 @@ def link_components(
             "instruction_bytes": 0,
             "runtime_bytes": 0,
         }
-        binaries.append(
-            BinaryPart(part, part.name, kiln.scheme(part), facts, "linked", digest=blob.digest, size=blob.size)
-        )
+        binaries.append(Binary(part, part.name, plan.scheme(part), facts, "linked", digest=blob.digest, size=blob.size))
         progress.done("link", part.name, f"{len(part.traits.inputs)} inputs, weights in place")
     names = {path: part for part, path in graphs.items()}
     files = []
     for path in sorted(path for path in (folder / GRAPHS).rglob("*") if path.is_file()):
         parts = (names[path],) if path in names else ()
         name = f"{GRAPHS}/{path.relative_to(folder / GRAPHS)}"
-        files.append(CombinedFile(name, kiln.cache.store.add_file(path), parts))
+        files.append(BundleFile(name, cache.store.add_file(path), parts))
     return tuple(binaries), tuple(files), graphs
 
 

@@ -14,12 +14,16 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.build.budget import name_shapes
 from fluxkiln.build.context import Prepared
+from fluxkiln.compile.plan import Plan
 from fluxkiln.compile.rungs import lay_out_lowered
-from fluxkiln.compile.templates import Kiln, find_template, make_template
+from fluxkiln.compile.templates import find_template, make_template
+from fluxkiln.compile.toolchains.tpu_mlir.environment import installed
 from fluxkiln.compile.toolchains.tpu_mlir.moulds import cast_part, compile_part, find_mould, make_mould
 from fluxkiln.errors import UsageError
+from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.progress import Progress, Silent
 from fluxkiln.types import Part, find_part
 from fluxkiln.verify.debug.probe import (
@@ -77,39 +81,45 @@ def debug_part(prepared: Prepared, name: str, step: int = 0, progress: Progress 
         Whatever recording or compiling raises.
     """
     progress = progress or Silent()
-    kiln = prepared.kiln
-    part = find_part(kiln.parts, name)
-    if kiln.split is not None:
-        check_can_be_debugged(kiln, part)
-    inputs, outputs, kiln = _recorded(prepared, part, step, progress)
-    if kiln.split is not None:
-        rungs = look_on_ranks(kiln, part, inputs, outputs, prepared.bundle, progress)
-        executed = {"executed on": "XLA CPU replicas", "ranks": str(kiln.split.ranks(part))}
-        return _diagnosis(kiln, part, step, rungs, executed)
+    checkpoint, plan, cache = prepared.checkpoint, prepared.plan, prepared.cache
+    part = find_part(plan.parts, name)
+    if plan.layout is not None:
+        check_can_be_debugged(checkpoint, plan, cache, part)
+    inputs, outputs, plan = _recorded(prepared, part, step, progress)
+    if plan.layout is not None:
+        rungs = look_on_ranks(checkpoint, plan, cache, part, inputs, outputs, prepared.bundle, progress)
+        executed = {"executed on": "XLA CPU replicas", "ranks": str(plan.layout.ranks(part))}
+        return _diagnosis(checkpoint, plan, cache, part, step, rungs, executed)
     with tempfile.TemporaryDirectory(prefix="fluxkiln-debug-") as scratch:
-        rungs = _look(prepared, kiln, part, inputs, Path(scratch), progress)
+        rungs = _look(prepared, checkpoint, plan, cache, part, inputs, Path(scratch), progress)
     facts = {}
-    if kiln.target.toolchain == "tpu_mlir" and kiln.tpu_mlir is None:
+    if plan.target.toolchain == "tpu_mlir" and installed() is None:
         facts["lowered graph"] = "not looked into: its interpreter is TPU-MLIR's, which is not installed here"
-    return _diagnosis(kiln, part, step, rungs, facts)
+    return _diagnosis(checkpoint, plan, cache, part, step, rungs, facts)
 
 
 def _diagnosis(
-    kiln: Kiln, part: Part, step: int, rungs: tuple[RungFindings, ...], facts: Mapping[str, str]
+    checkpoint: Checkpoint,
+    plan: Plan,
+    cache: ActionCache,
+    part: Part,
+    step: int,
+    rungs: tuple[RungFindings, ...],
+    facts: Mapping[str, str],
 ) -> Diagnosis:
     shown = step if part.traits.each_step else -1
-    shapes = {"shapes": name_shapes(kiln.shapes)}
-    return Diagnosis(part.name, part.kind, kiln.scheme(part).name, shown, rungs, {**shapes, **facts})
+    shapes = {"shapes": name_shapes(plan.shapes)}
+    return Diagnosis(part.name, part.kind, plan.scheme(part).name, shown, rungs, {**shapes, **facts})
 
 
-def _recorded(prepared: Prepared, part: Part, step: int, progress: Progress) -> tuple[Values, Values, Kiln]:
-    """What the part was given and made, and the kiln at the shapes of the recording; what runs once has one step."""
+def _recorded(prepared: Prepared, part: Part, step: int, progress: Progress) -> tuple[Values, Values, Plan]:
+    """What the part was given and made, and the plan at the shapes of the recording; what runs once has one step."""
     from fluxkiln.build.parity import record
     from fluxkiln.patches.pipeline import fill_rows
 
     progress.stage("record", 1)
-    kiln = prepared.kiln
-    recording = record(kiln, prepared.settings, prepared.fingerprint, prepared.folder / "recording")
+    checkpoint, plan, cache = prepared.checkpoint, prepared.plan, prepared.cache
+    recording = record(checkpoint, plan, cache, prepared.settings, prepared.fingerprint, prepared.folder / "recording")
     progress.done("record", "reference run", f"{recording.steps} step(s)")
     if not 0 <= step < recording.steps:
         raise UsageError(
@@ -118,33 +128,45 @@ def _recorded(prepared: Prepared, part: Part, step: int, progress: Progress) -> 
         )
     place = step if part.traits.each_step else 0
     inputs, _ = fill_rows(part, recording.inputs(part.name, place))
-    return inputs, recording.outputs(part.name, place), replace(kiln, shapes=recording.shapes)
+    return inputs, recording.outputs(part.name, place), replace(plan, shapes=recording.shapes)
 
 
 def _look(
-    prepared: Prepared, kiln: Kiln, part: Part, inputs: Values, scratch: Path, progress: Progress
+    prepared: Prepared,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    cache: ActionCache,
+    part: Part,
+    inputs: Values,
+    scratch: Path,
+    progress: Progress,
 ) -> tuple[RungFindings, ...]:
-    tpu_mlir = kiln.target.toolchain == "tpu_mlir"
+    tpu_mlir = plan.target.toolchain == "tpu_mlir"
     progress.stage("look inside", 3)
-    inside = look_inside(kiln, part, inputs, "onnx17" if tpu_mlir else "onnx23")
-    rungs = [check_template(inside, kiln)]
+    inside = look_inside(checkpoint, plan, cache, part, inputs, "onnx17" if tpu_mlir else "onnx23")
+    rungs = [check_template(inside, checkpoint, plan, cache)]
     progress.done("look inside", "onnxruntime", f"{len(inside.operations)} operations")
-    scheme = kiln.scheme(part).name.split("-")[0]
-    if tpu_mlir or kiln.scheme(part).weight_bits:
+    scheme = plan.scheme(part).name.split("-")[0]
+    if tpu_mlir or plan.scheme(part).weight_bits:
         rungs.append(check_stored(inside, scheme))
         progress.done("look inside", "dequantized", f"{len(rungs[-1].findings)} values")
     if tpu_mlir:
         from fluxkiln.compile.toolchains.tpu_mlir.simulator import Simulator
 
-        if kiln.tpu_mlir is not None:
+        env = installed()
+        if env is not None:
             folder = scratch / "lowered"
-            template = make_template(kiln, part.kind, "onnx17")
-            mould = make_mould(kiln, template)
-            binary = cast_part(kiln, part, mould) if mould.castable else compile_part(kiln, part, template)
-            lay_out_lowered(kiln, binary, folder)
+            template = make_template(checkpoint, plan, cache, part.kind, "onnx17")
+            mould = make_mould(checkpoint, plan, cache, template)
+            binary = (
+                cast_part(checkpoint, plan, cache, part, mould)
+                if mould.castable
+                else compile_part(checkpoint, plan, cache, part, template)
+            )
+            lay_out_lowered(checkpoint, plan, cache, binary, folder)
             # as the compiler wrote it: in groups of heads the scores have names of their own
-            (folder / "lowered.mlir").write_text(kiln.path(binary.lowered).read_text())
-            with Simulator(kiln.tpu_mlir, kiln.target.chip, kiln.logs / "debug.log") as simulator:
+            (folder / "lowered.mlir").write_text(cache.path(binary.blobs["lowered"]).read_text())
+            with Simulator(env, plan.target.chip, plan.logs / "debug.log") as simulator:
                 rungs.append(check_lowered(inside, folder / "lowered.mlir", simulator, scheme))
         stored = _read_back(prepared, part, inside)
         if stored is not None:
@@ -152,7 +174,9 @@ def _look(
     else:
         from fluxkiln.compile.onnx.linked import link_parts
 
-        (graph,) = link_parts(replace(kiln, parts=(part,)), kiln.schemes, scratch / "graphs").values()
+        (graph,) = link_parts(
+            checkpoint, replace(plan, parts=(part,)), cache, plan.schemes, scratch / "graphs"
+        ).values()
         rungs.append(check_linked(inside, graph, scheme))
     progress.done("look inside", rungs[-1].rung, f"{len(rungs[-1].findings)} values")
     return tuple(rungs)
@@ -162,12 +186,20 @@ def _read_back(prepared: Prepared, part: Part, inside: Inside) -> RungFindings |
     """The part's weights in the build's own bundle; None where there is no bundle, or nothing was cast."""
     from fluxkiln.artifacts.bundle import read_manifest
 
-    kiln = prepared.kiln
+    checkpoint, plan, cache = prepared.checkpoint, prepared.plan, prepared.cache
     if not (prepared.bundle / "manifest.json").is_file():
         return None
     entry = next((one for one in read_manifest(prepared.bundle).parts if one.name == part.name), None)
-    template = find_template(kiln, part.kind, "onnx17")
-    mould = None if template is None else find_mould(kiln, template)
+    template = find_template(checkpoint, plan, cache, part.kind, "onnx17")
+    mould = None if template is None else find_mould(checkpoint, plan, cache, template)
     if entry is None or mould is None or not mould.castable:
         return None
-    return check_binary(inside, kiln, cast_part(kiln, part, mould), prepared.bundle / entry.file, entry.net)
+    return check_binary(
+        inside,
+        checkpoint,
+        plan,
+        cache,
+        cast_part(checkpoint, plan, cache, part, mould),
+        prepared.bundle / entry.file,
+        entry.net,
+    )

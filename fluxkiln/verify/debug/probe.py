@@ -9,11 +9,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.compile.corrections import part_packers, part_weights
+from fluxkiln.compile.plan import Binary, Plan
 from fluxkiln.compile.rungs import dequantized_rung
-from fluxkiln.compile.templates import BinaryPart, Kiln, make_template
+from fluxkiln.compile.templates import make_template
 from fluxkiln.compile.weights import part_rounders
 from fluxkiln.export.bindings import WeightReader, bind_part, weight_reader
+from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.types import GraphFormat, Part, Template
 from fluxkiln.verify.debug.bisect import (
     Finding,
@@ -98,7 +101,9 @@ class RungFindings:
         return max(self.findings, key=lambda finding: finding.own, default=None)
 
 
-def look_inside(kiln: Kiln, part: Part, inputs: Values, graph_format: GraphFormat) -> Inside:
+def look_inside(
+    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, inputs: Values, graph_format: GraphFormat
+) -> Inside:
     """The part's template with its weights, the checkpoint's and the stored ones.
 
     Args:
@@ -106,39 +111,43 @@ def look_inside(kiln: Kiln, part: Part, inputs: Values, graph_format: GraphForma
     """
     from fluxkiln.compile.onnx.values import SlotWeights, list_operations
 
-    template = make_template(kiln, part.kind, graph_format)
+    template = make_template(checkpoint, plan, cache, part.kind, graph_format)
     slots = [spec.name for spec in template.slots]
-    reader = weight_reader(bind_part(part, template.slots, kiln.checkpoint), kiln.checkpoint)
+    reader = weight_reader(bind_part(part, template.slots, checkpoint), checkpoint)
     read_stored = _stored_17 if graph_format == "onnx17" else _stored_23
-    stored: Values = SlotWeights(slots, read_stored(kiln, part, template, reader))
-    if kiln.scheme(part).weight_bits:  # rounding takes longer than reading
+    stored: Values = SlotWeights(slots, read_stored(checkpoint, plan, cache, part, template, reader))
+    if plan.scheme(part).weight_bits:  # rounding takes longer than reading
         stored = dict(stored)
     weights = SlotWeights(slots, reader)
     return Inside(part, template.path, list_operations(template.path, slots), inputs, weights, stored)
 
 
-def _stored_17(kiln: Kiln, part: Part, template: Template, reader: WeightReader) -> WeightReader:
+def _stored_17(
+    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, template: Template, reader: WeightReader
+) -> WeightReader:
     """Every weight as the compiled form holds it."""
     from fluxkiln.compile.onnx.runner import TemplateRunner
 
-    rung = dequantized_rung(kiln)
+    rung = dequantized_rung(checkpoint, plan, cache)
     assert isinstance(rung, TemplateRunner)
     return rung.fill(part.name).read_weight
 
 
-def _stored_23(kiln: Kiln, part: Part, template: Template, reader: WeightReader) -> WeightReader:
+def _stored_23(
+    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, template: Template, reader: WeightReader
+) -> WeightReader:
     """Weights in codes as a linked graph holds them, product by product; all others as the checkpoint has them."""
     import numpy as np
 
     from fluxkiln.compile.onnx.values import quantized_regions
     from fluxkiln.quantize.stored import stored_weight
 
-    scheme = kiln.scheme(part)
+    scheme = plan.scheme(part)
     if not scheme.weight_bits:
         return reader
     regions = quantized_regions(template.path, [spec.name for spec in template.slots])
-    packer_of = part_packers(kiln, part, "onnx23")
-    rounder_of = None if packer_of is not None else part_rounders(kiln, part, "onnx23")
+    packer_of = part_packers(checkpoint, plan, cache, part, "onnx23")
+    rounder_of = None if packer_of is not None else part_rounders(checkpoint, plan, cache, part, "onnx23")
 
     def stored(slot: str) -> NDArray[Any]:
         weight = np.array(reader(slot), np.float32)
@@ -155,7 +164,7 @@ def _stored_23(kiln: Kiln, part: Part, template: Template, reader: WeightReader)
     return stored
 
 
-def check_template(inside: Inside, kiln: Kiln) -> RungFindings:
+def check_template(inside: Inside, checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> RungFindings:
     """The template with the checkpoint's weights against diffusers' own modules, one by one in the order they run.
 
     A module's output is looked for among the template's values: patches may cut it in pieces, which are not judged.
@@ -164,7 +173,7 @@ def check_template(inside: Inside, kiln: Kiln) -> RungFindings:
     from fluxkiln.export.leaves import see_leaves
     from fluxkiln.verify.debug.match import match_leaves
 
-    leaves = see_leaves(inside.part, kiln.checkpoint, inside.inputs)
+    leaves = see_leaves(inside.part, checkpoint, inside.inputs)
     seen = template_values(inside.template, inside.inputs, inside.weights, inside.order)
     matched = match_leaves(leaves, inside.operations, seen, tolerance_of("onnxruntime", "*"))
     made = RungFindings("onnxruntime", "reference", tuple(matched))
@@ -208,7 +217,9 @@ def check_linked(inside: Inside, graph: Path, scheme: str) -> RungFindings:
     return _with_culprit(made, inside, {**inside.inputs, **seen}, {}, scheme)
 
 
-def check_binary(inside: Inside, kiln: Kiln, binary: BinaryPart, file: Path, net: str) -> RungFindings:
+def check_binary(
+    inside: Inside, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, binary: Binary, file: Path, net: str
+) -> RungFindings:
     """The weights in a file of the bundle, read back, against what casting makes of the checkpoint's.
 
     Args:
@@ -218,11 +229,13 @@ def check_binary(inside: Inside, kiln: Kiln, binary: BinaryPart, file: Path, net
     from fluxkiln.compile.toolchains.tpu_mlir.coefficients import CoefficientMap
     from fluxkiln.quantize.side_tensors import split_slot
 
-    reader = part_weights(kiln, binary.part, make_template(kiln, binary.part.kind, "onnx17"))
-    coefficients = CoefficientMap.from_json(json.loads(kiln.path(binary.coefficients).read_text()))
+    reader = part_weights(
+        checkpoint, plan, cache, binary.part, make_template(checkpoint, plan, cache, binary.part.kind, "onnx17")
+    )
+    coefficients = CoefficientMap.from_json(json.loads(cache.path(binary.blobs["map"]).read_text()))
     differing: dict[str, float] = {}
     for stored, wrong_bytes in compare_stored(
-        file, net, coefficients, reader, part_rounders(kiln, binary.part)
+        file, net, coefficients, reader, part_rounders(checkpoint, plan, cache, binary.part)
     ).items():
         # what stands beside a weight's codes is the business of the same product
         slot = split_slot(stored)[0]

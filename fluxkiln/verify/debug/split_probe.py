@@ -19,11 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fluxkiln.compile.templates import Kiln, host_constants
+from fluxkiln.artifacts.actions import ActionCache
+from fluxkiln.compile.plan import Plan
+from fluxkiln.compile.templates import host_constants
 from fluxkiln.compile.toolchains.neuron.modules import Module, lower_modules, module_name
 from fluxkiln.compile.toolchains.neuron.rungs import LARGEST_PART, bound_weights, dtype_of, shard_arrays
 from fluxkiln.compile.toolchains.neuron.split import held_elements, shard_file, shard_weights
 from fluxkiln.errors import UsageError
+from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.patches.cut import Cut
 from fluxkiln.progress import Progress
 from fluxkiln.types import Part
@@ -117,7 +120,14 @@ class SplitInside:
 
 
 def look_on_ranks(
-    kiln: Kiln, part: Part, inputs: Values, outputs: Values, bundle: Path, progress: Progress
+    checkpoint: Checkpoint,
+    plan: Plan,
+    cache: ActionCache,
+    part: Part,
+    inputs: Values,
+    outputs: Values,
+    bundle: Path,
+    progress: Progress,
 ) -> tuple[RungFindings, ...]:
     """Every rung of a part of a split model.
 
@@ -130,15 +140,15 @@ def look_on_ranks(
     """
     from fluxkiln.compile.toolchains.neuron.replicas import Replicas
 
-    check_can_be_debugged(kiln, part)
-    kiln = replace(kiln, parts=(part,))
+    check_can_be_debugged(checkpoint, plan, cache, part)
+    plan = replace(plan, parts=(part,))
     name = module_name(part)
-    module = lower_modules(kiln, progress)[name]
-    exact = lower_modules(kiln, progress, "float32", stage="lower float32")[name]
-    whole = lower_modules(kiln, progress, degree=1, stage="lower unsplit")[name]
-    inputs = {**host_constants(kiln), **inputs}
-    state = whole_state(kiln, part, whole)
-    leaves = see_split_leaves(part, kiln.checkpoint, inputs, state)
+    module = lower_modules(checkpoint, plan, cache, progress)[name]
+    exact = lower_modules(checkpoint, plan, cache, progress, "float32", stage="lower float32")[name]
+    whole = lower_modules(checkpoint, plan, cache, progress, degree=1, stage="lower unsplit")[name]
+    inputs = {**host_constants(checkpoint, plan, cache), **inputs}
+    state = whole_state(checkpoint, plan, cache, part, whole)
+    leaves = see_split_leaves(part, checkpoint, inputs, state)
     progress.stage("look inside", 4)
     rungs: list[RungFindings] = []
 
@@ -148,27 +158,33 @@ def look_on_ranks(
 
     with ExitStack() as stack:
         workers = {
-            ranks: stack.enter_context(Replicas(ranks, kiln.logs / f"debug.{ranks}.log"))
+            ranks: stack.enter_context(Replicas(ranks, plan.logs / f"debug.{ranks}.log"))
             for ranks in sorted({module.ranks, 1})
         }
-        look(check_split(open_inside(kiln, part, exact, inputs, workers, "float32"), leaves, state, outputs))
+        look(
+            check_split(
+                open_inside(checkpoint, plan, cache, part, exact, inputs, workers, "float32"), leaves, state, outputs
+            )
+        )
         if module.ranks > 1:  # CLIP and VAE are not cut: it would be the next rung again
-            look(check_ranks(open_inside(kiln, part, whole, inputs, workers), None, "unsplit"))
-        shards = read_shards(kiln, part, bundle, progress)
-        inside = open_inside(kiln, part, module, inputs, workers)
+            look(check_ranks(open_inside(checkpoint, plan, cache, part, whole, inputs, workers), None, "unsplit"))
+        shards = read_shards(checkpoint, plan, cache, part, bundle, progress)
+        inside = open_inside(checkpoint, plan, cache, part, module, inputs, workers)
         look(check_ranks(inside, shards, "replicas"))
         look(check_shards(inside, shards))
     return tuple(rungs)
 
 
-def whole_state(kiln: Kiln, part: Part, whole: Module) -> Values:
+def whole_state(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, whole: Module) -> Values:
     """The weights of a part uncut, float32, by the slots of its module for one rank."""
-    (weights,) = bound_weights(kiln, part, whole, "float32")
+    (weights,) = bound_weights(checkpoint, plan, cache, part, whole, "float32")
     return {spec.name: weight for spec, weight in zip(whole.slots, weights, strict=True)}
 
 
 def open_inside(
-    kiln: Kiln,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    cache: ActionCache,
     part: Part,
     module: Module,
     inputs: Values,
@@ -176,19 +192,19 @@ def open_inside(
     dtype: str = "bfloat16",
 ) -> SplitInside:
     """The part on the ranks of `module`, which was lowered in `dtype`, with the checkpoint's weights."""
-    weights = bound_weights(kiln, part, module, dtype)
-    cuts = kiln.checkpoint.model.cuts[part.traits.cut] if part.traits.cut else ()
-    return SplitInside(part, cuts, module, kiln.path(module.blob).read_bytes(), inputs, weights, workers[module.ranks])
+    weights = bound_weights(checkpoint, plan, cache, part, module, dtype)
+    cuts = checkpoint.model.cuts[part.traits.cut] if part.traits.cut else ()
+    return SplitInside(part, cuts, module, cache.path(module.blob).read_bytes(), inputs, weights, workers[module.ranks])
 
 
-def check_can_be_debugged(kiln: Kiln, part: Part) -> None:
+def check_can_be_debugged(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part) -> None:
     """Raise UsageError for a part of several blocks, or of more weights than one process is given."""
     if len(part.members) > 1:
         raise UsageError(
             f"{part.name} has {len(part.members)} blocks, and one is looked into at a time; debug it with "
             "--granularity block, whose blocks compute the same"
         )
-    held = 4 * held_elements(kiln.checkpoint, part)
+    held = 4 * held_elements(checkpoint, part)
     if held > LARGEST_PART:
         raise UsageError(
             f"{part.name} has {held / 1e9:.1f} GB of weights in float32, at most {LARGEST_PART / 1e9:.1f} are executed "
@@ -196,15 +212,17 @@ def check_can_be_debugged(kiln: Kiln, part: Part) -> None:
         )
 
 
-def read_shards(kiln: Kiln, part: Part, bundle: Path, progress: Progress) -> Weights:
+def read_shards(
+    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, bundle: Path, progress: Progress
+) -> Weights:
     """Each rank's weights as they are shipped; the bundle's may be damaged, that is for the rungs to say."""
     from fluxkiln.export.shard_files import read_shard
 
-    assert kiln.split is not None
-    files = [bundle / shard_file(part.name, rank) for rank in range(kiln.split.ranks(part))]
+    assert plan.layout is not None
+    files = [bundle / shard_file(part.name, rank) for rank in range(plan.layout.ranks(part))]
     if all(file.is_file() for file in files):
         return [list(read_shard(file).values()) for file in files]
-    return shard_arrays(kiln, shard_weights(kiln, progress)[part.name])
+    return shard_arrays(checkpoint, plan, cache, shard_weights(checkpoint, plan, cache, progress)[part.name])
 
 
 def check_split(inside: SplitInside, leaves: Sequence[Leaf], state: Values, outputs: Values) -> RungFindings:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from fluxkiln.artifacts.store import Blob
 from fluxkiln.build.finish import HOST_CONSTANTS, finish_bundle
-from fluxkiln.compile.templates import SHARDED, BinaryPart, CombinedFile, host_constants
+from fluxkiln.compile.plan import Binary, BundleFile
+from fluxkiln.compile.templates import SHARDED, host_constants
 from fluxkiln.compile.toolchains.neuron.compilation import compile_kinds, take_finished, write_compile_script
 from fluxkiln.compile.toolchains.neuron.modules import Module, compile_jobs, lower_modules, module_name
 from fluxkiln.compile.toolchains.neuron.neff import HLO_SUFFIX, SCRIPT, CompileJob, Neff, neff_path, record_path
@@ -43,33 +44,34 @@ def build_split(prepared: Prepared, progress: Progress, laps: Laps) -> BuildResu
     Raises:
         ToolchainError: there is no compiler; all the rest is finished and in the bundle. Others as `build.build`.
     """
-    kiln, settings, work = prepared.kiln, prepared.settings, prepared.folder / "work"
-    modules = lower_modules(kiln, progress)
+    checkpoint, plan, cache = prepared.checkpoint, prepared.plan, prepared.cache
+    settings, work = prepared.settings, prepared.folder / "work"
+    modules = lower_modules(checkpoint, plan, cache, progress)
     laps.lap("lower")
-    shards = shard_weights(kiln, progress, settings.jobs)
+    shards = shard_weights(checkpoint, plan, cache, progress, settings.jobs)
     laps.lap("shard")
     shutil.rmtree(work, ignore_errors=True)
-    jobs = compile_jobs(kiln, modules, work)
-    script = write_compile_script(work, jobs, kiln.target, settings.flags)
+    jobs = compile_jobs(checkpoint, plan, cache, modules, work)
+    script = write_compile_script(work, jobs, plan.target, settings.flags)
     neffs, missing = _compile(prepared, jobs, work, progress)
     laps.lap("compile")
-    store = kiln.cache.store
-    files = [CombinedFile(SCRIPT, store.add_file(script), ())]
+    store = cache.store
+    files = [BundleFile(SCRIPT, store.add_file(script), ())]
     for name, module in modules.items():
-        members = tuple(part.name for part in kiln.parts if module_name(part) == name)
-        files.append(CombinedFile(hlo_file(name), module.blob, members))
+        members = tuple(part.name for part in plan.parts if module_name(part) == name)
+        files.append(BundleFile(hlo_file(name), module.blob, members))
     for part, blobs in shards.items():
-        files += [CombinedFile(shard_file(part, rank), blob, ()) for rank, blob in enumerate(blobs)]
+        files += [BundleFile(shard_file(part, rank), blob, ()) for rank, blob in enumerate(blobs)]
     for neff in neffs:
         for path in (neff_path(work, neff.name), record_path(work, neff.name)):
-            files.append(CombinedFile(f"neff/{path.name}", store.add_file(path), ()))
+            files.append(BundleFile(f"neff/{path.name}", store.add_file(path), ()))
     description = describe_split(prepared, modules, shards)
-    files.append(CombinedFile(DESCRIPTION, store.add_bytes(json.dumps(description, indent=1).encode() + b"\n"), ()))
-    binaries = tuple(_binary(part, modules, shards) for part in kiln.parts)
+    files.append(BundleFile(DESCRIPTION, store.add_bytes(json.dumps(description, indent=1).encode() + b"\n"), ()))
+    binaries = tuple(_binary(part, modules, shards) for part in plan.parts)
     result = finish_bundle(
         prepared, binaries, tuple(files), {}, progress, laps,
-        lambda recording: verify_split(kiln, settings, modules, shards, recording, progress),
-        report_split(kiln, modules, plan_memory(kiln), neffs), str(missing or ""),
+        lambda recording: verify_split(checkpoint, plan, cache, settings, modules, shards, recording, progress),
+        report_split(checkpoint, plan, cache, modules, plan_memory(checkpoint, plan, cache), neffs), str(missing or ""),
     )  # fmt: skip
     if missing is not None:
         raise compiler_missing(missing, prepared.bundle)
@@ -89,11 +91,11 @@ def describe_split(
     A module's parameters are `inputs` and then `slots`, its result is a tuple of `outputs`. Rank r of a part runs its
     module with the tensors of `shards[r]`, which lie there in the order of `slots`.
     """
-    kiln = prepared.kiln
+    checkpoint, plan, cache = prepared.checkpoint, prepared.plan, prepared.cache
     return {
         "schema": SCHEMA,
         **split_settings(prepared),
-        "target": kiln.target.name,
+        "target": plan.target.name,
         "modules": {
             name: {
                 "kind": module.kind,
@@ -118,10 +120,10 @@ def describe_split(
                     for rank, blob in enumerate(shards[part.name])
                 ],
             }
-            for part in kiln.parts
+            for part in plan.parts
         ],
-        "modulation_rows": kiln.checkpoint.model.modulation_rows(kiln.checkpoint.configs),
-        "host_constants": {"file": HOST_CONSTANTS, "names": sorted(host_constants(kiln))},
+        "modulation_rows": checkpoint.model.modulation_rows(checkpoint.configs),
+        "host_constants": {"file": HOST_CONSTANTS, "names": sorted(host_constants(checkpoint, plan, cache))},
     }
 
 
@@ -129,16 +131,16 @@ def _compile(
     prepared: Prepared, jobs: Sequence[CompileJob], work: Path, progress: Progress
 ) -> tuple[tuple[Neff, ...], ToolchainError | None]:
     """The compiled modules, or why there are none."""
-    kiln, settings = prepared.kiln, prepared.settings
+    plan, cache, settings = prepared.plan, prepared.cache, prepared.settings
     try:
         compiler = find_neuronx_cc()
     except ToolchainError as error:
         _take_over(prepared.bundle, work)
-        taken = take_finished(work, jobs, kiln.target, settings.flags)
+        taken = take_finished(work, jobs, plan.target, settings.flags)
         return (taken, None) if taken is not None else ((), error)
     _take_over(prepared.bundle, work)
     return compile_kinds(
-        jobs, compiler, kiln.target, kiln.cache, work, kiln.logs, preset=settings.flags, workers=settings.jobs,
+        jobs, compiler, plan.target, cache, work, plan.logs, preset=settings.flags, workers=settings.jobs,
         progress=progress,
     ), None  # fmt: skip
 
@@ -149,7 +151,7 @@ def _take_over(bundle: Path, work: Path) -> None:
         shutil.copytree(bundle / "neff", work / "neff", symlinks=True, dirs_exist_ok=True)
 
 
-def _binary(part: Part, modules: Mapping[str, Module], shards: Mapping[str, Sequence[Blob]]) -> BinaryPart:
+def _binary(part: Part, modules: Mapping[str, Module], shards: Mapping[str, Sequence[Blob]]) -> Binary:
     from fluxkiln.digests import digest_json
     from fluxkiln.quantize.schemes import parse_scheme
 
@@ -162,4 +164,4 @@ def _binary(part: Part, modules: Mapping[str, Module], shards: Mapping[str, Sequ
     }
     digest = digest_json({"hlo": module.blob.digest, "shards": [blob.digest for blob in blobs]})
     size = sum(blob.size for blob in blobs)
-    return BinaryPart(part, part.name, parse_scheme("BF16"), facts, SHARDED, digest=digest, size=size)
+    return Binary(part, part.name, parse_scheme("BF16"), facts, SHARDED, digest=digest, size=size)

@@ -9,12 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from fluxkiln.artifacts.actions import Action, run_action
+from fluxkiln.artifacts.actions import Action, ActionCache, run_action
 from fluxkiln.artifacts.code import code_version
 from fluxkiln.artifacts.store import Blob
-from fluxkiln.compile.templates import EXPORT_TOOLS, Kiln
+from fluxkiln.compile.plan import Plan
+from fluxkiln.compile.templates import EXPORT_TOOLS
 from fluxkiln.compile.toolchains.neuron.neff import COMPILE_MEMORY, CompileJob, hlo_path
 from fluxkiln.digests import digest_json
+from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.progress import FROM_STORE, Progress
 from fluxkiln.types import Part, TensorSpec
 
@@ -67,7 +69,13 @@ def is_group(part: Part) -> bool:
 
 
 def lower_modules(
-    kiln: Kiln, progress: Progress, dtype: Dtype = "bfloat16", degree: int | None = None, stage: str = "lower"
+    checkpoint: Checkpoint,
+    plan: Plan,
+    cache: ActionCache,
+    progress: Progress,
+    dtype: Dtype = "bfloat16",
+    degree: int | None = None,
+    stage: str = "lower",
 ) -> dict[str, Module]:
     """Module name -> the module of every kind of the model, from the store or lowered now.
 
@@ -77,26 +85,28 @@ def lower_modules(
     Raises:
         ToolchainError: jax, jaxlib or torchax is missing or of another version. CompileError: a module breaks a rule.
     """
-    assert kiln.split is not None
-    parts = {module_name(part): part for part in kiln.parts}
+    assert plan.layout is not None
+    parts = {module_name(part): part for part in plan.parts}
     progress.stage(stage, len(parts))
     made = {}
     for name, part in parts.items():
         started = time.perf_counter()
-        made[name] = _lower(kiln, part, dtype, part.ranks(degree or kiln.split.degree))
+        made[name] = _lower(checkpoint, plan, cache, part, dtype, part.ranks(degree or plan.layout.degree))
         spent = f"lowered in {time.perf_counter() - started:.1f} s"
         progress.done(stage, name, FROM_STORE if made[name].hit else spent)
     return made
 
 
-def compile_jobs(kiln: Kiln, modules: Mapping[str, Module], folder: Path) -> tuple[CompileJob, ...]:
+def compile_jobs(
+    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, modules: Mapping[str, Module], folder: Path
+) -> tuple[CompileJob, ...]:
     """The modules as files of `folder/hlo`, and the compiler's jobs for them."""
     jobs = []
     for name, module in modules.items():
         target = hlo_path(folder, name)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
-        kiln.cache.store.export(module.blob.digest, target)
+        cache.store.export(module.blob.digest, target)
         jobs.append(CompileJob(name, neff_kind(name, module.kind), target, module.blob.digest, COMPILE_MEMORY))
     return tuple(jobs)
 
@@ -106,13 +116,17 @@ def neff_kind(name: str, kind: str) -> str:
     return "whole" if kind == "transformer" else "group" if name != kind else kind
 
 
-def _lower(kiln: Kiln, part: Part, dtype: Dtype, ranks: int) -> Module:
+def _lower(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, dtype: Dtype, ranks: int) -> Module:
     def produce(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
         from fluxkiln.compile.toolchains.neuron.canonical import canonicalise
         from fluxkiln.compile.toolchains.neuron.check import check_hlo
         from fluxkiln.compile.toolchains.neuron.frontend import lower_module
 
-        source = _split_part(kiln, part, dtype, ranks) if part.traits.cut else _whole_part(kiln, part, dtype)
+        source = (
+            _split_part(checkpoint, plan, cache, part, dtype, ranks)
+            if part.traits.cut
+            else _whole_part(checkpoint, plan, cache, part, dtype)
+        )
         lowered = lower_module(source.make, source.inputs, ranks, dtype)
         proto = canonicalise(lowered.proto)
         cut = ranks > 1
@@ -135,8 +149,8 @@ def _lower(kiln: Kiln, part: Part, dtype: Dtype, ranks: int) -> Module:
             "flops": facts.flops,
         }
 
-    action = lower_action(kiln, part, dtype, ranks)
-    result = run_action(kiln.cache, action, produce)
+    action = lower_action(checkpoint, plan, cache, part, dtype, ranks)
+    result = run_action(cache, action, produce)
     facts: Any = result.facts
     return Module(
         module_name(part), module_kind(part), ranks, result.outputs["hlo"], _specs(facts["inputs"]),
@@ -144,18 +158,25 @@ def _lower(kiln: Kiln, part: Part, dtype: Dtype, ranks: int) -> Module:
     )  # fmt: skip
 
 
-def lower_action(kiln: Kiln, part: Part, dtype: Dtype = "bfloat16", ranks: int | None = None) -> Action:
+def lower_action(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    cache: ActionCache,
+    part: Part,
+    dtype: Dtype = "bfloat16",
+    ranks: int | None = None,
+) -> Action:
     """The key of a part's module; no checkpoint is in it."""
-    ranks = ranks or part.ranks(kiln.split.degree if kiln.split else 1)
+    ranks = ranks or part.ranks(plan.layout.degree if plan.layout else 1)
     return Action(
         stage="lower",
         what=f"{module_name(part)} {dtype} tp{ranks}",
-        code_version=code_version(_lower, model=type(kiln.checkpoint.model)),
-        inputs={"config": digest_json(_config(kiln, part))},
+        code_version=code_version(_lower, model=type(checkpoint.model)),
+        inputs={"config": digest_json(_config(checkpoint, plan, cache, part))},
         settings={
             "kind": module_kind(part),
             "blocks": len(part.members),
-            "shapes": [kiln.shapes.height, kiln.shapes.width, kiln.shapes.tokens],
+            "shapes": [plan.shapes.height, plan.shapes.width, plan.shapes.tokens],
             "ranks": ranks,
             "dtype": dtype,
         },
@@ -175,13 +196,15 @@ class _Source:
     slot_of: Any = str
 
 
-def _split_part(kiln: Kiln, part: Part, dtype: Dtype, ranks: int) -> _Source:
+def _split_part(
+    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, dtype: Dtype, ranks: int
+) -> _Source:
     from fluxkiln.patches.collectives import ThreadRanks
 
-    model = kiln.checkpoint.model
+    model = checkpoint.model
 
     def build(collectives: Any) -> Any:
-        return model.build_parallel_part(part, kiln.checkpoint.configs, kiln.shapes, collectives)
+        return model.build_parallel_part(part, checkpoint.configs, plan.shapes, collectives)
 
     known = build(ThreadRanks(ranks))
     return _Source(
@@ -190,25 +213,25 @@ def _split_part(kiln: Kiln, part: Part, dtype: Dtype, ranks: int) -> _Source:
     )  # fmt: skip
 
 
-def _whole_part(kiln: Kiln, part: Part, dtype: Dtype) -> _Source:
+def _whole_part(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, dtype: Dtype) -> _Source:
     from fluxkiln.patches.parts import slot_name
     from fluxkiln.patches.patch import check_patches, patches_for
 
-    model, configs = kiln.checkpoint.model, kiln.checkpoint.configs
+    model, configs = checkpoint.model, checkpoint.configs
     check_patches(patches_for(model, part.kind, "pt2"))
     narrow = {"int64": "int32", "float32": dtype}
     inputs = tuple(
-        replace(spec, dtype=narrow[spec.dtype]) for spec in model.part_inputs(part.kind, configs, kiln.shapes)
+        replace(spec, dtype=narrow[spec.dtype]) for spec in model.part_inputs(part.kind, configs, plan.shapes)
     )
     outputs = part.traits.outputs
     return _Source(lambda _: model.build_part(part.kind, configs), inputs, outputs, 0, 0, slot_name)
 
 
-def _config(kiln: Kiln, part: Part) -> dict[str, Any]:
+def _config(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part) -> dict[str, Any]:
     """Without depths where they are of no influence: a block's or the tail's module is that of models of any depth."""
-    config = {name: value for name, value in kiln.checkpoint.configs[part.folder].items() if not name.startswith("_")}
+    config = {name: value for name, value in checkpoint.configs[part.folder].items() if not name.startswith("_")}
     alone = part.traits.ordered and part.traits.cut
-    depths = kiln.checkpoint.model.whole_numbers.get(part.component, ()) if alone else ()
+    depths = checkpoint.model.whole_numbers.get(part.component, ()) if alone else ()
     return {name: value for name, value in config.items() if name not in depths}
 
 

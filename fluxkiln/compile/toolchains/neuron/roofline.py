@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fluxkiln.compile.templates import Kiln
+from fluxkiln.artifacts.actions import ActionCache
+from fluxkiln.compile.plan import Plan
 from fluxkiln.compile.toolchains.neuron.modules import Module, module_name
 from fluxkiln.compile.toolchains.neuron.neff import Neff
 from fluxkiln.compile.toolchains.neuron.profile import CoreMemory
+from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.verify.report.wording import size
 
 LABEL = (
@@ -20,15 +22,20 @@ _ALL_REDUCE_PASSES = 2  # a ring moves every byte to all others twice: once to a
 
 
 def report_split(
-    kiln: Kiln, modules: Mapping[str, Module], memory: CoreMemory, neffs: Sequence[Neff]
+    checkpoint: Checkpoint,
+    plan: Plan,
+    cache: ActionCache,
+    modules: Mapping[str, Module],
+    memory: CoreMemory,
+    neffs: Sequence[Neff],
 ) -> dict[str, Any]:
     """The report's facts `lowering` and `memory`."""
-    assert kiln.split is not None
-    instance, degree = kiln.split.instance, kiln.split.degree
-    step = [modules[module_name(part)] for part in kiln.parts if part.component == "transformer"]
+    assert plan.layout is not None
+    instance, degree = plan.layout.instance, plan.layout.degree
+    step = [modules[module_name(part)] for part in plan.parts if part.component == "transformer"]
     reduces = [moved for module in step for moved in module.facts["all_reduce_bytes"]]
     gathers = [moved for module in step for moved in module.facts["all_gather_bytes"]]
-    milliseconds = 1e3 * sum(_seconds(kiln, module) for module in step)
+    milliseconds = 1e3 * sum(_seconds(checkpoint, plan, cache, module) for module in step)
     values = {
         "instance": instance.name,
         "tp_degree": degree,
@@ -59,9 +66,9 @@ def report_split(
     }
 
 
-def _seconds(kiln: Kiln, module: Module) -> float:
-    assert kiln.split is not None
-    instance, others = kiln.split.instance, 1 - 1 / module.ranks
+def _seconds(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, module: Module) -> float:
+    assert plan.layout is not None
+    instance, others = plan.layout.instance, 1 - 1 / module.ranks
     facts = module.facts
     moved = others * (_ALL_REDUCE_PASSES * sum(facts["all_reduce_bytes"]) + sum(facts["all_gather_bytes"]))
     link = moved / instance.link_bandwidth if instance.link_bandwidth else 0.0

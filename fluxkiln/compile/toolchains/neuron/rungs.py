@@ -8,13 +8,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.artifacts.store import Blob
 from fluxkiln.build.budget import name_shapes
 from fluxkiln.build.parity import Parity, replay
+from fluxkiln.compile.plan import Plan
 from fluxkiln.compile.rungs import Rungs
-from fluxkiln.compile.templates import Kiln, host_constants
+from fluxkiln.compile.templates import host_constants
 from fluxkiln.compile.toolchains.neuron.modules import Module, lower_modules, module_name
 from fluxkiln.compile.toolchains.neuron.split import held_elements
+from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.progress import Progress
 from fluxkiln.settings import Settings
 from fluxkiln.types import Part, find_part
@@ -43,13 +46,16 @@ class ReplicaRunner:
 
     def __init__(
         self,
-        kiln: Kiln,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        cache: ActionCache,
         modules: Mapping[str, Module],
         workers: Mapping[int, Replicas],
         constants: Mapping[str, NDArray[Any]],
         weights: ReadWeights,
     ) -> None:
-        self.kiln, self.modules, self.workers = kiln, modules, workers
+        self.parts, self.modules, self.workers = plan.parts, modules, workers
+        self.cache = cache
         self.constants, self.weights = constants, weights
         self.spread: dict[str, float] = {}
         self._programs: dict[str, Program] = {}
@@ -63,11 +69,11 @@ class ReplicaRunner:
         """
         import numpy as np
 
-        part = find_part(self.kiln.parts, name)
+        part = find_part(self.parts, name)
         module = self.modules[module_name(part)]
         worker = self.workers[module.ranks]
         if module.name not in self._programs:
-            self._programs[module.name] = worker.load(self.kiln.path(module.blob).read_bytes())
+            self._programs[module.name] = worker.load(self.cache.path(module.blob).read_bytes())
         kept = self._weights(part, worker)
         known = {**self.constants, **inputs}
         arguments = [np.ascontiguousarray(known[spec.name]).astype(dtype_of(spec.dtype)) for spec in module.inputs]
@@ -88,7 +94,7 @@ class ReplicaRunner:
         return self._kept[part.name][0]
 
     def _worker_of(self, name: str) -> Replicas:
-        return self.workers[self.modules[module_name(find_part(self.kiln.parts, name))].ranks]
+        return self.workers[self.modules[module_name(find_part(self.parts, name))].ranks]
 
     def _compare(self, name: str, ranks: Sequence[Sequence[NDArray[Any]]]) -> None:
         import numpy as np
@@ -103,7 +109,12 @@ class ReplicaRunner:
 
 @contextmanager
 def split_rungs(
-    kiln: Kiln, modules: Mapping[str, Module], shards: Mapping[str, Sequence[Blob]], progress: Progress
+    checkpoint: Checkpoint,
+    plan: Plan,
+    cache: ActionCache,
+    modules: Mapping[str, Module],
+    shards: Mapping[str, Sequence[Blob]],
+    progress: Progress,
 ) -> Iterator[Rungs]:
     """The rungs of a split model, bottom to top.
 
@@ -115,36 +126,42 @@ def split_rungs(
     """
     from fluxkiln.compile.toolchains.neuron.replicas import Replicas
 
-    assert kiln.split is not None
-    exact = lower_modules(kiln, progress, "float32", stage="lower float32")
-    whole = lower_modules(kiln, progress, "bfloat16", 1, stage="lower unsplit")
+    assert plan.layout is not None
+    exact = lower_modules(checkpoint, plan, cache, progress, "float32", stage="lower float32")
+    whole = lower_modules(checkpoint, plan, cache, progress, "bfloat16", 1, stage="lower unsplit")
     counts = {module.ranks for one in (modules, exact, whole) for module in one.values()}
-    constants = host_constants(kiln)
+    constants = host_constants(checkpoint, plan, cache)
     with ExitStack() as stack:
         workers = {
-            ranks: stack.enter_context(Replicas(ranks, kiln.logs / f"replicas.{ranks}.log")) for ranks in sorted(counts)
+            ranks: stack.enter_context(Replicas(ranks, plan.logs / f"replicas.{ranks}.log")) for ranks in sorted(counts)
         }
 
         def runner(modules: Mapping[str, Module], weights: ReadWeights) -> ReplicaRunner:
-            return ReplicaRunner(kiln, modules, workers, constants, weights)
+            return ReplicaRunner(checkpoint, plan, cache, modules, workers, constants, weights)
 
         yield {
-            "split": runner(exact, lambda part: bound_weights(kiln, part, exact[module_name(part)], "float32")),
-            "unsplit": runner(whole, lambda part: bound_weights(kiln, part, whole[module_name(part)], "bfloat16")),
-            "replicas": runner(modules, lambda part: shard_arrays(kiln, shards[part.name])),
+            "split": runner(
+                exact, lambda part: bound_weights(checkpoint, plan, cache, part, exact[module_name(part)], "float32")
+            ),
+            "unsplit": runner(
+                whole, lambda part: bound_weights(checkpoint, plan, cache, part, whole[module_name(part)], "bfloat16")
+            ),
+            "replicas": runner(modules, lambda part: shard_arrays(checkpoint, plan, cache, shards[part.name])),
         }
 
 
-def bound_weights(kiln: Kiln, part: Part, module: Module, dtype: str) -> list[list[NDArray[Any]]]:
+def bound_weights(
+    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, module: Module, dtype: str
+) -> list[list[NDArray[Any]]]:
     """Each rank's weights, cut from the checkpoint's tensors, in `dtype`."""
     from fluxkiln.export.bindings import apply_transforms
     from fluxkiln.export.checkpoint import read_tensor
     from fluxkiln.export.split import bind_shard
 
-    tensors = kiln.checkpoint.tensors[part.folder]
+    tensors = checkpoint.tensors[part.folder]
     ranks = []
     for rank in range(module.ranks):
-        binding = bind_shard(part, module.slots, kiln.checkpoint, module.ranks, rank)
+        binding = bind_shard(part, module.slots, checkpoint, module.ranks, rank)
         ranks.append(
             [
                 apply_transforms(read_tensor(tensors[slot.sources[0]]), slot.transforms).astype(dtype_of(dtype))
@@ -154,11 +171,13 @@ def bound_weights(kiln: Kiln, part: Part, module: Module, dtype: str) -> list[li
     return ranks
 
 
-def shard_arrays(kiln: Kiln, shards: Sequence[Blob]) -> list[list[NDArray[Any]]]:
+def shard_arrays(
+    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, shards: Sequence[Blob]
+) -> list[list[NDArray[Any]]]:
     """Each rank's weights as its shard has them, the digest checked."""
     from fluxkiln.export.shard_files import read_shard
 
-    return [list(read_shard(kiln.path(blob), blob.digest.removeprefix("sha256:")).values()) for blob in shards]
+    return [list(read_shard(cache.path(blob), blob.digest.removeprefix("sha256:")).values()) for blob in shards]
 
 
 def dtype_of(name: str) -> Any:
@@ -170,7 +189,9 @@ def dtype_of(name: str) -> Any:
 
 
 def verify_split(
-    kiln: Kiln,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    cache: ActionCache,
     settings: Settings,
     modules: Mapping[str, Module],
     shards: Mapping[str, Sequence[Blob]],
@@ -183,11 +204,11 @@ def verify_split(
     """
     import numpy as np
 
-    small = _executed(replace(kiln, shapes=recording.shapes))
-    if recording.shapes != kiln.shapes:
-        modules = lower_modules(small, progress, stage="lower small")
-    with split_rungs(small, modules, shards, progress) as rungs:
-        parity = replay(small, settings, recording, rungs, progress)
+    small = _executed(checkpoint, replace(plan, shapes=recording.shapes))
+    if recording.shapes != plan.shapes:
+        modules = lower_modules(checkpoint, small, cache, progress, stage="lower small")
+    with split_rungs(checkpoint, small, cache, modules, shards, progress) as rungs:
+        parity = replay(checkpoint, small, cache, settings, recording, rungs, progress)
         spreads = {rung: runner.spread for rung, runner in rungs.items() if isinstance(runner, ReplicaRunner)}
     for part in small.parts:
         equal = [
@@ -197,14 +218,14 @@ def verify_split(
         ]
         parity.ladder.climb(part.name, part.kind, "ranks", -1, np.ones(1, np.float32), None, equal, "BF16")
     facts = {"executed on": "XLA CPU replicas", "NEFF": "not executed: that takes a device"}
-    if small.shapes != kiln.shapes:
+    if small.shapes != plan.shapes:
         facts["every part replayed at"] = name_shapes(small.shapes)
-    if small.parts != kiln.parts:
-        facts["too large to be executed whole"] = ", ".join(part.name for part in kiln.parts if part not in small.parts)
+    if small.parts != plan.parts:
+        facts["too large to be executed whole"] = ", ".join(part.name for part in plan.parts if part not in small.parts)
     return replace(parity, facts=facts)
 
 
-def _executed(kiln: Kiln) -> Kiln:
+def _executed(checkpoint: Checkpoint, plan: Plan) -> Plan:
     """The build with the parts that fit the memory: one process has all ranks of a part, twice while they are moved."""
-    fitting = tuple(part for part in kiln.parts if 4 * held_elements(kiln.checkpoint, part) <= LARGEST_PART)
-    return replace(kiln, parts=fitting)
+    fitting = tuple(part for part in plan.parts if 4 * held_elements(checkpoint, part) <= LARGEST_PART)
+    return replace(plan, parts=fitting)

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fluxkiln.artifacts.actions import Action, run_action
+from fluxkiln.artifacts.actions import Action, ActionCache, run_action
 from fluxkiln.artifacts.code import code_version
 from fluxkiln.artifacts.store import Blob
+from fluxkiln.compile.plan import Plan
 from fluxkiln.compile.target import Instance, Target
-from fluxkiln.compile.templates import Kiln
 from fluxkiln.compile.toolchains.neuron.neuronx_cc import NeuronxCc, find_neuronx_cc
 from fluxkiln.compile.toolchains.neuron.profile import (
     CoreMemory,
@@ -90,40 +90,44 @@ def _compiler() -> NeuronxCc | None:
         return None
 
 
-def plan_memory(kiln: Kiln) -> CoreMemory:
+def plan_memory(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> CoreMemory:
     """What the fullest core holds when everything stays loaded; by the checkpoint's shapes, no weight is read.
 
     Raises:
         ResourceError: too much, with the arithmetic and what would fit.
     """
-    split, configs = kiln.split, kiln.checkpoint.configs
+    split, configs = plan.layout, checkpoint.configs
     assert split is not None
-    model = kiln.checkpoint.model
-    activations = model.activation_bytes(configs, kiln.shapes, split.degree)
+    model = checkpoint.model
+    activations = model.activation_bytes(configs, plan.shapes, split.degree)
     heads, widths = model.split_axes(configs)
     legal = {degree for one in all_instances() for degree in legal_degrees(one, heads, widths)}
-    weights = {degree: weights_per_core(kiln.parts, kiln.checkpoint, degree) for degree in {split.degree, *legal}}
+    weights = {degree: weights_per_core(plan.parts, checkpoint, degree) for degree in {split.degree, *legal}}
     return check_memory(split.instance, split.degree, weights, activations)
 
 
-def shard_weights(kiln: Kiln, progress: Progress, jobs: int | None = None) -> dict[str, tuple[Blob, ...]]:
+def shard_weights(
+    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, progress: Progress, jobs: int | None = None
+) -> dict[str, tuple[Blob, ...]]:
     """Part -> the weights of each of its ranks as a safetensors file of the store, from the store or cut now.
 
     Raises:
         CheckpointError: a shard of the checkpoint went or changed meanwhile. ResourceError: the disk is full.
     """
-    assert kiln.split is not None
-    parts = kiln.parts
+    assert plan.layout is not None
+    parts = plan.parts
     progress.stage("shard", len(parts))
     known: dict[tuple[str, int], Any] = {}
     for part in parts:  # building a module is not for threads: it changes torch's default device
         alike = (part.kind, len(part.members))
         known[alike] = known.get(alike) or split_slots(
-            kiln.checkpoint.model, part, kiln.checkpoint.configs, kiln.split.ranks(part)
+            checkpoint.model, part, checkpoint.configs, plan.layout.ranks(part)
         )
     with ThreadPoolExecutor(jobs or WORKERS, "shard") as pool:
         futures = {
-            part.name: pool.submit(_shard_part, kiln, part, known[part.kind, len(part.members)], progress)
+            part.name: pool.submit(
+                _shard_part, checkpoint, plan, cache, part, known[part.kind, len(part.members)], progress
+            )
             for part in parts
         }
         try:
@@ -133,21 +137,23 @@ def shard_weights(kiln: Kiln, progress: Progress, jobs: int | None = None) -> di
             raise
 
 
-def _shard_part(kiln: Kiln, part: Part, slots: Any, progress: Progress) -> tuple[Blob, ...]:
-    assert kiln.split is not None
-    ranks = kiln.split.ranks(part)
-    bindings = [bind_shard(part, slots, kiln.checkpoint, ranks, rank) for rank in range(ranks)]
-    action = shard_action(kiln, part)
+def _shard_part(
+    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, slots: Any, progress: Progress
+) -> tuple[Blob, ...]:
+    assert plan.layout is not None
+    ranks = plan.layout.ranks(part)
+    bindings = [bind_shard(part, slots, checkpoint, ranks, rank) for rank in range(ranks)]
+    action = shard_action(checkpoint, plan, cache, part)
 
     def produce(folder: Path) -> tuple[dict[str, Path | Blob], dict[str, Any]]:
-        files = write_part(slots, bindings, kiln.checkpoint, folder)
-        check_shards(kiln.checkpoint, kiln.checkpoint.states)
-        store = kiln.cache.store
+        files = write_part(slots, bindings, checkpoint, folder)
+        check_shards(checkpoint, checkpoint.states)
+        store = cache.store
         return {
             str(file.rank): store.add_file(file.path, move=True, known="sha256:" + file.sha256) for file in files
         }, {}
 
-    result = run_action(kiln.cache, action, produce)
+    result = run_action(cache, action, produce)
     size = sum(blob.size for blob in result.outputs.values())
     progress.done("shard", part.name, FROM_STORE if result.hit else f"{ranks} files, {size / 1e6:.0f} MB")
     return tuple(result.outputs[str(rank)] for rank in range(ranks))
@@ -155,7 +161,7 @@ def _shard_part(kiln: Kiln, part: Part, slots: Any, progress: Progress) -> tuple
 
 def split_settings(prepared: Prepared) -> dict[str, Any]:
     """How a split model is cut; nothing for others."""
-    split = prepared.kiln.split
+    split = prepared.plan.layout
     if split is None:
         return {}
     return {
@@ -166,20 +172,20 @@ def split_settings(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def shard_action(kiln: Kiln, part: Part) -> Action:
+def shard_action(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part) -> Action:
     """The key of a part's shards: the tensors that it holds, how it is cut, over how many ranks."""
-    assert kiln.split is not None
-    known = kiln.checkpoint.digests[part.folder]
+    assert plan.layout is not None
+    known = checkpoint.digests[part.folder]
     refs = [
         [name, known[name], list(ref.shape), ref.dtype]
-        for name, ref in kiln.checkpoint.tensors[part.folder].items()
-        if holds_tensor(kiln.checkpoint.model, part, name)
+        for name, ref in checkpoint.tensors[part.folder].items()
+        if holds_tensor(checkpoint.model, part, name)
     ]
-    ranks = kiln.split.ranks(part)
+    ranks = plan.layout.ranks(part)
     return Action(
         stage="shard",
         what=f"{part.name} tp{ranks}",
-        code_version=code_version(shard_weights, _shard_part, model=type(kiln.checkpoint.model)),
+        code_version=code_version(shard_weights, _shard_part, model=type(checkpoint.model)),
         inputs={"weights": "sha256:" + hashlib.sha256(json.dumps(refs).encode()).hexdigest()},
         settings={"ranks": ranks, "members": [list(member) for member in part.members], "dtype": "BF16"},
     )

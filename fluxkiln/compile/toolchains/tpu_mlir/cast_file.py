@@ -18,16 +18,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fluxkiln.artifacts.actions import Action, run_action
+from fluxkiln.artifacts.actions import Action, ActionCache, run_action
 from fluxkiln.artifacts.code import code_version
 from fluxkiln.artifacts.store import Blob
 from fluxkiln.compile.corrections import part_weights, rounding_key
-from fluxkiln.compile.templates import BinaryPart, CombinedFile, Kiln, make_template, weights_digest
+from fluxkiln.compile.plan import Binary, BundleFile, Plan
+from fluxkiln.compile.templates import make_template, weights_digest
 from fluxkiln.compile.toolchains.tpu_mlir.environment import TPU_MLIR_VERSION
 from fluxkiln.compile.toolchains.tpu_mlir.moulds import require_compiler
 from fluxkiln.compile.weights import part_rounders
 from fluxkiln.export.bindings import bind_part, binding_refs
-from fluxkiln.export.checkpoint import expect_tensors
+from fluxkiln.export.checkpoint import Checkpoint, expect_tensors
 from fluxkiln.export.fingerprint import check_shards
 from fluxkiln.files import disk_full_named
 from fluxkiln.progress import FROM_STORE, Progress
@@ -37,40 +38,48 @@ CAST_MEMORY = 256 << 20
 _BLOCK = 4 << 20
 
 
-def combine_shells(kiln: Kiln, name: str, binaries: list[BinaryPart]) -> Path:
+def combine_shells(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, name: str, binaries: list[Binary]) -> Path:
     """One bmodel with every part's net in order, each with a page in place of its weights."""
     from fluxkiln.compile.toolchains.tpu_mlir.compiler import combine
     from fluxkiln.compile.toolchains.tpu_mlir.shell import make_shell
 
     def produce(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
-        env = require_compiler(kiln, f"the combined shell of {name}")
+        env = require_compiler(checkpoint, plan, cache, f"the combined shell of {name}")
         shells = []
         for binary in binaries:
             shells.append(folder / f"{binary.net}.bmodel")
-            make_shell(kiln.path(binary.shell), binary.net, shells[-1])
+            make_shell(cache.path(binary.blobs["shell"]), binary.net, shells[-1])
         target = folder / "combined" / name
         target.parent.mkdir()
-        combine(env, kiln.target.chip, shells, target, kiln.logs / f"{name}.log")
+        combine(env, plan.target.chip, shells, target, plan.logs / f"{name}.log")
         return {"shell": target}, {}
 
-    return kiln.path(run_action(kiln.cache, combine_action(kiln, name, binaries), produce).outputs["shell"])
+    return cache.path(
+        run_action(cache, combine_action(checkpoint, plan, cache, name, binaries), produce).outputs["shell"]
+    )
 
 
-def combine_action(kiln: Kiln, name: str, binaries: list[BinaryPart]) -> Action:
+def combine_action(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, name: str, binaries: list[Binary]) -> Action:
     """The key of a combined shell: its nets in order. No checkpoint is in it where all of them are cast."""
     return Action(
         stage="combine",
         what=f"shell of {name}",
         code_version=code_version(combine_shells),
-        inputs={binary.net: binary.shell.digest for binary in binaries if binary.shell is not None},
-        settings={"chip": kiln.target.chip, "order": [binary.net for binary in binaries]},
+        inputs={binary.net: binary.blobs["shell"].digest for binary in binaries if binary.blobs["shell"] is not None},
+        settings={"chip": plan.target.chip, "order": [binary.net for binary in binaries]},
         tools={"tpu_mlir": TPU_MLIR_VERSION},
     )
 
 
 def cast_file(
-    kiln: Kiln, name: str, binaries: list[BinaryPart], progress: Progress, jobs: int | None = None
-) -> tuple[CombinedFile, list[BinaryPart]]:
+    checkpoint: Checkpoint,
+    plan: Plan,
+    cache: ActionCache,
+    name: str,
+    binaries: list[Binary],
+    progress: Progress,
+    jobs: int | None = None,
+) -> tuple[BundleFile, list[Binary]]:
     """The file `name` with all these parts, and the parts with their digests.
 
     Killed at any moment, the next call goes on with the part it was at: finished ones are read back and kept.
@@ -81,8 +90,8 @@ def cast_file(
     """
     from fluxkiln.compile.toolchains.tpu_mlir.bmodel import read_bmodel
 
-    shell = combine_shells(kiln, name, binaries)
-    keys = {binary.net: part_action(kiln, binary).key for binary in binaries}
+    shell = combine_shells(checkpoint, plan, cache, name, binaries)
+    keys = {binary.net: part_action(checkpoint, plan, cache, binary).key for binary in binaries}
     action = Action(
         stage="file",
         what=name,
@@ -91,55 +100,57 @@ def cast_file(
     )
 
     def produce(folder: Path) -> tuple[dict[str, Path | Blob], dict[str, Any]]:
-        place = kiln.logs.parent / "casting" / name
-        made = _fill(kiln, shell, binaries, keys, place, action.key, progress, jobs)
-        check_shards(kiln.checkpoint, kiln.checkpoint.states)
+        place = plan.logs.parent / "casting" / name
+        made = _fill(checkpoint, plan, cache, shell, binaries, keys, place, action.key, progress, jobs)
+        check_shards(checkpoint, checkpoint.states)
         nets = {net.name: net.coefficients for net in read_bmodel(place).nets}
-        blob = kiln.cache.store.add_file(place, move=True)
+        blob = cache.store.add_file(place, move=True)
         facts = {net: [made[net], nets[net].start, nets[net].size] for net in made}
         for binary in binaries:
             digest, start, size = facts[binary.net]
             where: dict[str, Any] = {"digest": digest, "start": start, "size": size}
-            kiln.cache.record(part_action(kiln, binary), {"file": blob}, where)
+            cache.record(part_action(checkpoint, plan, cache, binary), {"file": blob}, where)
         _journal(place).unlink()
         with suppress(OSError):  # other files are still being cast there
             place.parent.rmdir()
         return {"bmodel": blob}, {"nets": facts}
 
-    result = run_action(kiln.cache, action, produce)
+    result = run_action(cache, action, produce)
     nets: Any = result.facts["nets"]
     if result.hit:
         for binary in binaries:
-            kiln.cache.count("cast", hit=True)
+            cache.count("cast", hit=True)
             progress.done("cast", binary.part.name, FROM_STORE)
     finished = [
         replace(binary, digest="sha256:" + nets[binary.net][0], size=nets[binary.net][2], hit=result.hit)
         for binary in binaries
     ]
-    file = CombinedFile(name, result.outputs["bmodel"], tuple(b.part.name for b in binaries), result.hit)
+    file = BundleFile(name, result.outputs["bmodel"], tuple(b.part.name for b in binaries), result.hit)
     return file, finished
 
 
-def part_action(kiln: Kiln, binary: BinaryPart) -> Action:
+def part_action(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, binary: Binary) -> Action:
     """The key of one part's stored weights, whatever file they are in."""
-    if binary.coefficients is None:
-        assert binary.bmodel is not None
-        inputs = {"bmodel": binary.bmodel.digest}
+    if "map" not in binary.blobs:
+        assert binary.blobs["bmodel"] is not None
+        inputs = {"bmodel": binary.blobs["bmodel"].digest}
     else:
-        template = make_template(kiln, binary.part.kind, kiln.target.graph_format)
-        binding = bind_part(binary.part, template.slots, kiln.checkpoint)
-        inputs = {"map": binary.coefficients.digest, "weights": weights_digest(kiln, binding)}
+        template = make_template(checkpoint, plan, cache, binary.part.kind, plan.target.graph_format)
+        binding = bind_part(binary.part, template.slots, checkpoint)
+        inputs = {"map": binary.blobs["map"].digest, "weights": weights_digest(checkpoint, plan, cache, binding)}
     settings: dict[str, Any] = {}
-    if binary.coefficients is not None:
-        settings, calibration = rounding_key(kiln, binary.part)
+    if "map" in binary.blobs:
+        settings, calibration = rounding_key(checkpoint, plan, cache, binary.part)
         inputs |= calibration
     return Action("cast", f"{binary.part.name} {binary.scheme.name}", code_version(_fill_part), inputs, settings)
 
 
 def _fill(
-    kiln: Kiln,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    cache: ActionCache,
     shell: Path,
-    binaries: list[BinaryPart],
+    binaries: list[Binary],
     keys: Mapping[str, str],
     place: Path,
     file_key: str,
@@ -162,13 +173,13 @@ def _fill(
         spans = {net.name: net.coefficients for net in read_bmodel(place).nets}
         written = threading.Lock()
 
-        def fill(binary: BinaryPart) -> tuple[str, str]:
+        def fill(binary: Binary) -> tuple[str, str]:
             net, started = binary.net, time.perf_counter()
             digest = finished.get(net, "")
             if digest and hash_span(place, spans[net]).hex() == digest:
                 how = "was finished before"
             else:
-                digest, how = _fill_part(kiln, binary, keys[net], place, spans[net])
+                digest, how = _fill_part(checkpoint, plan, cache, binary, keys[net], place, spans[net])
                 how = how or f"cast in {time.perf_counter() - started:.1f} s"
             write_check_code(place, net, bytes.fromhex(digest))
             with written, journal.open("a") as file:
@@ -180,9 +191,9 @@ def _fill(
         order, threads = binaries[::-1], jobs or os.cpu_count() or 1
         following = dict(zip((binary.net for binary in order), order[threads:], strict=False))
 
-        def fill_next(binary: BinaryPart) -> tuple[str, str]:
+        def fill_next(binary: Binary) -> tuple[str, str]:
             if binary.net in following:
-                _expect(kiln, following[binary.net])
+                _expect(checkpoint, plan, cache, following[binary.net])
             return fill(binary)
 
         with ThreadPoolExecutor(threads, "cast") as pool:
@@ -194,33 +205,35 @@ def _fill(
                 raise
 
 
-def _expect(kiln: Kiln, binary: BinaryPart) -> None:
+def _expect(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, binary: Binary) -> None:
     """Have the system read what a part is cast of."""
-    if binary.coefficients is not None:
-        template = make_template(kiln, binary.part.kind, kiln.target.graph_format)
-        expect_tensors(binding_refs(bind_part(binary.part, template.slots, kiln.checkpoint), kiln.checkpoint))
+    if "map" in binary.blobs:
+        template = make_template(checkpoint, plan, cache, binary.part.kind, plan.target.graph_format)
+        expect_tensors(binding_refs(bind_part(binary.part, template.slots, checkpoint), checkpoint))
 
 
-def _fill_part(kiln: Kiln, binary: BinaryPart, key: str, place: Path, span: Any) -> tuple[str, str]:
+def _fill_part(
+    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, binary: Binary, key: str, place: Path, span: Any
+) -> tuple[str, str]:
     """One part's weights: copied from a file of the store that has them, or from its own bmodel, or else cast."""
     from fluxkiln.compile.toolchains.tpu_mlir.cast import cast_region
     from fluxkiln.compile.toolchains.tpu_mlir.coefficients import CoefficientMap
     from fluxkiln.compile.toolchains.tpu_mlir.shell import copy_region
 
-    known = kiln.cache.lookup(key)
+    known = cache.lookup(key)
     if known is not None:
         facts: Any = known.facts
-        digest = _copy(kiln.path(known.outputs["file"]), int(facts["start"]), place, span)
+        digest = _copy(cache.path(known.outputs["file"]), int(facts["start"]), place, span)
         if digest == facts["digest"]:
-            kiln.cache.count("cast", hit=True)
+            cache.count("cast", hit=True)
             return digest, FROM_STORE
-    kiln.cache.count("cast", hit=False)
-    if binary.coefficients is None:
-        return copy_region(kiln.path(binary.bmodel), place, span).hex(), "copied from its own bmodel"
-    template = make_template(kiln, binary.part.kind, kiln.target.graph_format)
-    coefficients = CoefficientMap.from_json(json.loads(kiln.path(binary.coefficients).read_text()))
-    reader = part_weights(kiln, binary.part, template)
-    return cast_region(place, span, coefficients, reader, part_rounders(kiln, binary.part)).hex(), ""
+    cache.count("cast", hit=False)
+    if "map" not in binary.blobs:
+        return copy_region(cache.path(binary.blobs["bmodel"]), place, span).hex(), "copied from its own bmodel"
+    template = make_template(checkpoint, plan, cache, binary.part.kind, plan.target.graph_format)
+    coefficients = CoefficientMap.from_json(json.loads(cache.path(binary.blobs["map"]).read_text()))
+    reader = part_weights(checkpoint, plan, cache, binary.part, template)
+    return cast_region(place, span, coefficients, reader, part_rounders(checkpoint, plan, cache, binary.part)).hex(), ""
 
 
 def _copy(source: Path, start: int, place: Path, span: Any) -> str:

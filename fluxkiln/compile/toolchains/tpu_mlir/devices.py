@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fluxkiln.compile.templates import BinaryPart, Kiln
+from fluxkiln.artifacts.actions import ActionCache
+from fluxkiln.compile.plan import Binary, Plan
 from fluxkiln.errors import ResourceError
+from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.types import Part
 
 # In the order in which an image needs them.
@@ -115,18 +117,20 @@ class DevicePlan:
         return "\n".join(lines)
 
 
-def group_parts(kiln: Kiln, binaries: Sequence[BinaryPart]) -> dict[str, list[BinaryPart]]:
+def group_parts(
+    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, binaries: Sequence[Binary]
+) -> dict[str, list[Binary]]:
     """File of the bundle -> the parts whose nets it holds.
 
     One per component, one for the modulation; a transformer that is too large for one device is cut into one per
     device, as few as fit.
     """
-    groups: dict[str, list[BinaryPart]] = {}
+    groups: dict[str, list[Binary]] = {}
     for binary in binaries:
         groups.setdefault(file_of(binary.part), []).append(binary)
-    placed: dict[str, list[BinaryPart]] = {}
+    placed: dict[str, list[Binary]] = {}
     for name, members in groups.items():
-        runs = [members] if name != "transformer.bmodel" else _fewest_runs(kiln, members)
+        runs = [members] if name != "transformer.bmodel" else _fewest_runs(checkpoint, plan, cache, members)
         for index, run in enumerate(runs):
             placed[name if len(runs) == 1 else f"transformer.{index}.bmodel"] = run
     return placed
@@ -144,25 +148,29 @@ def is_modulation(part: Part) -> bool:
     return bool(part.traits.rows)
 
 
-def plan_devices(kiln: Kiln, groups: Mapping[str, Sequence[BinaryPart]]) -> DevicePlan:
+def plan_devices(
+    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, groups: Mapping[str, Sequence[Binary]]
+) -> DevicePlan:
     """What every file takes, from the facts of its nets.
 
     Raises:
         ResourceError: no way to load the files fits the device; `details` is the table.
     """
-    plan = lay_files(kiln, groups)
-    if plan.best_way() is None:
-        largest = max(plan.files, key=lambda file: file.total)
+    laid = lay_files(checkpoint, plan, cache, groups)
+    if laid.best_way() is None:
+        largest = max(laid.files, key=lambda file: file.total)
         error = ResourceError(
-            f"{largest.file} takes {largest.total / 1e9:.2f} GB, a {kiln.target.name} gives "
-            f"{plan.budget / 1e9:.2f} GB to models; choose a smaller SCHEME (W4BF16), SIZE or VAE=tiny"
+            f"{largest.file} takes {largest.total / 1e9:.2f} GB, a {plan.target.name} gives "
+            f"{laid.budget / 1e9:.2f} GB to models; choose a smaller SCHEME (W4BF16), SIZE or VAE=tiny"
         )
-        error.details = plan.table()
+        error.details = laid.table()
         raise error
-    return plan
+    return laid
 
 
-def lay_files(kiln: Kiln, groups: Mapping[str, Sequence[BinaryPart]]) -> DevicePlan:
+def lay_files(
+    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, groups: Mapping[str, Sequence[Binary]]
+) -> DevicePlan:
     """The plan, whether it fits or not."""
     files = []
     for name, members in groups.items():
@@ -170,10 +178,10 @@ def lay_files(kiln: Kiln, groups: Mapping[str, Sequence[BinaryPart]]) -> DeviceP
         stem = name.split(".")
         device = int(stem[1]) if stem[1].isdigit() else 0
         files.append(FileMemory(name, device, phase, *_memory(members)))
-    return DevicePlan(tuple(files), kiln.target.device_bytes)
+    return DevicePlan(tuple(files), plan.target.device_bytes)
 
 
-def split_devices(parts: list[BinaryPart], devices: int) -> list[list[BinaryPart]]:
+def split_devices(parts: list[Binary], devices: int) -> list[list[Binary]]:
     """Cut a chain of parts into at most `devices` runs whose largest is as small as possible, by measured bytes."""
     sizes = [int(part.facts["weight_bytes"]) + int(part.facts["instruction_bytes"]) for part in parts]
     low, high = max(sizes), sum(sizes)
@@ -183,7 +191,7 @@ def split_devices(parts: list[BinaryPart], devices: int) -> list[list[BinaryPart
     return [[parts[index] for index in run] for run in _runs(sizes, low)]
 
 
-def _memory(members: Sequence[BinaryPart]) -> tuple[int, int, int]:
+def _memory(members: Sequence[Binary]) -> tuple[int, int, int]:
     """Weights, instructions, run-time memory of the nets of one file."""
     return (
         sum(int(binary.facts["weight_bytes"]) for binary in members),
@@ -192,18 +200,18 @@ def _memory(members: Sequence[BinaryPart]) -> tuple[int, int, int]:
     )
 
 
-def _fewest_runs(kiln: Kiln, whole: list[BinaryPart]) -> list[list[BinaryPart]]:
+def _fewest_runs(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, whole: list[Binary]) -> list[list[Binary]]:
     """A chain of parts on as few devices as hold it, or on all there can be."""
     runs = [whole]
-    for devices in range(1, MAX_DEVICES + 1 if kiln.target.device_bytes else 1):
+    for devices in range(1, MAX_DEVICES + 1 if plan.target.device_bytes else 1):
         runs = split_devices(whole, devices)
-        if _fits(runs, kiln):
+        if _fits(runs, checkpoint, plan, cache):
             break
     return runs
 
 
-def _fits(runs: list[list[BinaryPart]], kiln: Kiln) -> bool:
-    return all(sum(_memory(run)) <= kiln.target.device_bytes for run in runs)
+def _fits(runs: list[list[Binary]], checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> bool:
+    return all(sum(_memory(run)) <= plan.target.device_bytes for run in runs)
 
 
 def _runs(sizes: list[int], limit: int) -> list[list[int]]:

@@ -76,6 +76,11 @@ def default_tpu_mlir_root() -> Path:
     return cache / "fluxkiln" / f"tpu-mlir-{TPU_MLIR_VERSION}"
 
 
+def installed() -> TpuMlirEnv | None:
+    """TPU-MLIR's finished environment of this machine, or None: then moulds of the store must do."""
+    return find_tpu_mlir(default_tpu_mlir_root())
+
+
 def find_tpu_mlir(root: Path) -> TpuMlirEnv | None:
     """The environment in `root` when it is finished and current; None otherwise. Starts nothing."""
     try:

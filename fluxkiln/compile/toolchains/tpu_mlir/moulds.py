@@ -10,38 +10,61 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fluxkiln.artifacts.actions import Action, run_action
+from fluxkiln.artifacts.actions import Action, ActionCache, ActionResult, run_action
 from fluxkiln.artifacts.code import code_version
 from fluxkiln.compile.corrections import part_weights, rounding_key
-from fluxkiln.compile.templates import BinaryPart, Kiln, Mould, mould_net, net_name, weights_digest
-from fluxkiln.compile.toolchains.tpu_mlir.environment import TPU_MLIR_VERSION, TpuMlirEnv, default_tpu_mlir_root
+from fluxkiln.compile.plan import Binary, Plan
+from fluxkiln.compile.templates import mould_net, net_name, weights_digest
+from fluxkiln.compile.toolchains.tpu_mlir.environment import (
+    TPU_MLIR_VERSION,
+    TpuMlirEnv,
+    default_tpu_mlir_root,
+    installed,
+)
 from fluxkiln.digests import digest_json
 from fluxkiln.errors import CompileError, ToolchainError
 from fluxkiln.export.bindings import bind_part
+from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.types import Part, Template
 
 
-def make_mould(kiln: Kiln, template: Template) -> Mould:
+@dataclass(frozen=True, slots=True)
+class Mould:
+    """A compiled kind. `why` is empty, or why its bytes could not be traced back to weights and nothing can be cast."""
+
+    kind: str
+    result: ActionResult
+    why: str
+
+    @property
+    def castable(self) -> bool:
+        return not self.why
+
+
+def make_mould(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, template: Template) -> Mould:
     """A kind compiled with probe weights, and the map of its bytes; or the reason why it has none."""
     from fluxkiln.compile.toolchains.tpu_mlir.coefficients import Probe, learn_map, probe_reader
     from fluxkiln.compile.toolchains.tpu_mlir.shell import make_shell
 
-    scheme = kiln.schemes[template.kind]
-    net = mould_net(kiln, template.kind)
+    scheme = plan.schemes[template.kind]
+    net = mould_net(checkpoint, plan, cache, template.kind)
 
     def produce(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
         import numpy as np
 
-        form = compiled_form(kiln, template, folder)
+        form = compiled_form(checkpoint, plan, cache, template, folder)
 
         def compile_probe(seed: int) -> Any:
             place = folder / f"probe-{seed}"
             place.mkdir()
             reader = probe_reader(form.slots, seed)
-            return compile_weights(kiln, form, net, reader, place, f"mould.{template.kind}.{seed}"), reader
+            return compile_weights(
+                checkpoint, plan, cache, form, net, reader, place, f"mould.{template.kind}.{seed}"
+            ), reader
 
         def again() -> Probe:
             other, reader = compile_probe(1)
@@ -63,13 +86,13 @@ def make_mould(kiln: Kiln, template: Template) -> Mould:
         outputs["map"].write_text(json.dumps(found.to_json()))
         return outputs, {**compiled.facts, "why": ""}
 
-    result = run_action(kiln.cache, mould_action(kiln, template), produce)
+    result = run_action(cache, mould_action(checkpoint, plan, cache, template), produce)
     return Mould(template.kind, result, str(result.facts["why"]))
 
 
-def compiled_form(kiln: Kiln, template: Template, folder: Path) -> Template:
+def compiled_form(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, template: Template, folder: Path) -> Template:
     """What is compiled of a kind: its template, or where the method needs more than codes, a graph with that."""
-    scheme = kiln.schemes[template.kind]
+    scheme = plan.schemes[template.kind]
     if scheme.codes_only:
         return template
     from fluxkiln.compile.toolchains.tpu_mlir.side_tensors import add_side_tensors
@@ -77,55 +100,58 @@ def compiled_form(kiln: Kiln, template: Template, folder: Path) -> Template:
     return add_side_tensors(template, scheme, folder / "corrected.onnx")
 
 
-def mould_action(kiln: Kiln, template: Template) -> Action:
+def mould_action(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, template: Template) -> Action:
     """The key of a mould: no checkpoint is in it."""
-    net, version = mould_net(kiln, template.kind), code_version(make_mould)
-    return _compile_action(kiln, "mould", version, template, net, {"template": template.digest})
+    net, version = mould_net(checkpoint, plan, cache, template.kind), code_version(make_mould)
+    return _compile_action(checkpoint, plan, cache, "mould", version, template, net, {"template": template.digest})
 
 
-def find_mould(kiln: Kiln, template: Template) -> Mould | None:
+def find_mould(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, template: Template) -> Mould | None:
     """The mould of a kind if it is in the store."""
-    result = kiln.cache.lookup(mould_action(kiln, template).key)
+    result = cache.lookup(mould_action(checkpoint, plan, cache, template).key)
     return None if result is None else Mould(template.kind, result, str(result.facts["why"]))
 
 
-def cast_part(kiln: Kiln, part: Part, mould: Mould) -> BinaryPart:
+def cast_part(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, mould: Mould) -> Binary:
     """A part that is to be cast: its mould says what its binary is made of; no byte of it is written yet."""
     blobs = mould.result.outputs
-    return BinaryPart(
-        part, net_name(part), kiln.scheme(part), mould.result.facts, "cast", shell=blobs["shell"],
-        lowered=blobs["lowered"], coefficients=blobs["map"],
+    return Binary(
+        part, net_name(part), plan.scheme(part), mould.result.facts, "cast",
+        {name: blobs[name] for name in ("shell", "lowered", "map")},
     )  # fmt: skip
 
 
-def compile_part(kiln: Kiln, part: Part, template: Template) -> BinaryPart:
+def compile_part(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, template: Template) -> Binary:
     """A part compiled with its own weights."""
     from fluxkiln.compile.toolchains.tpu_mlir.shell import make_shell
 
     def produce(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
-        form, reader = compiled_form(kiln, template, folder), part_weights(kiln, part, template)
-        compiled = compile_weights(kiln, form, net_name(part), reader, folder, part.name)
+        form, reader = (
+            compiled_form(checkpoint, plan, cache, template, folder),
+            part_weights(checkpoint, plan, cache, part, template),
+        )
+        compiled = compile_weights(checkpoint, plan, cache, form, net_name(part), reader, folder, part.name)
         shell = folder / "shell.bmodel"
         make_shell(compiled.bmodel, net_name(part), shell)
         outputs = {"bmodel": compiled.bmodel, "lowered": compiled.lowered, "weights": compiled.weights}
         return {**outputs, "shell": shell}, dict(compiled.facts)
 
-    result = run_action(kiln.cache, compile_action(kiln, part, template), produce)
-    outputs = result.outputs
-    return BinaryPart(
-        part, net_name(part), kiln.scheme(part), result.facts, "compiled", shell=outputs["shell"],
-        bmodel=outputs["bmodel"], lowered=outputs["lowered"], weights=outputs["weights"], hit=result.hit,
+    result = run_action(cache, compile_action(checkpoint, plan, cache, part, template), produce)
+    return Binary(
+        part, net_name(part), plan.scheme(part), result.facts, "compiled", result.outputs, hit=result.hit
     )  # fmt: skip
 
 
-def compile_action(kiln: Kiln, part: Part, template: Template) -> Action:
+def compile_action(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, template: Template) -> Action:
     """The key of a part compiled with its own weights."""
-    binding = bind_part(part, template.slots, kiln.checkpoint)
-    inputs = {"template": template.digest, "weights": weights_digest(kiln, binding)}
-    if not kiln.scheme(part).codes_only:  # what is packed follows from the method
-        settings, calibration = rounding_key(kiln, part)
+    binding = bind_part(part, template.slots, checkpoint)
+    inputs = {"template": template.digest, "weights": weights_digest(checkpoint, plan, cache, binding)}
+    if not plan.scheme(part).codes_only:  # what is packed follows from the method
+        settings, calibration = rounding_key(checkpoint, plan, cache, part)
         inputs |= {"method": digest_json(settings), **calibration}
-    return _compile_action(kiln, "compile", code_version(compile_part), template, net_name(part), inputs)
+    return _compile_action(
+        checkpoint, plan, cache, "compile", code_version(compile_part), template, net_name(part), inputs
+    )
 
 
 def compile_memory(elements: int) -> int:
@@ -136,21 +162,29 @@ def compile_memory(elements: int) -> int:
     return (700 << 20) + int(1.4 * 4 * elements)
 
 
-def require_compiler(kiln: Kiln, what: str) -> TpuMlirEnv:
+def require_compiler(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, what: str) -> TpuMlirEnv:
     """TPU-MLIR's environment; ToolchainError when it is not there and the store lacks `what`."""
-    if kiln.tpu_mlir is None:
+    env = installed()
+    if env is None:
         raise ToolchainError(
             f"{what} is not in the store, and TPU-MLIR, which makes it, is not installed in "
             f"{default_tpu_mlir_root()}; run make env-tpu-mlir, name a finished environment with FLUXKILN_TPU_MLIR, or "
             "bring moulds from a machine that has it (fluxkiln mould export there, fluxkiln mould import here)"
         )
-    return kiln.tpu_mlir
+    return env
 
 
 def _compile_action(
-    kiln: Kiln, stage: str, version: str, template: Template, net: str, inputs: Mapping[str, str]
+    checkpoint: Checkpoint,
+    plan: Plan,
+    cache: ActionCache,
+    stage: str,
+    version: str,
+    template: Template,
+    net: str,
+    inputs: Mapping[str, str],
 ) -> Action:
-    scheme = kiln.schemes[template.kind]
+    scheme = plan.schemes[template.kind]
     return Action(
         stage=stage,
         what=f"{net} {scheme.compiled_name}",
@@ -159,36 +193,45 @@ def _compile_action(
         settings={
             "net": net,
             "scheme": scheme.compiled_name,
-            "chip": kiln.target.chip,
-            "narrow": list(kiln.target.narrows(kiln.checkpoint.model.kinds[template.kind])),
+            "chip": plan.target.chip,
+            "narrow": list(plan.target.narrows(checkpoint.model.kinds[template.kind])),
         },
         tools={"tpu_mlir": TPU_MLIR_VERSION},
     )
 
 
-def compile_weights(kiln: Kiln, template: Template, net: str, read_weight: Any, folder: Path, log_name: str) -> Any:
+def compile_weights(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    cache: ActionCache,
+    template: Template,
+    net: str,
+    read_weight: Any,
+    folder: Path,
+    log_name: str,
+) -> Any:
     """Compile a template with the weights that `read_weight` gives, in `folder`; returns `tpu_mlir.Compiled`."""
     from fluxkiln.compile.onnx.filled import pour
     from fluxkiln.compile.toolchains.tpu_mlir.compiler import CompileJob, compile_graph
 
-    env = require_compiler(kiln, f"{net} {kiln.schemes[template.kind].name}")
+    env = require_compiler(checkpoint, plan, cache, f"{net} {plan.schemes[template.kind].name}")
     activations = {spec.name for spec in template.inputs}
     graph = folder / f"{net}.onnx"
     pour(template.path, activations, read_weight, graph)
     work = folder / "work"
     work.mkdir()
-    kind = kiln.checkpoint.model.kinds[template.kind]
-    narrow_inputs, narrow_outputs = kiln.target.narrows(kind)
+    kind = checkpoint.model.kinds[template.kind]
+    narrow_inputs, narrow_outputs = plan.target.narrows(kind)
     job = CompileJob(
         net=net,
         kind=template.kind,
         graph=graph,
         template=template.path,
         activations=frozenset(activations),
-        scheme=kiln.schemes[template.kind],
-        chip=kiln.target.chip,
+        scheme=plan.schemes[template.kind],
+        chip=plan.target.chip,
         narrow_inputs=narrow_inputs,
         narrow_outputs=narrow_outputs,
         ordered=kind.ordered,
     )
-    return compile_graph(env, job, work, kiln.logs / f"{log_name}.log")
+    return compile_graph(env, job, work, plan.logs / f"{log_name}.log")

@@ -7,13 +7,15 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from fluxkiln.artifacts.actions import Action
+from fluxkiln.artifacts.actions import Action, ActionCache
 from fluxkiln.artifacts.code import code_version
 from fluxkiln.compile.corrections import part_weights
-from fluxkiln.compile.templates import BinaryPart, Kiln, Mould, make_template, mould_net
-from fluxkiln.compile.toolchains.tpu_mlir.moulds import compile_weights, compiled_form
+from fluxkiln.compile.plan import Binary, Plan
+from fluxkiln.compile.templates import make_template, mould_net
+from fluxkiln.compile.toolchains.tpu_mlir.moulds import Mould, compile_weights, compiled_form
 from fluxkiln.compile.weights import part_rounders
 from fluxkiln.errors import CompileError
+from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.files import digest_file
 from fluxkiln.quantize.pack import RounderOf
 from fluxkiln.quantize.rounding import as_compiler
@@ -39,14 +41,14 @@ def proof_action(mould: Mould) -> Action:
     )
 
 
-def needs_proof(kiln: Kiln, mould: Mould | None) -> bool:
+def needs_proof(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, mould: Mould | None) -> bool:
     """Whether casts of this kind have yet to be proven: the mould is still to be made, or no proof was recorded."""
     if mould is None:
         return True
-    return mould.castable and kiln.cache.lookup(proof_action(mould).key) is None
+    return mould.castable and cache.lookup(proof_action(mould).key) is None
 
 
-def prove_mould(kiln: Kiln, template: Template, mould: Mould) -> None:
+def prove_mould(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, template: Template, mould: Mould) -> None:
     """Compile other probe weights and cast them into the mould: both must come out identical.
 
     Raises:
@@ -57,22 +59,24 @@ def prove_mould(kiln: Kiln, template: Template, mould: Mould) -> None:
     from fluxkiln.compile.toolchains.tpu_mlir.coefficients import CoefficientMap, probe_reader
     from fluxkiln.compile.toolchains.tpu_mlir.shell import lay_out, make_shell
 
-    blobs, net = mould.result.outputs, mould_net(kiln, mould.kind)
-    with kiln.cache.store.workdir(f"proof of {mould.kind}") as folder:
-        form = compiled_form(kiln, template, folder)
+    blobs, net = mould.result.outputs, mould_net(checkpoint, plan, cache, mould.kind)
+    with cache.store.workdir(f"proof of {mould.kind}") as folder:
+        form = compiled_form(checkpoint, plan, cache, template, folder)
         reader = probe_reader(form.slots, seed=1)
-        compiled = compile_weights(kiln, form, net, reader, folder, f"proof.{mould.kind}").bmodel
+        compiled = compile_weights(checkpoint, plan, cache, form, net, reader, folder, f"proof.{mould.kind}").bmodel
         (direct,) = read_bmodel(compiled).nets
         make_shell(compiled, net, folder / "shell.bmodel")
         cast = folder / "cast.bmodel"
-        region = lay_out(kiln.path(blobs["shell"]), {net: direct.coefficients.size}, cast)[net]
-        coefficients = CoefficientMap.from_json(json.loads(kiln.path(blobs["map"]).read_text()))
+        region = lay_out(cache.path(blobs["shell"]), {net: direct.coefficients.size}, cast)[net]
+        coefficients = CoefficientMap.from_json(json.loads(cache.path(blobs["map"]).read_text()))
         same = cast_region(cast, region, coefficients, reader) == hash_span(compiled, direct.coefficients)
         _judge(mould.kind, same, digest_file(folder / "shell.bmodel")[0] == blobs["shell"].digest)
-    kiln.cache.record(proof_action(mould), {}, {"part": "", "weights": "probe weights of seed 1"})
+    cache.record(proof_action(mould), {}, {"part": "", "weights": "probe weights of seed 1"})
 
 
-def prove_cast(cast: BinaryPart, direct: BinaryPart, kiln: Kiln, mould: Mould) -> BinaryPart:
+def prove_cast(
+    cast: Binary, direct: Binary, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, mould: Mould
+) -> Binary:
     """The cast part, marked as proven; later builds find the proof recorded for `mould`.
 
     Its stored weights must have the digest of those in the direct compile, and all else of the two must be the same
@@ -87,36 +91,47 @@ def prove_cast(cast: BinaryPart, direct: BinaryPart, kiln: Kiln, mould: Mould) -
     from fluxkiln.compile.toolchains.tpu_mlir.bmodel import hash_span, read_bmodel
     from fluxkiln.compile.toolchains.tpu_mlir.shell import make_shell
 
-    assert direct.shell is not None
-    compiled = kiln.path(direct.bmodel)
+    assert direct.blobs["shell"] is not None
+    compiled = cache.path(direct.blobs["bmodel"])
     (net,) = read_bmodel(compiled).nets
     expected = hash_span(compiled, net.coefficients)
-    with kiln.cache.store.workdir(f"proof of {cast.part.name}") as folder:
+    with cache.store.workdir(f"proof of {cast.part.name}") as folder:
         if cast.scheme.rounds_as_compiler:
             same = "sha256:" + expected.hex() == cast.digest
         else:
-            size, again = net.coefficients.size, part_rounders(kiln, cast.part)
+            size, again = net.coefficients.size, part_rounders(checkpoint, plan, cache, cast.part)
             same = (
-                _cast_again(cast, kiln, mould, size, folder / "cast.bmodel", as_compiler) == expected
-                and "sha256:" + _cast_again(cast, kiln, mould, size, folder / "own.bmodel", again).hex() == cast.digest
+                _cast_again(cast, checkpoint, plan, cache, mould, size, folder / "cast.bmodel", as_compiler) == expected
+                and "sha256:"
+                + _cast_again(cast, checkpoint, plan, cache, mould, size, folder / "own.bmodel", again).hex()
+                == cast.digest
             )
-        make_shell(kiln.path(cast.shell), cast.net, folder / "shell.bmodel")
-        _judge(cast.part.name, same, digest_file(folder / "shell.bmodel")[0] == direct.shell.digest)
-    kiln.cache.record(proof_action(mould), {}, {"part": cast.part.name, "weights": cast.digest})
+        make_shell(cache.path(cast.blobs["shell"]), cast.net, folder / "shell.bmodel")
+        _judge(cast.part.name, same, digest_file(folder / "shell.bmodel")[0] == direct.blobs["shell"].digest)
+    cache.record(proof_action(mould), {}, {"part": cast.part.name, "weights": cast.digest})
     return replace(cast, made="cast, compiled: identical")
 
 
-def _cast_again(part: BinaryPart, kiln: Kiln, mould: Mould, size: int, target: Path, rounder_of: RounderOf) -> bytes:
+def _cast_again(
+    part: Binary,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    cache: ActionCache,
+    mould: Mould,
+    size: int,
+    target: Path,
+    rounder_of: RounderOf,
+) -> bytes:
     """The digest of a part's weights when they are cast with these rounders."""
     from fluxkiln.compile.toolchains.tpu_mlir.cast import cast_region
     from fluxkiln.compile.toolchains.tpu_mlir.coefficients import CoefficientMap
     from fluxkiln.compile.toolchains.tpu_mlir.shell import lay_out
 
     blobs = mould.result.outputs
-    region = lay_out(kiln.path(blobs["shell"]), {mould_net(kiln, mould.kind): size}, target)
-    coefficients = CoefficientMap.from_json(json.loads(kiln.path(blobs["map"]).read_text()))
-    template = make_template(kiln, part.part.kind, kiln.target.graph_format)
-    reader = part_weights(kiln, part.part, template)
+    region = lay_out(cache.path(blobs["shell"]), {mould_net(checkpoint, plan, cache, mould.kind): size}, target)
+    coefficients = CoefficientMap.from_json(json.loads(cache.path(blobs["map"]).read_text()))
+    template = make_template(checkpoint, plan, cache, part.part.kind, plan.target.graph_format)
+    reader = part_weights(checkpoint, plan, cache, part.part, template)
     return cast_region(target, next(iter(region.values())), coefficients, reader, rounder_of)
 
 

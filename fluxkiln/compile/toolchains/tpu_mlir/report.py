@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fluxkiln.compile.templates import BinaryPart, Kiln
+from fluxkiln.artifacts.actions import ActionCache
+from fluxkiln.compile.plan import Binary, Plan
 from fluxkiln.compile.toolchains.tpu_mlir.devices import group_parts, plan_devices
 from fluxkiln.compile.toolchains.tpu_mlir.estimate import estimate_pipeline
+from fluxkiln.export.checkpoint import Checkpoint
 
 LABEL = (
     "Summed from the schedules that the compiler makes of its own code, net after net; no board ran. It ranks "
@@ -15,21 +17,23 @@ LABEL = (
 )
 
 
-def report_costs(kiln: Kiln, binaries: Sequence[BinaryPart]) -> dict[str, Any]:
+def report_costs(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, binaries: Sequence[Binary]) -> dict[str, Any]:
     """The report's facts `memory`, `devices` and `estimate`; nothing for a target without devices."""
-    if not kiln.target.device_bytes:
+    if not plan.target.device_bytes:
         return {}
-    plan = plan_devices(kiln, group_parts(kiln, binaries)).to_json()
+    laid = plan_devices(checkpoint, plan, cache, group_parts(checkpoint, plan, cache, binaries)).to_json()
     memory = {
-        file["file"]: {what: file[what] for what in ("weights", "instructions", "runtime")} for file in plan["files"]
+        file["file"]: {what: file[what] for what in ("weights", "instructions", "runtime")} for file in laid["files"]
     }
-    devices = {"budget": plan["budget"], "load": plan["load"], "peaks": plan["peaks"]}
-    return {"memory": memory, "devices": devices, "estimate": report_estimate(kiln, binaries)}
+    devices = {"budget": laid["budget"], "load": laid["load"], "peaks": laid["peaks"]}
+    return {"memory": memory, "devices": devices, "estimate": report_estimate(checkpoint, plan, cache, binaries)}
 
 
-def report_estimate(kiln: Kiln, binaries: Sequence[BinaryPart]) -> dict[str, Any]:
+def report_estimate(
+    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, binaries: Sequence[Binary]
+) -> dict[str, Any]:
     """The compiler's estimate per kind, per step and per image, as text for people and as numbers for programs."""
-    steps = kiln.checkpoint.model.steps[kiln.checkpoint.variant]
+    steps = checkpoint.model.steps[checkpoint.variant]
     parts = {binary.part: estimate_ms(binary) for binary in binaries}
     found = estimate_pipeline(parts, steps)
     entries = {
@@ -51,7 +55,7 @@ def report_estimate(kiln: Kiln, binaries: Sequence[BinaryPart]) -> dict[str, Any
     return {"label": LABEL, "entries": entries, "values": values}
 
 
-def estimate_ms(binary: BinaryPart) -> float | None:
+def estimate_ms(binary: Binary) -> float | None:
     """Milliseconds of one run of a part, by the compiler's estimate; None when it left none."""
     value = binary.facts.get("estimate_ms")
     return None if value is None else float(value)

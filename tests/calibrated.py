@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 
 from fluxkiln.compile.weights import calibration_action, component_digest
 from fluxkiln.quantize.calibration import open_calibration
 from fluxkiln.quantize.sums import Sums
 from fluxkiln.types import find_part
+from tests.conftest import altered
 
 NAME, COMPONENT = "single.00", "transformer"
 
 
 def one_part(kiln, scheme, name=NAME, target="cpu"):
     made = kiln(scheme=scheme, target=target)
-    return replace(made, parts=(find_part(made.parts, name),))
+    return altered(made, parts=(find_part(made.parts, name),))
 
 
 @pytest.fixture(scope="session")
@@ -39,5 +38,5 @@ def calibrated(kiln, tmp_path_factory):
         )
     blob = made.cache.store.add_file(path)
     action = calibration_action(COMPONENT, component_digest(made.checkpoint.digests, COMPONENT))
-    made.cache.record(action, {"calibration": blob}, {})
+    made.cache.record(*action, {"calibration": blob}, {})
     return open_calibration(made.cache.store.path(blob.digest), blob.digest)

@@ -10,25 +10,29 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
-from fluxkiln.verify.modulation import recorded_parts, view_recording
 
-from fluxkiln.compile.templates import BinaryPart, Kiln, Mould, make_template
+from fluxkiln.artifacts.actions import ActionCache
+from fluxkiln.compile.plan import Binary, Plan
+from fluxkiln.compile.target import Target
+from fluxkiln.compile.templates import make_template
 from fluxkiln.compile.toolchains.tpu_mlir.cast_file import cast_file
 from fluxkiln.compile.toolchains.tpu_mlir.environment import TpuMlirEnv, default_tpu_mlir_root, find_tpu_mlir
-from fluxkiln.compile.toolchains.tpu_mlir.moulds import cast_part, compile_part, make_mould
-from fluxkiln.export.checkpoint import Checkpoint, TensorReader, open_checkpoint
+from fluxkiln.compile.toolchains.tpu_mlir.moulds import Mould, cast_part, compile_part, make_mould
+from fluxkiln.export.checkpoint import Checkpoint, open_checkpoint
 from fluxkiln.patches.flux1.kinds import list_parts
+from fluxkiln.patches.flux1.model import MODEL
 from fluxkiln.progress import Silent
 from fluxkiln.settings import Settings
 from fluxkiln.types import Part, Shapes, find_part
-from fluxkiln.verify.reference import Recording, record_reference
+from fluxkiln.verify.reference import Recording, record_reference, view_recording
+from tests.calibrated import calibrated as calibrated
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -101,7 +105,7 @@ def tiny_recording(
         checkpoint = tiny_checkpoint(preset)
         parts = list_parts(checkpoint.configs, vae)
         folder = tmp_path_factory.mktemp("recording")
-        return record_reference(checkpoint.root, parts, shapes, folder, TensorReader(checkpoint))
+        return record_reference(checkpoint, parts, shapes, folder)
 
     return make
 
@@ -114,7 +118,7 @@ def record_parts(
 
     def record(preset: str, parts: tuple[Part, ...], shapes: Shapes = TINY_SHAPES) -> Recording:
         checkpoint, folder = tiny_checkpoint(preset), tmp_path_factory.mktemp("recording")
-        return record_reference(checkpoint.root, parts, shapes, folder, TensorReader(checkpoint))
+        return record_reference(checkpoint, parts, shapes, folder)
 
     return record
 
@@ -128,8 +132,8 @@ def hoisted_recording(
     @functools.cache
     def make(preset: str = "tiny-dev", vae: Literal["kl", "tiny"] = "kl", shapes: Shapes = TINY_SHAPES) -> Recording:
         configs = tiny_checkpoint(preset).configs
-        both = record_parts(preset, recorded_parts(configs, vae), shapes)
-        return view_recording(both, list_parts(configs, vae, "hoisted"))
+        both = record_parts(preset, MODEL.recorded_parts(configs, vae), shapes)
+        return view_recording(both, MODEL, list_parts(configs, vae, "hoisted"))
 
     return make
 
@@ -153,58 +157,83 @@ def part_of_kind(
     return make
 
 
-@pytest.fixture(scope="session")
-def kiln(tiny_checkpoint: Callable[..., Checkpoint], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Kiln]:
-    """(model, scheme, target) -> a kiln of the smallest shapes with counts of its own.
+@dataclass(frozen=True)
+class Build:
+    """What a build hands on, and short names of what tests ask of it most."""
 
-    All kilns have one store, so that a mould is compiled once a session. For tests marked `tpu_mlir`.
+    checkpoint: Checkpoint
+    plan: Plan
+    cache: ActionCache
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return self.plan.parts
+
+    @property
+    def target(self) -> Target:
+        return self.plan.target
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.checkpoint, self.plan, self.cache))
+
+
+def altered(build: Build, **changes) -> Build:
+    """A build with another plan: other parts, shapes, schemes, ..."""
+    return replace(build, plan=replace(build.plan, **changes))
+
+
+@pytest.fixture(scope="session")
+def kiln(tiny_checkpoint: Callable[..., Checkpoint], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Build]:
+    """(model, scheme, target) -> a build of the smallest shapes with counts of its own.
+
+    All have one store, so that a mould is compiled once a session. For tests marked `tpu_mlir`.
     """
     from fluxkiln.build.context import prepare
 
     folder = tmp_path_factory.mktemp("kiln")
 
-    def make(model: str | Path = "tiny-dev", scheme: str = "W4BF16", target: str = "bm1684x") -> Kiln:
+    def make(model: str | Path = "tiny-dev", scheme: str = "W4BF16", target: str = "bm1684x") -> Build:
         root = model if isinstance(model, Path) else tiny_checkpoint(model).root
         settings = Settings(
             target, str(root), scheme=scheme, build_dir=folder / "build", store=folder / "store", modulation="inline"
         )
         prepared = prepare(settings)
-        assert prepared.kiln.shapes == SMALLEST
-        return prepared.kiln
+        assert prepared.plan.shapes == SMALLEST
+        return Build(*prepared)
 
     return make
 
 
 @pytest.fixture(scope="session")
 def cast_and_direct(
-    cast_alone: Callable[[Kiln, str], BinaryPart],
-) -> Callable[..., tuple[Mould, BinaryPart, BinaryPart]]:
+    cast_alone: Callable[[Build, str], Binary],
+) -> Callable[..., tuple[Mould, Binary, Binary]]:
     """(kiln, part) -> its kind's mould, the part cast into it, the part compiled; both compilers at once.
 
     The `bmodel` of the cast part is the file in which it is alone.
     """
 
-    def make(kiln: Kiln, name: str) -> tuple[Mould, BinaryPart, BinaryPart]:
+    def make(kiln: Build, name: str) -> tuple[Mould, Binary, Binary]:
         part = find_part(kiln.parts, name)
-        template = make_template(kiln, part.kind, "onnx17")
+        template = make_template(*kiln, part.kind, "onnx17")
         with ThreadPoolExecutor(2) as pool:
-            mould = pool.submit(make_mould, kiln, template)
-            direct = pool.submit(compile_part, kiln, part, template)
+            mould = pool.submit(make_mould, *kiln, template)
+            direct = pool.submit(compile_part, *kiln, part, template)
         return mould.result(), cast_alone(kiln, name), direct.result()
 
     return make
 
 
 @pytest.fixture(scope="session")
-def cast_alone() -> Callable[[Kiln, str], BinaryPart]:
+def cast_alone() -> Callable[[Build, str], Binary]:
     """(kiln, part) -> the part cast into its kind's mould; its `bmodel` is the file in which it is alone."""
 
-    def make(kiln: Kiln, name: str) -> BinaryPart:
+    def make(kiln: Build, name: str) -> Binary:
         part = find_part(kiln.parts, name)
-        mould = make_mould(kiln, make_template(kiln, part.kind, "onnx17"))
+        mould = make_mould(*kiln, make_template(*kiln, part.kind, "onnx17"))
         assert mould.castable, mould.why
-        file, (binary,) = cast_file(kiln, f"{name}.bmodel", [cast_part(kiln, part, mould)], Silent())
-        return replace(binary, bmodel=file.blob)
+        file, (binary,) = cast_file(*kiln, f"{name}.bmodel", [cast_part(kiln.plan, part, mould)], Silent())
+        return replace(binary, blobs={**binary.blobs, "bmodel": file.blob})
 
     return make
 

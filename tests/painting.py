@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fluxkiln.components import Component
-from fluxkiln.export.host import host_constants
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
@@ -19,8 +17,9 @@ from fluxkiln.build.finish import HOST_CONSTANTS
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.export.eager import PatchedRunner
 from fluxkiln.generate.bundle import CONFIGS, Bundle, open_bundle
+from fluxkiln.patches.flux1.host import host_constants
 from fluxkiln.patches.flux1.kinds import list_parts
-from fluxkiln.types import Shapes
+from fluxkiln.types import Component, Shapes
 
 SHAPES = Shapes(height=64, width=64, tokens=32)
 
@@ -60,7 +59,7 @@ def make_bundle(checkpoint: Checkpoint, folder: Path, modulation: str = "hoisted
     work = folder / "work"
     work.mkdir(parents=True)
     constants, configs = work / "constants.safetensors", work / "configs.json"
-    made = host_constants(checkpoint, SHAPES)
+    made = host_constants(checkpoint, SHAPES.checkpoint, SHAPES.plan)
     save_file({name: np.ascontiguousarray(array) for name, array in made.items()}, constants)
     configs.write_text(json.dumps(checkpoint.configs))
     (work / "LICENSE").write_text("a licence")

@@ -75,12 +75,12 @@ def verify_blockwise(
     # what was compiled elsewhere cannot be executed here, its weights are read back all the same
     able = plan.target.toolchain != "tpu_mlir" or installed() is not None
     chosen = executed_parts(checkpoint, plan, cache, settings.seed, limits) if able else ()
-    progress.stage("verify", len(plan.parts) + len(chosen) + is_complete(checkpoint, plan, cache))
+    progress.stage("verify", len(plan.parts) + len(chosen) + is_complete(checkpoint, plan))
     prompt = filling_prompt(settings.prompt, plan.shapes.tokens, settings.seed)
     true = recording
     if chosen:
         true = record_run(
-            checkpoint, plan, cache, settings, print_, folder / "executed", chosen, plan.shapes, 1, prompt, only=True
+            checkpoint, cache, settings, print_, folder / "executed", chosen, plan.shapes, 1, prompt, only=True
         )
     ladder, executed = Ladder(), Ladder()
     # the interpreter is left first: then what runs there ends at once when something else has failed
@@ -95,7 +95,7 @@ def verify_blockwise(
             for part in chosen:
                 made = {**replay_part(stored, true, part)[0], **interpreted[part.name]}
                 label = f"{part.name} at {plan.shapes.width}x{plan.shapes.height}"
-                climb_part(executed, checkpoint, plan, cache, true, part, 0, made, label)
+                climb_part(executed, plan, true, part, 0, made, label)
                 progress.done("verify", label, f"{len(made)} rungs")
         except BaseException:
             upper.shutdown(wait=False, cancel_futures=True)
@@ -103,7 +103,7 @@ def verify_blockwise(
     ladder.absorb(executed)
     runs = None
     if pipeline is not None:
-        climb_pipeline(ladder, checkpoint, small, cache, recording, PIPELINE_RUNG, pipeline)
+        climb_pipeline(ladder, small, recording, PIPELINE_RUNG, pipeline)
         progress.done("verify", "whole pipeline", f"1 step at {name_shapes(small.shapes)}")
         runs = sample_runs(
             checkpoint,
@@ -144,7 +144,7 @@ def _replay_all(
 
     def run(name: str, inputs: Mapping[str, NDArray[Any]] | None) -> dict[str, NDArray[Any]]:
         part = find_part(plan.parts, name)
-        _expect(checkpoint, plan, cache, following.get(part))
+        _expect(checkpoint, following.get(part))
         made: dict[str, Any] = {}
         outputs: dict[str, Any] = {}
         for rung, runner in rungs.items():
@@ -152,18 +152,18 @@ def _replay_all(
             if rung == PIPELINE_RUNG and inputs is not None:
                 outputs = runner(name, inputs)
             let_go(runner)
-        climb_part(ladder, checkpoint, plan, cache, recording, part, 0, made)
+        climb_part(ladder, plan, recording, part, 0, made)
         progress.done("verify", name, f"{len(rungs)} rungs at {name_shapes(plan.shapes)}")
         return outputs
 
-    if is_complete(checkpoint, plan, cache):
-        return run_pipeline(checkpoint, plan, cache, replace(settings, steps=1), run)
+    if is_complete(checkpoint, plan):
+        return run_pipeline(checkpoint, plan, replace(settings, steps=1), run)
     for part in plan.parts:
         run(part.name, None)
     return None
 
 
-def _expect(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part | None) -> None:
+def _expect(checkpoint: Checkpoint, part: Part | None) -> None:
     """Have the system read a block's weights while another one is computed."""
     if part is not None and part.prefix:
         refs = checkpoint.tensors[part.folder].values()

@@ -50,7 +50,7 @@ class Limits:
 LIMITS = Limits()
 
 
-def multiplications(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> float:
+def multiplications(checkpoint: Checkpoint, plan: Plan) -> float:
     """About how many multiplications the costliest component takes: every weight of a block once for every token.
 
     Of the transformer one step. A decoder's convolutions run at up to 8 times the width and height of the latents.
@@ -63,10 +63,10 @@ def multiplications(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> f
     return max(counts)
 
 
-def replayed_shapes(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, limits: Limits = LIMITS) -> Shapes:
+def replayed_shapes(checkpoint: Checkpoint, plan: Plan, limits: Limits = LIMITS) -> Shapes:
     """The shapes at which every part is replayed: those of the build, halved until a step is within the limit."""
     shapes = plan.shapes
-    while multiplications(checkpoint, replace(plan, shapes=shapes), cache) > limits.replayed:
+    while multiplications(checkpoint, replace(plan, shapes=shapes)) > limits.replayed:
         smaller = Shapes(_half(shapes.height), _half(shapes.width), max(shapes.tokens // 2, LEAST_TOKENS))
         if smaller == shapes:
             break

@@ -113,7 +113,6 @@ def calibrate(
             _record(
                 checkpoint,
                 plan,
-                cache,
                 settings,
                 prompts,
                 components,
@@ -131,7 +130,7 @@ def calibrate(
     for component, digest in digests.items():
         cache.record(calibration_action(component, digest), {"calibration": blob}, {})
     if out is not None:
-        _copy_out(checkpoint, plan, cache, blob.digest, out)
+        _copy_out(cache, blob.digest, out)
     found = open_calibration(cache.path(blob), blob.digest)
     return CalibrationResult(found, blob.size, result.hit, time.perf_counter() - started, out)
 
@@ -144,7 +143,7 @@ def use_calibration(settings: Settings, file: Path, progress: Progress | None = 
     """
     started = time.perf_counter()
     prepared = prepare(settings, progress)
-    checkpoint, plan, cache = prepared.checkpoint, prepared.plan, prepared.cache
+    checkpoint, cache = prepared.checkpoint, prepared.cache
     if not file.is_file():
         raise UsageError(f"{file} is no file; fluxkiln calibrate --out writes one")
     found = open_calibration(file, digest_file(file)[0])
@@ -165,7 +164,7 @@ def use_calibration(settings: Settings, file: Path, progress: Progress | None = 
     return CalibrationResult(found, blob.size, True, time.perf_counter() - started, file)
 
 
-def _copy_out(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, digest: str, out: Path) -> None:
+def _copy_out(cache: ActionCache, digest: str, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.unlink(missing_ok=True)
     cache.store.export(digest, out)
@@ -174,7 +173,6 @@ def _copy_out(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, digest: st
 def _record(
     checkpoint: Checkpoint,
     plan: Plan,
-    cache: ActionCache,
     settings: Settings,
     prompts: tuple[str, ...],
     components: list[str],

@@ -119,9 +119,9 @@ def _prepared(settings: Settings, checkpoint: Checkpoint) -> Prepared:
     if any(scheme.kept for scheme in schemes.values()):
         from fluxkiln.compile.tensors import settle_kept
 
-        plan = settle_kept(checkpoint, plan, cache)
+        plan = settle_kept(checkpoint, plan)
     if split is not None:
-        plan_memory(checkpoint, plan, cache)
+        plan_memory(checkpoint, plan)
     return Prepared(settings, checkpoint, plan, cache, folder.name, "", folder)
 
 
@@ -257,7 +257,7 @@ def _validate(
         code_version=code_version(_read_through, model=type(checkpoint.model)),
         inputs={"checkpoint": f"sha256:{print_}"},
     )
-    check_weights(checkpoint, plan, cache)
+    check_weights(checkpoint, plan)
     if cache.lookup(action.key) is None:
         started = time.perf_counter()
         progress.stage("validate", 1)

@@ -54,7 +54,7 @@ def measure_effects(
     for scheme in (REFERENCE, *schemes):
         one = prepared[scheme] = prepare(replace(settings, scheme=scheme))
         checkpoint, plan, cache = one.checkpoint, one.plan, one.cache
-        if not is_complete(checkpoint, plan, cache):
+        if not is_complete(checkpoint, plan):
             raise UsageError("the effect on the whole pipeline needs all components; leave --components out")
         check_methods(checkpoint, plan, cache)
     effects = []
@@ -63,7 +63,7 @@ def measure_effects(
         for scheme, one in prepared.items():
             checkpoint, plan, cache = one.checkpoint, one.plan, one.cache
             runner = dequantized_rung(checkpoint, plan, cache, threads=0)
-            made[scheme] = run_pipeline(checkpoint, plan, cache, replace(settings, scheme=scheme, steps=count), runner)
+            made[scheme] = run_pipeline(checkpoint, plan, replace(settings, scheme=scheme, steps=count), runner)
             progress.done("pipeline", scheme, f"{count} steps")
         base = made[REFERENCE]
         for scheme in schemes:

@@ -192,14 +192,14 @@ def bundle_files(
     import numpy as np
     from safetensors.numpy import save_file
 
-    checkpoint, plan, cache = prepared.checkpoint, prepared.plan, prepared.cache
+    checkpoint, plan = prepared.checkpoint, prepared.plan
     sources: dict[str, Blob | Path] = {file.name: file.blob for file in files}
     sources.update(checkpoint.sidecars)
     constants = work / HOST_CONSTANTS
     constants.parent.mkdir(parents=True, exist_ok=True)
     # in row order: safetensors takes the bytes of an array as they lie, and a transposed one's lie otherwise
     save_file(
-        {name: np.ascontiguousarray(array) for name, array in host_constants(checkpoint, plan, cache).items()},
+        {name: np.ascontiguousarray(array) for name, array in host_constants(checkpoint, plan).items()},
         constants,
     )
     sources[HOST_CONSTANTS] = constants
@@ -272,7 +272,7 @@ def _write_report(
             {"name": name, "seconds": seconds}
             for name, seconds in {**parity.seconds, **laps.seconds, "all": laps.total}.items()
         ],
-        **(lowering if lowering is not None else report_costs(checkpoint, plan, cache, binaries)),
+        **(lowering if lowering is not None else report_costs(checkpoint, plan, binaries)),
         "tools": build_action(prepared).tools,
         "machine": _machine(),
         "provenance": {

@@ -125,8 +125,8 @@ def build_files(
     for it.
     """
     parts, proofs = compile_parts(checkpoint, plan, cache, settings, progress)
-    groups = group_parts(checkpoint, plan, cache, parts)
-    plan_devices(checkpoint, plan, cache, groups)
+    groups = group_parts(plan, parts)
+    plan_devices(plan, groups)
     laps.lap("compile")
     progress.stage("cast", len(parts))
     binaries: dict[str, Binary] = {}

@@ -89,12 +89,10 @@ def build_moulds(settings: Settings, progress: Progress | None = None) -> list[M
         progress.stage("prove", len(futures))
         for kind, future in futures.items():
             made[kind] = mould = future.result()
-            if settings.prove or needs_proof(checkpoint, plan, cache, mould):
+            if settings.prove or needs_proof(cache, mould):
                 claim = claim_memory(
-                    checkpoint,
-                    plan,
                     cache,
-                    mould_action(checkpoint, plan, cache, templates[kind]),
+                    mould_action(checkpoint, plan, templates[kind]),
                     templates[kind],
                     known=False,
                 )
@@ -109,13 +107,11 @@ def build_moulds(settings: Settings, progress: Progress | None = None) -> list[M
         for proof in proofs:
             proof.result()
     if all(mould.castable for mould in made.values()):
-        groups = group_parts(
-            checkpoint, plan, cache, [cast_part(checkpoint, plan, cache, part, made[part.kind]) for part in plan.parts]
-        )
-        plan_devices(checkpoint, plan, cache, groups)
+        groups = group_parts(plan, [cast_part(plan, part, made[part.kind]) for part in plan.parts])
+        plan_devices(plan, groups)
         progress.stage("combine", len(groups))
         for name, members in groups.items():
-            combine_shells(checkpoint, plan, cache, name, members)
+            combine_shells(plan, cache, name, members)
             progress.done("combine", name, f"{len(members)} nets")
     keys = {mould.result.key for mould in made.values()}
     return [entry for entry in list_moulds(cache.store) if entry.key in keys]

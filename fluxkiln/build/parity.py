@@ -71,23 +71,22 @@ def record(
     """
     from fluxkiln.verify.reference import view_recording
 
-    shapes, model = replayed_shapes(checkpoint, plan, cache, limits), checkpoint.model
+    shapes, model = replayed_shapes(checkpoint, plan, limits), checkpoint.model
     built = {part.component for part in plan.parts}
     every = model.recorded_parts(checkpoint.configs, settings.vae)
     recorded = tuple(part for part in every if part.component in built)
     steps = settings.steps if shapes == plan.shapes else 1
-    recording = record_run(checkpoint, plan, cache, settings, print_, folder, recorded, shapes, steps, settings.prompt)
+    recording = record_run(checkpoint, cache, settings, print_, folder, recorded, shapes, steps, settings.prompt)
     return view_recording(recording, model, plan.parts)
 
 
-def is_complete(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> bool:
+def is_complete(checkpoint: Checkpoint, plan: Plan) -> bool:
     """Whether all components of a pipeline are built."""
     return {part.component for part in plan.parts} == set(checkpoint.model.components)
 
 
 def record_run(
     checkpoint: Checkpoint,
-    plan: Plan,
     cache: ActionCache,
     settings: Settings,
     print_: str,
@@ -169,7 +168,7 @@ def verify_build(
         trace_templates(checkpoint, plan, cache, progress)
         rungs: AbstractContextManager[Rungs]
         if plan.target.toolchain == "tpu_mlir":
-            simulated = multiplications(checkpoint, plan, cache) <= limits.simulated
+            simulated = multiplications(checkpoint, plan) <= limits.simulated
             rungs = bm1684x_rungs(checkpoint, plan, cache, binaries, files, folder, simulated)
         else:
             rungs = cpu_rungs(checkpoint, plan, cache, graphs)
@@ -212,7 +211,7 @@ def replay(
 
     started = time.perf_counter()
     calls = [(part, step) for part in plan.parts for step in range(len(recording.calls[part.name]))]
-    complete = is_complete(checkpoint, plan, cache)
+    complete = is_complete(checkpoint, plan)
     progress.stage("verify", len(calls) + complete)
     ladder = Ladder()
     *_, top = rungs
@@ -220,11 +219,11 @@ def replay(
     with ThreadPoolExecutor(1, "below") as lower, ThreadPoolExecutor(1, "top") as upper:
         lower_parts = {part.name: lower.submit(replay_part, below, recording, part) for part in plan.parts}
         upper_parts = {part.name: upper.submit(replay_part, {top: rungs[top]}, recording, part) for part in plan.parts}
-        whole = upper.submit(run_pipeline, checkpoint, plan, cache, settings, rungs[top]) if complete else None
+        whole = upper.submit(run_pipeline, checkpoint, plan, settings, rungs[top]) if complete else None
         try:
             for part, step in calls:
                 made = {**lower_parts[part.name].result()[step], **upper_parts[part.name].result()[step]}
-                climb_part(ladder, checkpoint, plan, cache, recording, part, step, made)
+                climb_part(ladder, plan, recording, part, step, made)
                 progress.done("verify", part.name, f"{len(rungs)} rungs, step {step}")
             pipeline = whole.result() if whole is not None else None
         except BaseException:
@@ -232,7 +231,7 @@ def replay(
             upper.shutdown(wait=False, cancel_futures=True)
             raise
     if pipeline is not None:
-        climb_pipeline(ladder, checkpoint, plan, cache, recording, top, pipeline)
+        climb_pipeline(ladder, plan, recording, top, pipeline)
         progress.done("verify", "whole pipeline", f"{recording.steps} steps")
     runs = None
     if pipeline is not None:
@@ -245,9 +244,7 @@ def replay(
 
 def climb_pipeline(
     ladder: Ladder,
-    checkpoint: Checkpoint,
     plan: Plan,
-    cache: ActionCache,
     recording: Recording,
     rung: str,
     pipeline: PipelineResult,
@@ -295,16 +292,12 @@ def climb_stored(
         )
 
 
-def run_pipeline(
-    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, settings: Settings, runner: PartRunner
-) -> PipelineResult:
+def run_pipeline(checkpoint: Checkpoint, plan: Plan, settings: Settings, runner: PartRunner) -> PipelineResult:
     """diffusers' own loop with `runner` in place of every model."""
     from fluxkiln.verify.pipeline import run_with_parts
 
     sampling = Sampling(settings.steps, settings.seed, settings.prompt)
-    return run_with_parts(
-        checkpoint.model, pipeline_files(checkpoint, plan, cache), plan.shapes, plan.parts, runner, sampling
-    )
+    return run_with_parts(checkpoint.model, pipeline_files(checkpoint, plan), plan.shapes, plan.parts, runner, sampling)
 
 
 def replay_part(rungs: Rungs, recording: Recording, part: Part) -> list[dict[str, Mapping[str, NDArray[Any]]]]:
@@ -326,9 +319,7 @@ def let_go(runner: PartRunner) -> None:
 
 def climb_part(
     ladder: Ladder,
-    checkpoint: Checkpoint,
     plan: Plan,
-    cache: ActionCache,
     recording: Recording,
     part: Part,
     step: int,

@@ -103,9 +103,7 @@ def plan_build(prepared: Prepared) -> dict[str, Any]:
 def _devices(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> dict[str, Any]:
     if not plan.target.device_bytes or plan.layout is not None:
         return {}
-    return lay_files(
-        checkpoint, plan, cache, group_parts(checkpoint, plan, cache, _known_or_lightest(checkpoint, plan, cache))
-    ).to_json()
+    return lay_files(plan, group_parts(plan, _known_or_lightest(checkpoint, plan, cache))).to_json()
 
 
 def _refusal(prepared: Prepared) -> str:
@@ -130,9 +128,9 @@ def list_jobs(prepared: Prepared) -> list[Job]:
             else link_jobs(checkpoint, plan, cache)
         )
     finished = cache.lookup(build_action(prepared).key) is not None
-    weights = count_elements(ref for part in plan.parts for ref in part_refs(checkpoint, plan, cache, part))
+    weights = count_elements(ref for part in plan.parts for ref in part_refs(checkpoint, plan, part))
     if prepared.settings.verify:
-        largest = max(count_elements(part_refs(checkpoint, plan, cache, part)) for part in plan.parts)
+        largest = max(count_elements(part_refs(checkpoint, plan, part)) for part in plan.parts)
         if plan.layout is not None:  # the reference runs block by block, and larger parts are not executed
             largest = min(largest, LARGEST_PART // 4)
         # one part's weights in float32, and the next one's
@@ -144,13 +142,13 @@ def list_jobs(prepared: Prepared) -> list[Job]:
 
 def split_jobs(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> list[Job]:
     """Jobs of a target that cuts the model: modules, every part's shards, the compiler where there is one."""
-    modules = {module_name(part): lower_action(checkpoint, plan, cache, part).key for part in plan.parts}
+    modules = {module_name(part): lower_action(checkpoint, plan, part).key for part in plan.parts}
     jobs = [
         Job("lower", name, "", "BF16", TRACE_MEMORY, cache.lookup(key) is not None) for name, key in modules.items()
     ]
     for part in plan.parts:
-        weights = count_elements(part_refs(checkpoint, plan, cache, part))
-        known = bool(checkpoint.digests) and cache.lookup(shard_action(checkpoint, plan, cache, part).key) is not None
+        weights = count_elements(part_refs(checkpoint, plan, part))
+        known = bool(checkpoint.digests) and cache.lookup(shard_action(checkpoint, plan, part).key) is not None
         jobs.append(Job("shard", part.name, part.kind, "BF16", CAST_MEMORY, known, weights))
     return jobs
 
@@ -159,7 +157,7 @@ def link_jobs(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> list[Jo
     """Jobs of a target that runs the graphs as they are."""
     jobs = [template_job(checkpoint, plan, cache, kind, plan.target.graph_format) for kind in plan.kinds()]
     for part in plan.parts:
-        weights = count_elements(part_refs(checkpoint, plan, cache, part))
+        weights = count_elements(part_refs(checkpoint, plan, part))
         # Linking is not a cached action: it takes the time of a copy.
         jobs.append(
             Job(
@@ -167,7 +165,7 @@ def link_jobs(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> list[Jo
                 part.name,
                 part.kind,
                 plan.scheme(part).name,
-                search_memory(checkpoint, plan, cache, part) + CAST_MEMORY,
+                search_memory(checkpoint, plan, part) + CAST_MEMORY,
                 False,
                 weights,
             )
@@ -185,14 +183,14 @@ def compile_jobs(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, setting
             template_job(checkpoint, plan, cache, kind, plan.target.graph_format, known=template is not None)
         )
         parts = [part for part in plan.parts if part.kind == kind]
-        weights = count_elements(template.slots if template else part_refs(checkpoint, plan, cache, parts[0]))
+        weights = count_elements(template.slots if template else part_refs(checkpoint, plan, parts[0]))
         mould = find_mould(checkpoint, plan, cache, template) if template else None
         scheme, memory = plan.schemes[kind].name, compile_memory(weights)
         spent: Any = mould.result.facts.get("estimate_ms") if mould else None
         made.append(Job("mould", f"mould {kind}", kind, scheme, memory, mould is not None, weights, spent))
         if mould is not None and not mould.castable:
             made += [compile_job(checkpoint, plan, cache, part, template) for part in parts]
-        elif settings.prove or needs_proof(checkpoint, plan, cache, mould):
+        elif settings.prove or needs_proof(cache, mould):
             made.append(compile_job(checkpoint, plan, cache, proof_part(parts, settings.seed), template))
         for part in parts:
             binary = _find_binary(checkpoint, plan, cache, part, template, mould)
@@ -203,20 +201,20 @@ def compile_jobs(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, setting
                     part.name,
                     kind,
                     scheme,
-                    search_memory(checkpoint, plan, cache, part) + CAST_MEMORY,
+                    search_memory(checkpoint, plan, part) + CAST_MEMORY,
                     in_store,
                     weights,
                 )
             )
             known += [binary] if binary is not None else []
-    return [*templates, *made, *_combine_jobs(checkpoint, plan, cache, known), *cast]
+    return [*templates, *made, *_combine_jobs(plan, cache, known), *cast]
 
 
-def _combine_jobs(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, known: list[Binary]) -> list[Job]:
+def _combine_jobs(plan: Plan, cache: ActionCache, known: list[Binary]) -> list[Job]:
     if len(known) == len(plan.parts):
         order = {part.name: index for index, part in enumerate(plan.parts)}
-        groups = group_parts(checkpoint, plan, cache, tuple(sorted(known, key=lambda binary: order[binary.part.name])))
-        keys = {name: combine_action(checkpoint, plan, cache, name, parts).key for name, parts in groups.items()}
+        groups = group_parts(plan, tuple(sorted(known, key=lambda binary: order[binary.part.name])))
+        keys = {name: combine_action(plan, name, parts).key for name, parts in groups.items()}
         return [_combine_job(name, cache.lookup(key) is not None) for name, key in keys.items()]
     # Into how many files an unquantized transformer is cut depends on measured sizes.
     components = dict.fromkeys(part.component for part in plan.parts)
@@ -234,7 +232,7 @@ def _find_binary(
     if template is None or mould is None or not checkpoint.digests:
         return None
     if mould.castable:
-        return cast_part(checkpoint, plan, cache, part, mould)
+        return cast_part(plan, part, mould)
     known = cache.lookup(compile_action(checkpoint, plan, cache, part, template).key) is not None
     return compile_part(checkpoint, plan, cache, part, template) if known else None
 
@@ -255,7 +253,7 @@ def template_job(
 
 def compile_job(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, template: Template | None) -> Job:
     """The job that compiles a part with its own weights."""
-    weights = count_elements(template.slots if template else part_refs(checkpoint, plan, cache, part))
+    weights = count_elements(template.slots if template else part_refs(checkpoint, plan, part))
     known = (
         template is not None
         and bool(checkpoint.digests)
@@ -279,9 +277,7 @@ def check_resources(prepared: Prepared) -> None:
 def check_devices(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> None:
     """Refuse weights that no way of loading gets onto the devices; instructions and run-time memory come on top."""
     if plan.target.device_bytes and plan.layout is None:
-        plan_devices(
-            checkpoint, plan, cache, group_parts(checkpoint, plan, cache, _known_or_lightest(checkpoint, plan, cache))
-        )
+        plan_devices(plan, group_parts(plan, _known_or_lightest(checkpoint, plan, cache)))
 
 
 def _known_or_lightest(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> list[Binary]:
@@ -293,13 +289,13 @@ def _known_or_lightest(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -
     return [
         Binary(part, net_name(part), plan.scheme(part), mould.result.facts, "planned")
         if (mould := moulds[part.kind]) is not None
-        else _lightest(checkpoint, plan, cache, part)
+        else _lightest(checkpoint, plan, part)
         for part in plan.parts
     ]
 
 
-def _lightest(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part) -> Binary:
-    size = part_bytes(checkpoint, plan, cache, part)
+def _lightest(checkpoint: Checkpoint, plan: Plan, part: Part) -> Binary:
+    size = part_bytes(checkpoint, plan, part)
     facts = {"weight_bytes": size, "instruction_bytes": 0, "runtime_bytes": 0}
     return Binary(part, net_name(part), plan.scheme(part), facts, "planned")
 
@@ -353,7 +349,7 @@ def disk_bytes(prepared: Prepared, todo: Iterable[Job]) -> int:
     """About how many bytes these jobs write: into the store, the bundle, and working folders at their fullest."""
     from fluxkiln.build.context import unwritten_bytes
 
-    checkpoint, plan, cache, settings = prepared.checkpoint, prepared.plan, prepared.cache, prepared.settings
+    checkpoint, plan, settings = prepared.checkpoint, prepared.plan, prepared.settings
     todo = list(todo)
     if not todo:
         return 0
@@ -369,7 +365,7 @@ def disk_bytes(prepared: Prepared, todo: Iterable[Job]) -> int:
             total += stored_bytes(plan.schemes[job.kind], job.weights)
         elif job.stage == "combine":
             total += KERNEL_BYTES
-    binaries = sum(part_bytes(checkpoint, plan, cache, part) for part in plan.parts)
+    binaries = sum(part_bytes(checkpoint, plan, part) for part in plan.parts)
     stages = {job.stage for job in todo}
     # Graphs lie in the working folder and in the store; a bundle has links to bmodels where it can.
     total += 2 * binaries * ("link" in stages)
@@ -378,17 +374,15 @@ def disk_bytes(prepared: Prepared, todo: Iterable[Job]) -> int:
     if "verify" in stages:
         # one part at a time: the weights of the interpreter, and those of a graph in float32
         working.append(
-            8
-            * max(count_elements(part_refs(checkpoint, plan, cache, part)) for part in plan.parts)
-            * (plan.layout is None)
+            8 * max(count_elements(part_refs(checkpoint, plan, part)) for part in plan.parts) * (plan.layout is None)
         )
-        shapes = replayed_shapes(checkpoint, plan, cache)
+        shapes = replayed_shapes(checkpoint, plan)
         steps = settings.steps if shapes == plan.shapes else 1
-        total += recording_bytes(checkpoint, replace(plan, shapes=shapes), cache, steps)
+        total += recording_bytes(checkpoint, replace(plan, shapes=shapes), steps)
     return total + _most(working, settings)
 
 
-def recording_bytes(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, steps: int) -> int:
+def recording_bytes(checkpoint: Checkpoint, plan: Plan, steps: int) -> int:
     """About the bytes of a recorded run: what goes into each part, in float32; most outputs are another's input."""
     total, constants = 0, checkpoint.model.constant_inputs
     for part in plan.parts:

@@ -22,7 +22,6 @@ from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.build.context import Prepared, prepare
 from fluxkiln.build.mixture import Mix, choose_slots
 from fluxkiln.build.sensitivity import block_errors, open_trials, slot_errors
-from fluxkiln.compile.plan import Plan
 from fluxkiln.compile.weights import component_digest, find_calibration
 from fluxkiln.errors import SchemeError
 from fluxkiln.export.checkpoint import Checkpoint, read_rows
@@ -152,10 +151,10 @@ def quantize_model(
     started = time.perf_counter()
     progress = progress or Silent()
     prepared = prepare(settings, progress)
-    checkpoint, plan, cache = prepared.checkpoint, prepared.plan, prepared.cache
-    layers = tuple(find_layers(checkpoint, plan, cache))
+    checkpoint, cache = prepared.checkpoint, prepared.cache
+    layers = tuple(find_layers(checkpoint))
     calibrations = {
-        name: _calibration(checkpoint, plan, cache, name) for name in dict.fromkeys(layer.component for layer in layers)
+        name: _calibration(checkpoint, cache, name) for name in dict.fromkeys(layer.component for layer in layers)
     }
     compared = [parse_scheme(name) for name in schemes or ("W4BF16",)]
     if per_kind:
@@ -225,7 +224,7 @@ def _per_kind(compared: Sequence[Scheme], budget: str, rules: Sequence[LayerRule
     return [compared[0], parse_scheme(compared[0].arithmetic)]
 
 
-def find_layers(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> Iterator[Layer]:
+def find_layers(checkpoint: Checkpoint) -> Iterator[Layer]:
     """Every matrix of the blocks of what may be quantized, in the order of the checkpoint."""
     model = checkpoint.model
     for component in model.calibrated:
@@ -299,7 +298,7 @@ def _tensors(layer: Layer, scheme: Scheme) -> list[tuple[str, str, tuple[int, in
     ]
 
 
-def _calibration(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, component: str) -> Calibration | None:
+def _calibration(checkpoint: Checkpoint, cache: ActionCache, component: str) -> Calibration | None:
     return find_calibration(cache, component, component_digest(checkpoint.digests, component))
 
 

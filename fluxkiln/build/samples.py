@@ -62,7 +62,7 @@ def sample_runs(
     )
     for number, (prompt, seed) in enumerate(pairs):
         reference = references[prompt, seed]
-        actual = sample_parts(checkpoint, plan, cache, settings, runner, prompt, seed)
+        actual = sample_parts(checkpoint, plan, settings, runner, prompt, seed)
         runs.append(measure_run(prompt, seed, reference, actual))
         pictures[prompt, seed] = reference.image, actual.image
         name = f"pipeline.{number:02d}"
@@ -85,12 +85,12 @@ def reference_runs(
     opened: list[Any] = []
     found: dict[tuple[str, int], Sampled] = {}
     for prompt, seed in pairs:
-        action = _reference_action(checkpoint, plan, cache, settings, prompt, seed)
+        action = _reference_action(checkpoint, plan, settings, prompt, seed)
 
         def produce(folder: Path, prompt: str = prompt, seed: int = seed) -> tuple[dict[str, Path], dict[str, Any]]:
             if not opened:
-                opened.append(_open_reference(checkpoint, plan, cache))
-            _write_sampled(folder / _ARRAYS, _render(opened[0], checkpoint, plan, cache, settings, prompt, seed))
+                opened.append(_open_reference(checkpoint, plan))
+            _write_sampled(folder / _ARRAYS, _render(opened[0], checkpoint, plan, settings, prompt, seed))
             return {_ARRAYS: folder / _ARRAYS}, {}
 
         result = run_action(cache, action, produce)
@@ -102,7 +102,6 @@ def reference_runs(
 def sample_parts(
     checkpoint: Checkpoint,
     plan: Plan,
-    cache: ActionCache,
     settings: Settings,
     runner: PartRunner,
     prompt: str,
@@ -115,7 +114,7 @@ def sample_parts(
     sampling = Sampling(settings.steps, seed, prompt)
     made = run_with_parts(
         checkpoint.model,
-        pipeline_files(checkpoint, plan, cache),
+        pipeline_files(checkpoint, plan),
         plan.shapes,
         plan.parts,
         runner,
@@ -125,9 +124,7 @@ def sample_parts(
     return Sampled(tuple(latents), made.image)
 
 
-def _reference_action(
-    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, settings: Settings, prompt: str, seed: int
-) -> Action:
+def _reference_action(checkpoint: Checkpoint, plan: Plan, settings: Settings, prompt: str, seed: int) -> Action:
     import importlib.metadata
 
     return Action(
@@ -147,16 +144,14 @@ def _reference_action(
     )
 
 
-def _open_reference(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> Any:
+def _open_reference(checkpoint: Checkpoint, plan: Plan) -> Any:
     with quiet():
         from fluxkiln.verify.streaming import open_pipeline
 
         return open_pipeline(checkpoint, {part.component: part.folder for part in plan.parts})
 
 
-def _render(
-    pipe: Any, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, settings: Settings, prompt: str, seed: int
-) -> Sampled:
+def _render(pipe: Any, checkpoint: Checkpoint, plan: Plan, settings: Settings, prompt: str, seed: int) -> Sampled:
     from fluxkiln.verify.streaming import weights_in_place
 
     latents: list[NDArray[Any]] = []

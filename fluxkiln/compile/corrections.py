@@ -155,7 +155,7 @@ def _stored_beside(
         what=f"{part.name} {plan.scheme(part).name}",
         code_version=str(settings["code"]),
         inputs={
-            "weights": weights_digest(checkpoint, plan, cache, binding),
+            "weights": weights_digest(checkpoint, binding),
             "template": template.digest,
             **calibration,
         },

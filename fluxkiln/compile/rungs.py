@@ -60,8 +60,8 @@ def bm1684x_rungs(
         rungs["interpreter"] = Interpreted(checkpoint, plan, cache, binaries, interpreter, folder / "lowered")
         if simulated:
             simulator = stack.enter_context(Simulator(env, chip, plan.logs / "simulator.log"))
-            homes = lay_out_files(checkpoint, plan, cache, files, folder / "bmodels")
-            rungs["simulator"] = _net_runner(checkpoint, plan, cache, binaries, homes, simulator)
+            homes = lay_out_files(cache, files, folder / "bmodels")
+            rungs["simulator"] = _net_runner(binaries, homes, simulator)
         yield rungs
 
 
@@ -103,12 +103,12 @@ def stored_rung(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> Rungs
     """The rung `dequantized` of parts at the shapes of the build, in little memory; none where it says nothing new."""
     from fluxkiln.compile.onnx.runner import attention_by_heads
 
-    if not _stores_otherwise(checkpoint, plan, cache):
+    if not _stores_otherwise(plan):
         return {}
     return {"dequantized": dequantized_rung(checkpoint, plan, cache, 0, attention_by_heads)}
 
 
-def _stores_otherwise(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> bool:
+def _stores_otherwise(plan: Plan) -> bool:
     """Whether weights as the target stores them are others than the checkpoint's."""
     if plan.target.toolchain == "onnxruntime":
         return plan.quantized
@@ -127,7 +127,7 @@ def rungs_below(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, threads:
         "patched": PatchedRunner(checkpoint, plan.parts),
         "onnxruntime": onnxruntime_rung(checkpoint, plan, cache, threads),
     }
-    if _stores_otherwise(checkpoint, plan, cache):
+    if _stores_otherwise(plan):
         rungs["dequantized"] = dequantized_rung(checkpoint, plan, cache, threads)
     return rungs
 
@@ -240,9 +240,7 @@ def lay_out_lowered(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, bina
     cast_weight_file(coefficients, reader, target, part_rounders(checkpoint, plan, cache, binary.part))
 
 
-def lay_out_files(
-    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, files: tuple[BundleFile, ...], folder: Path
-) -> dict[str, Path]:
+def lay_out_files(cache: ActionCache, files: tuple[BundleFile, ...], folder: Path) -> dict[str, Path]:
     """Part -> the file of `folder` that holds its net; files by link or copy under their own names."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -252,9 +250,6 @@ def lay_out_files(
 
 
 def _net_runner(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    cache: ActionCache,
     binaries: tuple[Binary, ...],
     homes: Mapping[str, Path],
     simulator: Any,

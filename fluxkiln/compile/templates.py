@@ -36,9 +36,7 @@ COMPILER_STAGES = ("mould", "compile", "combine", "neff")
 SHARDED = "sharded"
 
 
-def template_action(
-    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, kind: str, graph_format: GraphFormat
-) -> Action:
+def template_action(checkpoint: Checkpoint, plan: Plan, kind: str, graph_format: GraphFormat) -> Action:
     """The key of a template: config without depth, shapes, format, the exporter's versions, patches, export code."""
     model, configs = checkpoint.model, checkpoint.configs
     traits = model.kinds[kind]
@@ -66,8 +64,8 @@ def find_template(
     checkpoint: Checkpoint, plan: Plan, cache: ActionCache, kind: str, graph_format: GraphFormat
 ) -> Template | None:
     """The template of a kind if it is in the store."""
-    result = cache.lookup(template_action(checkpoint, plan, cache, kind, graph_format).key)
-    return None if result is None else _template(checkpoint, plan, cache, kind, graph_format, result)
+    result = cache.lookup(template_action(checkpoint, plan, kind, graph_format).key)
+    return None if result is None else _template(cache, kind, graph_format, result)
 
 
 def make_template(
@@ -83,12 +81,10 @@ def make_template(
         return {"graph": made.path}, facts
 
     return _template(
-        checkpoint,
-        plan,
         cache,
         kind,
         graph_format,
-        run_action(cache, template_action(checkpoint, plan, cache, kind, graph_format), produce),
+        run_action(cache, template_action(checkpoint, plan, kind, graph_format), produce),
     )
 
 
@@ -109,9 +105,7 @@ def tell_template(
     return template
 
 
-def _template(
-    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, kind: str, graph_format: GraphFormat, result: ActionResult
-) -> Template:
+def _template(cache: ActionCache, kind: str, graph_format: GraphFormat, result: ActionResult) -> Template:
     graph = result.outputs["graph"]
     specs = {name: _specs_from_json(result.facts[name]) for name in ("inputs", "outputs", "slots")}
     return Template(kind, graph_format, cache.path(graph), graph.digest, **specs)
@@ -124,7 +118,7 @@ def net_name(part: Part) -> str:
     return part.name.replace(".", "_")
 
 
-def mould_net(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, kind: str) -> str:
+def mould_net(plan: Plan, kind: str) -> str:
     """The net of a kind's mould: that of its first part, or of any other, which is as long."""
     return net_name(next(part for part in plan.parts if part.kind == kind))
 
@@ -134,7 +128,7 @@ def count_elements(specs: Iterable[TensorSpec | TensorRef]) -> int:
     return sum(math.prod(spec.shape) for spec in specs)
 
 
-def weights_digest(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, binding: Binding) -> str:
+def weights_digest(checkpoint: Checkpoint, binding: Binding) -> str:
     """A digest over the checkpoint tensors that a binding reads, and what it does to them."""
     known = checkpoint.digests[binding.component]
     refs = [[ref.name, known[ref.name]] for ref in binding_refs(binding, checkpoint)]
@@ -150,13 +144,13 @@ def _specs_from_json(value: Any) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(name, tuple(shape), dtype) for name, shape, dtype in value)
 
 
-def host_constants(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> dict[str, Any]:
+def host_constants(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     """What the host hands to the parts at run time, by name; see `Model.host_constants`."""
     return checkpoint.model.host_constants(
         checkpoint.configs, plan.shapes, TensorReader(checkpoint), plan.layout is not None
     )
 
 
-def pipeline_files(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> PipelineFiles:
+def pipeline_files(checkpoint: Checkpoint, plan: Plan) -> PipelineFiles:
     """What a pipeline on the parts of a build is made of besides them."""
-    return PipelineFiles(checkpoint.root, checkpoint.configs, host_constants(checkpoint, plan, cache))
+    return PipelineFiles(checkpoint.root, checkpoint.configs, host_constants(checkpoint, plan))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.compile.plan import Plan
 from fluxkiln.compile.toolchains.neuron.split import holds_tensor
 from fluxkiln.errors import SchemeError
@@ -16,7 +15,7 @@ from fluxkiln.quantize.schemes import Scheme, check_groups, form_group, parse_sc
 from fluxkiln.types import Part, TensorRef
 
 
-def part_refs(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part) -> list[TensorRef]:
+def part_refs(checkpoint: Checkpoint, plan: Plan, part: Part) -> list[TensorRef]:
     """The checkpoint tensors of a part, by their names alone."""
     refs, traits = checkpoint.tensors[part.folder], part.traits
     if plan.layout is not None:
@@ -25,9 +24,9 @@ def part_refs(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part
     return [ref for name, ref in refs.items() if name.startswith(own) and not name.startswith(without)]
 
 
-def quantizable(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part) -> dict[str, TensorRef]:
+def quantizable(checkpoint: Checkpoint, plan: Plan, part: Part) -> dict[str, TensorRef]:
     """Name within the part -> tensor, of the matrices that a scheme with weight bits quantizes if it keeps none."""
-    refs = part_refs(checkpoint, plan, cache, part)
+    refs = part_refs(checkpoint, plan, part)
     return {
         ref.name.removeprefix(part.prefix): ref
         for ref in refs
@@ -35,7 +34,7 @@ def quantizable(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Pa
     }
 
 
-def settle_kept(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> Plan:
+def settle_kept(checkpoint: Checkpoint, plan: Plan) -> Plan:
     """The plan with each kind's scheme without patterns that are for another kind of its block (the modulation, say).
 
     A kind that keeps all its matrices is not quantized at all.
@@ -45,9 +44,7 @@ def settle_kept(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> Plan:
     """
     schemes = dict(plan.schemes)
     matrices = {
-        part.kind: list(quantizable(checkpoint, plan, cache, part))
-        for part in reversed(plan.parts)
-        if plan.scheme(part).kept
+        part.kind: list(quantizable(checkpoint, plan, part)) for part in reversed(plan.parts) if plan.scheme(part).kept
     }
     unmatched: dict[tuple[tuple[str, ...], str], bool] = {}
     for kind, names in matrices.items():
@@ -66,7 +63,7 @@ def settle_kept(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> Plan:
     return replace(plan, schemes=schemes)
 
 
-def check_weights(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> None:
+def check_weights(checkpoint: Checkpoint, plan: Plan) -> None:
     """Raise SchemeError when a weight cannot be in the codes that its scheme asks for.
 
     Its groups do not divide its input channels, or the target's compiler does not take its output channels.
@@ -74,7 +71,7 @@ def check_weights(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> Non
     refused: dict[str, tuple[TensorRef, str]] = {}
     for part in plan.parts:
         scheme = plan.scheme(part)
-        for name, ref in quantizable(checkpoint, plan, cache, part).items() if scheme.weight_bits else ():
+        for name, ref in quantizable(checkpoint, plan, part).items() if scheme.weight_bits else ():
             if not scheme.keeps(name):
                 check_groups(scheme, ref.name, ref.shape[1])
                 if not plan.target.takes_codes(ref.shape[0]):
@@ -89,10 +86,10 @@ def check_weights(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> Non
         )
 
 
-def part_bytes(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part) -> int:
+def part_bytes(checkpoint: Checkpoint, plan: Plan, part: Part) -> int:
     """Bytes of a part's weights in a binary: quantized matrices with all that is beside their codes, and the others."""
-    scheme, refs = plan.scheme(part), part_refs(checkpoint, plan, cache, part)
-    quantized = {ref.name for name, ref in quantizable(checkpoint, plan, cache, part).items() if not scheme.keeps(name)}
+    scheme, refs = plan.scheme(part), part_refs(checkpoint, plan, part)
+    quantized = {ref.name for name, ref in quantizable(checkpoint, plan, part).items() if not scheme.keeps(name)}
     plain = 4 if scheme.arithmetic == "F32" else 2
     total = 0
     for ref in refs:
@@ -103,11 +100,11 @@ def part_bytes(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Par
     return total
 
 
-def search_memory(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part) -> int:
+def search_memory(checkpoint: Checkpoint, plan: Plan, part: Part) -> int:
     """Bytes that the search for what stands beside the codes takes: a few copies of the largest weight in float32."""
     if plan.scheme(part).codes_only:
         return 0
-    return 20 * max((math.prod(ref.shape) for ref in quantizable(checkpoint, plan, cache, part).values()), default=0)
+    return 20 * max((math.prod(ref.shape) for ref in quantizable(checkpoint, plan, part).values()), default=0)
 
 
 def stored_bytes(scheme: Scheme, weights: int) -> int:

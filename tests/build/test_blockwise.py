@@ -23,6 +23,7 @@ from fluxkiln.settings import Settings
 from fluxkiln.types import Shapes, find_part
 from fluxkiln.verify.gates import first_bad_rung
 from fluxkiln.verify.ladder import explain_failure
+from tests.conftest import altered
 
 SMALL = Shapes(height=16, width=16, tokens=8)
 AT = " at 32x32"
@@ -51,12 +52,22 @@ class Large:
             tensors = {component: self.kiln.checkpoint.tensors[component]}
             self.kiln = replace(self.kiln, parts=parts, checkpoint=replace(self.kiln.checkpoint, tensors=tensors))
         self.settings = Settings(target, str(self.kiln.checkpoint.root), scheme=scheme)
-        most = multiplications(replace(self.kiln, shapes=SMALL))
+        most = multiplications(replace(self.kiln, shapes=SMALL).checkpoint, replace(self.kiln, shapes=SMALL).plan)
         self.limits = Limits(replayed=most, executed=1e9, blocks=1)
         self.graphs = {}
         if target == "cpu":
-            _, _, self.graphs = link_components(self.kiln, folder / "linked", Silent())
-        self.recording = record(self.kiln, self.settings, "tiny", folder / "recording", self.limits)
+            _, _, self.graphs = link_components(
+                self.kiln.checkpoint, self.kiln.plan, self.kiln.cache, folder / "linked", Silent()
+            )
+        self.recording = record(
+            self.kiln.checkpoint,
+            self.kiln.plan,
+            self.kiln.cache,
+            self.settings,
+            "tiny",
+            folder / "recording",
+            self.limits,
+        )
 
     def verify(self, kiln=None, graphs=None, binaries=(), progress=None):
         parity = verify_blockwise(
@@ -78,7 +89,11 @@ def sound(large):
 
 
 def chosen_block(large, kind):
-    return next(part.name for part in executed_parts(large.kiln, 0, large.limits) if part.kind == kind)
+    return next(
+        part.name
+        for part in executed_parts(large.kiln.checkpoint, large.kiln.plan, large.kiln.cache, 0, large.limits)
+        if part.kind == kind
+    )
 
 
 def test_one_step_at_smaller_shapes_is_recorded(large):
@@ -102,7 +117,9 @@ def test_every_part_is_replayed_and_some_are_executed_at_the_shapes_of_the_build
     rungs_of = {}
     for row in parity.ladder.rows:
         rungs_of.setdefault(row.part, []).append(row.rung)
-    chosen = [part.name for part in executed_parts(large.kiln, 0, large.limits)]
+    chosen = [
+        part.name for part in executed_parts(large.kiln.checkpoint, large.kiln.plan, large.kiln.cache, 0, large.limits)
+    ]
     assert list(rungs_of) == [
         *(part.name for part in large.kiln.parts), *(f"{name}{AT}" for name in chosen), "pipeline",
     ]  # fmt: skip
@@ -128,7 +145,17 @@ def test_the_report_is_told_what_ran_where(large, sound):
 def test_what_is_too_large_is_left_out_and_said(large):
     limits = replace(large.limits, executed=1e6)
     parity = verify_blockwise(
-        large.kiln, large.settings, "tiny", (), large.graphs, large.recording, large.folder / "work", Silent(), limits
+        large.kiln.checkpoint,
+        large.kiln.plan,
+        large.kiln.cache,
+        large.settings,
+        "tiny",
+        (),
+        large.graphs,
+        large.recording,
+        large.folder / "work",
+        Silent(),
+        limits,
     )
     assert parity.facts["compiled form not executed, too large"].split(", ")[-1] == "vae_decoder"
     assert "vae_decoder" in {row.part for row in parity.ladder.rows}, "at the smaller shapes it is replayed"
@@ -138,7 +165,17 @@ def test_what_is_too_large_is_left_out_and_said(large):
 def test_further_images_are_made_at_the_smaller_shapes(large):
     settings = replace(large.settings, seeds=(1, 2), steps=3)
     parity = verify_blockwise(
-        large.kiln, settings, "tiny", (), large.graphs, large.recording, large.folder / "work", Silent(), large.limits
+        large.kiln.checkpoint,
+        large.kiln.plan,
+        large.kiln.cache,
+        settings,
+        "tiny",
+        (),
+        large.graphs,
+        large.recording,
+        large.folder / "work",
+        Silent(),
+        large.limits,
     )
     runs = parity.runs
     assert (runs["rung"], runs["shapes"], runs["steps"]) == ("onnxruntime", "16x16, 8 tokens", 3)
@@ -152,7 +189,7 @@ def swap(kiln, one, other):
     """A kiln in which two parts have the weights of one another."""
     prefixes = {part.name: part.prefix for part in kiln.parts}
     prefixes[one], prefixes[other] = prefixes[other], prefixes[one]
-    return replace(kiln, parts=tuple(replace(part, prefix=prefixes[part.name]) for part in kiln.parts))
+    return altered(kiln, parts=tuple(replace(part, prefix=prefixes[part.name]) for part in kiln.parts))
 
 
 @pytest.mark.parametrize(
@@ -206,7 +243,7 @@ def test_both_forms_of_the_transformer_are_verified(kiln, tmp_path):
     model = kiln(scheme="W4BF16", target="cpu")
     other = "hoisted" if any(part.kind == "head" for part in model.parts) else "inline"
     parts = list_parts(model.checkpoint.configs, modulation=other)
-    both = Large(lambda **_: replace(model, parts=parts), tmp_path)
+    both = Large(lambda **_: altered(model, parts=parts), tmp_path)
     parity, bad = both.verify()
     assert bad == {}
     kinds = {row.kind for row in parity.ladder.rows if AT in row.part}
@@ -221,7 +258,7 @@ def test_a_component_is_verified_alone(kiln, tmp_path, component):
     parity, bad = alone.verify(progress=told)
     assert bad == {}
     assert parity.pipeline is None
-    chosen = executed_parts(alone.kiln, 0, alone.limits)
+    chosen = executed_parts(alone.kiln.checkpoint, alone.kiln.plan, alone.kiln.cache, 0, alone.limits)
     assert {row.part for row in parity.ladder.rows} == {
         *(part.name for part in alone.kiln.parts), *(f"{part.name}{AT}" for part in chosen)
     }  # fmt: skip
@@ -234,11 +271,11 @@ def test_a_component_is_verified_alone(kiln, tmp_path, component):
 
 def test_a_small_models_component_is_replayed_alone(kiln, tmp_path):
     model = kiln(scheme="BF16", target="cpu")
-    model = replace(model, parts=tuple(part for part in model.parts if part.component == "text_encoder_2"))
+    model = altered(model, parts=tuple(part for part in model.parts if part.component == "text_encoder_2"))
     settings = Settings("cpu", str(model.checkpoint.root), scheme="BF16")
-    _, files, graphs = link_components(model, tmp_path / "linked", Silent())
-    recording = record(model, settings, "tiny", tmp_path / "recording")
-    parity = verify_build(model, settings, "tiny", (), files, graphs, recording, tmp_path / "work", Silent())
+    _, files, graphs = link_components(*model, tmp_path / "linked", Silent())
+    recording = record(*model, settings, "tiny", tmp_path / "recording")
+    parity = verify_build(*model, settings, "tiny", (), files, graphs, recording, tmp_path / "work", Silent())
     assert explain_failure(parity.ladder.rows) == ""
     assert parity.pipeline is None
     assert {row.part for row in parity.ladder.rows} == {part.name for part in model.parts}
@@ -277,9 +314,9 @@ def test_compiled_blocks_are_interpreted(kiln, tmp_path, monkeypatch, spoilt):
     """A block cast from the weights of another is found at the interpreter, which no other rung has to do with."""
     compiled = Large(kiln, tmp_path, target="bm1684x")
     name, source = "single.01", "single.02" if spoilt else "single.01"
-    template = make_template(compiled.kiln, "single", "onnx17")
-    mould = make_mould(compiled.kiln, template)
-    binary = cast_part(compiled.kiln, find_part(compiled.kiln.parts, source), mould)
+    template = make_template(compiled.kiln.checkpoint, compiled.kiln.plan, compiled.kiln.cache, "single", "onnx17")
+    mould = make_mould(compiled.kiln.checkpoint, compiled.kiln.plan, compiled.kiln.cache, template)
+    binary = cast_part(compiled.kiln.plan, find_part(compiled.kiln.parts, source), mould)
     part = find_part(compiled.kiln.parts, name)
     if spoilt:  # what was cast for the one is taken for the other
         cast = rungs.lay_out_lowered

@@ -20,6 +20,7 @@ from fluxkiln.build.budget import (
 from fluxkiln.compile.templates import make_template
 from fluxkiln.patches.flux1.kinds import KINDS, list_parts
 from fluxkiln.types import Shapes
+from tests.conftest import altered
 
 
 @pytest.fixture(scope="module")
@@ -29,16 +30,20 @@ def cpu(kiln):
 
 
 def test_a_small_model_is_replayed_at_its_own_shapes(cpu):
-    assert replayed_shapes(cpu) == cpu.shapes
-    assert multiplications(cpu) < LIMITS.simulated
+    assert replayed_shapes(cpu.checkpoint, cpu.plan) == cpu.shapes
+    assert multiplications(cpu.checkpoint, cpu.plan) < LIMITS.simulated
 
 
 @pytest.mark.parametrize(("halvings", "expected"), [(1, (64, 96, 32)), (2, (32, 48, 16)), (9, (16, 16, 8))])
 def test_shapes_are_halved_until_a_step_is_within_the_limit(cpu, halvings, expected):
-    model = replace(cpu, shapes=Shapes(height=128, width=192, tokens=64))
+    model = altered(cpu, shapes=Shapes(height=128, width=192, tokens=64))
     wanted = Shapes(*expected)
-    most = multiplications(replace(model, shapes=wanted)) if halvings < 9 else 1.0
-    assert replayed_shapes(model, Limits(replayed=most)) == wanted
+    most = (
+        multiplications(altered(model, shapes=wanted).checkpoint, altered(model, shapes=wanted).plan)
+        if halvings < 9
+        else 1.0
+    )
+    assert replayed_shapes(model.checkpoint, model.plan, Limits(replayed=most)) == wanted
 
 
 def test_the_whole_flux_is_replayed_at_128x128(cpu):
@@ -46,8 +51,8 @@ def test_the_whole_flux_is_replayed_at_128x128(cpu):
     shapes = Shapes(height=1024, width=1024, tokens=512)
     refs = cpu.checkpoint.tensors["transformer"]
     weight = replace(refs["proj_out.weight"], shape=(11_900, 1_000_000))
-    model = replace(cpu, shapes=shapes, checkpoint=replace(cpu.checkpoint, tensors={"transformer": {"w": weight}}))
-    assert replayed_shapes(model) == Shapes(height=128, width=128, tokens=64)
+    model = altered(cpu, shapes=shapes, checkpoint=replace(cpu.checkpoint, tensors={"transformer": {"w": weight}}))
+    assert replayed_shapes(model.checkpoint, model.plan) == Shapes(height=128, width=128, tokens=64)
 
 
 def test_the_costliest_component_counts(cpu):
@@ -56,27 +61,30 @@ def test_the_costliest_component_counts(cpu):
     def alone(component):
         return replace(cpu, checkpoint=replace(cpu.checkpoint, tensors={component: cpu.checkpoint.tensors[component]}))
 
-    counts = {name: multiplications(alone(name)) for name in ("text_encoder", "text_encoder_2", "transformer", "vae")}
+    counts = {
+        name: multiplications(alone(name).checkpoint, alone(name).plan)
+        for name in ("text_encoder", "text_encoder_2", "transformer", "vae")
+    }
     assert counts["text_encoder"] == 0
-    assert multiplications(cpu) == max(counts.values())
+    assert multiplications(cpu.checkpoint, cpu.plan) == max(counts.values())
     blocks = [ref for name, ref in cpu.checkpoint.tensors["text_encoder_2"].items() if ".layer." in name]
     matrices = sum(ref.shape[0] * ref.shape[1] for ref in blocks if len(ref.shape) == 2)
     assert counts["text_encoder_2"] == 16 * matrices
-    decoder = count_work(make_template(cpu, "vae_decoder", "onnx23").path).multiplications
+    decoder = count_work(make_template(*cpu, "vae_decoder", "onnx23").path).multiplications
     assert 0.2 < counts["vae"] / decoder < 1
 
 
 def test_some_blocks_and_all_that_exist_once_are_executed(cpu):
-    parts = executed_parts(cpu, seed=0)
+    parts = executed_parts(*cpu, seed=0)
     kinds = [part.kind for part in parts]
     assert [kinds.count(kind) for kind in ("double", "single", "t5_block")] == [2, 2, 1]
     assert {"clip", "t5_embed", "t5_final", "head", "tail", "vae_decoder"} <= set(kinds)
     assert [part for part in cpu.parts if part in parts] == list(parts), "in the order they run"
-    assert executed_parts(cpu, seed=0) == parts
+    assert executed_parts(*cpu, seed=0) == parts
 
 
 def test_other_seeds_choose_other_blocks(cpu):
-    chosen = {tuple(part.name for part in executed_parts(cpu, seed, Limits(blocks=1))) for seed in range(12)}
+    chosen = {tuple(part.name for part in executed_parts(*cpu, seed, Limits(blocks=1))) for seed in range(12)}
     assert len(chosen) >= 6
     singles = {name for names in chosen for name in names if name.startswith("single")}
     assert singles == {"single.00", "single.01", "single.02"}
@@ -84,23 +92,23 @@ def test_other_seeds_choose_other_blocks(cpu):
 
 def test_what_is_too_large_is_not_executed(cpu):
     counts = {
-        kind: count_work(make_template(cpu, kind, "onnx23").path).multiplications
+        kind: count_work(make_template(*cpu, kind, "onnx23").path).multiplications
         for kind in ("double", "single", "vae_decoder", "tail")
     }
     assert counts["vae_decoder"] > counts["double"] > counts["tail"]
-    kinds = {part.kind for part in executed_parts(cpu, 0, Limits(executed=counts["double"]))}
+    kinds = {part.kind for part in executed_parts(*cpu, 0, Limits(executed=counts["double"]))}
     assert "vae_decoder" not in kinds
     assert {"double", "tail"} <= kinds
-    assert {part.kind for part in executed_parts(cpu, 0, Limits(executed=0))} == {"t5_embed", "t5_final"}
+    assert {part.kind for part in executed_parts(*cpu, 0, Limits(executed=0))} == {"t5_embed", "t5_final"}
 
 
 def test_the_interpreter_is_given_no_wide_convolution(cpu):
-    widest = count_work(make_template(cpu, "vae_decoder", "onnx23").path).widest_convolution
+    widest = count_work(make_template(*cpu, "vae_decoder", "onnx23").path).widest_convolution
     assert widest == 32 * 32 * 32
-    assert count_work(make_template(cpu, "tail", "onnx23").path).widest_convolution == 0
-    chip = replace(cpu, target=replace(cpu.target, toolchain="tpu_mlir"))
+    assert count_work(make_template(*cpu, "tail", "onnx23").path).widest_convolution == 0
+    chip = altered(cpu, target=replace(cpu.target, toolchain="tpu_mlir"))
     for model, most, expected in ((cpu, 0, True), (chip, widest, True), (chip, widest - 1, False)):
-        kinds = {part.kind for part in executed_parts(model, 0, Limits(convolved=most))}
+        kinds = {part.kind for part in executed_parts(*model, 0, Limits(convolved=most))}
         assert ("vae_decoder" in kinds) == expected
         assert "double" in kinds
 
@@ -108,9 +116,9 @@ def test_the_interpreter_is_given_no_wide_convolution(cpu):
 def test_kinds_that_share_blocks_share_the_choice(cpu):
     """A block's modulation is of use with the block alone."""
     parts = list_parts(cpu.checkpoint.configs, modulation="hoisted")
-    model = replace(cpu, parts=parts)
+    model = altered(cpu, parts=parts)
     for seed in range(4):
-        chosen = executed_parts(model, seed, Limits(executed=inf, blocks=1))
+        chosen = executed_parts(*model, seed, Limits(executed=inf, blocks=1))
         prefixes = {kind: {part.prefix for part in chosen if part.kind == kind} for kind in KINDS}
         assert prefixes["double_modulation"] == prefixes["double_modulated"]
         assert prefixes["single_modulation"] == prefixes["single_modulated"]
@@ -120,20 +128,20 @@ def test_kinds_that_share_blocks_share_the_choice(cpu):
 @pytest.mark.parametrize("graph_format", ["onnx17", "onnx23"])
 def test_multiplications_are_counted(cpu, graph_format):
     """tail at 32x32: 4 tokens times [64, 256], and AdaLN's [512, 256] once."""
-    template = make_template(cpu, "tail", graph_format)
+    template = make_template(*cpu, "tail", graph_format)
     assert count_work(template.path).multiplications == 4 * 64 * 256 + 512 * 256
 
 
 def test_attention_and_convolutions_are_counted(cpu):
     """Of the opset 23 forms, where attention is one operation, and of the decoder's first convolution at least."""
-    single = count_work(make_template(cpu, "single", "onnx23").path).multiplications
+    single = count_work(make_template(*cpu, "single", "onnx23").path).multiplications
     weights = sum(
         ref.shape[0] * ref.shape[1] * (1 if "norm.linear" in name else 20)
         for name, ref in cpu.checkpoint.tensors["transformer"].items()
         if name.startswith("single_transformer_blocks.0.") and len(ref.shape) == 2
     )
     assert single == weights + 2 * 20 * 20 * 256
-    assert count_work(make_template(cpu, "vae_decoder", "onnx23").path).multiplications > 4 * 4 * 32 * 16 * 9
+    assert count_work(make_template(*cpu, "vae_decoder", "onnx23").path).multiplications > 4 * 4 * 32 * 16 * 9
 
 
 def test_a_filling_prompt_fills_and_repeats():

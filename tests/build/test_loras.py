@@ -67,10 +67,29 @@ def test_parity_holds_with_other_weights(plain, fused, tiny_checkpoint):
 def test_gates_tell_the_lora(plain, fused, settings, with_lora, tmp_path):
     """A build without it misses the reference run of the fused checkpoint, where the LoRA is and nowhere else."""
     without, having = prepare(settings), prepare(with_lora)
-    recording = record(having.kiln, with_lora, having.fingerprint, tmp_path / "recording")
-    binaries, files, graphs = link_components(without.kiln, tmp_path / "work", Silent())
+    recording = record(
+        having.kiln.checkpoint,
+        having.kiln.plan,
+        having.kiln.cache,
+        with_lora,
+        having.fingerprint,
+        tmp_path / "recording",
+    )
+    binaries, files, graphs = link_components(
+        without.kiln.checkpoint, without.kiln.plan, without.kiln.cache, tmp_path / "work", Silent()
+    )
     parity = verify_build(
-        without.kiln, settings, without.fingerprint, binaries, files, graphs, recording, tmp_path, Silent()
+        without.kiln.checkpoint,
+        without.kiln.plan,
+        without.kiln.cache,
+        settings,
+        without.fingerprint,
+        binaries,
+        files,
+        graphs,
+        recording,
+        tmp_path,
+        Silent(),
     )
     assert {row.part for row in parity.ladder.rows if not row.passed} == {"double.01"}
     assert {row.part for row in parity.ladder.rows if row.passed} >= {"double.00", "single.02", "tail"}

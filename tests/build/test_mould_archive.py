@@ -19,13 +19,14 @@ from fluxkiln.compile.toolchains.tpu_mlir.moulds import make_mould
 from fluxkiln.errors import IntegrityError, ToolchainError, UsageError
 from fluxkiln.progress import Laps, Silent
 from fluxkiln.settings import Settings
+from tests.conftest import altered
 
 pytestmark = pytest.mark.tpu_mlir
 KINDS = ("double", "single")
 
 
 def only_blocks(kiln):
-    return replace(kiln, parts=tuple(part for part in kiln.parts if part.kind in KINDS))
+    return altered(kiln, parts=tuple(part for part in kiln.parts if part.kind in KINDS))
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,7 @@ def filled(kiln, tmp_path_factory):
     root = tmp_path_factory.mktemp("exchange")
     shutil.copytree(blocks.cache.store.root, root / "store")
     blocks = replace(blocks, cache=ActionCache(Store(root / "store")), logs=root / "build" / "logs")
-    binaries, files = build_files(blocks, Settings("bm1684x"), Silent(), Laps())
+    binaries, files = build_files(*blocks, Settings("bm1684x"), Silent(), Laps())
     export_moulds(blocks.cache.store, root / "moulds.tar")
     return blocks, binaries, files, root / "moulds.tar"
 
@@ -46,10 +47,10 @@ def test_imported_moulds_need_no_compiler(filled, tmp_path):
         blocks, cache=ActionCache(Store(tmp_path / "store")), logs=tmp_path / "build" / "logs", tpu_mlir=None
     )
     with pytest.raises(ToolchainError, match=r"is not in the store, and TPU-MLIR, which makes it, is not installed in"):
-        build_files(elsewhere, Settings("bm1684x"), Silent(), Laps())
+        build_files(*elsewhere, Settings("bm1684x"), Silent(), Laps())
     taken = import_moulds(elsewhere.cache.store, tar)
     assert {"double_00 W4BF16", "single_00 W4BF16"} <= {entry.what for entry in taken}
-    again, made = build_files(elsewhere, Settings("bm1684x"), Silent(), Laps())
+    again, made = build_files(*elsewhere, Settings("bm1684x"), Silent(), Laps())
     assert [file.blob for file in made] == [file.blob for file in files]
     assert [binary.digest for binary in again] == [binary.digest for binary in binaries]
     counts = elsewhere.cache.counts
@@ -60,7 +61,7 @@ def test_imported_moulds_need_no_compiler(filled, tmp_path):
 
 def test_a_list_says_what_can_be_cast(filled, kiln):
     blocks, *_ = filled
-    make_mould(blocks, make_template(blocks, "double", "onnx17"))
+    make_mould(*blocks, make_template(*blocks, "double", "onnx17"))
     moulds = list_moulds(blocks.cache.store)
     # the other form of the block takes its modulation as an input, and is called the same
     double = next(entry for entry in moulds if entry.what == "double_00 W4BF16" and "temb" in entry.inputs)

@@ -10,7 +10,7 @@ import pytest
 
 from fluxkiln.build.parity import climb_stored
 from fluxkiln.compile.rungs import bm1684x_rungs
-from fluxkiln.compile.templates import CombinedFile, make_template
+from fluxkiln.compile.templates import BundleFile, make_template
 from fluxkiln.compile.toolchains.tpu_mlir.bmodel import check_codes, read_bmodel
 from fluxkiln.compile.toolchains.tpu_mlir.cast import cast_region
 from fluxkiln.compile.toolchains.tpu_mlir.coefficients import CoefficientMap
@@ -22,6 +22,7 @@ from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.types import Shapes, find_part
 from fluxkiln.verify.gates import first_bad_rung
 from fluxkiln.verify.ladder import Ladder
+from tests.conftest import altered
 
 pytestmark = pytest.mark.tpu_mlir
 
@@ -33,10 +34,10 @@ OUTPUT = "hidden_states_out"
 def climbed(kiln, cast_and_direct, cast_alone, tiny_checkpoint, tiny_recording, tmp_path_factory):
     """One block at every rung, and on the simulator in every spoilt form."""
     kiln = kiln()
-    kiln = replace(kiln, parts=tuple(find_part(kiln.parts, name) for name in (NAME, "single.01")))
+    kiln = altered(kiln, parts=tuple(find_part(kiln.parts, name) for name in (NAME, "single.01")))
     folder = tmp_path_factory.mktemp("parity")
     recording = tiny_recording("tiny-dev", "kl", Shapes(height=32, width=32, tokens=16))
-    template = make_template(kiln, "single", "onnx17")
+    template = make_template(*kiln, "single", "onnx17")
     mould, sound, direct = cast_and_direct(kiln, NAME)
     casts = (sound, cast_alone(kiln, "single.01"))
     inputs = recording.inputs(NAME, 0)
@@ -53,7 +54,7 @@ def climbed(kiln, cast_and_direct, cast_alone, tiny_checkpoint, tiny_recording, 
     caught = {}
     attempts = {
         "check_codes": lambda: check_codes(stale),
-        "prove_cast": lambda: prove_cast(spoilt["scale"], direct, kiln, mould),
+        "prove_cast": lambda: prove_cast(spoilt["scale"], direct, *kiln, mould),
     }
     for what, attempt in attempts.items():
         try:
@@ -62,14 +63,14 @@ def climbed(kiln, cast_and_direct, cast_alone, tiny_checkpoint, tiny_recording, 
             caught[what] = type(error)
     made = {}
     for what, cast in {"sound": casts[0], **spoilt}.items():
-        files = (CombinedFile(f"{what}.bmodel", cast.bmodel, (NAME,)),)
-        only = replace(kiln, parts=kiln.parts[:1])
+        files = (BundleFile(f"{what}.bmodel", cast.bmodel, (NAME,)),)
+        only = altered(kiln, parts=kiln.parts[:1])
         binary = replace(cast, part=kiln.parts[0], net=read_bmodel(kiln.path(cast.bmodel)).nets[0].name)
-        with bm1684x_rungs(only, (binary,), files, folder / what) as rungs:
+        with bm1684x_rungs(*only, (binary,), files, folder / what) as rungs:
             names = rungs if what == "sound" else ("simulator",)
             made[what] = {rung: rungs[rung](NAME, inputs)[OUTPUT] for rung in names}
-    other = replace(kiln, parts=(replace(kiln.parts[1], name=NAME),))  # called after the one, weights of the other
-    with bm1684x_rungs(other, (casts[0],), files, folder / "other") as rungs:
+    other = altered(kiln, parts=(replace(kiln.parts[1], name=NAME),))  # called after the one, weights of the other
+    with bm1684x_rungs(*other, (casts[0],), files, folder / "other") as rungs:
         made["onnxruntime swapped"] = {"onnxruntime": rungs["onnxruntime"](NAME, inputs)[OUTPUT]}
     return recording, made, caught
 
@@ -79,20 +80,20 @@ def test_stored_weights_are_the_checkpoints(kiln, cast_alone, what, slot):
     """One scale of one group doubled changes one byte or two: no output shows it, the bytes do."""
     base = kiln()
     part = find_part(base.parts, NAME)
-    only = replace(base, parts=(part,))
-    template = make_template(only, "single", "onnx17")
-    mould = make_mould(only, template)
+    only = altered(base, parts=(part,))
+    template = make_template(*only, "single", "onnx17")
+    mould = make_mould(*only, template)
     sound = cast_alone(only, NAME)
     spoilt = {
         "sound": lambda: sound,
         "scale": lambda: double_one_scale(only, sound, mould, "proj_out"),
         "slot": lambda: cast_from_wrong_slot(only, sound, mould, template),
         "swapped": lambda: replace(
-            cast_alone(replace(base, parts=(replace(find_part(base.parts, "single.01"), name=NAME),)), NAME), part=part
+            cast_alone(altered(base, parts=(replace(find_part(base.parts, "single.01"), name=NAME),)), NAME), part=part
         ),
     }[what]()
     ladder = Ladder()
-    climb_stored(ladder, only, (spoilt,), (CombinedFile("x.bmodel", spoilt.bmodel, (NAME,)),))
+    climb_stored(ladder, *only, (spoilt,), (BundleFile("x.bmodel", spoilt.bmodel, (NAME,)),))
     if what == "sound":
         assert ladder.rows
         assert all(row.passed for row in ladder.rows)

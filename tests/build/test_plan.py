@@ -45,11 +45,16 @@ def test_tensors_of_a_part_by_name_are_those_it_holds(prepared, vae, modulation)
     assert kiln.parts == list_parts(kiln.checkpoint.configs, vae, modulation)
     for part in kiln.parts:
         held = {part.prefix + slot for slot in part_slots(part.kind, kiln.checkpoint.configs)}
-        found = {ref.name for ref in part_refs(kiln, part)}
+        found = {ref.name for ref in part_refs(kiln.checkpoint, kiln.plan, part)}
         # T5's block 0 has the table of position biases, which the host reads.
         table = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
         assert found - {table} == held, part.name
-    every = [ref.name for part in kiln.parts for ref in part_refs(kiln, part) if part.folder == "transformer"]
+    every = [
+        ref.name
+        for part in kiln.parts
+        for ref in part_refs(kiln.checkpoint, kiln.plan, part)
+        if part.folder == "transformer"
+    ]
     assert sorted(every) == sorted(kiln.checkpoint.tensors["transformer"]), "each once"
 
 
@@ -117,7 +122,11 @@ def test_finished_jobs_take_no_disk(prepared):
 
 def test_recording_grows_with_steps(prepared):
     kiln = prepared().kiln
-    assert recording_bytes(kiln, 2) < recording_bytes(kiln, 4) < 2 * recording_bytes(kiln, 2)
+    assert (
+        recording_bytes(kiln.checkpoint, kiln.plan, 2)
+        < recording_bytes(kiln.checkpoint, kiln.plan, 4)
+        < 2 * recording_bytes(kiln.checkpoint, kiln.plan, 2)
+    )
 
 
 @pytest.mark.parametrize(("scheme", "size"), [("F32", 4000), ("BF16", 2000), ("W8BF16", 1047), ("W4BF16", 547)])

@@ -196,7 +196,11 @@ def test_slots_are_chosen_for_all_blocks_of_a_kind(settings, calibration):
         assert all(len(schemes) == 1 for schemes in by_slot.values())
         kiln = prepare(replace(alone, scheme=made.scheme)).kiln
         for part in kiln.parts:
-            for name in quantizable(kiln, part) if kiln.scheme(part).weight_bits or budget == "16bits" else ():
+            for name in (
+                quantizable(kiln.checkpoint, kiln.plan, part)
+                if kiln.scheme(part).weight_bits or budget == "16bits"
+                else ()
+            ):
                 layer = made.chosen.get(part.prefix + name)
                 coded = kiln.scheme(part).weight_bits and not kiln.scheme(part).keeps(name)
                 assert layer is None or layer.scheme == ("W4BF16-gptq" if coded else "BF16")

@@ -85,7 +85,7 @@ def test_a_wrong_part_is_seen_in_every_run(prepared, runner):
 
     kiln, settings = prepared
     ladder = Ladder()
-    runs = sample_runs(kiln, replace(settings, prompts=(), seeds=(5, 6)), ladder, spoilt, "patched", Silent())
+    runs = sample_runs(*kiln, replace(settings, prompts=(), seeds=(5, 6)), ladder, spoilt, "patched", Silent())
     assert {row.part for row in ladder.rows if not row.passed} == {"pipeline.00", "pipeline.01"}
     drift = runs["entries"][0]["drift"]
     assert drift[-1] > 100 * 5e-5
@@ -95,5 +95,5 @@ def test_a_wrong_part_is_seen_in_every_run(prepared, runner):
 def test_nothing_is_sampled_unasked(prepared):
     kiln, settings = prepared
     ladder = Ladder()
-    assert sample_runs(kiln, replace(settings, prompts=(), seeds=()), ladder, None, "patched", Silent()) is None
+    assert sample_runs(*kiln, replace(settings, prompts=(), seeds=()), ladder, None, "patched", Silent()) is None
     assert ladder.rows == []

@@ -69,7 +69,7 @@ def test_an_error_is_that_of_a_build_that_keeps_all_others(trials):
         ]
         for step in range(2):
             inputs = trials.recording.inputs(part.name, step)
-            made, expected = (dequantized_rung(kiln)(part.name, inputs)["hidden_states_out"] for kiln in kilns)
+            made, expected = (dequantized_rung(*kiln)(part.name, inputs)["hidden_states_out"] for kiln in kilns)
             squares.append(compare(made, expected, inputs["hidden_states"]).delta_relative_l2 ** 2)
     assert found["single.proj_out"] == pytest.approx(np.sqrt(np.mean(squares)), rel=1e-4)
 

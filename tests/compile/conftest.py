@@ -15,6 +15,7 @@ from fluxkiln.compile.onnx.link import link_weights
 from fluxkiln.export.bindings import bind_part, binding_refs, weight_reader
 from fluxkiln.export.trace import export_template
 from fluxkiln.patches.flux1.kinds import list_parts
+from fluxkiln.patches.flux1.model import MODEL
 from fluxkiln.quantize.schemes import parse_scheme
 from fluxkiln.types import Shapes, find_part
 
@@ -28,7 +29,7 @@ def tiny_template(tiny_checkpoint, tmp_path_factory):
     @functools.cache
     def make(kind, graph_format):
         folder = tmp_path_factory.mktemp(f"{kind}-{graph_format}")
-        return export_template(kind, tiny_checkpoint().configs, SHAPES, graph_format, folder)
+        return export_template(MODEL, kind, tiny_checkpoint().configs, SHAPES, graph_format, folder)
 
     return make
 

@@ -15,7 +15,7 @@ from fluxkiln.build.plan import compile_jobs
 from fluxkiln.compile import rungs as flow_rungs
 from fluxkiln.compile.corrections import part_packers, part_weights
 from fluxkiln.compile.rungs import bm1684x_rungs, dequantized_rung
-from fluxkiln.compile.templates import CombinedFile, make_template
+from fluxkiln.compile.templates import BundleFile, make_template
 from fluxkiln.compile.toolchains.tpu_mlir.cast import compare_stored
 from fluxkiln.compile.toolchains.tpu_mlir.cast_file import CAST_MEMORY
 from fluxkiln.compile.toolchains.tpu_mlir.coefficients import CoefficientMap
@@ -42,7 +42,7 @@ SHAPES = Shapes(height=32, width=32, tokens=16)
 
 
 def template_of(kiln):
-    return make_template(kiln, kiln.parts[0].kind, "onnx17")
+    return make_template(*kiln, kiln.parts[0].kind, "onnx17")
 
 
 @pytest.mark.parametrize("scheme", ["W4BF16-svd-r8", "W4BF16-awq"])
@@ -50,15 +50,15 @@ def test_weights_are_packed_row_by_row_as_they_are_whole(kiln, calibrated, schem
     made = one_part(kiln, scheme)
     (part,) = made.parts
     template = template_of(made)
-    weights = part_weights(made, part, template)
+    weights = part_weights(*made, part, template)
     plain = weight_reader(bind_part(part, template.slots, made.checkpoint), made.checkpoint)
     for slot in (SLOT, "proj_out.weight__s1.256.768__t"):
-        found = part_packers(made, part)(slot, None)(plain(slot))
+        found = part_packers(*made, part)(slot, None)(plain(slot))
         whole = weights(slot)
         pieces = [weights.read_rows(slot, start, start + 32) for start in range(0, len(whole), 32)]
         assert np.concatenate(pieces).tobytes() == whole.tobytes()
         # the codes of a cast are those that the method was measured with
-        maker = FormMaker(64, 4, part_rounders(made, part))
+        maker = FormMaker(64, 4, part_rounders(*made, part))
         codes = maker.make(
             Form(slot, "codes"), SlotRows(whole.shape, lambda a, b, slot=slot: weights.read_rows(slot, a, b))
         )
@@ -75,7 +75,7 @@ def test_weights_are_packed_row_by_row_as_they_are_whole(kiln, calibrated, schem
 def test_what_is_dequantized_has_the_branch_that_was_stored(kiln, calibrated, monkeypatch):
     """Also where the search would end in other bits now, as with another number of threads."""
     made = one_part(kiln, "W4BF16-svd-r8")
-    weights = part_weights(made, made.parts[0], template_of(made))
+    weights = part_weights(*made, made.parts[0], template_of(made))
     plain = weights.plain(SLOT)
     directions = svd._directions
 
@@ -84,7 +84,7 @@ def test_what_is_dequantized_has_the_branch_that_was_stored(kiln, calibrated, mo
         return -left, -right * 1.01
 
     monkeypatch.setattr(svd, "_directions", others)
-    packer_of = part_packers(made, made.parts[0])
+    packer_of = part_packers(*made, made.parts[0])
     slots = {split_slot(slot)[0] for slot in weights.beside}
     assert any("__s1." in slot for slot in slots)
     for slot in slots:  # a cast makes its codes of the same
@@ -99,13 +99,19 @@ def test_what_is_dequantized_has_the_branch_that_was_stored(kiln, calibrated, mo
 def test_it_is_searched_once(kiln, calibrated):
     made = one_part(kiln, "W4BF16-svd-r8")
     template = template_of(made)
-    first, second = (part_weights(made, made.parts[0], template) for _ in range(2))
+    first, second = (part_weights(*made, made.parts[0], template) for _ in range(2))
     assert made.cache.counts["correct"][1] <= 1 <= made.cache.counts["correct"][0]
     assert {slot: array.tobytes() for slot, array in first.beside.items()} == {
         slot: array.tobytes() for slot, array in second.beside.items()
     }
     with pytest.raises(SchemeError, match=r"rank 300: a matrix of \d+ x 256 has 1 to 256"):
-        part_weights(one_part(kiln, "W4BF16-svd-r300"), made.parts[0], template)
+        part_weights(
+            one_part(kiln, "W4BF16-svd-r300").checkpoint,
+            one_part(kiln, "W4BF16-svd-r300").plan,
+            one_part(kiln, "W4BF16-svd-r300").cache,
+            made.parts[0],
+            template,
+        )
 
 
 @pytest.mark.tpu_mlir
@@ -115,8 +121,8 @@ def test_the_chip_computes_what_is_dequantized(
 ):
     made = one_part(kiln, scheme, target="bm1684x")
     plain = one_part(kiln, "W4BF16", target="bm1684x")
-    mould, binary = make_mould(made, template_of(made)), cast_alone(made, NAME)
-    facts, all_codes = mould.result.facts, make_mould(plain, template_of(plain)).result.facts
+    mould, binary = make_mould(*made, template_of(made)), cast_alone(made, NAME)
+    facts, all_codes = mould.result.facts, make_mould(*plain, template_of(plain)).result.facts
     # norm.linear, which the compiler cuts in three where no branch is added to it, q, k and v; then proj_mlp, proj_out
     assert facts["quantized_matmuls"] == {"W4BF16-svd-r8": 1 + 3 + 5, "W4BF16-awq": 3 + 3 + 5, KEPT: 3 + 3}[scheme]
     assert (facts["quantized_weights"] < all_codes["quantized_weights"]) == (scheme == KEPT)
@@ -124,24 +130,24 @@ def test_the_chip_computes_what_is_dequantized(
     recording = tiny_recording("tiny-dev", "kl", SHAPES)
     inputs = recording.inputs(NAME, 0)
     base = inputs["hidden_states"]
-    files = (CombinedFile("x.bmodel", binary.bmodel, (NAME,)),)
-    with bm1684x_rungs(made, (binary,), files, tmp_path) as rungs:
+    files = (BundleFile("x.bmodel", binary.bmodel, (NAME,)),)
+    with bm1684x_rungs(*made, (binary,), files, tmp_path) as rungs:
         out = {rung: runner(NAME, inputs)["hidden_states_out"] for rung, runner in rungs.items()}
-        other = dequantized_rung(plain)(NAME, inputs)["hidden_states_out"]
+        other = dequantized_rung(*plain)(NAME, inputs)["hidden_states_out"]
         for rung in ("interpreter", "simulator"):
             assert compare(out[rung], out["dequantized"], base).delta_cosine >= 0.999
             assert compare(out[rung], other, base).delta_cosine < 0.999
         ladder = Ladder()
-        climb_stored(ladder, made, (binary,), files)
+        climb_stored(ladder, *made, (binary,), files)
         assert first_bad_rung(ladder.rows) == {}
-        file, inside = made.path(binary.bmodel), look_inside(made, made.parts[0], inputs, "onnx17")
-        found = check_binary(inside, made, binary, file, binary.net)
+        file, inside = made.path(binary.bmodel), look_inside(*made, made.parts[0], inputs, "onnx17")
+        found = check_binary(inside, *made, binary, file, binary.net)
         assert found.culprit is None
         assert any(finding.value for finding in found.findings)
         if scheme == KEPT:
             return
         # the control: what stands beside the codes is right in size and wrong in place
-        sound = part_weights(made, made.parts[0], template_of(made))
+        sound = part_weights(*made, made.parts[0], template_of(made))
         spoilt = _Spoilt(sound)
         monkeypatch.setattr(flow_rungs, "part_weights", lambda *_: spoilt)
         rungs["interpreter"].close()
@@ -149,11 +155,11 @@ def test_the_chip_computes_what_is_dequantized(
         assert compare(wrong, out["dequantized"], base).delta_cosine < 0.999
     # and the same looked for inside the part: what is wrong stands beside this weight's codes
     monkeypatch.setattr(probing, "part_weights", lambda *_: spoilt)
-    culprit = check_binary(inside, made, binary, file, binary.net).culprit
+    culprit = check_binary(inside, *made, binary, file, binary.net).culprit
     assert culprit is not None
     assert {split_slot(slot)[1] for slot in culprit.slots} == {""}
     found = CoefficientMap.from_json(json.loads(made.path(mould.result.outputs["map"]).read_text()))
-    differing = compare_stored(made.path(binary.bmodel), binary.net, found, spoilt, part_rounders(made, made.parts[0]))
+    differing = compare_stored(made.path(binary.bmodel), binary.net, found, spoilt, part_rounders(*made, made.parts[0]))
     assert {split_slot(slot)[1] for slot, shares in differing.items() if shares.any()} == spoilt.roles
 
 
@@ -185,12 +191,12 @@ def test_the_compiler_makes_the_same_of_it(kiln, cast_and_direct, calibrated, sc
     """The proof of a cast, with the part's own weights and with others."""
     made = one_part(kiln, scheme, target="bm1684x")
     mould, cast, direct = cast_and_direct(made, NAME)
-    assert prove_cast(cast, direct, made, mould).made == "cast, compiled: identical"
+    assert prove_cast(cast, direct, *made, mould).made == "cast, compiled: identical"
     with pytest.raises(CompileError, match="weights differ from what the compiler makes"):
-        prove_cast(replace(cast, digest="sha256:" + "0" * 64), direct, made, mould)
+        prove_cast(replace(cast, digest="sha256:" + "0" * 64), direct, *made, mould)
     if scheme == "W4BF16-svd-r8":
-        prove_mould(made, template_of(made), mould)
+        prove_mould(*made, template_of(made), mould)
     # what it costs is in the plan: the compiler's estimate, and the memory of the search
-    jobs = {job.stage: job for job in compile_jobs(made, Settings("bm1684x"))}
+    jobs = {job.stage: job for job in compile_jobs(*made, Settings("bm1684x"))}
     assert jobs["mould"].estimate_ms == mould.result.facts["estimate_ms"] > 0
     assert (jobs["cast"].memory_bytes > CAST_MEMORY) == (not made.scheme(made.parts[0]).codes_only)

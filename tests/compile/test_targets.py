@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
 
 import pytest
-from fluxkiln.components import MODULATION_KINDS
 
 from fluxkiln.compile.targets import find_target, target_names
 from fluxkiln.compile.templates import make_template
@@ -13,7 +11,8 @@ from fluxkiln.compile.toolchains.tpu_mlir.moulds import compile_part
 from fluxkiln.errors import SchemeError, UsageError
 from fluxkiln.patches.flux1.kinds import KINDS, list_parts
 from fluxkiln.quantize.schemes import SCHEME_NAMES, parse_scheme
-from fluxkiln.types import find_part
+from fluxkiln.types import MODULATION_KINDS, find_part
+from tests.conftest import altered
 
 
 def test_every_target_is_found_by_its_own_name():
@@ -76,7 +75,7 @@ def test_the_first_scheme_is_the_default():
 @pytest.mark.parametrize("name", ["double_modulation.01", "double.01", "single.02", "tail"])
 def test_hoisted_parts_are_cast_and_hand_over_16_bits(kiln, cast_and_direct, name):
     kiln = kiln(scheme="W4BF16-rtn")  # as the compiler rounds
-    kiln = replace(kiln, parts=list_parts(kiln.checkpoint.configs, modulation="hoisted"))
+    kiln = altered(kiln, parts=list_parts(kiln.checkpoint.configs, modulation="hoisted"))
     mould, cast, direct = cast_and_direct(kiln, name)
     assert mould.castable, mould.why
     (net,) = read_bmodel(kiln.path(direct.bmodel)).nets
@@ -92,7 +91,7 @@ def test_hoisted_parts_are_cast_and_hand_over_16_bits(kiln, cast_and_direct, nam
 def test_the_other_chip_compiles(kiln):
     kiln = kiln(target="bm1688")
     part = find_part(kiln.parts, "tail")
-    made = compile_part(kiln, part, make_template(kiln, "tail", "onnx17"))
+    made = compile_part(*kiln, part, make_template(*kiln, "tail", "onnx17"))
     model = read_bmodel(kiln.path(made.bmodel))
     assert model.chip == "bm1688"
     assert [tensor.dtype for tensor in model.nets[0].inputs] == ["float32", "float32"]

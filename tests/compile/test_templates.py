@@ -20,6 +20,7 @@ from fluxkiln.compile.toolchains.tpu_mlir.proof import proof_part
 from fluxkiln.patches.flux1.kinds import list_parts
 from fluxkiln.progress import Silent
 from fluxkiln.types import find_part
+from tests.conftest import altered
 
 CAST_KINDS = ("double", "single", "tail")
 
@@ -27,8 +28,8 @@ CAST_KINDS = ("double", "single", "tail")
 def cast_all(kiln):
     """Blocks and tail of the transformer in one file, by name."""
     parts = [part for part in kiln.parts if part.kind in CAST_KINDS]
-    moulds = {kind: make_mould(kiln, make_template(kiln, kind, "onnx17")) for kind in CAST_KINDS}
-    file, binaries = cast_file(kiln, "x.bmodel", [cast_part(kiln, p, moulds[p.kind]) for p in parts], Silent())
+    moulds = {kind: make_mould(*kiln, make_template(*kiln, kind, "onnx17")) for kind in CAST_KINDS}
+    file, binaries = cast_file(*kiln, "x.bmodel", [cast_part(kiln.plan, p, moulds[p.kind]) for p in parts], Silent())
     assert file.parts == tuple(part.name for part in parts)
     return {binary.part.name: binary for binary in binaries}
 
@@ -41,11 +42,11 @@ def misses(kiln):
 def test_another_scheme_uses_every_template_again(kiln):
     first = kiln(scheme="W4BF16")
     for kind in first.kinds():
-        make_template(first, kind, "onnx17")
+        make_template(*first, kind, "onnx17")
     for scheme in ("BF16", "F32", "W4BF16-g128", "W8BF16,tail=F16"):
         other = kiln(scheme=scheme)
         for kind in other.kinds():
-            make_template(other, kind, "onnx17")
+            make_template(*other, kind, "onnx17")
         assert other.cache.counts == {"template": [len(other.kinds()), 0]}
 
 
@@ -53,9 +54,15 @@ def test_another_scheme_uses_every_template_again(kiln):
 def test_another_scheme_is_another_mould(kiln):
     """The control: what does depend on the scheme is not taken from the store."""
     first, other = kiln(scheme="W4BF16"), kiln(scheme="BF16")
-    template = make_template(first, "single", "onnx17")
-    assert mould_action(first, template).key != mould_action(other, template).key
-    assert mould_action(first, template).key == mould_action(kiln(scheme="W4BF16"), template).key
+    template = make_template(*first, "single", "onnx17")
+    assert (
+        mould_action(first.checkpoint, first.plan, template).key
+        != mould_action(other.checkpoint, other.plan, template).key
+    )
+    assert (
+        mould_action(first.checkpoint, first.plan, template).key
+        == mould_action(kiln(scheme="W4BF16").checkpoint, kiln(scheme="W4BF16").plan, template).key
+    )
 
 
 @pytest.mark.tpu_mlir
@@ -82,18 +89,18 @@ def test_one_changed_tensor_recasts_one_part(kiln, tiny_checkpoint, tmp_path):
 @pytest.mark.tpu_mlir
 def test_a_changed_patch_makes_templates_stale(kiln, tmp_path, monkeypatch):
     kiln = kiln()
-    keys = {kind: template_action(kiln, kind, "onnx17").key for kind in kiln.kinds()}
+    keys = {kind: template_action(kiln.checkpoint, kiln.plan, kind, "onnx17").key for kind in kiln.kinds()}
     package = tmp_path / "fluxkiln"
     shutil.copytree(actions.PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
     monkeypatch.setattr(actions, "PACKAGE", package)
-    assert {kind: template_action(kiln, kind, "onnx17").key for kind in kiln.kinds()} == keys
+    assert {kind: template_action(kiln.checkpoint, kiln.plan, kind, "onnx17").key for kind in kiln.kinds()} == keys
     gates = package / "verify" / "gates.py"
     gates.write_text(gates.read_text() + "# looser\n")  # code that has no part in tracing
-    assert {kind: template_action(kiln, kind, "onnx17").key for kind in kiln.kinds()} == keys
+    assert {kind: template_action(kiln.checkpoint, kiln.plan, kind, "onnx17").key for kind in kiln.kinds()} == keys
     patch = package / "patches" / "text.py"
     patch.write_text(patch.read_text().replace("MASKED_SCORE = -10000.0", "MASKED_SCORE = -20000.0"))
     for kind in kiln.kinds():
-        stale = template_action(kiln, kind, "onnx17")
+        stale = template_action(kiln.checkpoint, kiln.plan, kind, "onnx17")
         assert stale.key != keys[kind]
         assert kiln.cache.lookup(stale.key) is None
 
@@ -101,15 +108,15 @@ def test_a_changed_patch_makes_templates_stale(kiln, tmp_path, monkeypatch):
 @pytest.mark.tpu_mlir
 def test_depth_and_seed_share_templates_and_shapes_do_not(kiln):
     kiln = kiln()
-    key = template_action(kiln, "single", "onnx17").key
+    key = template_action(kiln.checkpoint, kiln.plan, "single", "onnx17").key
     configs = dict(kiln.checkpoint.configs)
     deeper = replace(kiln, checkpoint=replace(
         kiln.checkpoint, configs={**configs, "transformer": {**configs["transformer"], "num_single_layers": 38}}
     ))  # fmt: skip
-    assert template_action(deeper, "single", "onnx17").key == key
-    other_shapes = replace(kiln, shapes=replace(kiln.shapes, width=48))
-    assert template_action(other_shapes, "single", "onnx17").key != key
-    assert template_action(kiln, "single", "onnx23").key != key
+    assert template_action(deeper.checkpoint, deeper.plan, "single", "onnx17").key == key
+    other_shapes = altered(kiln, shapes=replace(kiln.shapes, width=48))
+    assert template_action(other_shapes.checkpoint, other_shapes.plan, "single", "onnx17").key != key
+    assert template_action(kiln.checkpoint, kiln.plan, "single", "onnx23").key != key
 
 
 def fake(size, extra=0):

@@ -11,6 +11,7 @@ from fluxkiln.build.context import describe
 from fluxkiln.compile.tensors import check_weights, part_bytes, part_refs, quantizable
 from fluxkiln.errors import SchemeError
 from fluxkiln.settings import Settings
+from tests.conftest import altered
 
 
 def kiln_of(scheme, **others):
@@ -57,13 +58,17 @@ def test_long_schemes_have_short_folders():
 def test_bytes():
     kiln = kiln_of("W4BF16-svd-r8,single.proj_out=BF16")
     part = next(part for part in kiln.parts if part.kind == "single_modulated")
-    matrices = {name: math.prod(ref.shape) for name, ref in quantizable(kiln, part).items()}
-    branches = sum(2 * 8 * sum(ref.shape) for name, ref in quantizable(kiln, part).items() if "proj_out" not in name)
+    matrices = {name: math.prod(ref.shape) for name, ref in quantizable(kiln.checkpoint, kiln.plan, part).items()}
+    branches = sum(
+        2 * 8 * sum(ref.shape)
+        for name, ref in quantizable(kiln.checkpoint, kiln.plan, part).items()
+        if "proj_out" not in name
+    )
     coded = sum(size for name, size in matrices.items() if "proj_out" not in name)
-    rest = sum(math.prod(ref.shape) for ref in part_refs(kiln, part)) - coded
-    assert part_bytes(kiln, part) == coded // 2 + 3 * coded // 64 + branches + 2 * rest
-    plain = replace(kiln, schemes={**kiln.schemes, part.kind: kiln.schemes["token_embed"]})
-    assert part_bytes(plain, part) == 2 * (coded + rest)
+    rest = sum(math.prod(ref.shape) for ref in part_refs(kiln.checkpoint, kiln.plan, part)) - coded
+    assert part_bytes(kiln.checkpoint, kiln.plan, part) == coded // 2 + 3 * coded // 64 + branches + 2 * rest
+    plain = altered(kiln, schemes={**kiln.schemes, part.kind: kiln.schemes["token_embed"]})
+    assert part_bytes(plain.checkpoint, plain.plan, part) == 2 * (coded + rest)
 
 
 def test_what_is_kept_needs_no_groups():
@@ -74,11 +79,11 @@ def test_what_is_kept_needs_no_groups():
     for name, ref in kiln.checkpoint.tensors["transformer"].items():
         odd = name.endswith("proj_out.weight") and len(ref.shape) == 2
         refs[name] = replace(ref, shape=(ref.shape[0], 1000)) if odd else ref
-    odd = replace(kiln, parts=parts, checkpoint=replace(kiln.checkpoint, tensors={"transformer": refs}))
-    check_weights(odd)
-    plain = replace(odd, schemes={**odd.schemes, "single_modulated": replace(odd.schemes["single_modulated"], kept=())})
+    odd = altered(kiln, parts=parts, checkpoint=replace(kiln.checkpoint, tensors={"transformer": refs}))
+    check_weights(odd.checkpoint, odd.plan)
+    plain = altered(odd, schemes={**odd.schemes, "single_modulated": replace(odd.schemes["single_modulated"], kept=())})
     with pytest.raises(SchemeError, match="does not divide the 1000 input channels"):
-        check_weights(plain)
+        check_weights(plain.checkpoint, plain.plan)
 
 
 def narrowed(kiln, width=96):
@@ -94,23 +99,29 @@ def narrowed(kiln, width=96):
 def test_output_channels_that_no_lanes_take_are_refused_with_what_helps(scheme):
     """The groups divide; the compiler would take minutes, and leave the last 32 rows in BF16."""
     with pytest.raises(SchemeError) as caught:
-        check_weights(narrowed(kiln_of(scheme)))
+        check_weights(narrowed(kiln_of(scheme)).checkpoint, narrowed(kiln_of(scheme)).plan)
     assert str(caught.value) == (
         "transformer_blocks.0.attn.to_q.weight has 96 output channels; bm1684x takes codes of a weight with a multiple "
         "of 64 or fewer than 64, whatever its groups: ask for BF16, or leave such weights out of the codes, "
         "--scheme 'SCHEME,double.attn.to_q=BF16,single.proj_out=BF16,single.attn.to_q=BF16'"
     )
-    check_weights(narrowed(kiln_of(f"{scheme},double.attn.to_q=BF16,single.proj_out=BF16,single.attn.to_q=BF16")))
-    check_weights(narrowed(kiln_of(scheme), width=48))
-    check_weights(narrowed(kiln_of("BF16")))
+    check_weights(
+        narrowed(kiln_of(f"{scheme},double.attn.to_q=BF16,single.proj_out=BF16,single.attn.to_q=BF16")).checkpoint,
+        narrowed(kiln_of(f"{scheme},double.attn.to_q=BF16,single.proj_out=BF16,single.attn.to_q=BF16")).plan,
+    )
+    check_weights(narrowed(kiln_of(scheme), width=48).checkpoint, narrowed(kiln_of(scheme), width=48).plan)
+    check_weights(narrowed(kiln_of("BF16")).checkpoint, narrowed(kiln_of("BF16")).plan)
 
 
 def test_lanes_are_the_chips():
     settings = Settings("bm1688", "tiny-dev", scheme="W4BF16-g32", components=("transformer",))
     kiln = describe(settings).kiln
-    check_weights(narrowed(kiln))
+    check_weights(narrowed(kiln).checkpoint, narrowed(kiln).plan)
     with pytest.raises(SchemeError, match="has 48 output channels; bm1688 takes codes .* a multiple of 32, whatever"):
-        check_weights(narrowed(kiln, width=48))
+        check_weights(narrowed(kiln, width=48).checkpoint, narrowed(kiln, width=48).plan)
     with pytest.raises(SchemeError, match="has 16 output channels; bm1688"):
-        check_weights(narrowed(kiln, width=16))
-    check_weights(narrowed(describe(replace(settings, target="cpu")).kiln, width=48))
+        check_weights(narrowed(kiln, width=16).checkpoint, narrowed(kiln, width=16).plan)
+    check_weights(
+        narrowed(describe(altered(settings, target="cpu")).kiln, width=48).checkpoint,
+        narrowed(describe(altered(settings, target="cpu")).kiln, width=48).plan,
+    )

@@ -16,7 +16,7 @@ from fluxkiln.build.parity import climb_stored
 from fluxkiln.compile.corrections import rounding_key
 from fluxkiln.compile.onnx.linked import link_parts
 from fluxkiln.compile.rungs import bm1684x_rungs, cpu_rungs, dequantized_rung
-from fluxkiln.compile.templates import CombinedFile, make_template
+from fluxkiln.compile.templates import BundleFile, make_template
 from fluxkiln.compile.toolchains.tpu_mlir.bmodel import read_bmodel
 from fluxkiln.compile.toolchains.tpu_mlir.cast import compare_stored
 from fluxkiln.compile.toolchains.tpu_mlir.coefficients import CoefficientMap
@@ -49,12 +49,12 @@ def packed_by(kiln, slot=SLOT):
     """The codes that a cast of the kiln's part makes of a slot."""
     (part,) = kiln.parts
     reader = weight_reader(
-        bind_part(part, make_template(kiln, part.kind, "onnx17").slots, kiln.checkpoint), kiln.checkpoint
+        bind_part(part, make_template(*kiln, part.kind, "onnx17").slots, kiln.checkpoint), kiln.checkpoint
     )
     weight = reader(slot)
     from fluxkiln.compile.toolchains.tpu_mlir.forms import Form, SlotRows
 
-    maker = FormMaker(64, 4, part_rounders(kiln, part))
+    maker = FormMaker(64, 4, part_rounders(*kiln, part))
     return weight, maker.make(Form(slot, "codes"), SlotRows(weight.shape, lambda start, stop: weight[start:stop]))
 
 
@@ -87,7 +87,7 @@ def test_another_calibration_is_another_build(tiny_checkpoint, tmp_path):
 def test_slices_of_a_weight_get_the_statistics_of_their_channels(kiln, calibrated):
     """proj_out is used in slices along its input: the codes are those of the slice with its own channels' moments."""
     made = one_part(kiln, "W4BF16-gptq")
-    slots = [s.name for s in make_template(made, "single", "onnx17").slots if s.name.startswith("proj_out.weight")]
+    slots = [s.name for s in make_template(*made, "single", "onnx17").slots if s.name.startswith("proj_out.weight")]
     assert len(slots) > 1
     full = calibrated.statistics(COMPONENT, "single_transformer_blocks.0.proj_out.weight", 1280)
     at = 0
@@ -100,7 +100,7 @@ def test_slices_of_a_weight_get_the_statistics_of_their_channels(kiln, calibrate
 
 def _first_column(kiln, slot):
     (part,) = kiln.parts
-    binding = bind_part(part, make_template(kiln, part.kind, "onnx17").slots, kiln.checkpoint)
+    binding = bind_part(part, make_template(*kiln, part.kind, "onnx17").slots, kiln.checkpoint)
     (bound,) = (one for one in binding.slots if one.slot == slot)
     return sum(step.start for step in bound.transforms if step.op == "slice" and step.dim == 1)
 
@@ -109,28 +109,38 @@ def test_methods_are_in_the_key_of_a_cast_and_not_of_a_mould(kiln, calibrated):
     keys, moulds = {}, set()
     for scheme in ("W4BF16-rtn", "W4BF16", "W4BF16-mse", "W4BF16-mse-sym", "W4BF16-gptq"):
         made = one_part(kiln, scheme)
-        keys[scheme] = json.dumps(rounding_key(made, made.parts[0]), sort_keys=True)
-        moulds.add(mould_action(made, make_template(made, "single", "onnx17")).key)
+        keys[scheme] = json.dumps(rounding_key(*made, made.parts[0]), sort_keys=True)
+        moulds.add(mould_action(made.checkpoint, made.plan, make_template(*made, "single", "onnx17")).key)
     assert len(set(keys.values())) == len(keys)
     assert len(moulds) == 1
     # what needs more than codes has a mould for each form of that, and the rank is one
     for scheme in ("W4BF16-awq", "W4BF16-svd", "W4BF16-svd-r8", "W4BF16,single.proj_out=BF16"):
         made = one_part(kiln, scheme)
-        keys[scheme] = json.dumps(rounding_key(made, made.parts[0]), sort_keys=True)
-        moulds.add(mould_action(made, make_template(made, "single", "onnx17")).key)
+        keys[scheme] = json.dumps(rounding_key(*made, made.parts[0]), sort_keys=True)
+        moulds.add(mould_action(made.checkpoint, made.plan, make_template(*made, "single", "onnx17")).key)
     assert len(moulds) == 5
     assert len(set(keys.values())) == len(keys) - 1  # the last one rounds as W4BF16 does
     assert calibrated.digest in keys["W4BF16-gptq"]
 
 
 def test_what_cannot_be_had_is_refused_before_anything_is_compiled(kiln, calibrated):
-    check_methods(one_part(kiln, "W4BF16-gptq"))
+    check_methods(
+        one_part(kiln, "W4BF16-gptq").checkpoint,
+        one_part(kiln, "W4BF16-gptq").plan,
+        one_part(kiln, "W4BF16-gptq").cache,
+    )
     unknown = replace(one_part(kiln, "W4BF16-gptq"), digests={COMPONENT: {"x": "sha256:0"}})
     with pytest.raises(SchemeError, match=r"needs calibration, and the store has none for the transformer"):
-        check_methods(unknown)
-    check_methods(one_part(kiln, "W4BF16-awq"))
+        check_methods(*unknown)
+    check_methods(
+        one_part(kiln, "W4BF16-awq").checkpoint, one_part(kiln, "W4BF16-awq").plan, one_part(kiln, "W4BF16-awq").cache
+    )
     with pytest.raises(SchemeError, match=r"stored as W4BF16-svd-r8, which needs calibration"):
-        check_methods(replace(one_part(kiln, "W4BF16-svd-r8"), digests={COMPONENT: {"x": "sha256:0"}}))
+        check_methods(
+            replace(one_part(kiln, "W4BF16-svd-r8"), digests={COMPONENT: {"x": "sha256:0"}}).checkpoint,
+            replace(one_part(kiln, "W4BF16-svd-r8"), digests={COMPONENT: {"x": "sha256:0"}}).plan,
+            replace(one_part(kiln, "W4BF16-svd-r8"), digests={COMPONENT: {"x": "sha256:0"}}).cache,
+        )
     with pytest.raises(SchemeError, match=r"was made with weights .* of transformer, this checkpoint's are"):
         calibrated.check_checkpoint(COMPONENT, "sha256:" + "0" * 64)
     made = one_part(kiln, "W4BF16-gptq")
@@ -176,18 +186,18 @@ def test_the_chip_multiplies_with_these_codes(kiln, cast_alone, calibrated, tiny
     """Simulator against the dequantized graph: what is left is BF16 arithmetic. The control: the compiler's codes."""
     made = one_part(kiln, scheme, target="bm1684x")
     (part,) = made.parts
-    template = make_template(made, part.kind, "onnx17")
-    mould, binary = make_mould(made, template), cast_alone(made, NAME)
+    template = make_template(*made, part.kind, "onnx17")
+    mould, binary = make_mould(*made, template), cast_alone(made, NAME)
     assert mould.result.facts["quantized_matmuls"] > 0
     recording = tiny_recording("tiny-dev", "kl", Shapes(height=32, width=32, tokens=16))
     inputs, base = recording.inputs(NAME, 0), recording.inputs(NAME, 0)["hidden_states"]
-    files = (CombinedFile("x.bmodel", binary.bmodel, (NAME,)),)
-    with bm1684x_rungs(made, (binary,), files, tmp_path) as rungs:
+    files = (BundleFile("x.bmodel", binary.bmodel, (NAME,)),)
+    with bm1684x_rungs(*made, (binary,), files, tmp_path) as rungs:
         out = {
             rung: rungs[rung](NAME, inputs)["hidden_states_out"] for rung in ("dequantized", "interpreter", "simulator")
         }
     rtn = one_part(kiln, "W4BF16-rtn", target="bm1684x")
-    with bm1684x_rungs(rtn, (cast_part(rtn, part, mould),), (), tmp_path / "rtn", simulated=False) as rungs:
+    with bm1684x_rungs(*rtn, (cast_part(rtn.plan, part, mould),), (), tmp_path / "rtn", simulated=False) as rungs:
         other = rungs["dequantized"](NAME, inputs)["hidden_states_out"]
     for rung in ("interpreter", "simulator"):
         assert compare(out[rung], out["dequantized"], base).delta_cosine >= 0.999
@@ -196,7 +206,7 @@ def test_the_chip_multiplies_with_these_codes(kiln, cast_alone, calibrated, tiny
     reader = weight_reader(bind_part(part, template.slots, made.checkpoint), made.checkpoint)
     found = CoefficientMap.from_json(json.loads(made.path(mould.result.outputs["map"]).read_text()))
     path = made.path(binary.bmodel)
-    same = compare_stored(path, binary.net, found, reader, part_rounders(made, part))
+    same = compare_stored(path, binary.net, found, reader, part_rounders(*made, part))
     assert not any(share.any() for share in same.values())
     wrong = compare_stored(path, binary.net, found, reader, as_compiler)
     assert wrong[SLOT].max() > 0.01
@@ -207,7 +217,7 @@ def test_the_chip_multiplies_with_these_codes(kiln, cast_alone, calibrated, tiny
 def test_wrong_bytes_of_one_group_miss_the_stored_gate(kiln, cast_alone, tmp_path, what):
     made = one_part(kiln, "W4BF16", target="bm1684x")
     (part,) = made.parts
-    mould, binary = make_mould(made, make_template(made, part.kind, "onnx17")), cast_alone(made, NAME)
+    mould, binary = make_mould(*made, make_template(*made, part.kind, "onnx17")), cast_alone(made, NAME)
     found = CoefficientMap.from_json(json.loads(made.path(mould.result.outputs["map"]).read_text()))
     (net,) = read_bmodel(made.path(binary.bmodel)).nets
     wanted = {"nibbles": "codes", "zero point": "zero", "scales": "scale"}[what]
@@ -223,8 +233,8 @@ def test_wrong_bytes_of_one_group_miss_the_stored_gate(kiln, cast_alone, tmp_pat
     spoilt = tmp_path / "spoilt.bmodel"
     spoilt.write_bytes(data)
     ladder = Ladder()
-    files = (CombinedFile("x.bmodel", made.cache.store.add_file(spoilt), (NAME,)),)
-    climb_stored(ladder, made, (binary,), files)
+    files = (BundleFile("x.bmodel", made.cache.store.add_file(spoilt), (NAME,)),)
+    climb_stored(ladder, *made, (binary,), files)
     assert first_bad_rung(ladder.rows) == {NAME: "stored"}
     assert SLOT in ladder.rows[0].output
 
@@ -235,7 +245,7 @@ def test_onnx_runtime_runs_what_is_dequantized(kiln, calibrated, tiny_recording,
     made = one_part(kiln, f"W4BF16-{method}")
     recording = tiny_recording("tiny-dev", "kl", Shapes(height=32, width=32, tokens=16))
     inputs = recording.inputs(NAME, 0)
-    with cpu_rungs(made, link_parts(made, made.schemes, tmp_path / "onnx")) as rungs:
+    with cpu_rungs(*made, link_parts(*made, made.schemes, tmp_path / "onnx")) as rungs:
         out = {
             rung: rungs[rung](NAME, inputs)["hidden_states_out"] for rung in ("dequantized", "executed", "onnxruntime")
         }
@@ -253,6 +263,8 @@ def test_moments_of_other_inputs_are_worse_than_none(kiln, calibrated, tiny_reco
     inputs, expected = recording.inputs(NAME, 0), recording.outputs(NAME, 0)["hidden_states_out"]
     off = {}
     for scheme in ("W4BF16", "W4BF16-gptq"):
-        output = dequantized_rung(one_part(kiln, scheme))(NAME, inputs)["hidden_states_out"]
+        output = dequantized_rung(
+            one_part(kiln, scheme).checkpoint, one_part(kiln, scheme).plan, one_part(kiln, scheme).cache
+        )(NAME, inputs)["hidden_states_out"]
         off[scheme] = compare(output, expected, inputs["hidden_states"]).delta_relative_l2
     assert off["W4BF16-gptq"] > 1.1 * off["W4BF16"]

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fluxkiln.components import COMPONENTS
 
 from fluxkiln.errors import CheckpointError
 from fluxkiln.export.checkpoint import TensorReader, expect_tensors, open_checkpoint, read_tensor
 from fluxkiln.export.safetensors_header import read_header
 from fluxkiln.export.synth.checkpoint import synthesize
 from fluxkiln.patches.flux1.kinds import list_parts
+from fluxkiln.types import COMPONENTS
 
 SHARD = "transformer/diffusion_pytorch_model-00002-of-00003.safetensors"
 INDEX = "transformer/diffusion_pytorch_model.safetensors.index.json"

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from fluxkiln.verify.modulation import run_rows
 
 from fluxkiln.errors import CheckpointError, ParityError, PatchError, UsageError
 from fluxkiln.export import bindings, eager
 from fluxkiln.export.eager import PatchedRunner
 from fluxkiln.patches.flux1 import transformer as patches
 from fluxkiln.patches.flux1.kinds import list_parts
+from fluxkiln.patches.pipeline import run_rows
 from fluxkiln.types import TensorRef
 from fluxkiln.verify.ladder import Ladder, explain_failure
 

@@ -7,13 +7,14 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from fluxkiln.verify.modulation import run_rows
 
 from fluxkiln.compile.onnx.filled import pour
 from fluxkiln.errors import UsageError
 from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.export.trace import configs_digest, export_template, part_inputs
 from fluxkiln.patches.flux1.kinds import KINDS, MODULATION_ROWS
+from fluxkiln.patches.flux1.model import MODEL
+from fluxkiln.patches.pipeline import run_rows
 from fluxkiln.types import Shapes
 
 SMALLEST = Shapes(height=32, width=32, tokens=16)
@@ -27,7 +28,9 @@ def template(tiny_checkpoint, tmp_path_factory):
 
     def make(kind, graph_format="onnx17"):
         if (kind, graph_format) not in made:
-            made[kind, graph_format] = export_template(kind, tiny_checkpoint().configs, SMALLEST, graph_format, folder)
+            made[kind, graph_format] = export_template(
+                MODEL, kind, tiny_checkpoint().configs, SMALLEST, graph_format, folder
+            )
         return made[kind, graph_format]
 
     return make
@@ -65,7 +68,7 @@ def test_poured_template_computes_the_reference(template, tiny_checkpoint, part_
 
 def test_tracing_again_gives_the_same_bytes(template, tiny_checkpoint, tmp_path):
     for kind in BLOCKS:
-        again = export_template(kind, tiny_checkpoint().configs, SMALLEST, "onnx17", tmp_path)
+        again = export_template(MODEL, kind, tiny_checkpoint().configs, SMALLEST, "onnx17", tmp_path)
         assert again.digest == template(kind).digest
 
 

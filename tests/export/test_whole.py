@@ -11,7 +11,6 @@ import onnx.inliner
 import onnxruntime
 import pytest
 import torch
-from fluxkiln.export.host import T5_BIAS_TABLE, host_constants
 from onnx import TensorProto, helper
 from safetensors.torch import load_file
 
@@ -20,9 +19,10 @@ from fluxkiln.compile.onnx.linked import export_graphs
 from fluxkiln.compile.onnx.session import open_session
 from fluxkiln.errors import ExportError, UsageError
 from fluxkiln.export.whole import LinkedPart, component_graphs, stitch_parts
+from fluxkiln.patches.flux1.host import T5_BIAS_TABLE, host_constants
 from fluxkiln.patches.flux1.kinds import MODULATION_ROWS, list_parts
 from fluxkiln.progress import Silent
-from fluxkiln.types import Part, Shapes
+from fluxkiln.types import Shapes
 
 SHAPES = Shapes(height=64, width=64, tokens=32)
 PARITY = 1e-6
@@ -53,7 +53,7 @@ def reference(tiny_checkpoint):
     @functools.cache
     def compute(preset):
         checkpoint = tiny_checkpoint(preset)
-        constants = host_constants(checkpoint, SHAPES)
+        constants = host_constants(checkpoint, SHAPES.checkpoint, SHAPES.plan)
         return {
             "transformer": transformer_reference(checkpoint, constants),
             "text_encoder_2": t5_reference(checkpoint, constants),
@@ -228,7 +228,7 @@ def make_part(name, kind="t5_block", dtype=TensorProto.FLOAT, place="0", opset=2
         ]
     graph = helper.make_graph(nodes, kind, values[:1], values[1:], [weight])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
-    return LinkedPart(Part(name, kind), model, {"w": f"{name}.weight"})
+    return LinkedPart(make_part(name, kind), model, {"w": f"{name}.weight"})
 
 
 def test_blocks_stored_in_different_types_are_functions_of_their_own(tmp_path):

@@ -8,15 +8,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from fluxkiln.export.host import host_constants, pooled_row
-from fluxkiln.verify.pipeline import PROMPT
 
 from fluxkiln.errors import CheckpointError, IntegrityError, PatchError, ResourceError, UsageError
 from fluxkiln.export.checkpoint import TensorReader
 from fluxkiln.export.trace import part_inputs
+from fluxkiln.patches.flux1.host import host_constants, pooled_row
 from fluxkiln.patches.flux1.kinds import list_parts
 from fluxkiln.types import Shapes
 from fluxkiln.verify import reference as module
+from fluxkiln.verify.pipeline import PROMPT
 from fluxkiln.verify.reference import read_recording, record_reference
 
 SHAPES = Shapes(64, 64, 32)
@@ -97,7 +97,7 @@ def test_every_part_changes_what_it_is_given(case):
 
 def test_host_constants_are_what_the_reference_computes(case):
     checkpoint, _, recording = case
-    constants = host_constants(checkpoint, recording.shapes)
+    constants = host_constants(checkpoint, recording.shapes.checkpoint, recording.shapes.plan)
     for name in ("rotary_cos", "rotary_sin"):
         np.testing.assert_array_equal(recording.inputs("double.01", 1)[name], constants[name])
         np.testing.assert_array_equal(recording.inputs("single.02", 0)[name], constants[name])

@@ -84,24 +84,22 @@ def debug_part(prepared: Prepared, name: str, step: int = 0, progress: Progress 
     checkpoint, plan, cache = prepared.checkpoint, prepared.plan, prepared.cache
     part = find_part(plan.parts, name)
     if plan.layout is not None:
-        check_can_be_debugged(checkpoint, plan, cache, part)
+        check_can_be_debugged(checkpoint, part)
     inputs, outputs, plan = _recorded(prepared, part, step, progress)
     if plan.layout is not None:
         rungs = look_on_ranks(checkpoint, plan, cache, part, inputs, outputs, prepared.bundle, progress)
         executed = {"executed on": "XLA CPU replicas", "ranks": str(plan.layout.ranks(part))}
-        return _diagnosis(checkpoint, plan, cache, part, step, rungs, executed)
+        return _diagnosis(plan, part, step, rungs, executed)
     with tempfile.TemporaryDirectory(prefix="fluxkiln-debug-") as scratch:
         rungs = _look(prepared, checkpoint, plan, cache, part, inputs, Path(scratch), progress)
     facts = {}
     if plan.target.toolchain == "tpu_mlir" and installed() is None:
         facts["lowered graph"] = "not looked into: its interpreter is TPU-MLIR's, which is not installed here"
-    return _diagnosis(checkpoint, plan, cache, part, step, rungs, facts)
+    return _diagnosis(plan, part, step, rungs, facts)
 
 
 def _diagnosis(
-    checkpoint: Checkpoint,
     plan: Plan,
-    cache: ActionCache,
     part: Part,
     step: int,
     rungs: tuple[RungFindings, ...],
@@ -144,7 +142,7 @@ def _look(
     tpu_mlir = plan.target.toolchain == "tpu_mlir"
     progress.stage("look inside", 3)
     inside = look_inside(checkpoint, plan, cache, part, inputs, "onnx17" if tpu_mlir else "onnx23")
-    rungs = [check_template(inside, checkpoint, plan, cache)]
+    rungs = [check_template(inside, checkpoint)]
     progress.done("look inside", "onnxruntime", f"{len(inside.operations)} operations")
     scheme = plan.scheme(part).name.split("-")[0]
     if tpu_mlir or plan.scheme(part).weight_bits:
@@ -159,7 +157,7 @@ def _look(
             template = make_template(checkpoint, plan, cache, part.kind, "onnx17")
             mould = make_mould(checkpoint, plan, cache, template)
             binary = (
-                cast_part(checkpoint, plan, cache, part, mould)
+                cast_part(plan, part, mould)
                 if mould.castable
                 else compile_part(checkpoint, plan, cache, part, template)
             )
@@ -199,7 +197,7 @@ def _read_back(prepared: Prepared, part: Part, inside: Inside) -> RungFindings |
         checkpoint,
         plan,
         cache,
-        cast_part(checkpoint, plan, cache, part, mould),
+        cast_part(plan, part, mould),
         prepared.bundle / entry.file,
         entry.net,
     )

@@ -164,7 +164,7 @@ def _stored_23(
     return stored
 
 
-def check_template(inside: Inside, checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> RungFindings:
+def check_template(inside: Inside, checkpoint: Checkpoint) -> RungFindings:
     """The template with the checkpoint's weights against diffusers' own modules, one by one in the order they run.
 
     A module's output is looked for among the template's values: patches may cut it in pieces, which are not judged.

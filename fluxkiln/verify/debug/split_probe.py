@@ -140,14 +140,14 @@ def look_on_ranks(
     """
     from fluxkiln.compile.toolchains.neuron.replicas import Replicas
 
-    check_can_be_debugged(checkpoint, plan, cache, part)
+    check_can_be_debugged(checkpoint, part)
     plan = replace(plan, parts=(part,))
     name = module_name(part)
     module = lower_modules(checkpoint, plan, cache, progress)[name]
     exact = lower_modules(checkpoint, plan, cache, progress, "float32", stage="lower float32")[name]
     whole = lower_modules(checkpoint, plan, cache, progress, degree=1, stage="lower unsplit")[name]
-    inputs = {**host_constants(checkpoint, plan, cache), **inputs}
-    state = whole_state(checkpoint, plan, cache, part, whole)
+    inputs = {**host_constants(checkpoint, plan), **inputs}
+    state = whole_state(checkpoint, part, whole)
     leaves = see_split_leaves(part, checkpoint, inputs, state)
     progress.stage("look inside", 4)
     rungs: list[RungFindings] = []
@@ -162,28 +162,25 @@ def look_on_ranks(
             for ranks in sorted({module.ranks, 1})
         }
         look(
-            check_split(
-                open_inside(checkpoint, plan, cache, part, exact, inputs, workers, "float32"), leaves, state, outputs
-            )
+            check_split(open_inside(checkpoint, cache, part, exact, inputs, workers, "float32"), leaves, state, outputs)
         )
         if module.ranks > 1:  # CLIP and VAE are not cut: it would be the next rung again
-            look(check_ranks(open_inside(checkpoint, plan, cache, part, whole, inputs, workers), None, "unsplit"))
+            look(check_ranks(open_inside(checkpoint, cache, part, whole, inputs, workers), None, "unsplit"))
         shards = read_shards(checkpoint, plan, cache, part, bundle, progress)
-        inside = open_inside(checkpoint, plan, cache, part, module, inputs, workers)
+        inside = open_inside(checkpoint, cache, part, module, inputs, workers)
         look(check_ranks(inside, shards, "replicas"))
         look(check_shards(inside, shards))
     return tuple(rungs)
 
 
-def whole_state(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, whole: Module) -> Values:
+def whole_state(checkpoint: Checkpoint, part: Part, whole: Module) -> Values:
     """The weights of a part uncut, float32, by the slots of its module for one rank."""
-    (weights,) = bound_weights(checkpoint, plan, cache, part, whole, "float32")
+    (weights,) = bound_weights(checkpoint, part, whole, "float32")
     return {spec.name: weight for spec, weight in zip(whole.slots, weights, strict=True)}
 
 
 def open_inside(
     checkpoint: Checkpoint,
-    plan: Plan,
     cache: ActionCache,
     part: Part,
     module: Module,
@@ -192,12 +189,12 @@ def open_inside(
     dtype: str = "bfloat16",
 ) -> SplitInside:
     """The part on the ranks of `module`, which was lowered in `dtype`, with the checkpoint's weights."""
-    weights = bound_weights(checkpoint, plan, cache, part, module, dtype)
+    weights = bound_weights(checkpoint, part, module, dtype)
     cuts = checkpoint.model.cuts[part.traits.cut] if part.traits.cut else ()
     return SplitInside(part, cuts, module, cache.path(module.blob).read_bytes(), inputs, weights, workers[module.ranks])
 
 
-def check_can_be_debugged(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part) -> None:
+def check_can_be_debugged(checkpoint: Checkpoint, part: Part) -> None:
     """Raise UsageError for a part of several blocks, or of more weights than one process is given."""
     if len(part.members) > 1:
         raise UsageError(
@@ -222,7 +219,7 @@ def read_shards(
     files = [bundle / shard_file(part.name, rank) for rank in range(plan.layout.ranks(part))]
     if all(file.is_file() for file in files):
         return [list(read_shard(file).values()) for file in files]
-    return shard_arrays(checkpoint, plan, cache, shard_weights(checkpoint, plan, cache, progress)[part.name])
+    return shard_arrays(cache, shard_weights(checkpoint, plan, cache, progress)[part.name])
 
 
 def check_split(inside: SplitInside, leaves: Sequence[Leaf], state: Values, outputs: Values) -> RungFindings:

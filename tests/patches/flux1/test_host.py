@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from fluxkiln.export.host import host_constants, pooled_row, position_bias, rotary_embedding
 
+from fluxkiln.patches.flux1.host import host_constants, pooled_row, position_bias, rotary_embedding
 from fluxkiln.types import Shapes
 
 SMALLEST = Shapes(height=32, width=32, tokens=16)
@@ -13,7 +13,10 @@ SMALLEST = Shapes(height=32, width=32, tokens=16)
 
 @pytest.mark.parametrize("part", ["double.00", "single.02"])
 def test_rotary_embedding_is_the_references(tiny_checkpoint, tiny_recording, part):
-    recording, made = tiny_recording("tiny-dev", "kl", SMALLEST), host_constants(tiny_checkpoint(), SMALLEST)
+    recording, made = (
+        tiny_recording("tiny-dev", "kl", SMALLEST),
+        host_constants(tiny_checkpoint(), SMALLEST.checkpoint, SMALLEST.plan),
+    )
     for name in ("rotary_cos", "rotary_sin"):
         recorded = recording.inputs(part)[name]
         assert made[name].dtype == np.float32

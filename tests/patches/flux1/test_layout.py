@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import pytest
-from fluxkiln.export.synth.layout import component_layout
 
 from fluxkiln.export.checkpoint import COMPONENT_CLASSES
 from fluxkiln.export.synth.checkpoint import PRESETS, synthesized_bytes
 from fluxkiln.export.validate import expected_tensors
+from fluxkiln.patches.flux1.layout import component_layout
 from fluxkiln.types import Shapes
 
 

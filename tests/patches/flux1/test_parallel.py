@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fluxkiln.export.host import rotary_embedding
 from torch import Tensor
 
 from fluxkiln.errors import CheckpointError, PatchError, UsageError
@@ -19,6 +18,7 @@ from fluxkiln.export.checkpoint import Checkpoint, read_tensor
 from fluxkiln.export.split import bind_shard, list_split_parts, split_slots
 from fluxkiln.patches.collectives import OneRank, ThreadRanks
 from fluxkiln.patches.flux1 import parallel
+from fluxkiln.patches.flux1.host import rotary_embedding
 from fluxkiln.patches.flux1.parallel import build_parallel_part, load_parallel_part, modulation_rows
 from fluxkiln.types import Shapes, TensorRef
 

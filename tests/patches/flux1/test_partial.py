@@ -7,12 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from fluxkiln.components import COMPONENTS
 
 from fluxkiln.export.checkpoint import TensorReader, open_checkpoint
 from fluxkiln.export.eager import PatchedRunner
 from fluxkiln.patches.flux1.kinds import list_parts
-from fluxkiln.types import Shapes
+from fluxkiln.types import COMPONENTS, Shapes
 from fluxkiln.verify.reference import record_reference
 
 SHAPES = Shapes(height=64, width=96, tokens=24)

@@ -6,16 +6,16 @@ import shutil
 
 import numpy as np
 import pytest
-from fluxkiln.export.host import host_constants, pooled_row
-from fluxkiln.verify.pipeline import PROMPT, PartChain, quiet, render, run_with_parts
-from fluxkiln.verify.stand_ins import build_pipeline
 
 from fluxkiln.errors import ParityError, PatchError, ShapeError, UsageError
 from fluxkiln.export.eager import PatchedRunner
+from fluxkiln.patches.flux1.host import host_constants, pooled_row
 from fluxkiln.patches.flux1.kinds import KINDS, MODULATION_ROWS, list_parts
+from fluxkiln.patches.flux1.stand_ins import build_pipeline
 from fluxkiln.types import Shapes
 from fluxkiln.verify.ladder import Ladder
 from fluxkiln.verify.metrics import compare, compare_images
+from fluxkiln.verify.pipeline import PROMPT, PartChain, quiet, render, run_with_parts
 
 SHAPES = Shapes(64, 64, 32)
 WIDE = Shapes(height=64, width=96, tokens=24)
@@ -65,7 +65,7 @@ def case(request, tiny_checkpoint, tiny_recording, hoisted_recording):
     preset, vae, shapes, modulation = request.param
     checkpoint = tiny_checkpoint(preset)
     record = tiny_recording if modulation == "inline" else hoisted_recording
-    return checkpoint, list_parts(checkpoint.configs, vae, modulation), record(preset, vae, shapes)
+    return checkpoint, list_parts(checkpoint.configs, vae, modulation), record(*preset, vae, shapes)
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def tiny(tiny_checkpoint, tiny_recording):
 
 
 def run(checkpoint, parts, shapes, run_part, root=None, **options):
-    constants = host_constants(checkpoint, shapes)
+    constants = host_constants(checkpoint, shapes.checkpoint, shapes.plan)
     return run_with_parts(
         root or checkpoint.root, checkpoint.configs, shapes, parts, constants, pooled_row, run_part, **options
     )
@@ -188,7 +188,7 @@ def test_each_step_gets_its_own_row(hoisted):
 def test_a_second_image_gets_modulation_of_its_own(hoisted):
     """The same pipeline object makes another image: other steps, another guidance."""
     checkpoint, parts, recording = hoisted
-    constants = host_constants(checkpoint, SHAPES)
+    constants = host_constants(checkpoint, SHAPES.checkpoint, SHAPES.plan)
     chain = PartChain(parts, PatchedRunner(checkpoint, parts, keep=len(parts)))
     pipe = build_pipeline(checkpoint.root, checkpoint.configs, chain, constants, pooled_row)
     render(pipe, SHAPES, 3, 0, PROMPT, 7.0)
@@ -239,7 +239,7 @@ def test_tiny_vae_config_may_leave_out_its_defaults(tiny_checkpoint, tiny_record
     parts = list_parts(checkpoint.configs, "tiny")
     kept = {k: v for k, v in checkpoint.configs["vae_tiny"].items() if k not in ("scaling_factor", "shift_factor")}
     configs = {**checkpoint.configs, "vae_tiny": kept}
-    constants = host_constants(checkpoint, SHAPES)
+    constants = host_constants(checkpoint, SHAPES.checkpoint, SHAPES.plan)
     result = run_with_parts(checkpoint.root, configs, SHAPES, parts, constants, pooled_row, Replay(recording))
     np.testing.assert_array_equal(result.image, recording.image)
 
@@ -247,10 +247,13 @@ def test_tiny_vae_config_may_leave_out_its_defaults(tiny_checkpoint, tiny_record
 @pytest.mark.parametrize("shapes", [Shapes(64, 80, 32), Shapes(64, 64, 16)])
 def test_constants_of_other_shapes_are_refused(tiny, shapes):
     checkpoint, parts, recording = tiny
-    constants = host_constants(checkpoint, SHAPES)
+    constants = host_constants(checkpoint, SHAPES.checkpoint, SHAPES.plan)
     with pytest.raises(ShapeError, match=r"rotary_cos is for 48 tokens, .* needs"):
         run_with_parts(checkpoint.root, checkpoint.configs, shapes, parts, constants, pooled_row, Replay(recording))
-    constants = {**host_constants(checkpoint, shapes), "position_bias": np.zeros((1, 2, 31, 31), np.float32)}
+    constants = {
+        **host_constants(checkpoint, shapes.checkpoint, shapes.plan),
+        "position_bias": np.zeros((1, 2, 31, 31), np.float32),
+    }
     with pytest.raises(ShapeError, match="position_bias is for 31 tokens"):
         run_with_parts(checkpoint.root, checkpoint.configs, shapes, parts, constants, pooled_row, Replay(recording))
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from fluxkiln.export.synth.tokenizers import T5_SENTINELS, corpus, write_clip_tokenizer, write_t5_tokenizer
 
 from fluxkiln.errors import UsageError
+from fluxkiln.patches.flux1.tokenizers import T5_SENTINELS, corpus, write_clip_tokenizer, write_t5_tokenizer
 
 PROMPTS = ("A red fox in the forest, oil painting.", "Zebra #9 & <b>naïve</b> 東京", "", "  two   spaces ")
 

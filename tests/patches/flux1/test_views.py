@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from fluxkiln.verify.modulation import recorded_parts, run_rows, view_recording
 
 from fluxkiln.errors import UsageError
 from fluxkiln.patches.flux1.kinds import MODULATION_ROWS, list_parts
+from fluxkiln.patches.pipeline import recorded_parts, run_rows, view_recording
 from fluxkiln.verify.reference import read_recording
 
 

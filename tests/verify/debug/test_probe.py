@@ -14,6 +14,7 @@ from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.quantize.schemes import parse_scheme
 from fluxkiln.types import Shapes, find_part
 from fluxkiln.verify.debug.probe import check_linked, check_lowered, check_stored, check_template, look_inside
+from tests.conftest import altered
 
 SHAPES = Shapes(height=32, width=32, tokens=16)
 LINEAR = "time_text_embed.timestep_embedder.linear_2"
@@ -26,7 +27,7 @@ def inside(kiln, tiny_recording):
 
     def make(name, graph_format="onnx17", scheme="W4BF16,tail=W4BF16", target="bm1684x"):
         made = kiln(scheme=scheme, target=target)
-        return look_inside(made, find_part(made.parts, name), recording.inputs(name, 1), graph_format), made
+        return look_inside(*made, find_part(made.parts, name), recording.inputs(name, 1), graph_format), made
 
     return make
 
@@ -43,7 +44,7 @@ def compiled(kiln, tpu_mlir, tmp_path_factory):
         if (name, scheme, keep_f32) not in known:
             made = kiln(scheme="W4BF16,tail=W4BF16")
             part, folder = find_part(made.parts, name), tmp_path_factory.mktemp(name)
-            template = make_template(made, part.kind, "onnx17")
+            template = make_template(*made, part.kind, "onnx17")
             activations = frozenset(spec.name for spec in template.inputs)
             reader = weight_reader(bind_part(part, template.slots, made.checkpoint), made.checkpoint)
             pour(template.path, set(activations), reader, folder / "poured.onnx")
@@ -162,7 +163,7 @@ def test_a_transposed_weight_is_found_in_the_compiled_form(look):
 @pytest.mark.parametrize("graph_format", ["onnx17", "onnx23"])
 def test_faults_of_the_export_are_found_against_the_modules(inside, graph_format):
     part, made = inside("single.02", graph_format)
-    assert check_template(part, made).culprit is None
+    assert check_template(part, made.checkpoint).culprit is None
     weight, bias = (next(slot for slot in part.weights if slot.startswith(f"attn.to_k.{what}")) for what in WHAT)
     others = {"bias": next(slot for slot in part.weights if slot.startswith("attn.to_q.bias"))}
     spoilt = {
@@ -170,7 +171,7 @@ def test_faults_of_the_export_are_found_against_the_modules(inside, graph_format
         bias: {**part.weights, bias: part.weights[others["bias"]], others["bias"]: part.weights[bias]},
     }
     for slot, weights in spoilt.items():
-        culprit = check_template(replace(part, weights=weights), made).culprit
+        culprit = check_template(replace(part, weights=weights), made.checkpoint).culprit
         assert culprit.rung == "onnxruntime"
         assert slot in culprit.slots or (slot == bias and others["bias"] in culprit.slots)
 
@@ -209,8 +210,8 @@ def test_a_fault_in_a_linked_graph_is_found(inside, tmp_path):
     from fluxkiln.compile.onnx.linked import link_parts
 
     part, made = inside("single.02", "onnx23", "W4BF16", "cpu")
-    made = replace(made, parts=(part.part,))
-    (graph,) = link_parts(made, made.schemes, tmp_path / "graphs").values()
+    made = altered(made, parts=(part.part,))
+    (graph,) = link_parts(*made, made.schemes, tmp_path / "graphs").values()
     assert check_linked(part, graph, "W4BF16").culprit is None
     model = onnx.load(graph, load_external_data=False)
     products = [node for node in model.graph.node if node.op_type == "MatMulNBits"]

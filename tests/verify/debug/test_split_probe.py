@@ -29,6 +29,7 @@ from fluxkiln.verify.debug.split_probe import (
     open_inside,
     whole_state,
 )
+from tests.conftest import altered
 
 pytest.importorskip("jax")
 
@@ -48,20 +49,20 @@ def looked(prepared):
     """One single block on two ranks, opened at its rungs `split` and `replicas`, with the weights and the leaves."""
     from fluxkiln.compile.toolchains.neuron.replicas import Replicas
 
-    kiln = prepared.kiln
+    kiln = prepared
     part, cut = find_part(kiln.parts, PART), kiln.split.find(PART)
-    recording = record(kiln, prepared.settings, prepared.fingerprint, prepared.folder / "recording")
+    recording = record(*kiln, prepared.settings, prepared.fingerprint, prepared.folder / "recording")
     inputs = {**runtime_constants(kiln), **recording.inputs(PART, 0)}
-    kiln = replace(kiln, parts=(part,), split=replace(kiln.split, parts=(cut,)))
+    kiln = altered(kiln, parts=(part,), split=replace(kiln.split, parts=(cut,)))
     modules = {
-        name: lower_modules(kiln, Silent(), *more)["single"]
+        name: lower_modules(*kiln, Silent(), *more)["single"]
         for name, more in {"split": ("float32",), "replicas": (), "whole": ("bfloat16", 1)}.items()
     }
-    state = whole_state(kiln, cut, modules["whole"])
+    state = whole_state(kiln.checkpoint, cut, modules["whole"])
     with ExitStack() as stack:
         workers = {2: stack.enter_context(Replicas(2))}
-        inside = open_inside(kiln, part, cut, modules["replicas"], inputs, workers)
-        exact = open_inside(kiln, part, cut, modules["split"], inputs, workers, "float32")
+        inside = open_inside(kiln.checkpoint, kiln.cache, part, cut, modules["replicas"], inputs, workers)
+        exact = open_inside(kiln.checkpoint, kiln.cache, part, cut, modules["split"], inputs, workers, "float32")
         outputs = recording.outputs(PART, 0)
         leaves = see_split_leaves(part, kiln.checkpoint, inputs, state)
         yield SimpleNamespace(inside=inside, exact=exact, leaves=leaves, state=state, kiln=kiln, outputs=outputs)
@@ -78,10 +79,10 @@ def test_a_sound_part_at_every_rung(prepared):
 
 
 def test_the_shards_of_the_bundle_are_looked_into_where_they_are(prepared, tmp_path):
-    for rank, blob in enumerate(shard_weights(prepared.kiln, Silent())["tail"]):
+    for rank, blob in enumerate(shard_weights(*prepared, Silent())["tail"]):
         file = tmp_path / "bundle" / shard_file("tail", rank)
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(prepared.kiln.path(blob).read_bytes())
+        file.write_bytes(prepared.path(blob).read_bytes())
     assert rank == 1
     data = bytearray(file.read_bytes())
     data[-1000] ^= 1  # the last bit of an element
@@ -217,6 +218,6 @@ def test_another_epsilon_is_found(looked):
 
 
 def test_what_is_not_looked_into_is_said(prepared):
-    grouped = next(cut for cut in list_split_parts(prepared.kiln.checkpoint.configs, "group:2") if "-" in cut.name)
+    grouped = next(cut for cut in list_split_parts(prepared.checkpoint.configs, "group:2") if "-" in cut.name)
     with pytest.raises(UsageError, match="2 blocks, and one is looked into at a time; debug it with --granularity"):
-        check_can_be_debugged(prepared.kiln, grouped)
+        check_can_be_debugged(prepared.checkpoint, grouped)

@@ -51,7 +51,7 @@ def build_split(prepared: Prepared, progress: Progress, laps: Laps) -> BuildResu
     shards = shard_weights(checkpoint, plan, cache, progress, settings.jobs)
     laps.lap("shard")
     shutil.rmtree(work, ignore_errors=True)
-    jobs = compile_jobs(checkpoint, plan, cache, modules, work)
+    jobs = compile_jobs(cache, modules, work)
     script = write_compile_script(work, jobs, plan.target, settings.flags)
     neffs, missing = _compile(prepared, jobs, work, progress)
     laps.lap("compile")
@@ -71,7 +71,7 @@ def build_split(prepared: Prepared, progress: Progress, laps: Laps) -> BuildResu
     result = finish_bundle(
         prepared, binaries, tuple(files), {}, progress, laps,
         lambda recording: verify_split(checkpoint, plan, cache, settings, modules, shards, recording, progress),
-        report_split(checkpoint, plan, cache, modules, plan_memory(checkpoint, plan, cache), neffs), str(missing or ""),
+        report_split(plan, modules, plan_memory(checkpoint, plan), neffs), str(missing or ""),
     )  # fmt: skip
     if missing is not None:
         raise compiler_missing(missing, prepared.bundle)
@@ -91,7 +91,7 @@ def describe_split(
     A module's parameters are `inputs` and then `slots`, its result is a tuple of `outputs`. Rank r of a part runs its
     module with the tensors of `shards[r]`, which lie there in the order of `slots`.
     """
-    checkpoint, plan, cache = prepared.checkpoint, prepared.plan, prepared.cache
+    checkpoint, plan = prepared.checkpoint, prepared.plan
     return {
         "schema": SCHEMA,
         **split_settings(prepared),
@@ -123,7 +123,7 @@ def describe_split(
             for part in plan.parts
         ],
         "modulation_rows": checkpoint.model.modulation_rows(checkpoint.configs),
-        "host_constants": {"file": HOST_CONSTANTS, "names": sorted(host_constants(checkpoint, plan, cache))},
+        "host_constants": {"file": HOST_CONSTANTS, "names": sorted(host_constants(checkpoint, plan))},
     }
 
 

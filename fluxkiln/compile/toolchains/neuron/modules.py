@@ -97,9 +97,7 @@ def lower_modules(
     return made
 
 
-def compile_jobs(
-    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, modules: Mapping[str, Module], folder: Path
-) -> tuple[CompileJob, ...]:
+def compile_jobs(cache: ActionCache, modules: Mapping[str, Module], folder: Path) -> tuple[CompileJob, ...]:
     """The modules as files of `folder/hlo`, and the compiler's jobs for them."""
     jobs = []
     for name, module in modules.items():
@@ -123,9 +121,9 @@ def _lower(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, d
         from fluxkiln.compile.toolchains.neuron.frontend import lower_module
 
         source = (
-            _split_part(checkpoint, plan, cache, part, dtype, ranks)
+            _split_part(checkpoint, plan, part, dtype, ranks)
             if part.traits.cut
-            else _whole_part(checkpoint, plan, cache, part, dtype)
+            else _whole_part(checkpoint, plan, part, dtype)
         )
         lowered = lower_module(source.make, source.inputs, ranks, dtype)
         proto = canonicalise(lowered.proto)
@@ -149,7 +147,7 @@ def _lower(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, d
             "flops": facts.flops,
         }
 
-    action = lower_action(checkpoint, plan, cache, part, dtype, ranks)
+    action = lower_action(checkpoint, plan, part, dtype, ranks)
     result = run_action(cache, action, produce)
     facts: Any = result.facts
     return Module(
@@ -161,7 +159,6 @@ def _lower(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, d
 def lower_action(
     checkpoint: Checkpoint,
     plan: Plan,
-    cache: ActionCache,
     part: Part,
     dtype: Dtype = "bfloat16",
     ranks: int | None = None,
@@ -172,7 +169,7 @@ def lower_action(
         stage="lower",
         what=f"{module_name(part)} {dtype} tp{ranks}",
         code_version=code_version(_lower, model=type(checkpoint.model)),
-        inputs={"config": digest_json(_config(checkpoint, plan, cache, part))},
+        inputs={"config": digest_json(_config(checkpoint, part))},
         settings={
             "kind": module_kind(part),
             "blocks": len(part.members),
@@ -196,9 +193,7 @@ class _Source:
     slot_of: Any = str
 
 
-def _split_part(
-    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, dtype: Dtype, ranks: int
-) -> _Source:
+def _split_part(checkpoint: Checkpoint, plan: Plan, part: Part, dtype: Dtype, ranks: int) -> _Source:
     from fluxkiln.patches.collectives import ThreadRanks
 
     model = checkpoint.model
@@ -213,7 +208,7 @@ def _split_part(
     )  # fmt: skip
 
 
-def _whole_part(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, dtype: Dtype) -> _Source:
+def _whole_part(checkpoint: Checkpoint, plan: Plan, part: Part, dtype: Dtype) -> _Source:
     from fluxkiln.patches.parts import slot_name
     from fluxkiln.patches.patch import check_patches, patches_for
 
@@ -227,7 +222,7 @@ def _whole_part(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Pa
     return _Source(lambda _: model.build_part(part.kind, configs), inputs, outputs, 0, 0, slot_name)
 
 
-def _config(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part) -> dict[str, Any]:
+def _config(checkpoint: Checkpoint, part: Part) -> dict[str, Any]:
     """Without depths where they are of no influence: a block's or the tail's module is that of models of any depth."""
     config = {name: value for name, value in checkpoint.configs[part.folder].items() if not name.startswith("_")}
     alone = part.traits.ordered and part.traits.cut

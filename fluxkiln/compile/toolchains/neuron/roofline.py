@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.compile.plan import Plan
 from fluxkiln.compile.toolchains.neuron.modules import Module, module_name
 from fluxkiln.compile.toolchains.neuron.neff import Neff
 from fluxkiln.compile.toolchains.neuron.profile import CoreMemory
-from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.verify.report.wording import size
 
 LABEL = (
@@ -22,9 +20,7 @@ _ALL_REDUCE_PASSES = 2  # a ring moves every byte to all others twice: once to a
 
 
 def report_split(
-    checkpoint: Checkpoint,
     plan: Plan,
-    cache: ActionCache,
     modules: Mapping[str, Module],
     memory: CoreMemory,
     neffs: Sequence[Neff],
@@ -35,7 +31,7 @@ def report_split(
     step = [modules[module_name(part)] for part in plan.parts if part.component == "transformer"]
     reduces = [moved for module in step for moved in module.facts["all_reduce_bytes"]]
     gathers = [moved for module in step for moved in module.facts["all_gather_bytes"]]
-    milliseconds = 1e3 * sum(_seconds(checkpoint, plan, cache, module) for module in step)
+    milliseconds = 1e3 * sum(_seconds(plan, module) for module in step)
     values = {
         "instance": instance.name,
         "tp_degree": degree,
@@ -66,7 +62,7 @@ def report_split(
     }
 
 
-def _seconds(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, module: Module) -> float:
+def _seconds(plan: Plan, module: Module) -> float:
     assert plan.layout is not None
     instance, others = plan.layout.instance, 1 - 1 / module.ranks
     facts = module.facts

@@ -130,7 +130,7 @@ def split_rungs(
     exact = lower_modules(checkpoint, plan, cache, progress, "float32", stage="lower float32")
     whole = lower_modules(checkpoint, plan, cache, progress, "bfloat16", 1, stage="lower unsplit")
     counts = {module.ranks for one in (modules, exact, whole) for module in one.values()}
-    constants = host_constants(checkpoint, plan, cache)
+    constants = host_constants(checkpoint, plan)
     with ExitStack() as stack:
         workers = {
             ranks: stack.enter_context(Replicas(ranks, plan.logs / f"replicas.{ranks}.log")) for ranks in sorted(counts)
@@ -140,19 +140,15 @@ def split_rungs(
             return ReplicaRunner(checkpoint, plan, cache, modules, workers, constants, weights)
 
         yield {
-            "split": runner(
-                exact, lambda part: bound_weights(checkpoint, plan, cache, part, exact[module_name(part)], "float32")
-            ),
+            "split": runner(exact, lambda part: bound_weights(checkpoint, part, exact[module_name(part)], "float32")),
             "unsplit": runner(
-                whole, lambda part: bound_weights(checkpoint, plan, cache, part, whole[module_name(part)], "bfloat16")
+                whole, lambda part: bound_weights(checkpoint, part, whole[module_name(part)], "bfloat16")
             ),
-            "replicas": runner(modules, lambda part: shard_arrays(checkpoint, plan, cache, shards[part.name])),
+            "replicas": runner(modules, lambda part: shard_arrays(cache, shards[part.name])),
         }
 
 
-def bound_weights(
-    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, module: Module, dtype: str
-) -> list[list[NDArray[Any]]]:
+def bound_weights(checkpoint: Checkpoint, part: Part, module: Module, dtype: str) -> list[list[NDArray[Any]]]:
     """Each rank's weights, cut from the checkpoint's tensors, in `dtype`."""
     from fluxkiln.export.bindings import apply_transforms
     from fluxkiln.export.checkpoint import read_tensor
@@ -171,9 +167,7 @@ def bound_weights(
     return ranks
 
 
-def shard_arrays(
-    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, shards: Sequence[Blob]
-) -> list[list[NDArray[Any]]]:
+def shard_arrays(cache: ActionCache, shards: Sequence[Blob]) -> list[list[NDArray[Any]]]:
     """Each rank's weights as its shard has them, the digest checked."""
     from fluxkiln.export.shard_files import read_shard
 

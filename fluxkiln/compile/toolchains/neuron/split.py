@@ -90,7 +90,7 @@ def _compiler() -> NeuronxCc | None:
         return None
 
 
-def plan_memory(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> CoreMemory:
+def plan_memory(checkpoint: Checkpoint, plan: Plan) -> CoreMemory:
     """What the fullest core holds when everything stays loaded; by the checkpoint's shapes, no weight is read.
 
     Raises:
@@ -143,7 +143,7 @@ def _shard_part(
     assert plan.layout is not None
     ranks = plan.layout.ranks(part)
     bindings = [bind_shard(part, slots, checkpoint, ranks, rank) for rank in range(ranks)]
-    action = shard_action(checkpoint, plan, cache, part)
+    action = shard_action(checkpoint, plan, part)
 
     def produce(folder: Path) -> tuple[dict[str, Path | Blob], dict[str, Any]]:
         files = write_part(slots, bindings, checkpoint, folder)
@@ -172,7 +172,7 @@ def split_settings(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def shard_action(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part) -> Action:
+def shard_action(checkpoint: Checkpoint, plan: Plan, part: Part) -> Action:
     """The key of a part's shards: the tensors that it holds, how it is cut, over how many ranks."""
     assert plan.layout is not None
     known = checkpoint.digests[part.folder]

@@ -38,13 +38,13 @@ CAST_MEMORY = 256 << 20
 _BLOCK = 4 << 20
 
 
-def combine_shells(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, name: str, binaries: list[Binary]) -> Path:
+def combine_shells(plan: Plan, cache: ActionCache, name: str, binaries: list[Binary]) -> Path:
     """One bmodel with every part's net in order, each with a page in place of its weights."""
     from fluxkiln.compile.toolchains.tpu_mlir.compiler import combine
     from fluxkiln.compile.toolchains.tpu_mlir.shell import make_shell
 
     def produce(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
-        env = require_compiler(checkpoint, plan, cache, f"the combined shell of {name}")
+        env = require_compiler(f"the combined shell of {name}")
         shells = []
         for binary in binaries:
             shells.append(folder / f"{binary.net}.bmodel")
@@ -54,12 +54,10 @@ def combine_shells(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, name:
         combine(env, plan.target.chip, shells, target, plan.logs / f"{name}.log")
         return {"shell": target}, {}
 
-    return cache.path(
-        run_action(cache, combine_action(checkpoint, plan, cache, name, binaries), produce).outputs["shell"]
-    )
+    return cache.path(run_action(cache, combine_action(plan, name, binaries), produce).outputs["shell"])
 
 
-def combine_action(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, name: str, binaries: list[Binary]) -> Action:
+def combine_action(plan: Plan, name: str, binaries: list[Binary]) -> Action:
     """The key of a combined shell: its nets in order. No checkpoint is in it where all of them are cast."""
     return Action(
         stage="combine",
@@ -90,7 +88,7 @@ def cast_file(
     """
     from fluxkiln.compile.toolchains.tpu_mlir.bmodel import read_bmodel
 
-    shell = combine_shells(checkpoint, plan, cache, name, binaries)
+    shell = combine_shells(plan, cache, name, binaries)
     keys = {binary.net: part_action(checkpoint, plan, cache, binary).key for binary in binaries}
     action = Action(
         stage="file",
@@ -137,7 +135,7 @@ def part_action(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, binary: 
     else:
         template = make_template(checkpoint, plan, cache, binary.part.kind, plan.target.graph_format)
         binding = bind_part(binary.part, template.slots, checkpoint)
-        inputs = {"map": binary.blobs["map"].digest, "weights": weights_digest(checkpoint, plan, cache, binding)}
+        inputs = {"map": binary.blobs["map"].digest, "weights": weights_digest(checkpoint, binding)}
     settings: dict[str, Any] = {}
     if "map" in binary.blobs:
         settings, calibration = rounding_key(checkpoint, plan, cache, binary.part)

@@ -40,7 +40,7 @@ def compile_parts(
     with JobPool[Any](settings.jobs) as pool:
         templates, moulds = submit_moulds(pool, checkpoint, plan, cache, progress)
         found = {kind: find_mould(checkpoint, plan, cache, template) for kind, template in templates.items()}
-        unproven = [kind for kind in templates if settings.prove or needs_proof(checkpoint, plan, cache, found[kind])]
+        unproven = [kind for kind in templates if settings.prove or needs_proof(cache, found[kind])]
         progress.stage("compile", len(by_kind) + len(unproven))
         # behind the moulds, so that the two compiles of the largest kind do not need their memory at once
         for kind in unproven:
@@ -64,8 +64,7 @@ def compile_parts(
         made = {kind: future.result() for kind, future in moulds.items()}
         direct = {name: future.result() for name, future in compiled.items()}
     binaries = [
-        cast_part(checkpoint, plan, cache, part, made[part.kind]) if made[part.kind].castable else direct[part.name]
-        for part in plan.parts
+        cast_part(plan, part, made[part.kind]) if made[part.kind].castable else direct[part.name] for part in plan.parts
     ]
     proofs = [(binary, made[binary.part.kind]) for binary in direct.values() if made[binary.part.kind].castable]
     return tuple(binaries), proofs
@@ -81,12 +80,12 @@ def submit_moulds(
     moulds: dict[str, Future[Any]] = {}
     # the slowest first, so that the others fill the gaps
     for kind in sorted(
-        first, key=lambda kind: (first[kind].component != "vae", -_weights(checkpoint, plan, cache, first[kind]))
+        first, key=lambda kind: (first[kind].component != "vae", -_weights(checkpoint, plan, first[kind]))
     ):
         template = templates[kind] = tell_template(
             checkpoint, plan, cache, kind, plan.target.graph_format, progress, "template"
         )
-        claim = claim_memory(checkpoint, plan, cache, mould_action(checkpoint, plan, cache, template), template)
+        claim = claim_memory(cache, mould_action(checkpoint, plan, template), template)
         moulds[kind] = pool.submit(
             f"mould {kind}", claim, _told(progress, make_mould, checkpoint, plan, cache, template)
         )
@@ -94,10 +93,10 @@ def submit_moulds(
     return templates, moulds
 
 
-def _weights(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part) -> int:
+def _weights(checkpoint: Checkpoint, plan: Plan, part: Part) -> int:
     from fluxkiln.compile.tensors import part_refs
 
-    return count_elements(part_refs(checkpoint, plan, cache, part))
+    return count_elements(part_refs(checkpoint, plan, part))
 
 
 def _submit_compile(
@@ -109,13 +108,11 @@ def _submit_compile(
     part: Part,
     template: Template,
 ) -> Future[Any]:
-    claim = claim_memory(checkpoint, plan, cache, compile_action(checkpoint, plan, cache, part, template), template)
+    claim = claim_memory(cache, compile_action(checkpoint, plan, cache, part, template), template)
     return pool.submit(part.name, claim, _told(progress, compile_part, checkpoint, plan, cache, part, template))
 
 
-def claim_memory(
-    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, action: Action, template: Template, known: bool = True
-) -> int:
+def claim_memory(cache: ActionCache, action: Action, template: Template, known: bool = True) -> int:
     """The memory of a compile; nothing for what the store has (where `known`), so that it is never refused."""
     return 0 if known and cache.lookup(action.key) else compile_memory(count_elements(template.slots))
 

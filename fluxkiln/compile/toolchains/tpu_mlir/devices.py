@@ -11,10 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.compile.plan import Binary, Plan
 from fluxkiln.errors import ResourceError
-from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.types import Part
 
 # In the order in which an image needs them.
@@ -117,9 +115,7 @@ class DevicePlan:
         return "\n".join(lines)
 
 
-def group_parts(
-    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, binaries: Sequence[Binary]
-) -> dict[str, list[Binary]]:
+def group_parts(plan: Plan, binaries: Sequence[Binary]) -> dict[str, list[Binary]]:
     """File of the bundle -> the parts whose nets it holds.
 
     One per component, one for the modulation; a transformer that is too large for one device is cut into one per
@@ -130,7 +126,7 @@ def group_parts(
         groups.setdefault(file_of(binary.part), []).append(binary)
     placed: dict[str, list[Binary]] = {}
     for name, members in groups.items():
-        runs = [members] if name != "transformer.bmodel" else _fewest_runs(checkpoint, plan, cache, members)
+        runs = [members] if name != "transformer.bmodel" else _fewest_runs(plan, members)
         for index, run in enumerate(runs):
             placed[name if len(runs) == 1 else f"transformer.{index}.bmodel"] = run
     return placed
@@ -148,15 +144,13 @@ def is_modulation(part: Part) -> bool:
     return bool(part.traits.rows)
 
 
-def plan_devices(
-    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, groups: Mapping[str, Sequence[Binary]]
-) -> DevicePlan:
+def plan_devices(plan: Plan, groups: Mapping[str, Sequence[Binary]]) -> DevicePlan:
     """What every file takes, from the facts of its nets.
 
     Raises:
         ResourceError: no way to load the files fits the device; `details` is the table.
     """
-    laid = lay_files(checkpoint, plan, cache, groups)
+    laid = lay_files(plan, groups)
     if laid.best_way() is None:
         largest = max(laid.files, key=lambda file: file.total)
         error = ResourceError(
@@ -168,9 +162,7 @@ def plan_devices(
     return laid
 
 
-def lay_files(
-    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, groups: Mapping[str, Sequence[Binary]]
-) -> DevicePlan:
+def lay_files(plan: Plan, groups: Mapping[str, Sequence[Binary]]) -> DevicePlan:
     """The plan, whether it fits or not."""
     files = []
     for name, members in groups.items():
@@ -200,17 +192,17 @@ def _memory(members: Sequence[Binary]) -> tuple[int, int, int]:
     )
 
 
-def _fewest_runs(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, whole: list[Binary]) -> list[list[Binary]]:
+def _fewest_runs(plan: Plan, whole: list[Binary]) -> list[list[Binary]]:
     """A chain of parts on as few devices as hold it, or on all there can be."""
     runs = [whole]
     for devices in range(1, MAX_DEVICES + 1 if plan.target.device_bytes else 1):
         runs = split_devices(whole, devices)
-        if _fits(runs, checkpoint, plan, cache):
+        if _fits(runs, plan):
             break
     return runs
 
 
-def _fits(runs: list[list[Binary]], checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> bool:
+def _fits(runs: list[list[Binary]], plan: Plan) -> bool:
     return all(sum(_memory(run)) <= plan.target.device_bytes for run in runs)
 
 

@@ -51,20 +51,18 @@ def make_mould(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, template:
     from fluxkiln.compile.toolchains.tpu_mlir.shell import make_shell
 
     scheme = plan.schemes[template.kind]
-    net = mould_net(checkpoint, plan, cache, template.kind)
+    net = mould_net(plan, template.kind)
 
     def produce(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
         import numpy as np
 
-        form = compiled_form(checkpoint, plan, cache, template, folder)
+        form = compiled_form(plan, template, folder)
 
         def compile_probe(seed: int) -> Any:
             place = folder / f"probe-{seed}"
             place.mkdir()
             reader = probe_reader(form.slots, seed)
-            return compile_weights(
-                checkpoint, plan, cache, form, net, reader, place, f"mould.{template.kind}.{seed}"
-            ), reader
+            return compile_weights(checkpoint, plan, form, net, reader, place, f"mould.{template.kind}.{seed}"), reader
 
         def again() -> Probe:
             other, reader = compile_probe(1)
@@ -86,11 +84,11 @@ def make_mould(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, template:
         outputs["map"].write_text(json.dumps(found.to_json()))
         return outputs, {**compiled.facts, "why": ""}
 
-    result = run_action(cache, mould_action(checkpoint, plan, cache, template), produce)
+    result = run_action(cache, mould_action(checkpoint, plan, template), produce)
     return Mould(template.kind, result, str(result.facts["why"]))
 
 
-def compiled_form(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, template: Template, folder: Path) -> Template:
+def compiled_form(plan: Plan, template: Template, folder: Path) -> Template:
     """What is compiled of a kind: its template, or where the method needs more than codes, a graph with that."""
     scheme = plan.schemes[template.kind]
     if scheme.codes_only:
@@ -100,19 +98,19 @@ def compiled_form(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, templa
     return add_side_tensors(template, scheme, folder / "corrected.onnx")
 
 
-def mould_action(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, template: Template) -> Action:
+def mould_action(checkpoint: Checkpoint, plan: Plan, template: Template) -> Action:
     """The key of a mould: no checkpoint is in it."""
-    net, version = mould_net(checkpoint, plan, cache, template.kind), code_version(make_mould)
-    return _compile_action(checkpoint, plan, cache, "mould", version, template, net, {"template": template.digest})
+    net, version = mould_net(plan, template.kind), code_version(make_mould)
+    return _compile_action(checkpoint, plan, "mould", version, template, net, {"template": template.digest})
 
 
 def find_mould(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, template: Template) -> Mould | None:
     """The mould of a kind if it is in the store."""
-    result = cache.lookup(mould_action(checkpoint, plan, cache, template).key)
+    result = cache.lookup(mould_action(checkpoint, plan, template).key)
     return None if result is None else Mould(template.kind, result, str(result.facts["why"]))
 
 
-def cast_part(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, mould: Mould) -> Binary:
+def cast_part(plan: Plan, part: Part, mould: Mould) -> Binary:
     """A part that is to be cast: its mould says what its binary is made of; no byte of it is written yet."""
     blobs = mould.result.outputs
     return Binary(
@@ -127,10 +125,10 @@ def compile_part(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: P
 
     def produce(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
         form, reader = (
-            compiled_form(checkpoint, plan, cache, template, folder),
+            compiled_form(plan, template, folder),
             part_weights(checkpoint, plan, cache, part, template),
         )
-        compiled = compile_weights(checkpoint, plan, cache, form, net_name(part), reader, folder, part.name)
+        compiled = compile_weights(checkpoint, plan, form, net_name(part), reader, folder, part.name)
         shell = folder / "shell.bmodel"
         make_shell(compiled.bmodel, net_name(part), shell)
         outputs = {"bmodel": compiled.bmodel, "lowered": compiled.lowered, "weights": compiled.weights}
@@ -145,13 +143,11 @@ def compile_part(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: P
 def compile_action(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, template: Template) -> Action:
     """The key of a part compiled with its own weights."""
     binding = bind_part(part, template.slots, checkpoint)
-    inputs = {"template": template.digest, "weights": weights_digest(checkpoint, plan, cache, binding)}
+    inputs = {"template": template.digest, "weights": weights_digest(checkpoint, binding)}
     if not plan.scheme(part).codes_only:  # what is packed follows from the method
         settings, calibration = rounding_key(checkpoint, plan, cache, part)
         inputs |= {"method": digest_json(settings), **calibration}
-    return _compile_action(
-        checkpoint, plan, cache, "compile", code_version(compile_part), template, net_name(part), inputs
-    )
+    return _compile_action(checkpoint, plan, "compile", code_version(compile_part), template, net_name(part), inputs)
 
 
 def compile_memory(elements: int) -> int:
@@ -162,7 +158,7 @@ def compile_memory(elements: int) -> int:
     return (700 << 20) + int(1.4 * 4 * elements)
 
 
-def require_compiler(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, what: str) -> TpuMlirEnv:
+def require_compiler(what: str) -> TpuMlirEnv:
     """TPU-MLIR's environment; ToolchainError when it is not there and the store lacks `what`."""
     env = installed()
     if env is None:
@@ -177,7 +173,6 @@ def require_compiler(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, wha
 def _compile_action(
     checkpoint: Checkpoint,
     plan: Plan,
-    cache: ActionCache,
     stage: str,
     version: str,
     template: Template,
@@ -203,7 +198,6 @@ def _compile_action(
 def compile_weights(
     checkpoint: Checkpoint,
     plan: Plan,
-    cache: ActionCache,
     template: Template,
     net: str,
     read_weight: Any,
@@ -214,7 +208,7 @@ def compile_weights(
     from fluxkiln.compile.onnx.filled import pour
     from fluxkiln.compile.toolchains.tpu_mlir.compiler import CompileJob, compile_graph
 
-    env = require_compiler(checkpoint, plan, cache, f"{net} {plan.schemes[template.kind].name}")
+    env = require_compiler(f"{net} {plan.schemes[template.kind].name}")
     activations = {spec.name for spec in template.inputs}
     graph = folder / f"{net}.onnx"
     pour(template.path, activations, read_weight, graph)

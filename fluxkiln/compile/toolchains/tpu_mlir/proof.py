@@ -41,7 +41,7 @@ def proof_action(mould: Mould) -> Action:
     )
 
 
-def needs_proof(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, mould: Mould | None) -> bool:
+def needs_proof(cache: ActionCache, mould: Mould | None) -> bool:
     """Whether casts of this kind have yet to be proven: the mould is still to be made, or no proof was recorded."""
     if mould is None:
         return True
@@ -59,11 +59,11 @@ def prove_mould(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, template
     from fluxkiln.compile.toolchains.tpu_mlir.coefficients import CoefficientMap, probe_reader
     from fluxkiln.compile.toolchains.tpu_mlir.shell import lay_out, make_shell
 
-    blobs, net = mould.result.outputs, mould_net(checkpoint, plan, cache, mould.kind)
+    blobs, net = mould.result.outputs, mould_net(plan, mould.kind)
     with cache.store.workdir(f"proof of {mould.kind}") as folder:
-        form = compiled_form(checkpoint, plan, cache, template, folder)
+        form = compiled_form(plan, template, folder)
         reader = probe_reader(form.slots, seed=1)
-        compiled = compile_weights(checkpoint, plan, cache, form, net, reader, folder, f"proof.{mould.kind}").bmodel
+        compiled = compile_weights(checkpoint, plan, form, net, reader, folder, f"proof.{mould.kind}").bmodel
         (direct,) = read_bmodel(compiled).nets
         make_shell(compiled, net, folder / "shell.bmodel")
         cast = folder / "cast.bmodel"
@@ -128,7 +128,7 @@ def _cast_again(
     from fluxkiln.compile.toolchains.tpu_mlir.shell import lay_out
 
     blobs = mould.result.outputs
-    region = lay_out(cache.path(blobs["shell"]), {mould_net(checkpoint, plan, cache, mould.kind): size}, target)
+    region = lay_out(cache.path(blobs["shell"]), {mould_net(plan, mould.kind): size}, target)
     coefficients = CoefficientMap.from_json(json.loads(cache.path(blobs["map"]).read_text()))
     template = make_template(checkpoint, plan, cache, part.part.kind, plan.target.graph_format)
     reader = part_weights(checkpoint, plan, cache, part.part, template)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.compile.plan import Binary, Plan
 from fluxkiln.compile.toolchains.tpu_mlir.devices import group_parts, plan_devices
 from fluxkiln.compile.toolchains.tpu_mlir.estimate import estimate_pipeline
@@ -17,21 +16,19 @@ LABEL = (
 )
 
 
-def report_costs(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, binaries: Sequence[Binary]) -> dict[str, Any]:
+def report_costs(checkpoint: Checkpoint, plan: Plan, binaries: Sequence[Binary]) -> dict[str, Any]:
     """The report's facts `memory`, `devices` and `estimate`; nothing for a target without devices."""
     if not plan.target.device_bytes:
         return {}
-    laid = plan_devices(checkpoint, plan, cache, group_parts(checkpoint, plan, cache, binaries)).to_json()
+    laid = plan_devices(plan, group_parts(plan, binaries)).to_json()
     memory = {
         file["file"]: {what: file[what] for what in ("weights", "instructions", "runtime")} for file in laid["files"]
     }
     devices = {"budget": laid["budget"], "load": laid["load"], "peaks": laid["peaks"]}
-    return {"memory": memory, "devices": devices, "estimate": report_estimate(checkpoint, plan, cache, binaries)}
+    return {"memory": memory, "devices": devices, "estimate": report_estimate(checkpoint, binaries)}
 
 
-def report_estimate(
-    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, binaries: Sequence[Binary]
-) -> dict[str, Any]:
+def report_estimate(checkpoint: Checkpoint, binaries: Sequence[Binary]) -> dict[str, Any]:
     """The compiler's estimate per kind, per step and per image, as text for people and as numbers for programs."""
     steps = checkpoint.model.steps[checkpoint.variant]
     parts = {binary.part: estimate_ms(binary) for binary in binaries}

@@ -23,6 +23,7 @@ from fluxkiln.export.shard_files import join_shards, read_shard
 from fluxkiln.export.split import list_split_parts
 from fluxkiln.progress import Silent
 from fluxkiln.settings import Settings
+from tests.conftest import altered
 
 STUB = Path(__file__).with_name("stub-neuronx-cc")
 
@@ -149,7 +150,7 @@ def test_shards_are_the_checkpoint_bit_for_bit(built):
 def test_full_size_has_as_many_collectives_as_it_must(tmp_path):
     kiln = describe(settings(tmp_path, model="full-dev", tp_degree=8)).kiln
     kinds = [part.kind for part in kiln.split_parts]
-    modules = lower_modules(kiln, Silent())
+    modules = lower_modules(*kiln, Silent())
     assert len(modules) == len({module.blob.digest for module in modules.values()}) == 7
     reduces = {name: len(module.facts["all_reduce_bytes"]) for name, module in modules.items()}
     gathers = {name: len(module.facts["all_gather_bytes"]) for name, module in modules.items()}
@@ -177,10 +178,10 @@ def test_more_ranks_than_heads_are_padded_and_pass_the_same_gates(built, tmp_pat
     """2 heads on 4 ranks: half of them zeros, which no instance is given but every rank computes."""
     changed = settings(built[0], steps=1)
     prepared = prepare(changed)
-    kiln = replace(prepared.kiln, split=replace(prepared.kiln.split, degree=4), logs=tmp_path / "logs")
-    modules, shards = lower_modules(kiln, Silent()), shard_weights(kiln, Silent())
-    recording = record(kiln, changed, prepared.fingerprint, tmp_path / "recording")
-    parity = replicating.verify_split(kiln, changed, modules, shards, recording, Silent())
+    kiln = altered(prepared, split=replace(prepared.split, degree=4), logs=tmp_path / "logs")
+    modules, shards = lower_modules(*kiln, Silent()), shard_weights(*kiln, Silent())
+    recording = record(*kiln, changed, prepared.fingerprint, tmp_path / "recording")
+    parity = replicating.verify_split(*kiln, changed, modules, shards, recording, Silent())
     assert {module.ranks for module in modules.values()} == {1, 4}
     assert parity.pipeline is not None
     assert [row for row in parity.ladder.rows if not row.passed] == []

@@ -42,7 +42,7 @@ CASES = [
 
 def reader_of(kiln, name):
     part = find_part(kiln.parts, name)
-    template = make_template(kiln, part.kind, "onnx17")
+    template = make_template(*kiln, part.kind, "onnx17")
     return weight_reader(bind_part(part, template.slots, kiln.checkpoint), kiln.checkpoint)
 
 
@@ -288,8 +288,8 @@ def test_second_checkpoint_needs_no_compiler(kiln, cast_and_direct, cast_alone, 
     assert second.checkpoint.variant == "schnell"
     for part in second.parts:
         if part.kind in ("double", "single"):
-            template = make_template(second, part.kind, "onnx17")
-            mould = make_mould(second, template)
+            template = make_template(*second, part.kind, "onnx17")
+            mould = make_mould(*second, template)
             assert mould.result.hit
             made = cast_alone(second, part.name)
             check_codes(second.path(made.bmodel))

@@ -37,24 +37,24 @@ def blocks(kiln, tmp_path):
     """A kiln whose store has the moulds of all blocks and nothing cast into them, and the blocks."""
     shared = kiln()
     parts = [part for part in shared.parts if part.kind in ("double", "single")]
-    moulds = {kind: make_mould(shared, make_template(shared, kind, "onnx17")) for kind in ("double", "single")}
-    whole, _ = cast_file(shared, NAME, [cast_part(shared, part, moulds[part.kind]) for part in parts], Silent())
+    moulds = {kind: make_mould(*shared, make_template(*shared, kind, "onnx17")) for kind in ("double", "single")}
+    whole, _ = cast_file(*shared, NAME, [cast_part(shared.plan, part, moulds[part.kind]) for part in parts], Silent())
     fresh = replace(shared, cache=ActionCache(Store(shared.cache.store.root)), logs=tmp_path / "logs")
     for record in list(fresh.cache.records()):
         if record["stage"] in ("cast", "file"):
             fresh.cache.forget(record["key"])
-    return fresh, [cast_part(fresh, part, moulds[part.kind]) for part in parts], whole.blob
+    return fresh, [cast_part(fresh.plan, part, moulds[part.kind]) for part in parts], whole.blob
 
 
 def test_an_interrupted_file_goes_on_where_it_was(blocks, tmp_path):
     kiln, parts, whole = blocks
     with pytest.raises(KeyboardInterrupt):
-        cast_file(kiln, NAME, parts, Told(limit=3), jobs=1)
+        cast_file(*kiln, NAME, parts, Told(limit=3), jobs=1)
     place = tmp_path / "casting" / NAME
     finished = len(place.with_name(f"{NAME}.journal").read_text().splitlines()) - 1
     assert 3 <= finished <= len(parts)
     told = Told()
-    file, binaries = cast_file(kiln, NAME, parts, told, jobs=2)
+    file, binaries = cast_file(*kiln, NAME, parts, told, jobs=2)
     assert file.blob == whole
     assert sorted(told.how.values()) == ["cast"] * (len(parts) - finished) + ["was finished before"] * finished
     assert not place.parent.exists()
@@ -68,7 +68,7 @@ def test_an_interrupted_file_goes_on_where_it_was(blocks, tmp_path):
 def test_what_a_kill_left_is_not_trusted(blocks, tmp_path, damage):
     kiln, parts, whole = blocks
     with pytest.raises(KeyboardInterrupt):
-        cast_file(kiln, NAME, parts, Told(limit=2), jobs=1)
+        cast_file(*kiln, NAME, parts, Told(limit=2), jobs=1)
     place, journal = tmp_path / "casting" / NAME, tmp_path / "casting" / f"{NAME}.journal"
     lines = journal.read_text().splitlines()
     assert [json.loads(line)[0] for line in lines][:4] == ["file", "single_02", "single_01", "single_00"]
@@ -86,7 +86,7 @@ def test_what_a_kill_left_is_not_trusted(blocks, tmp_path, damage):
     else:
         journal.unlink()
     told = Told()
-    file, _ = cast_file(kiln, NAME, parts, told)
+    file, _ = cast_file(*kiln, NAME, parts, told)
     assert file.blob == whole
     assert list(told.how.values()).count("was finished before") == again
 
@@ -96,5 +96,5 @@ def test_a_shard_that_changes_ends_the_build(blocks):
     shard = next(iter(kiln.checkpoint.states))
     changed = replace(kiln, shards={**kiln.checkpoint.states, shard: (0,)})
     with pytest.raises(CheckpointError, match=r"changed while the build read it, and a build is of one checkpoint"):
-        cast_file(changed, NAME, parts, Silent())
-    assert cast_file(kiln, NAME, parts, Silent())[0].blob
+        cast_file(*changed, NAME, parts, Silent())
+    assert cast_file(*kiln, NAME, parts, Silent())[0].blob

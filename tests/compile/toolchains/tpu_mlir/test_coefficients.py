@@ -30,6 +30,7 @@ from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.progress import Silent
 from fluxkiln.settings import Settings
 from fluxkiln.types import TensorSpec, find_part
+from tests.conftest import altered
 
 SLOTS = (TensorSpec("a.weight__t", (64, 32)), TensorSpec("a.bias", (32,)), TensorSpec("norm.weight", (64,)))
 
@@ -66,7 +67,7 @@ def test_map_covers_every_byte(kiln, cast_and_direct, scheme):
     assert found.to_json() == CoefficientMap.from_json(json.loads(json.dumps(found.to_json()))).to_json()
     (net,) = read_bmodel(kiln.path(mould.result.outputs["shell"])).nets
     assert sorted(placement.offset for placement in found.binary) == sorted(entry.offset for entry in net.entries)
-    template = make_template(kiln, "single", "onnx17")
+    template = make_template(*kiln, "single", "onnx17")
     assert {placement.form.slot for placement in found.binary} == {spec.name for spec in template.slots}
     names = {placement.form.name.split("_")[0] for placement in found.binary}
     assert ({"codes", "scale", "zero"} <= names) == (scheme == "W4BF16")
@@ -151,17 +152,17 @@ def test_two_slots_with_one_weight_cannot_be_told_apart(compile_matmul):
 @pytest.mark.tpu_mlir
 def test_kind_without_a_map_is_compiled_one_by_one(kiln, monkeypatch):
     """No form of tables is known, say: the build goes on without a mould for them, and says why."""
-    kiln = replace(kiln(), parts=(find_part(kiln().parts, "t5_embed"),))
+    kiln = altered(kiln(), parts=(find_part(kiln().parts, "t5_embed"),))
     monkeypatch.setattr(mould_module, "candidates", lambda *_: iter(()))
     monkeypatch.setattr(moulds_module, "mould_action", fresh_action)
     progress = Notes()
-    (made,), proofs = compile_parts(kiln, Settings("bm1684x", jobs=2), progress)
+    (made,), proofs = compile_parts(*kiln, Settings("bm1684x", jobs=2), progress)
     assert (made.made, made.coefficients, proofs) == ("compiled", None, [])
     (note,) = progress.notes
     assert note.startswith("t5_embed: mould t5_embed_00: ")
     assert note.endswith("its parts are compiled one by one")
     # the reason is remembered: nothing is compiled to find it again
-    again = make_mould(kiln, make_template(kiln, "t5_embed", "onnx17"))
+    again = make_mould(*kiln, make_template(*kiln, "t5_embed", "onnx17"))
     assert again.result.hit
     assert not again.castable
 
@@ -170,20 +171,20 @@ def test_kind_without_a_map_is_compiled_one_by_one(kiln, monkeypatch):
 def test_coefficient_of_the_wrong_slot_is_not_proven(kiln, cast_and_direct, tmp_path):
     kiln = kiln()
     mould, cast, direct = cast_and_direct(kiln, "double.01")
-    assert prove_cast(cast, direct, kiln, mould).made == "cast, compiled: identical"
+    assert prove_cast(cast, direct, *kiln, mould).made == "cast, compiled: identical"
     found = CoefficientMap.from_json(json.loads(kiln.path(mould.result.outputs["map"]).read_text()))
     wrong = swap_slot(found, "attn.to_q.weight", "attn.to_k.weight")
-    template = make_template(kiln, "double", "onnx17")
+    template = make_template(*kiln, "double", "onnx17")
     reader = weight_reader(bind_part(direct.part, template.slots, kiln.checkpoint), kiln.checkpoint)
     target = tmp_path / "wrong.bmodel"
     shutil.copyfile(kiln.path(cast.bmodel), target)
     (net,) = read_bmodel(target).nets
     code = cast_region(target, net.coefficients, wrong, reader)
     with pytest.raises(CompileError, match=r"double\.01: its weights differ from what the compiler makes of the same"):
-        prove_cast(replace(cast, digest=f"sha256:{code.hex()}"), direct, kiln, mould)
+        prove_cast(replace(cast, digest=f"sha256:{code.hex()}"), direct, *kiln, mould)
     other = replace(cast, digest=f"sha256:{code.hex()}", shell=make_other_shell(kiln, cast, tmp_path))
     with pytest.raises(CompileError, match=r"double\.01: its weights and instructions differ"):
-        prove_cast(other, direct, kiln, mould)
+        prove_cast(other, direct, *kiln, mould)
 
 
 def make_other_shell(kiln, cast, folder):
@@ -198,7 +199,7 @@ def make_other_shell(kiln, cast, folder):
 
 def fresh_action(kiln, template):
     """A mould that no other test makes."""
-    return replace(mould_action(kiln, template), code_version="sha256:" + "0" * 64)
+    return replace(mould_action(kiln.checkpoint, kiln.plan, template), code_version="sha256:" + "0" * 64)
 
 
 def swap_slot(found, slot, other):

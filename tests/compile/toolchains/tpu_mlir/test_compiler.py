@@ -88,7 +88,7 @@ def test_rope_is_fused_and_unfused_rope_is_caught(kiln, cast_and_direct):
 
 def test_sinusoids_and_all_that_feeds_them_stay_in_f32(kiln):
     kiln = kiln()
-    tables = {kind: f32_table(make_template(kiln, kind, "onnx17").path) for kind in kiln.kinds()}
+    tables = {kind: f32_table(make_template(*kiln, kind, "onnx17").path) for kind in kiln.kinds()}
     assert {kind for kind, table in tables.items() if table} == {"head"}
     operations = {name.rpartition("_")[2] for name in tables["head"]}
     assert {"Sin", "Cos"} <= operations
@@ -104,7 +104,7 @@ def head(kiln, tpu_mlir, tmp_path_factory):
 
     kiln = kiln()
     part = find_part(kiln.parts, "head")
-    template = make_template(kiln, "head", "onnx17")
+    template = make_template(*kiln, "head", "onnx17")
     folder = tmp_path_factory.mktemp("head")
     activations = frozenset(spec.name for spec in template.inputs)
     reader = weight_reader(bind_part(part, template.slots, kiln.checkpoint), kiln.checkpoint)

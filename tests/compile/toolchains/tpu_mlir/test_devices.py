@@ -8,16 +8,16 @@ import pytest
 
 from fluxkiln.compile.toolchains.tpu_mlir.devices import RESIDENT, group_parts, plan_devices
 from fluxkiln.errors import ResourceError
-from fluxkiln.types import Part
+from fluxkiln.patches.flux1.kinds import make_part
 
 GB = 10**9
 PARTS = (
-    Part("clip", "clip"),
-    Part("t5_block.00", "t5_block"),
-    Part("head", "head"),
-    *(Part(f"double.{index:02d}", "double") for index in range(4)),
-    Part("tail", "tail"),
-    Part("vae_decoder", "vae_decoder"),
+    make_part("clip", "clip"),
+    make_part("t5_block.00", "t5_block"),
+    make_part("head", "head"),
+    *(make_part(f"double.{index:02d}", "double") for index in range(4)),
+    make_part("tail", "tail"),
+    make_part("vae_decoder", "vae_decoder"),
 )
 
 
@@ -31,7 +31,7 @@ def kiln(budget):
 
 
 def plan(budget, binaries):
-    return plan_devices(kiln(budget), group_parts(kiln(budget), binaries))
+    return plan_devices(kiln(budget).plan, group_parts(kiln(budget).plan, binaries))
 
 
 def test_a_file_takes_all_weights_and_the_largest_run_time_memory():
@@ -64,7 +64,7 @@ def test_the_way_with_the_fewest_loads_that_fits(budget, way):
 
 
 def test_a_transformer_that_is_too_large_gets_as_few_devices_as_hold_it():
-    groups = group_parts(kiln(3 * GB), [binary(part) for part in PARTS])
+    groups = group_parts(kiln(3 * GB).plan, [binary(part) for part in PARTS])
     assert list(groups) == [
         "text_encoder.bmodel", "text_encoder_2.bmodel", "transformer.0.bmodel", "transformer.1.bmodel",
         "vae_decoder.bmodel",
@@ -74,20 +74,20 @@ def test_a_transformer_that_is_too_large_gets_as_few_devices_as_hold_it():
     assert [len(groups[f"transformer.{index}.bmodel"]) for index in (0, 1)] == [3, 3]
     assert [file.device for file in plan(3 * GB, [binary(part) for part in PARTS]).files] == [0, 0, 0, 1, 0]
     # one byte less, and three devices are needed
-    groups = group_parts(kiln(3 * GB - 1), [binary(part) for part in PARTS])
+    groups = group_parts(kiln(3 * GB - 1).plan, [binary(part) for part in PARTS])
     assert sum(name.startswith("transformer") for name in groups) == 3
 
 
 def test_run_time_memory_counts_when_a_device_is_filled():
-    groups = group_parts(kiln(3 * GB), [binary(part, runtime=1) for part in PARTS])
+    groups = group_parts(kiln(3 * GB).plan, [binary(part, runtime=1) for part in PARTS])
     assert sum(name.startswith("transformer") for name in groups) == 3
 
 
 def test_modulation_is_a_file_and_a_phase_of_its_own():
-    parts = (*PARTS, Part("time_embed", "time_embed"), Part("double_modulation.00", "double_modulation"))
-    groups = group_parts(kiln(20 * GB), [binary(part) for part in parts])
+    parts = (*PARTS, make_part("time_embed", "time_embed"), make_part("double_modulation.00", "double_modulation"))
+    groups = group_parts(kiln(20 * GB).plan, [binary(part) for part in parts])
     assert [one.part.name for one in groups["modulation.bmodel"]] == ["time_embed", "double_modulation.00"]
-    made = plan_devices(kiln(20 * GB), groups)
+    made = plan_devices(kiln(20 * GB).plan, groups)
     assert {file.phase for file in made.files if file.file == "modulation.bmodel"} == {"modulate"}
     assert made.peak(0, "everything resident") - made.peak(0, "text encoders and modulation released") == 4 * GB
 

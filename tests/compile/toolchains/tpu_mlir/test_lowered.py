@@ -102,7 +102,7 @@ def test_every_vae_computes_the_same_to_the_bit(kiln, tpu_mlir, part_of_kind, tm
 def run_both(kiln, tpu_mlir, part_of_kind, folder, kind):
     """Output -> what the compiler's own graph makes and what the lean one makes, a head at a time."""
     part, recording = part_of_kind(kind, SMALLEST)
-    binary = compile_part(kiln, find_part(kiln.parts, part.name), make_template(kiln, kind, "onnx17"))
+    binary = compile_part(*kiln, find_part(kiln.parts, part.name), make_template(*kiln, kind, "onnx17"))
     text = kiln.path(binary.lowered).read_text()
     paths = {}
     for name, graph in (("original", text), ("lean", lean_graph(text, 1))):

@@ -8,7 +8,7 @@ from fluxkiln.compile.weights import calibration_action, component_digest
 from fluxkiln.quantize.calibration import open_calibration
 from fluxkiln.quantize.sums import Sums
 from fluxkiln.types import find_part
-from tests.conftest import altered
+from tests.builds import altered
 
 NAME, COMPONENT = "single.00", "transformer"
 

@@ -10,17 +10,15 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 
-from fluxkiln.artifacts.actions import ActionCache
-from fluxkiln.compile.plan import Binary, Plan
-from fluxkiln.compile.target import Target
+from fluxkiln.compile.plan import Binary
 from fluxkiln.compile.templates import make_template
 from fluxkiln.compile.toolchains.tpu_mlir.cast_file import cast_file
 from fluxkiln.compile.toolchains.tpu_mlir.environment import TpuMlirEnv, default_tpu_mlir_root, find_tpu_mlir
@@ -32,6 +30,7 @@ from fluxkiln.progress import Silent
 from fluxkiln.settings import Settings
 from fluxkiln.types import Part, Shapes, find_part
 from fluxkiln.verify.reference import Recording, record_reference, view_recording
+from tests.builds import Build
 from tests.calibrated import calibrated as calibrated
 
 
@@ -155,31 +154,6 @@ def part_of_kind(
         raise AssertionError(f"no form has the kind {kind}")
 
     return make
-
-
-@dataclass(frozen=True)
-class Build:
-    """What a build hands on, and short names of what tests ask of it most."""
-
-    checkpoint: Checkpoint
-    plan: Plan
-    cache: ActionCache
-
-    @property
-    def parts(self) -> tuple[Part, ...]:
-        return self.plan.parts
-
-    @property
-    def target(self) -> Target:
-        return self.plan.target
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter((self.checkpoint, self.plan, self.cache))
-
-
-def altered(build: Build, **changes) -> Build:
-    """A build with another plan: other parts, shapes, schemes, ..."""
-    return replace(build, plan=replace(build.plan, **changes))
 
 
 @pytest.fixture(scope="session")

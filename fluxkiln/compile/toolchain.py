@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -33,6 +33,9 @@ from fluxkiln.verify.gates import Gate, Rung
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+    from fluxkiln.verify.findings import Recorded, RungFindings
+    from fluxkiln.verify.ladder import Ladder
 
 # Of this protocol; raised when a method is added or changes its meaning.
 API = 1
@@ -68,6 +71,30 @@ class Opened:
     model: Model
     parts: tuple[Part, ...]
     nets: Mapping[str, Net]
+
+
+@dataclass(frozen=True, slots=True)
+class Climb:
+    """What runs the parts of a build at each rung.
+
+    Attributes:
+        rungs: bottom to top; parts: those that are run, where some are too large for this machine.
+        finish: adds rows that can be told when all parts were run. facts: of the report, on what ran where.
+    """
+
+    rungs: Rungs
+    parts: tuple[Part, ...]
+    finish: Callable[[Ladder], None] = lambda ladder: None
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a template computes: its matrix products' and convolutions' multiplications, elements of the latters' widest
+    result."""
+
+    multiplications: float
+    widest_convolution: int
 
 
 class Toolchain(Protocol):
@@ -125,9 +152,35 @@ class Toolchain(Protocol):
         """Everything that is in the bundle besides sidecars, from the store or made now."""
 
     def climb(
-        self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, made: Made, progress: Progress, folder: Path
+        self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, made: Made, folder: Path, progress: Progress
+    ) -> AbstractContextManager[Climb]:
+        """The rungs of all parts at the shapes of the plan, which may be smaller than those that `made` has.
+
+        Args:
+            folder: for files that a rung needs.
+        """
+
+    def execute(
+        self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, made: Made, folder: Path
     ) -> AbstractContextManager[Rungs]:
-        """The runners of all rungs at the shapes of the plan, bottom to top; `folder` is for files that they need."""
+        """The one rung at which some parts of a large model run in their compiled form; empty where none can here."""
+
+    def can_execute(self, work: Work) -> bool:
+        """Whether what a part computes is no more than `execute` can be asked for."""
+
+    def read_back(
+        self, ladder: Ladder, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, made: Made
+    ) -> None:
+        """Rows on what is stored in the bundle's files, where it can be read back without being run."""
+
+    def look(
+        self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, call: Recorded, progress: Progress
+    ) -> tuple[RungFindings, ...]:
+        """Values inside a part at its own rungs and the generic ones, for `debug`.
+
+        Args:
+            plan: at the shapes of the recording. call: what the part was given and made, and where the bundle is.
+        """
 
     def report(self, checkpoint: Checkpoint, plan: Plan, made: Made) -> dict[str, Any]:
         """Facts of the report that are its own: memory, devices, estimates."""

@@ -23,7 +23,7 @@ from fluxkiln.settings import Settings
 from fluxkiln.types import Shapes, find_part
 from fluxkiln.verify.gates import first_bad_rung
 from fluxkiln.verify.ladder import explain_failure
-from tests.conftest import altered
+from tests.builds import altered
 
 SMALL = Shapes(height=16, width=16, tokens=8)
 AT = " at 32x32"

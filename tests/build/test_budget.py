@@ -20,7 +20,7 @@ from fluxkiln.build.budget import (
 from fluxkiln.compile.templates import make_template
 from fluxkiln.patches.flux1.kinds import KINDS, list_parts
 from fluxkiln.types import Shapes
-from tests.conftest import altered
+from tests.builds import altered
 
 
 @pytest.fixture(scope="module")

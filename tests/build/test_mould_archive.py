@@ -19,7 +19,7 @@ from fluxkiln.compile.toolchains.tpu_mlir.moulds import make_mould
 from fluxkiln.errors import IntegrityError, ToolchainError, UsageError
 from fluxkiln.progress import Laps, Silent
 from fluxkiln.settings import Settings
-from tests.conftest import altered
+from tests.builds import altered
 
 pytestmark = pytest.mark.tpu_mlir
 KINDS = ("double", "single")

@@ -22,7 +22,7 @@ from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.types import Shapes, find_part
 from fluxkiln.verify.gates import first_bad_rung
 from fluxkiln.verify.ladder import Ladder
-from tests.conftest import altered
+from tests.builds import altered
 
 pytestmark = pytest.mark.tpu_mlir
 

@@ -12,7 +12,7 @@ from fluxkiln.errors import SchemeError, UsageError
 from fluxkiln.patches.flux1.kinds import KINDS, list_parts
 from fluxkiln.quantize.schemes import SCHEME_NAMES, parse_scheme
 from fluxkiln.types import MODULATION_KINDS, find_part
-from tests.conftest import altered
+from tests.builds import altered
 
 
 def test_every_target_is_found_by_its_own_name():

@@ -20,7 +20,7 @@ from fluxkiln.compile.toolchains.tpu_mlir.proof import proof_part
 from fluxkiln.patches.flux1.kinds import list_parts
 from fluxkiln.progress import Silent
 from fluxkiln.types import find_part
-from tests.conftest import altered
+from tests.builds import altered
 
 CAST_KINDS = ("double", "single", "tail")
 

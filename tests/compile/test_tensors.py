@@ -11,7 +11,7 @@ from fluxkiln.build.context import describe
 from fluxkiln.compile.tensors import check_weights, part_bytes, part_refs, quantizable
 from fluxkiln.errors import SchemeError
 from fluxkiln.settings import Settings
-from tests.conftest import altered
+from tests.builds import altered
 
 
 def kiln_of(scheme, **others):

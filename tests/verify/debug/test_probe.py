@@ -14,7 +14,7 @@ from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.quantize.schemes import parse_scheme
 from fluxkiln.types import Shapes, find_part
 from fluxkiln.verify.debug.probe import check_linked, check_lowered, check_stored, check_template, look_inside
-from tests.conftest import altered
+from tests.builds import altered
 
 SHAPES = Shapes(height=32, width=32, tokens=16)
 LINEAR = "time_text_embed.timestep_embedder.linear_2"

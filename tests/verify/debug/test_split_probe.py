@@ -29,7 +29,7 @@ from fluxkiln.verify.debug.split_probe import (
     open_inside,
     whole_state,
 )
-from tests.conftest import altered
+from tests.builds import altered
 
 pytest.importorskip("jax")
 

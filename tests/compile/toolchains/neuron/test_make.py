@@ -23,7 +23,7 @@ from fluxkiln.export.shard_files import join_shards, read_shard
 from fluxkiln.export.split import list_split_parts
 from fluxkiln.progress import Silent
 from fluxkiln.settings import Settings
-from tests.conftest import altered
+from tests.builds import altered
 
 STUB = Path(__file__).with_name("stub-neuronx-cc")
 

@@ -30,7 +30,7 @@ from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.progress import Silent
 from fluxkiln.settings import Settings
 from fluxkiln.types import TensorSpec, find_part
-from tests.conftest import altered
+from tests.builds import altered
 
 SLOTS = (TensorSpec("a.weight__t", (64, 32)), TensorSpec("a.bias", (32,)), TensorSpec("norm.weight", (64,)))
 

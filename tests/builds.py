@@ -1,0 +1,38 @@
+"""What a build hands on, as tests hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fluxkiln.artifacts.actions import ActionCache
+from fluxkiln.compile.plan import Plan
+from fluxkiln.compile.target import Target
+from fluxkiln.export.checkpoint import Checkpoint
+from fluxkiln.types import Part
+
+
+@dataclass(frozen=True)
+class Build:
+    """What a build hands on, and short names of what tests ask of it most."""
+
+    checkpoint: Checkpoint
+    plan: Plan
+    cache: ActionCache
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return self.plan.parts
+
+    @property
+    def target(self) -> Target:
+        return self.plan.target
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.checkpoint, self.plan, self.cache))
+
+
+def altered(build: Build, **changes) -> Build:
+    """A build with another plan: other parts, shapes, schemes, ..."""
+    return replace(build, plan=replace(build.plan, **changes))

@@ -6,11 +6,13 @@ checkers alone do not. A module of which anything is reached counts whole. One t
 by side, so that of it only the definitions count that are reached. Other stages are not entered: what they make is
 among the inputs of a key, by its digest.
 
+Of an object that is handed in, a model say, the members count that what is reached names: `model.render`.
+
 What runs in another interpreter or is found by name counts as well, where it is spelt out:
 
 - a file or folder beside a module that reads `__file__` and names it: `Path(__file__).with_name("worker.py")`;
 - a module whose dotted name is a string: `"fluxkiln.compile.worker"`;
-- all modules of a package, where one of them is found by name: `f"fluxkiln.methods.{name}"`, `f"{__name__}.{name}"`.
+- all modules of a package, where one is found by name: `f"fluxkiln.methods.{name}"`, `f"{__name__}.{name}.model"`.
 """
 
 from __future__ import annotations
@@ -25,12 +27,11 @@ from functools import cache
 from importlib.util import resolve_name
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from fluxkiln.errors import FluxkilnError
 
 PACKAGE = Path(__file__).parents[1]
-# Never entered: these decide no result, and keys that changed with them would make everything anew.
+# Entered only where a walk starts there: they decide nothing else, and everything would be made anew with each change.
 GROUND: Mapping[str, str] = {
     "fluxkiln": "its version says which release made something, not what",
     "fluxkiln.errors": "what is raised in place of a result",
@@ -39,12 +40,14 @@ GROUND: Mapping[str, str] = {
     "fluxkiln.digests": "makes keys: others if it makes them otherwise",
     "fluxkiln.files": "writes bytes as they are",
     "fluxkiln.artifacts.*": "keeps bytes as they are, under these keys",
-    "fluxkiln.patches.registry": "finds a checkpoint's model, which is counted by itself where it decides something",
+    "fluxkiln.patches.registry": "finds a checkpoint's model, which counts by itself where it decides something",
     "fluxkiln.patches.model": "says what a model has",
     "fluxkiln.compile.toolchain": "finds toolchains, which count their own code",
     "fluxkiln.compile.targets": "finds targets; what of one decides a result stands in the key",
     "fluxkiln.compile.targets.*": "the same",
     "fluxkiln.plugins": "finds what others add",
+    "fluxkiln.quantize.methods": "what one asks of a graph stands in the key; how it rounds counts with `find_method`",
+    "fluxkiln.quantize.methods.*": "the same",
 }
 # A module that imports from these runs stages; a function with one of those is a stage, or makes a key.
 _RUNS_STAGES = re.compile(r"^from fluxkiln\.artifacts\.(?:actions|code) import", re.MULTILINE)
@@ -64,28 +67,29 @@ _NAME = re.compile(r"(?<![\w.])[A-Za-z_]\w*\b(?!=[^=}])")
 _IMPORTED = re.compile(r"([\w.*]+)(?:\s+as\s+(\w+))?")
 _EVALUATED = re.compile(r"\{([^{}]*)")
 _STRING = re.compile(r"""["']([\w.-]+)["']""")
-_BY_NAME = re.compile(r"""f["'](\w+(?:\.\w+)*|\{__name__\})\.\{""")
+_BY_NAME = re.compile(r"""f["'](\w+(?:\.\w+)*|\{__name__\})\.\{[^{}"']+\}((?:\.\w+)*)["']""")
+_MEMBER = re.compile(r"\b([A-Za-z_]\w*)(?=\.([A-Za-z_]\w*))")
+_CLASS = re.compile(r"(?:@.*\n(?:[ \t)].*\n)*)*class (\w+)[\s\S]*?:\n")
 # under which a module has the statements that run in any case
 _ALWAYS = ""
 
 # a module, and the name in it that is meant, or None for all of it
 Target = tuple[str, str | None]
+Definition = tuple[str, str]
 
 
 @cache
-def code_version(*functions: Callable[..., object], model: type | None = None) -> str:
+def code_version(*functions: Callable[..., object], **objects: type) -> str:
     """A digest over the sources that decide what `functions` make; they are of the top level of their modules.
 
     Args:
-        model: a `patches.model.Model` whose code decides as well, with that of the models it is derived from.
+        objects: classes of what they are handed and use members of, a `model` say, by its name in all that is reached.
 
     Raises:
-        FluxkilnError: one of them is not, or has no source.
+        FluxkilnError: a function is not of the top level of a module, or has no source.
     """
-    classes: tuple[type, ...] = () if model is None else model.__mro__[:-1]
-    reached: tuple[Any, ...] = (*functions, *classes)
-    starts = [(one.__module__, one.__qualname__) for one in reached]
-    return digest_sources(reached_sources(starts))
+    classes = [(name, one.__module__, one.__qualname__) for name, last in objects.items() for one in last.__mro__]
+    return digest_sources(reached_sources([(one.__module__, one.__qualname__) for one in functions], classes))
 
 
 @cache
@@ -104,12 +108,16 @@ def digest_sources(sources: Mapping[str, bytes]) -> str:
 
 
 def reached_sources(
-    starts: Iterable[tuple[str, str]], root: Path = PACKAGE.parent, read: Callable[[Path], bytes] = Path.read_bytes
+    starts: Iterable[Definition],
+    classes: Iterable[tuple[str, str, str]] = (),
+    root: Path = PACKAGE.parent,
+    read: Callable[[Path], bytes] = Path.read_bytes,
 ) -> dict[str, bytes]:
     """What functions reach: path -> its source, or of a module with stages, the definitions that are reached.
 
     Args:
         starts: module and name of each function.
+        classes: of objects that they are handed: the object's name there, module and name of a class of it.
         root: the folder of the package; paths are relative to it, so that they do not tell where it is installed.
         read: the bytes of a file.
 
@@ -117,26 +125,39 @@ def reached_sources(
         FluxkilnError: there is no such function.
     """
     starts = frozenset(starts)
-    tops = {module.partition(".")[0] for module, _ in starts} - {PACKAGE.name}
-    walk = _Walk(starts, {PACKAGE.name: root, **{top: _home(top) for top in tops}}, read)
+    tops = {module.partition(".")[0] for module in (*dict(starts), *(one for _, one, _ in classes))} - {PACKAGE.name}
+    walk = _Walk(
+        starts,
+        frozenset(module for _, module, _ in classes),
+        {PACKAGE.name: root, **{top: _home(top) for top in tops}},
+        read,
+    )
     pending: list[Target] = list(starts)
+    for receiver, module, name in classes:
+        walk.open_class(receiver, module, name)
     seen: set[Target] = set()
     while pending:
         target = pending.pop()
         if target not in seen:
             seen.add(target)
-            pending.extend(walk.enter(*target))
+            pending += walk.enter(*target)
+        if not pending:
+            pending += walk.enter_members()
     return walk.whole | {path: "".join(sorted(found)).encode() for path, found in walk.parts.items() if found}
 
 
 @dataclass(frozen=True, slots=True)
 class _Uses:
-    """What a statement refers to: names of its module, its own imports, other modules and files by strings."""
+    """What a statement refers to: names of its module, its own imports, strings that may name modules and files.
+
+    `members` are those of names, `packages` what modules are found in by name, and what follows that.
+    """
 
     names: frozenset[str]
     imports: frozenset[Target]
     strings: frozenset[str]
-    packages: frozenset[str]
+    packages: frozenset[tuple[str, str]]
+    members: frozenset[tuple[str, str]]
     is_stage: bool
 
 
@@ -164,40 +185,74 @@ class _Walk:
     """What was reached so far.
 
     Attributes:
+        apart: modules with classes of objects, which count by definition as well.
         homes: top-level package -> the folder it is in: fluxkiln, and the plug-in that a function is of.
         whole: path -> source. parts: of modules with stages, path -> statements.
+        members: of classes of objects, by the object's name and theirs: module -> statements that are not reached yet.
+        used: names and members that statements have used.
     """
 
-    starts: frozenset[tuple[str, str]]
+    starts: frozenset[Definition]
+    apart: frozenset[str]
     homes: Mapping[str, Path]
     read: Callable[[Path], bytes]
     whole: dict[str, bytes] = field(default_factory=dict)
     parts: dict[str, set[str]] = field(default_factory=dict)
     modules: dict[str, _Module | None] = field(default_factory=dict)
+    members: dict[tuple[str, str], list[tuple[str, str]]] = field(default_factory=dict)
+    used: set[tuple[str, str]] = field(default_factory=set)
 
     def enter(self, name: str, wanted: str | None) -> Iterator[Target]:
         """Count what is wanted of a module; what that refers to."""
-        if name not in self.modules:
-            self.modules[name] = self.open(name)
-        module, is_start = self.modules[name], (name, wanted) in self.starts
+        module, is_start = self.module(name), (name, wanted) in self.starts
         if is_start and (module is None or wanted not in module.defined):
             raise FluxkilnError(f"{name}.{wanted} is not of the top level of a source file, so its code has no version")
         if module is None:
             return
         keys = module.defined.keys() if wanted is None else {wanted, _ALWAYS}
         statements = {one for key in keys for one in module.defined.get(key, ()) if is_start or not _uses(one).is_stage}
+        self.count(module, statements)
+        for target in module.imported.get(str(wanted), ()):
+            yield self.resolve(module, target)
+        for statement in statements:
+            yield from self.follow(name, module, statement)
+
+    def open_class(self, receiver: str, name: str, wanted: str) -> None:
+        """Count a class of the object that is called `receiver`, and keep its members until they are used."""
+        module = self.module(name)
+        for statement in module.defined.get(wanted, ()) if module else ():
+            if module and (head := _CLASS.match(statement)):
+                self.count(module, {head[0]})
+                members, _ = _top_level(re.sub(r"^    ", "", statement[head.end() :], flags=re.MULTILINE))
+                for member, parts in members.items():
+                    self.members.setdefault((receiver, member), []).extend((name, part) for part in parts)
+                    self.used |= {(receiver, member)} if member == _ALWAYS or member.startswith("__") else set()
+
+    def enter_members(self) -> Iterator[Target]:
+        """What those members of objects refer to that have been used by now."""
+        while keys := self.used & self.members.keys():
+            key = keys.pop()
+            for name, statement in self.members.pop(key):
+                if module := self.module(name):
+                    self.count(module, {statement})
+                    self.used |= {(key[0], member) for owner, member in _uses(statement).members if owner == "self"}
+                    yield from self.follow(name, module, statement)
+
+    def count(self, module: _Module, statements: set[str]) -> None:
+        """Count these statements, or all of a module that runs no stages."""
         if module.has_stages:
             self.parts.setdefault(module.path, set()).update(statements)
         else:
             self.whole[module.path] = module.source
-        uses = [_uses(one) for one in statements]
-        used = {str(wanted)}.union(*(use.names for use in uses))
-        yield from ((name, other) for other in used & module.defined.keys())
-        imports = {target for other in used & module.imported.keys() for target in module.imported[other]}
-        for base, one in imports.union(*(use.imports for use in uses)):
-            base = resolve_name(base, module.package)
-            yield (f"{base}.{one}", None) if one and self.place(f"{base}.{one}") else (base, one)
-        for string in frozenset().union(*(use.strings for use in uses)):
+
+    def follow(self, name: str, module: _Module, statement: str) -> Iterator[Target]:
+        """What a statement refers to; files of its module's folder that it names are counted."""
+        uses = _uses(statement)
+        self.used |= uses.members
+        yield from ((name, other) for other in uses.names & module.defined.keys())
+        imports = {target for other in uses.names & module.imported.keys() for target in module.imported[other]}
+        yield from (self.resolve(module, target) for target in imports | uses.imports)
+        for string in uses.strings:
             if string in module.beside and string.endswith(".py"):
                 yield f"{module.package}.{string.removesuffix('.py')}", None
             elif string in module.beside:
@@ -206,10 +261,15 @@ class _Walk:
                     self.whole[path.relative_to(home).as_posix()] = self.read(path)
             elif "." in string:
                 yield string, None
-        for base in frozenset().union(*(use.packages for use in uses)):
+        for base, rest in uses.packages:
             base = name if base == "{__name__}" else base
             if place := self.place(base):
-                yield from ((f"{base}.{entry.stem}", None) for entry in Path(*place).parent.iterdir())
+                yield from ((f"{base}.{entry.stem}{rest}", None) for entry in Path(*place).parent.iterdir())
+
+    def resolve(self, module: _Module, target: Target) -> Target:
+        """What an import in a module stands for: a module of that name, or a name in a module."""
+        base, name = resolve_name(target[0], module.package), target[1]
+        return (f"{base}.{name}", None) if name and self.place(f"{base}.{name}") else (base, name)
 
     def place(self, module: str) -> tuple[Path, str] | None:
         """The folder that the package of a module is in, and its path from there; None where it has no source here."""
@@ -219,10 +279,17 @@ class _Walk:
                 return home, path
         return None
 
-    def open(self, name: str) -> _Module | None:
+    def module(self, name: str) -> _Module | None:
         """The module of this name; None for one of the ground or of another package."""
+        if name not in self.modules:
+            self.modules[name] = self.open(name)
+        return self.modules[name]
+
+    def open(self, name: str) -> _Module | None:
         package = name.rpartition(".")[0]
-        place = None if name in GROUND or f"{package}.*" in GROUND else self.place(name)
+        started = {module for module, _ in self.starts}
+        is_ground = started.isdisjoint((name, package)) and (name in GROUND or f"{package}.*" in GROUND)
+        place = None if is_ground else self.place(name)
         if place is None:
             return None
         home, path = place
@@ -233,7 +300,7 @@ class _Walk:
             path,
             name if path.endswith("/__init__.py") else package,
             source,
-            _RUNS_STAGES.search(text) is not None or any(name == start for start, _ in self.starts),
+            name in started | self.apart or _RUNS_STAGES.search(text) is not None,
             defined,
             imported,
             frozenset(os.listdir((home / path).parent) if "__file__" in text else ()),
@@ -283,6 +350,7 @@ def _uses(statement: str) -> _Uses:
         frozenset(target for _, target in _imports(code)),
         frozenset(_STRING.findall(statement)),
         frozenset(_BY_NAME.findall(statement)),
+        frozenset(_MEMBER.findall(code)),
         statement.startswith(("def ", "@")) and _IS_STAGE.search(code) is not None,
     )
 

@@ -25,7 +25,7 @@ from fluxkiln.compile.templates import make_template, weights_digest
 from fluxkiln.compile.weights import CalibratedSlots, part_calibration, part_rounders, part_statistics
 from fluxkiln.export.bindings import BoundWeights, WeightReader, bind_part, weight_reader
 from fluxkiln.export.checkpoint import Checkpoint
-from fluxkiln.quantize.methods import Source
+from fluxkiln.quantize.methods import Source, find_method
 from fluxkiln.quantize.rounding import pack_sided
 from fluxkiln.quantize.schemes import Scheme
 from fluxkiln.quantize.side_tensors import PackerOf, SidedWeight, SideTensors, split_slot
@@ -139,7 +139,7 @@ def rounding_key(
         "method": scheme.method,
         "symmetric": scheme.symmetric,
         "rank": scheme.rank,
-        "code": code_version(part_rounders, _stored_beside),
+        "code": code_version(part_rounders, _stored_beside, find_method),
     }
     return settings, {} if calibration is None else {"calibration": calibration.digest}
 

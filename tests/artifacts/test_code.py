@@ -5,6 +5,7 @@ import itertools
 import os
 import shutil
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -23,8 +24,19 @@ STAGE = "from fluxkiln.artifacts.actions import Action, run_action\n"
 UNREACHED = b"\n\ndef _never_called() -> None: ...\n"
 
 
-def stages() -> dict[str, tuple[tuple[str, str], ...]]:
-    """The functions of every `code_version` of the package, as module and name, by their names."""
+@dataclass(frozen=True)
+class Stage:
+    """The functions of a `code_version` of the package, as module and name, and classes of what they are handed."""
+
+    starts: tuple[tuple[str, str], ...]
+    classes: tuple[tuple[str, str, str], ...]
+    spelt: str
+
+
+MODEL = (("model", "fluxkiln.patches.flux1.model", "Flux1"),)
+
+
+def stages() -> dict[str, Stage]:
     found = {}
     for path in MODULES:
         text = path.read_text()
@@ -36,7 +48,9 @@ def stages() -> dict[str, tuple[tuple[str, str], ...]]:
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "code_version":
                 names = [argument.id for argument in node.args if isinstance(argument, ast.Name)]
                 assert len(names) == len(node.args), f"{path}: name functions"
-                found[" ".join(names)] = tuple(imported.get(name, [(module, name)])[0] for name in names)
+                assert {word.arg for word in node.keywords} <= {"model"}
+                starts = tuple(imported.get(name, [(module, name)])[0] for name in names)
+                found[" ".join(names)] = Stage(starts, MODEL if node.keywords else (), ast.unparse(node))
     return found
 
 
@@ -50,7 +64,7 @@ def reached(name: str, changed: dict[str, bytes] | None = None) -> dict[str, byt
     def read(path: Path) -> bytes:
         return changed.get(path.relative_to(ROOT).as_posix()) or path.read_bytes()
 
-    return reached_sources(STAGES[name], read=read)
+    return reached_sources(STAGES[name].starts, STAGES[name].classes, read=read)
 
 
 def touched(path: str, source: bytes) -> bytes:
@@ -78,7 +92,7 @@ def test_all_stages_are_found():
         "_lower",
         "shard_weights _shard_part",
         "_record",
-        "part_rounders _stored_beside",
+        "part_rounders _stored_beside find_method",
     }
 
 
@@ -89,7 +103,7 @@ def test_no_action_has_a_version_by_hand():
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Action":
                 given = [word.value for word in node.keywords if word.arg == "code_version"] + node.args[2:3]
                 spelt.update(ast.unparse(one) for one in given)
-    by_function = {f"code_version({name.replace(' ', ', ')})" for name in STAGES}
+    by_function = {stage.spelt for stage in STAGES.values()}
     # the version of a build is the package's; two are handed on; a module's own compile and a pointer have no code
     assert spelt - by_function == {"package_version()", "version", "str(settings['code'])", "_RECIPE", "'1'"}
 
@@ -114,20 +128,21 @@ def test_touching_any_source_outside_a_stage_does_not_change_its_key(name):
 
 
 def test_every_stage_leaves_the_ground_out():
-    files = {f"{name.removesuffix('.*').replace('.', '/')}" for name in GROUND} - {"fluxkiln"}
-    for name in STAGES:
-        assert [
-            path for path in reached(name) for ground in files if path.startswith((f"{ground}.py", f"{ground}/"))
-        ] == []
+    files = [f"{name.removesuffix('.*').replace('.', '/')}" for name in GROUND.keys() - {"fluxkiln"}]
+    for name, stage in STAGES.items():
+        started = {module.replace(".", "/") for module, _ in stage.starts}
+        others = tuple(f"{file}{end}" for file in files if file not in started for end in (".py", "/"))
+        assert [path for path in reached(name) if path.startswith(others)] == []
 
 
 @pytest.mark.parametrize(
     ("name", "path"),
     [
-        ("_record", "verify/pipeline.py"),
+        ("_record", "patches/flux1/pipeline.py"),
         ("_read_through", "export/finite.py"),
-        ("part_rounders _stored_beside", "quantize/pack.py"),
-        ("part_rounders _stored_beside", "compile/toolchains/tpu_mlir/side_tensors.py"),
+        ("part_rounders _stored_beside find_method", "quantize/pack.py"),
+        ("part_rounders _stored_beside find_method", "quantize/side_tensors.py"),
+        ("part_rounders _stored_beside find_method", "quantize/methods/gptq.py"),
         ("make_mould", "compile/toolchains/tpu_mlir/transform.py"),
         ("make_mould", "compile/toolchains/tpu_mlir/deploy.py"),
         ("make_mould", "compile/toolchains/tpu_mlir/stubs/plotly/subplots.py"),
@@ -141,8 +156,40 @@ def test_what_lists_by_hand_left_out_or_runs_elsewhere_counts(name, path):
 
 def test_a_mould_does_not_depend_on_methods_of_rounding_or_on_the_exporter():
     sources = reached("make_mould")
-    left_out = ("quantize/gptq.py", "quantize/search.py", "export/trace.py", "export/bindings.py", "compile/weights.py")
-    assert [path for path in left_out if f"{PACKAGE.name}/{path}" in sources] == []
+    assert [path for path in sources if path.startswith(("fluxkiln/quantize/methods/", "fluxkiln/export/trace"))] == []
+    of_model = {path.removeprefix("fluxkiln/patches/flux1/") for path in sources if "/flux1/" in path}
+    assert of_model == {"model.py", "kinds.py"}
+
+
+def test_a_mould_depends_on_nothing_of_its_model_but_its_kinds():
+    path = "fluxkiln/patches/flux1/model.py"
+    whole = (ROOT / path).read_bytes()
+    changed = whole.replace(b'return "dev" if guided', b'return "schnell" if guided').replace(b"28", b"29")
+    assert changed != whole
+    assert reached("make_mould", {path: changed}) == reached("make_mould")
+    other = whole.replace(b"**kinds.SPLIT_KINDS", b"")
+    assert other != whole
+    assert reached("make_mould", {path: other}) != reached("make_mould")
+
+
+def test_a_stage_is_handed_the_model_whose_members_it_uses():
+    for name, stage in STAGES.items():
+        walk = code._Walk(frozenset(stage.starts), frozenset(), {PACKAGE.name: ROOT}, Path.read_bytes)
+        walk.open_class(*MODEL[0])
+        members = {member for _, member in walk.members}
+        methods = {member for (_, member), found in walk.members.items() if "def " in found[0][1]}
+        pending, seen = list(stage.starts), set()
+        while pending:
+            target = pending.pop()
+            if target not in seen:
+                seen.add(target)
+                pending += walk.enter(*target)
+        used = [member for owner, member in walk.used if owner == "model" and member in members]
+        # what the model says of a kind shows in the mould, which is an input of its proof
+        assert bool(used) == bool(stage.classes) or name == "prove_mould", name
+        # by another name they would not be found; these are names of other things as well
+        elsewhere = {member for owner, member in walk.used if owner not in ("model", "self") and member in methods}
+        assert elsewhere <= {"encode", "decode", "layout", "patches"}, name
 
 
 def test_no_stage_depends_on_the_command_line_or_on_reports():
@@ -211,7 +258,7 @@ def tree(tmp_path: Path):
             path = tmp_path / "fluxkiln" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
-        found = reached_sources([("fluxkiln.stage", "make")], tmp_path)
+        found = reached_sources([("fluxkiln.stage", "make")], root=tmp_path)
         return {path.removeprefix("fluxkiln/") for path in found} - {"stage.py"}
 
     return write
@@ -288,11 +335,11 @@ def test_other_stage_modules_count_by_definition(tree, tmp_path):
     stage = "from fluxkiln.steps import f\ndef make():\n    return f()\n"
     steps = STAGE + "from fluxkiln.other import b\nX = 1\ndef f():\n    return X\ndef g():\n    return b\n"
     assert tree(stage, **{"steps.py": steps}) == {"steps.py"}
-    before = reached_sources([("fluxkiln.stage", "make")], tmp_path)
+    before = reached_sources([("fluxkiln.stage", "make")], root=tmp_path)
     tree(stage, **{"steps.py": steps.replace("return b", "return 2 * b")})
-    assert reached_sources([("fluxkiln.stage", "make")], tmp_path) == before
+    assert reached_sources([("fluxkiln.stage", "make")], root=tmp_path) == before
     tree(stage, **{"steps.py": steps.replace("X = 1", "X = 2")})
-    assert reached_sources([("fluxkiln.stage", "make")], tmp_path) != before
+    assert reached_sources([("fluxkiln.stage", "make")], root=tmp_path) != before
 
 
 def test_folders_and_data_beside_a_module_count(tree):
@@ -335,6 +382,38 @@ def test_the_version_of_a_plug_in(tmp_path, monkeypatch):
     assert code_version(toy_target.make) == digest_sources(sources)
 
 
+def test_members_of_an_object_count_where_they_are_used(tree, tmp_path):
+    kind = (
+        "from fluxkiln.other import f\nfrom fluxkiln.basis import Basis\n"
+        "class Kind(Basis):\n    table = f\n\n    def draw(self):\n        return self.tell()\n\n"
+        "    def rest(self):\n        return f()\n"
+    )
+    basis = "class Basis:\n    def tell(self):\n        from fluxkiln.told import t\n"
+    files = {
+        "kind.py": kind,
+        "basis.py": basis,
+        "told.py": "t = 1\n",
+        "work.py": "def draw(model):\n    model.draw()\n",
+    }
+    classes = [
+        ("model", "fluxkiln.kind", "Kind"),
+        ("model", "fluxkiln.basis", "Basis"),
+        ("model", "builtins", "object"),
+    ]
+
+    def found(stage: str) -> set[str]:
+        tree(stage, **files)
+        return {Path(path).name for path in reached_sources([("fluxkiln.stage", "make")], classes, tmp_path)}
+
+    always = {"stage.py", "kind.py", "basis.py"}
+    assert found("def make(model):\n    return 1\n") == always
+    assert found("def make(model):\n    return model.draw()\n") == always | {"told.py"}
+    assert found("from fluxkiln.work import draw\ndef make(one):\n    draw(one)\n") == always | {"told.py", "work.py"}
+    assert found("def make(kiln):\n    return kiln.checkpoint.model.rest()\n") == always | {"other.py"}
+    assert found("def make(model):\n    return model.table\n") == always | {"other.py"}
+    assert found("def make(model, other):\n    return other.rest(), 'model.rest()'\n") == always
+
+
 def test_versions_of_functions():
     assert code_version(first_nonfinite) == digest_sources(
         reached_sources([("fluxkiln.export.finite", "first_nonfinite")])
@@ -347,8 +426,8 @@ def test_versions_of_functions():
 
 def test_the_version_does_not_depend_on_where_the_package_lies(tmp_path):
     shutil.copytree(PACKAGE, tmp_path / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
-    for starts in STAGES.values():
-        assert reached_sources(starts, tmp_path) == reached_sources(starts)
+    for name, stage in STAGES.items():
+        assert reached_sources(stage.starts, stage.classes, tmp_path) == reached(name)
     assert package_version(tmp_path / PACKAGE.name) == package_version()
 
 

@@ -100,7 +100,8 @@ def compiled_form(plan: Plan, template: Template, folder: Path) -> Template:
 
 def mould_action(checkpoint: Checkpoint, plan: Plan, template: Template) -> Action:
     """The key of a mould: no checkpoint is in it."""
-    net, version = mould_net(plan, template.kind), code_version(make_mould)
+    net = mould_net(plan, template.kind)
+    version = code_version(make_mould, model=type(checkpoint.model))
     return _compile_action(checkpoint, plan, "mould", version, template, net, {"template": template.digest})
 
 
@@ -147,7 +148,8 @@ def compile_action(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part:
     if not plan.scheme(part).codes_only:  # what is packed follows from the method
         settings, calibration = rounding_key(checkpoint, plan, cache, part)
         inputs |= {"method": digest_json(settings), **calibration}
-    return _compile_action(checkpoint, plan, "compile", code_version(compile_part), template, net_name(part), inputs)
+    version = code_version(compile_part, model=type(checkpoint.model))
+    return _compile_action(checkpoint, plan, "compile", version, template, net_name(part), inputs)
 
 
 def compile_memory(elements: int) -> int:
@@ -188,6 +190,7 @@ def _compile_action(
         settings={
             "net": net,
             "scheme": scheme.compiled_name,
+            **({} if scheme.codes_only else {"beside": list(scheme.how.roles)}),
             "chip": plan.target.chip,
             "narrow": list(plan.target.narrows(checkpoint.model.kinds[template.kind])),
         },

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.compile.plan import Plan
 from fluxkiln.compile.templates import make_template
+from fluxkiln.compile.tensors import multiplications
+from fluxkiln.compile.toolchain import Work, toolchain_of
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.types import SIZE_MULTIPLE, Part, Shapes
 
@@ -32,41 +34,23 @@ class Limits:
 
     Attributes:
         replayed: one step of the transformer at one rung. Each rung of FLUX.1-dev then takes about half a minute.
-        simulated: one step on the simulator, which makes 5e7 a second: beyond this it takes longer than 5 minutes.
         executed: one part at the shapes it is built for, where not all of them are. A block at 1024x1024 with 512
             tokens has 6.5e11, the VAE's decoder 5e12.
-        convolved: elements that one convolution of a part makes in TPU-MLIR's interpreter. Beyond that it takes a plain
-            loop: with 1.7e7 the whole tiny decoder takes 4 s, with 6.7e7 one convolution takes minutes.
         blocks: how many blocks of each kind of the transformer are executed so; of other components, one.
     """
 
     replayed: float = 2e12
-    simulated: float = 15e9
     executed: float = 1e12
-    convolved: float = 3e7
     blocks: int = 2
 
 
 LIMITS = Limits()
 
 
-def multiplications(checkpoint: Checkpoint, plan: Plan) -> float:
-    """About how many multiplications the costliest component takes: every weight of a block once for every token.
-
-    Of the transformer one step. A decoder's convolutions run at up to 8 times the width and height of the latents.
-    """
-    counts = [0.0]
-    for component, use in checkpoint.model.weight_uses(plan.shapes).items():
-        refs = checkpoint.tensors.get(component, {}).items()
-        matrices = (ref for name, ref in refs if len(ref.shape) in (2, 4) and not name.startswith(use.idle))
-        counts.append(use.times * sum(math.prod(ref.shape) for ref in matrices))
-    return max(counts)
-
-
 def replayed_shapes(checkpoint: Checkpoint, plan: Plan, limits: Limits = LIMITS) -> Shapes:
     """The shapes at which every part is replayed: those of the build, halved until a step is within the limit."""
     shapes = plan.shapes
-    while multiplications(checkpoint, replace(plan, shapes=shapes)) > limits.replayed:
+    while multiplications(checkpoint, shapes) > limits.replayed:
         smaller = Shapes(_half(shapes.height), _half(shapes.width), max(shapes.tokens // 2, LEAST_TOKENS))
         if smaller == shapes:
             break
@@ -88,24 +72,13 @@ def executed_parts(
     chosen = set()
     for kind, parts in by_kind.items():
         work = count_work(make_template(checkpoint, plan, cache, kind, plan.target.graph_format).path)
-        if work.multiplications > limits.executed:
-            continue
-        if plan.target.toolchain == "tpu_mlir" and work.widest_convolution > limits.convolved:
+        if work.multiplications > limits.executed or not toolchain_of(plan.target).can_execute(work):
             continue
         prefixes = sorted({part.prefix for part in parts})
         count = limits.blocks if parts[0].component == "transformer" else 1
         picked = Random(_seed(seed, prefixes)).sample(prefixes, min(count, len(prefixes)))
         chosen |= {part.name for part in parts if part.prefix in picked}
     return tuple(part for part in plan.parts if part.name in chosen)
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What a template computes: its matrix products' and convolutions' multiplications, elements of the latters' widest
-    result."""
-
-    multiplications: float
-    widest_convolution: int
 
 
 def count_work(template: Path) -> Work:

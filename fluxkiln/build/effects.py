@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from fluxkiln.build.context import prepare
-from fluxkiln.build.parity import is_complete, run_pipeline
+from fluxkiln.build.verification import is_complete, run_pipeline
 from fluxkiln.compile.rungs import dequantized_rung
 from fluxkiln.compile.weights import check_methods
 from fluxkiln.errors import UsageError

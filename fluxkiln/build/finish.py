@@ -6,7 +6,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,20 +17,18 @@ from fluxkiln.artifacts.code import package_version
 from fluxkiln.artifacts.modelpack import store_bundle
 from fluxkiln.artifacts.store import Blob
 from fluxkiln.build.loras import lora_facts
-from fluxkiln.compile.plan import Binary, BundleFile
-from fluxkiln.compile.templates import COMPILER_STAGES, SHARDED, host_constants
+from fluxkiln.compile.plan import Binary, Made
+from fluxkiln.compile.templates import host_constants
 from fluxkiln.compile.toolchain import toolchain_of
-from fluxkiln.compile.toolchains.neuron.split import split_settings
-from fluxkiln.compile.toolchains.tpu_mlir.report import estimate_ms, report_costs
 from fluxkiln.compile.weights import used_calibrations
-from fluxkiln.errors import ParityError, ToolchainError
+from fluxkiln.errors import ParityError
 from fluxkiln.files import digest_file
 from fluxkiln.progress import FROM_STORE, Laps, Progress
 
 if TYPE_CHECKING:
     from fluxkiln.build.context import Prepared
     from fluxkiln.build.make import BuildResult
-    from fluxkiln.build.parity import Parity
+    from fluxkiln.build.verification import Parity
     from fluxkiln.verify.reference import Recording
 
 HOST_CONSTANTS = "host/constants.safetensors"
@@ -66,7 +64,7 @@ def build_action(prepared: Prepared) -> Action:
             "verify": settings.verify,
             **({"prompts": list(settings.prompts)} if settings.prompts else {}),
             **({"seeds": list(settings.seeds)} if settings.seeds else {}),
-            **split_settings(prepared),
+            **toolchain_of(plan.target).facts(settings, plan),
         },
         tools=tools,
     )
@@ -99,58 +97,25 @@ def finished_result(prepared: Prepared, laps: Laps) -> BuildResult | None:
         error = ParityError(f"{parity['failure']} (as found by the build that made {prepared.bundle})")
         raise _with_places(error, prepared)
     if facts.get("missing"):
-        from fluxkiln.compile.toolchains.neuron.neuronx_cc import compiler_missing
-
-        raise compiler_missing(ToolchainError(str(facts["missing"])), prepared.bundle)
+        toolchain_of(prepared.plan.target).refuse_incomplete(str(facts["missing"]), prepared.bundle)
     return result
 
 
-def finish_bundle(
-    prepared: Prepared,
-    binaries: tuple[Binary, ...],
-    files: tuple[BundleFile, ...],
-    graphs: Mapping[str, Path],
-    progress: Progress,
-    laps: Laps,
-    verify: Callable[[Recording], Parity] | None = None,
-    lowering: Mapping[str, Any] | None = None,
-    missing: str = "",
-) -> BuildResult:
-    """Verify, write the report and the bundle, tag it in the store; then raise if a gate was missed.
-
-    Args:
-        verify: climbs the ladder; `parity.verify_build` by default.
-        lowering: the report's facts of a split model.
-        missing: what the bundle lacks, remembered for the next call of the same build.
-    """
+def finish_bundle(prepared: Prepared, made: Made, progress: Progress, laps: Laps) -> BuildResult:
+    """Verify, write the report and the bundle, tag it in the store; then raise if a gate was missed."""
     checkpoint, plan, cache = prepared.checkpoint, prepared.plan, prepared.cache
     work = prepared.folder / "work"
     parity: Parity | None = None
     summary: dict[str, Any] = {"verified": False}
     if prepared.settings.verify:
-        from fluxkiln.build.parity import verify_build
+        from fluxkiln.build.verification import verify
 
         recording = _record(prepared, progress)
-        if verify is not None:
-            parity = verify(recording)
-        else:
-            parity = verify_build(
-                checkpoint,
-                plan,
-                cache,
-                prepared.settings,
-                prepared.fingerprint,
-                binaries,
-                files,
-                graphs,
-                recording,
-                work,
-                progress,
-            )
-        summary = _write_report(prepared, binaries, parity, laps, lowering)
+        parity = verify(prepared, made, recording, work, progress)
+        summary = _write_report(prepared, made, parity, laps)
         laps.lap("verify")
-    sources = bundle_files(prepared, binaries, files, work)
-    manifest = _manifest(prepared, binaries, files, summary)
+    sources = bundle_files(prepared, made, work)
+    manifest = _manifest(prepared, made, summary)
     progress.stage("bundle", 1)
     written = write_bundle(
         prepared.bundle, sources, manifest, cache.store, roles={HOST_CONSTANTS: "constants"},
@@ -159,16 +124,16 @@ def finish_bundle(
     digest = store_bundle(cache.store, prepared.bundle, f"{prepared.name}:{plan.target.name}")
     _remove_work(work)
     laps.lap("bundle")
-    made = {binary.part.name: binary.made for binary in binaries}
+    ways = {binary.part.name: binary.made for binary in made.binaries}
     cache.record(
         build_action(prepared),
         {},
         {
             "manifest": digest_file(prepared.bundle / "manifest.json")[0],
             "digest": digest,
-            "parts": made,
+            "parts": ways,
             "parity": summary,
-            "missing": missing,
+            "missing": made.missing,
         },
     )
     progress.done("bundle", str(prepared.bundle), f"{sum(file.size for file in written.files) / 1e6:.0f} MB")
@@ -177,7 +142,7 @@ def finish_bundle(
             parity.ladder.raise_if_failed(prepared.folder / "report.html")
         except ParityError as error:
             raise _with_places(error, prepared) from None
-    return _result(prepared, digest, made, summary, laps, nothing_to_do=False)
+    return _result(prepared, digest, ways, summary, laps, nothing_to_do=False)
 
 
 def _with_places(error: ParityError, prepared: Prepared) -> ParityError:
@@ -185,15 +150,13 @@ def _with_places(error: ParityError, prepared: Prepared) -> ParityError:
     return error
 
 
-def bundle_files(
-    prepared: Prepared, binaries: tuple[Binary, ...], files: tuple[BundleFile, ...], work: Path
-) -> dict[str, Blob | Path]:
+def bundle_files(prepared: Prepared, made: Made, work: Path) -> dict[str, Blob | Path]:
     """Everything a runtime needs, by its path in the bundle."""
     import numpy as np
     from safetensors.numpy import save_file
 
     checkpoint, plan = prepared.checkpoint, prepared.plan
-    sources: dict[str, Blob | Path] = {file.name: file.blob for file in files}
+    sources: dict[str, Blob | Path] = {file.name: file.blob for file in made.files}
     sources.update(checkpoint.sidecars)
     constants = work / HOST_CONSTANTS
     constants.parent.mkdir(parents=True, exist_ok=True)
@@ -218,35 +181,22 @@ def licence_id(prepared: Prepared) -> str:
 
 
 def _record(prepared: Prepared, progress: Progress) -> Recording:
-    from fluxkiln.build.parity import record
+    from fluxkiln.build.verification import record
 
     began, known = time.perf_counter(), prepared.cache.misses
     progress.stage("record", 1)
-    recording = record(
-        prepared.checkpoint,
-        prepared.plan,
-        prepared.cache,
-        prepared.settings,
-        prepared.fingerprint,
-        prepared.folder / "recording",
-    )
+    recording = record(prepared)
     took = f"recorded in {time.perf_counter() - began:.1f} s"
     progress.done("record", "reference run", took if prepared.cache.misses > known else FROM_STORE)
     return recording
 
 
-def _write_report(
-    prepared: Prepared,
-    binaries: tuple[Binary, ...],
-    parity: Parity,
-    laps: Laps,
-    lowering: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+def _write_report(prepared: Prepared, made: Made, parity: Parity, laps: Laps) -> dict[str, Any]:
     from fluxkiln.verify.ladder import explain_failure
     from fluxkiln.verify.report.document import build_report, compare_pictures, write_report
 
     checkpoint, plan, cache = prepared.checkpoint, prepared.plan, prepared.cache
-    rows, made = parity.ladder.rows, parity.pipeline
+    rows, pipeline = parity.ladder.rows, parity.pipeline
     loras = lora_facts(checkpoint).get("lora", ())
     facts = {
         "title": prepared.name,
@@ -264,15 +214,19 @@ def _write_report(
             "steps": prepared.settings.steps,
         },
         "schemes": {kind: plan.schemes[kind].name for kind in plan.kinds()},
-        "parts": [_part_row(binary) for binary in binaries],
-        **({"images": compare_pictures(parity.recording.image, made.image, parity.pipeline_rung)} if made else {}),
+        "parts": [_part_row(binary) for binary in made.binaries],
+        **(
+            {"images": compare_pictures(parity.recording.image, pipeline.image, parity.pipeline_rung)}
+            if pipeline
+            else {}
+        ),
         "heat": parity.ladder.maps.to_json(),
         **({"runs": parity.runs} if parity.runs else {}),
         "timings": [
             {"name": name, "seconds": seconds}
             for name, seconds in {**parity.seconds, **laps.seconds, "all": laps.total}.items()
         ],
-        **(lowering if lowering is not None else report_costs(checkpoint, plan, binaries)),
+        **toolchain_of(plan.target).report(checkpoint, plan, made),
         "tools": build_action(prepared).tools,
         "machine": _machine(),
         "provenance": {
@@ -307,19 +261,14 @@ def _part_row(binary: Binary) -> dict[str, Any]:
         "scheme": binary.scheme.name,
         "bytes": binary.size,
         "device_memory": sum(int(facts[name]) for name in ("weight_bytes", "instruction_bytes", "runtime_bytes")),
-        "estimate_ms": estimate_ms(binary),
+        "estimate_ms": binary.facts.get("estimate_ms"),
         "made": binary.made,
     }
 
 
-def _manifest(
-    prepared: Prepared,
-    binaries: tuple[Binary, ...],
-    files: tuple[BundleFile, ...],
-    summary: Mapping[str, Any],
-) -> dict[str, Any]:
+def _manifest(prepared: Prepared, made: Made, summary: Mapping[str, Any]) -> dict[str, Any]:
     checkpoint, plan, cache, settings = prepared.checkpoint, prepared.plan, prepared.cache, prepared.settings
-    home = {part: file.name for file in files for part in file.parts}
+    home = {part: file.name for file in made.files for part in file.parts}
     return {
         "name": prepared.name,
         "target": plan.target.name,
@@ -331,13 +280,13 @@ def _manifest(
             "vae": settings.vae,
             "seed": settings.seed,
             "steps": settings.steps,
-            **split_settings(prepared),
+            **toolchain_of(plan.target).facts(settings, plan),
             **lora_facts(checkpoint),
             **({"calibrations": calibrations} if (calibrations := used_calibrations(checkpoint, plan, cache)) else {}),
         },
         "parity": dict(summary),
         "tools": dict(build_action(prepared).tools),
-        "parts": [_part_entry(binary, home[binary.part.name]) for binary in binaries],
+        "parts": [_part_entry(binary, home[binary.part.name]) for binary in made.binaries],
     }
 
 
@@ -346,7 +295,7 @@ def _part_entry(binary: Binary, file: str) -> dict[str, Any]:
     sides = {}
     for side, names in (("inputs", kind.inputs), ("outputs", kind.outputs)):
         tensors: Any = binary.facts[side]
-        if binary.made == SHARDED:  # by their own names: an input that a model lacks is not the last one here
+        if {name for name, _, _ in tensors} <= set(names):  # an input that a model lacks is not the last one then
             names = tuple(name for name, _, _ in tensors)
         sides[side] = [
             {"name": name, "dtype": dtype, "shape": shape}
@@ -384,7 +333,7 @@ def _result(
         nothing_to_do=nothing_to_do,
         seconds=laps.total,
         timings=laps.seconds,
-        compiler_runs=sum(counts.get(stage, [0, 0])[1] for stage in COMPILER_STAGES),
+        compiler_runs=sum(counts.get(stage, [0, 0])[1] for stage in toolchain_of(prepared.plan.target).compiler_stages),
         cache=prepared.cache.summary(),
         parts=made,
         parity=parity,
@@ -395,7 +344,7 @@ def _licence_note(prepared: Prepared, work: Path) -> Path:
     path = work / "LICENSE"
     path.write_text(
         f"The checkpoint {prepared.checkpoint.name} came without a licence text.\n"
-        f"FLUX.1-{prepared.checkpoint.variant} is published under {licence_id(prepared)}; its terms apply to this "
+        f"{prepared.checkpoint.model.title}-{prepared.checkpoint.variant} is published under {licence_id(prepared)}; its terms apply to this "
         "bundle.\n"
     )
     return path

@@ -16,7 +16,6 @@ from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.artifacts.bundle import heal_bundle
 from fluxkiln.artifacts.locks import build_lock
 from fluxkiln.build.context import Prepared, outline, prepare, unwritten_bytes
-from fluxkiln.compile.onnx.linked import link_components
 from fluxkiln.compile.plan import Binary, BundleFile, Plan
 from fluxkiln.compile.toolchains.tpu_mlir.cast_file import cast_file
 from fluxkiln.compile.toolchains.tpu_mlir.compilation import compile_parts
@@ -85,19 +84,12 @@ def build(settings: Settings, progress: Progress | None = None) -> BuildResult:
         if done is not None and not settings.prove:
             return done
         check_resources(prepared)
-        if prepared.plan.layout is not None:
-            from fluxkiln.compile.toolchains.neuron.make import build_split
-
-            return build_split(prepared, progress, laps)
-        graphs: dict[str, Path] = {}
-        if prepared.plan.target.toolchain == "tpu_mlir":
-            binaries, files = build_files(prepared.checkpoint, prepared.plan, prepared.cache, settings, progress, laps)
-        else:
-            binaries, files, graphs = link_components(
-                prepared.checkpoint, prepared.plan, prepared.cache, prepared.folder / "work", progress
-            )
-            laps.lap("link")
-        return finish_bundle(prepared, binaries, files, graphs, progress, laps)
+        toolchain = toolchain_of(prepared.plan.target)
+        made = toolchain.make(prepared.checkpoint, prepared.plan, prepared.cache, settings, progress, laps)
+        result = finish_bundle(prepared, made, progress, laps)
+        if made.missing:
+            toolchain.refuse_incomplete(made.missing, prepared.bundle)
+        return result
 
 
 @contextmanager

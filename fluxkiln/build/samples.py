@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fluxkiln.artifacts.actions import Action, ActionCache, run_action
+from fluxkiln.artifacts.actions import Action, run_action
 from fluxkiln.artifacts.code import code_version
 from fluxkiln.build.budget import name_shapes
+from fluxkiln.build.context import Prepared
 from fluxkiln.compile.plan import Plan
 from fluxkiln.compile.templates import pipeline_files
 from fluxkiln.digests import digest_json
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.patches.pipeline import Sampling, quiet
 from fluxkiln.progress import Progress
-from fluxkiln.settings import Settings
-from fluxkiln.types import PartRunner
+from fluxkiln.types import PartRunner, Shapes
 from fluxkiln.verify.runs import Run, Sampled, describe_runs, list_runs, measure_run
 
 if TYPE_CHECKING:
@@ -28,19 +29,12 @@ _ARRAYS = "run.npz"
 
 
 def sample_runs(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    cache: ActionCache,
-    settings: Settings,
-    ladder: Ladder,
-    runner: PartRunner,
-    rung: str,
-    progress: Progress,
+    prepared: Prepared, plan: Plan, ladder: Ladder, runner: PartRunner, rung: str, progress: Progress
 ) -> dict[str, Any] | None:
     """Make the images that the settings ask for and compare them; their last latents and images climb `ladder`.
 
     Args:
-        kiln: at the shapes to run at; its parts are those `runner` runs, all components of them.
+        plan: at the shapes to run at; its parts are those `runner` runs, all components of them.
 
     Returns:
         The report's `runs`; None where no prompts and no seeds are asked for.
@@ -48,85 +42,56 @@ def sample_runs(
     Raises:
         UsageError: too many runs. Whatever `runner` raises.
     """
+    from fluxkiln.verify.pipeline import run_with_parts
+
+    checkpoint, settings = prepared.checkpoint, prepared.settings
     pairs = list_runs(settings.prompts, settings.seeds, settings.prompt, settings.seed)
     if not pairs:
         return None
     progress.stage("sample", 2 * len(pairs))
     runs: list[Run] = []
     pictures: dict[tuple[str, int], tuple[NDArray[Any], NDArray[Any]]] = {}
-    references = reference_runs(checkpoint, plan, cache, settings, pairs, progress)
-    scheme = next(
-        plan.scheme(part).name.split("-")[0]
-        for part in plan.parts
-        if part.component == "transformer" and part.traits.residual
-    )
+    references = reference_runs(prepared, plan, pairs, progress)
+    scheme = next(plan.scheme(part).base_name for part in plan.parts if part.traits.is_block)
+    files = pipeline_files(checkpoint, plan)
     for number, (prompt, seed) in enumerate(pairs):
         reference = references[prompt, seed]
-        actual = sample_parts(checkpoint, plan, settings, runner, prompt, seed)
-        runs.append(measure_run(prompt, seed, reference, actual))
-        pictures[prompt, seed] = reference.image, actual.image
+        latents: list[NDArray[Any]] = []
+        sampling = Sampling(settings.steps, seed, prompt)
+        made = run_with_parts(checkpoint.model, files, plan.shapes, plan.parts, runner, sampling, latents.append)
+        runs.append(measure_run(prompt, seed, reference, Sampled(tuple(latents), made.image)))
+        pictures[prompt, seed] = reference.image, made.image
         name = f"pipeline.{number:02d}"
-        last = len(actual.latents) - 1
-        ladder.climb_latents(last, reference.latents[-1], [(rung, actual.latents[-1])], scheme, name)
-        ladder.climb_image(-1, reference.image, [(rung, actual.image)], scheme, name)
+        ladder.climb_latents(len(latents) - 1, reference.latents[-1], [(rung, latents[-1])], scheme, name)
+        ladder.climb_image(-1, reference.image, [(rung, made.image)], scheme, name)
         progress.done("sample", f"seed {seed}: {_shown(prompt)}", f"{runs[-1].psnr:.1f} dB, SSIM {runs[-1].ssim:.4f}")
     return {**describe_runs(runs, pictures, rung), "shapes": name_shapes(plan.shapes)}
 
 
 def reference_runs(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    cache: ActionCache,
-    settings: Settings,
-    pairs: Sequence[tuple[str, int]],
-    progress: Progress,
+    prepared: Prepared, plan: Plan, pairs: Sequence[tuple[str, int]], progress: Progress
 ) -> Mapping[tuple[str, int], Sampled]:
     """diffusers' own images in float32, from the store or made now; its pipeline is opened once, and only if needed."""
+    checkpoint, cache, steps = prepared.checkpoint, prepared.cache, prepared.settings.steps
     opened: list[Any] = []
     found: dict[tuple[str, int], Sampled] = {}
     for prompt, seed in pairs:
-        action = _reference_action(checkpoint, plan, settings, prompt, seed)
 
         def produce(folder: Path, prompt: str = prompt, seed: int = seed) -> tuple[dict[str, Path], dict[str, Any]]:
             if not opened:
                 opened.append(_open_reference(checkpoint, plan))
-            _write_sampled(folder / _ARRAYS, _render(opened[0], checkpoint, plan, settings, prompt, seed))
+            sampled = _render(opened[0], checkpoint, plan.shapes, Sampling(steps, seed, prompt))
+            _write_sampled(folder / _ARRAYS, sampled)
             return {_ARRAYS: folder / _ARRAYS}, {}
 
-        result = run_action(cache, action, produce)
+        result = run_action(cache, _reference_action(prepared, plan.shapes, prompt, seed), produce)
         found[prompt, seed] = _read_sampled(cache.path(result.outputs[_ARRAYS]))
         progress.done("sample", f"reference, seed {seed}: {_shown(prompt)}", "from the store" if result.hit else "made")
     return found
 
 
-def sample_parts(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    settings: Settings,
-    runner: PartRunner,
-    prompt: str,
-    seed: int,
-) -> Sampled:
-    """diffusers' own loop with `runner` in place of every model."""
-    from fluxkiln.verify.pipeline import run_with_parts
-
-    latents: list[NDArray[Any]] = []
-    sampling = Sampling(settings.steps, seed, prompt)
-    made = run_with_parts(
-        checkpoint.model,
-        pipeline_files(checkpoint, plan),
-        plan.shapes,
-        plan.parts,
-        runner,
-        sampling,
-        latents.append,
-    )
-    return Sampled(tuple(latents), made.image)
-
-
-def _reference_action(checkpoint: Checkpoint, plan: Plan, settings: Settings, prompt: str, seed: int) -> Action:
-    import importlib.metadata
-
+def _reference_action(prepared: Prepared, shapes: Shapes, prompt: str, seed: int) -> Action:
+    checkpoint, settings = prepared.checkpoint, prepared.settings
     return Action(
         stage="sample",
         what=f"reference image, seed {seed}",
@@ -134,7 +99,7 @@ def _reference_action(checkpoint: Checkpoint, plan: Plan, settings: Settings, pr
         inputs={"checkpoint": digest_json({name: dict(tensors) for name, tensors in checkpoint.digests.items()})},
         settings={
             "configs": digest_json(checkpoint.configs),
-            "shapes": [plan.shapes.height, plan.shapes.width, plan.shapes.tokens],
+            "shapes": [shapes.height, shapes.width, shapes.tokens],
             "steps": settings.steps,
             "seed": seed,
             "prompt": prompt,
@@ -151,13 +116,12 @@ def _open_reference(checkpoint: Checkpoint, plan: Plan) -> Any:
         return open_pipeline(checkpoint, {part.component: part.folder for part in plan.parts})
 
 
-def _render(pipe: Any, checkpoint: Checkpoint, plan: Plan, settings: Settings, prompt: str, seed: int) -> Sampled:
+def _render(pipe: Any, checkpoint: Checkpoint, shapes: Shapes, sampling: Sampling) -> Sampled:
     from fluxkiln.verify.streaming import weights_in_place
 
     latents: list[NDArray[Any]] = []
     with weights_in_place():
-        sampling = Sampling(settings.steps, seed, prompt)
-        made = checkpoint.model.render(pipe, plan.shapes, sampling, latents.append)
+        made = checkpoint.model.render(pipe, shapes, sampling, latents.append)
     return Sampled(tuple(latents), made.image)
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.build.context import Prepared, chosen_parts
-from fluxkiln.build.parity import record
+from fluxkiln.build.verification import record
 from fluxkiln.compile.plan import Plan
 from fluxkiln.compile.rungs import dequantized_rung
 from fluxkiln.compile.templates import make_template
@@ -66,7 +66,7 @@ def open_trials(prepared: Prepared, layers: Collection[str], progress: Progress)
     settings = replace(prepared.settings, modulation="inline")
     checkpoint, cache = prepared.checkpoint, prepared.cache
     plan = replace(prepared.plan, parts=chosen_parts(settings, checkpoint))
-    recording = record(checkpoint, plan, cache, settings, prepared.fingerprint, prepared.folder / "recording")
+    recording = record(replace(prepared, plan=plan, settings=settings))
     progress.done("record", "reference run", f"{recording.steps} step(s)")
     slots: dict[str, dict[str, None]] = {}
     for kind, slot in map(slot_of, layers):

@@ -66,15 +66,6 @@ def bm1684x_rungs(
 
 
 @contextmanager
-def cpu_rungs(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, graphs: Mapping[str, Path]) -> Iterator[Rungs]:
-    """Every rung of an ONNX Runtime build, whose graphs are `graphs`; the bundle's own graphs are the top one."""
-    from fluxkiln.compile.onnx.session import OrtRunner
-
-    # without quantization the bundle's own graphs are the exported templates
-    yield {**rungs_below(checkpoint, plan, cache), "executed" if plan.quantized else "onnxruntime": OrtRunner(graphs)}
-
-
-@contextmanager
 def executed_rung(
     checkpoint: Checkpoint,
     plan: Plan,

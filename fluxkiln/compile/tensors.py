@@ -12,7 +12,7 @@ from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.quantize.exceptions import weight_name, with_exceptions
 from fluxkiln.quantize.figures import stored_size
 from fluxkiln.quantize.schemes import Scheme, check_groups, form_group, parse_scheme
-from fluxkiln.types import Part, TensorRef
+from fluxkiln.types import Part, Shapes, TensorRef
 
 
 def part_refs(checkpoint: Checkpoint, plan: Plan, part: Part) -> list[TensorRef]:
@@ -112,3 +112,16 @@ def stored_bytes(scheme: Scheme, weights: int) -> int:
     if scheme.weight_bits:
         return math.ceil(weights * (scheme.weight_bits / 8 + 3 / scheme.group_size))
     return weights * (4 if scheme.arithmetic == "F32" else 2)
+
+
+def multiplications(checkpoint: Checkpoint, shapes: Shapes) -> float:
+    """About how many multiplications the costliest component takes: every weight of a block once for every token.
+
+    Of the transformer one step. A decoder's convolutions run at up to 8 times the width and height of the latents.
+    """
+    counts = [0.0]
+    for component, use in checkpoint.model.weight_uses(shapes).items():
+        refs = checkpoint.tensors.get(component, {}).items()
+        matrices = (ref for name, ref in refs if len(ref.shape) in (2, 4) and not name.startswith(use.idle))
+        counts.append(use.times * sum(math.prod(ref.shape) for ref in matrices))
+    return max(counts)

@@ -32,11 +32,11 @@ from fluxkiln.types import Part, PartRunner
 from fluxkiln.verify.gates import Gate, Rung
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
     from fluxkiln.verify.findings import Recorded, RungFindings
     from fluxkiln.verify.ladder import Ladder
 
+# torch, diffusers and the exporter in one process
+TRACE_MEMORY = 1 << 30
 # Of this protocol; raised when a method is added or changes its meaning.
 API = 1
 GROUP = "fluxkiln.toolchains"
@@ -100,37 +100,42 @@ class Work:
 class Toolchain(Protocol):
     """One compiler or runtime. `checkpoint`, `plan` and `cache` are what a build hands on.
 
+    What is inherited from here stands for a toolchain that has nothing of the kind.
+
     Attributes:
         rungs: those of the ladder that are its own, in order; gates: theirs.
         executors: what runs its bundles, the default first.
         compiler_stages: stages of actions in which the compiler runs; travelling: those whose results `mould export`
             carries to machines that have no compiler.
+        any_shapes: `climb` runs parts of any size at smaller shapes than those of the build.
     """
 
     api: int
     name: str
-    rungs: tuple[Rung, ...]
-    gates: tuple[Gate, ...]
-    executors: tuple[str, ...]
-    compiler_stages: tuple[str, ...]
-    travelling: tuple[str, ...]
+    rungs: tuple[Rung, ...] = ()
+    gates: tuple[Gate, ...] = ()
+    executors: tuple[str, ...] = ()
+    compiler_stages: tuple[str, ...] = ()
+    travelling: tuple[str, ...] = ()
+    any_shapes: bool = False
 
     # Before anything is made.
 
     def lay_out(self, settings: Settings, target: Target, checkpoint: Checkpoint) -> Any:
         """The plan's `layout`; None for a toolchain that spreads nothing. UsageError for settings that cannot be."""
-
-    def list_parts(self, settings: Settings, checkpoint: Checkpoint) -> tuple[Part, ...]:
-        """All parts of the model in the form that is compiled."""
+        return None
 
     def label(self, settings: Settings) -> str:
         """What the settings that are its own add to the name of a build's folder."""
+        return ""
 
     def facts(self, settings: Settings, plan: Plan) -> dict[str, Any]:
         """The same in keys and in the manifest's `settings`."""
+        return {}
 
     def tools(self, plan: Plan) -> dict[str, str]:
         """What a bundle's bytes depend on besides the packages that every build uses: name -> version."""
+        return {}
 
     def check(self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> None:
         """Raise ResourceError where the devices cannot hold the model, SchemeError where the compiler refuses."""
@@ -140,9 +145,7 @@ class Toolchain(Protocol):
 
     def devices(self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> dict[str, Any]:
         """What every file will take on its device, for `plan`; empty where that is not planned."""
-
-    def host_constants(self, checkpoint: Checkpoint, plan: Plan) -> dict[str, NDArray[Any]]:
-        """What the host hands to the parts, by name."""
+        return {}
 
     # Making and judging.
 
@@ -167,10 +170,9 @@ class Toolchain(Protocol):
 
     def can_execute(self, work: Work) -> bool:
         """Whether what a part computes is no more than `execute` can be asked for."""
+        return True
 
-    def read_back(
-        self, ladder: Ladder, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, made: Made
-    ) -> None:
+    def read_back(self, ladder: Ladder, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, made: Made) -> None:
         """Rows on what is stored in the bundle's files, where it can be read back without being run."""
 
     def look(
@@ -184,14 +186,19 @@ class Toolchain(Protocol):
 
     def report(self, checkpoint: Checkpoint, plan: Plan, made: Made) -> dict[str, Any]:
         """Facts of the report that are its own: memory, devices, estimates."""
+        return {}
 
     # Bundles and machines.
+
+    def refuse_incomplete(self, missing: str, bundle: Path) -> None:
+        """Raise ToolchainError with the next step, at the end of a build that lacks what is `missing` here."""
 
     def open_executor(self, bundle: Opened, name: str | None, options: Mapping[str, Any]) -> Executor:
         """What runs a bundle's parts; UsageError where it cannot, ToolchainError where something is not installed."""
 
     def doctor(self) -> Sequence[ToolStatus]:
         """What is installed of what it takes, without starting anything."""
+        return ()
 
 
 @cache

@@ -19,8 +19,8 @@ from typing import Any, Literal
 
 from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.compile.corrections import part_packers
-from fluxkiln.compile.plan import Binary, BundleFile, Plan
-from fluxkiln.compile.templates import make_template, tell_template
+from fluxkiln.compile.plan import Plan
+from fluxkiln.compile.templates import make_template
 from fluxkiln.compile.weights import part_rounders
 from fluxkiln.errors import ResourceError, UsageError
 from fluxkiln.export.bindings import bind_part, binding_refs, weight_reader
@@ -151,38 +151,6 @@ def link_parts(
             rounder_of = None if packer_of else part_rounders(checkpoint, plan, cache, part, "onnx23")
         linked[part.name] = link_weights(template, binding, refs, reader, scheme, target, rounder_of, packer_of)
     return linked
-
-
-def link_components(
-    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, folder: Path, progress: Progress
-) -> tuple[tuple[Binary, ...], tuple[BundleFile, ...], dict[str, Path]]:
-    """All of an ONNX Runtime build: parts, the files of the bundle, and part -> graph in `folder`."""
-    kinds = plan.kinds()
-    progress.stage("template", len(kinds))
-    for kind in kinds:
-        tell_template(checkpoint, plan, cache, kind, "onnx23", progress, "template")
-    progress.stage("link", len(plan.parts))
-    graphs = link_parts(checkpoint, plan, cache, plan.schemes, folder / GRAPHS)
-    binaries = []
-    for part in plan.parts:
-        template = make_template(checkpoint, plan, cache, part.kind, "onnx23")
-        blob = cache.store.add_file(graphs[part.name])
-        facts = {
-            "inputs": [[spec.name, spec.dtype, list(spec.shape)] for spec in template.inputs],
-            "outputs": [[spec.name, spec.dtype, list(spec.shape)] for spec in template.outputs],
-            "weight_bytes": 0,
-            "instruction_bytes": 0,
-            "runtime_bytes": 0,
-        }
-        binaries.append(Binary(part, part.name, plan.scheme(part), facts, "linked", digest=blob.digest, size=blob.size))
-        progress.done("link", part.name, f"{len(part.traits.inputs)} inputs, weights in place")
-    names = {path: part for part, path in graphs.items()}
-    files = []
-    for path in sorted(path for path in (folder / GRAPHS).rglob("*") if path.is_file()):
-        parts = (names[path],) if path in names else ()
-        name = f"{GRAPHS}/{path.relative_to(folder / GRAPHS)}"
-        files.append(BundleFile(name, cache.store.add_file(path), parts))
-    return tuple(binaries), tuple(files), graphs
 
 
 def _check_reach(files: Iterable[Path], root: Path, destination: Path, copy: bool) -> bool:

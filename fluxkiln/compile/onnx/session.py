@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -18,65 +16,6 @@ from fluxkiln.errors import CompileError, IntegrityError
 
 _DTYPES: Mapping[str, Any] = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(int32)": np.int32}
 FATAL_ONLY = 4  # what goes wrong is raised, so not printed as well
-
-
-class OrtRunner:
-    """Runs parts by name; a session is opened at its first use, the least recently used is closed beyond `most_open`.
-
-    Args:
-        models: part -> graph.
-        threads: for one operation; 0 leaves it to ONNX Runtime.
-        most_open: sessions kept open.
-        lean: memory goes back to the system as soon as it is free, instead of being kept for the next call: a block
-            of FLUX.1's width takes 0.4 GB less and 8 to 18 % longer.
-    """
-
-    def __init__(self, models: Mapping[str, Path], *, threads: int = 0, most_open: int = 4, lean: bool = True) -> None:
-        self.models = dict(models)
-        self.threads = threads
-        self.most_open = most_open
-        self.lean = lean
-        self._sessions: OrderedDict[str, Any] = OrderedDict()
-
-    def __call__(self, part: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """The part's outputs by name, float32.
-
-        Args:
-            inputs: by the names and with the shapes of the part's kind.
-
-        Raises:
-            CompileError: no graph for the part, an input is missing, unknown or of another shape, or the run failed.
-            IntegrityError: a file with weights is missing or too short.
-        """
-        return run_session(self._session(part), part, inputs)
-
-    @property
-    def open_parts(self) -> tuple[str, ...]:
-        """The parts whose sessions are open, the least recently used first."""
-        return tuple(self._sessions)
-
-    def close(self) -> None:
-        """Close all sessions; the runner can be used again."""
-        self._sessions.clear()
-
-    def __enter__(self) -> OrtRunner:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _session(self, part: str) -> Any:
-        if part not in self._sessions:
-            graph = self.models.get(part)
-            if graph is None:
-                raise CompileError(f"there is no graph for part {part!r}; there are {', '.join(self.models)}")
-            while len(self._sessions) >= self.most_open:
-                self._sessions.popitem(last=False)
-            self._sessions[part] = open_session(graph, threads=self.threads, lean=self.lean)
-        self._sessions.move_to_end(part)
-        return self._sessions[part]
 
 
 def run_session(

@@ -112,7 +112,7 @@ def _diagnosis(
 
 def _recorded(prepared: Prepared, part: Part, step: int, progress: Progress) -> tuple[Values, Values, Plan]:
     """What the part was given and made, and the plan at the shapes of the recording; what runs once has one step."""
-    from fluxkiln.build.parity import record
+    from fluxkiln.build.verification import record
     from fluxkiln.patches.pipeline import fill_rows
 
     progress.stage("record", 1)

@@ -1,0 +1,320 @@
+"""Verification of a build: the reference recorded, replayed at every rung, and the whole pipeline run on parts.
+
+A model whose image step is within the budget is verified at the shapes of the build. Of a larger one all parts are
+replayed at smaller shapes, in little memory: every part gets the recorded inputs, and each rung holds one part's
+weights at a time; the whole pipeline runs meanwhile on one of these rungs. Some parts are executed in their compiled
+form at the shapes of the build as well.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fluxkiln.artifacts.actions import Action, run_action
+from fluxkiln.artifacts.code import code_version
+from fluxkiln.build.budget import LIMITS, Limits, executed_parts, filling_prompt, name_shapes, replayed_shapes
+from fluxkiln.build.context import Prepared
+from fluxkiln.build.samples import sample_runs
+from fluxkiln.compile.plan import Made, Plan
+from fluxkiln.compile.rungs import onnxruntime_rung, rungs_below, stored_rung
+from fluxkiln.compile.templates import find_template, pipeline_files, tell_template
+from fluxkiln.compile.toolchain import Climb, toolchain_of
+from fluxkiln.digests import digest_json
+from fluxkiln.export.checkpoint import Checkpoint, expect_tensors
+from fluxkiln.patches.pipeline import Sampling, run_rows
+from fluxkiln.progress import Progress
+from fluxkiln.quantize.schemes import Scheme
+from fluxkiln.settings import Settings
+from fluxkiln.types import GraphFormat, Part, PartRunner, Shapes, find_part
+from fluxkiln.verify.replay import climb_part, climb_pipeline, let_go, replay_part
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from fluxkiln.verify.ladder import Ladder
+    from fluxkiln.verify.pipeline import PipelineResult
+    from fluxkiln.verify.reference import Recording
+
+# The rung that the whole pipeline of a large model runs on: how far stored weights lead it astray depends on the number
+# of blocks, and what is wrong with them shows part by part.
+PIPELINE_RUNG = "onnxruntime"
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """A climbed ladder and the reference it was climbed from.
+
+    `pipeline` is the image made by parts at the rung `pipeline_rung`, None where not all components are built. `facts`
+    says at which shapes a large model was verified; it is empty where everything ran at the shapes of the build.
+    `runs` are the whole images of further prompts and seeds, where they are asked for.
+    """
+
+    ladder: Ladder
+    recording: Recording
+    pipeline: PipelineResult | None
+    pipeline_rung: str
+    seconds: Mapping[str, float]
+    facts: Mapping[str, str] = field(default_factory=dict)
+    runs: Mapping[str, Any] | None = None
+
+
+def record(prepared: Prepared, limits: Limits = LIMITS) -> Recording:
+    """The recorded reference run, from the store or made now, laid out in the build's folder.
+
+    Of a model that is too large to be replayed at its own shapes it is one step at smaller ones.
+    """
+    from fluxkiln.verify.reference import view_recording
+
+    checkpoint, plan, settings = prepared.checkpoint, prepared.plan, prepared.settings
+    shapes = replayed_shapes(checkpoint, plan, limits)
+    built = {part.component for part in plan.parts}
+    every = checkpoint.model.recorded_parts(checkpoint.configs, settings.vae)
+    parts = tuple(part for part in every if part.component in built)
+    sampling = Sampling(settings.steps if shapes == plan.shapes else 1, settings.seed, settings.prompt)
+    recording = record_run(prepared, prepared.folder / "recording", parts, shapes, sampling)
+    return view_recording(recording, checkpoint.model, plan.parts)
+
+
+def record_run(
+    prepared: Prepared, folder: Path, parts: tuple[Part, ...], shapes: Shapes, sampling: Sampling, only: bool = False
+) -> Recording:
+    """A reference run from the store, or made now; arguments as `verify.reference.record_reference`."""
+    from fluxkiln.verify.reference import INDEX, read_recording, record_reference
+
+    checkpoint, cache = prepared.checkpoint, prepared.cache
+
+    def produce(work: Path) -> tuple[dict[str, Path], dict[str, Any]]:
+        record_reference(checkpoint, parts, shapes, work, sampling, only=only)
+        files = [path for path in work.rglob("*") if path.is_file()]
+        return {str(path.relative_to(work)): path for path in files}, {}
+
+    action = Action(
+        stage="record",
+        what=f"reference run of {checkpoint.name}",
+        code_version=code_version(record_run, model=type(checkpoint.model)),
+        inputs={"checkpoint": f"sha256:{prepared.fingerprint}"},
+        settings={
+            "parts": digest_json([[part.name, part.kind, part.prefix] for part in parts]),
+            "only": only,
+            "shapes": [shapes.height, shapes.width, shapes.tokens],
+            "steps": sampling.steps,
+            "seed": sampling.seed,
+            "prompt": sampling.prompt,
+            "vae": prepared.settings.vae,
+        },
+        tools={name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")},
+    )
+    result = run_action(cache, action, produce)
+    for name, blob in result.outputs.items():
+        if not (folder / name).is_file() or name == INDEX:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).unlink(missing_ok=True)
+            cache.store.export(blob.digest, folder / name)
+    return read_recording(folder)
+
+
+def verify(
+    prepared: Prepared, made: Made, recording: Recording, folder: Path, progress: Progress, limits: Limits = LIMITS
+) -> Parity:
+    """Replay the recording at every rung of every part, run the whole pipeline, read the stored weights back.
+
+    Args:
+        recording: of `record`, with the same limits. If it is not at the shapes of the build, the model is large.
+        folder: for files that a rung needs.
+    """
+    checkpoint, plan, cache = prepared.checkpoint, prepared.plan, prepared.cache
+    toolchain = toolchain_of(plan.target)
+    if recording.shapes == plan.shapes or toolchain.any_shapes:
+        small = replace(plan, shapes=recording.shapes)
+        trace_templates(prepared, small, progress)
+        with toolchain.climb(checkpoint, small, cache, made, folder, progress) as climb:
+            parity = replay(prepared, small, recording, climb, progress)
+            climb.finish(parity.ladder)
+    else:
+        parity = _verify_large(prepared, made, recording, folder, progress, limits)
+    toolchain.read_back(parity.ladder, checkpoint, plan, cache, made)
+    return parity
+
+
+def trace_templates(prepared: Prepared, plan: Plan, progress: Progress) -> None:
+    """Make the templates of the rungs below the compiled one, so that tracing them is seen."""
+    compiled = plan.target.graph_format
+    formats: dict[GraphFormat, bool] = {
+        "onnx23": compiled == "onnx17",
+        "onnx17": compiled == "onnx17" or plan.quantized,
+    }
+    context = prepared.checkpoint, plan, prepared.cache
+    for graph_format, needed in formats.items():
+        missing = [kind for kind in plan.kinds() if find_template(*context, kind, graph_format) is None]
+        if not needed or not missing:
+            continue
+        progress.stage(f"template {graph_format}", len(missing))
+        for kind in missing:
+            tell_template(*context, kind, graph_format, progress, f"template {graph_format}")
+
+
+def is_complete(checkpoint: Checkpoint, plan: Plan) -> bool:
+    """Whether all components of a pipeline are built."""
+    return {part.component for part in plan.parts} == set(checkpoint.model.components)
+
+
+def block_scheme(plan: Plan) -> Scheme:
+    """The scheme of the transformer's blocks, of its first kind."""
+    return next(plan.scheme(part) for part in plan.parts if part.traits.is_block)
+
+
+def run_pipeline(checkpoint: Checkpoint, plan: Plan, settings: Settings, runner: PartRunner) -> PipelineResult:
+    """diffusers' own loop with `runner` in place of every model."""
+    from fluxkiln.verify.pipeline import run_with_parts
+
+    sampling = Sampling(settings.steps, settings.seed, settings.prompt)
+    return run_with_parts(checkpoint.model, pipeline_files(checkpoint, plan), plan.shapes, plan.parts, runner, sampling)
+
+
+def replay(prepared: Prepared, plan: Plan, recording: Recording, climb: Climb, progress: Progress) -> Parity:
+    """Replay the recording at every rung of every part; run the whole pipeline, if it is all there, on the top rung.
+
+    The top rung has a thread of its own: a simulator keeps two cores busy by itself.
+
+    Args:
+        plan: at the shapes of the recording.
+    """
+    from fluxkiln.verify.ladder import Ladder
+
+    started, checkpoint, settings = time.perf_counter(), prepared.checkpoint, prepared.settings
+    plan, rungs = replace(plan, parts=climb.parts), climb.rungs
+    calls = [(part, step) for part in plan.parts for step in range(len(recording.calls[part.name]))]
+    complete = is_complete(checkpoint, plan)
+    progress.stage("verify", len(calls) + complete)
+    ladder = Ladder()
+    *_, top = rungs
+    below = {rung: runner for rung, runner in rungs.items() if rung != top}
+    with ThreadPoolExecutor(1, "below") as lower, ThreadPoolExecutor(1, "top") as upper:
+        lower_parts = {part.name: lower.submit(replay_part, below, recording, part) for part in plan.parts}
+        upper_parts = {part.name: upper.submit(replay_part, {top: rungs[top]}, recording, part) for part in plan.parts}
+        whole = upper.submit(run_pipeline, checkpoint, plan, settings, rungs[top]) if complete else None
+        try:
+            for part, step in calls:
+                made = {**lower_parts[part.name].result()[step], **upper_parts[part.name].result()[step]}
+                climb_part(ladder, recording, part, plan.scheme(part), step, made)
+                progress.done("verify", part.name, f"{len(rungs)} rungs, step {step}")
+            pipeline = whole.result() if whole is not None else None
+        except BaseException:
+            lower.shutdown(wait=False, cancel_futures=True)
+            upper.shutdown(wait=False, cancel_futures=True)
+            raise
+    return _with_pipeline(
+        prepared, plan, Parity(ladder, recording, pipeline, top, {"verify": started}, climb.facts), rungs[top], progress
+    )
+
+
+def _with_pipeline(prepared: Prepared, plan: Plan, parity: Parity, runner: PartRunner, progress: Progress) -> Parity:
+    """The parity with the rows of its whole pipeline, and with the images of further prompts and seeds.
+
+    Args:
+        parity: `seconds` has when it was begun. runner: of its `pipeline_rung`.
+    """
+    recording, runs = parity.recording, None
+    if parity.pipeline is not None:
+        climb_pipeline(parity.ladder, recording, block_scheme(plan), parity.pipeline_rung, parity.pipeline)
+        progress.done("verify", "whole pipeline", f"{recording.steps} steps at {name_shapes(plan.shapes)}")
+        runs = sample_runs(prepared, plan, parity.ladder, runner, parity.pipeline_rung, progress)
+    spent = time.perf_counter() - parity.seconds["verify"]
+    return replace(parity, runs=runs, seconds={"verify": spent, **recording.seconds})
+
+
+def _verify_large(
+    prepared: Prepared, made: Made, recording: Recording, folder: Path, progress: Progress, limits: Limits
+) -> Parity:
+    """All parts at the shapes of the recording, some in their compiled form at those of the build."""
+    from fluxkiln.verify.ladder import Ladder
+
+    started, settings = time.perf_counter(), prepared.settings
+    checkpoint, plan, cache = prepared.checkpoint, prepared.plan, prepared.cache
+    small, toolchain = replace(plan, shapes=recording.shapes), toolchain_of(plan.target)
+    trace_templates(prepared, small, progress)
+    ladder, executed = Ladder(), Ladder()
+    # what executes is left first: then it ends at once when something else has failed
+    with (
+        ThreadPoolExecutor(1, "top") as upper,
+        toolchain.execute(checkpoint, plan, cache, made, folder) as top,
+    ):
+        # what was compiled elsewhere cannot be executed here, its weights are read back all the same
+        chosen = executed_parts(checkpoint, plan, cache, settings.seed, limits) if top else ()
+        progress.stage("verify", len(plan.parts) + len(chosen) + is_complete(checkpoint, plan))
+        true = recording
+        if chosen:
+            prompt = filling_prompt(settings.prompt, plan.shapes.tokens, settings.seed)
+            sampling = Sampling(1, settings.seed, prompt)
+            true = record_run(prepared, folder / "executed", chosen, plan.shapes, sampling, only=True)
+        # a thread of its own: the interpreter is another process, which keeps one core busy
+        compiled = {part.name: upper.submit(replay_part, top, true, part) for part in chosen}
+        try:
+            pipeline = _replay_small(ladder, prepared, small, recording, progress)
+            interpreted = {name: future.result()[0] for name, future in compiled.items()}
+            # only now: both at once would take 5 GB
+            stored = stored_rung(checkpoint, plan, cache)
+            for part in chosen:
+                found = {**replay_part(stored, true, part)[0], **interpreted[part.name]}
+                label = f"{part.name} at {plan.shapes.width}x{plan.shapes.height}"
+                climb_part(executed, true, part, plan.scheme(part), 0, found, label)
+                progress.done("verify", label, f"{len(found)} rungs")
+        except BaseException:
+            upper.shutdown(wait=False, cancel_futures=True)
+            raise
+        able = bool(top)
+    ladder.absorb(executed)
+    left_out = dict.fromkeys(part.kind for part in plan.parts if part.kind not in {part.kind for part in chosen})
+    facts = {
+        "every part replayed at": f"{name_shapes(small.shapes)}, 1 step",
+        f"compiled form executed at {name_shapes(plan.shapes)}": ", ".join(part.name for part in chosen) or "none",
+        f"compiled form not executed, {'too large' if able else 'no compiler here'}": ", ".join(left_out) or "none",
+    }
+    parity = Parity(ladder, recording, pipeline, PIPELINE_RUNG, {"verify": started}, facts)
+    return _with_pipeline(prepared, small, parity, onnxruntime_rung(checkpoint, small, cache, 0), progress)
+
+
+def _replay_small(
+    ladder: Ladder, prepared: Prepared, plan: Plan, recording: Recording, progress: Progress
+) -> PipelineResult | None:
+    """Replay every part at the rungs that need no compiler, and run the whole pipeline on one of them meanwhile.
+
+    The pipeline is what leads through the parts, so that its rung does not load their weights a second time. There is
+    none where only some components are built.
+    """
+    checkpoint = prepared.checkpoint
+    rungs = rungs_below(checkpoint, plan, prepared.cache, threads=0)
+    following = dict(zip(plan.parts, plan.parts[1:], strict=False))
+
+    def run(name: str, inputs: Mapping[str, NDArray[Any]] | None) -> dict[str, NDArray[Any]]:
+        part = find_part(plan.parts, name)
+        _expect(checkpoint, following.get(part))
+        made: dict[str, Any] = {}
+        outputs: dict[str, Any] = {}
+        for rung, runner in rungs.items():
+            made[rung] = run_rows(runner, part, recording.inputs(name))
+            if rung == PIPELINE_RUNG and inputs is not None:
+                outputs = runner(name, inputs)
+            let_go(runner)
+        climb_part(ladder, recording, part, plan.scheme(part), 0, made)
+        progress.done("verify", name, f"{len(rungs)} rungs at {name_shapes(plan.shapes)}")
+        return outputs
+
+    if is_complete(checkpoint, plan):
+        return run_pipeline(checkpoint, plan, replace(prepared.settings, steps=1), run)
+    for part in plan.parts:
+        run(part.name, None)
+    return None
+
+
+def _expect(checkpoint: Checkpoint, part: Part | None) -> None:
+    """Have the system read a block's weights while another one is computed."""
+    if part is not None and part.prefix:
+        refs = checkpoint.tensors[part.folder].values()
+        expect_tensors(ref for ref in refs if ref.name.startswith(part.prefix))

@@ -6,13 +6,12 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from fluxkiln.quantize.activation import pack_corrected
 
 from bench.figure import Figure, cpu_seconds, one_core, ratio
 from fluxkiln.quantize.calibration import DEFAULT_BLOCK
 from fluxkiln.quantize.pack import dequantize
-from fluxkiln.quantize.rounding import pack_matrix
-from fluxkiln.quantize.schemes import METHODS, parse_scheme
+from fluxkiln.quantize.rounding import pack_matrix, pack_sided
+from fluxkiln.quantize.schemes import parse_scheme
 from fluxkiln.quantize.statistics import Statistics, gather
 
 WIDTH, GROUP, BLOCK = 3072, 64, DEFAULT_BLOCK
@@ -94,9 +93,9 @@ def _inputs(count: int, seed: int) -> Any:
 
 def _pack(weight: Any, name: str, statistics: Statistics) -> Any:
     scheme = parse_scheme(name)
-    if not METHODS[scheme.method].codes_only:
-        return pack_corrected(weight, scheme, statistics).dequantize(GROUP)
-    return pack_matrix(weight, scheme, statistics if METHODS[scheme.method].calibrated else None)
+    if not scheme.codes_only:
+        return pack_sided(weight, scheme, statistics).dequantize(GROUP)
+    return pack_matrix(weight, scheme, statistics if scheme.calibrated else None)
 
 
 def _errors(weight: Any, name: str, statistics: Statistics, inputs: Any) -> tuple[float, float]:

@@ -24,6 +24,9 @@ GraphFormat = Literal["onnx17", "onnx23", "pt2", "torchscript"]
 # output names, float32. Guidance is left out where the model takes none.
 PartRunner = Callable[[str, "Mapping[str, NDArray[Any]]"], "dict[str, NDArray[Any]]"]
 
+# slot -> its weight in torch's own layout
+WeightReader = Callable[[str], "NDArray[Any]"]
+
 # ends the name of a slot whose weight a template takes transposed
 TRANSPOSED = "__t"
 

@@ -91,8 +91,8 @@ def may_import(own: str, target: str) -> bool:
 
 # To go: what the toolchains' protocol will carry.
 PENDING = {
-    "compile.targets.inf2", "compile.targets.trn1", "compile.templates", "compile.tensors", "compile.corrections",
-    "compile.doctor", "compile.onnx.filled", "compile.onnx.link", "compile.onnx.runner", "compile.onnx.values",
+    "compile.targets.inf2", "compile.targets.trn1", "compile.templates", "compile.tensors",
+    "compile.doctor", "compile.onnx.filled",
     "compile.rungs", "compile.toolchains.neuron.make", "compile.toolchains.neuron.rungs",
     "compile.toolchains.neuron.split",
 }  # fmt: skip

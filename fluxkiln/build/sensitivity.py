@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from fluxkiln.compile.onnx.runner import Filling
-    from fluxkiln.export.bindings import WeightReader
+    from fluxkiln.types import WeightReader
     from fluxkiln.verify.reference import Recording
 
 # what one set of weights makes at each recorded step: output -> array

@@ -23,13 +23,13 @@ from fluxkiln.compile.onnx.filled import weight_matmuls
 from fluxkiln.compile.plan import Plan
 from fluxkiln.compile.templates import make_template, weights_digest
 from fluxkiln.compile.weights import CalibratedSlots, part_calibration, part_rounders, part_statistics
-from fluxkiln.export.bindings import BoundWeights, WeightReader, bind_part, weight_reader
+from fluxkiln.export.bindings import BoundWeights, bind_part, weight_reader
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.quantize.methods import Source, find_method
 from fluxkiln.quantize.rounding import pack_sided
 from fluxkiln.quantize.schemes import Scheme
 from fluxkiln.quantize.side_tensors import PackerOf, SidedWeight, SideTensors, split_slot
-from fluxkiln.types import Part, Template
+from fluxkiln.types import Part, Template, WeightReader
 
 # rows of the weights of one input that what stands beside their codes may be chosen by
 MOST_ROWS = 4096

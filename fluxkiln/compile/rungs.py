@@ -19,12 +19,12 @@ from fluxkiln.compile.plan import Binary, BundleFile, Plan
 from fluxkiln.compile.templates import make_template
 from fluxkiln.compile.toolchains.tpu_mlir.environment import installed
 from fluxkiln.compile.weights import part_rounders
-from fluxkiln.export.bindings import WeightReader, bind_part, weight_reader
+from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.quantize.pack import RounderOf
 from fluxkiln.quantize.rounding import as_compiler
 from fluxkiln.quantize.schemes import Scheme
-from fluxkiln.types import PartRunner, find_part
+from fluxkiln.types import PartRunner, WeightReader, find_part
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -81,8 +81,8 @@ def check_weights(checkpoint: Checkpoint, plan: Plan) -> None:
         fewer = f" or fewer than {lanes}" * plan.target.partial_lanes
         raise SchemeError(
             f"{first.name} has {first.shape[0]} output channels; {plan.target.name} takes codes of a weight with a "
-            f"multiple of {lanes}{fewer}, whatever its groups: ask for {plain}, or leave such weights out of the codes, "
-            f"--scheme '{with_exceptions('SCHEME', refused, plain)}'"
+            f"multiple of {lanes}{fewer}, whatever its groups: ask for {plain}, or leave such weights out of the "
+            f"codes, --scheme '{with_exceptions('SCHEME', refused, plain)}'"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +14,6 @@ from fluxkiln.types import Binding, Part, SlotBinding, TensorRef, TensorSpec, Tr
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-
-# slot -> weight in torch's own layout
-WeightReader = Callable[[str], "NDArray[Any]"]
 
 
 def bind_part(part: Part, slots: tuple[TensorSpec, ...], checkpoint: Checkpoint) -> Binding:

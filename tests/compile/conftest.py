@@ -65,21 +65,21 @@ def link(tiny_checkpoint, tiny_template, tiny_parts, tmp_path):
 
 @pytest.fixture(scope="session")
 def compile_matmul(tpu_mlir, tmp_path_factory):
-    """(width, scheme, CompileJob fields) -> job, result and weight of one matmul [8, width] x [width, 64]."""
+    """(width, scheme, rows, CompileJob fields) -> job, result and weight of one matmul [8, width] x [width, rows]."""
 
     @functools.cache
-    def make(width=128, scheme="F32", **fields):
+    def make(width=128, scheme="F32", rows=64, chip="bm1684x", **fields):
         from fluxkiln.compile.onnx.filled import pour
         from fluxkiln.compile.toolchains.tpu_mlir.compiler import CompileJob, compile_graph
 
         folder = tmp_path_factory.mktemp(f"matmul-{width}-{scheme}")
-        weight = np.random.default_rng(width).standard_normal((64, width)).astype(np.float32)
-        template = write_matmul(folder / "template.onnx", width)
+        weight = np.random.default_rng(width).standard_normal((rows, width)).astype(np.float32)
+        template = write_matmul(folder / "template.onnx", width, rows)
         pour(template, {"x"}, lambda slot: weight, folder / "poured.onnx")
         work = folder / "work"
         work.mkdir()
         job = CompileJob(
-            "matmul", "matmul", folder / "poured.onnx", template, frozenset({"x"}), parse_scheme(scheme), "bm1684x",
+            "matmul", "matmul", folder / "poured.onnx", template, frozenset({"x"}), parse_scheme(scheme), chip,
             **fields,
         )  # fmt: skip
         return job, compile_graph(tpu_mlir, job, work, folder / "log"), weight
@@ -119,9 +119,9 @@ def compile_kind(tpu_mlir, tiny_checkpoint, tiny_template, tiny_parts, tmp_path_
     return make
 
 
-def write_matmul(path, width):
+def write_matmul(path, width, rows=64):
     """A template: x [1, 8, width] times slot w__t."""
-    shapes = {"x": [1, 8, width], "w__t": [width, 64], "y": [1, 8, 64]}
+    shapes = {"x": [1, 8, width], "w__t": [width, rows], "y": [1, 8, rows]}
     values = {name: helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in shapes.items()}
     node = helper.make_node("MatMul", ["x", "w__t"], ["y"])
     graph = helper.make_graph([node], "matmul", [values["x"], values["w__t"]], [values["y"]])

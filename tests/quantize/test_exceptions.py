@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fluxkiln.errors import SchemeError
+from fluxkiln.patches.flux1.model import MODEL
 from fluxkiln.quantize.exceptions import kept_text, matches, parse_exception, parse_kept, weight_name, with_exceptions
 from fluxkiln.quantize.schemes import parse_schemes
 
@@ -15,7 +16,7 @@ def test_exceptions_there_and_back():
     assert [parse_exception(one, "") for one in text.split(",")[1:]] == [
         ("single.proj_out", "BF16"), ("double.attn.*", "BF16"),
     ]  # fmt: skip
-    _, schemes = parse_schemes(text, "BF16")
+    _, schemes = parse_schemes(text, "BF16", MODEL.kinds)
     assert (schemes["single"].name, schemes["double"].name) == ("W4BF16-bf16:proj_out", "W4BF16-bf16:attn.*")
 
 
@@ -24,7 +25,7 @@ def test_what_is_no_exception_is_refused(text):
     with pytest.raises(SchemeError, match=f"exception '{text}' is not PLACE=SCHEME; a place is a kind"):
         parse_exception(text, "a kind")
     with pytest.raises(SchemeError, match="is not PLACE=SCHEME"):
-        parse_schemes(f"W4BF16,{text}", "BF16")
+        parse_schemes(f"W4BF16,{text}", "BF16", MODEL.kinds)
 
 
 def test_patterns_in_a_name():

@@ -11,8 +11,7 @@ import numpy as np
 from fluxkiln.compile.toolchains.tpu_mlir.gelu import fuse_tanh_gelu
 from fluxkiln.compile.toolchains.tpu_mlir.order import small_work_first
 from fluxkiln.errors import CompileError
-from fluxkiln.export.bindings import WeightReader
-from fluxkiln.types import TRANSPOSED
+from fluxkiln.types import TRANSPOSED, WeightReader
 
 if TYPE_CHECKING:
     import onnx_ir as ir

@@ -25,9 +25,9 @@ from fluxkiln.types import Binding, SlotBinding, Template, TensorRef
 if TYPE_CHECKING:
     from onnx import NodeProto, TensorProto
 
-    from fluxkiln.export.bindings import WeightReader
     from fluxkiln.quantize.pack import RounderOf
     from fluxkiln.quantize.side_tensors import PackerOf
+    from fluxkiln.types import WeightReader
 
 # operations that move a weight without computing: done before the cast, so that only what they keep is cast
 _MOVES = ("Gather", "Slice")

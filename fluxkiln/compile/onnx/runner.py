@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 
 from fluxkiln.compile.onnx.session import make_session, run_session
 from fluxkiln.errors import CompileError
-from fluxkiln.export.bindings import WeightReader
-from fluxkiln.types import TRANSPOSED, Template
+from fluxkiln.types import TRANSPOSED, Template, WeightReader
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto

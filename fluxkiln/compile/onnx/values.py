@@ -13,8 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fluxkiln.compile.onnx.session import make_session
-from fluxkiln.export.bindings import WeightReader
-from fluxkiln.types import TRANSPOSED
+from fluxkiln.types import TRANSPOSED, WeightReader
 
 if TYPE_CHECKING:
     from onnx import ModelProto

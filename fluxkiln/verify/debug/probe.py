@@ -15,9 +15,9 @@ from fluxkiln.compile.plan import Binary, Plan
 from fluxkiln.compile.rungs import dequantized_rung
 from fluxkiln.compile.templates import make_template
 from fluxkiln.compile.weights import part_rounders
-from fluxkiln.export.bindings import WeightReader, bind_part, weight_reader
+from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.export.checkpoint import Checkpoint
-from fluxkiln.types import GraphFormat, Part, Template
+from fluxkiln.types import GraphFormat, Part, Template, WeightReader
 from fluxkiln.verify.debug.bisect import (
     Finding,
     Range,

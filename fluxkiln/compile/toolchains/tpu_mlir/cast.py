@@ -19,9 +19,9 @@ from fluxkiln.compile.toolchains.tpu_mlir.bmodel import Span, read_bmodel
 from fluxkiln.compile.toolchains.tpu_mlir.coefficients import CoefficientMap, Placement
 from fluxkiln.compile.toolchains.tpu_mlir.forms import FormMaker, SlotRows
 from fluxkiln.errors import CompileError
-from fluxkiln.export.bindings import WeightReader
 from fluxkiln.quantize.pack import RounderOf
 from fluxkiln.quantize.rounding import as_compiler
+from fluxkiln.types import WeightReader
 
 Blocks = Iterator[NDArray[np.uint8]]
 

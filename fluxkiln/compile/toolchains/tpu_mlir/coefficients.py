@@ -24,8 +24,7 @@ from numpy.typing import NDArray
 from fluxkiln.compile.toolchains.tpu_mlir.bmodel import Net, read_bmodel
 from fluxkiln.compile.toolchains.tpu_mlir.forms import Form, FormMaker, SlotRows, candidates, form_bytes
 from fluxkiln.errors import CompileError
-from fluxkiln.export.bindings import WeightReader
-from fluxkiln.types import TRANSPOSED, TensorSpec
+from fluxkiln.types import TRANSPOSED, TensorSpec, WeightReader
 
 ALIGNMENT = 4096
 # of all constants of a kind, compressed: tables and masks shrink, a weight that was taken for one would not

@@ -167,8 +167,8 @@ def _check(job: CompileJob, matmuls: list[WeightMatMul], folder: Path) -> Compil
     if quantized != expected:
         raise CompileError(
             f"{job.net}: {quantized} weights are stored in {job.scheme.weight_bits} bits, scheme {job.scheme.name} "
-            f"asks for {expected}; the compiler left some rows or a matmul unquantized: leave what it does not take out of the scheme, "
-            "KIND.WEIGHT=BF16"
+            f"asks for {expected}; the compiler left a matmul, or rows of one, unquantized: choose a group size that "
+            "divides its width, or leave it out of the codes, KIND.WEIGHT=BF16"
         )
     check_fusions(job.kind, text, job.net)
     check_gelus(count_gelus(job.graph), text, job.net)

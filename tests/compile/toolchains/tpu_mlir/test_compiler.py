@@ -13,6 +13,7 @@ import torch
 from transformers.activations import NewGELUActivation
 
 from fluxkiln.compile.onnx.filled import pour
+from fluxkiln.compile.targets import find_target
 from fluxkiln.compile.templates import make_template
 from fluxkiln.compile.toolchains.tpu_mlir import compiler as adapter
 from fluxkiln.compile.toolchains.tpu_mlir.compiler import CompileJob, check_fusions, compile_graph, f32_table
@@ -46,6 +47,21 @@ def test_silent_fallback_to_bf16_is_caught(compile_matmul, monkeypatch):
     monkeypatch.setattr(adapter, "check_groups", lambda *_: None)
     with pytest.raises(CompileError, match=r"matmul: 0 weights are stored in 4 bits, scheme W4BF16 asks for 6144"):
         compile_matmul(96, "W4BF16")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["W4BF16-g32", "W8BF16"])
+@pytest.mark.parametrize(
+    ("chip", "rows"),
+    [("bm1684x", 48), ("bm1684x", 96), ("bm1684x", 192), ("bm1688", 24), ("bm1688", 48), ("bm1688", 96)],
+)
+def test_output_channels_that_a_target_takes_are_the_compilers(compile_matmul, chip, rows, scheme):
+    """What `Target.takes_codes` says, compiled: others are cut, and the rest left in BF16, or the compiler fails."""
+    if find_target(chip).takes_codes(rows):
+        assert compile_matmul(128, scheme, rows, chip)[1].facts["quantized_weights"] == 128 * rows
+        return
+    with pytest.raises(CompileError, match="matmul deploy: the compiler failed|left a matmul, or rows of one"):
+        compile_matmul(128, scheme, rows, chip)
 
 
 def test_every_weight_of_a_quantized_matmul_is_counted(compile_matmul):

@@ -16,7 +16,8 @@ OVERHEAD, LOADING = 0.03, 2.0
 _BUNDLE = """
 import json, os, sys, time
 from pathlib import Path
-from fluxkiln.generate.bundle import open_bundle, open_executor
+from fluxkiln.compile.bundle import open_bundle
+from fluxkiln.compile.toolchain import open_executor
 from fluxkiln.generate.painter import Painter
 
 folder, steps = Path(sys.argv[1]), int(sys.argv[2])

@@ -16,7 +16,7 @@ from fluxkiln.artifacts.store import open_store
 from fluxkiln.build.finish import HOST_CONSTANTS
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.export.eager import PatchedRunner
-from fluxkiln.generate.bundle import CONFIGS, Bundle, open_bundle
+from fluxkiln.compile.bundle import CONFIGS, Bundle, open_bundle
 from fluxkiln.patches.flux1.host import host_constants
 from fluxkiln.patches.flux1.kinds import list_parts
 from fluxkiln.types import Component, Shapes

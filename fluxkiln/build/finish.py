@@ -17,6 +17,7 @@ from fluxkiln.artifacts.code import package_version
 from fluxkiln.artifacts.modelpack import store_bundle
 from fluxkiln.artifacts.store import Blob
 from fluxkiln.build.loras import lora_facts
+from fluxkiln.compile.bundle import CONFIGS, HOST_CONSTANTS
 from fluxkiln.compile.plan import Binary, Made
 from fluxkiln.compile.templates import host_constants
 from fluxkiln.compile.toolchain import toolchain_of
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from fluxkiln.build.make import BuildResult
     from fluxkiln.build.verification import Parity
     from fluxkiln.verify.reference import Recording
-
-HOST_CONSTANTS = "host/constants.safetensors"
 
 
 def build_action(prepared: Prepared) -> Action:
@@ -166,9 +165,9 @@ def bundle_files(prepared: Prepared, made: Made, work: Path) -> dict[str, Blob |
         constants,
     )
     sources[HOST_CONSTANTS] = constants
-    configs = work / "configs.json"
+    configs = work / CONFIGS
     configs.write_text(json.dumps(checkpoint.configs, indent=1, sort_keys=True))
-    sources["configs.json"] = configs
+    sources[CONFIGS] = configs
     sources["LICENSE"] = checkpoint.licence or _licence_note(prepared, work)
     return sources
 

@@ -17,6 +17,7 @@ from fluxkiln.artifacts.bundle import heal_bundle
 from fluxkiln.artifacts.locks import build_lock
 from fluxkiln.build.context import Prepared, outline, prepare, unwritten_bytes
 from fluxkiln.compile.plan import Binary, BundleFile, Plan
+from fluxkiln.compile.toolchain import toolchain_of
 from fluxkiln.compile.toolchains.tpu_mlir.cast_file import cast_file
 from fluxkiln.compile.toolchains.tpu_mlir.compilation import compile_parts
 from fluxkiln.compile.toolchains.tpu_mlir.devices import group_parts, plan_devices

@@ -9,40 +9,23 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.build.budget import replayed_shapes
 from fluxkiln.compile.jobs import available_memory
-from fluxkiln.compile.plan import Binary, Plan
-from fluxkiln.compile.templates import count_elements, find_template, net_name
-from fluxkiln.compile.tensors import part_bytes, part_refs, search_memory, stored_bytes
-from fluxkiln.compile.toolchains.neuron.modules import lower_action, module_name
-from fluxkiln.compile.toolchains.neuron.rungs import LARGEST_PART
-from fluxkiln.compile.toolchains.neuron.split import shard_action
-from fluxkiln.compile.toolchains.tpu_mlir.cast_file import CAST_MEMORY, combine_action, part_action
-from fluxkiln.compile.toolchains.tpu_mlir.devices import group_parts, lay_files, plan_devices
-from fluxkiln.compile.toolchains.tpu_mlir.moulds import (
-    Mould,
-    cast_part,
-    compile_action,
-    compile_memory,
-    compile_part,
-    find_mould,
-)
-from fluxkiln.compile.toolchains.tpu_mlir.proof import needs_proof, proof_part
+from fluxkiln.compile.plan import Job, Plan
+from fluxkiln.compile.templates import count_elements
+from fluxkiln.compile.tensors import part_bytes, part_refs, stored_bytes
+from fluxkiln.compile.toolchain import TRACE_MEMORY, toolchain_of
 from fluxkiln.errors import ResourceError
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.settings import Settings
-from fluxkiln.types import GraphFormat, Part, Template
 
 if TYPE_CHECKING:
     from fluxkiln.build.context import Prepared
 
-# torch, diffusers and the exporter in one process
-TRACE_MEMORY = 1 << 30
 # 0.1 s of quantization per 50 million weights and 3 s of starting a compiler, measured on two cores
 COMPILE_SECONDS, COMPILE_SECONDS_PER_WEIGHT = 3.0, 1e-7
 CAST_SECONDS, CAST_SECONDS_PER_WEIGHT = 0.2, 4e-9
@@ -51,28 +34,6 @@ TRACE_SECONDS, RECORD_SECONDS, CALL_SECONDS = 1.5, 8.0, 1.0
 SMALL_FILES = 20 << 20
 # The chip's kernel module, which every bmodel brings along whatever its weights.
 KERNEL_BYTES = 6 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One job of a build. `what` is a part, a kind or a file; `weights` how many numbers it works on.
-
-    `estimate_ms` is how long the compiler expects one run of a mould of the store to take on the chip.
-    """
-
-    stage: str
-    what: str
-    kind: str
-    scheme: str
-    memory_bytes: int
-    in_store: bool
-    weights: int = 0
-    estimate_ms: float | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        shown = asdict(self)
-        del shown["weights"]
-        return shown
 
 
 def plan_build(prepared: Prepared) -> dict[str, Any]:
@@ -87,7 +48,7 @@ def plan_build(prepared: Prepared) -> dict[str, Any]:
     return {
         "name": prepared.name,
         "target": prepared.plan.target.name,
-        "jobs": [job.to_json() for job in jobs],
+        "jobs": [{name: value for name, value in asdict(job).items() if name != "weights"} for job in jobs],
         "totals": {
             "jobs": len(jobs),
             "to_do": len(todo),
@@ -95,15 +56,9 @@ def plan_build(prepared: Prepared) -> dict[str, Any]:
             "disk_bytes": disk_bytes(prepared, todo),
             "seconds": round(estimate_seconds(prepared, todo)),
         },
-        "devices": _devices(prepared.checkpoint, prepared.plan, prepared.cache),
+        "devices": toolchain_of(prepared.plan.target).devices(prepared.checkpoint, prepared.plan, prepared.cache),
         "refused": _refusal(prepared),
     }
-
-
-def _devices(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> dict[str, Any]:
-    if not plan.target.device_bytes or plan.layout is not None:
-        return {}
-    return lay_files(plan, group_parts(plan, _known_or_lightest(checkpoint, plan, cache))).to_json()
 
 
 def _refusal(prepared: Prepared) -> str:
@@ -119,147 +74,19 @@ def list_jobs(prepared: Prepared) -> list[Job]:
     from fluxkiln.build.finish import build_action
 
     checkpoint, plan, cache = prepared.checkpoint, prepared.plan, prepared.cache
-    if plan.layout is not None:
-        jobs = split_jobs(checkpoint, plan, cache)
-    else:
-        jobs = (
-            compile_jobs(checkpoint, plan, cache, prepared.settings)
-            if plan.target.toolchain == "tpu_mlir"
-            else link_jobs(checkpoint, plan, cache)
-        )
+    toolchain = toolchain_of(plan.target)
+    jobs = toolchain.jobs(checkpoint, plan, cache, prepared.settings)
     finished = cache.lookup(build_action(prepared).key) is not None
     weights = count_elements(ref for part in plan.parts for ref in part_refs(checkpoint, plan, part))
     if prepared.settings.verify:
         largest = max(count_elements(part_refs(checkpoint, plan, part)) for part in plan.parts)
-        if plan.layout is not None:  # the reference runs block by block, and larger parts are not executed
-            largest = min(largest, LARGEST_PART // 4)
+        if toolchain.largest_part:  # the reference runs block by block, and larger parts are not executed
+            largest = min(largest, toolchain.largest_part // 4)
         # one part's weights in float32, and the next one's
         jobs.append(Job("record", "reference run", "", "F32", TRACE_MEMORY + 8 * largest, finished, weights))
         jobs.append(Job("verify", "parity ladder", "", "", 2 * TRACE_MEMORY + 8 * largest, finished, weights))
     jobs.append(Job("bundle", prepared.name, "", "", 0, finished, weights))
     return jobs
-
-
-def split_jobs(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> list[Job]:
-    """Jobs of a target that cuts the model: modules, every part's shards, the compiler where there is one."""
-    modules = {module_name(part): lower_action(checkpoint, plan, part).key for part in plan.parts}
-    jobs = [
-        Job("lower", name, "", "BF16", TRACE_MEMORY, cache.lookup(key) is not None) for name, key in modules.items()
-    ]
-    for part in plan.parts:
-        weights = count_elements(part_refs(checkpoint, plan, part))
-        known = bool(checkpoint.digests) and cache.lookup(shard_action(checkpoint, plan, part).key) is not None
-        jobs.append(Job("shard", part.name, part.kind, "BF16", CAST_MEMORY, known, weights))
-    return jobs
-
-
-def link_jobs(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> list[Job]:
-    """Jobs of a target that runs the graphs as they are."""
-    jobs = [template_job(checkpoint, plan, cache, kind, plan.target.graph_format) for kind in plan.kinds()]
-    for part in plan.parts:
-        weights = count_elements(part_refs(checkpoint, plan, part))
-        # Linking is not a cached action: it takes the time of a copy.
-        jobs.append(
-            Job(
-                "link",
-                part.name,
-                part.kind,
-                plan.scheme(part).name,
-                search_memory(checkpoint, plan, part) + CAST_MEMORY,
-                False,
-                weights,
-            )
-        )
-    return jobs
-
-
-def compile_jobs(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, settings: Settings) -> list[Job]:
-    """Jobs of a target with a compiler: templates, moulds, proofs, parts without a mould, combined shells, casts."""
-    templates, made, cast = [], [], []
-    known: list[Binary] = []
-    for kind in plan.kinds():
-        template = find_template(checkpoint, plan, cache, kind, plan.target.graph_format)
-        templates.append(
-            template_job(checkpoint, plan, cache, kind, plan.target.graph_format, known=template is not None)
-        )
-        parts = [part for part in plan.parts if part.kind == kind]
-        weights = count_elements(template.slots if template else part_refs(checkpoint, plan, parts[0]))
-        mould = find_mould(checkpoint, plan, cache, template) if template else None
-        scheme, memory = plan.schemes[kind].name, compile_memory(weights)
-        spent: Any = mould.result.facts.get("estimate_ms") if mould else None
-        made.append(Job("mould", f"mould {kind}", kind, scheme, memory, mould is not None, weights, spent))
-        if mould is not None and not mould.castable:
-            made += [compile_job(checkpoint, plan, cache, part, template) for part in parts]
-        elif settings.prove or needs_proof(cache, mould):
-            made.append(compile_job(checkpoint, plan, cache, proof_part(parts, settings.seed), template))
-        for part in parts:
-            binary = _find_binary(checkpoint, plan, cache, part, template, mould)
-            in_store = binary is not None and cache.lookup(part_action(checkpoint, plan, cache, binary).key) is not None
-            cast.append(
-                Job(
-                    "cast",
-                    part.name,
-                    kind,
-                    scheme,
-                    search_memory(checkpoint, plan, part) + CAST_MEMORY,
-                    in_store,
-                    weights,
-                )
-            )
-            known += [binary] if binary is not None else []
-    return [*templates, *made, *_combine_jobs(plan, cache, known), *cast]
-
-
-def _combine_jobs(plan: Plan, cache: ActionCache, known: list[Binary]) -> list[Job]:
-    if len(known) == len(plan.parts):
-        order = {part.name: index for index, part in enumerate(plan.parts)}
-        groups = group_parts(plan, tuple(sorted(known, key=lambda binary: order[binary.part.name])))
-        keys = {name: combine_action(plan, name, parts).key for name, parts in groups.items()}
-        return [_combine_job(name, cache.lookup(key) is not None) for name, key in keys.items()]
-    # Into how many files an unquantized transformer is cut depends on measured sizes.
-    components = dict.fromkeys(part.component for part in plan.parts)
-    return [_combine_job("vae_decoder.bmodel" if name == "vae" else f"{name}.bmodel") for name in components]
-
-
-def _combine_job(name: str, known: bool = False) -> Job:
-    return Job("combine", name, "", "", 0, known)
-
-
-def _find_binary(
-    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, template: Template | None, mould: Mould | None
-) -> Binary | None:
-    """What a part's binary is made of, if that is in the store."""
-    if template is None or mould is None or not checkpoint.digests:
-        return None
-    if mould.castable:
-        return cast_part(plan, part, mould)
-    known = cache.lookup(compile_action(checkpoint, plan, cache, part, template).key) is not None
-    return compile_part(checkpoint, plan, cache, part, template) if known else None
-
-
-def template_job(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    cache: ActionCache,
-    kind: str,
-    graph_format: GraphFormat,
-    known: bool | None = None,
-) -> Job:
-    """The job that traces a kind."""
-    if known is None:
-        known = find_template(checkpoint, plan, cache, kind, graph_format) is not None
-    return Job("template", f"{kind} {graph_format}", kind, "", TRACE_MEMORY, known)
-
-
-def compile_job(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, template: Template | None) -> Job:
-    """The job that compiles a part with its own weights."""
-    weights = count_elements(template.slots if template else part_refs(checkpoint, plan, part))
-    known = (
-        template is not None
-        and bool(checkpoint.digests)
-        and cache.lookup(compile_action(checkpoint, plan, cache, part, template).key) is not None
-    )
-    return Job("compile", part.name, part.kind, plan.scheme(part).name, compile_memory(weights), known, weights)
 
 
 def check_resources(prepared: Prepared) -> None:
@@ -268,36 +95,10 @@ def check_resources(prepared: Prepared) -> None:
     Raises:
         ResourceError: which of them, what is there and what is needed.
     """
-    check_devices(prepared.checkpoint, prepared.plan, prepared.cache)
+    toolchain_of(prepared.plan.target).check(prepared.checkpoint, prepared.plan, prepared.cache)
     jobs = [job for job in list_jobs(prepared) if not job.in_store]
     check_disk(prepared, jobs)
     check_memory(jobs)
-
-
-def check_devices(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> None:
-    """Refuse weights that no way of loading gets onto the devices; instructions and run-time memory come on top."""
-    if plan.target.device_bytes and plan.layout is None:
-        plan_devices(plan, group_parts(plan, _known_or_lightest(checkpoint, plan, cache)))
-
-
-def _known_or_lightest(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> list[Binary]:
-    """Every part with the facts of its mould, or with nothing but its weights."""
-    moulds: dict[str, Mould | None] = {}
-    for kind in plan.kinds():
-        template = find_template(checkpoint, plan, cache, kind, plan.target.graph_format)
-        moulds[kind] = find_mould(checkpoint, plan, cache, template) if template else None
-    return [
-        Binary(part, net_name(part), plan.scheme(part), mould.result.facts, "planned")
-        if (mould := moulds[part.kind]) is not None
-        else _lightest(checkpoint, plan, part)
-        for part in plan.parts
-    ]
-
-
-def _lightest(checkpoint: Checkpoint, plan: Plan, part: Part) -> Binary:
-    size = part_bytes(checkpoint, plan, part)
-    facts = {"weight_bytes": size, "instruction_bytes": 0, "runtime_bytes": 0}
-    return Binary(part, net_name(part), plan.scheme(part), facts, "planned")
 
 
 def check_memory(todo: Iterable[Job]) -> None:
@@ -374,7 +175,9 @@ def disk_bytes(prepared: Prepared, todo: Iterable[Job]) -> int:
     if "verify" in stages:
         # one part at a time: the weights of the interpreter, and those of a graph in float32
         working.append(
-            8 * max(count_elements(part_refs(checkpoint, plan, part)) for part in plan.parts) * (plan.layout is None)
+            8
+            * max(count_elements(part_refs(checkpoint, plan, part)) for part in plan.parts)
+            * (not toolchain_of(plan.target).any_shapes)
         )
         shapes = replayed_shapes(checkpoint, plan)
         steps = settings.steps if shapes == plan.shapes else 1

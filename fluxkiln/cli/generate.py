@@ -18,7 +18,7 @@ from fluxkiln.settings import read_prompts
 from fluxkiln.verify.report.wording import size as size_text
 
 if TYPE_CHECKING:
-    from fluxkiln.generate.bundle import Bundle
+    from fluxkiln.compile.bundle import Bundle
     from fluxkiln.generate.painter import Painter, Picture, Request
 
 _path = click.Path(path_type=Path)
@@ -108,7 +108,8 @@ def generate(
         raise UsageError(f"--rows {rows}: there will be {count_text(count, 'image')}; give from 1 to {count}")
     saved = _place(out, count)
     checked = check_size(size)
-    from fluxkiln.generate.bundle import open_bundle, open_executor
+    from fluxkiln.compile.bundle import open_bundle
+    from fluxkiln.compile.toolchain import open_executor
     from fluxkiln.generate.painter import Painter, Request, check_request
     from fluxkiln.progress import Laps
 

@@ -39,7 +39,8 @@ def serve(output: Output, bundle: Path, host: str, port: int, executor: str | No
     it. Ctrl-C ends the page.
     """
     with listen(host, port) as listening:
-        from fluxkiln.generate.bundle import open_bundle, open_executor
+        from fluxkiln.compile.bundle import open_bundle
+        from fluxkiln.compile.toolchain import open_executor
         from fluxkiln.generate.page import LOOPBACK, make_app
         from fluxkiln.generate.painter import Painter
         from fluxkiln.generate.server import Studio, find_reference

@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fluxkiln.artifacts.actions import ActionCache
-from fluxkiln.artifacts.manifest import Manifest
 from fluxkiln.compile import toolchains
-from fluxkiln.compile.executor import Executor, Net
-from fluxkiln.compile.plan import Binary, Job, Made, Plan
+from fluxkiln.compile.bundle import Bundle
+from fluxkiln.compile.executor import Executor
+from fluxkiln.compile.plan import Job, Made, Plan
 from fluxkiln.compile.target import Target
 from fluxkiln.errors import UsageError
 from fluxkiln.export.checkpoint import Checkpoint
-from fluxkiln.patches.model import Model
 from fluxkiln.plugins import find_plugins
 from fluxkiln.progress import Laps, Progress
 from fluxkiln.settings import Settings
@@ -62,18 +61,6 @@ class ToolStatus:
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
-    """A bundle as an executor is opened on it. `parts` are in the order they run, `nets` the same by name."""
-
-    folder: Path
-    manifest: Manifest
-    target: Target
-    model: Model
-    parts: tuple[Part, ...]
-    nets: Mapping[str, Net]
-
-
-@dataclass(frozen=True, slots=True)
 class Climb:
     """What runs the parts of a build at each rung.
 
@@ -107,6 +94,7 @@ class Toolchain(Protocol):
         executors: what runs its bundles, the default first.
         compiler_stages: stages of actions in which the compiler runs; travelling: those whose results `mould export`
             carries to machines that have no compiler.
+        largest_part: bytes of float32 weights of the largest part that its rungs execute; 0 for any.
         any_shapes: `climb` runs parts of any size at smaller shapes than those of the build.
     """
 
@@ -118,6 +106,7 @@ class Toolchain(Protocol):
     compiler_stages: tuple[str, ...] = ()
     travelling: tuple[str, ...] = ()
     any_shapes: bool = False
+    largest_part: int = 0
 
     # Before anything is made.
 
@@ -139,6 +128,7 @@ class Toolchain(Protocol):
 
     def check(self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> None:
         """Raise ResourceError where the devices cannot hold the model, SchemeError where the compiler refuses."""
+        return
 
     def jobs(self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, settings: Settings) -> list[Job]:
         """What `make` will do, and which of it the store has."""
@@ -174,6 +164,7 @@ class Toolchain(Protocol):
 
     def read_back(self, ladder: Ladder, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, made: Made) -> None:
         """Rows on what is stored in the bundle's files, where it can be read back without being run."""
+        return
 
     def look(
         self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, call: Recorded, progress: Progress
@@ -192,8 +183,9 @@ class Toolchain(Protocol):
 
     def refuse_incomplete(self, missing: str, bundle: Path) -> None:
         """Raise ToolchainError with the next step, at the end of a build that lacks what is `missing` here."""
+        return
 
-    def open_executor(self, bundle: Opened, name: str | None, options: Mapping[str, Any]) -> Executor:
+    def open_executor(self, bundle: Bundle, name: str | None, options: Mapping[str, Any]) -> Executor:
         """What runs a bundle's parts; UsageError where it cannot, ToolchainError where something is not installed."""
 
     def doctor(self) -> Sequence[ToolStatus]:
@@ -226,6 +218,23 @@ def toolchain_of(target: Target) -> Toolchain:
     return find_toolchain(target.toolchain)
 
 
-def net_of(binaries: Sequence[Binary]) -> dict[str, Binary]:
-    """Part -> its binary."""
-    return {binary.part.name: binary for binary in binaries}
+def open_executor(bundle: Bundle, name: str | None = None, **options: Any) -> Executor:
+    """What runs a bundle's parts.
+
+    Args:
+        name: of its toolchain's executors, the default for the bundle if None.
+        options: `threads` of ONNX Runtime, 0 for what it thinks best; `device` of a board; `fast`: activations of
+            packed weights are rounded to 8 bits.
+
+    Raises:
+        UsageError: it cannot run this bundle, or not so. ToolchainError: its library, device or compiled files are
+        missing.
+    """
+    legal = toolchain_of(bundle.target).executors
+    if name is not None and name not in legal:
+        known = [one for toolchain in all_toolchains().values() for one in toolchain.executors]
+        rule = f"a bundle for {bundle.target.name} is run by {' or '.join(legal)}"
+        raise UsageError(
+            f"executor {name}: {rule}" + ("" if name in known else f"; there are {', '.join(known)} in all")
+        )
+    return toolchain_of(bundle.target).open_executor(bundle, name, options)

@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from fluxkiln.compile.bundle import Bundle
 from fluxkiln.compile.executor import Executor
 from fluxkiln.errors import ShapeError, UsageError
-from fluxkiln.generate.bundle import Bundle, components_to_release
 from fluxkiln.patches.pipeline import GUIDANCE_SCALE, PartChain, PipelineFiles, quiet
 from fluxkiln.progress import Laps, Progress, Silent
 from fluxkiln.settings import MOST_SEED
@@ -312,7 +312,7 @@ def paint(
         progress.done("encode", repr(prompt[0][:40]), "encoded")
     for note in dict.fromkeys(note for one in encoded.values() for note in one.notes):
         progress.note(note)
-    for component in components_to_release(bundle):
+    for component in bundle.model.tokenizers:
         executor.release(component)
     laps.lap("encode")
     executor.load("transformer")

@@ -12,7 +12,7 @@ from fluxkiln.errors import UsageError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from fluxkiln.generate.bundle import Bundle
+    from fluxkiln.compile.bundle import Bundle
     from fluxkiln.generate.painter import Request
 
 MARGIN = 8  # pixels between the images of a grid

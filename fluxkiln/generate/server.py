@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from fluxkiln.compile.bundle import Bundle
 from fluxkiln.errors import FluxkilnError, ResourceError, UsageError
-from fluxkiln.generate.bundle import Bundle
 from fluxkiln.generate.painter import Painter, Request, Step, check_request, default_steps, paint
 from fluxkiln.generate.pictures import describe_picture, png_bytes
 from fluxkiln.patches.pipeline import GUIDANCE_SCALE

@@ -165,7 +165,7 @@ def test_serve_ends_with_an_interrupt(folder, repository, tmp_path):
     pytest.importorskip("uvicorn", reason="the extra serve is not installed")
     script = (
         "import sys; sys.argv = ['fluxkiln', *sys.argv[1:]]\n"
-        "import fluxkiln.generate.bundle as e, fluxkiln.cli.main as m\n"
+        "import fluxkiln.compile.bundle as e, fluxkiln.cli.main as m\n"
         "from pathlib import Path\n"
         "from types import SimpleNamespace\n"
         "e.open_executor = lambda bundle, *_, **__: SimpleNamespace(name='none', facts={'runtime': 'a', 'device': 'b'},"

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from fluxkiln.artifacts.actions import ActionCache
+from fluxkiln.compile.bundle import Bundle
 from fluxkiln.compile.executor import Executor
 from fluxkiln.compile.plan import Binary, BundleFile, Job, Made, Plan
 from fluxkiln.compile.rungs import rungs_below
 from fluxkiln.compile.templates import count_elements, find_template, make_template, tell_template
 from fluxkiln.compile.tensors import part_refs, search_memory
-from fluxkiln.compile.toolchain import API, TRACE_MEMORY, Climb, Opened, Rungs, Toolchain, ToolStatus, Work
+from fluxkiln.compile.toolchain import API, TRACE_MEMORY, Climb, Rungs, Toolchain
 from fluxkiln.errors import UsageError
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.progress import Laps, Progress
@@ -98,10 +99,7 @@ class OnnxRuntime(Toolchain):
         rung = "executed" if plan.quantized else "onnxruntime"
         yield {rung: OrtExecutor(made.own, components, spin=True, most_open=most_open)}
 
-    def can_execute(self, work: Work) -> bool:
-        return True
-
-    def open_executor(self, bundle: Opened, name: str | None, options: Mapping[str, Any]) -> Executor:
+    def open_executor(self, bundle: Bundle, name: str | None, options: Mapping[str, Any]) -> Executor:
         from fluxkiln.compile.executor import require_file
         from fluxkiln.compile.toolchains.onnxruntime.executor import OrtExecutor
 
@@ -110,14 +108,12 @@ class OnnxRuntime(Toolchain):
             raise UsageError(
                 "--fast: it is for packed weights (W4BF16) on ort, and this is ort with no packed weights; leave it out"
             )
-        for net in bundle.nets.values():
+        nets = bundle.nets
+        for net in nets.values():
             require_file(net)
-        graphs = {part: net.file for part, net in bundle.nets.items()}
-        components = {part: net.component for part, net in bundle.nets.items()}
+        graphs = {part: net.file for part, net in nets.items()}
+        components = {part: net.component for part, net in nets.items()}
         return OrtExecutor(graphs, components, threads=int(options.get("threads") or 0), fast=fast)
-
-    def doctor(self) -> Sequence[ToolStatus]:
-        return ()
 
 
 TOOLCHAIN = OnnxRuntime()

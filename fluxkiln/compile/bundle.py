@@ -1,10 +1,10 @@
-"""A bundle opened to be run: checked, its configs and constants read, and an executor for its target."""
+"""A bundle opened to be run: checked, its configs and constants read."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fluxkiln.artifacts.bundle import read_manifest
 from fluxkiln.artifacts.manifest import FileEntry, Manifest
 from fluxkiln.artifacts.paths import MANIFEST_FILE, resolve_inside
-from fluxkiln.build.finish import HOST_CONSTANTS
-from fluxkiln.compile.executor import Executor, Net
+from fluxkiln.compile.executor import Net
 from fluxkiln.compile.target import Target
 from fluxkiln.compile.targets import find_target
 from fluxkiln.errors import IntegrityError, UsageError
@@ -23,19 +22,13 @@ from fluxkiln.files import digest_file
 from fluxkiln.patches.model import Model
 from fluxkiln.patches.registry import model_of_configs
 from fluxkiln.progress import Progress, Silent
-from fluxkiln.quantize.schemes import parse_scheme
 from fluxkiln.types import Kind, Part
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 CONFIGS = "configs.json"
-# toolchain -> its executors, the default first
-EXECUTORS: Mapping[str, tuple[str, ...]] = {
-    "onnxruntime": ("ort",),
-    "tpu_mlir": ("cmodel", "sail"),
-    "neuron": ("neuron", "replicas"),
-}
+HOST_CONSTANTS = "host/constants.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +53,17 @@ class Bundle:
     def parts(self) -> tuple[Part, ...]:
         """All parts in the order they run."""
         return tuple(Part(entry.name, self.model.kinds[entry.kind]) for entry in self.manifest.parts)
+
+    @property
+    def nets(self) -> dict[str, Net]:
+        """Part -> its net."""
+        return {
+            entry.name: Net(
+                entry.name, self.model.kinds[entry.kind], resolve_inside(self.folder, entry.file), entry.net,
+                entry.inputs, entry.outputs, entry.size,
+            )
+            for entry in self.manifest.parts
+        }  # fmt: skip
 
     @property
     def takes_guidance(self) -> bool:
@@ -122,93 +126,6 @@ def check_files(folder: Path, manifest: Manifest, digest: str, progress: Progres
                 raise IntegrityError(f"{folder / entry.path} {fault}; build or fetch the bundle again")
             progress.done("check", entry.path, "as the manifest says")
     _write_memo(folder, digest, states)
-
-
-def choose_executor(bundle: Bundle, name: str | None = None) -> str:
-    """The executor called `name`, or the default for the bundle: what it is compiled for, else what can stand in.
-
-    Raises:
-        UsageError: no such executor, or it cannot run this target.
-    """
-    legal = EXECUTORS[bundle.target.toolchain]
-    if name is None:
-        compiled = bundle.target.toolchain != "neuron" or (bundle.folder / "neff").is_dir()
-        return legal[0] if compiled else "replicas"
-    if name not in legal:
-        known = [one for names in EXECUTORS.values() for one in names]
-        rule = f"a bundle for {bundle.target.name} is run by {' or '.join(legal)}"
-        raise UsageError(
-            f"executor {name}: {rule}" + ("" if name in known else f"; there are {', '.join(known)} in all")
-        )
-    return name
-
-
-def open_executor(
-    bundle: Bundle, name: str | None = None, *, threads: int = 0, device: int = 0, fast: bool = False
-) -> Executor:
-    """What runs a bundle's parts.
-
-    Args:
-        name: of EXECUTORS; by default as `choose_executor`.
-        threads: of `ort`; 0 leaves it to ONNX Runtime. device: of `sail`.
-        fast: of `ort` with packed weights; activations are rounded to 8 bits (see `compile/onnx/fast.py`).
-
-    Raises:
-        UsageError: it cannot run this bundle, or not so. ToolchainError: its library, device or compiled files are
-        missing.
-    """
-    chosen = choose_executor(bundle, name)
-    nets = list_nets(bundle)
-    manifest = bundle.manifest
-    packed = sorted({entry.scheme for entry in manifest.parts if parse_scheme(entry.scheme).weight_bits})
-    if fast and (chosen != "ort" or not packed):
-        raise UsageError(
-            f"--fast: it is for packed weights (W4BF16) on ort, and this is {chosen} with "
-            f"{', '.join(packed) or 'no packed weights'}; leave it out"
-        )
-    if chosen == "ort":
-        from fluxkiln.compile.toolchains.onnxruntime.executor import OrtExecutor
-
-        return OrtExecutor(nets, threads=threads, fast=fast)
-    if chosen == "cmodel":
-        from fluxkiln.compile.toolchains.tpu_mlir.cmodel import CmodelExecutor
-
-        schemes = {entry.name: entry.scheme for entry in manifest.parts}
-        return CmodelExecutor(nets, bundle.target.chip, bundle.model, manifest.shapes, schemes)
-    if chosen == "sail":
-        from fluxkiln.compile.toolchains.tpu_mlir.sail import SailExecutor
-
-        return SailExecutor(nets, device)
-    from fluxkiln.compile.toolchains.neuron.device import NeuronExecutor
-    from fluxkiln.compile.toolchains.neuron.replica_executor import ReplicaExecutor
-    from fluxkiln.compile.toolchains.neuron.split_bundle import read_split_bundle
-
-    split = read_split_bundle(bundle.folder)
-    kinds = {part.name: part.traits for part in bundle.parts}
-
-    def weights(part: str) -> Sequence[Sequence[NDArray[Any]]]:
-        from fluxkiln.export.shard_files import read_shard
-
-        return [list(read_shard(shard.path).values()) for shard in split.shards[part]]
-
-    runner: Callable[..., Executor] = NeuronExecutor if chosen == "neuron" else ReplicaExecutor
-    return runner(split, kinds, weights)
-
-
-def list_nets(bundle: Bundle) -> dict[str, Net]:
-    """Part -> its net."""
-    return {
-        entry.name: Net(
-            entry.name, bundle.model.kinds[entry.kind], resolve_inside(bundle.folder, entry.file), entry.net,
-            entry.inputs, entry.outputs, entry.size,
-        )
-        for entry in bundle.manifest.parts
-    }  # fmt: skip
-
-
-def components_to_release(bundle: Bundle) -> tuple[str, ...]:
-    """The text encoders: nothing of them is needed once the prompts are encoded."""
-    return tuple(bundle.model.tokenizers)
 
 
 def _state(folder: Path, entry: FileEntry) -> list[int]:

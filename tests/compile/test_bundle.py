@@ -14,7 +14,8 @@ import pytest
 from fluxkiln.artifacts.bundle import read_manifest
 from fluxkiln.build.make import build
 from fluxkiln.errors import IntegrityError, ToolchainError, UsageError
-from fluxkiln.generate.bundle import choose_executor, list_nets, open_bundle, open_executor
+from fluxkiln.compile.bundle import open_bundle
+from fluxkiln.compile.toolchain import open_executor
 from fluxkiln.generate.painter import Painter, Request, paint
 from fluxkiln.settings import Settings
 from fluxkiln.types import Shapes

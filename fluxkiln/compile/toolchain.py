@@ -196,21 +196,30 @@ class Toolchain(Protocol):
 @cache
 def all_toolchains() -> dict[str, Toolchain]:
     """Those of this package and those that are registered, by name. Imports none of their compilers."""
-    own = {
-        module.name: importlib.import_module(f"{toolchains.__name__}.{module.name}.toolchain").TOOLCHAIN
-        for module in pkgutil.iter_modules(toolchains.__path__)
-    }
+    own = {name: _own_toolchain(name) for name in _own_names()}
     return own | {found.name: found for found in find_plugins(GROUP, Toolchain, API, own)}
 
 
 def find_toolchain(name: str) -> Toolchain:
     """The toolchain called `name`; UsageError with those that there are otherwise."""
+    if name in _own_names():
+        return _own_toolchain(name)
     if name not in all_toolchains():
         raise UsageError(
             f"no toolchain is called {name!r}; there are {', '.join(all_toolchains())}: install the distribution that "
             "the target belongs to"
         )
     return all_toolchains()[name]
+
+
+@cache
+def _own_names() -> tuple[str, ...]:
+    return tuple(module.name for module in pkgutil.iter_modules(toolchains.__path__))
+
+
+def _own_toolchain(name: str) -> Toolchain:
+    toolchain: Toolchain = importlib.import_module(f"{toolchains.__name__}.{name}.toolchain").TOOLCHAIN
+    return toolchain
 
 
 def toolchain_of(target: Target) -> Toolchain:

@@ -74,7 +74,9 @@ class OnnxRuntime(Toolchain):
         names = {path: part for part, path in graphs.items()}
         files = tuple(
             BundleFile(
-                f"{GRAPHS}/{path.relative_to(folder)}", cache.store.add_file(path), (names[path],) * (path in names)
+                f"{GRAPHS}/{path.relative_to(folder)}",
+                cache.store.add_file(path),
+                (names[path],) if path in names else (),
             )
             for path in sorted(path for path in folder.rglob("*") if path.is_file())
         )

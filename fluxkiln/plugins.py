@@ -8,10 +8,11 @@ from collections.abc import Collection
 from typing import Any
 
 
-def find_plugins(group: str, protocol: Any, api: int, taken: Collection[str]) -> tuple[Any, ...]:
+def find_plugins(group: str, protocol: Any, api: int | None, taken: Collection[str]) -> tuple[Any, ...]:
     """The objects that entry points of `group` name, each with all that `protocol` has and of this API.
 
     Args:
+        api: that of `protocol`; None for plain data, which this package's own class has checked.
         taken: names that exist already.
 
     What cannot be used is told on standard error, once, and left out: the rest of fluxkiln goes on.
@@ -26,7 +27,7 @@ def find_plugins(group: str, protocol: Any, api: int, taken: Collection[str]) ->
             _leave_out(entry, who, f"it cannot be imported ({type(error).__name__}: {error})", "mend or uninstall it")
             continue
         lacking = [name for name in _members(protocol) if not hasattr(made, name)]
-        if getattr(made, "api", None) != api:
+        if api is not None and getattr(made, "api", None) != api:
             why = f"it was written for version {getattr(made, 'api', None)} of the interface, this has {api}"
             _leave_out(entry, who, why, "install versions of both that fit")
         elif lacking:

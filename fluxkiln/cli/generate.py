@@ -13,6 +13,7 @@ from fluxkiln.cli.bundle import bundle_folder
 from fluxkiln.cli.options import check_size
 from fluxkiln.cli.output import Output, count_text, json_option, path_text, seconds_text
 from fluxkiln.cli.progress import open_progress
+from fluxkiln.cli.usage import BundleCommand
 from fluxkiln.errors import UsageError
 from fluxkiln.settings import read_prompts
 from fluxkiln.verify.report.wording import size as size_text
@@ -38,7 +39,7 @@ class Saved:
         return self.out.with_name(f"{self.out.stem}-grid.png") if self.single else self.out / "grid.png"
 
 
-@click.command()
+@click.command(cls=BundleCommand)
 @click.argument("prompts", nargs=-1, metavar="PROMPT...")
 @click.option("--bundle", type=_path, required=True, metavar="DIR", help="A bundle, or the folder of a build.")
 @click.option(
@@ -56,17 +57,13 @@ class Saved:
 @click.option("--rows", type=int, metavar="N", help="Write a grid of all images as well, in N rows.")
 @click.option("--size", metavar="WxH", help="Checked against the bundle, which is compiled for one size.")
 @click.option("--tokens", type=int, metavar="N", help="Checked against the bundle, like the size.")
-@click.option(
-    "--executor",
-    metavar="NAME",
-    help="ort (cpu), cmodel or sail (bm1684x, bm1688), neuron or replicas (trn1, inf2). Default: by the bundle.",
-)
-@click.option("--device", type=int, metavar="N", default=0, help="sail: the board's number. Default: 0.")
-@click.option("--threads", type=int, metavar="N", default=0, help="ort: threads of one operation. Default: all cores.")
+@click.option("--executor", metavar="NAME", help="What runs the parts, see below. Default: by the bundle.")
+@click.option("--device", type=int, metavar="N", default=0, help="The number of the board that runs it. Default: 0.")
+@click.option("--threads", type=int, metavar="N", default=0, help="Threads of one operation. Default: all cores.")
 @click.option(
     "--fast",
     is_flag=True,
-    help="ort with packed weights: round activations to 8 bits as well, which is not what was verified. Measured "
+    help="Packed weights on a CPU: round activations to 8 bits as well, which is not what was verified. Measured "
     "with W4BF16: 0.75 of the time; latents move by 0.3 %, where the weights' rounding moved them by 5.4 %.",
 )
 @click.option("--out", type=_path, default=Path("images"), help="A folder, or one .png file. Default: ./images.")
@@ -129,7 +126,9 @@ def generate(
             laps.lap("open")
             estimate = getattr(painter.executor, "step_seconds", 0.0)
             if estimate > 5:
-                progress.note(f"the simulator takes about {seconds_text(estimate)} for a step of the transformer")
+                progress.note(
+                    f"{painter.executor.name} takes about {seconds_text(estimate)} for a step of the transformer"
+                )
             document = _paint(painter, requests, saved, rows, save_latents, progress)
             facts = dict(painter.executor.facts)
             inside = painter.part_seconds

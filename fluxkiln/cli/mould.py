@@ -99,7 +99,7 @@ def _tell(output: Output, entries: list[MouldEntry], file: Path, what: str) -> N
 def _show(output: Output, entries: list[MouldEntry], root: Path) -> None:
     output.document({"store": str(root), "moulds": [entry.to_json() for entry in entries]})
     if not entries:
-        output.line(f"{root} has no moulds; fluxkiln mould build bm1684x makes some")
+        output.line(f"{root} has no moulds; fluxkiln mould build TARGET makes some")
         return
     output.table(
         ("mould", "chip", "first input", "size", "weights of a part", "castable"),

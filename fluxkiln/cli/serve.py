@@ -12,12 +12,13 @@ import click
 from fluxkiln.cli.bundle import bundle_folder
 from fluxkiln.cli.output import Output, json_option
 from fluxkiln.cli.progress import open_progress
+from fluxkiln.cli.usage import BundleCommand
 from fluxkiln.errors import ResourceError, ToolchainError, UsageError
 
 PORT = 7860
 
 
-@click.command()
+@click.command(cls=BundleCommand)
 @click.option(
     "--bundle",
     type=click.Path(path_type=Path),
@@ -27,9 +28,9 @@ PORT = 7860
 )
 @click.option("--host", metavar="ADDRESS", default="127.0.0.1", help="Where to listen. Default: this machine only.")
 @click.option("--port", type=int, metavar="N", default=PORT, help=f"Default: {PORT}; 0 picks a free one.")
-@click.option("--executor", metavar="NAME", help="As for `fluxkiln generate`. Default: by the bundle.")
-@click.option("--device", type=int, metavar="N", default=0, help="sail: the board's number. Default: 0.")
-@click.option("--threads", type=int, metavar="N", default=0, help="ort: threads of one operation. Default: all cores.")
+@click.option("--executor", metavar="NAME", help="What runs the parts, see below. Default: by the bundle.")
+@click.option("--device", type=int, metavar="N", default=0, help="The number of the board that runs it. Default: 0.")
+@click.option("--threads", type=int, metavar="N", default=0, help="Threads of one operation. Default: all cores.")
 @json_option
 @click.pass_obj
 def serve(output: Output, bundle: Path, host: str, port: int, executor: str | None, device: int, threads: int) -> None:

@@ -29,6 +29,19 @@ class TargetCommand(click.Command):
             formatter.write_text(", ".join(target_names()))
 
 
+class BundleCommand(click.Command):
+    """A command whose help ends with what can run a bundle; looked for when it is asked for."""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from fluxkiln.compile.targets import find_target, target_names
+        from fluxkiln.compile.toolchain import toolchain_of
+
+        with formatter.section("Executors, the default of a target first"):
+            formatter.write_dl(
+                [(name, ", ".join(toolchain_of(find_target(name)).executors)) for name in target_names()]
+            )
+
+
 def explain_usage(error: click.ClickException) -> str:
     """One sentence for an error that click found while it read the command line."""
     context = getattr(error, "ctx", None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from fluxkiln.errors import SchemeError
 from fluxkiln.quantize.schemes import Scheme, parse_schemes
@@ -55,7 +54,7 @@ class Target:
     """
 
     name: str
-    toolchain: Literal["tpu_mlir", "onnxruntime", "neuron"]
+    toolchain: str
     chip: str
     graph_format: GraphFormat
     schemes: tuple[str, ...]

@@ -74,7 +74,7 @@ def run(tree: Path, arguments: list[str]) -> dict[str, Any]:
     made = subprocess.run(argv, env={**os.environ, "PYTHONPATH": str(tree)}, capture_output=True, text=True)
     if made.returncode not in (0, PARITY_FAILED, NO_TOOLCHAIN):
         raise SystemExit(f"fluxkiln {' '.join(arguments)} ended with {made.returncode}:\n{made.stderr[-3000:]}")
-    document = json.loads(made.stdout)
+    document: dict[str, Any] = json.loads(made.stdout)
     if made.returncode and "bundle" not in document:  # the second call finds what the first one finished
         document["bundle"] = document.get("error", {}).get("bundle") or bundle_named_in(made.stderr + made.stdout)
     return document

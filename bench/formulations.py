@@ -22,11 +22,11 @@ from fluxkiln.compile.toolchains.tpu_mlir.compiler import CompileJob, compile_gr
 from fluxkiln.compile.toolchains.tpu_mlir.environment import TpuMlirEnv, default_tpu_mlir_root, find_tpu_mlir
 from fluxkiln.export import trace
 from fluxkiln.patches.flux1 import transformer
-from fluxkiln.patches.flux1.presets import PRESETS
+from fluxkiln.patches.flux1.model import MODEL
 from fluxkiln.quantize.schemes import Scheme, parse_schemes
 from fluxkiln.types import Shapes
 
-CONFIGS = PRESETS["full-dev"].configs
+CONFIGS = MODEL.presets["full-dev"].configs
 SHAPES = Shapes(1024, 1024, 512)
 SCHEME = "W4BF16"
 SINGLES, DOUBLES = (int(CONFIGS["transformer"][count]) for count in ("num_single_layers", "num_layers"))
@@ -70,7 +70,7 @@ UPSTREAM: Changes = (
     (transformer, "SinglePart", UpstreamSingle),
     (tpu_mlir, "REQUIRED_ROPES", {}),
 )
-SORTED: Changes = ((tpu_mlir, "ORDERED_KINDS", frozenset()),)
+SORTED: Changes = ((tpu_mlir, "_ORDERED", []),)
 CHAIN: Changes = ((pouring, "fuse_tanh_gelu", lambda model: 0),)
 FORMS: Mapping[str, tuple[str, Changes]] = {
     "diffusers' own forward": ("", (*UPSTREAM, *SORTED, *CHAIN)),
@@ -87,7 +87,7 @@ def measure() -> Figure:
     env = find_tpu_mlir(default_tpu_mlir_root())
     if env is None:
         raise RuntimeError("TPU-MLIR's environment is not there; run make env-tpu-mlir")
-    scheme, _ = parse_schemes(SCHEME, SCHEME)
+    scheme, _ = parse_schemes(SCHEME, SCHEME, MODEL.kinds)
     rows = []
     for form, (suffix, changes) in FORMS.items():
         with changed(changes):
@@ -116,12 +116,13 @@ def estimate(env: TpuMlirEnv, target: Target, scheme: Scheme, kind: str) -> floa
     with tempfile.TemporaryDirectory(dir=WORK) as scratch:
         folder, work = Path(scratch), Path(scratch) / "work"
         work.mkdir()
-        template = trace.export_template(kind, CONFIGS, SHAPES, "onnx17", folder)
+        template = trace.export_template(MODEL, kind, CONFIGS, SHAPES, "onnx17", folder)
         activations = frozenset(spec.name for spec in template.inputs)
         graph = folder / "poured.onnx"
         pouring.pour(template.path, set(activations), probe_reader(template.slots), graph)
-        narrow = kind in target.narrow_inputs, kind in target.narrow_outputs
-        job = CompileJob(kind, kind, graph, template.path, activations, scheme, target.chip, *narrow)
+        traits = MODEL.kinds[kind]
+        narrow = target.narrows(traits)
+        job = CompileJob(kind, kind, graph, template.path, activations, scheme, target.chip, *narrow, traits.ordered)
         found = compile_graph(env, job, work, WORK / "logs" / f"{kind}.log").facts["estimate_ms"]
     if found is None:
         raise RuntimeError(f"the compiler left no estimate of {kind}")

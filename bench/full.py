@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from bench.figure import WORK, Figure, Run, fluxkiln, gigabytes, ratio, run
-from fluxkiln.components import COMPONENTS
 from fluxkiln.export.checkpoint import open_checkpoint
 from fluxkiln.export.source import resolve_model
+from fluxkiln.patches.flux1.model import MODEL as FLUX1
 from fluxkiln.types import TensorRef
 
 # rounded as the compiler rounds: what it is compared with does no better
@@ -23,7 +23,7 @@ NO_COMPILER = {"FLUXKILN_TPU_MLIR": "/nonexistent"}
 
 def measure() -> Figure:
     rows = []
-    for component in reversed(COMPONENTS):
+    for component in reversed(FLUX1.components):
         root = resolve_model(MODEL, WORK / "models", components=(component,))
         with tempfile.TemporaryDirectory(dir=WORK) as folder:
             place = Path(folder)

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from bench.__main__ import NAMES, main, merge
-from bench.exporting import write_sparse_checkpoint
+from bench.export import write_sparse_checkpoint
 from bench.figure import Figure
 from fluxkiln.export.checkpoint import open_checkpoint
 from fluxkiln.patches.flux1.layout import component_layout

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,19 +33,20 @@ def measure() -> Figure:
         settings = Settings(
             "bm1684x", "wide-dev", size=(64, 64), tokens=64, scheme=scheme, modulation="inline", build_dir=WORK
         )
-        kiln = replace(prepare(settings).kiln, logs=WORK / "logs")
-        part = next(part for part in kiln.parts if part.kind == "single")
-        template = make_template(kiln, "single", "onnx17")
-        mould = make_mould(kiln, template)
+        prepared = prepare(settings)
+        checkpoint, plan, cache = prepared.checkpoint, prepared.plan, prepared.cache
+        part = next(part for part in plan.parts if part.kind == "single")
+        template = make_template(checkpoint, plan, cache, "single", "onnx17")
+        mould = make_mould(checkpoint, plan, cache, template)
         if not mould.castable:
             raise RuntimeError(mould.why)
         coefficients = CoefficientMap.from_json(
-            json.loads(kiln.path(mould.result.outputs["map"]).read_text(encoding="utf-8"))
+            json.loads(cache.path(mould.result.outputs["map"]).read_text(encoding="utf-8"))
         )
-        binding = bind_part(part, template.slots, kiln.checkpoint)
-        refs = binding_refs(binding, kiln.checkpoint)
-        reader = weight_reader(binding, kiln.checkpoint)
-        rounder_of = part_rounders(kiln, part)
+        binding = bind_part(part, template.slots, checkpoint)
+        refs = binding_refs(binding, checkpoint)
+        reader = weight_reader(binding, checkpoint)
+        rounder_of = part_rounders(checkpoint, plan, cache, part)
         size = sum(ref.nbytes for ref in refs)
         with tempfile.TemporaryDirectory(dir=WORK) as folder, one_core():
             target, block = Path(folder) / "cast", np.empty(BLOCK, np.uint8)

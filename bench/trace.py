@@ -13,14 +13,13 @@ _TEMPLATES = """
 import json, sys, time
 from pathlib import Path
 from fluxkiln.types import Shapes
-from fluxkiln.patches.flux1.kinds import KINDS
-from fluxkiln.patches.flux1.presets import PRESETS
+from fluxkiln.patches.flux1.model import MODEL
 from fluxkiln.export.trace import export_template
-folder, graph_format, kinds = Path(sys.argv[1]), sys.argv[2], sys.argv[3].split(",") if sys.argv[3] else list(KINDS)
+folder, graph_format, kinds = Path(sys.argv[1]), sys.argv[2], sys.argv[3].split(",") if sys.argv[3] else list(MODEL.kinds)
 import torch, diffusers, transformers, onnxscript, onnx_ir
 started = time.perf_counter()
 for kind in kinds:
-    export_template(kind, PRESETS["full-dev"].configs, Shapes(1024, 1024, 512), graph_format, folder)
+    export_template(MODEL, kind, MODEL.presets["full-dev"].configs, Shapes(1024, 1024, 512), graph_format, folder)
 size = sum(path.stat().st_size for path in folder.iterdir())
 print(json.dumps({"seconds": time.perf_counter() - started, "bytes": size}))
 """

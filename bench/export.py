@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.figure import WORK, Figure, Run, fluxkiln, gigabytes, run
-from fluxkiln.export.checkpoint import COMPONENT_CLASSES, PIPELINE_CLASS
-from fluxkiln.export.synth.layout import component_layout
-from fluxkiln.patches.flux1.presets import PRESETS
+from fluxkiln.patches.flux1.model import MODEL
 
 SIZE, TOKENS = (1024, 1024), 512
 # blocks of the same kind in one process
@@ -30,7 +28,7 @@ _DYNAMO = """
 import sys, warnings
 from pathlib import Path
 import torch
-from bench.exporting import SIZE, TOKENS
+from bench.export import SIZE, TOKENS
 from bench.reference_sample import make_block
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 warnings.simplefilter("ignore")
@@ -56,7 +54,7 @@ with torch.no_grad():
 _SAMPLE = """
 import sys
 from pathlib import Path
-from bench.exporting import SIZE, TOKENS
+from bench.export import SIZE, TOKENS
 from bench.reference_sample import export_block, make_block
 kind = sys.argv[2]
 blocks = [make_block(kind) for _ in range(int(sys.argv[3]))]
@@ -82,7 +80,7 @@ def measure() -> Figure:
     WORK.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=WORK) as folder:
         large, small = Path(folder) / "large", Path(folder) / "small"
-        write_sparse_checkpoint(large, *_depth(PRESETS["full-dev"].configs["transformer"]))
+        write_sparse_checkpoint(large, *_depth(MODEL.presets["full-dev"].configs["transformer"]))
         write_sparse_checkpoint(small, *SMALL_DEPTH)
         whole = ["--whole", "transformer"]
         runs = {
@@ -121,16 +119,18 @@ _NOTE = (
 
 def write_sparse_checkpoint(root: Path, double: int, single: int) -> Path:
     """FLUX.1-dev's folder with the true headers of its shards and holes in place of weights."""
-    configs: dict[str, dict[str, Any]] = {name: dict(config) for name, config in PRESETS["full-dev"].configs.items()}
+    configs: dict[str, dict[str, Any]] = {
+        name: dict(config) for name, config in MODEL.presets["full-dev"].configs.items()
+    }
     configs["transformer"] |= {"num_layers": double, "num_single_layers": single}
-    index: dict[str, Any] = {"_class_name": PIPELINE_CLASS}
-    for name in ("text_encoder", "text_encoder_2", "transformer", "vae"):
-        index[name] = ["", COMPONENT_CLASSES[name]]
+    index: dict[str, Any] = {"_class_name": MODEL.pipeline_class}
+    for name in MODEL.components:
+        index[name] = ["", MODEL.classes[name]]
         folder = root / name
         folder.mkdir(parents=True)
         (folder / "config.json").write_text(json.dumps(configs[name]))
         _write_holes(folder, "model" if name.startswith("text") else "diffusion_pytorch_model",
-                     component_layout(name, configs[name]), _SHARDS.get(name, 1))  # fmt: skip
+                     MODEL.layout(name, configs[name]), _SHARDS.get(name, 1))  # fmt: skip
     (root / "scheduler").mkdir()
     (root / "scheduler" / "scheduler_config.json").write_text(json.dumps(configs["scheduler"]))
     (root / "model_index.json").write_text(json.dumps(index))

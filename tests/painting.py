@@ -14,9 +14,9 @@ from safetensors.numpy import save_file
 from fluxkiln.artifacts.bundle import write_bundle
 from fluxkiln.artifacts.store import open_store
 from fluxkiln.build.finish import HOST_CONSTANTS
+from fluxkiln.compile.bundle import CONFIGS, Bundle, open_bundle
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.export.eager import PatchedRunner
-from fluxkiln.compile.bundle import CONFIGS, Bundle, open_bundle
 from fluxkiln.patches.flux1.host import host_constants
 from fluxkiln.patches.flux1.kinds import list_parts
 from fluxkiln.types import Component, Shapes

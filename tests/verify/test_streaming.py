@@ -9,12 +9,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from fluxkiln.verify.pipeline import GUIDANCE_SCALE, PROMPT, render
 
 from fluxkiln.errors import CheckpointError
 from fluxkiln.export.checkpoint import TensorReader
 from fluxkiln.export.eager import PatchedRunner
 from fluxkiln.patches.flux1.kinds import list_parts
+from fluxkiln.patches.flux1.pipeline import render
+from fluxkiln.patches.pipeline import GUIDANCE_SCALE, PROMPT
 from fluxkiln.types import Shapes
 from fluxkiln.verify import streaming
 from fluxkiln.verify.reference import record_reference

@@ -216,12 +216,11 @@ def test_single_weights_stay_as_they_are():
 
 
 def test_the_weights_of_a_block_are_in_either_form_of_it():
-    assert (
-        form_group(KINDS, "double_modulation") == form_group(KINDS, "double") == ("double", "double_modulated", "double_modulation")
-    )
+    forms = ("double", "double_modulation", "double_modulated")
+    assert form_group(KINDS, "double_modulation") == form_group(KINDS, "double") == forms
     assert form_group(KINDS, "t5_block") == ("t5_block",)
     _, schemes = parse_schemes("W4BF16,modulation=BF16,double.norm1.linear=BF16", "BF16", KINDS)
-    assert [schemes[kind].name for kind in form_group(KINDS, "double")] == ["W4BF16-bf16:norm1.linear"] * 2 + ["BF16"]
+    assert [schemes[kind].name for kind in forms] == ["W4BF16-bf16:norm1.linear", "BF16", "W4BF16-bf16:norm1.linear"]
 
 
 @pytest.mark.parametrize(

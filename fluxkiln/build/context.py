@@ -17,7 +17,7 @@ from fluxkiln.build.loras import fused_root, lora_label, unfused_bytes
 from fluxkiln.compile.plan import Plan
 from fluxkiln.compile.target import Target
 from fluxkiln.compile.targets import find_target
-from fluxkiln.compile.toolchains.neuron.split import plan_memory, plan_split
+from fluxkiln.compile.toolchain import find_toolchain
 from fluxkiln.errors import CheckpointError, ShapeError, UsageError
 from fluxkiln.export.checkpoint import Checkpoint, find_model, open_checkpoint
 from fluxkiln.export.fingerprint import DigestMemo, digest_tensors, fingerprint, scan_finite, shard_states
@@ -110,7 +110,8 @@ def _prepared(settings: Settings, checkpoint: Checkpoint) -> Prepared:
     shapes = Shapes(height, width, settings.tokens or default_tokens(checkpoint))
     check_tokens(shapes, checkpoint)
     check_vae(checkpoint, settings)
-    split = plan_split(settings, target, checkpoint) if target.toolchain == "neuron" else None
+    toolchain = find_toolchain("neuron") if target.toolchain == "neuron" else None
+    split = toolchain.lay_out(settings, target, checkpoint) if toolchain else None
     parts = chosen_parts(settings, checkpoint, split is not None)
     check_steps(parts, settings.steps)
     folder = settings.build_dir.absolute() / target.name / _name(settings, target, checkpoint, shapes).lower()
@@ -120,8 +121,8 @@ def _prepared(settings: Settings, checkpoint: Checkpoint) -> Prepared:
         from fluxkiln.compile.tensors import settle_kept
 
         plan = settle_kept(checkpoint, plan)
-    if split is not None:
-        plan_memory(checkpoint, plan)
+    if toolchain:
+        toolchain.check(checkpoint, plan, cache)
     return Prepared(settings, checkpoint, plan, cache, folder.name, "", folder)
 
 
@@ -130,11 +131,7 @@ def _name(settings: Settings, target: Target, checkpoint: Checkpoint, shapes: Sh
     components = choose_components(checkpoint.model, settings)
     chosen = "" if components == checkpoint.model.components else "-" + "-".join(components)
     if target.toolchain == "neuron":
-        label += f"-{settings.instance}" * bool(settings.instance) + f"-tp{settings.tp_degree}" * bool(
-            settings.tp_degree
-        )
-        label += "" if settings.granularity == "block" else "-" + settings.granularity.replace(":", "")
-        label += "-published" * (settings.flags == "published")
+        label += find_toolchain("neuron").label(settings)
     forms = "-inline" * (settings.modulation == "inline") + "-tiny-vae" * (settings.vae == "tiny")
     return (
         f"{checkpoint.name}-{label}-{shapes.width}x{shapes.height}-{shapes.tokens}{forms}{lora_label(settings)}{chosen}"

@@ -15,15 +15,15 @@ from fluxkiln.artifacts.actions import Action
 from fluxkiln.artifacts.bundle import write_bundle
 from fluxkiln.artifacts.code import package_version
 from fluxkiln.artifacts.modelpack import store_bundle
+from fluxkiln.artifacts.paths import HOST_CONSTANTS
 from fluxkiln.artifacts.store import Blob
 from fluxkiln.build.loras import lora_facts
 from fluxkiln.compile.plan import Binary, BundleFile
-from fluxkiln.compile.templates import COMPILER_STAGES, SHARDED, host_constants
-from fluxkiln.compile.toolchain import toolchain_of
-from fluxkiln.compile.toolchains.neuron.split import split_settings
+from fluxkiln.compile.templates import COMPILER_STAGES, host_constants
+from fluxkiln.compile.toolchain import find_toolchain
 from fluxkiln.compile.toolchains.tpu_mlir.report import estimate_ms, report_costs
 from fluxkiln.compile.weights import used_calibrations
-from fluxkiln.errors import ParityError, ToolchainError
+from fluxkiln.errors import ParityError
 from fluxkiln.files import digest_file
 from fluxkiln.progress import FROM_STORE, Laps, Progress
 
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from fluxkiln.build.parity import Parity
     from fluxkiln.verify.reference import Recording
 
-HOST_CONSTANTS = "host/constants.safetensors"
-
 
 def build_action(prepared: Prepared) -> Action:
     """The key of a whole build: the same checkpoint, settings, code and tools give the same bundle."""
@@ -42,7 +40,7 @@ def build_action(prepared: Prepared) -> Action:
 
     checkpoint, plan, cache, settings = prepared.checkpoint, prepared.plan, prepared.cache, prepared.settings
     tools = {name: _version(name) for name in (*EXPORT_TOOLS, "onnxruntime", "numpy")}
-    tools |= toolchain_of(plan.target).tools(plan)
+    tools |= find_toolchain("neuron").tools(plan) if plan.layout else {}
     return Action(
         stage="build",
         what=f"{prepared.name} for {plan.target.name}",
@@ -66,7 +64,7 @@ def build_action(prepared: Prepared) -> Action:
             "verify": settings.verify,
             **({"prompts": list(settings.prompts)} if settings.prompts else {}),
             **({"seeds": list(settings.seeds)} if settings.seeds else {}),
-            **split_settings(prepared),
+            **(find_toolchain("neuron").facts(settings, plan) if plan.layout else {}),
         },
         tools=tools,
     )
@@ -99,9 +97,7 @@ def finished_result(prepared: Prepared, laps: Laps) -> BuildResult | None:
         error = ParityError(f"{parity['failure']} (as found by the build that made {prepared.bundle})")
         raise _with_places(error, prepared)
     if facts.get("missing"):
-        from fluxkiln.compile.toolchains.neuron.neuronx_cc import compiler_missing
-
-        raise compiler_missing(ToolchainError(str(facts["missing"])), prepared.bundle)
+        find_toolchain("neuron").refuse_incomplete(str(facts["missing"]), prepared.bundle)
     return result
 
 
@@ -331,7 +327,7 @@ def _manifest(
             "vae": settings.vae,
             "seed": settings.seed,
             "steps": settings.steps,
-            **split_settings(prepared),
+            **(find_toolchain("neuron").facts(settings, plan) if plan.layout else {}),
             **lora_facts(checkpoint),
             **({"calibrations": calibrations} if (calibrations := used_calibrations(checkpoint, plan, cache)) else {}),
         },
@@ -346,8 +342,9 @@ def _part_entry(binary: Binary, file: str) -> dict[str, Any]:
     sides = {}
     for side, names in (("inputs", kind.inputs), ("outputs", kind.outputs)):
         tensors: Any = binary.facts[side]
-        if binary.made == SHARDED:  # by their own names: an input that a model lacks is not the last one here
-            names = tuple(name for name, _, _ in tensors)
+        own = tuple(name for name, _, _ in tensors)
+        if set(own) <= set(names):  # an input that a model lacks need not be the last one
+            names = own
         sides[side] = [
             {"name": name, "dtype": dtype, "shape": shape}
             for name, (_, dtype, shape) in zip(names, tensors, strict=False)

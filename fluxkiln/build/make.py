@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +86,7 @@ def build(settings: Settings, progress: Progress | None = None) -> BuildResult:
             return done
         check_resources(prepared)
         if prepared.plan.layout is not None:
-            from fluxkiln.compile.toolchains.neuron.make import build_split
-
-            return build_split(prepared, progress, laps)
+            return _build_split(prepared, progress, laps)
         graphs: dict[str, Path] = {}
         if prepared.plan.target.toolchain == "tpu_mlir":
             binaries, files = build_files(prepared.checkpoint, prepared.plan, prepared.cache, settings, progress, laps)
@@ -98,6 +96,33 @@ def build(settings: Settings, progress: Progress | None = None) -> BuildResult:
             )
             laps.lap("link")
         return finish_bundle(prepared, binaries, files, graphs, progress, laps)
+
+
+def _build_split(prepared: Prepared, progress: Progress, laps: Laps) -> BuildResult:
+    from fluxkiln.build.finish import finish_bundle
+    from fluxkiln.build.parity import Parity, replay
+    from fluxkiln.compile.toolchain import find_toolchain
+    from fluxkiln.verify.reference import Recording
+
+    settings, toolchain = prepared.settings, find_toolchain("neuron")
+    checkpoint, plan, cache = prepared.checkpoint, prepared.plan, prepared.cache
+    made = toolchain.make(checkpoint, plan, cache, settings, progress, laps)
+
+    def verify(recording: Recording) -> Parity:
+        small = replace(plan, shapes=recording.shapes)
+        with toolchain.climb(checkpoint, small, cache, made, prepared.folder / "work", progress) as climb:
+            small = replace(small, parts=climb.parts)
+            parity = replay(checkpoint, small, cache, settings, recording, climb.rungs, progress)
+            climb.finish(parity.ladder)
+        return replace(parity, facts=climb.facts)
+
+    result = finish_bundle(
+        prepared, made.binaries, made.files, {}, progress, laps, verify, toolchain.report(checkpoint, plan, made),
+        made.missing,
+    )  # fmt: skip
+    if made.missing:
+        toolchain.refuse_incomplete(made.missing, prepared.bundle)
+    return result
 
 
 @contextmanager

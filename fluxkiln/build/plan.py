@@ -9,19 +9,17 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.build.budget import replayed_shapes
 from fluxkiln.compile.jobs import available_memory
-from fluxkiln.compile.plan import Binary, Plan
+from fluxkiln.compile.plan import TRACE_MEMORY, Binary, Job, Plan
 from fluxkiln.compile.templates import count_elements, find_template, net_name
 from fluxkiln.compile.tensors import part_bytes, part_refs, search_memory, stored_bytes
-from fluxkiln.compile.toolchains.neuron.modules import lower_action, module_name
-from fluxkiln.compile.toolchains.neuron.rungs import LARGEST_PART
-from fluxkiln.compile.toolchains.neuron.split import shard_action
+from fluxkiln.compile.toolchain import find_toolchain
 from fluxkiln.compile.toolchains.tpu_mlir.cast_file import CAST_MEMORY, combine_action, part_action
 from fluxkiln.compile.toolchains.tpu_mlir.devices import group_parts, lay_files, plan_devices
 from fluxkiln.compile.toolchains.tpu_mlir.moulds import (
@@ -41,8 +39,6 @@ from fluxkiln.types import GraphFormat, Part, Template
 if TYPE_CHECKING:
     from fluxkiln.build.context import Prepared
 
-# torch, diffusers and the exporter in one process
-TRACE_MEMORY = 1 << 30
 # 0.1 s of quantization per 50 million weights and 3 s of starting a compiler, measured on two cores
 COMPILE_SECONDS, COMPILE_SECONDS_PER_WEIGHT = 3.0, 1e-7
 CAST_SECONDS, CAST_SECONDS_PER_WEIGHT = 0.2, 4e-9
@@ -51,28 +47,6 @@ TRACE_SECONDS, RECORD_SECONDS, CALL_SECONDS = 1.5, 8.0, 1.0
 SMALL_FILES = 20 << 20
 # The chip's kernel module, which every bmodel brings along whatever its weights.
 KERNEL_BYTES = 6 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """One job of a build. `what` is a part, a kind or a file; `weights` how many numbers it works on.
-
-    `estimate_ms` is how long the compiler expects one run of a mould of the store to take on the chip.
-    """
-
-    stage: str
-    what: str
-    kind: str
-    scheme: str
-    memory_bytes: int
-    in_store: bool
-    weights: int = 0
-    estimate_ms: float | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        shown = asdict(self)
-        del shown["weights"]
-        return shown
 
 
 def plan_build(prepared: Prepared) -> dict[str, Any]:
@@ -120,7 +94,7 @@ def list_jobs(prepared: Prepared) -> list[Job]:
 
     checkpoint, plan, cache = prepared.checkpoint, prepared.plan, prepared.cache
     if plan.layout is not None:
-        jobs = split_jobs(checkpoint, plan, cache)
+        jobs = find_toolchain("neuron").jobs(checkpoint, plan, cache, prepared.settings)
     else:
         jobs = (
             compile_jobs(checkpoint, plan, cache, prepared.settings)
@@ -132,24 +106,11 @@ def list_jobs(prepared: Prepared) -> list[Job]:
     if prepared.settings.verify:
         largest = max(count_elements(part_refs(checkpoint, plan, part)) for part in plan.parts)
         if plan.layout is not None:  # the reference runs block by block, and larger parts are not executed
-            largest = min(largest, LARGEST_PART // 4)
+            largest = min(largest, find_toolchain("neuron").largest_part)
         # one part's weights in float32, and the next one's
         jobs.append(Job("record", "reference run", "", "F32", TRACE_MEMORY + 8 * largest, finished, weights))
         jobs.append(Job("verify", "parity ladder", "", "", 2 * TRACE_MEMORY + 8 * largest, finished, weights))
     jobs.append(Job("bundle", prepared.name, "", "", 0, finished, weights))
-    return jobs
-
-
-def split_jobs(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> list[Job]:
-    """Jobs of a target that cuts the model: modules, every part's shards, the compiler where there is one."""
-    modules = {module_name(part): lower_action(checkpoint, plan, part).key for part in plan.parts}
-    jobs = [
-        Job("lower", name, "", "BF16", TRACE_MEMORY, cache.lookup(key) is not None) for name, key in modules.items()
-    ]
-    for part in plan.parts:
-        weights = count_elements(part_refs(checkpoint, plan, part))
-        known = bool(checkpoint.digests) and cache.lookup(shard_action(checkpoint, plan, part).key) is not None
-        jobs.append(Job("shard", part.name, part.kind, "BF16", CAST_MEMORY, known, weights))
     return jobs
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.artifacts.manifest import Manifest
+from fluxkiln.artifacts.store import Store
 from fluxkiln.compile import toolchains
 from fluxkiln.compile.executor import Executor, Net
 from fluxkiln.compile.plan import Binary, Job, Made, Plan
 from fluxkiln.compile.target import Target
-from fluxkiln.errors import UsageError
+from fluxkiln.errors import ToolchainError, UsageError
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.patches.model import Model
 from fluxkiln.plugins import find_plugins
@@ -97,14 +98,37 @@ class Work:
     widest_convolution: int
 
 
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """A bundle that its compiler completed: `command` in the version `compiler`.
+
+    `compiled` and `taken` are the modules compiled now and found compiled before.
+    """
+
+    bundle: Path
+    command: str
+    compiler: str
+    compiled: tuple[str, ...]
+    taken: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as plain JSON."""
+        names = {"compiled": list(self.compiled), "taken": list(self.taken)}
+        return {"bundle": str(self.bundle), "compiler": self.compiler, **names}
+
+
 class Toolchain(Protocol):
-    """One compiler or runtime. `checkpoint`, `plan` and `cache` are what a build hands on.
+    """One compiler or runtime, as a class derived from this: what has a body here need not be there.
+
+    `checkpoint`, `plan` and `cache` are what a build hands on.
 
     Attributes:
         rungs: those of the ladder that are its own, in order; gates: theirs.
         executors: what runs its bundles, the default first.
         compiler_stages: stages of actions in which the compiler runs; travelling: those whose results `mould export`
             carries to machines that have no compiler.
+        largest_part: weights of the largest part that its rungs run; 0 where they run all, from files laid out.
+        resumable: whether a bundle may lack what the compiler makes, which `resume` adds where there is one.
     """
 
     api: int
@@ -113,7 +137,9 @@ class Toolchain(Protocol):
     gates: tuple[Gate, ...]
     executors: tuple[str, ...]
     compiler_stages: tuple[str, ...]
-    travelling: tuple[str, ...]
+    travelling: tuple[str, ...] = ()
+    largest_part: int = 0
+    resumable: bool = False
 
     # Before anything is made.
 
@@ -140,6 +166,7 @@ class Toolchain(Protocol):
 
     def devices(self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> dict[str, Any]:
         """What every file will take on its device, for `plan`; empty where that is not planned."""
+        return {}
 
     def host_constants(self, checkpoint: Checkpoint, plan: Plan) -> dict[str, NDArray[Any]]:
         """What the host hands to the parts, by name."""
@@ -150,6 +177,10 @@ class Toolchain(Protocol):
         self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, settings: Settings, progress: Progress, laps: Laps
     ) -> Made:
         """Everything that is in the bundle besides sidecars, from the store or made now."""
+
+    def refuse_incomplete(self, missing: str, bundle: Path) -> None:
+        """Raise ToolchainError for a finished bundle that lacks what `Made.missing` says, with how to go on."""
+        raise ToolchainError(f"{missing}; all that could be made is in {bundle}")
 
     def climb(
         self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, made: Made, folder: Path, progress: Progress
@@ -164,14 +195,15 @@ class Toolchain(Protocol):
         self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, made: Made, folder: Path
     ) -> AbstractContextManager[Rungs]:
         """The one rung at which some parts of a large model run in their compiled form; empty where none can here."""
+        return nullcontext({})
 
     def can_execute(self, work: Work) -> bool:
         """Whether what a part computes is no more than `execute` can be asked for."""
+        return True
 
-    def read_back(
-        self, ladder: Ladder, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, made: Made
-    ) -> None:
+    def read_back(self, ladder: Ladder, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, made: Made) -> None:
         """Rows on what is stored in the bundle's files, where it can be read back without being run."""
+        return
 
     def look(
         self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, call: Recorded, progress: Progress
@@ -190,28 +222,40 @@ class Toolchain(Protocol):
     def open_executor(self, bundle: Opened, name: str | None, options: Mapping[str, Any]) -> Executor:
         """What runs a bundle's parts; UsageError where it cannot, ToolchainError where something is not installed."""
 
+    def resume(self, bundle: Path, store: Store, jobs: int | None, progress: Progress) -> Resumed:
+        """Compile what a bundle lacks, without its checkpoint; UsageError where it never lacks anything."""
+        raise UsageError(f"{bundle} is complete: what {self.name} makes is compiled by the build")
+
     def doctor(self) -> Sequence[ToolStatus]:
         """What is installed of what it takes, without starting anything."""
 
 
-@cache
 def all_toolchains() -> dict[str, Toolchain]:
     """Those of this package and those that are registered, by name. Imports none of their compilers."""
-    own = {
-        module.name: importlib.import_module(f"{toolchains.__name__}.{module.name}.toolchain").TOOLCHAIN
-        for module in pkgutil.iter_modules(toolchains.__path__)
-    }
-    return own | {found.name: found for found in find_plugins(GROUP, Toolchain, API, own)}
+    return {name: find_toolchain(name) for name in (*_own_names(), *_plugins())}
 
 
+@cache
 def find_toolchain(name: str) -> Toolchain:
     """The toolchain called `name`; UsageError with those that there are otherwise."""
-    if name not in all_toolchains():
+    if name in _own_names():
+        found: Toolchain = importlib.import_module(f"{toolchains.__name__}.{name}.toolchain").TOOLCHAIN
+        return found
+    if name not in _plugins():
         raise UsageError(
-            f"no toolchain is called {name!r}; there are {', '.join(all_toolchains())}: install the distribution that "
-            "the target belongs to"
+            f"no toolchain is called {name!r}; there are {', '.join((*_own_names(), *_plugins()))}: install the "
+            "distribution that the target belongs to"
         )
-    return all_toolchains()[name]
+    return _plugins()[name]
+
+
+def _own_names() -> tuple[str, ...]:
+    return tuple(module.name for module in pkgutil.iter_modules(toolchains.__path__))
+
+
+@cache
+def _plugins() -> dict[str, Toolchain]:
+    return {found.name: found for found in find_plugins(GROUP, Toolchain, API, _own_names())}
 
 
 def toolchain_of(target: Target) -> Toolchain:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from fluxkiln.artifacts.bundle import read_manifest
 from fluxkiln.artifacts.manifest import FileEntry, Manifest
-from fluxkiln.artifacts.paths import MANIFEST_FILE, resolve_inside
-from fluxkiln.build.finish import HOST_CONSTANTS
+from fluxkiln.artifacts.paths import HOST_CONSTANTS, MANIFEST_FILE, resolve_inside
 from fluxkiln.compile.executor import Executor, Net
 from fluxkiln.compile.target import Target
 from fluxkiln.compile.targets import find_target
+from fluxkiln.compile.toolchain import Opened, find_toolchain
 from fluxkiln.errors import IntegrityError, UsageError
 from fluxkiln.files import digest_file
 from fluxkiln.patches.model import Model
@@ -179,20 +179,8 @@ def open_executor(
         from fluxkiln.compile.toolchains.tpu_mlir.sail import SailExecutor
 
         return SailExecutor(nets, device)
-    from fluxkiln.compile.toolchains.neuron.device import NeuronExecutor
-    from fluxkiln.compile.toolchains.neuron.replica_executor import ReplicaExecutor
-    from fluxkiln.compile.toolchains.neuron.split_bundle import read_split_bundle
-
-    split = read_split_bundle(bundle.folder)
-    kinds = {part.name: part.traits for part in bundle.parts}
-
-    def weights(part: str) -> Sequence[Sequence[NDArray[Any]]]:
-        from fluxkiln.export.shard_files import read_shard
-
-        return [list(read_shard(shard.path).values()) for shard in split.shards[part]]
-
-    runner: Callable[..., Executor] = NeuronExecutor if chosen == "neuron" else ReplicaExecutor
-    return runner(split, kinds, weights)
+    opened = Opened(bundle.folder, manifest, bundle.target, bundle.model, bundle.parts, nets)
+    return find_toolchain("neuron").open_executor(opened, chosen, {"fast": fast})
 
 
 def list_nets(bundle: Bundle) -> dict[str, Net]:

@@ -15,9 +15,10 @@ from fluxkiln.artifacts.actions import Action
 from fluxkiln.artifacts.bundle import write_bundle
 from fluxkiln.artifacts.code import package_version
 from fluxkiln.artifacts.modelpack import store_bundle
+from fluxkiln.artifacts.paths import HOST_CONSTANTS
 from fluxkiln.artifacts.store import Blob
 from fluxkiln.build.context import lora_facts
-from fluxkiln.compile.bundle import CONFIGS, HOST_CONSTANTS
+from fluxkiln.compile.bundle import CONFIGS
 from fluxkiln.compile.plan import Binary, Made
 from fluxkiln.compile.templates import host_constants
 from fluxkiln.compile.toolchain import toolchain_of
@@ -240,7 +241,7 @@ def _write_report(prepared: Prepared, made: Made, parity: Parity, laps: Laps) ->
             **parity.facts,
         },
     }
-    write_report(prepared.folder, build_report(rows, facts))
+    write_report(prepared.folder, build_report(parity.ladder, facts))
     failure = explain_failure(rows)
     return {
         "verified": True,

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fluxkiln.compile.executor import from_bits16
+from fluxkiln.compile.toolchains.neuron.modules import Module
 from fluxkiln.compile.toolchains.neuron.replica_executor import ReadWeights, module_arguments
-from fluxkiln.compile.toolchains.neuron.split_bundle import SplitBundle, SplitModule, find_compiled
+from fluxkiln.compile.toolchains.neuron.split_bundle import SplitBundle, find_compiled
 from fluxkiln.errors import CompileError, IntegrityError, ToolchainError
 from fluxkiln.types import Kind, TensorSpec
 
@@ -107,7 +108,7 @@ class NeuronExecutor:
             "device": f"{self.bundle.instance}, {self.bundle.tp_degree} NeuronCores",
         }
 
-    def _load(self, part: str, module: SplitModule) -> None:
+    def _load(self, part: str, module: Module) -> None:
         if module.name not in self._models:
             load = self._nrtpy.NrtpyModel.load_from_neff
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import os
 import re
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from fluxkiln.compile import toolchain
+from fluxkiln.compile.installed import package_status, runtime_status
 from fluxkiln.compile.targets import target_names
+from fluxkiln.compile.toolchain import find_toolchain
 from fluxkiln.compile.toolchains.tpu_mlir.environment import (
     TPU_MLIR_VERSION,
     TpuMlirEnv,
@@ -28,8 +28,6 @@ NEURON_TARGETS = tuple(name for name in ALL_TARGETS if name.startswith(("trn", "
 
 # What every build imports; the environment holds more, which these pull in.
 KEY_PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "numba", "safetensors")
-# what lowers for Neuron
-NEURON_PACKAGES = ("jax", "jaxlib", "torchax")
 # what `fluxkiln serve` is made of
 SERVE_PACKAGES = ("starlette", "uvicorn")
 
@@ -69,25 +67,17 @@ def examine(work: Path | None = None) -> list[ToolStatus]:
         _tpu_mlir(tpu_mlir, root),
         # Only needed while TPU-MLIR's environment has yet to be made.
         _python310(() if tpu_mlir else TPU_TARGETS),
-        *(_package(name, NEURON_TARGETS, "`make env`, or `pip install 'fluxkiln[trn1]'`") for name in NEURON_PACKAGES),
-        _neuronx_cc(),
-        _runtime(
-            "sophon-sail",
-            "sophon",
-            ("sophon", "sophon-arm", "sophon-sail"),
+        _row(
+            runtime_status(
+                "sophon-sail",
+                "sophon",
+                ("sophon", "sophon-arm", "sophon-sail"),
+                "the executor sail needs it, on a machine with a BM1684X: install the wheel of your Sophgo SDK",
+                "sail",
+            ),
             TPU_TARGETS,
-            "sail",
-            "the executor sail needs it, on a machine with a BM1684X: install the wheel of your Sophgo SDK",
         ),
-        _runtime(
-            "nrtpy",
-            "nrtpy",
-            ("nrtpy",),
-            NEURON_TARGETS,
-            "",
-            "the executor neuron needs it, on a Trainium or Inferentia instance: install nrtpy and "
-            "aws-neuronx-runtime-lib from the AWS Neuron package index",
-        ),
+        *(_row(status, NEURON_TARGETS) for status in find_toolchain("neuron").doctor()),
         *(
             replace(
                 _package(name, (), "`fluxkiln serve` needs it: pip install 'fluxkiln[serve]'"), optional_for=ALL_TARGETS
@@ -118,11 +108,12 @@ def _main_python() -> ToolStatus:
 def _package(
     name: str, needed_for: tuple[str, ...] = ALL_TARGETS, remedy: str = "`make env`, or `pip install fluxkiln`"
 ) -> ToolStatus:
-    try:
-        distribution = importlib.metadata.distribution(name)
-    except importlib.metadata.PackageNotFoundError:
-        return ToolStatus(name, False, "", "", needed_for, remedy)
-    return ToolStatus(name, True, distribution.version, str(distribution.locate_file("")), needed_for, "")
+    return _row(package_status(name, remedy), needed_for)
+
+
+def _row(status: toolchain.ToolStatus, targets: tuple[str, ...]) -> ToolStatus:
+    needed_for, optional_for = (targets, ()) if status.needed else ((), targets)
+    return ToolStatus(status.name, status.found, status.version, status.path, needed_for, status.remedy, optional_for)
 
 
 def _tpu_mlir(env: TpuMlirEnv | None, root: Path) -> ToolStatus:
@@ -143,39 +134,6 @@ def _python310(needed_for: tuple[str, ...]) -> ToolStatus:
     except ToolchainError as error:
         return ToolStatus("python3.10", False, "", "", needed_for, str(error))
     return ToolStatus("python3.10", True, "3.10", str(python), needed_for, "")
-
-
-def _neuronx_cc() -> ToolStatus:
-    """The Neuron compiler; what PyPI has under its name is a placeholder without the command."""
-    source = "install it from the AWS Neuron package index, not from PyPI; all up to its call works without it"
-    command = shutil.which("neuronx-cc")
-    if command is None:
-        placeholder = _installed_version("neuronx-cc")
-        why = f"the package neuronx-cc {placeholder} is PyPI's placeholder, without a compiler: " if placeholder else ""
-        return ToolStatus("neuronx-cc", False, "", "", NEURON_TARGETS, why + source)
-    version = _version_line(command)
-    if version is None:
-        remedy = f"{command} --version names no version, so it is no compiler: {source}"
-        return ToolStatus("neuronx-cc", False, "", command, NEURON_TARGETS, remedy)
-    return ToolStatus("neuronx-cc", True, version, command, NEURON_TARGETS, "")
-
-
-def _runtime(
-    name: str, module: str, distributions: tuple[str, ...], runs: tuple[str, ...], inside: str, remedy: str
-) -> ToolStatus:
-    """A vendor's runtime library, which is looked up and not imported: that would start its driver.
-
-    Args:
-        module: its package; `inside`: what must lie in it, as others have a package of the same name.
-        distributions: the names under which it is installed, any of them.
-        runs: the targets whose bundles it runs.
-    """
-    spec = importlib.util.find_spec(module)
-    folders = [Path(folder) for folder in spec.submodule_search_locations or ()] if spec is not None else []
-    if spec is None or (inside and not any(any(folder.glob(f"{inside}*")) for folder in folders)):
-        return ToolStatus(name, False, "", "", (), remedy, runs)
-    version = next((found for one in distributions if (found := _installed_version(one))), "")
-    return ToolStatus(name, True, version, str(folders[0] if folders else spec.origin or ""), (), "", runs)
 
 
 def _command(name: str, remedy: str) -> ToolStatus:
@@ -205,20 +163,3 @@ def _available_memory_bytes() -> int:
     except OSError:
         match = None
     return int(match[1]) * 1024 if match else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _installed_version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _version_line(command: str) -> str | None:
-    """The version in what `command --version` prints, or None."""
-    try:
-        done = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    match = re.search(r"\d+\.\d+(?:\.\d+)+\S*", done.stdout + done.stderr)
-    return match[0] if match else None

@@ -10,8 +10,6 @@ from fluxkiln.errors import IntegrityError
 
 MANIFEST_FILE = "manifest.json"
 BUILD_FILE = "build.json"
-# what the host hands to the parts
-HOST_CONSTANTS = "host/constants.safetensors"
 MAX_NAME_BYTES = 255
 MAX_PATH_BYTES = 1024
 

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from fluxkiln.build.budget import replayed_shapes
 from fluxkiln.compile.jobs import available_memory
-from fluxkiln.compile.plan import TRACE_MEMORY, Job, Plan
+from fluxkiln.compile.plan import Job, Plan
 from fluxkiln.compile.templates import count_elements
 from fluxkiln.compile.tensors import part_bytes, part_refs, stored_bytes
-from fluxkiln.compile.toolchain import toolchain_of
+from fluxkiln.compile.toolchain import TRACE_MEMORY, toolchain_of
 from fluxkiln.errors import ResourceError
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.settings import Settings
@@ -81,7 +81,7 @@ def list_jobs(prepared: Prepared) -> list[Job]:
     if prepared.settings.verify:
         largest = max(count_elements(part_refs(checkpoint, plan, part)) for part in plan.parts)
         if toolchain.largest_part:  # the reference runs block by block, and larger parts are not executed
-            largest = min(largest, toolchain.largest_part)
+            largest = min(largest, toolchain.largest_part // 4)
         # one part's weights in float32, and the next one's
         jobs.append(Job("record", "reference run", "", "F32", TRACE_MEMORY + 8 * largest, finished, weights))
         jobs.append(Job("verify", "parity ladder", "", "", 2 * TRACE_MEMORY + 8 * largest, finished, weights))

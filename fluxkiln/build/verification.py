@@ -136,6 +136,8 @@ def verify(
         with toolchain.climb(checkpoint, small, cache, made, folder, progress) as climb:
             parity = replay(prepared, small, recording, climb, progress)
             climb.finish(parity.ladder)
+        if small.shapes != plan.shapes:
+            parity = replace(parity, facts={**parity.facts, "every part replayed at": name_shapes(small.shapes)})
     else:
         parity = _verify_large(prepared, made, recording, folder, progress, limits)
     toolchain.read_back(parity.ladder, checkpoint, plan, cache, made)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxkiln.artifacts.bundle import read_manifest
 from fluxkiln.artifacts.manifest import FileEntry, Manifest
-from fluxkiln.artifacts.paths import HOST_CONSTANTS, MANIFEST_FILE, resolve_inside
+from fluxkiln.artifacts.paths import MANIFEST_FILE, resolve_inside
 from fluxkiln.compile.executor import Net
 from fluxkiln.compile.target import Target
 from fluxkiln.compile.targets import find_target
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 CONFIGS = "configs.json"
+HOST_CONSTANTS = "host/constants.safetensors"
 
 
 @dataclass(frozen=True, slots=True)

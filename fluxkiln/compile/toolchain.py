@@ -23,7 +23,7 @@ from fluxkiln.compile.bundle import Bundle
 from fluxkiln.compile.executor import Executor
 from fluxkiln.compile.plan import Job, Made, Plan
 from fluxkiln.compile.target import Target
-from fluxkiln.errors import ToolchainError, UsageError
+from fluxkiln.errors import UsageError
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.plugins import find_plugins
 from fluxkiln.progress import Laps, Progress
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from fluxkiln.verify.findings import Recorded, RungFindings
     from fluxkiln.verify.ladder import Ladder
 
+# torch, diffusers and the exporter in one process
+TRACE_MEMORY = 1 << 30
 # Of this protocol; raised when a method is added or changes its meaning.
 API = 1
 GROUP = "fluxkiln.toolchains"
@@ -103,9 +105,7 @@ class Resumed:
 
 
 class Toolchain(Protocol):
-    """One compiler or runtime, as a class derived from this: what has a body here need not be there.
-
-    `checkpoint`, `plan` and `cache` are what a build hands on.
+    """One compiler or runtime. `checkpoint`, `plan` and `cache` are what a build hands on.
 
     What is inherited from here stands for a toolchain that has nothing of the kind.
 
@@ -114,9 +114,9 @@ class Toolchain(Protocol):
         executors: what runs its bundles, the default first.
         compiler_stages: stages of actions in which the compiler runs; travelling: those whose results `mould export`
             carries to machines that have no compiler.
-        largest_part: weights of the largest part that its rungs run; 0 for any.
+        largest_part: bytes of float32 weights of the largest part that its rungs execute; 0 for any.
         any_shapes: `climb` runs parts of any size at smaller shapes than those of the build.
-        resumable: whether a bundle may lack what the compiler makes, which `resume` adds where there is one.
+        resumable: a bundle may lack what the compiler makes, and `resume` adds it where there is one.
     """
 
     api: int
@@ -127,8 +127,8 @@ class Toolchain(Protocol):
     compiler_stages: tuple[str, ...] = ()
     travelling: tuple[str, ...] = ()
     any_shapes: bool = False
-    largest_part: int = 0
     resumable: bool = False
+    largest_part: int = 0
 
     # Before anything is made.
 
@@ -165,10 +165,6 @@ class Toolchain(Protocol):
         self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, settings: Settings, progress: Progress, laps: Laps
     ) -> Made:
         """Everything that is in the bundle besides sidecars, from the store or made now."""
-
-    def refuse_incomplete(self, missing: str, bundle: Path) -> None:
-        """Raise ToolchainError for a finished bundle that lacks what `Made.missing` says, with how to go on."""
-        raise ToolchainError(f"{missing}; all that could be made is in {bundle}")
 
     def climb(
         self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, made: Made, folder: Path, progress: Progress
@@ -208,35 +204,39 @@ class Toolchain(Protocol):
 
     # Bundles and machines.
 
-    def open_executor(self, bundle: Bundle, name: str | None, options: Mapping[str, Any]) -> Executor:
-        """What runs a bundle's parts; UsageError where it cannot, ToolchainError where something is not installed."""
+    def refuse_incomplete(self, missing: str, bundle: Path) -> None:
+        """Raise ToolchainError with the next step, at the end of a build that lacks what is `missing` here."""
+        return
 
     def resume(self, bundle: Path, store: Store, jobs: int | None, progress: Progress) -> Resumed:
-        """Compile what a bundle lacks, without its checkpoint; UsageError where it never lacks anything."""
-        raise UsageError(f"{bundle} is complete: what {self.name} makes is compiled by the build")
+        """Compile what a bundle lacks, without its checkpoint; UsageError where bundles lack nothing."""
+        raise UsageError(f"{bundle} is complete: what {self.name} makes is all made by the build")
+
+    def open_executor(self, bundle: Bundle, name: str | None, options: Mapping[str, Any]) -> Executor:
+        """What runs a bundle's parts; UsageError where it cannot, ToolchainError where something is not installed."""
 
     def doctor(self) -> Sequence[ToolStatus]:
         """What is installed of what it takes, without starting anything."""
         return ()
 
 
+@cache
 def all_toolchains() -> dict[str, Toolchain]:
     """Those of this package and those that are registered, by name. Imports none of their compilers."""
-    return {name: find_toolchain(name) for name in (*_own_names(), *_plugins())}
+    own = {name: _own_toolchain(name) for name in _own_names()}
+    return own | {found.name: found for found in find_plugins(GROUP, Toolchain, API, own)}
 
 
-@cache
 def find_toolchain(name: str) -> Toolchain:
     """The toolchain called `name`; UsageError with those that there are otherwise."""
     if name in _own_names():
-        found: Toolchain = importlib.import_module(f"{toolchains.__name__}.{name}.toolchain").TOOLCHAIN
-        return found
-    if name not in _plugins():
+        return _own_toolchain(name)
+    if name not in all_toolchains():
         raise UsageError(
-            f"no toolchain is called {name!r}; there are {', '.join((*_own_names(), *_plugins()))}: install the "
-            "distribution that the target belongs to"
+            f"no toolchain is called {name!r}; there are {', '.join(all_toolchains())}: install the distribution that "
+            "the target belongs to"
         )
-    return _plugins()[name]
+    return all_toolchains()[name]
 
 
 @cache
@@ -244,9 +244,9 @@ def _own_names() -> tuple[str, ...]:
     return tuple(module.name for module in pkgutil.iter_modules(toolchains.__path__))
 
 
-@cache
-def _plugins() -> dict[str, Toolchain]:
-    return {found.name: found for found in find_plugins(GROUP, Toolchain, API, _own_names())}
+def _own_toolchain(name: str) -> Toolchain:
+    toolchain: Toolchain = importlib.import_module(f"{toolchains.__name__}.{name}.toolchain").TOOLCHAIN
+    return toolchain
 
 
 def toolchain_of(target: Target) -> Toolchain:

@@ -72,8 +72,9 @@ def _compile(
     """The compiled modules; none where there is no compiler and not all were compiled elsewhere."""
     compiler = plan.layout.compiler
     # what the script of an earlier bundle compiled there; whether it is what is asked for is judged next
-    if (plan.bundle / "neff").is_dir():
-        shutil.copytree(plan.bundle / "neff", work / "neff", symlinks=True, dirs_exist_ok=True)
+    bundled = plan.folder / "bundle" / "neff"
+    if bundled.is_dir():
+        shutil.copytree(bundled, work / "neff", symlinks=True, dirs_exist_ok=True)
     if compiler is None:
         return take_finished(work, jobs, plan.target, settings.flags) or ()
     return compile_kinds(

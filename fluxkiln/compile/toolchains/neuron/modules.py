@@ -12,8 +12,9 @@ from typing import Any, Literal
 from fluxkiln.artifacts.actions import Action, ActionCache, run_action
 from fluxkiln.artifacts.code import code_version
 from fluxkiln.artifacts.store import Blob
-from fluxkiln.compile.plan import TRACE_MEMORY, Job, Plan
+from fluxkiln.compile.plan import Job, Plan
 from fluxkiln.compile.templates import EXPORT_TOOLS, specs_from_json, specs_to_json
+from fluxkiln.compile.toolchain import TRACE_MEMORY
 from fluxkiln.compile.toolchains.neuron.frontend import VERSIONS
 from fluxkiln.compile.toolchains.neuron.neff import CompileJob, hlo_path
 from fluxkiln.digests import digest_json

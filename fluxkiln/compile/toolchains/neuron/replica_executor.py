@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from fluxkiln.compile.toolchains.neuron.modules import Module
 from fluxkiln.compile.toolchains.neuron.split_bundle import read_module
 from fluxkiln.errors import CompileError
-from fluxkiln.types import Kind
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,7 +31,7 @@ class ReplicaExecutor:
     """Runs parts as all their ranks at once; outputs are those of rank 0.
 
     Args:
-        kinds: part -> kind.
+        components: part -> component.
         module_of: part -> its module.
         weights: reads a part's shards.
         workers: ranks -> their process, for what shares them; those that are not there are started, and all are ended
@@ -48,7 +47,7 @@ class ReplicaExecutor:
 
     def __init__(
         self,
-        kinds: Mapping[str, Kind],
+        components: Mapping[str, str],
         module_of: Callable[[str], Module],
         weights: ReadWeights,
         *,
@@ -56,7 +55,7 @@ class ReplicaExecutor:
         most_kept: float = math.inf,
         spread: Callable[[str, float], None] = refuse_spread,
     ) -> None:
-        self.kinds, self.module_of, self.weights = dict(kinds), module_of, weights
+        self.components, self.module_of, self.weights = dict(components), module_of, weights
         self.most_kept, self.spread = most_kept, spread
         self._workers: dict[int, Replicas] = {} if workers is None else workers
         self._programs: dict[str, Program] = {}
@@ -80,12 +79,12 @@ class ReplicaExecutor:
         return {spec.name: array.astype(np.float32) for spec, array in zip(module.outputs, ranks[0], strict=True)}
 
     def load(self, component: str) -> None:
-        for part, kind in self.kinds.items():
-            if kind.component == component:
+        for part, own in self.components.items():
+            if own == component:
                 self._load(part)
 
     def release(self, component: str) -> None:
-        for part in [part for part in self._kept if self.kinds[part].component == component]:
+        for part in [part for part in self._kept if self.components[part] == component]:
             self.drop(part)
 
     def drop(self, part: str) -> None:
@@ -102,7 +101,7 @@ class ReplicaExecutor:
     def facts(self) -> Mapping[str, str]:
         import jaxlib
 
-        ranks = max(self.module_of(part).ranks for part in self.kinds)
+        ranks = max(self.module_of(part).ranks for part in self.components)
         return {
             "runtime": f"XLA CPU replicas (jaxlib {jaxlib.__version__})",
             "device": f"CPU, {ranks} virtual devices; no NEFF, no Neuron core",

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.artifacts.store import Blob
 from fluxkiln.compile.plan import Made, Plan
+from fluxkiln.compile.templates import host_constants
 from fluxkiln.compile.toolchain import Climb
 from fluxkiln.compile.toolchains.neuron.make import SplitModel
 from fluxkiln.compile.toolchains.neuron.modules import Module, lower_modules, module_name
 from fluxkiln.compile.toolchains.neuron.replica_executor import ReplicaExecutor
 from fluxkiln.compile.toolchains.neuron.replica_executor import dtype_of as dtype_of
 from fluxkiln.compile.toolchains.neuron.split import LARGEST_PART as LARGEST_PART
-from fluxkiln.compile.toolchains.neuron.split import held_elements, host_constants
+from fluxkiln.compile.toolchains.neuron.split import held_elements
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.progress import Progress
 from fluxkiln.types import Part, find_part
@@ -100,7 +101,7 @@ class _Rung:
         self.constants = constants
         self.spread: dict[str, float] = {}
         self._run = ReplicaExecutor(
-            {part.name: part.traits for part in parts}, self.modules.__getitem__,
+            {part.name: part.component for part in parts}, self.modules.__getitem__,
             lambda name: weights(find_part(parts, name), self.modules[name]),
             workers=workers, most_kept=KEPT_BYTES, spread=self._spread,
         )  # fmt: skip

@@ -28,7 +28,7 @@ from fluxkiln.compile.toolchains.neuron.profile import (
     legal_degrees,
 )
 from fluxkiln.errors import ToolchainError, UsageError
-from fluxkiln.export.checkpoint import Checkpoint, TensorReader
+from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.export.fingerprint import check_shards
 from fluxkiln.export.shard_files import WORKERS, write_part
 from fluxkiln.export.split import bind_shard, holds_tensor, split_slots
@@ -95,11 +95,6 @@ def facts(settings: Settings, plan: Plan) -> dict[str, Any]:
         "granularity": plan.layout.granularity,
         "flags": settings.flags,
     }
-
-
-def host_constants(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
-    """What the host hands to the parts at run time, by name; see `Model.host_constants`."""
-    return checkpoint.model.host_constants(checkpoint.configs, plan.shapes, TensorReader(checkpoint), True)
 
 
 def plan_memory(checkpoint: Checkpoint, plan: Plan) -> CoreMemory:

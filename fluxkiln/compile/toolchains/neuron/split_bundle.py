@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fluxkiln.artifacts.paths import HOST_CONSTANTS
 from fluxkiln.artifacts.store import Blob
+from fluxkiln.compile.bundle import HOST_CONSTANTS
 from fluxkiln.compile.plan import Plan
-from fluxkiln.compile.templates import specs_from_json
+from fluxkiln.compile.templates import host_constants, specs_from_json
 from fluxkiln.compile.toolchains.neuron.modules import Module, module_name
 from fluxkiln.compile.toolchains.neuron.neff import Preset, hlo_file, neff_path, record_path
-from fluxkiln.compile.toolchains.neuron.split import facts, host_constants, shard_file
+from fluxkiln.compile.toolchains.neuron.split import facts, shard_file
 from fluxkiln.errors import IntegrityError, ToolchainError, UsageError
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.files import digest_file

@@ -28,7 +28,9 @@ class Neuron(Toolchain):
     rungs, gates = gates.RUNGS, gates.GATES
     executors = ("neuron", "replicas")
     compiler_stages = ("neff",)
-    largest_part = split.LARGEST_PART // 4
+    travelling = ()
+    largest_part = split.LARGEST_PART
+    any_shapes = True
     resumable = True
 
     lay_out = staticmethod(split.lay_out)
@@ -74,13 +76,16 @@ class Neuron(Toolchain):
 
         chosen = name or self.executors[not (bundle.folder / "neff").is_dir()]
         if options.get("fast"):
-            raise UsageError(f"--fast: it is for packed weights (W4BF16), and {chosen} runs none; leave it out")
+            raise UsageError(
+                f"--fast: it is for packed weights (W4BF16) on ort, and this is {chosen} with no packed weights; leave "
+                "it out"
+            )
         described = read_split_bundle(bundle.folder)
-        kinds = {part.name: part.traits for part in bundle.parts}
+        components = {part.name: part.component for part in bundle.parts}
         weights = read_weights(described)
         if chosen == "neuron":
-            return NeuronExecutor(described, kinds, weights)
-        return ReplicaExecutor(kinds, described.module_of, weights)
+            return NeuronExecutor(components, described, weights)
+        return ReplicaExecutor(components, described.module_of, weights)
 
     def resume(self, bundle: Path, store: Store, jobs: int | None, progress: Progress) -> Resumed:
         from fluxkiln.compile.toolchains.neuron.resume import resume_compile

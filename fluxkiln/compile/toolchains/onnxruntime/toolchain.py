@@ -10,11 +10,11 @@ from typing import Any
 from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.compile.bundle import Bundle
 from fluxkiln.compile.executor import Executor
-from fluxkiln.compile.plan import TRACE_MEMORY, Binary, BundleFile, Job, Made, Plan
+from fluxkiln.compile.plan import Binary, BundleFile, Job, Made, Plan
 from fluxkiln.compile.rungs import rungs_below
 from fluxkiln.compile.templates import count_elements, find_template, make_template, tell_template
 from fluxkiln.compile.tensors import part_refs, search_memory
-from fluxkiln.compile.toolchain import API, Climb, Rungs, Toolchain
+from fluxkiln.compile.toolchain import API, TRACE_MEMORY, Climb, Rungs, Toolchain
 from fluxkiln.errors import UsageError
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.progress import Laps, Progress

@@ -10,21 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fluxkiln.compile import toolchain
-from fluxkiln.compile.installed import package_status, runtime_status
-from fluxkiln.compile.targets import target_names
-from fluxkiln.compile.toolchain import find_toolchain
-from fluxkiln.compile.toolchains.tpu_mlir.environment import (
-    TPU_MLIR_VERSION,
-    TpuMlirEnv,
-    default_tpu_mlir_root,
-    find_tpu_mlir,
-)
-from fluxkiln.compile.toolchains.tpu_mlir.python310 import find_python310
-from fluxkiln.errors import ToolchainError
+from fluxkiln.compile.installed import package_status
+from fluxkiln.compile.targets import find_target, target_names
 
 ALL_TARGETS = target_names()
-TPU_TARGETS = tuple(name for name in ALL_TARGETS if name.startswith("bm"))
-NEURON_TARGETS = tuple(name for name in ALL_TARGETS if name.startswith(("trn", "inf")))
 
 # What every build imports; the environment holds more, which these pull in.
 KEY_PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime", "numba", "safetensors")
@@ -59,25 +48,14 @@ def examine(work: Path | None = None) -> list[ToolStatus]:
     Args:
         work: where builds go; its disk is looked at. The current folder by default.
     """
-    root = default_tpu_mlir_root()
-    tpu_mlir = find_tpu_mlir(root)
     return [
         _main_python(),
         *(_package(name) for name in KEY_PACKAGES),
-        _tpu_mlir(tpu_mlir, root),
-        # Only needed while TPU-MLIR's environment has yet to be made.
-        _python310(() if tpu_mlir else TPU_TARGETS),
-        _row(
-            runtime_status(
-                "sophon-sail",
-                "sophon",
-                ("sophon", "sophon-arm", "sophon-sail"),
-                "the executor sail needs it, on a machine with a BM1684X: install the wheel of your Sophgo SDK",
-                "sail",
-            ),
-            TPU_TARGETS,
+        *(
+            _row(status, tuple(name for name in ALL_TARGETS if find_target(name).toolchain == one.name))
+            for one in toolchain.all_toolchains().values()
+            for status in one.doctor()
         ),
-        *(_row(status, NEURON_TARGETS) for status in find_toolchain("neuron").doctor()),
         *(
             replace(
                 _package(name, (), "`fluxkiln serve` needs it: pip install 'fluxkiln[serve]'"), optional_for=ALL_TARGETS
@@ -114,26 +92,6 @@ def _package(
 def _row(status: toolchain.ToolStatus, targets: tuple[str, ...]) -> ToolStatus:
     needed_for, optional_for = (targets, ()) if status.needed else ((), targets)
     return ToolStatus(status.name, status.found, status.version, status.path, needed_for, status.remedy, optional_for)
-
-
-def _tpu_mlir(env: TpuMlirEnv | None, root: Path) -> ToolStatus:
-    if env is not None:
-        version = f"{env.version} (self-check relative L2 {env.check_rel_l2:.1e})"
-        return ToolStatus("tpu-mlir", True, version, str(root), TPU_TARGETS, "")
-    state = "unfinished or of another version" if (root / "bin").is_dir() else "not made yet"
-    remedy = (
-        f"{state}: the next build for {' or '.join(TPU_TARGETS)} makes version {TPU_MLIR_VERSION}, or run "
-        f"`{sys.executable} -m fluxkiln.compile.toolchains.tpu_mlir.environment`"
-    )
-    return ToolStatus("tpu-mlir", False, "", str(root), TPU_TARGETS, remedy)
-
-
-def _python310(needed_for: tuple[str, ...]) -> ToolStatus:
-    try:
-        python = find_python310()
-    except ToolchainError as error:
-        return ToolStatus("python3.10", False, "", "", needed_for, str(error))
-    return ToolStatus("python3.10", True, "3.10", str(python), needed_for, "")
 
 
 def _command(name: str, remedy: str) -> ToolStatus:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from fluxkiln.compile.plan import Binary
 from fluxkiln.errors import CompileError, UsageError
 from fluxkiln.types import Kind, TensorSpec
 
@@ -32,6 +33,19 @@ class Net:
     @property
     def component(self) -> str:
         return self.kind.component
+
+
+def bind_net(binary: Binary, file: Path) -> Net:
+    """The net of a part in a file of the bundle, its inputs and outputs by its kind's names."""
+    part, sides = binary.part, []
+    for side, names in (("inputs", binary.part.traits.inputs), ("outputs", binary.part.traits.outputs)):
+        tensors: Any = binary.facts[side]
+        sides.append(
+            tuple(
+                TensorSpec(name, tuple(shape), dtype) for name, (_, dtype, shape) in zip(names, tensors, strict=False)
+            )
+        )
+    return Net(part.name, part.traits, file, binary.net, *sides, binary.size)
 
 
 class Executor(Protocol):

@@ -37,15 +37,12 @@ class Net:
 
 def bind_net(binary: Binary, file: Path) -> Net:
     """The net of a part in a file of the bundle, its inputs and outputs by its kind's names."""
-    part, sides = binary.part, []
-    for side, names in (("inputs", binary.part.traits.inputs), ("outputs", binary.part.traits.outputs)):
-        tensors: Any = binary.facts[side]
-        sides.append(
-            tuple(
-                TensorSpec(name, tuple(shape), dtype) for name, (_, dtype, shape) in zip(names, tensors, strict=False)
-            )
-        )
-    return Net(part.name, part.traits, file, binary.net, *sides, binary.size)
+    kind, facts = binary.part.traits, binary.facts
+    inputs, outputs = (
+        tuple(TensorSpec(name, tuple(shape), dtype) for name, (_, dtype, shape) in zip(names, tensors, strict=False))
+        for names, tensors in ((kind.inputs, facts["inputs"]), (kind.outputs, facts["outputs"]))
+    )
+    return Net(binary.part.name, kind, file, binary.net, inputs, outputs, binary.size)
 
 
 class Executor(Protocol):

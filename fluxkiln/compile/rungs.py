@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fluxkiln.compile.onnx.runner import Filling, Rewrite
     from fluxkiln.quantize.side_tensors import PackerOf
 
+
 def stored_rung(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> Rungs:
     """The rung `dequantized` of parts at the shapes of the build, in little memory; none where it says nothing new."""
     from fluxkiln.compile.onnx.runner import attention_by_heads

@@ -50,6 +50,8 @@ class Kind:
         narrow_inputs: what passes between blocks comes in 16 bits; `norms` where only norms and SiLU read it.
         narrow_outputs: what it hands on goes in 16 bits.
         family: what an exception of a scheme calls it; block: the same, of which its modulation is a piece.
+        rotated: queries and keys that it rotates by their position, over all its streams.
+        timed: outputs that embed the timestep through its sines and cosines.
         ordered: its nodes stand in the order in which a chip is to run them.
         traced_on: `cpu` where constants are made while it runs; convolutional: it has spatial inputs and outputs.
         cut: what it is called in the model's table of cuts; empty where it is never cut over ranks.
@@ -72,6 +74,8 @@ class Kind:
     narrow_outputs: bool = False
     family: str = ""
     block: str = ""
+    rotated: int = 0
+    timed: tuple[str, ...] = ()
     ordered: bool = False
     traced_on: Literal["meta", "cpu"] = "meta"
     convolutional: bool = False

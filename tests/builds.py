@@ -9,8 +9,10 @@ from typing import Any
 from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.compile.plan import Plan
 from fluxkiln.compile.target import Target
+from fluxkiln.compile.toolchains.tpu_mlir import gates
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.types import Part
+from fluxkiln.verify.ladder import Ladder
 
 
 @dataclass(frozen=True)
@@ -36,3 +38,8 @@ class Build:
 def altered(build: Build, **changes) -> Build:
     """A build with another plan: other parts, shapes, schemes, ..."""
     return replace(build, plan=replace(build.plan, **changes))
+
+
+def chip_ladder() -> Ladder:
+    """A ladder with the rungs and gates of a build for a chip."""
+    return Ladder(gates.RUNGS, gates.GATES)

@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 
 from fluxkiln.errors import ParityError, UsageError
+from fluxkiln.types import Kind
 from fluxkiln.verify.gates import (
-    GATES,
     PIPELINE,
-    RUNG_ORDER,
-    RUNGS,
     Gate,
+    Rung,
     Verdict,
-    first_bad_rung,
+    gate_table,
     judge_row,
+    rung_table,
 )
 from fluxkiln.verify.heat import WorstMaps
 from fluxkiln.verify.metrics import AnyArray, Metrics, compare, compare_images, explain_mismatch, failed_metrics
@@ -29,21 +29,40 @@ from fluxkiln.verify.metrics import AnyArray, Metrics, compare, compare_images, 
 class Row:
     """One output of one part at one rung and one denoising step.
 
-    `vs_reference` compares with the recorded reference, `vs_previous` with the rung called `previous`, the last one
-    that was climbed before this. `step` is -1 for what runs once per image (encoders, VAE, the final image).
+    `traits` is the part's kind, None for the whole pipeline. `vs_reference` compares with the recorded reference,
+    `vs_previous` with the rung called `previous`, the last one that was climbed before this. `step` is -1 for what runs
+    once per image (encoders, VAE, the final image).
     """
 
     part: str
-    kind: str
+    traits: Kind | None
     output: str
     step: int
-    rung: str
+    at: Rung
     scheme: str
     vs_reference: Metrics
     previous: str
     vs_previous: Metrics
     verdicts: tuple[Verdict, ...] = ()
     note: str = ""
+
+    @property
+    def kind(self) -> str:
+        return self.traits.name if self.traits else PIPELINE
+
+    @property
+    def rung(self) -> str:
+        return self.at.name
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """What gates may ask for: `pipeline`; or `part`, `residual` where the kind updates a residual stream and is
+        judged on what it adds, else `whole`, `block` and `time` (see `Kind.is_block`, `Kind.timed`)."""
+        kind = self.traits
+        if kind is None:
+            return (PIPELINE,)
+        stream = "residual" if kind.residual else "whole"
+        return ("part", stream, *["block"] * kind.is_block, *["time"] * (self.output in kind.timed))
 
     @property
     def passed(self) -> bool:
@@ -58,10 +77,15 @@ class Row:
 
 
 class Ladder:
-    """Collects rows; a missed gate is remembered, not raised, until `raise_if_failed`."""
+    """Collects rows; a missed gate is remembered, not raised, until `raise_if_failed`.
 
-    def __init__(self, gates: Sequence[Gate] = GATES) -> None:
-        self.gates = tuple(gates)
+    Args:
+        rungs, gates: those that a toolchain adds to the ones of every ladder.
+    """
+
+    def __init__(self, rungs: Iterable[Rung] = (), gates: Iterable[Gate] = ()) -> None:
+        self.rungs = rung_table(rungs)
+        self.gates = gate_table(gates)
         self.rows: list[Row] = []
         self.maps = WorstMaps()
 
@@ -73,7 +97,7 @@ class Ladder:
     def climb(
         self,
         part: str,
-        kind: str,
+        kind: Kind,
         output: str,
         step: int,
         reference: AnyArray,
@@ -85,7 +109,7 @@ class Ladder:
 
         Args:
             reference: what diffusers computed; every rung's array has its shape.
-            base: the residual input this output updates (KINDS[kind].residual), None when there is none.
+            base: the residual input this output updates (Kind.residual), None when there is none.
             rungs: (name, array), bottom to top; a generator keeps no more than two arrays alive.
             scheme: the part's scheme. Rungs below `dequantized` do not depend on it.
 
@@ -110,13 +134,13 @@ class Ladder:
         def measure(actual: AnyArray, expected: AnyArray, base: AnyArray | None) -> Metrics:
             return compare_images(actual, expected)
 
-        return self._climb((part, PIPELINE, "image", step, scheme), reference, None, rungs, measure)
+        return self._climb((part, None, "image", step, scheme), reference, None, rungs, measure)
 
     def climb_latents(
         self, step: int, reference: AnyArray, rungs: Iterable[tuple[str, AnyArray]], scheme: str, part: str = PIPELINE
     ) -> tuple[Row, ...]:
         """Compare the pipeline's final latents at every rung given; arguments as `climb_image`."""
-        return self._climb((part, PIPELINE, "latents", step, scheme), reference, None, rungs, compare)
+        return self._climb((part, None, "latents", step, scheme), reference, None, rungs, compare)
 
     def raise_if_failed(self, report: Path | str) -> None:
         """Raise one ParityError that names the first bad rung and where the report lies, if any row failed.
@@ -129,7 +153,7 @@ class Ladder:
 
     def _climb(
         self,
-        key: tuple[str, str, str, int, str],
+        key: tuple[str, Kind | None, str, int, str],
         reference: AnyArray,
         base: AnyArray | None,
         rungs: Iterable[tuple[str, AnyArray]],
@@ -139,14 +163,14 @@ class Ladder:
         made: list[Row] = []
 
         def add(rung: str, vs_reference: Metrics, previous: str, vs_previous: Metrics, note: str) -> None:
-            row = Row(*key[:4], rung, key[4], vs_reference, previous, vs_previous, note=note)
+            row = Row(*key[:4], self.rungs[rung], key[4], vs_reference, previous, vs_previous, note=note)
             made.append(replace(row, verdicts=judge_row(row, self.gates)))
 
         if not np.isfinite(reference).all():
             add("reference", failed, "reference", failed, "NaN or infinity in the reference itself")
         last, below_name, below, noise = "reference", "reference", reference, 0.0
         for rung, actual in rungs:
-            _check_order(rung, last)
+            self._check_order(rung, last)
             last = rung
             mismatch = explain_mismatch(actual, reference, base)
             if mismatch:
@@ -157,7 +181,7 @@ class Ladder:
             if below is not reference:
                 vs_previous = measure(actual, below, base)
                 vs_previous = replace(vs_previous, noise_ratio=_ratio(vs_reference.relative_l2, noise))
-            if key[1] != PIPELINE:
+            if key[1] is not None:
                 severity = math.inf if math.isnan(vs_previous.worst_channel) else vs_previous.worst_channel
                 self.maps.offer((key[0], key[2], key[3], rung), severity, actual, below, base)
             if vs_reference.finite:
@@ -168,6 +192,13 @@ class Ladder:
                 add(rung, vs_reference, below_name, vs_previous, "NaN or infinity on one side")
         self.rows += made
         return tuple(made)
+
+    def _check_order(self, rung: str, below: str) -> None:
+        known = list(self.rungs)
+        if rung not in known[1:]:
+            raise UsageError(f"no rung is called {rung!r}; above the reference there are {', '.join(known[1:])}")
+        if self.rungs[rung].order <= self.rungs[below].order:
+            raise UsageError(f"rung {rung} was given after {below}; the order is {', '.join(known)}")
 
 
 def explain_failure(rows: Sequence[Row]) -> str:
@@ -183,20 +214,22 @@ def name_culprit(rows: Sequence[Row]) -> str:
     """The lowest bad rung, the part that misses it most, the gate missed and its reason; empty when nothing failed."""
     if not rows:
         return "no row was compared, so nothing is proven: at least one part has to climb the ladder"
-    first = first_bad_rung(rows)
-    if not first:
+    failed = [row for row in rows if not row.passed]
+    if not failed:
         return ""
-    lowest = min(first.values(), key=RUNG_ORDER.__getitem__)
-    row = max((row for row in rows if row.rung == lowest and not row.passed), key=_severity)
+    lowest = min((row.at for row in failed), key=lambda rung: rung.order)
+    row = max((row for row in failed if row.at == lowest), key=_severity)
     worst = row.worst
     claim = f"{worst.claim} ({worst.gate.reason})" if worst else "it was never judged"
     where = row.output if row.step < 0 else f"{row.output}, step {row.step}"
     note = f"; {row.note}" if row.note else ""
-    suspect = RUNGS[RUNG_ORDER[lowest]].suspect
-    return f"first bad rung: {lowest}, worst in {row.part} ({where}, {row.scheme}): {claim}{note}; look at {suspect}"
+    return (
+        f"first bad rung: {lowest.name}, worst in {row.part} ({where}, {row.scheme}): {claim}{note}; look at "
+        f"{lowest.suspect}"
+    )
 
 
-def row_to_dict(row: Row, gates: Sequence[Gate] = GATES) -> dict[str, Any]:
+def row_to_dict(row: Row, gates: Sequence[Gate]) -> dict[str, Any]:
     """`row` as report.json holds it: metrics that do not apply are left out, verdicts name their gate by number."""
     return {
         "part": row.part,
@@ -214,7 +247,7 @@ def row_to_dict(row: Row, gates: Sequence[Gate] = GATES) -> dict[str, Any]:
     }
 
 
-def verdict_to_dict(verdict: Verdict, gates: Sequence[Gate] = GATES) -> dict[str, Any]:
+def verdict_to_dict(verdict: Verdict, gates: Sequence[Gate]) -> dict[str, Any]:
     """`gate` is the number of the gate in the report's table, -1 for the rule that every row needs one."""
     gate = verdict.gate
     return {
@@ -239,10 +272,3 @@ def _ratio(noise: float, before: float) -> float:
 
 def _severity(row: Row) -> float:
     return row.worst.excess if row.worst else float("inf")
-
-
-def _check_order(rung: str, below: str) -> None:
-    if rung not in RUNG_ORDER or rung == "reference":
-        raise UsageError(f"no rung is called {rung!r}; above the reference there are {', '.join(list(RUNG_ORDER)[1:])}")
-    if RUNG_ORDER[rung] <= RUNG_ORDER[below]:
-        raise UsageError(f"rung {rung} was given after {below}; the order is {', '.join(RUNG_ORDER)}")

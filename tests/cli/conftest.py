@@ -10,6 +10,7 @@ import pytest
 from fluxkiln.artifacts.bundle import write_bundle
 from fluxkiln.artifacts.store import Store, open_store
 from fluxkiln.cli.main import main
+from fluxkiln.verify.ladder import Ladder
 from fluxkiln.verify.report.document import build_report, write_report
 from tests.ran import Run
 
@@ -71,5 +72,5 @@ def built(tmp_path, store) -> Path:
         ],
     }
     write_bundle(folder / "bundle", files, manifest, store)
-    write_report(folder, build_report([], {"title": "tiny-dev", "target": "bm1684x"}))
+    write_report(folder, build_report(Ladder(), {"title": "tiny-dev", "target": "bm1684x"}))
     return folder

@@ -32,7 +32,7 @@ def climb(recording, run, parts):
             for output in kind.outputs:
                 base = inputs[dict(kind.residual)[output]] if output in dict(kind.residual) else None
                 rungs = [("patched", actual[output])]
-                ladder.climb(part.name, part.kind, output, step, expected[output], base, rungs)
+                ladder.climb(part.name, kind, output, step, expected[output], base, rungs)
     return ladder
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fluxkiln.patches.flux1.kinds import KINDS
-from fluxkiln.verify.ladder import Ladder
+from tests.builds import chip_ladder
 
 TOKENS, WIDTH, GROUP = 12, 64, 16
 RUNGS = ("patched", "onnxruntime", "dequantized", "interpreter", "simulator")
@@ -108,13 +108,14 @@ class Recording:
     outputs: dict
 
     def climb(self):
-        ladder = Ladder()
+        ladder = chip_ladder()
         for part in self.parts:
             for step in range(self.steps):
                 arrays = self.outputs[part.name, part.output, step]
                 base = part.base(step) if part.residual else None
                 rungs = [(rung, arrays[rung]) for rung in RUNGS]
-                ladder.climb(part.name, part.kind, part.output, step, arrays["reference"], base, rungs, part.scheme)
+                kind, reference = KINDS[part.kind], arrays["reference"]
+                ladder.climb(part.name, kind, part.output, step, reference, base, rungs, part.scheme)
         return ladder
 
     def part(self, name, output="hidden_states_out"):

@@ -3,29 +3,37 @@ from dataclasses import replace
 
 import pytest
 
+from fluxkiln.compile.toolchains.neuron import gates as neuron
+from fluxkiln.compile.toolchains.onnxruntime import gates as onnxruntime
+from fluxkiln.compile.toolchains.tpu_mlir import gates as tpu_mlir
 from fluxkiln.patches.flux1.kinds import KINDS, SPLIT_KINDS
 from fluxkiln.verify.gates import (
-    GATES,
     HIGHER_IS_BETTER,
     PIPELINE,
-    RUNGS,
     UNCOVERED,
     Gate,
+    Rung,
     first_bad_rung,
-    judge,
+    gate_table,
     judge_row,
+    rung_table,
 )
 from fluxkiln.verify.ladder import Row
 from fluxkiln.verify.metrics import Metrics
 
 GOOD = Metrics(1.0, 0.0, 0.0, 0.0, True, 1.0, 0.0, math.inf, 1.0, 1.0)
+TOOLCHAINS = (tpu_mlir, neuron, onnxruntime)
 # of a model that is cut over cores, which is stored in bfloat16
-SPLIT_RUNGS = ("split", "unsplit", "replicas")
+SPLIT_RUNGS = tuple(rung.name for rung in neuron.RUNGS)
+EVERY_GATE = {gate for toolchain in TOOLCHAINS for gate in gate_table(toolchain.GATES)}
 
 
-def row(kind, rung, scheme, output="hidden_states_out", vs_reference=GOOD, vs_previous=GOOD):
-    made = Row(f"{kind}.00", kind, output, 0, rung, scheme, vs_reference, "patched", vs_previous)
-    return replace(made, verdicts=judge_row(made))
+def row(kind, rung, scheme, output="hidden_states_out", vs_reference=GOOD, vs_previous=GOOD, gates=None):
+    """A row of the first toolchain that has the rung."""
+    toolchain = next(one for one in TOOLCHAINS if rung in rung_table(one.RUNGS))
+    at, traits = rung_table(toolchain.RUNGS)[rung], {**KINDS, **SPLIT_KINDS, PIPELINE: None}[kind]
+    made = Row(f"{kind}.00", traits, output, 0, at, scheme, vs_reference, "patched", vs_previous)
+    return replace(made, verdicts=judge_row(made, gates or gate_table(toolchain.GATES)))
 
 
 def missed(judged):
@@ -81,9 +89,9 @@ def test_every_part_is_covered_at_every_rung():
     for kind in KINDS.values():
         for output in kind.outputs:
             for scheme in ("F32", "F16", "BF16", "W8BF16", "W4BF16"):
-                for rung in (rung for rung in RUNGS[1:] if rung.name not in SPLIT_RUNGS):
-                    judged = row(kind.name, rung.name, scheme, output)
-                    assert judged.passed, (kind.name, rung.name, scheme, output, missed(judged))
+                for rung in list(rung_table((*tpu_mlir.RUNGS, *onnxruntime.RUNGS)))[1:]:
+                    judged = row(kind.name, rung, scheme, output)
+                    assert judged.passed, (kind.name, rung, scheme, output, missed(judged))
 
 
 @pytest.mark.parametrize("rung", SPLIT_RUNGS)
@@ -112,12 +120,24 @@ def test_pipeline_is_covered(output):
 
 
 @pytest.mark.parametrize(
-    ("kind", "rung", "scheme"), [("double", "simulator", "W3BF16"), ("doubel", "simulator", "BF16")]
+    ("at", "scheme"),
+    [("simulator", "W3BF16"), (Rung("guessed", 4, "a rung whose toolchain", "gave it no gate"), "BF16")],
 )
-def test_a_row_without_a_gate_fails(kind, rung, scheme):
-    judged = row(kind, rung, scheme)
+def test_a_row_without_a_gate_fails(at, scheme):
+    judged = row("double", "simulator", scheme)
+    if isinstance(at, Rung):
+        judged = replace(judged, at=at)
+        judged = replace(judged, verdicts=judge_row(judged, gate_table(tpu_mlir.GATES)))
     assert not judged.passed
     assert judged.worst.gate is UNCOVERED
+
+
+def test_a_family_of_rungs_shares_gates_and_a_toolchain_may_except_them():
+    at = Rung("guessed", 4, "another toolchain's compiled form", "it", family="scheme")
+    strict = Gate("guessed", "BF16", "part", "*", "relative_l2", 1e-3, "reference", "stricter than the rule")
+    spoilt = replace(row("tail", "simulator", "BF16", "sample", replace(GOOD, relative_l2=2e-3)), at=at)
+    for gates, passes in ((gate_table(()), True), (gate_table((strict,)), False)):
+        assert all(verdict.passed for verdict in judge_row(spoilt, gates)) is passes
 
 
 def test_a_missing_delta_fails_its_gate():
@@ -127,7 +147,7 @@ def test_a_missing_delta_fails_its_gate():
 
 def test_nan_passes_nothing():
     nan = Metrics(*[math.nan] * 4, False, *[math.nan] * 5)
-    for gate in GATES:
+    for gate in EVERY_GATE:
         if gate.metric != "finite":
             assert not gate.holds(getattr(nan, gate.metric)), gate
     judged = row("double", "simulator", "BF16", vs_reference=nan, vs_previous=nan)
@@ -142,7 +162,7 @@ def test_the_first_match_counts():
 
 
 def test_excess_is_one_at_the_bound_and_grows_beyond():
-    for gate in GATES:
+    for gate in EVERY_GATE:
         if gate.metric == "finite":
             continue
         worse = gate.bound - 1e-3 if gate.metric in HIGHER_IS_BETTER else gate.bound * 1.1 + 1e-9
@@ -154,10 +174,11 @@ def test_excess_is_one_at_the_bound_and_grows_beyond():
 
 
 def test_every_gate_has_a_reason_and_a_known_metric():
-    for gate in GATES:
+    rungs = [rung for toolchain in TOOLCHAINS for rung in rung_table(toolchain.RUNGS).values()]
+    for gate in EVERY_GATE:
         assert len(gate.reason) > 10
         assert gate.metric in Metrics.__dataclass_fields__
-        assert set(gate.rung.split("|")) <= {rung.name for rung in RUNGS} | {"*"}
+        assert set(gate.rung.split("|")) <= {name for rung in rungs for name in (rung.name, rung.family)} | {"*"}
 
 
 def test_first_bad_rung_is_the_lowest():
@@ -170,8 +191,9 @@ def test_first_bad_rung_is_the_lowest():
     assert first_bad_rung([row("single", "simulator", "BF16")]) == {}
 
 
-def test_judge_lists_all_rows_and_takes_another_table():
+def test_another_table():
     gates = (Gate("*", "*", "*", "*", "max_abs", 0.5, "reference", "for this test only"),)
-    rows = [row("single", "patched", "F32"), row("single", "patched", "F32", vs_reference=replace(GOOD, max_abs=1.0))]
-    assert [verdict.passed for verdict in judge(rows, gates)] == [True, False]
-    assert "max_abs 1 against reference, must be <= 0.5" in judge(rows, gates)[1].claim
+    sound = row("single", "patched", "F32", gates=gates)
+    spoilt = row("single", "patched", "F32", vs_reference=replace(GOOD, max_abs=1.0), gates=gates)
+    assert (sound.passed, spoilt.passed) == (True, False)
+    assert "max_abs 1 against reference, must be <= 0.5" in spoilt.verdicts[0].claim

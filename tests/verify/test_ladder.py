@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from fluxkiln.errors import ParityError, UsageError
+from fluxkiln.patches.flux1.kinds import KINDS
 from fluxkiln.verify.gates import first_bad_rung
 from fluxkiln.verify.ladder import Ladder, explain_failure, row_to_dict
+from tests.builds import chip_ladder
 
 
 def failed(ladder):
@@ -92,9 +94,9 @@ def test_time_embedding_in_bf16(recording):
     angle = (731.0 * frequency).astype(np.float32)
     rounded = (angle.view(np.uint32) + 0x8000 & np.uint32(0xFFFF0000)).view(np.float32)
     exact, lost = (np.concatenate([np.cos(a), np.sin(a)])[None] for a in (angle, rounded))
-    ladder = Ladder()
+    ladder = chip_ladder()
     rungs = [("patched", exact), ("onnxruntime", exact), ("dequantized", exact), ("interpreter", lost)]
-    ladder.climb("head", "head", "temb", 0, exact, None, rungs, "BF16")
+    ladder.climb("head", KINDS["head"], "temb", 0, exact, None, rungs, "BF16")
     assert first_bad_rung(ladder.rows) == {"head": "interpreter"}
 
 
@@ -138,15 +140,17 @@ def test_no_rows_is_no_proof():
 def test_unknown_rung_and_wrong_order():
     array = np.ones((2, 2))
     with pytest.raises(UsageError, match=r"no rung is called 'simulater'.*patched, onnxruntime"):
-        Ladder().climb("tail", "tail", "sample", 0, array, None, [("simulater", array)])
+        Ladder().climb("tail", KINDS["tail"], "sample", 0, array, None, [("simulater", array)])
     with pytest.raises(UsageError, match="patched was given after onnxruntime"):
-        Ladder().climb("tail", "tail", "sample", 0, array, None, [("onnxruntime", array), ("patched", array)])
+        Ladder().climb("tail", KINDS["tail"], "sample", 0, array, None, [("onnxruntime", array), ("patched", array)])
+    with pytest.raises(UsageError, match="no rung is called 'simulator'"):  # it comes with a toolchain
+        Ladder().climb("tail", KINDS["tail"], "sample", 0, array, None, [("simulator", array)])
 
 
 def test_rungs_may_come_from_a_generator():
     array = np.random.default_rng(0).standard_normal((4, 4)).astype(np.float32)
-    rows = Ladder().climb(
-        "tail", "tail", "sample", 0, array, None, ((r, array) for r in ("patched", "simulator")), "F32"
+    rows = chip_ladder().climb(
+        "tail", KINDS["tail"], "sample", 0, array, None, ((r, array) for r in ("patched", "simulator")), "F32"
     )
     assert [(row.rung, row.previous, row.passed) for row in rows] == [
         ("patched", "reference", True),
@@ -157,7 +161,7 @@ def test_rungs_may_come_from_a_generator():
 def test_pipeline_rows(pictures):
     reference, actual = pictures
     latents = np.random.default_rng(0).standard_normal((1, 16, 64)).astype(np.float32)
-    ladder = Ladder()
+    ladder = chip_ladder()
     ladder.climb_latents(-1, latents, [("onnxruntime", latents), ("simulator", latents * 1.01)], "W4BF16")
     ladder.climb_image(-1, reference, [("onnxruntime", reference), ("simulator", actual)], "W4BF16")
     assert failed(ladder) == set()
@@ -168,8 +172,10 @@ def test_pipeline_rows(pictures):
 
 
 def test_row_to_dict_leaves_out_what_does_not_apply(recording):
-    rows = [row_to_dict(row) for row in recording.climb().rows]
+    ladder = recording.climb()
+    rows = [row_to_dict(row, ladder.gates) for row in ladder.rows]
     tail = next(row for row in rows if row["part"] == "tail")
     assert "delta_cosine" not in tail["vs_reference"]
     assert "psnr" not in tail["vs_reference"]
-    assert {verdict["gate"] for verdict in tail["verdicts"]} == {0, 1}
+    judged = [ladder.gates[verdict["gate"]] for verdict in tail["verdicts"]]
+    assert [(gate.rung, gate.metric) for gate in judged] == [("*", "finite"), ("patched", "relative_l2")]

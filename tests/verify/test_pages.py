@@ -32,7 +32,7 @@ def report(full_recording, pictures):
     ]
     runs = {"rung": "simulator", "steps": 2, "entries": entries, "statistics": []}
     return build_report(
-        ladder.rows, {"title": "t", "target": "bm1684x", "images": images, "heat": ladder.maps.to_json(), "runs": runs}
+        ladder, {"title": "t", "target": "bm1684x", "images": images, "heat": ladder.maps.to_json(), "runs": runs}
     )
 
 

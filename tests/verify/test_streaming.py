@@ -9,7 +9,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from fluxkiln.verify.pipeline import GUIDANCE_SCALE, PROMPT, render
 
 from fluxkiln.errors import CheckpointError
 from fluxkiln.export.checkpoint import TensorReader
@@ -17,6 +16,7 @@ from fluxkiln.export.eager import PatchedRunner
 from fluxkiln.patches.flux1.kinds import list_parts
 from fluxkiln.types import Shapes
 from fluxkiln.verify import streaming
+from fluxkiln.verify.pipeline import GUIDANCE_SCALE, PROMPT, render
 from fluxkiln.verify.reference import record_reference
 
 SHAPES = Shapes(height=64, width=64, tokens=32)

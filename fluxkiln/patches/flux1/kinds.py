@@ -52,7 +52,7 @@ def _block(name: str, inputs: tuple[str, ...], **traits: Any) -> Kind:
     blocks = family != "tail"
     return _kind(
         name, "transformer", inputs, outputs, residual=residual, stored="blocks" if blocks else "BF16", family=family,
-        narrow_outputs=blocks, ordered=True, **{"narrow_inputs": "all", **traits},
+        rotated=2 * len(residual), narrow_outputs=blocks, ordered=True, **{"narrow_inputs": "all", **traits},
     )  # fmt: skip
 
 
@@ -78,13 +78,13 @@ _WHOLE = (
           tables=("relative_attention_bias.weight",)),
     _kind("t5_final", "text_encoder_2", (_IMAGE,), ("last_hidden_state",), overflows=True, narrow_inputs="all"),
     _kind("head", "transformer", (*_STREAMS, *_TIMES), (*_STREAMS_OUT, "temb"), traced_on="cpu", narrow_outputs=True,
-          without=(*_BLOCKS, "norm_out.", "proj_out.")),
+          timed=("temb",), without=(*_BLOCKS, "norm_out.", "proj_out.")),
     _block("double", (*_STREAMS, "temb", *_ROTARY)),
     _block("single", (_IMAGE, "temb", *_ROTARY)),
     # LayerNorm and SiLU alone read what it is given
     _block("tail", (_IMAGE, "temb"), narrow_inputs="norms", own=("norm_out.", "proj_out.")),
     _kind("time_embed", "transformer", _TIMES, ("temb",), rows=("timestep", "guidance"), most_rows=MODULATION_ROWS,
-          own=("time_text_embed.",), family="head", traced_on="cpu"),
+          own=("time_text_embed.",), family="head", timed=("temb",), traced_on="cpu"),
     # SiLU alone reads temb there, and takes float32: time_embed hands it over in float32
     _modulation("double"),
     _modulation("single"),

@@ -1,7 +1,8 @@
 """The report's charts as inline SVG: heat maps of rungs and parts, and errors over depth and over steps.
 
-Every function takes rows as `report.json` holds them (see `ladder.row_to_dict`) and returns markup whose variable
-text is escaped. What a chart shows stands in the report's table as well; the charts carry a one-line description.
+Every function takes rows as `report.json` holds them (see `ladder.row_to_dict`) and the rungs of their ladder by name,
+and returns markup whose variable text is escaped. What a chart shows stands in the report's table as well; the charts
+carry a one-line description.
 """
 
 from __future__ import annotations
@@ -12,24 +13,18 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any, Literal
 
-from fluxkiln.verify.gates import RUNG_ORDER
-from fluxkiln.verify.report.plot import Plot, Point, cross, decades, marker, series_of, svg, svg_text
+from fluxkiln.verify.gates import Rung
+from fluxkiln.verify.report.plot import Plot, Point, cross, decades, marker, svg, svg_text
 
 Measure = Literal["delta", "whole", "added"]
 ReportRow = Mapping[str, Any]
+Rungs = Mapping[str, Rung]
 
 BINS = 17  # half decades from 1e-8: the first bin holds everything below, the last everything from 1 up
 COLUMNS = 24  # a panel wraps after this many parts, so that it still fits a telephone
 LABEL_WIDTH, CELL, ROW_HEIGHT = 82, 13, 20
 NUMBERED_CELL = 56
-# rungs that compare bytes: they have no place on a logarithmic axis
-EXACT_RUNGS = frozenset({"stored"})
 MOST_TICKS = 20
-# as the kinds are called above their part of a chart
-BLOCKS: Mapping[str, str] = {
-    "double": "double blocks", "double_modulated": "double blocks", "single": "single blocks",
-    "single_modulated": "single blocks", "t5_block": "T5 blocks",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +54,7 @@ def at_build_shapes(rows: Iterable[ReportRow]) -> list[ReportRow]:
     return [row for row in rows if not split_name(row["part"])[1]]
 
 
-def ladder_panels(rows: Sequence[ReportRow], measure: Measure) -> list[tuple[str, str]]:
+def ladder_panels(rows: Sequence[ReportRow], measure: Measure, known: Rungs) -> list[tuple[str, str]]:
     """Heat maps rung x part, one (title, svg) per kind.
 
     Kinds that exist once share the first panel; parts executed at other shapes than the rest share one with numbers.
@@ -75,12 +70,12 @@ def ladder_panels(rows: Sequence[ReportRow], measure: Measure) -> list[tuple[str
         parts = elsewhere.setdefault(shapes, []) if shapes else kinds.setdefault(group, [])
         if row["part"] not in parts:
             parts.append(row["part"])
-    rungs = _rungs_of(cells, [part for parts in kinds.values() for part in parts])
+    rungs = _rungs_of(cells, [part for parts in kinds.values() for part in parts], known)
     single = [parts[0] for parts in kinds.values() if len(parts) == 1]
     if single:
         panels.append(("parts that exist once", _numbered_panel(single, rungs, cells)))
     for shapes, parts in elsewhere.items():
-        panels.append((f"compiled form at {shapes}", _numbered_panel(parts, _rungs_of(cells, parts), cells)))
+        panels.append((f"compiled form at {shapes}", _numbered_panel(parts, _rungs_of(cells, parts, known), cells)))
     for (kind, _), parts in kinds.items():
         if len(parts) == 1:
             continue
@@ -89,48 +84,55 @@ def ladder_panels(rows: Sequence[ReportRow], measure: Measure) -> list[tuple[str
         for start in range(0, len(parts), size):
             piece = parts[start : start + size]
             name = f"{kind} {_index(piece[0])}–{_index(piece[-1])}"
-            panels.append((name, _dense_panel(name, piece, _rungs_of(cells, parts), cells)))
+            panels.append((name, _dense_panel(name, piece, _rungs_of(cells, parts, known), cells)))
     return panels
 
 
-def _rungs_of(cells: Mapping[tuple[str, str], Cell], parts: Sequence[str]) -> list[str]:
+def _rungs_of(cells: Mapping[tuple[str, str], Cell], parts: Sequence[str], known: Rungs) -> list[str]:
     """The rungs that any of `parts` climbed, the highest first."""
-    known = set(parts)
-    return sorted({rung for part, rung in cells if part in known}, key=RUNG_ORDER.__getitem__, reverse=True)
+    chosen = set(parts)
+    return sorted({rung for part, rung in cells if part in chosen}, key=lambda rung: -known[rung].order)
 
 
-def depth_chart(rows: Sequence[ReportRow], kinds: Sequence[str], measure: Measure) -> str:
+def depth_chart(rows: Sequence[ReportRow], kinds: Mapping[str, str], measure: Measure, known: Rungs) -> str:
     """Error over depth: a line per rung, a point per block, logarithmic; empty when there are no such rows.
 
     A dashed line marks the delta cosine bound as the error it allows when only the direction is wrong,
     sqrt(2 (1 - cosine)).
+
+    Args:
+        kinds: kind of block -> what its blocks are called.
     """
-    chosen = _drawn(rows, kinds)
+    chosen = _drawn(rows, kinds, known)
     if not chosen:
         return ""
     cells = _worst_cells(chosen, measure)
     parts = list(dict.fromkeys(row["part"] for kind in kinds for row in chosen if row["kind"] == kind))
-    rungs = rungs_drawn(rows, kinds)
+    rungs = rungs_drawn(rows, kinds, known)
     shown = [cell.value for cell in cells.values()]
-    bounds = {math.sqrt(2.0 * (1.0 - cosine)): (cosine, on) for cosine, on in _delta_bounds(chosen, measure).items()}
+    gates = _delta_bounds(chosen, measure, known)
+    bounds = {math.sqrt(2.0 * (1.0 - cosine)): (cosine, on) for cosine, on in gates.items()}
     plot = Plot(*decades([*shown, *bounds]), len(parts))
-    out = [plot.axes("block"), _sections(plot, parts, {row["part"]: row["kind"] for row in chosen})]
+    out = [plot.axes("block"), _sections(plot, parts, {row["part"]: kinds[row["kind"]] for row in chosen})]
     for allowed, (cosine, on) in bounds.items():
         out.append(plot.bound(allowed, f"gate of {', '.join(on)}: delta cosine {cosine:g}", shown))
-    out += [plot.line(rung, [_point(part, rung, cells.get((part, rung))) for part in parts]) for rung in rungs]
-    out.append(plot.names({rung: cells[part, rung].value for rung in rungs for part in parts if (part, rung) in cells}))
+    for rung in rungs:
+        points = [_point(part, rung.name, cells.get((part, rung.name))) for part in parts]
+        out.append(plot.line(rung.series, points))
+    ends = {rung: cells[part, rung.name].value for rung in rungs for part in parts if (part, rung.name) in cells}
+    out.append(plot.names(ends))
     what = "what each rung adds to the error" if measure == "added" else "error against the reference"
-    named = " and ".join(dict.fromkeys(_blocks(row["kind"]) for row in chosen))
+    named = " and ".join(dict.fromkeys(kinds[row["kind"]] for row in chosen))
     label = f"{what}, {len(parts)} {named}, relative L2 on a logarithmic axis"
     return svg(plot.width, plot.height, label, out, css="depth")
 
 
-def step_chart(rows: Sequence[ReportRow], kinds: Sequence[str], measure: Measure) -> str:
+def step_chart(rows: Sequence[ReportRow], kinds: Mapping[str, str], measure: Measure, known: Rungs) -> str:
     """Error over denoising steps: per rung a line of the worst block and a dotted one of the middle block.
 
     Empty where fewer than two steps were recorded.
     """
-    chosen = _drawn(rows, kinds)
+    chosen = _drawn(rows, kinds, known)
     steps = sorted({row["step"] for row in chosen if row["step"] >= 0})
     if len(steps) < 2:
         return ""
@@ -143,37 +145,35 @@ def step_chart(rows: Sequence[ReportRow], kinds: Sequence[str], measure: Measure
     plot = Plot(*decades([*middle.values(), *(cell.value for cell in worst.values())]), len(steps))
     every = math.ceil(len(steps) / MOST_TICKS)
     out = [plot.axes("denoising step"), *(plot.tick(i, str(step)) for i, step in enumerate(steps) if not i % every)]
-    rungs = rungs_drawn(rows, kinds)
-    for rung in rungs:
-        values = plot.path([middle.get((step, rung)) for step in steps])
-        out.append(f'<g class="series s{series_of(rung)}"><path class="run middle" d="{values}"/></g>')
-        out.append(plot.line(rung, [_point(f"step {step}", rung, worst.get((step, rung))) for step in steps]))
-    out.append(plot.names({rung: worst[step, rung].value for step in steps for rung in rungs if (step, rung) in worst}))
-    named = " and ".join(dict.fromkeys(_blocks(row["kind"]) for row in chosen))
+    ends: dict[Rung, float] = {}
+    for rung in rungs_drawn(rows, kinds, known):
+        values = plot.path([middle.get((step, rung.name)) for step in steps])
+        out.append(f'<g class="series s{rung.series}"><path class="run middle" d="{values}"/></g>')
+        seen = {step: worst.get((step, rung.name)) for step in steps}
+        out.append(plot.line(rung.series, [_point(f"step {step}", rung.name, cell) for step, cell in seen.items()]))
+        ends[rung] = [cell.value for cell in seen.values() if cell is not None][-1]
+    out.append(plot.names(ends))
+    named = " and ".join(dict.fromkeys(kinds[row["kind"]] for row in chosen))
     label = f"error of the {named} over {len(steps)} steps, worst and middle, relative L2 on a logarithmic axis"
     return svg(plot.width, plot.height, label, out, css="depth")
 
 
-def rungs_drawn(rows: Sequence[ReportRow], kinds: Sequence[str]) -> list[str]:
+def rungs_drawn(rows: Sequence[ReportRow], kinds: Mapping[str, str], known: Rungs) -> list[Rung]:
     """The rungs that the charts of these kinds have a line for, the lowest first."""
-    return sorted({row["rung"] for row in _drawn(rows, kinds)}, key=RUNG_ORDER.__getitem__)
+    return sorted({known[row["rung"]] for row in _drawn(rows, kinds, known)}, key=lambda rung: rung.order)
 
 
-def rung_keys(rungs: Sequence[str]) -> str:
+def rung_keys(rungs: Sequence[Rung]) -> str:
     """Which mark and colour is which rung, as HTML: for where the names in a chart are out of sight."""
     return "".join(
-        f'<span class="series s{series_of(rung)}"><svg width="12" height="12" aria-hidden="true">'
-        f"{marker(series_of(rung), 6, 6)}</svg> {escape(rung)}</span> "
+        f'<span class="series s{rung.series}"><svg width="12" height="12" aria-hidden="true">'
+        f"{marker(rung.series, 6, 6)}</svg> {escape(rung.name)}</span> "
         for rung in rungs
     )
 
 
-def _drawn(rows: Sequence[ReportRow], kinds: Sequence[str]) -> list[ReportRow]:
-    return [row for row in at_build_shapes(rows) if row["kind"] in kinds and row["rung"] not in EXACT_RUNGS]
-
-
-def _blocks(kind: str) -> str:
-    return BLOCKS.get(kind, kind)
+def _drawn(rows: Sequence[ReportRow], kinds: Mapping[str, str], known: Rungs) -> list[ReportRow]:
+    return [row for row in at_build_shapes(rows) if row["kind"] in kinds and not known[row["rung"]].exact]
 
 
 def _point(place: str, rung: str, cell: Cell | None) -> Point | None:
@@ -182,18 +182,18 @@ def _point(place: str, rung: str, cell: Cell | None) -> Point | None:
     return Point(cell.value, cell.passed, f"{place} · {rung}: {cell.value:.2e} ({cell.where})")
 
 
-def _sections(plot: Plot, parts: list[str], kinds: Mapping[str, str]) -> str:
-    """The numbers of the blocks, the name of each kind above it, and a line between kinds."""
+def _sections(plot: Plot, parts: list[str], named: Mapping[str, str]) -> str:
+    """The numbers of the blocks, what each kind of them is called above it, and a line between kinds."""
     every = 1 if len(parts) <= MOST_TICKS else 6
     out, start = "", 0
     for column, part in enumerate(parts):
-        end = column == len(parts) - 1 or kinds[parts[column + 1]] != kinds[part]
+        end = column == len(parts) - 1 or named[parts[column + 1]] != named[part]
         # the last one stands close to the first of the next kind
         if (column - start) % every == 0 and (every == 1 or not end or column == start):
             out += plot.tick(column, _index(part))
         if not end:
             continue
-        out += svg_text((plot.x(start) + plot.x(column)) / 2, 12, _blocks(kinds[part]), "label", "middle")
+        out += svg_text((plot.x(start) + plot.x(column)) / 2, 12, named[part], "label", "middle")
         if column < len(parts) - 1:
             x = (plot.x(column) + plot.x(column + 1)) / 2
             out += f'<path class="divide" d="M{x:.1f} 4V{plot.height - plot.bottom}"/>'
@@ -278,7 +278,7 @@ def shade_of(value: float) -> int:
     return 0 if value <= 0.0 else min(BINS - 1, max(0, math.floor(2.0 * (math.log10(value) + 8.0))))
 
 
-def _delta_bounds(rows: Iterable[ReportRow], measure: Measure) -> dict[float, list[str]]:
+def _delta_bounds(rows: Iterable[ReportRow], measure: Measure, known: Rungs) -> dict[float, list[str]]:
     """Delta cosine bounds that apply on the side `measure` shows, and the rungs each applies to."""
     side = "previous" if measure == "added" else "reference"
     bounds: dict[float, set[str]] = {}
@@ -286,7 +286,7 @@ def _delta_bounds(rows: Iterable[ReportRow], measure: Measure) -> dict[float, li
         for verdict in row["verdicts"]:
             if verdict["metric"] == "delta_cosine" and verdict["against"] == side:
                 bounds.setdefault(float(verdict["bound"]), set()).add(row["rung"])
-    return {bound: sorted(rungs, key=RUNG_ORDER.__getitem__) for bound, rungs in sorted(bounds.items())}
+    return {bound: sorted(rungs, key=lambda rung: known[rung].order) for bound, rungs in sorted(bounds.items())}
 
 
 def _index(part: str) -> str:

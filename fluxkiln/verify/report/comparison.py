@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fluxkiln.errors import UsageError
-from fluxkiln.verify.gates import RUNG_ORDER
-from fluxkiln.verify.report.charts import shade_of, split_name, value_of
-from fluxkiln.verify.report.document import FACTS, page_environment, plain
+from fluxkiln.verify.report.charts import at_build_shapes, shade_of, value_of
+from fluxkiln.verify.report.document import FACTS, page_environment, plain, read_rungs
 from fluxkiln.verify.report.page import compact_json, embed_document
 
 Document = Mapping[str, Any]
@@ -122,16 +121,17 @@ def fact_lines(documents: Sequence[Document]) -> list[Line]:
 def rung_lines(documents: Sequence[Document]) -> list[Line]:
     """Per rung the row that came closest to its gate; None where a bundle did not climb it."""
     summaries = [{rung["rung"]: rung for rung in document["summary"]["rungs"]} for document in documents]
-    names = sorted({name for summary in summaries for name in summary}, key=RUNG_ORDER.__getitem__)
+    known = {name: rung for document in documents for name, rung in read_rungs(document).items()}
+    names = sorted({name for summary in summaries for name in summary}, key=lambda name: known[name].order)
     return [Line(name, tuple(summary.get(name) for summary in summaries)) for name in names]
 
 
 def kind_lines(documents: Sequence[Document]) -> list[Line]:
     """Per kind of part its worst error at the highest rung that computes; None where a bundle has no such kind.
 
-    Blocks of the hoisted form stand on the line of the inline form's.
+    Forms of one kind that take their modulation in other ways share a line.
     """
-    tables = [_worst_by_kind(document["rows"]) for document in documents]
+    tables = [_worst_by_kind(document) for document in documents]
     kinds = list(dict.fromkeys(kind for table in tables for kind in table))
     return [Line(kind, tuple(table.get(kind) for table in tables)) for kind in kinds]
 
@@ -174,16 +174,19 @@ def provenance_lines(documents: Sequence[Document]) -> list[Line]:
     return lines
 
 
-def _worst_by_kind(rows: Sequence[Mapping[str, Any]]) -> dict[str, ErrorCell]:
-    computing = [row for row in rows if row["rung"] not in ("reference", "stored") and not split_name(row["part"])[1]]
+def _worst_by_kind(document: Document) -> dict[str, ErrorCell]:
+    rungs, kinds = read_rungs(document), document["kinds"]
+    computing = [
+        (kinds[row["kind"]]["base"] if row["kind"] in kinds else str(row["kind"]), rungs[row["rung"]].order, row)
+        for row in at_build_shapes(document["rows"])
+        if rungs[row["rung"]].order and not rungs[row["rung"]].exact
+    ]
     top: dict[str, int] = {}
-    for row in computing:
-        kind = _base_kind(row)
-        top[kind] = max(top.get(kind, 0), RUNG_ORDER[row["rung"]])
+    for kind, order, _ in computing:
+        top[kind] = max(top.get(kind, 0), order)
     found: dict[str, ErrorCell] = {}
-    for row in computing:
-        kind = _base_kind(row)
-        if RUNG_ORDER[row["rung"]] != top[kind]:
+    for kind, order, row in computing:
+        if order != top[kind]:
             continue
         value = value_of(row, "delta")
         old = found.get(kind)
@@ -193,7 +196,3 @@ def _worst_by_kind(rows: Sequence[Mapping[str, Any]]) -> dict[str, ErrorCell]:
         elif passed != old.passed:
             found[kind] = ErrorCell(old.value, old.shade, old.part, old.rung, passed)
     return found
-
-
-def _base_kind(row: Mapping[str, Any]) -> str:
-    return str(row["kind"]).removesuffix("_modulated")

@@ -13,7 +13,8 @@ Keys of the dict, all but the first two optional (a section without facts is lef
     heat: maps of `verify.heat`. runs: of `verify.runs`: several prompts and seeds.
     estimate, lowering: label, entries {what: value with its unit}, values for programs.
     tools, machine, provenance: what -> text.
-`build_report` adds schema, rows, gates, rungs, summary and verdict.
+`build_report` adds schema, rows, gates, rungs (fields of `gates.Rung`, and whether a row climbed it), kinds (component,
+name in a comparison, what its blocks are called if it updates a residual stream), summary and verdict.
 """
 
 from __future__ import annotations
@@ -23,24 +24,25 @@ import io
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fluxkiln.errors import UsageError
+from fluxkiln.types import Kind
 from fluxkiln.verify.drift import drift_chart
-from fluxkiln.verify.gates import GATES, GROUP_NAMES, PIPELINE, RUNG_ORDER, RUNGS, Gate, first_bad_rung
+from fluxkiln.verify.gates import GROUP_NAMES, Gate, Rung, first_bad_rung
 from fluxkiln.verify.heat import map_picture
-from fluxkiln.verify.ladder import Row, name_culprit, row_to_dict, verdict_to_dict
+from fluxkiln.verify.ladder import Ladder, Row, name_culprit, row_to_dict, verdict_to_dict
 from fluxkiln.verify.metrics import AnyArray, gain_of
 from fluxkiln.verify.report import wording
 from fluxkiln.verify.report.charts import Measure, depth_chart, ladder_panels, rung_keys, rungs_drawn, step_chart
 from fluxkiln.verify.report.page import compact_json, embed_document, static_rows
 
-SCHEMA = "fluxkiln.report/1"
+SCHEMA = "fluxkiln.report/2"
 SIGNIFICANT_DIGITS = 6
-BLOCK_KINDS = ("double", "single", "double_modulated", "single_modulated")
 MAX_HTML_BYTES = 3_000_000
 FEW_ROWS = 300  # in a page that would be larger
 MAX_IMAGE_BYTES = 200_000
@@ -56,8 +58,8 @@ MEASURES: tuple[tuple[Measure, str], ...] = (
 )
 
 
-def build_report(rows: Sequence[Row], facts: Mapping[str, Any], gates: Sequence[Gate] = GATES) -> dict[str, Any]:
-    """The report's dict: `facts` (see the module) plus judged rows, gates, a summary and the verdict in words.
+def build_report(ladder: Ladder, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The report's dict: `facts` (see the module) plus a ladder's rows, gates, a summary and the verdict in words.
 
     Raises:
         UsageError: a fact the report has no place for, or no title or target.
@@ -66,16 +68,23 @@ def build_report(rows: Sequence[Row], facts: Mapping[str, Any], gates: Sequence[
     if unknown or missing:
         wrong = f"no place for {', '.join(sorted(unknown))}" if unknown else f"{', '.join(sorted(missing))} is missing"
         raise UsageError(f"report facts: {wrong}; a report takes {', '.join(sorted(FACTS))}")
+    rows, gates = ladder.rows, ladder.gates
     climbed = {row.rung for row in rows}
     return {
         **facts,
         "schema": SCHEMA,
         "rows": [row_to_dict(row, gates) for row in rows],
-        "gates": [_gate_to_dict(gate, number, rows) for number, gate in enumerate(gates)],
-        "rungs": [{"name": rung.name, "meaning": rung.meaning, "climbed": rung.name in climbed} for rung in RUNGS],
+        "gates": [_gate_to_dict(gate, number, ladder) for number, gate in enumerate(gates)],
+        "rungs": [asdict(rung) | {"climbed": name in climbed} for name, rung in ladder.rungs.items()],
+        "kinds": {row.traits.name: _kind_to_dict(row.traits) for row in rows if row.traits},
         "summary": _summarise(rows, gates),
         "verdict": _verdict(rows),
     }
+
+
+def read_rungs(document: Mapping[str, Any]) -> dict[str, Rung]:
+    """The rungs of a report by name."""
+    return {one["name"]: Rung(*(one[field] for field in Rung.__dataclass_fields__)) for one in document["rungs"]}
 
 
 def compare_pictures(reference: AnyArray, actual: AnyArray, rung: str) -> dict[str, Any]:
@@ -129,10 +138,14 @@ def render_html(report: Mapping[str, Any]) -> str:
     from markupsafe import Markup
 
     document = plain(report)
-    rows = document["rows"]
+    rows, rungs = document["rows"], read_rungs(document)
     environment = page_environment()
-    blocks = [row for row in rows if row["kind"] in BLOCK_KINDS]
-    encoder = [row for row in rows if row["kind"] == "t5_block"]
+    stacks: dict[str, dict[str, str]] = {}  # component -> its kinds of blocks, and what these are called
+    kind_names = list(dict.fromkeys(row["kind"] for row in rows))
+    for kind in kind_names:
+        entry = document["kinds"].get(kind)
+        if entry and entry["blocks"]:
+            stacks.setdefault(entry["component"], {})[kind] = entry["blocks"]
     embedded = embed_document(document)
     context = {
         "report": dict.fromkeys(FACTS) | document,
@@ -141,27 +154,24 @@ def render_html(report: Mapping[str, Any]) -> str:
         "static_rows": static_rows(rows),
         "measures": MEASURES,
         "panels": {
-            measure: [(title, Markup(svg)) for title, svg in ladder_panels(rows, measure)] if rows else []
+            measure: [(title, Markup(svg)) for title, svg in ladder_panels(rows, measure, rungs)] if rows else []
             for measure, _ in MEASURES
         },
         "depth": [
             (
-                title,
-                Markup(rung_keys(rungs_drawn(chosen, kinds))),
-                [(measure, Markup(depth_chart(chosen, kinds, measure))) for measure in ("added", "delta")],
-                [(measure, Markup(step_chart(chosen, kinds, measure))) for measure in ("added", "delta")],
+                f"{wording.word(component).capitalize()} blocks",
+                Markup(rung_keys(rungs_drawn(rows, kinds, rungs))),
+                [(measure, Markup(depth_chart(rows, kinds, measure, rungs))) for measure in ("added", "delta")],
+                [(measure, Markup(step_chart(rows, kinds, measure, rungs))) for measure in ("added", "delta")],
             )
-            for title, kinds, chosen in (
-                ("Transformer blocks", BLOCK_KINDS, blocks),
-                ("T5 blocks", ("t5_block",), encoder),
-            )
-            if len({row["part"] for row in chosen}) > 1
+            for component, kinds in stacks.items()
+            if len({row["part"] for row in rows if row["kind"] in kinds}) > 1
         ],
         "heat": [{**entry, "picture": map_picture(entry)} for entry in document.get("heat") or ()],
         "drift": Markup(drift_chart(document["runs"]["entries"])) if document.get("runs") else "",
-        "rung_order": RUNG_ORDER,
-        "rung_names": list(dict.fromkeys(sorted((row["rung"] for row in rows), key=RUNG_ORDER.__getitem__))),
-        "kind_names": list(dict.fromkeys(row["kind"] for row in rows)),
+        "rung_order": {name: rung.order for name, rung in rungs.items()},
+        "rung_names": [one["name"] for one in document["rungs"] if one["climbed"]],
+        "kind_names": kind_names,
     }
     template = environment.get_template("report.html.j2")
     html: str = template.render(context)
@@ -205,14 +215,14 @@ def plain(value: Any) -> Any:
 
 def _summarise(rows: Sequence[Row], gates: Sequence[Gate]) -> dict[str, Any]:
     rungs = []
-    for name in sorted({row.rung for row in rows}, key=RUNG_ORDER.__getitem__):
-        here = [row for row in rows if row.rung == name]
+    for rung in sorted({row.at for row in rows}, key=lambda rung: rung.order):
+        here = [row for row in rows if row.at == rung]
         judged = [(row, row.worst) for row in here if row.worst is not None]
         worst = max(judged, key=lambda pair: (not pair[1].passed, pair[1].excess), default=None) if judged else None
         rungs.append(
             {
-                "rung": name,
-                "meaning": RUNGS[RUNG_ORDER[name]].meaning,
+                "rung": rung.name,
+                "meaning": rung.meaning,
                 "rows": len(here),
                 "parts": len({row.part for row in here}),
                 "failed": sum(not row.passed for row in here),
@@ -222,8 +232,8 @@ def _summarise(rows: Sequence[Row], gates: Sequence[Gate]) -> dict[str, Any]:
     return {
         "rows": len(rows),
         "failed": sum(not row.passed for row in rows),
-        "parts": len({row.part for row in rows if row.kind != PIPELINE}),
-        "pipeline": any(row.kind == PIPELINE for row in rows),
+        "parts": len({row.part for row in rows if row.traits}),
+        "pipeline": not all(row.traits for row in rows),
         "rungs": rungs,
         "first_bad": first_bad_rung(rows),
     }
@@ -247,12 +257,18 @@ def _verdict(rows: Sequence[Row]) -> dict[str, Any]:
     return {"passed": not failure, "headline": headline, "failure": failure}
 
 
-def _gate_to_dict(gate: Gate, number: int, rows: Sequence[Row]) -> dict[str, Any]:
-    verdicts = [verdict for row in rows for verdict in row.verdicts if verdict.gate == gate]
-    described = {name: getattr(gate, name) for name in Gate.__dataclass_fields__}
-    return described | {
+def _kind_to_dict(kind: Kind) -> dict[str, str]:
+    named = f"{kind.block.removesuffix('_block').replace('_', ' ')} blocks"
+    return {"component": kind.component, "base": kind.cut or kind.name, "blocks": named if kind.residual else ""}
+
+
+def _gate_to_dict(gate: Gate, number: int, ladder: Ladder) -> dict[str, Any]:
+    verdicts = [verdict for row in ladder.rows for verdict in row.verdicts if verdict.gate == gate]
+    family = [rung.name for rung in ladder.rungs.values() if rung.family == gate.rung]
+    return asdict(gate) | {
         "number": number,
-        "what": GROUP_NAMES.get(gate.kind, gate.kind),
+        "rung": "|".join(family) or gate.rung,
+        "what": GROUP_NAMES.get(gate.what, gate.what),
         "judged": len(verdicts),
         "failed": sum(not verdict.passed for verdict in verdicts),
         "worst": max((verdict.excess for verdict in verdicts), default=None),

@@ -10,13 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-from fluxkiln.verify.gates import RUNG_ORDER
+from fluxkiln.verify.gates import Rung
 
-# a colour and a mark per rung; rungs of different targets share one
-SERIES: Mapping[str, int] = {
-    "reference": 0, "patched": 1, "onnxruntime": 2, "dequantized": 3, "split": 3, "executed": 4, "unsplit": 4,
-    "interpreter": 4, "replicas": 5, "simulator": 5, "stored": 1,
-}  # fmt: skip
 FLOOR = 1e-9
 
 
@@ -81,8 +76,8 @@ class Plot:
         """The name of a column below the plot."""
         return svg_text(self.x(column), self.height - self.bottom + 16, name, "tick", "middle")
 
-    def line(self, rung: str, points: Sequence[Point | None]) -> str:
-        """A line with a mark at every point, broken where there is none."""
+    def line(self, series: int, points: Sequence[Point | None]) -> str:
+        """A rung's line with a mark at every point, broken where there is none."""
         path, marks, pen = "", "", "M"
         for column, point in enumerate(points):
             if point is None:
@@ -91,9 +86,9 @@ class Plot:
             x, y = self.x(column), self.y(point.value)
             path += f"{pen}{x:.1f} {y:.1f}"
             pen = "L"
-            mark = marker(series_of(rung), x, y) if point.passed else cross(x, y, 5)
+            mark = marker(series, x, y) if point.passed else cross(x, y, 5)
             marks += f"<g><title>{escape(point.title)}</title>{mark}</g>"
-        return f'<g class="series s{series_of(rung)}"><path class="run" d="{path}"/>{marks}</g>'
+        return f'<g class="series s{series}"><path class="run" d="{path}"/>{marks}</g>'
 
     def path(self, values: Sequence[float | None]) -> str:
         """The path through all values that there are."""
@@ -110,28 +105,23 @@ class Plot:
         line = f'<path class="bound" d="M{self.left} {y:.1f}H{self.width - self.right}"/>'
         return line + svg_text(self.left + 6, y - 6 if above >= below else y + 14, name, "bound-name", "start")
 
-    def names(self, ends: Mapping[str, float]) -> str:
+    def names(self, ends: Mapping[Rung, float]) -> str:
         """Rung names at the right ends of their lines, pushed apart where lines meet."""
-        placed: list[tuple[float, str]] = []
-        for rung, value in sorted(ends.items(), key=lambda end: (self.y(end[1]), -RUNG_ORDER[end[0]])):
+        placed: list[tuple[float, Rung]] = []
+        for rung, value in sorted(ends.items(), key=lambda end: (self.y(end[1]), -end[0].order)):
             y = self.y(value) + 4
             placed.append((max(y, placed[-1][0] + 15) if placed else y, rung))
         overflow = max(0.0, placed[-1][0] - (self.height - self.bottom + 6)) if placed else 0.0
         x = self.width - self.right + 6
         return "".join(
-            f'<g class="series s{series_of(rung)}">{marker(series_of(rung), x + 4, y - overflow - 4)}'
-            f"{svg_text(x + 14, y - overflow, rung, 'name', 'start')}</g>"
+            f'<g class="series s{rung.series}">{marker(rung.series, x + 4, y - overflow - 4)}'
+            f"{svg_text(x + 14, y - overflow, rung.name, 'name', 'start')}</g>"
             for y, rung in placed
         )
 
 
-def series_of(rung: str) -> int:
-    """The number of the rung's colour and mark."""
-    return SERIES.get(rung, 0)
-
-
 def marker(series: int, x: float, y: float) -> str:
-    """A shape per rung, so that lines stay apart without colour."""
+    """A shape per rung (`Rung.series`), so that lines stay apart without colour."""
     if series % 5 == 1:
         return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.6"/>'
     if series % 5 == 2:

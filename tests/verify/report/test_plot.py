@@ -8,6 +8,10 @@ from xml.etree import ElementTree
 
 import pytest
 
+from fluxkiln.compile.toolchains.neuron.gates import RUNGS as SPLIT
+from fluxkiln.compile.toolchains.onnxruntime.gates import RUNGS as LINKED
+from fluxkiln.compile.toolchains.tpu_mlir.gates import RUNGS as COMPILED
+from fluxkiln.verify.gates import RUNGS
 from fluxkiln.verify.report.plot import FLOOR, Plot, Point, decades, marker
 
 
@@ -47,7 +51,7 @@ def test_more_is_up_and_what_is_beyond_stands_at_the_edge():
 
 def test_a_line_breaks_where_there_is_no_value_and_marks_a_miss():
     points = [Point(0.1, True, "a"), None, Point(0.1, False, "<b>"), Point(0.1, True, "c")]
-    line = parse(Plot(-3, 0, 4).line("simulator", points))
+    line = parse(Plot(-3, 0, 4).line(5, points))
     assert line.find(".//path[@class='run']").get("d").count("M") == 2
     assert [title.text for title in line.iter("title")] == ["a", "<b>", "c"]
     assert len(line.findall(".//path[@class='cross']")) == 1
@@ -62,8 +66,9 @@ def test_the_name_of_a_bound_keeps_clear_of_the_lines():
 
 def test_rungs_that_can_stand_in_one_chart_have_marks_of_their_own():
     for rungs in (
-        ("patched", "onnxruntime", "dequantized", "interpreter", "simulator"),
-        ("split", "unsplit", "replicas"),
+        [rung for rung in (*RUNGS[1:], *COMPILED) if not rung.exact],
+        (*RUNGS[1:], *LINKED),
+        SPLIT,
     ):
         plot = Plot(-3, 0, 1)
         groups = parse(plot.names(dict.fromkeys(rungs, 0.1))).findall("g")

@@ -14,12 +14,12 @@ from safetensors.numpy import save_file
 from fluxkiln.artifacts.bundle import write_bundle
 from fluxkiln.artifacts.store import open_store
 from fluxkiln.build.finish import HOST_CONSTANTS
-from fluxkiln.export.checkpoint import Checkpoint
-from fluxkiln.export.eager import PatchedRunner
 from fluxkiln.compile.bundle import CONFIGS, Bundle, open_bundle
+from fluxkiln.export.checkpoint import Checkpoint, TensorReader
+from fluxkiln.export.eager import PatchedRunner
 from fluxkiln.patches.flux1.host import host_constants
 from fluxkiln.patches.flux1.kinds import list_parts
-from fluxkiln.types import Component, Shapes
+from fluxkiln.types import Shapes
 
 SHAPES = Shapes(height=64, width=64, tokens=32)
 
@@ -41,10 +41,10 @@ class Eager:
         self.order.append(part)
         return self.runner(part, inputs)
 
-    def load(self, component: Component) -> None:
+    def load(self, component: str) -> None:
         self.order.append(f"load {component}")
 
-    def release(self, component: Component) -> None:
+    def release(self, component: str) -> None:
         self.order.append(f"release {component}")
 
     def drop(self, part: str) -> None:
@@ -59,7 +59,7 @@ def make_bundle(checkpoint: Checkpoint, folder: Path, modulation: str = "hoisted
     work = folder / "work"
     work.mkdir(parents=True)
     constants, configs = work / "constants.safetensors", work / "configs.json"
-    made = host_constants(checkpoint, SHAPES.checkpoint, SHAPES.plan)
+    made = host_constants(checkpoint.configs, SHAPES, TensorReader(checkpoint), split=False)
     save_file({name: np.ascontiguousarray(array) for name, array in made.items()}, constants)
     configs.write_text(json.dumps(checkpoint.configs))
     (work / "LICENSE").write_text("a licence")

@@ -16,7 +16,7 @@ from fluxkiln.artifacts.bundle import write_bundle
 from fluxkiln.artifacts.code import package_version
 from fluxkiln.artifacts.modelpack import store_bundle
 from fluxkiln.artifacts.store import Blob
-from fluxkiln.build.loras import lora_facts
+from fluxkiln.build.context import lora_facts
 from fluxkiln.compile.bundle import CONFIGS, HOST_CONSTANTS
 from fluxkiln.compile.plan import Binary, Made
 from fluxkiln.compile.templates import host_constants

@@ -13,7 +13,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +22,10 @@ from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.build.context import Prepared, prepare
 from fluxkiln.build.mixture import Mix, choose_slots
 from fluxkiln.build.sensitivity import block_errors, open_trials, slot_errors
-from fluxkiln.compile.weights import component_digest, find_calibration
-from fluxkiln.errors import SchemeError
+from fluxkiln.build.verification import is_complete, run_pipeline
+from fluxkiln.compile.rungs import dequantized_rung
+from fluxkiln.compile.weights import check_methods, component_digest, find_calibration
+from fluxkiln.errors import SchemeError, UsageError
 from fluxkiln.export.checkpoint import Checkpoint, read_rows
 from fluxkiln.files import disk_full_named
 from fluxkiln.progress import Progress, Silent
@@ -38,6 +40,9 @@ if TYPE_CHECKING:
 
 # whatever is compared, this is in the same run
 BASELINE = "W4BF16-rtn"
+# weights stored in the type that the others compute in: what is left is their rounding
+UNROUNDED = "BF16"
+EFFECT_STEPS = (2, 8)
 # of which a budget chooses, by the method
 BUDGET_SCHEMES = ("W4BF16-g128-{0}", "W4BF16-{0}", "W4BF16-g32-{0}", "BF16")
 
@@ -323,3 +328,56 @@ def _to_json(found: Figures) -> dict[str, Any]:
 
 def _number(value: float) -> float | None:
     return None if math.isnan(value) else value
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """One scheme after some denoising steps: final latents and the image, compared with UNROUNDED's."""
+
+    scheme: str
+    steps: int
+    latents_relative_l2: float
+    latents_cosine: float
+    psnr: float
+    ssim: float
+
+
+def measure_effects(
+    settings: Settings, schemes: Sequence[str], steps: Sequence[int] = EFFECT_STEPS, progress: Progress | None = None
+) -> list[Effect]:
+    """Run diffusers' own loop with every part in float32 arithmetic and its weights as each scheme stores them.
+
+    Args:
+        settings: of a build with all components.
+
+    Raises:
+        UsageError: not all components are built. SchemeError: a method without its calibration.
+    """
+    from fluxkiln.verify.metrics import compare, compare_images
+
+    progress = progress or Silent()
+    progress.stage("pipeline", len(steps) * (len(schemes) + 1))
+    prepared = {}
+    for scheme in (UNROUNDED, *schemes):
+        one = prepared[scheme] = prepare(replace(settings, scheme=scheme))
+        checkpoint, plan, cache = one.checkpoint, one.plan, one.cache
+        if not is_complete(checkpoint, plan):
+            raise UsageError("the effect on the whole pipeline needs all components; leave --components out")
+        check_methods(checkpoint, plan, cache)
+    effects = []
+    for count in steps:
+        made = {}
+        for scheme, one in prepared.items():
+            checkpoint, plan, cache = one.checkpoint, one.plan, one.cache
+            runner = dequantized_rung(checkpoint, plan, cache, threads=0)
+            made[scheme] = run_pipeline(checkpoint, plan, replace(settings, scheme=scheme, steps=count), runner)
+            progress.done("pipeline", scheme, f"{count} steps")
+        base = made[UNROUNDED]
+        for scheme in schemes:
+            result = made[scheme]
+            latents = compare(result.latents, base.latents)
+            image = compare_images(result.image, base.image)
+            assert image.psnr is not None
+            assert image.ssim is not None
+            effects.append(Effect(scheme, count, latents.relative_l2, latents.cosine, image.psnr, image.ssim))
+    return effects

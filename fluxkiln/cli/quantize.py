@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -150,12 +150,12 @@ def quantize(
         made = quantize_model(settings, schemes, budget, parse_rules(rules), out, progress, per_kind)
         effects = []
         if pipeline:
-            from fluxkiln.build.effects import measure_effects
+            from fluxkiln.build.quantization import measure_effects
 
             compared = list(dict.fromkeys([BASELINE, *(schemes or ("W4BF16",))]))
             whole = replace(settings, components=None, target="bm1684x")
             effects = measure_effects(whole, compared, progress=progress)
-    found = {**made.to_json(), "pipeline": [effect.to_json() for effect in effects]}
+    found = {**made.to_json(), "pipeline": [asdict(effect) for effect in effects]}
     output.document(found)
     rows = []
     for layer in found["layers"]:

@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fluxkiln.errors import PatchError, UsageError
+from fluxkiln.errors import PatchError
 
 if TYPE_CHECKING:
     from fluxkiln.patches.model import Model
@@ -64,14 +64,6 @@ def patches_for(model: Model, kind: str, graph_format: str) -> tuple[Patch, ...]
         for patch in model.patches()
         if kind in patch.kinds and (not patch.formats or graph_format in patch.formats)
     )
-
-
-def find_patch(patches_of: Iterable[Patch], name: str) -> Patch:
-    """The patch called `name`; UsageError with the legal names otherwise."""
-    patches = {patch.name: patch for patch in patches_of}
-    if name not in patches:
-        raise UsageError(f"no patch is called {name!r}; there are {', '.join(patches)}")
-    return patches[name]
 
 
 def _locate(dotted: str) -> tuple[Any, str]:

@@ -222,7 +222,7 @@ def test_output_outside_the_work_folder_is_copied(cache, tmp_path):
 def test_record_of_a_blob_that_is_not_in_the_store_is_refused(cache, tmp_path):
     blob = open_store(tmp_path / "other").add_bytes(b"elsewhere")
     with pytest.raises(IntegrityError):
-        cache.record(*ACTION, {"binary": blob}, {})
+        cache.record(ACTION, {"binary": blob}, {})
     assert cache.lookup(ACTION.key) is None
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from fluxkiln.artifacts.manifest import Manifest, describe_manifest, manifest_from_json, parse_manifest
 from fluxkiln.errors import IntegrityError, UsageError
+from fluxkiln.patches.registry import component_of
 
 
 @pytest.fixture
@@ -61,8 +62,8 @@ FAULTS = {
     "missing key of a file": (lambda d: d["files"][0].pop("size"), "lacks size"),
     "name not text": (_set("name", 3), "has name 3"),
     "empty target": (_set("target", ""), "has target ''"),
-    "variant": (_set("variant", "pro"), "dev, schnell"),
-    "kind": (_set("parts", 0, "kind", "triple"), "the kinds are"),
+    "empty variant": (_set("variant", ""), "has variant ''"),
+    "kind not text": (_set("parts", 0, "kind", 3), "has kind 3"),
     "role": (_set("files", 0, "role", "virus"), "the roles are"),
     "negative size": (_set("files", 0, "size", -1), "not negative"),
     "true size": (_set("files", 0, "size", True), "whole number"),
@@ -103,7 +104,7 @@ def test_two_files_of_one_name_are_refused(document):
 
 
 def test_description_counts_parts_and_bytes(document):
-    described = describe_manifest(manifest_from_json(document))
+    described = describe_manifest(manifest_from_json(document), component_of)
     assert described["parts"] == 4
     assert described["size"] == sum(file["size"] for file in document["files"])
     assert {"component": "transformer", "kind": "double", "scheme": "W4BF16", "parts": 2, "size": 20} in described[

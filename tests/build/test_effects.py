@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from fluxkiln.build.effects import measure_effects
+from fluxkiln.build.quantization import measure_effects
 from fluxkiln.errors import SchemeError, UsageError
 from fluxkiln.settings import Settings
 

@@ -5,13 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from fluxkiln.build.parity import record, verify_build
 from safetensors.torch import save_file
 
 from fluxkiln.artifacts.bundle import read_manifest
-from fluxkiln.build.context import prepare
-from fluxkiln.build.loras import lora_label
+from fluxkiln.build.context import lora_label, prepare
 from fluxkiln.build.make import build, plan
-from fluxkiln.build.parity import record, verify_build
 from fluxkiln.compile.onnx.linked import link_components
 from fluxkiln.errors import UsageError
 from fluxkiln.export.lora import digest_lora

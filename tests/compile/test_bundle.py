@@ -13,9 +13,9 @@ import pytest
 
 from fluxkiln.artifacts.bundle import read_manifest
 from fluxkiln.build.make import build
-from fluxkiln.errors import IntegrityError, ToolchainError, UsageError
 from fluxkiln.compile.bundle import open_bundle
 from fluxkiln.compile.toolchain import open_executor
+from fluxkiln.errors import IntegrityError, ToolchainError, UsageError
 from fluxkiln.generate.painter import Painter, Request, paint
 from fluxkiln.settings import Settings
 from fluxkiln.types import Shapes

@@ -11,13 +11,12 @@ from fluxkiln.export.bindings import (
     apply_transforms,
     bind_part,
     binding_refs,
-    tensors_of,
     transformed_shape,
     weight_reader,
 )
 from fluxkiln.export.checkpoint import read_tensor
 from fluxkiln.export.graph import slot_transforms
-from fluxkiln.patches.flux1.kinds import list_parts
+from fluxkiln.patches.flux1.kinds import KINDS, list_parts
 from fluxkiln.types import SlotBinding, TensorSpec, Transform, find_part
 
 PROJ = "single_transformer_blocks.1.proj_out.weight"
@@ -106,4 +105,4 @@ def test_missing_tensor_and_wrong_shape_are_named(tiny_checkpoint, part):
 def test_the_tiny_decoder_has_tensors_of_its_own(tiny_checkpoint):
     (tiny,) = (part for part in list_parts(tiny_checkpoint().configs, "tiny") if part.component == "vae")
     assert tiny.folder == "vae_tiny"
-    assert tensors_of(replace(tiny, kind="vae_decoder")) == "vae"
+    assert replace(tiny, traits=KINDS["vae_decoder"]).folder == "vae"

@@ -17,7 +17,7 @@ from fluxkiln.export.checkpoint import TensorReader, expect_tensors, open_checkp
 from fluxkiln.export.safetensors_header import read_header
 from fluxkiln.export.synth.checkpoint import synthesize
 from fluxkiln.patches.flux1.kinds import list_parts
-from fluxkiln.types import COMPONENTS
+from fluxkiln.patches.flux1.model import MODEL
 
 SHARD = "transformer/diffusion_pytorch_model-00002-of-00003.safetensors"
 INDEX = "transformer/diffusion_pytorch_model.safetensors.index.json"
@@ -51,8 +51,8 @@ def test_opens_all_components(pristine):
     checkpoint = open_checkpoint(pristine)
     assert checkpoint.name == "tiny-dev"
     assert checkpoint.variant == "dev"
-    assert set(checkpoint.tensors) == {*COMPONENTS, "vae_tiny"}
-    assert set(checkpoint.configs) == {*COMPONENTS, "vae_tiny", "scheduler"}
+    assert set(checkpoint.tensors) == {*MODEL.components, "vae_tiny"}
+    assert set(checkpoint.configs) == {*MODEL.components, "vae_tiny", "scheduler"}
     assert checkpoint.licence == (pristine / "LICENSE").resolve()
     assert "tokenizer_2/spiece.model" in checkpoint.sidecars
     assert [part.kind for part in list_parts(checkpoint.configs)].count("single") == 3

@@ -19,7 +19,9 @@ from fluxkiln.export import shard_files
 from fluxkiln.export.bindings import apply_transforms
 from fluxkiln.export.checkpoint import open_checkpoint, read_tensor
 from fluxkiln.export.shard_files import join_shards, read_shard, write_shards
-from fluxkiln.export.split import bind_shard, list_split_parts, split_slots
+from fluxkiln.export.split import bind_shard, split_slots
+from fluxkiln.patches.flux1.kinds import list_split_parts
+from fluxkiln.patches.flux1.model import MODEL
 from fluxkiln.types import Binding, SlotBinding, TensorRef, TensorSpec, Transform
 
 
@@ -72,7 +74,7 @@ def test_each_file_is_what_its_binding_says(tiny_checkpoint, tmp_path, granulari
         (part.name, rank) for part in parts for rank in range(part.ranks(ranks))
     ]
     for part in parts:
-        slots = split_slots(part, checkpoint.configs, part.ranks(ranks))
+        slots = split_slots(MODEL, part, checkpoint.configs, part.ranks(ranks))
         for rank, shard in enumerate(shards_by_part(files)[part.name]):
             assert list(shard) == [spec.name for spec in slots]
             for slot in bind_shard(part, slots, checkpoint, part.ranks(ranks), rank).slots:
@@ -126,7 +128,7 @@ def test_source_is_read_once_for_all_ranks(tiny_checkpoint, tmp_path, monkeypatc
     names = {
         (part.component, slot.sources[0])
         for part in parts
-        for slot in bind_shard(part, split_slots(part, checkpoint.configs, 4), checkpoint, 4, 0).slots
+        for slot in bind_shard(part, split_slots(MODEL, part, checkpoint.configs, 4), checkpoint, 4, 0).slots
     }
     assert sum(read) == sum(checkpoint.tensors[component][name].nbytes for component, name in names)
 

@@ -14,7 +14,8 @@ from huggingface_hub import errors
 from fluxkiln.errors import CheckpointError, ResourceError, UsageError
 from fluxkiln.export.checkpoint import open_checkpoint
 from fluxkiln.export.source import generator_digest, resolve_model
-from fluxkiln.export.synth.checkpoint import PRESETS, synthesize
+from fluxkiln.export.synth.checkpoint import synthesize
+from fluxkiln.patches.flux1.presets import PRESETS
 
 
 def test_a_folder_is_itself(tmp_path):

@@ -11,16 +11,13 @@ import pytest
 from fluxkiln.errors import CheckpointError, PatchError, UsageError
 from fluxkiln.export.bindings import BoundWeights, apply_transforms, transformed_shape
 from fluxkiln.export.checkpoint import read_tensor
-from fluxkiln.export.split import (
-    bind_shard,
-    check_against_diffusers,
-    list_split_parts,
-    split_slots,
-    window_of,
-)
+from fluxkiln.export.split import bind_shard, split_slots, window_of
 from fluxkiln.patches.flux1 import cuts
+from fluxkiln.patches.flux1.kinds import list_split_parts
+from fluxkiln.patches.flux1.model import MODEL
 from fluxkiln.patches.flux1.presets import PRESETS
 from fluxkiln.types import Binding, SlotBinding, TensorSpec, Transform
+from tests.export.diffusers_plan import check_against_diffusers
 
 # what is cut here and whole in diffusers: the AdaLN linears, so that no rank holds all of them
 MODULATION = re.compile(
@@ -60,7 +57,7 @@ def test_parts_hold_every_tensor_of_the_checkpoint(tiny_checkpoint, granularity)
     held = []
     for part in list_split_parts(checkpoint.configs, granularity):
         ranks = part.ranks(2)
-        slots = split_slots(part, checkpoint.configs, ranks)
+        slots = split_slots(MODEL, part, checkpoint.configs, ranks)
         binding = bind_shard(part, slots, checkpoint, ranks, ranks - 1)
         assert [slot.slot for slot in binding.slots] == [spec.name for spec in slots]
         held += [(part.component, slot.sources[0]) for slot in binding.slots]
@@ -76,15 +73,17 @@ def test_names_of_parts_and_of_their_slots():
     assert [part.name for part in list_split_parts(configs, "group:2", "tiny")] == [
         *("clip", "t5", "head", "double.00-01", "single.00-01", "single.02", "tail", "tiny_vae_decoder"),
     ]
-    names = {part.name: [spec.name for spec in split_slots(part, configs, 2)] for part in list_split_parts(configs)}
+    names = {
+        part.name: [spec.name for spec in split_slots(MODEL, part, configs, 2)] for part in list_split_parts(configs)
+    }
     assert "attn.to_q.weight" in names["double.01"]
     assert names["double.00"] == names["double.01"]
     group = next(part for part in list_split_parts(configs, "group:2") if part.name == "single.00-01")
-    assert [spec.name for spec in split_slots(group, configs, 2)] == [
+    assert [spec.name for spec in split_slots(MODEL, group, configs, 2)] == [
         f"{i}.{name}" for i in range(2) for name in names["single.00"]
     ]
     (whole,) = (part for part in list_split_parts(configs, "whole") if part.kind == "transformer")
-    assert split_slots(whole, configs, 2)[-1].name == "6.proj_out.bias"
+    assert split_slots(MODEL, whole, configs, 2)[-1].name == "6.proj_out.bias"
     for granularity in ("group:0", "group:", "blocks", ""):
         with pytest.raises(UsageError, match=re.escape(f"granularity {granularity!r}: block, group:N")):
             list_split_parts(configs, granularity)
@@ -99,11 +98,11 @@ def test_ranks_of_what_runs_on_one_core():
 def test_what_does_not_fit_is_refused(tiny_checkpoint):
     checkpoint = tiny_checkpoint()
     part = next(part for part in list_split_parts(checkpoint.configs) if part.name == "double.01")
-    slots = split_slots(part, checkpoint.configs, 2)
+    slots = split_slots(MODEL, part, checkpoint.configs, 2)
     with pytest.raises(UsageError, match="rank 2 of 2"):
         bind_shard(part, slots, checkpoint, 2, 2)
     with pytest.raises(CheckpointError, match=r"gives \[128, 256\] on one of 2 ranks where part double.01 needs"):
-        bind_shard(part, split_slots(part, checkpoint.configs, 1), checkpoint, 2, 0)
+        bind_shard(part, split_slots(MODEL, part, checkpoint.configs, 1), checkpoint, 2, 0)
     tensors = {**checkpoint.tensors["transformer"]}
     del tensors["transformer_blocks.1.ff.net.2.bias"]
     without = replace(checkpoint, tensors={**checkpoint.tensors, "transformer": tensors})
@@ -145,7 +144,7 @@ def test_window_is_what_the_transforms_take():
 def test_binding_type_is_shared_with_the_other_stages(tiny_checkpoint):
     checkpoint = tiny_checkpoint()
     part = next(part for part in list_split_parts(checkpoint.configs) if part.name == "tail")
-    slots = split_slots(part, checkpoint.configs, 2)
+    slots = split_slots(MODEL, part, checkpoint.configs, 2)
     assert slots == (TensorSpec("proj_out.weight", (64, 256)), TensorSpec("proj_out.bias", (64,)))
     assert bind_shard(part, slots, checkpoint, 2, 1) == Binding(
         "tail",

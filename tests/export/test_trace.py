@@ -11,7 +11,8 @@ import torch
 from fluxkiln.compile.onnx.filled import pour
 from fluxkiln.errors import UsageError
 from fluxkiln.export.bindings import bind_part, weight_reader
-from fluxkiln.export.trace import configs_digest, export_template, part_inputs
+from fluxkiln.export.trace import configs_digest, export_template
+from fluxkiln.patches.flux1.inputs import part_inputs
 from fluxkiln.patches.flux1.kinds import KINDS, MODULATION_ROWS
 from fluxkiln.patches.flux1.model import MODEL
 from fluxkiln.patches.pipeline import run_rows
@@ -73,7 +74,7 @@ def test_tracing_again_gives_the_same_bytes(template, tiny_checkpoint, tmp_path)
 
 
 def test_other_shapes_are_another_template(template, tiny_checkpoint, tmp_path):
-    other = export_template("tail", tiny_checkpoint().configs, Shapes(48, 32, 16), "onnx17", tmp_path)
+    other = export_template(MODEL, "tail", tiny_checkpoint().configs, Shapes(48, 32, 16), "onnx17", tmp_path)
     assert other.inputs[0].shape == (1, 6, 256)
     assert other.digest != template("tail").digest
 
@@ -117,9 +118,9 @@ def test_hoisted_kinds_take_all_steps_and_the_others_one(tiny_checkpoint):
 def test_unknown_kinds_and_formats_are_refused(tiny_checkpoint, tmp_path):
     configs = tiny_checkpoint().configs
     with pytest.raises(UsageError, match=r"'tripel'; there are clip, t5_embed"):
-        export_template("tripel", configs, SMALLEST, "onnx17", tmp_path)
+        export_template(MODEL, "tripel", configs, SMALLEST, "onnx17", tmp_path)
     with pytest.raises(UsageError, match=r"no graph format is called 'onnx18'; there are onnx17, onnx23, pt2"):
-        export_template("tail", configs, SMALLEST, "onnx18", tmp_path)
+        export_template(MODEL, "tail", configs, SMALLEST, "onnx18", tmp_path)
     assert not list(tmp_path.iterdir())
 
 

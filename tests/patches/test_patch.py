@@ -12,23 +12,23 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from fluxkiln.errors import PatchError, UsageError
+from fluxkiln.errors import PatchError
 from fluxkiln.patches.flux1.kinds import KINDS
+from fluxkiln.patches.flux1.model import MODEL
 from fluxkiln.patches.flux1.rms_norm import explicit_rms_norm
 from fluxkiln.patches.patch import (
     Patch,
     _locate,
-    all_patches,
     apply_patches,
     check_patches,
     examine,
-    find_patch,
     patches_for,
     source_digest,
 )
 
 FORMATS = ("onnx17", "onnx23", "pt2", "torchscript")
-GATES = [(patch.name, dotted) for patch in all_patches() for dotted in patch.replaces]
+PATCHES = {patch.name: patch for patch in MODEL.patches()}
+GATES = [(patch.name, dotted) for patch in MODEL.patches() for dotted in patch.replaces]
 
 
 def something_else(*args, **kwargs):
@@ -77,12 +77,12 @@ def patch_of(*names, replacement=True):
 
 
 def test_installed_versions_are_the_ones_checked():
-    check_patches(all_patches())
-    assert [status.changed for status in map(examine, all_patches())] == [()] * len(all_patches())
+    check_patches(MODEL.patches())
+    assert [status.changed for status in map(examine, MODEL.patches())] == [()] * len(MODEL.patches())
 
 
 def test_list_is_complete_and_explains_itself():
-    patches = all_patches()
+    patches = MODEL.patches()
     assert len({patch.name for patch in patches}) == len(patches)
     parallel = {f"parallel_{kind}" for kind in ("t5", "head", "double", "single", "tail")}
     assert {kind for patch in patches for kind in patch.kinds} == set(KINDS) | parallel
@@ -98,7 +98,7 @@ def test_list_is_complete_and_explains_itself():
 
 
 def test_installed_version_is_reported():
-    status = examine(find_patch("double_block"))
+    status = examine(PATCHES["double_block"])
     assert set(status.installed) == {"diffusers"}
     assert re.fullmatch(r"\d+\.\d+\.\d+.*", status.installed["diffusers"])
 
@@ -107,7 +107,7 @@ def test_installed_version_is_reported():
 def test_changed_upstream_source_is_refused(monkeypatch, name, dotted):
     owner, attribute = _locate(dotted)
     monkeypatch.setattr(owner, attribute, something_else)
-    patch = find_patch(name)
+    patch = PATCHES[name]
     with pytest.raises(PatchError) as error:
         check_patches([patch])
     assert f"patch {name}: {dotted} of {dotted.split('.')[0]}" in str(error.value)
@@ -124,7 +124,7 @@ def test_refused_for_every_kind_it_is_used_for(monkeypatch):
     refused = []
     for kind in KINDS:
         try:
-            check_patches(patches_for(kind, "onnx17"))
+            check_patches(patches_for(MODEL, kind, "onnx17"))
         except PatchError:
             refused.append(kind)
     hoisted = {kind for kind in KINDS if kind.endswith(("_modulation", "_modulated", "_embed"))} - {"t5_embed"}
@@ -209,7 +209,7 @@ def test_upstream_is_bit_exactly_restored(kind, graph_format):
         inside.append(torch.nn.functional.rms_norm)
         raise RuntimeError
 
-    with pytest.raises(RuntimeError), apply_patches(patches_for(kind, graph_format)):
+    with pytest.raises(RuntimeError), apply_patches(patches_for(MODEL, kind, graph_format)):
         fail()
     normed = ("double", "single", "double_modulated", "single_modulated")
     explicit = kind in normed and graph_format in ("onnx17", "torchscript")
@@ -220,7 +220,7 @@ def test_upstream_is_bit_exactly_restored(kind, graph_format):
 
 def test_nested_use_restores_in_turn():
     original = torch.nn.functional.rms_norm
-    patch = find_patch("explicit_rms_norm")
+    patch = PATCHES["explicit_rms_norm"]
     with apply_patches([patch]):
         # inside, upstream's function is the replacement, which is not what the patch was written for
         with pytest.raises(PatchError), apply_patches([patch]):
@@ -232,7 +232,7 @@ def test_nested_use_restores_in_turn():
 def test_threads_take_turns():
     """Otherwise one thread finds the other's replacement and refuses it, or puts it back for good."""
     original = torch.nn.functional.rms_norm
-    patch, inside = find_patch("explicit_rms_norm"), []
+    patch, inside = PATCHES["explicit_rms_norm"], []
     together = threading.Barrier(4)
 
     def work(number):
@@ -249,12 +249,6 @@ def test_threads_take_turns():
     with ThreadPoolExecutor(4) as threads:
         assert list(threads.map(work, range(4))) == [0, 1, 2, 3]
     assert torch.nn.functional.rms_norm is original
-
-
-def test_find_patch():
-    assert find_patch("tail").name == "tail"
-    with pytest.raises(UsageError, match=r"no patch is called 'tial'; there are explicit_rms_norm, head"):
-        find_patch("tial")
 
 
 @pytest.mark.parametrize(

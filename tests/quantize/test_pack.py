@@ -186,7 +186,7 @@ def test_bf16_bits_there_and_back():
 @pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (4, 64), (8, 64)])
 def test_equals_the_compiler(tpu_mlir, tmp_path, bits, group_size):
     """Codes, scales and zero points that the compiler makes of all kinds of weights, byte for byte."""
-    weights = compile_weights(tpu_mlir.checkpoint, tpu_mlir.plan, tmp_path, bits, group_size)
+    weights = compile_weights(tpu_mlir, tmp_path, bits, group_size)
     assert len(weights) == 2
     for (weight, stored), name in zip(weights, ("MatMul", "Gemm"), strict=True):
         packed = PACK[bits](weight, group_size)

@@ -101,13 +101,13 @@ def test_illegal_values_are_refused(bits, group_size):
 
 def test_every_kind_has_a_scheme():
     for name in SCHEME_NAMES:
-        assert part_schemes(parse_scheme(name)).keys() == KINDS.keys()
+        assert part_schemes(parse_scheme(name), KINDS).keys() == KINDS.keys()
 
 
 @pytest.mark.parametrize("name", ["W4BF16", "W4BF16-g128", "W8BF16"])
 def test_only_blocks_are_quantized(name):
     blocks = parse_scheme(name)
-    schemes = part_schemes(blocks)
+    schemes = part_schemes(blocks, KINDS)
     assert {kind for kind, scheme in schemes.items() if scheme.weight_bits} == set(BLOCKS)
     assert all(schemes[kind] == blocks for kind in BLOCKS)
     assert {kind: schemes[kind].name for kind in ("clip", "t5_embed", "t5_final", "head", "tail", "vae_decoder")} == {
@@ -121,17 +121,17 @@ def test_only_blocks_are_quantized(name):
 
 
 def test_f32_is_f32_throughout():
-    assert {scheme.name for scheme in part_schemes(parse_scheme("F32")).values()} == {"F32"}
+    assert {scheme.name for scheme in part_schemes(parse_scheme("F32"), KINDS).values()} == {"F32"}
 
 
 def test_t5_never_runs_in_f16():
-    schemes = part_schemes(parse_scheme("F16"))
+    schemes = part_schemes(parse_scheme("F16"), KINDS)
     assert {kind for kind, scheme in schemes.items() if scheme.name != "F16"} == {"t5_block", "t5_final"}
 
 
 def test_one_kind_may_have_its_own_scheme():
-    blocks, schemes = parse_schemes("W4BF16, vae_decoder=BF16,single=W8BF16", "BF16")
-    plain = part_schemes(parse_scheme("W4BF16"))
+    blocks, schemes = parse_schemes("W4BF16, vae_decoder=BF16,single=W8BF16", "BF16", KINDS)
+    plain = part_schemes(parse_scheme("W4BF16"), KINDS)
     assert blocks.name == "W4BF16"
     changed = {kind: scheme.name for kind, scheme in schemes.items() if scheme != plain[kind]}
     assert changed == {"vae_decoder": "BF16", "single": "W8BF16", "single_modulated": "W8BF16"}
@@ -150,18 +150,18 @@ def test_one_kind_may_have_its_own_scheme():
 )
 def test_an_exception_holds_for_both_forms(name, kinds):
     """What is said of a kind of the inline form holds for what it becomes; the modulation is spoken of as one."""
-    _, schemes = parse_schemes(f"W4BF16,{name}=F32", "BF16")
+    _, schemes = parse_schemes(f"W4BF16,{name}=F32", "BF16", KINDS)
     assert {kind for kind, scheme in schemes.items() if scheme.name == "F32"} == set(kinds)
 
 
 def test_a_later_exception_overrides():
-    _, schemes = parse_schemes("W4BF16,modulation=BF16,tail_modulation=F32", "BF16")
+    _, schemes = parse_schemes("W4BF16,modulation=BF16,tail_modulation=F32", "BF16", KINDS)
     assert [schemes[kind].name for kind in MODULATION] == ["BF16", "BF16", "F32"]
 
 
 @pytest.mark.parametrize("text", [None, "", "tail=F32"])
 def test_the_default_is_taken_where_nothing_is_said(text):
-    blocks, schemes = parse_schemes(text, "W4BF16-g32")
+    blocks, schemes = parse_schemes(text, "W4BF16-g32", KINDS)
     assert blocks.name == "W4BF16-g32"
     assert schemes["tail"].name == ("F32" if text else "BF16")
 
@@ -169,7 +169,7 @@ def test_the_default_is_taken_where_nothing_is_said(text):
 @pytest.mark.parametrize("text", ["W4BF16,middle=BF16", "W4BF16,single=W5", "W4BF16,single", "single=BF16,W4BF16"])
 def test_exceptions_that_do_not_exist_are_refused(text):
     with pytest.raises(SchemeError):
-        parse_schemes(text, "BF16")
+        parse_schemes(text, "BF16", KINDS)
 
 
 @pytest.mark.parametrize("size", GROUP_SIZES)
@@ -199,7 +199,7 @@ def test_unquantized_schemes_have_no_groups(name):
 
 
 def test_single_weights_stay_as_they_are():
-    _, schemes = parse_schemes("W4BF16-gptq, single.proj_out=BF16,single.attn.to_[qk]=bf16", "BF16")
+    _, schemes = parse_schemes("W4BF16-gptq, single.proj_out=BF16,single.attn.to_[qk]=bf16", "BF16", KINDS)
     kept = {kind: scheme.name for kind, scheme in schemes.items() if scheme.kept}
     name = "W4BF16-gptq-bf16:attn.to_[qk]+proj_out"
     assert kept == dict.fromkeys(("single", "single_modulated", "single_modulation"), name)
@@ -212,16 +212,15 @@ def test_single_weights_stay_as_they_are():
         assert schemes["single"].keeps(slot) == keeps, slot
         assert not schemes["double"].keeps(slot)
     # what is said of the whole kind later takes the place of all that
-    assert not parse_schemes("W4BF16,single.proj_out=BF16,single=W8BF16", "BF16")[1]["single"].kept
+    assert not parse_schemes("W4BF16,single.proj_out=BF16,single=W8BF16", "BF16", KINDS)[1]["single"].kept
 
 
 def test_the_weights_of_a_block_are_in_either_form_of_it():
-    assert (
-        form_group("double_modulation") == form_group("double") == ("double", "double_modulated", "double_modulation")
-    )
-    assert form_group("t5_block") == ("t5_block",)
-    _, schemes = parse_schemes("W4BF16,modulation=BF16,double.norm1.linear=BF16", "BF16")
-    assert [schemes[kind].name for kind in form_group("double")] == ["W4BF16-bf16:norm1.linear"] * 2 + ["BF16"]
+    forms = ("double", "double_modulation", "double_modulated")
+    assert form_group(KINDS, "double_modulation") == form_group(KINDS, "double") == forms
+    assert form_group(KINDS, "t5_block") == ("t5_block",)
+    _, schemes = parse_schemes("W4BF16,modulation=BF16,double.norm1.linear=BF16", "BF16", KINDS)
+    assert [schemes[kind].name for kind in forms] == ["W4BF16-bf16:norm1.linear", "BF16", "W4BF16-bf16:norm1.linear"]
 
 
 @pytest.mark.parametrize(
@@ -237,4 +236,4 @@ def test_the_weights_of_a_block_are_in_either_form_of_it():
 )
 def test_weights_that_cannot_be_left_out(text, clue):
     with pytest.raises(SchemeError, match=clue):
-        parse_schemes(text, "BF16")
+        parse_schemes(text, "BF16", KINDS)

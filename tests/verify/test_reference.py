@@ -11,12 +11,12 @@ import torch
 
 from fluxkiln.errors import CheckpointError, IntegrityError, PatchError, ResourceError, UsageError
 from fluxkiln.export.checkpoint import TensorReader
-from fluxkiln.export.trace import part_inputs
 from fluxkiln.patches.flux1.host import host_constants, pooled_row
+from fluxkiln.patches.flux1.inputs import part_inputs
 from fluxkiln.patches.flux1.kinds import list_parts
+from fluxkiln.patches.pipeline import PROMPT
 from fluxkiln.types import Shapes
 from fluxkiln.verify import reference as module
-from fluxkiln.verify.pipeline import PROMPT
 from fluxkiln.verify.reference import read_recording, record_reference
 
 SHAPES = Shapes(64, 64, 32)

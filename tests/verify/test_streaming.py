@@ -14,6 +14,8 @@ from fluxkiln.errors import CheckpointError
 from fluxkiln.export.checkpoint import TensorReader
 from fluxkiln.export.eager import PatchedRunner
 from fluxkiln.patches.flux1.kinds import list_parts
+from fluxkiln.patches.flux1.pipeline import render
+from fluxkiln.patches.pipeline import GUIDANCE_SCALE, PROMPT
 from fluxkiln.types import Shapes
 from fluxkiln.verify import streaming
 from fluxkiln.verify.pipeline import GUIDANCE_SCALE, PROMPT, render

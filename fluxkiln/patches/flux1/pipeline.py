@@ -41,15 +41,15 @@ def render(pipe: Any, shapes: Shapes, sampling: Sampling, on_latents: OnLatents 
 
     # quiet: a prompt cut to the build's few tokens is meant, and diffusers warns of it
     with torch.no_grad(), quiet():
+        if pipe.text_encoder is not None:
+            pooled = pipe._get_clip_prompt_embeds(sampling.prompt, device="cpu")
         if pipe.text_encoder_2 is not None:
             embeds = pipe._get_t5_prompt_embeds(
                 sampling.prompt, max_sequence_length=shapes.tokens, device="cpu", dtype=torch.float32
             )
         elif pipe.transformer is not None:
             embeds = torch.randn(1, shapes.tokens, pipe.transformer.config.joint_attention_dim, generator=random)
-        if pipe.text_encoder is not None:
-            pooled = pipe._get_clip_prompt_embeds(sampling.prompt, device="cpu")
-        elif pipe.transformer is not None:
+        if pipe.text_encoder is None and pipe.transformer is not None:
             pooled = torch.randn(1, pipe.transformer.config.pooled_projection_dim, generator=random)
         if pipe.transformer is not None:
             encoded = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}

@@ -48,7 +48,7 @@ def test_results_of_builds_stay_unless_they_are_given_up(filled):
     cache = ActionCache(filled)
     blob = filled.add_bytes(b"result")
     action = Action("template", "double", "sha256:" + "0" * 64, {})
-    cache.record(*action, {"graph": blob}, {})
+    cache.record(action, {"graph": blob}, {})
     assert collect_garbage(filled, keep_seconds=0).removed == ()
     assert cache.lookup(action.key) is not None
     assert collect_garbage(filled, keep_seconds=0, results=True).removed == (blob,)

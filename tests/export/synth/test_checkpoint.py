@@ -18,8 +18,9 @@ from fluxkiln.errors import ResourceError, UsageError
 from fluxkiln.export.checkpoint import open_checkpoint
 from fluxkiln.export.fingerprint import fingerprint, scan_finite
 from fluxkiln.export.synth import weights as synth_weights
-from fluxkiln.export.synth.checkpoint import PRESETS, parse_components, synthesize, synthesized_bytes
-from fluxkiln.patches.flux1.presets import Preset
+from fluxkiln.export.synth.checkpoint import parse_components, synthesize, synthesized_bytes
+from fluxkiln.patches.flux1.model import MODEL
+from fluxkiln.patches.flux1.presets import PRESETS, Preset
 
 PROMPT = "A red fox in the forest"
 
@@ -57,7 +58,7 @@ def test_folder_layout(tmp_path):
     for refs in checkpoint.tensors.values():
         scan_finite(refs.values())
     stored = sum(ref.nbytes for refs in checkpoint.tensors.values() for ref in refs.values())
-    assert stored == synthesized_bytes(PRESETS["tiny-dev"])
+    assert stored == synthesized_bytes("tiny-dev")
 
 
 def test_seeds(tmp_path):
@@ -76,7 +77,7 @@ def test_some_components(tmp_path):
 def test_progress_reaches_the_total(tmp_path):
     calls = []
     synthesize("tiny-dev", tmp_path / "m", progress=lambda *call: calls.append(call))
-    total = synthesized_bytes(PRESETS["tiny-dev"])
+    total = synthesized_bytes("tiny-dev")
     assert calls[-1] == (total, total)
     assert calls == sorted(calls)
 
@@ -89,7 +90,7 @@ def test_bad_requests_leave_nothing(tmp_path):
     with pytest.raises(UsageError, match="no component was asked for"):
         synthesize("tiny-dev", tmp_path / "m", components=[])
     assert list(tmp_path.iterdir()) == []
-    assert parse_components(["vae", "text_encoder"]) == ("text_encoder", "vae")
+    assert parse_components(MODEL, ["vae", "text_encoder"]) == ("text_encoder", "vae")
 
 
 def test_destination_in_use(tmp_path):

@@ -8,9 +8,9 @@ import re
 import numpy as np
 import pytest
 
-from fluxkiln.export.synth.checkpoint import PRESETS
 from fluxkiln.export.synth.weights import RULES, tensor_bits
 from fluxkiln.patches.flux1.layout import component_layout
+from fluxkiln.patches.flux1.presets import PRESETS
 
 TINY = PRESETS["tiny-dev"].configs
 

@@ -15,11 +15,14 @@ from torch import Tensor
 from fluxkiln.errors import CheckpointError, PatchError, UsageError
 from fluxkiln.export.bindings import apply_transforms
 from fluxkiln.export.checkpoint import Checkpoint, read_tensor
-from fluxkiln.export.split import bind_shard, list_split_parts, split_slots
+from fluxkiln.export.split import bind_shard, split_slots
 from fluxkiln.patches.collectives import OneRank, ThreadRanks
+from fluxkiln.patches.cut import load_parallel_part
 from fluxkiln.patches.flux1 import parallel
 from fluxkiln.patches.flux1.host import rotary_embedding
-from fluxkiln.patches.flux1.parallel import build_parallel_part, load_parallel_part, modulation_rows
+from fluxkiln.patches.flux1.kinds import list_split_parts
+from fluxkiln.patches.flux1.model import MODEL
+from fluxkiln.patches.flux1.parallel import build_parallel_part, modulation_rows
 from fluxkiln.types import Shapes, TensorRef
 
 BOUND = 5e-6
@@ -47,7 +50,7 @@ class Model:
     def shards(self, name, ranks, granularity="block"):
         """Weights of every rank of the part called `name`, as the bindings cut them."""
         part = next(part for part in list_split_parts(self.configs, granularity) if part.name == name)
-        slots = split_slots(part, self.configs, ranks)
+        slots = split_slots(MODEL, part, self.configs, ranks)
         bindings = [bind_shard(part, slots, self.checkpoint, ranks, rank) for rank in range(ranks)]
         return [
             {

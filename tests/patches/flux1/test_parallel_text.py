@@ -12,9 +12,12 @@ import torch
 from fluxkiln.errors import CheckpointError, PatchError, UsageError
 from fluxkiln.export.bindings import apply_transforms
 from fluxkiln.export.checkpoint import read_tensor
-from fluxkiln.export.split import bind_shard, list_split_parts, split_slots
+from fluxkiln.export.split import bind_shard, split_slots
 from fluxkiln.patches.collectives import ThreadRanks
-from fluxkiln.patches.flux1.parallel import build_parallel_part, load_parallel_part
+from fluxkiln.patches.cut import load_parallel_part
+from fluxkiln.patches.flux1.kinds import list_split_parts
+from fluxkiln.patches.flux1.model import MODEL
+from fluxkiln.patches.flux1.parallel import build_parallel_part
 from fluxkiln.patches.flux1.parallel_text import position_buckets
 from fluxkiln.types import Shapes, TensorRef
 
@@ -71,7 +74,7 @@ def four_heads(tiny):
 def shards_of(model, ranks):
     checkpoint, weights = model
     part = next(part for part in list_split_parts(checkpoint.configs) if part.name == "t5")
-    slots = split_slots(part, checkpoint.configs, ranks)
+    slots = split_slots(MODEL, part, checkpoint.configs, ranks)
     bindings = [bind_shard(part, slots, checkpoint, ranks, rank) for rank in range(ranks)]
     return [
         {

@@ -8,10 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fluxkiln.export.checkpoint import TensorReader, open_checkpoint
+from fluxkiln.export.checkpoint import open_checkpoint
 from fluxkiln.export.eager import PatchedRunner
 from fluxkiln.patches.flux1.kinds import list_parts
-from fluxkiln.types import COMPONENTS, Shapes
+from fluxkiln.patches.flux1.model import MODEL
+from fluxkiln.patches.pipeline import Sampling
+from fluxkiln.types import Shapes
 from fluxkiln.verify.reference import record_reference
 
 SHAPES = Shapes(height=64, width=96, tokens=24)
@@ -24,7 +26,7 @@ def record(tiny_checkpoint, tmp_path):
     def make(components, vae="kl", seed=0, preset="tiny-dev"):
         whole = tiny_checkpoint(preset)
         root = tmp_path / "-".join((*components, vae, str(seed)))
-        gone = {name for name in (*COMPONENTS, "vae_tiny") if name not in components}
+        gone = {name for name in (*MODEL.components, "vae_tiny") if name not in components}
         if "vae" in components:
             gone.discard("vae_tiny")
         gone |= {t for m, t in (("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")) if m in gone}
@@ -33,7 +35,7 @@ def record(tiny_checkpoint, tmp_path):
         )
         checkpoint = open_checkpoint(root, components)
         parts = tuple(part for part in list_parts(whole.configs, vae) if part.component in components)
-        recording = record_reference(root, parts, SHAPES, root / "recording", TensorReader(checkpoint), seed=seed)
+        recording = record_reference(checkpoint, parts, SHAPES, root / "recording", Sampling(seed=seed))
         return replace(checkpoint, configs=whole.configs), parts, recording
 
     return make
@@ -88,7 +90,7 @@ def test_a_decoder_alone_gets_latents_as_the_pipeline_scales_them(record):
 
 def test_encoders_alone_encode_the_prompt_as_the_pipeline_does(record, tiny_checkpoint, tmp_path):
     whole = tiny_checkpoint()
-    everything = record_reference(whole.root, list_parts(whole.configs), SHAPES, tmp_path / "all", TensorReader(whole))
+    everything = record_reference(whole, list_parts(whole.configs), SHAPES, tmp_path / "all")
     for component, name in (("text_encoder", "pooled_prompt_embeds"), ("text_encoder_2", "prompt_embeds")):
         _, _, alone = record((component,))
         np.testing.assert_array_equal(getattr(alone, name), getattr(everything, name))

@@ -8,13 +8,15 @@ import torch
 from fluxkiln.errors import CheckpointError, UsageError
 from fluxkiln.export.bindings import part_state
 from fluxkiln.patches.flux1.kinds import KINDS, list_parts
-from fluxkiln.patches.flux1.parts import build_part, load_part, part_slots, slot_name
+from fluxkiln.patches.flux1.model import MODEL
+from fluxkiln.patches.flux1.parts import build_part
+from fluxkiln.patches.parts import load_part, part_slots, slot_name
 
 BIAS_TABLE = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
 
 
 def weights_of(part, checkpoint):
-    state = part_state(part, part_slots(part.kind, checkpoint.configs), checkpoint)
+    state = part_state(part, part_slots(MODEL, part.kind, checkpoint.configs), checkpoint)
     return {slot: torch.from_numpy(weight) for slot, weight in state.items()}
 
 
@@ -51,7 +53,7 @@ def test_keys_are_unchanged_by_loading_and_running(checkpoint, part_of_kind, kin
     """Names and values: a patch that scaled a weight in place would show here."""
     part, recording = part_of_kind(kind)
     weights = weights_of(part, checkpoint)
-    module = load_part(kind, checkpoint.configs, {slot: weight.clone() for slot, weight in weights.items()})
+    module = load_part(MODEL, kind, checkpoint.configs, {slot: weight.clone() for slot, weight in weights.items()})
     names = list(module.state_dict())
     assert list(build_part(kind, checkpoint.configs).state_dict()) == names
     inputs = recording.inputs(part.name)
@@ -66,11 +68,13 @@ def test_hoisted_kinds_share_out_the_inline_ones_weights(checkpoint):
     """A modulation has the AdaLN linears and nothing else, a modulated part all the rest."""
     for kind, linears in {"double": ("norm1", "norm1_context"), "single": ("norm",), "tail": ("norm_out",)}.items():
         modulation = {f"{name}.linear.{leaf}" for name in linears for leaf in ("weight", "bias")}
-        assert set(part_slots(f"{kind}_modulation", checkpoint.configs)) == modulation
-        rest = set(part_slots(kind, checkpoint.configs)) - modulation
-        assert set(part_slots(f"{kind}_modulated", checkpoint.configs)) == rest
-    embedders = set(part_slots("time_embed", checkpoint.configs)) | set(part_slots("token_embed", checkpoint.configs))
-    assert embedders == set(part_slots("head", checkpoint.configs))
+        assert set(part_slots(MODEL, f"{kind}_modulation", checkpoint.configs)) == modulation
+        rest = set(part_slots(MODEL, kind, checkpoint.configs)) - modulation
+        assert set(part_slots(MODEL, f"{kind}_modulated", checkpoint.configs)) == rest
+    embedders = set(part_slots(MODEL, "time_embed", checkpoint.configs)) | set(
+        part_slots(MODEL, "token_embed", checkpoint.configs)
+    )
+    assert embedders == set(part_slots(MODEL, "head", checkpoint.configs))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -82,18 +86,22 @@ def test_build_allocates_nothing_and_is_in_eval_mode(checkpoint, kind):
 
 
 def test_slots_are_the_parameters_in_order(checkpoint):
-    assert part_slots("tail", checkpoint.configs) == (
+    assert part_slots(MODEL, "tail", checkpoint.configs) == (
         "norm_out.linear.weight",
         "norm_out.linear.bias",
         "proj_out.weight",
         "proj_out.bias",
     )
-    assert not [slot for slot in part_slots("t5_block", checkpoint.configs) if "relative_attention_bias" in slot]
+    assert not [slot for slot in part_slots(MODEL, "t5_block", checkpoint.configs) if "relative_attention_bias" in slot]
 
 
 def test_guidance_embedder_is_devs_alone(tiny_checkpoint):
     embedders = [
-        {slot.split(".")[1] for slot in part_slots("head", tiny_checkpoint(preset).configs) if "embedder." in slot}
+        {
+            slot.split(".")[1]
+            for slot in part_slots(MODEL, "head", tiny_checkpoint(preset).configs)
+            if "embedder." in slot
+        }
         for preset in ("tiny-dev", "tiny-schnell")
     ]
     assert embedders[0] - embedders[1] == {"guidance_embedder"}
@@ -104,10 +112,10 @@ def test_missing_or_extra_weight_is_named(checkpoint):
     part = next(part for part in list_parts(checkpoint.configs) if part.kind == "tail")
     weights = weights_of(part, checkpoint)
     with pytest.raises(CheckpointError, match=r"part of kind tail: weight stray\.weight"):
-        load_part("tail", checkpoint.configs, {**weights, "stray.weight": torch.zeros(1)})
+        load_part(MODEL, "tail", checkpoint.configs, {**weights, "stray.weight": torch.zeros(1)})
     del weights["proj_out.bias"]
     with pytest.raises(CheckpointError, match=r"part of kind tail: weight proj_out\.bias"):
-        load_part("tail", checkpoint.configs, weights)
+        load_part(MODEL, "tail", checkpoint.configs, weights)
 
 
 def test_unknown_kind_is_named(checkpoint):

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from fluxkiln.errors import ParityError, PatchError, ShapeError, UsageError
+from fluxkiln.export.checkpoint import TensorReader
 from fluxkiln.export.eager import PatchedRunner
-from fluxkiln.patches.flux1.host import host_constants, pooled_row
+from fluxkiln.patches.flux1.host import host_constants
 from fluxkiln.patches.flux1.kinds import KINDS, MODULATION_ROWS, list_parts
+from fluxkiln.patches.flux1.model import MODEL
+from fluxkiln.patches.flux1.pipeline import render
 from fluxkiln.patches.flux1.stand_ins import build_pipeline
+from fluxkiln.patches.pipeline import PartChain, PipelineFiles, Sampling, quiet
 from fluxkiln.types import Shapes
 from fluxkiln.verify.ladder import Ladder
 from fluxkiln.verify.metrics import compare, compare_images
-from fluxkiln.verify.pipeline import PROMPT, PartChain, quiet, render, run_with_parts
+from fluxkiln.verify.pipeline import run_with_parts
 
 SHAPES = Shapes(64, 64, 32)
 WIDE = Shapes(height=64, width=96, tokens=24)
@@ -65,7 +70,7 @@ def case(request, tiny_checkpoint, tiny_recording, hoisted_recording):
     preset, vae, shapes, modulation = request.param
     checkpoint = tiny_checkpoint(preset)
     record = tiny_recording if modulation == "inline" else hoisted_recording
-    return checkpoint, list_parts(checkpoint.configs, vae, modulation), record(*preset, vae, shapes)
+    return checkpoint, list_parts(checkpoint.configs, vae, modulation), record(preset, vae, shapes)
 
 
 @pytest.fixture
@@ -80,11 +85,14 @@ def tiny(tiny_checkpoint, tiny_recording):
     return checkpoint, list_parts(checkpoint.configs), tiny_recording()
 
 
-def run(checkpoint, parts, shapes, run_part, root=None, **options):
-    constants = host_constants(checkpoint, shapes.checkpoint, shapes.plan)
-    return run_with_parts(
-        root or checkpoint.root, checkpoint.configs, shapes, parts, constants, pooled_row, run_part, **options
-    )
+def files_of(checkpoint, shapes, root=None):
+    constants = host_constants(checkpoint.configs, shapes, TensorReader(checkpoint), split=False)
+    return PipelineFiles(root or checkpoint.root, checkpoint.configs, constants)
+
+
+def run(checkpoint, parts, shapes, run_part, root=None, on_latents=None, **sampling):
+    files = files_of(checkpoint, shapes, root)
+    return run_with_parts(MODEL, files, shapes, parts, run_part, Sampling(**sampling), on_latents)
 
 
 def test_what_lies_between_the_parts_is_bit_exact(case):
@@ -116,8 +124,10 @@ def test_patched_parts_make_the_reference_image(case):
 def test_result_says_what_ran(tiny):
     checkpoint, parts, recording = tiny
     seen = []
-    result = run(checkpoint, parts, SHAPES, Replay(recording), on_step=lambda *step: seen.append(step))
-    assert seen == [(1, 2), (2, 2)]
+    result = run(checkpoint, parts, SHAPES, Replay(recording), on_latents=seen.append)
+    assert len(seen) == 2
+    np.testing.assert_array_equal(seen[1], result.latents)
+    assert not np.array_equal(seen[0], seen[1])
     assert result.calls_by_kind == {
         "clip": 1,
         "t5_embed": 1,
@@ -188,11 +198,10 @@ def test_each_step_gets_its_own_row(hoisted):
 def test_a_second_image_gets_modulation_of_its_own(hoisted):
     """The same pipeline object makes another image: other steps, another guidance."""
     checkpoint, parts, recording = hoisted
-    constants = host_constants(checkpoint, SHAPES.checkpoint, SHAPES.plan)
     chain = PartChain(parts, PatchedRunner(checkpoint, parts, keep=len(parts)))
-    pipe = build_pipeline(checkpoint.root, checkpoint.configs, chain, constants, pooled_row)
-    render(pipe, SHAPES, 3, 0, PROMPT, 7.0)
-    again = render(pipe, SHAPES, recording.steps, recording.seed, recording.prompt, recording.guidance_scale)
+    pipe = build_pipeline(files_of(checkpoint, SHAPES), chain)
+    render(pipe, SHAPES, Sampling(steps=3, guidance_scale=7.0))
+    again = render(pipe, SHAPES, Sampling())
     assert compare(again.latents, recording.latents).relative_l2 <= 1e-5
     assert chain.calls["time_embed"] == 2
 
@@ -239,23 +248,20 @@ def test_tiny_vae_config_may_leave_out_its_defaults(tiny_checkpoint, tiny_record
     parts = list_parts(checkpoint.configs, "tiny")
     kept = {k: v for k, v in checkpoint.configs["vae_tiny"].items() if k not in ("scaling_factor", "shift_factor")}
     configs = {**checkpoint.configs, "vae_tiny": kept}
-    constants = host_constants(checkpoint, SHAPES.checkpoint, SHAPES.plan)
-    result = run_with_parts(checkpoint.root, configs, SHAPES, parts, constants, pooled_row, Replay(recording))
+    files = replace(files_of(checkpoint, SHAPES), configs=configs)
+    result = run_with_parts(MODEL, files, SHAPES, parts, Replay(recording))
     np.testing.assert_array_equal(result.image, recording.image)
 
 
 @pytest.mark.parametrize("shapes", [Shapes(64, 80, 32), Shapes(64, 64, 16)])
 def test_constants_of_other_shapes_are_refused(tiny, shapes):
     checkpoint, parts, recording = tiny
-    constants = host_constants(checkpoint, SHAPES.checkpoint, SHAPES.plan)
     with pytest.raises(ShapeError, match=r"rotary_cos is for 48 tokens, .* needs"):
-        run_with_parts(checkpoint.root, checkpoint.configs, shapes, parts, constants, pooled_row, Replay(recording))
-    constants = {
-        **host_constants(checkpoint, shapes.checkpoint, shapes.plan),
-        "position_bias": np.zeros((1, 2, 31, 31), np.float32),
-    }
+        run_with_parts(MODEL, files_of(checkpoint, SHAPES), shapes, parts, Replay(recording))
+    files = files_of(checkpoint, shapes)
+    other = {**files.constants, "position_bias": np.zeros((1, 2, 31, 31), np.float32)}
     with pytest.raises(ShapeError, match="position_bias is for 31 tokens"):
-        run_with_parts(checkpoint.root, checkpoint.configs, shapes, parts, constants, pooled_row, Replay(recording))
+        run_with_parts(MODEL, replace(files, constants=other), shapes, parts, Replay(recording))
 
 
 def test_a_runners_error_comes_through(tiny):

@@ -9,8 +9,9 @@ import pytest
 
 from fluxkiln.errors import UsageError
 from fluxkiln.patches.flux1.kinds import MODULATION_ROWS, list_parts
-from fluxkiln.patches.pipeline import recorded_parts, run_rows, view_recording
-from fluxkiln.verify.reference import read_recording
+from fluxkiln.patches.flux1.model import MODEL
+from fluxkiln.patches.pipeline import run_rows
+from fluxkiln.verify.reference import read_recording, view_recording
 
 
 @pytest.fixture
@@ -53,11 +54,11 @@ def test_rows_that_do_not_fit_are_refused(parts, timesteps, guidances):
 def test_one_run_serves_both_forms(tiny_checkpoint, tiny_recording, record_parts, preset, vae):
     """A view is what recording that form alone gives, to the bit: files are called by their contents."""
     configs = tiny_checkpoint(preset).configs
-    both = record_parts(preset, recorded_parts(configs, vae))
+    both = record_parts(preset, MODEL.recorded_parts(configs, vae))
     hoisted = list_parts(configs, vae, "hoisted")
     alone = record_parts(preset, hoisted)
     for parts, expected in ((hoisted, alone), (list_parts(configs, vae), tiny_recording(preset, vae))):
-        view = view_recording(both, parts)
+        view = view_recording(both, MODEL, parts)
         assert view.calls == expected.calls
         assert tuple(view.calls) == tuple(view.kinds) == tuple(part.name for part in parts)
         assert view == replace(expected, root=both.root, seconds=both.seconds)
@@ -85,8 +86,8 @@ def test_a_form_that_was_not_recorded_is_refused(tiny_checkpoint, tiny_recording
     configs = tiny_checkpoint().configs
     hoisted = list_parts(configs, modulation="hoisted")
     with pytest.raises(UsageError, match=r"part time_embed of kind time_embed was not recorded \(recorded as nothing"):
-        view_recording(tiny_recording(), hoisted)
+        view_recording(tiny_recording(), MODEL, hoisted)
     with pytest.raises(UsageError, match=r"double.00 of kind double_modulated was not recorded \(recorded as double"):
-        view_recording(tiny_recording(), tuple(part for part in hoisted if part.kind == "double_modulated"))
+        view_recording(tiny_recording(), MODEL, tuple(part for part in hoisted if part.kind == "double_modulated"))
     with pytest.raises(UsageError, match=r"double.00 of kind double was not recorded \(recorded as double_modulated"):
-        view_recording(hoisted_recording(), tuple(part for part in list_parts(configs) if part.kind == "double"))
+        view_recording(hoisted_recording(), MODEL, tuple(part for part in list_parts(configs) if part.kind == "double"))

@@ -149,7 +149,7 @@ class Flux1:
     def build_part(self, kind: str, configs: Configs) -> Module:
         from fluxkiln.patches.flux1.parts import build_part
 
-        return build_part(kind, configs)
+        return build_part(kind, configs, self.load_class("transformer"))
 
     def patches(self) -> tuple[Patch, ...]:
         from fluxkiln.patches.flux1 import (
@@ -220,7 +220,7 @@ class Flux1:
     def build_pipeline(self, files: PipelineFiles, chain: PartChain) -> Any:
         from fluxkiln.patches.flux1.stand_ins import build_pipeline
 
-        return build_pipeline(files, chain)
+        return build_pipeline(files, chain, self.load_pipeline_class())
 
     def check_constants(self, constants: Mapping[str, NDArray[Any]], shapes: Shapes) -> None:
         from fluxkiln.patches.flux1.pipeline import check_constants

@@ -10,13 +10,14 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fluxkiln.artifacts.actions import ActionCache
+from fluxkiln.artifacts.store import Store
 from fluxkiln.compile import toolchains
 from fluxkiln.compile.bundle import Bundle
 from fluxkiln.compile.executor import Executor
@@ -84,6 +85,25 @@ class Work:
     widest_convolution: int
 
 
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """A bundle that its compiler completed: `command` in the version `compiler`.
+
+    `compiled` and `taken` are the modules compiled now and found compiled before.
+    """
+
+    bundle: Path
+    command: str
+    compiler: str
+    compiled: tuple[str, ...]
+    taken: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as plain JSON."""
+        names = {"compiled": list(self.compiled), "taken": list(self.taken)}
+        return {"bundle": str(self.bundle), "compiler": self.compiler, **names}
+
+
 class Toolchain(Protocol):
     """One compiler or runtime. `checkpoint`, `plan` and `cache` are what a build hands on.
 
@@ -96,6 +116,7 @@ class Toolchain(Protocol):
             carries to machines that have no compiler.
         largest_part: bytes of float32 weights of the largest part that its rungs execute; 0 for any.
         any_shapes: `climb` runs parts of any size at smaller shapes than those of the build.
+        resumable: a bundle may lack what the compiler makes, and `resume` adds it where there is one.
     """
 
     api: int
@@ -106,6 +127,7 @@ class Toolchain(Protocol):
     compiler_stages: tuple[str, ...] = ()
     travelling: tuple[str, ...] = ()
     any_shapes: bool = False
+    resumable: bool = False
     largest_part: int = 0
 
     # Before anything is made.
@@ -157,6 +179,7 @@ class Toolchain(Protocol):
         self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, made: Made, folder: Path
     ) -> AbstractContextManager[Rungs]:
         """The one rung at which some parts of a large model run in their compiled form; empty where none can here."""
+        return nullcontext({})
 
     def can_execute(self, work: Work) -> bool:
         """Whether what a part computes is no more than `execute` can be asked for."""
@@ -184,6 +207,10 @@ class Toolchain(Protocol):
     def refuse_incomplete(self, missing: str, bundle: Path) -> None:
         """Raise ToolchainError with the next step, at the end of a build that lacks what is `missing` here."""
         return
+
+    def resume(self, bundle: Path, store: Store, jobs: int | None, progress: Progress) -> Resumed:
+        """Compile what a bundle lacks, without its checkpoint; UsageError where bundles lack nothing."""
+        raise UsageError(f"{bundle} is complete: what {self.name} makes is all made by the build")
 
     def open_executor(self, bundle: Bundle, name: str | None, options: Mapping[str, Any]) -> Executor:
         """What runs a bundle's parts; UsageError where it cannot, ToolchainError where something is not installed."""

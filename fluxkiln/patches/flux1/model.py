@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,13 @@ class Flux1:
         "transformer": "FluxTransformer2DModel",
         "vae": "AutoencoderKL",
         "vae_tiny": "AutoencoderTiny",
+    }
+    libraries: Mapping[str, str] = {
+        "text_encoder": "transformers",
+        "text_encoder_2": "transformers",
+        "transformer": "diffusers",
+        "vae": "diffusers",
+        "vae_tiny": "diffusers",
     }
     components: tuple[str, ...] = ("text_encoder", "text_encoder_2", "transformer", "vae")
     tokenizers: Mapping[str, str] = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
@@ -88,10 +96,7 @@ class Flux1:
         return "Apache-2.0" if "Apache" in text or (variant == "schnell" and not text) else NON_COMMERCIAL
 
     def load_class(self, folder: str) -> Any:
-        import diffusers
-        import transformers
-
-        return getattr(transformers if folder in self.tokenizers else diffusers, self.classes[folder])
+        return getattr(import_module(self.libraries[folder]), self.classes[folder])
 
     def load_pipeline_class(self) -> Any:
         import diffusers

@@ -1,1 +1,1 @@
-"""The toy model: diffusers' classes of it in `published`, what fluxkiln asks of a model in `model`."""
+"""The toy model: its classes as published in `published`, what fluxkiln asks of a model in `model`."""

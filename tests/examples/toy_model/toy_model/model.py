@@ -11,7 +11,6 @@ from fluxkiln.patches.flux1.model import Flux1
 from fluxkiln.patches.model import API, Preset
 from fluxkiln.types import Configs, Part
 
-PUBLISHED = "toy_model.published"
 TINY = Flux1.presets["tiny-dev"]
 
 
@@ -23,6 +22,7 @@ class Toy(Flux1):
     title = "Toy"
     pipeline_class = "ToyPipeline"
     classes = {**Flux1.classes, "transformer": "ToyTransformer2DModel"}
+    libraries = {**Flux1.libraries, "transformer": "toy_model.published"}
     most_tokens = {"base": 512}
     steps = {"base": 8}
     presets: Mapping[str, Preset] = {
@@ -49,11 +49,6 @@ class Toy(Flux1):
 
     def licence(self, text: str, variant: str) -> str:
         return "Apache-2.0"
-
-    def load_class(self, folder: str) -> Any:
-        from toy_model.published import ToyTransformer2DModel
-
-        return ToyTransformer2DModel if folder == "transformer" else super().load_class(folder)
 
     def load_pipeline_class(self) -> Any:
         from toy_model.published import ToyPipeline

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers import ModelMixin as ModelMixin  # from_pretrained looks for it beside the class of a component
 from diffusers.models.attention import FeedForward
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
 from torch import Tensor, nn

@@ -108,10 +108,8 @@ def search_memory(checkpoint: Checkpoint, plan: Plan, part: Part) -> int:
 
 
 def stored_bytes(scheme: Scheme, weights: int) -> int:
-    """About the bytes of so many weights: codes with a scale and an offset per group, or numbers of 2 or 4 bytes."""
-    if scheme.weight_bits:
-        return math.ceil(weights * (scheme.weight_bits / 8 + 3 / scheme.group_size))
-    return weights * (4 if scheme.arithmetic == "F32" else 2)
+    """About the bytes of so many weights."""
+    return math.ceil(weights * scheme.bytes_per_weight)
 
 
 def multiplications(checkpoint: Checkpoint, shapes: Shapes) -> float:

@@ -115,6 +115,8 @@ class Toolchain(Protocol):
         compiler_stages: stages of actions in which the compiler runs; travelling: those whose results `mould export`
             carries to machines that have no compiler.
         largest_part: bytes of float32 weights of the largest part that its rungs execute; 0 for any.
+        converts: weights are stored in the arithmetic of their scheme; else all but codes are as the checkpoint has
+            them.
         any_shapes: `climb` runs parts of any size at smaller shapes than those of the build.
         resumable: a bundle may lack what the compiler makes, and `resume` adds it where there is one.
     """
@@ -126,6 +128,7 @@ class Toolchain(Protocol):
     executors: tuple[str, ...] = ()
     compiler_stages: tuple[str, ...] = ()
     travelling: tuple[str, ...] = ()
+    converts: bool = True
     any_shapes: bool = False
     resumable: bool = False
     largest_part: int = 0
@@ -165,6 +168,12 @@ class Toolchain(Protocol):
         self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, settings: Settings, progress: Progress, laps: Laps
     ) -> Made:
         """Everything that is in the bundle besides sidecars, from the store or made now."""
+
+    def build_moulds(
+        self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, settings: Settings, progress: Progress
+    ) -> set[str]:
+        """Compile and prove what builds of any such checkpoint take from the store; the keys of the moulds."""
+        raise UsageError(f"target {plan.target.name} has no moulds: {self.name} compiles nothing ahead of its weights")
 
     def climb(
         self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, made: Made, folder: Path, progress: Progress

@@ -18,10 +18,10 @@ from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.build.budget import name_shapes
 from fluxkiln.build.context import Prepared
 from fluxkiln.compile.plan import Plan
-from fluxkiln.compile.rungs import lay_out_lowered
 from fluxkiln.compile.templates import find_template, make_template
 from fluxkiln.compile.toolchains.tpu_mlir.environment import installed
 from fluxkiln.compile.toolchains.tpu_mlir.moulds import cast_part, compile_part, find_mould, make_mould
+from fluxkiln.compile.toolchains.tpu_mlir.rungs import lay_out_lowered
 from fluxkiln.errors import UsageError
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.progress import Progress, Silent

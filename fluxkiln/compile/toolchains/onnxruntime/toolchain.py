@@ -15,12 +15,12 @@ from fluxkiln.compile.rungs import rungs_below
 from fluxkiln.compile.templates import count_elements, find_template, make_template, tell_template
 from fluxkiln.compile.tensors import part_refs, search_memory
 from fluxkiln.compile.toolchain import API, TRACE_MEMORY, Climb, Rungs, Toolchain
+from fluxkiln.compile.toolchains.onnxruntime.gates import GATES, RUNGS
 from fluxkiln.errors import UsageError
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.progress import Laps, Progress
 from fluxkiln.quantize.schemes import parse_scheme
 from fluxkiln.settings import Settings
-from fluxkiln.verify.gates import Gate, Rung
 
 GRAPHS = "onnx"
 # of the largest weight that is stored transposed, in float32
@@ -32,9 +32,11 @@ class OnnxRuntime(Toolchain):
 
     api = API
     name = "onnxruntime"
-    rungs: tuple[Rung, ...] = ()
-    gates: tuple[Gate, ...] = ()
+    rungs = RUNGS
+    gates = GATES
     executors = ("ort",)
+    # weights stay as the checkpoint has them, but for codes
+    converts = False
 
     def jobs(self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, settings: Settings) -> list[Job]:
         jobs = []

@@ -69,6 +69,7 @@ def prepare(settings: Settings, progress: Progress | None = None) -> Prepared:
     root = fused_root(root, settings, _models(settings), memo, progress, _read_progress(progress))
     checkpoint = open_checkpoint(root, chosen)
     prepared = _prepared(settings, checkpoint)
+    toolchain_of(prepared.plan.target).check(checkpoint, prepared.plan, prepared.cache)
     states = shard_states(checkpoint)
     print_ = fingerprint(checkpoint, memo, _read_progress(progress))
     digests = {name: digest_tensors(refs.values(), memo) for name, refs in checkpoint.tensors.items()}

@@ -240,7 +240,7 @@ def _write_report(prepared: Prepared, made: Made, parity: Parity, laps: Laps) ->
             **parity.facts,
         },
     }
-    write_report(prepared.folder, build_report(rows, facts))
+    write_report(prepared.folder, build_report(parity.ladder, facts))
     failure = explain_failure(rows)
     return {
         "verified": True,

@@ -12,17 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.artifacts.bundle import heal_bundle
 from fluxkiln.artifacts.locks import build_lock
 from fluxkiln.build.context import Prepared, outline, prepare, unwritten_bytes
-from fluxkiln.compile.plan import Binary, BundleFile, Plan
 from fluxkiln.compile.toolchain import toolchain_of
-from fluxkiln.compile.toolchains.tpu_mlir.cast_file import cast_file
-from fluxkiln.compile.toolchains.tpu_mlir.compilation import compile_parts
-from fluxkiln.compile.toolchains.tpu_mlir.devices import group_parts, plan_devices
-from fluxkiln.compile.toolchains.tpu_mlir.proof import prove_cast
-from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.progress import Laps, Progress, Silent
 from fluxkiln.settings import Settings
 
@@ -105,36 +98,6 @@ def _folder_locked(prepared: Prepared) -> Iterator[None]:
         for folder in (prepared.folder, prepared.folder.parent):
             with suppress(OSError):  # not empty
                 folder.rmdir()
-
-
-def build_files(
-    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, settings: Settings, progress: Progress, laps: Laps
-) -> tuple[tuple[Binary, ...], tuple[BundleFile, ...]]:
-    """Every part's binary, in the files of the bundle.
-
-    Moulds first, and parts that cannot be cast compiled; then file by file the shells are combined and every part's
-    weights cast into it. One part of each cast kind, chosen by seed, is compiled as well and must come out identical.
-    That proves the mould, not the checkpoint: it is not repeated for a mould of the store, unless `settings.prove` asks
-    for it.
-    """
-    parts, proofs = compile_parts(checkpoint, plan, cache, settings, progress)
-    groups = group_parts(plan, parts)
-    plan_devices(plan, groups)
-    laps.lap("compile")
-    progress.stage("cast", len(parts))
-    binaries: dict[str, Binary] = {}
-    files = []
-    for name, members in groups.items():
-        file, finished = cast_file(checkpoint, plan, cache, name, members, progress, settings.jobs)
-        files.append(file)
-        binaries |= {binary.part.name: binary for binary in finished}
-    for direct, mould in proofs:
-        binaries[direct.part.name] = prove_cast(binaries[direct.part.name], direct, checkpoint, plan, cache, mould)
-    laps.lap("cast")
-    compiled = [binary.part.name for binary in parts if binary.made == "compiled"]
-    if not proofs and not compiled:
-        progress.note("every part was cast from a mould of the store, without a compiler")
-    return tuple(binaries[part.name] for part in plan.parts), tuple(files)
 
 
 def _already_done(prepared: Prepared, laps: Laps) -> BuildResult | None:

@@ -12,7 +12,6 @@ import json
 import re
 import tarfile
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,21 +20,15 @@ from fluxkiln import __version__
 from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.artifacts.store import Blob, Store
 from fluxkiln.build.context import outline
-from fluxkiln.compile.jobs import JobPool
-from fluxkiln.compile.toolchains.tpu_mlir.cast_file import combine_shells
-from fluxkiln.compile.toolchains.tpu_mlir.compilation import claim_memory, submit_moulds
-from fluxkiln.compile.toolchains.tpu_mlir.devices import group_parts, plan_devices
-from fluxkiln.compile.toolchains.tpu_mlir.moulds import Mould, cast_part, mould_action
-from fluxkiln.compile.toolchains.tpu_mlir.proof import needs_proof, prove_mould
+from fluxkiln.compile.toolchain import all_toolchains, toolchain_of
 from fluxkiln.digests import canonical_json
 from fluxkiln.errors import IntegrityError, UsageError
 from fluxkiln.files import disk_full_named, partial_file, publish
-from fluxkiln.progress import FROM_STORE, Progress, Silent
+from fluxkiln.progress import Progress, Silent
 from fluxkiln.settings import Settings
 
 INDEX = "moulds.json"
 FORMAT = "fluxkiln.moulds/1"
-STAGES = ("template", "mould", "proof", "combine")
 MAX_INDEX_BYTES = 64 << 20
 _BLOB = re.compile(r"blobs/sha256/([0-9a-f]{64})")
 
@@ -68,10 +61,9 @@ class MouldEntry:
 
 
 def build_moulds(settings: Settings, progress: Progress | None = None) -> list[MouldEntry]:
-    """Compile and prove the mould of every kind that a build would need, and combine their shells.
+    """Compile and prove the mould of every kind that a build would need.
 
-    Only the model's configs are read: no weight is there or needed. A mould is proven with other probe weights: cast
-    and compiled, they must come out identical.
+    Only the model's configs are read: no weight is there or needed.
 
     Raises:
         As `build`.
@@ -79,41 +71,7 @@ def build_moulds(settings: Settings, progress: Progress | None = None) -> list[M
     progress = progress or Silent()
     prepared = outline(settings)
     checkpoint, plan, cache = prepared.checkpoint, prepared.plan, prepared.cache
-    if plan.target.toolchain != "tpu_mlir":
-        raise UsageError(f"target {plan.target.name} has no moulds: it links graphs; there are bm1684x and bm1688")
-    with JobPool[Any](settings.jobs) as pool:
-        templates, futures = submit_moulds(pool, checkpoint, plan, cache, progress)
-        proofs: list[Future[Any]] = []
-        made: dict[str, Mould] = {}
-        progress.stage("compile", len(futures))
-        progress.stage("prove", len(futures))
-        for kind, future in futures.items():
-            made[kind] = mould = future.result()
-            if settings.prove or needs_proof(cache, mould):
-                claim = claim_memory(
-                    cache,
-                    mould_action(checkpoint, plan, templates[kind]),
-                    templates[kind],
-                    known=False,
-                )
-
-                def prove(kind: str = kind, mould: Mould = mould) -> None:
-                    prove_mould(checkpoint, plan, cache, templates[kind], mould)
-                    progress.done("prove", kind, "cast and compiled: identical")
-
-                proofs.append(pool.submit(f"proof of {kind}", claim, prove))
-            else:
-                progress.done("prove", kind, FROM_STORE if mould.castable else "nothing can be cast into it")
-        for proof in proofs:
-            proof.result()
-    if all(mould.castable for mould in made.values()):
-        groups = group_parts(plan, [cast_part(plan, part, made[part.kind]) for part in plan.parts])
-        plan_devices(plan, groups)
-        progress.stage("combine", len(groups))
-        for name, members in groups.items():
-            combine_shells(plan, cache, name, members)
-            progress.done("combine", name, f"{len(members)} nets")
-    keys = {mould.result.key for mould in made.values()}
+    keys = toolchain_of(plan.target).build_moulds(checkpoint, plan, cache, settings, progress)
     return [entry for entry in list_moulds(cache.store) if entry.key in keys]
 
 
@@ -224,14 +182,19 @@ def _read_index(archive: tarfile.TarFile, member: tarfile.TarInfo | None, source
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise UsageError(f"{source}: {INDEX} is not of the format {FORMAT}; export it with this version of fluxkiln")
     for record in records:
-        if record.get("stage") not in STAGES:
+        if record.get("stage") not in _stages():
             raise IntegrityError(f"{source}: {INDEX} has a record of stage {record.get('stage')!r}; fetch it again")
     return records
 
 
+def _stages() -> frozenset[str]:
+    """Stages of the records that go along with moulds."""
+    return frozenset(stage for toolchain in all_toolchains().values() for stage in toolchain.travelling)
+
+
 def _travels(record: Mapping[str, Any], chip: str | None) -> bool:
     """Whether a record goes along with moulds; one that names a chip only with those of this chip."""
-    if record["stage"] not in STAGES:
+    if record["stage"] not in _stages():
         return False
     if record["stage"] == "mould" and _mapping(record["facts"]).get("why"):
         return False

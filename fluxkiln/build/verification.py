@@ -136,6 +136,8 @@ def verify(
         with toolchain.climb(checkpoint, small, cache, made, folder, progress) as climb:
             parity = replay(prepared, small, recording, climb, progress)
             climb.finish(parity.ladder)
+        if small.shapes != plan.shapes:
+            parity = replace(parity, facts={**parity.facts, "every part replayed at": name_shapes(small.shapes)})
     else:
         parity = _verify_large(prepared, made, recording, folder, progress, limits)
     toolchain.read_back(parity.ladder, checkpoint, plan, cache, made)
@@ -185,14 +187,12 @@ def replay(prepared: Prepared, plan: Plan, recording: Recording, climb: Climb, p
     Args:
         plan: at the shapes of the recording.
     """
-    from fluxkiln.verify.ladder import Ladder
-
     started, checkpoint, settings = time.perf_counter(), prepared.checkpoint, prepared.settings
     plan, rungs = replace(plan, parts=climb.parts), climb.rungs
     calls = [(part, step) for part in plan.parts for step in range(len(recording.calls[part.name]))]
     complete = is_complete(checkpoint, plan)
     progress.stage("verify", len(calls) + complete)
-    ladder = Ladder()
+    ladder = new_ladder(plan)
     *_, top = rungs
     below = {rung: runner for rung, runner in rungs.items() if rung != top}
     with ThreadPoolExecutor(1, "below") as lower, ThreadPoolExecutor(1, "top") as upper:
@@ -229,17 +229,23 @@ def _with_pipeline(prepared: Prepared, plan: Plan, parity: Parity, runner: PartR
     return replace(parity, runs=runs, seconds={"verify": spent, **recording.seconds})
 
 
+def new_ladder(plan: Plan) -> Ladder:
+    """A ladder with the rungs and gates of the plan's toolchain."""
+    from fluxkiln.verify.ladder import Ladder
+
+    toolchain = toolchain_of(plan.target)
+    return Ladder(toolchain.rungs, toolchain.gates)
+
+
 def _verify_large(
     prepared: Prepared, made: Made, recording: Recording, folder: Path, progress: Progress, limits: Limits
 ) -> Parity:
     """All parts at the shapes of the recording, some in their compiled form at those of the build."""
-    from fluxkiln.verify.ladder import Ladder
-
     started, settings = time.perf_counter(), prepared.settings
     checkpoint, plan, cache = prepared.checkpoint, prepared.plan, prepared.cache
     small, toolchain = replace(plan, shapes=recording.shapes), toolchain_of(plan.target)
     trace_templates(prepared, small, progress)
-    ladder, executed = Ladder(), Ladder()
+    ladder, executed = new_ladder(plan), new_ladder(plan)
     # what executes is left first: then it ends at once when something else has failed
     with (
         ThreadPoolExecutor(1, "top") as upper,

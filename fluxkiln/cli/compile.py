@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -11,6 +12,9 @@ from fluxkiln.cli.output import Output, count_text, json_option
 from fluxkiln.cli.progress import open_progress
 from fluxkiln.errors import UsageError
 from fluxkiln.settings import Settings
+
+if TYPE_CHECKING:
+    from fluxkiln.compile.toolchain import Toolchain
 
 
 @click.command()
@@ -33,26 +37,34 @@ def compile(
     if not resume:
         raise UsageError("compile only goes on where a build stopped: say --resume, or use `fluxkiln build TARGET`")
     from fluxkiln.artifacts.store import open_store
-    from fluxkiln.compile.toolchains.neuron.resume import resume_compile
 
-    settings = Settings("trn1", build_dir=build_dir, store=store)
     chosen = bundle or _only_bundle(build_dir)
+    settings = Settings("", build_dir=build_dir, store=store)
     with open_progress() as progress:
-        made = resume_compile(chosen, open_store(settings.store_path.absolute()), progress, jobs)
+        made = _toolchain(chosen).resume(chosen, open_store(settings.store_path.absolute()), jobs, progress)
     output.document(made.to_json())
     output.facts(
         {
             "bundle": str(made.bundle),
             "compiled": count_text(len(made.compiled), "module"),
             "found compiled": count_text(len(made.taken), "module"),
-            "compiler": f"neuronx-cc {made.compiler}",
+            "compiler": f"{made.command} {made.compiler}",
         }
     )
 
 
 def _only_bundle(build_dir: Path) -> Path:
-    found = sorted(path.parent for path in build_dir.glob("*/*/bundle/neuron.json"))
+    bundles = sorted(path.parent for path in build_dir.glob("*/*/bundle/manifest.json"))
+    found = [bundle for bundle in bundles if _toolchain(bundle).resumable]
     if len(found) != 1:
         names = ", ".join(map(str, found)) or "none"
-        raise UsageError(f"{len(found)} bundles for trn1 or inf2 below {build_dir} ({names}); name one")
+        raise UsageError(f"{len(found)} bundles below {build_dir} could be completed ({names}); name one")
     return found[0]
+
+
+def _toolchain(bundle: Path) -> Toolchain:
+    from fluxkiln.artifacts.bundle import read_manifest
+    from fluxkiln.compile.targets import find_target
+    from fluxkiln.compile.toolchain import toolchain_of
+
+    return toolchain_of(find_target(read_manifest(bundle).target))

@@ -12,7 +12,7 @@ from fluxkiln.cli.usage import TargetCommand
 from fluxkiln.errors import ToolchainError, UsageError
 
 if TYPE_CHECKING:
-    from fluxkiln.compile.doctor import ToolStatus
+    from fluxkiln.compile.doctor import Tool
 
 
 @click.command(cls=TargetCommand)
@@ -25,12 +25,13 @@ def doctor(output: Output, target: str | None) -> None:
     With TARGET, exit with 5 when something that building for it needs is missing. What is optional runs the images of
     finished bundles.
     """
-    from fluxkiln.compile.doctor import ALL_TARGETS, examine, missing_for
+    from fluxkiln.compile.doctor import examine, missing_for
+    from fluxkiln.compile.targets import target_names
 
-    if target is not None and target not in ALL_TARGETS:
-        raise UsageError(f"no target is called {target!r}; doctor knows {', '.join(ALL_TARGETS)}")
+    if target is not None and target not in target_names():
+        raise UsageError(f"no target is called {target!r}; doctor knows {', '.join(target_names())}")
     statuses = examine()
-    missing = {name: [status.name for status in missing_for(name, statuses)] for name in ALL_TARGETS}
+    missing = {name: [status.name for status in missing_for(name, statuses)] for name in target_names()}
     output.document({"tools": [asdict(status) for status in statuses], "missing": missing})
     shown = [status for status in statuses if target in (None, *status.needed_for, *status.optional_for)]
     output.table(
@@ -55,11 +56,11 @@ def doctor(output: Output, target: str | None) -> None:
         raise ToolchainError(f"{target} lacks {', '.join(missing[target])}; {first.name}: {first.remedy}")
 
 
-def _use(status: ToolStatus) -> str:
-    from fluxkiln.compile.doctor import ALL_TARGETS
+def _use(status: Tool) -> str:
+    from fluxkiln.compile.targets import target_names
 
     targets = status.needed_for or status.optional_for
-    named = "every target" if targets == ALL_TARGETS else ", ".join(targets) or "-"
+    named = "every target" if targets == target_names() else ", ".join(targets) or "-"
     return named if status.needed_for or not targets else f"optional: {named}"
 
 

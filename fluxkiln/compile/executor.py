@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from fluxkiln.compile.plan import Binary
 from fluxkiln.errors import CompileError, UsageError
 from fluxkiln.types import Kind, TensorSpec
 
@@ -32,6 +33,19 @@ class Net:
     @property
     def component(self) -> str:
         return self.kind.component
+
+
+def bind_net(binary: Binary, file: Path) -> Net:
+    """The net of a part in a file of the bundle, its inputs and outputs by its kind's names."""
+    part, tensors = binary.part, binary.facts
+
+    def bind(side: str, names: tuple[str, ...]) -> tuple[TensorSpec, ...]:
+        known: Any = tensors[side]
+        pairs = zip(names, known, strict=False)  # the last input may be one that the model lacks
+        return tuple(TensorSpec(name, tuple(shape), dtype) for name, (_, dtype, shape) in pairs)
+
+    inputs, outputs = bind("inputs", part.traits.inputs), bind("outputs", part.traits.outputs)
+    return Net(part.name, part.traits, file, binary.net, inputs, outputs, binary.size)
 
 
 class Executor(Protocol):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,9 @@ from fluxkiln.artifacts.store import Blob
 from fluxkiln.compile.target import Target
 from fluxkiln.quantize.schemes import Scheme
 from fluxkiln.types import Part, Shapes, list_kinds
+
+# torch, diffusers and an exporter in one process
+TRACE_MEMORY = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,11 @@ class Plan:
     def logs(self) -> Path:
         """Where the compilers' logs go."""
         return self.folder / "logs"
+
+    @property
+    def bundle(self) -> Path:
+        """Where the bundle goes."""
+        return self.folder / "bundle"
 
     @property
     def quantized(self) -> bool:
@@ -113,3 +121,8 @@ class Job:
     in_store: bool
     weights: int = 0
     estimate_ms: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        shown = asdict(self)
+        del shown["weights"]
+        return shown

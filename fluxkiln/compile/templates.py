@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 EXPORT_TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir")
 # stages in which the compiler runs
 COMPILER_STAGES = ("mould", "compile", "combine", "neff")
-# how a part of a split model is made
-SHARDED = "sharded"
 
 
 def template_action(checkpoint: Checkpoint, plan: Plan, kind: str, graph_format: GraphFormat) -> Action:
@@ -54,7 +52,7 @@ def template_action(checkpoint: Checkpoint, plan: Plan, kind: str, graph_format:
         settings={
             "kind": kind,
             "format": graph_format,
-            "inputs": _specs_to_json(model.part_inputs(kind, configs, plan.shapes)),
+            "inputs": specs_to_json(model.part_inputs(kind, configs, plan.shapes)),
         },
         tools={name: importlib.metadata.version(name) for name in EXPORT_TOOLS},
     )
@@ -77,7 +75,7 @@ def make_template(
         from fluxkiln.export.trace import export_template
 
         made = export_template(checkpoint.model, kind, checkpoint.configs, plan.shapes, graph_format, folder)
-        facts = {name: _specs_to_json(getattr(made, name)) for name in ("inputs", "outputs", "slots")}
+        facts = {name: specs_to_json(getattr(made, name)) for name in ("inputs", "outputs", "slots")}
         return {"graph": made.path}, facts
 
     return _template(
@@ -107,7 +105,7 @@ def tell_template(
 
 def _template(cache: ActionCache, kind: str, graph_format: GraphFormat, result: ActionResult) -> Template:
     graph = result.outputs["graph"]
-    specs = {name: _specs_from_json(result.facts[name]) for name in ("inputs", "outputs", "slots")}
+    specs = {name: specs_from_json(result.facts[name]) for name in ("inputs", "outputs", "slots")}
     return Template(kind, graph_format, cache.path(graph), graph.digest, **specs)
 
 
@@ -136,11 +134,13 @@ def weights_digest(checkpoint: Checkpoint, binding: Binding) -> str:
     return "sha256:" + hashlib.sha256(json.dumps([refs, slots]).encode()).hexdigest()
 
 
-def _specs_to_json(specs: tuple[TensorSpec, ...]) -> list[Any]:
+def specs_to_json(specs: Iterable[TensorSpec]) -> list[Any]:
+    """[name, shape, dtype] of each."""
     return [[spec.name, list(spec.shape), spec.dtype] for spec in specs]
 
 
-def _specs_from_json(value: Any) -> tuple[TensorSpec, ...]:
+def specs_from_json(value: Any) -> tuple[TensorSpec, ...]:
+    """What `specs_to_json` was made of."""
     return tuple(TensorSpec(name, tuple(shape), dtype) for name, shape, dtype in value)
 
 

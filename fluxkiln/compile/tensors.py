@@ -6,9 +6,9 @@ import math
 from dataclasses import replace
 
 from fluxkiln.compile.plan import Plan
-from fluxkiln.compile.toolchains.neuron.split import holds_tensor
 from fluxkiln.errors import SchemeError
 from fluxkiln.export.checkpoint import Checkpoint
+from fluxkiln.export.split import holds_tensor
 from fluxkiln.quantize.exceptions import weight_name, with_exceptions
 from fluxkiln.quantize.figures import stored_size
 from fluxkiln.quantize.schemes import Scheme, check_groups, form_group, parse_scheme
@@ -18,7 +18,7 @@ from fluxkiln.types import Part, Shapes, TensorRef
 def part_refs(checkpoint: Checkpoint, plan: Plan, part: Part) -> list[TensorRef]:
     """The checkpoint tensors of a part, by their names alone."""
     refs, traits = checkpoint.tensors[part.folder], part.traits
-    if plan.layout is not None:
+    if part.members:
         return [ref for name, ref in refs.items() if holds_tensor(checkpoint.model, part, name)]
     own, without = (tuple(part.prefix + name for name in names) for names in (traits.own, traits.without))
     return [ref for name, ref in refs.items() if name.startswith(own) and not name.startswith(without)]
@@ -108,10 +108,8 @@ def search_memory(checkpoint: Checkpoint, plan: Plan, part: Part) -> int:
 
 
 def stored_bytes(scheme: Scheme, weights: int) -> int:
-    """About the bytes of so many weights: codes with a scale and an offset per group, or numbers of 2 or 4 bytes."""
-    if scheme.weight_bits:
-        return math.ceil(weights * (scheme.weight_bits / 8 + 3 / scheme.group_size))
-    return weights * (4 if scheme.arithmetic == "F32" else 2)
+    """About the bytes of so many weights."""
+    return math.ceil(weights * scheme.bytes_per_weight)
 
 
 def multiplications(checkpoint: Checkpoint, shapes: Shapes) -> float:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fluxkiln.artifacts.actions import ActionCache
+from fluxkiln.artifacts.store import Store
 from fluxkiln.compile import toolchains
 from fluxkiln.compile.bundle import Bundle
 from fluxkiln.compile.executor import Executor
@@ -31,7 +32,7 @@ from fluxkiln.types import Part, PartRunner
 from fluxkiln.verify.gates import Gate, Rung
 
 if TYPE_CHECKING:
-    from fluxkiln.verify.findings import Recorded, RungFindings
+    from fluxkiln.verify.findings import PartFindings, Record
     from fluxkiln.verify.ladder import Ladder
 
 # torch, diffusers and the exporter in one process
@@ -84,6 +85,25 @@ class Work:
     widest_convolution: int
 
 
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """A bundle that its compiler completed: `command` in the version `compiler`.
+
+    `compiled` and `taken` are the modules compiled now and found compiled before.
+    """
+
+    bundle: Path
+    command: str
+    compiler: str
+    compiled: tuple[str, ...]
+    taken: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as plain JSON."""
+        names = {"compiled": list(self.compiled), "taken": list(self.taken)}
+        return {"bundle": str(self.bundle), "compiler": self.compiler, **names}
+
+
 class Toolchain(Protocol):
     """One compiler or runtime. `checkpoint`, `plan` and `cache` are what a build hands on.
 
@@ -95,7 +115,10 @@ class Toolchain(Protocol):
         compiler_stages: stages of actions in which the compiler runs; travelling: those whose results `mould export`
             carries to machines that have no compiler.
         largest_part: bytes of float32 weights of the largest part that its rungs execute; 0 for any.
+        converts: weights are stored in the arithmetic of their scheme; else all but codes are as the checkpoint has
+            them.
         any_shapes: `climb` runs parts of any size at smaller shapes than those of the build.
+        resumable: a bundle may lack what the compiler makes, and `resume` adds it where there is one.
     """
 
     api: int
@@ -105,7 +128,9 @@ class Toolchain(Protocol):
     executors: tuple[str, ...] = ()
     compiler_stages: tuple[str, ...] = ()
     travelling: tuple[str, ...] = ()
+    converts: bool = True
     any_shapes: bool = False
+    resumable: bool = False
     largest_part: int = 0
 
     # Before anything is made.
@@ -144,6 +169,12 @@ class Toolchain(Protocol):
     ) -> Made:
         """Everything that is in the bundle besides sidecars, from the store or made now."""
 
+    def build_moulds(
+        self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, settings: Settings, progress: Progress
+    ) -> set[str]:
+        """Compile and prove what builds of any such checkpoint take from the store; the keys of the moulds."""
+        raise UsageError(f"target {plan.target.name} has no moulds: {self.name} compiles nothing ahead of its weights")
+
     def climb(
         self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, made: Made, folder: Path, progress: Progress
     ) -> AbstractContextManager[Climb]:
@@ -157,6 +188,7 @@ class Toolchain(Protocol):
         self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, made: Made, folder: Path
     ) -> AbstractContextManager[Rungs]:
         """The one rung at which some parts of a large model run in their compiled form; empty where none can here."""
+        return nullcontext({})
 
     def can_execute(self, work: Work) -> bool:
         """Whether what a part computes is no more than `execute` can be asked for."""
@@ -167,13 +199,17 @@ class Toolchain(Protocol):
         return
 
     def look(
-        self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, call: Recorded, progress: Progress
-    ) -> tuple[RungFindings, ...]:
-        """Values inside a part at its own rungs and the generic ones, for `debug`.
+        self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, record: Record, progress: Progress
+    ) -> PartFindings:
+        """Values inside a part at the generic rungs and at its own, for `debug`.
 
         Args:
-            plan: at the shapes of the recording. call: what the part was given and made, and where the bundle is.
+            record: makes or reads the reference run, whose shapes may be other than the plan's.
+
+        Raises:
+            UsageError: the part cannot be looked into; said before anything is recorded.
         """
+        raise UsageError(f"{part.name}: no part of a build for {plan.target.name} can be looked into")
 
     def report(self, checkpoint: Checkpoint, plan: Plan, made: Made) -> dict[str, Any]:
         """Facts of the report that are its own: memory, devices, estimates."""
@@ -184,6 +220,10 @@ class Toolchain(Protocol):
     def refuse_incomplete(self, missing: str, bundle: Path) -> None:
         """Raise ToolchainError with the next step, at the end of a build that lacks what is `missing` here."""
         return
+
+    def resume(self, bundle: Path, store: Store, jobs: int | None, progress: Progress) -> Resumed:
+        """Compile what a bundle lacks, without its checkpoint; UsageError where bundles lack nothing."""
+        raise UsageError(f"{bundle} is complete: what {self.name} makes is all made by the build")
 
     def open_executor(self, bundle: Bundle, name: str | None, options: Mapping[str, Any]) -> Executor:
         """What runs a bundle's parts; UsageError where it cannot, ToolchainError where something is not installed."""

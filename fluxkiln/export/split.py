@@ -91,6 +91,15 @@ def slot_rule(model: Model, part: Part, slot: str, configs: Configs, ranks: int)
     return prefix + (cut.source or local), transforms
 
 
+def holds_tensor(model: Model, part: Part, name: str) -> bool:
+    """Whether a part has a tensor of its component, or some of it."""
+    return any(
+        name.startswith(prefix) and cut.takes(name.removeprefix(prefix))
+        for kind, prefix in part.members
+        for cut in model.cuts.get(kind, WHOLE)
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Window:
     """What a slot takes from a tensor [rows, columns, ...]: two intervals, then zeros behind up to `shape`."""

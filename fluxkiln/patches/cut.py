@@ -41,6 +41,10 @@ class Cut:
     source: str = ""
     half: Literal["", "attention", "mlp"] = ""
 
+    def takes(self, name: str) -> bool:
+        """Whether a slot of this row is made of the tensor that the checkpoint calls so after the part's prefix."""
+        return name == self.source if self.source else re.fullmatch(self.slots, name) is not None
+
 
 @dataclass(frozen=True, slots=True)
 class Share:

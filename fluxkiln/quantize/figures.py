@@ -55,12 +55,9 @@ class Figures:
 
 
 def stored_size(shape: tuple[int, ...], scheme: Scheme) -> int:
-    """Bytes: codes, a bfloat16 scale and an 8-bit zero point a group, what stands beside them in bfloat16."""
-    weights = math.prod(shape)
-    if not scheme.weight_bits:
-        return weights * (4 if scheme.arithmetic == "F32" else 2)
+    """Bytes of a matrix, with what stands beside its codes in bfloat16."""
     beside = 2 * sum(map(math.prod, scheme.side_shapes(shape).values()))
-    return weights * scheme.weight_bits // 8 + 3 * weights // scheme.group_size + beside
+    return int(math.prod(shape) * scheme.bytes_per_weight) + beside
 
 
 def measure(

@@ -124,6 +124,13 @@ class Scheme:
         return self.name.split("-")[0]
 
     @property
+    def bytes_per_weight(self) -> float:
+        """Codes, a bfloat16 scale and an 8-bit zero point a group; or numbers of 2 or 4 bytes."""
+        if self.weight_bits:
+            return self.weight_bits / 8 + 3 / self.group_size
+        return 4.0 if self.arithmetic == "F32" else 2.0
+
+    @property
     def codes_only(self) -> bool:
         """Whether weights are stored as codes and nothing beside them, or not quantized."""
         return not self.weight_bits or not self.how.roles

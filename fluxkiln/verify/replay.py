@@ -57,7 +57,7 @@ def climb_part(
     for output, reference in expected.items():
         base = inputs[residual[output]] if output in residual else None
         rungs = [(rung, outputs[output].reshape(reference.shape)) for rung, outputs in made.items()]
-        ladder.climb(label or part.name, part.kind, output, shown, reference, base, rungs, gate_scheme(scheme))
+        ladder.climb(label or part.name, part.traits, output, shown, reference, base, rungs, gate_scheme(scheme))
 
 
 def climb_pipeline(ladder: Ladder, recording: Recording, scheme: Scheme, rung: str, pipeline: PipelineResult) -> None:

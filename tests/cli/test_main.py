@@ -148,9 +148,9 @@ def test_json_tells_errors_too(fluxkiln, monkeypatch):
 
 
 def test_json_stays_one_document_when_the_error_comes_after_it(fluxkiln, monkeypatch):
-    from fluxkiln.compile.doctor import ToolStatus
+    from fluxkiln.compile.doctor import Tool
 
-    missing = ToolStatus("tpu-mlir", False, "", "", ("bm1684x",), "run make env-tpu-mlir")
+    missing = Tool("tpu-mlir", False, "", "", ("bm1684x",), "run make env-tpu-mlir")
     monkeypatch.setattr("fluxkiln.compile.doctor.examine", lambda: [missing])
     run = fluxkiln("doctor", "bm1684x", "--json")
     assert run.code == 5

@@ -121,7 +121,7 @@ def test_pipeline_is_covered(output):
 
 @pytest.mark.parametrize(
     ("at", "scheme"),
-    [("simulator", "W3BF16"), (Rung("guessed", 4, "a rung whose toolchain", "gave it no gate"), "BF16")],
+    [("simulator", "W3BF16"), (Rung("guessed", 4, "of a toolchain", "no gate"), "BF16")],
 )
 def test_a_row_without_a_gate_fails(at, scheme):
     judged = row("double", "simulator", scheme)

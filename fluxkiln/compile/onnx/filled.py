@@ -1,15 +1,14 @@
-"""Pouring: a template's slots filled with weights, as the ONNX file that the compiler reads."""
+"""A template's slots filled with weights, as an ONNX file that a compiler reads; and which of them it multiplies with."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fluxkiln.compile.toolchains.tpu_mlir.gelu import fuse_tanh_gelu
-from fluxkiln.compile.toolchains.tpu_mlir.order import small_work_first
 from fluxkiln.errors import CompileError
 from fluxkiln.types import TRANSPOSED, WeightReader
 
@@ -22,7 +21,13 @@ _ALIGNMENT = 64
 _BLOCK = 1 << 22
 
 
-def pour(template: Path, activations: set[str], read_weight: WeightReader, target: Path) -> None:
+def fill(
+    template: Path,
+    activations: set[str],
+    read_weight: WeightReader,
+    target: Path,
+    rewrites: Iterable[Callable[[ir.Model], object]] = (),
+) -> None:
     """Write `target`: the template with every slot turned from an input into a float32 initializer.
 
     The weights go to `<target>.data` one after the other, some rows at a time: a part of any size takes the memory of
@@ -33,6 +38,7 @@ def pour(template: Path, activations: set[str], read_weight: WeightReader, targe
         activations: the graph inputs that stay inputs.
         read_weight: slot -> weight in torch's layout.
         target: an `.onnx` path.
+        rewrites: what else is done to the graph before it is written, in order.
     """
     import onnx_ir as ir
 
@@ -59,8 +65,8 @@ def pour(template: Path, activations: set[str], read_weight: WeightReader, targe
             for start in range(0, len(weight), rows):
                 file.write(np.ascontiguousarray(weight[start : start + rows], np.float32).data)
     graph.inputs[:] = [value for value in graph.inputs if str(value.name) in activations]
-    fuse_tanh_gelu(model)
-    small_work_first(model)
+    for rewrite in rewrites:
+        rewrite(model)
     model.ir_version = IR_VERSION
     ir.save(model, target)
 

@@ -1,4 +1,4 @@
-"""Running parts with ONNX Runtime on the CPU, float32: linked graphs (`ort_graph`) and poured ones (`pour`) alike."""
+"""Running parts with ONNX Runtime on the CPU, float32: linked graphs (`ort_graph`) and filled ones (`fill`) alike."""
 
 from __future__ import annotations
 

@@ -7,10 +7,9 @@ which is taken), NeuronLink-v2 192 GiB/s per chip. Degrees: the "NxD Inference F
 """
 
 from fluxkiln.compile.target import Target
-from fluxkiln.compile.toolchains.neuron.core_v2 import instance
+from fluxkiln.compile.targets.trn1 import instance
 
 _DEGREES = (1, 2, 4, 6, 8, 12, 24)
-
 
 TARGET = Target(
     name="inf2",

@@ -138,8 +138,8 @@ def step_chart(rows: Sequence[ReportRow], kinds: Mapping[str, str], measure: Mea
         return ""
     blocks: dict[tuple[int, str], list[Cell]] = {}
     for step in steps:
-        for (_, rung), cell in _worst_cells((row for row in chosen if row["step"] == step), measure, True).items():
-            blocks.setdefault((step, rung), []).append(cell)
+        for (_, name), cell in _worst_cells((row for row in chosen if row["step"] == step), measure, True).items():
+            blocks.setdefault((step, name), []).append(cell)
     worst = {key: max(cells, key=lambda cell: (math.isnan(cell.value), cell.value)) for key, cells in blocks.items()}
     middle = {key: sorted(cell.value for cell in cells)[len(cells) // 2] for key, cells in blocks.items()}
     plot = Plot(*decades([*middle.values(), *(cell.value for cell in worst.values())]), len(steps))

@@ -94,9 +94,7 @@ def test_parts_executed_at_other_shapes_have_a_panel_of_their_own(rows):
     assert {group.get("data-part") for group in svg.iter("g")} == {"double.00 at 1024x1024", "clip at 1024x1024"}
     assert {group.get("data-rung") for group in svg.iter("g")} == {"dequantized", "interpreter"}
     assert "at 1024x1024" not in [text.text for text in svg.iter("text")]
-    assert depth_chart([*rows, *elsewhere], {"double": "blocks"}, "delta", RUNGS) == depth_chart(
-        rows, {"double": "blocks"}, "delta", RUNGS
-    )
+    assert depth_chart([*rows, *elsewhere], BLOCKS, "delta", RUNGS) == depth_chart(rows, BLOCKS, "delta", RUNGS)
 
 
 def test_runs_of_the_pipeline_stand_apart_from_it(rows):
@@ -120,4 +118,4 @@ def test_error_over_steps_shows_the_worst_block_of_each(rows):
     blocks = [row for row in rows if row["kind"] in ("double", "single") and row["rung"] == "simulator"]
     worst = max((row for row in blocks if row["step"] == 1), key=lambda row: value_of(row, "delta"))
     assert f"step 1 · simulator: {value_of(worst, 'delta'):.2e} ({worst['part']} {worst['output']})" in titles
-    assert step_chart([row for row in rows if row["step"] == 0], {"double": "blocks"}, "delta", RUNGS) == ""
+    assert step_chart([row for row in rows if row["step"] == 0], BLOCKS, "delta", RUNGS) == ""

@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fluxkiln.compile.executor import from_bits16
+from fluxkiln.compile.toolchains.neuron.modules import Module
 from fluxkiln.compile.toolchains.neuron.replica_executor import ReadWeights, module_arguments
-from fluxkiln.compile.toolchains.neuron.split_bundle import SplitBundle, SplitModule, find_compiled
+from fluxkiln.compile.toolchains.neuron.split_bundle import SplitBundle, find_compiled
 from fluxkiln.errors import CompileError, IntegrityError, ToolchainError
-from fluxkiln.types import Kind, TensorSpec
+from fluxkiln.types import TensorSpec
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -47,9 +48,9 @@ class NeuronExecutor:
 
     name = "neuron"
 
-    def __init__(self, bundle: SplitBundle, kinds: Mapping[str, Kind], weights: ReadWeights) -> None:
+    def __init__(self, components: Mapping[str, str], bundle: SplitBundle, weights: ReadWeights) -> None:
         self.bundle = bundle
-        self.kinds = dict(kinds)
+        self.components = dict(components)
         self.weights = weights
         self.neffs = find_compiled(bundle)
         self._nrtpy = _import_nrtpy()
@@ -79,13 +80,13 @@ class NeuronExecutor:
         }
 
     def load(self, component: str) -> None:
-        for part, kind in self.kinds.items():
-            if kind.component == component:
+        for part, own in self.components.items():
+            if own == component:
                 self._load(part, self.bundle.module_of(part))
 
     def release(self, component: str) -> None:
         """Free a component's weights and the NEFFs of its modules; nrtpy frees a tensor when nobody holds it."""
-        gone = [part for part, kind in self.kinds.items() if kind.component == component]
+        gone = [part for part, own in self.components.items() if own == component]
         for part in gone:
             self._weights.pop(part, None)
             self._models.pop(self.bundle.part_modules[part], None)
@@ -107,7 +108,7 @@ class NeuronExecutor:
             "device": f"{self.bundle.instance}, {self.bundle.tp_degree} NeuronCores",
         }
 
-    def _load(self, part: str, module: SplitModule) -> None:
+    def _load(self, part: str, module: Module) -> None:
         if module.name not in self._models:
             load = self._nrtpy.NrtpyModel.load_from_neff
 

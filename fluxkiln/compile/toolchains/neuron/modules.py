@@ -5,51 +5,77 @@ from __future__ import annotations
 import importlib.metadata
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from fluxkiln.artifacts.actions import Action, ActionCache, run_action
 from fluxkiln.artifacts.code import code_version
 from fluxkiln.artifacts.store import Blob
-from fluxkiln.compile.plan import Plan
-from fluxkiln.compile.templates import EXPORT_TOOLS
-from fluxkiln.compile.toolchains.neuron.neff import COMPILE_MEMORY, CompileJob, hlo_path
+from fluxkiln.compile.plan import Job, Plan
+from fluxkiln.compile.templates import EXPORT_TOOLS, specs_from_json, specs_to_json
+from fluxkiln.compile.toolchain import TRACE_MEMORY
+from fluxkiln.compile.toolchains.neuron.frontend import VERSIONS
+from fluxkiln.compile.toolchains.neuron.neff import CompileJob, hlo_path
 from fluxkiln.digests import digest_json
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.progress import FROM_STORE, Progress
 from fluxkiln.types import Part, TensorSpec
 
 Dtype = Literal["bfloat16", "float32"]
-LOWERING_TOOLS = (*EXPORT_TOOLS[:3], "jax", "jaxlib", "torchax")
 
 
 @dataclass(frozen=True, slots=True)
 class Module:
-    """The module of some parts, as one rank runs it.
+    """The module of some parts, as one rank runs it: a canonical HLO module proto.
 
     Attributes:
         name: what its files are called; kind: of `Part`.
-        blob: the canonical HLO module proto.
         inputs: the activations it takes; slots: its weights after them, in the order of its parameters.
-        outputs: by the names of the kind.
-        facts: counts and bytes of collectives, flops, bytes of parameters (`compile.neuron.check.HloFacts`).
+        outputs: by the names of the kind; its result is a tuple of them.
+        facts: where it was lowered, counts and bytes of collectives, flops, bytes of parameters (`check.HloFacts`).
+        hit: it was in the store.
     """
 
     name: str
     kind: str
     ranks: int
-    blob: Blob
+    hlo: Path
+    digest: str
     inputs: tuple[TensorSpec, ...]
     slots: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    facts: Mapping[str, Any]
-    hit: bool
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    hit: bool = False
+
+    @property
+    def blob(self) -> Blob:
+        """The proto in the store."""
+        return Blob(self.digest, self.hlo.stat().st_size)
+
+    @property
+    def parameters(self) -> tuple[TensorSpec, ...]:
+        return self.inputs + self.slots
 
 
 def lowering_versions() -> dict[str, str]:
     """What lowers, and its versions."""
-    return {name: _version(name) for name in LOWERING_TOOLS}
+    return {name: _version(name) for name in (*EXPORT_TOOLS[:3], *sorted(VERSIONS))}
+
+
+def tools(plan: Plan) -> dict[str, str]:
+    """What lowers and compiles, and its versions."""
+    compiler = plan.layout.compiler
+    return {**lowering_versions(), **({"neuronx_cc": compiler.version} if compiler else {})}
+
+
+def lower_jobs(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> list[Job]:
+    """Of every module, that it is lowered."""
+    actions = {module_name(part): lower_action(checkpoint, plan, part) for part in plan.parts}
+    return [
+        Job("lower", name, "", "BF16", TRACE_MEMORY, cache.lookup(action.key) is not None)
+        for name, action in actions.items()
+    ]
 
 
 def module_name(part: Part) -> str:
@@ -85,7 +111,6 @@ def lower_modules(
     Raises:
         ToolchainError: jax, jaxlib or torchax is missing or of another version. CompileError: a module breaks a rule.
     """
-    assert plan.layout is not None
     parts = {module_name(part): part for part in plan.parts}
     progress.stage(stage, len(parts))
     made = {}
@@ -104,8 +129,8 @@ def compile_jobs(cache: ActionCache, modules: Mapping[str, Module], folder: Path
         target = hlo_path(folder, name)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
-        cache.store.export(module.blob.digest, target)
-        jobs.append(CompileJob(name, neff_kind(name, module.kind), target, module.blob.digest, COMPILE_MEMORY))
+        cache.store.export(module.digest, target)
+        jobs.append(CompileJob(name, neff_kind(name, module.kind), target, module.digest))
     return tuple(jobs)
 
 
@@ -137,9 +162,9 @@ def _lower(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, d
         slots = [replace(spec, name=source.slot_of(spec.name)) for spec in lowered.parameters[count:]]
         outputs = [replace(spec, name=name) for spec, name in zip(lowered.outputs, source.outputs, strict=True)]
         return {"hlo": path}, {
-            "inputs": _specs_to_json(lowered.parameters[:count]),
-            "slots": _specs_to_json(slots),
-            "outputs": _specs_to_json(outputs),
+            "inputs": specs_to_json(lowered.parameters[:count]),
+            "slots": specs_to_json(slots),
+            "outputs": specs_to_json(outputs),
             "operations": dict(facts.operations),
             "all_reduce_bytes": list(facts.all_reduce_bytes),
             "all_gather_bytes": list(facts.all_gather_bytes),
@@ -149,10 +174,11 @@ def _lower(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, d
 
     action = lower_action(checkpoint, plan, part, dtype, ranks)
     result = run_action(cache, action, produce)
-    facts: Any = result.facts
+    blob, facts = result.outputs["hlo"], result.facts
+    inputs, slots, outputs = (specs_from_json(facts[side]) for side in ("inputs", "slots", "outputs"))
     return Module(
-        module_name(part), module_kind(part), ranks, result.outputs["hlo"], _specs(facts["inputs"]),
-        _specs(facts["slots"]), _specs(facts["outputs"]), facts, result.hit,
+        module_name(part), module_kind(part), ranks, cache.path(blob), blob.digest, inputs, slots, outputs, facts,
+        result.hit,
     )  # fmt: skip
 
 
@@ -164,7 +190,7 @@ def lower_action(
     ranks: int | None = None,
 ) -> Action:
     """The key of a part's module; no checkpoint is in it."""
-    ranks = ranks or part.ranks(plan.layout.degree if plan.layout else 1)
+    ranks = ranks or part.ranks(plan.layout.degree)
     return Action(
         stage="lower",
         what=f"{module_name(part)} {dtype} tp{ranks}",
@@ -235,11 +261,3 @@ def _version(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _specs_to_json(specs: Any) -> list[Any]:
-    return [[spec.name, list(spec.shape), spec.dtype] for spec in specs]
-
-
-def _specs(value: Any) -> tuple[TensorSpec, ...]:
-    return tuple(TensorSpec(name, tuple(shape), dtype) for name, shape, dtype in value)

@@ -6,7 +6,6 @@ module's digest, the flags, the compiler's version and its own digest, whichever
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from typing import Any, Literal
 
 from fluxkiln.compile.target import Target
 from fluxkiln.errors import IntegrityError, ToolchainError, UsageError
+from fluxkiln.files import digest_file
 
 COMMAND = "neuronx-cc"
 SCRIPT = "compile_neff.sh"
@@ -113,9 +113,14 @@ def check_modules(jobs: Sequence[CompileJob]) -> None:
         check_module(job, job.hlo)
 
 
+def hlo_file(name: str) -> str:
+    """The path of the module `name` in a bundle."""
+    return f"hlo/{name}{HLO_SUFFIX}"
+
+
 def hlo_path(folder: Path, name: str) -> Path:
     """Where the module `name` lies in a build's folder."""
-    return folder / "hlo" / f"{name}{HLO_SUFFIX}"
+    return folder / hlo_file(name)
 
 
 def neff_path(folder: Path, name: str) -> Path:
@@ -137,14 +142,14 @@ def read_neffs(folder: Path, jobs: Sequence[CompileJob], target: Target, preset:
     found = {}
     for job in jobs:
         path = neff_path(folder, job.name)
-        if not path.is_file():
+        if not path.is_file() or path.is_symlink():
             continue
         neff = _read_record(folder, job.name)
         flags = compile_flags(job.kind, target, preset)
         again = f"remove it and compile {job.name} again"
         if neff is None:
             raise IntegrityError(f"{path} has no record of what it was compiled from beside it; {again}")
-        digest = digest_file(path)
+        digest = digest_file(path)[0]
         if digest != neff.digest:
             raise IntegrityError(f"{path} has the digest {digest}, its record says {neff.digest}; {again}")
         if neff.hlo != job.digest:
@@ -177,7 +182,7 @@ def check_versions(neffs: Mapping[str, Neff], version: str | None = None) -> str
 def check_module(job: CompileJob, path: Path) -> None:
     """Raise IntegrityError unless `path`, the module of `job` or a copy of it, has the digest it was lowered with."""
     try:
-        found = digest_file(path)
+        found = digest_file(path)[0]
     except OSError as error:
         raise IntegrityError(f"the module {path} cannot be read ({error.strerror}); lower {job.name} again") from error
     if found != job.digest:
@@ -193,7 +198,7 @@ def finished_neff(job: CompileJob, flags: tuple[str, ...], folder: Path) -> Neff
     if neff is None or (neff.hlo, neff.flags) != (job.digest, flags):
         return None
     try:
-        return neff if digest_file(neff_path(folder, job.name)) == neff.digest else None
+        return neff if digest_file(neff_path(folder, job.name))[0] == neff.digest else None
     except OSError:
         return None
 
@@ -207,9 +212,3 @@ def _read_record(folder: Path, name: str) -> Neff | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return neff if record == neff.to_json() else None
-
-
-def digest_file(path: Path) -> str:
-    """`sha256:<hex>` of a file."""
-    with path.open("rb") as file:
-        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()

@@ -130,13 +130,13 @@ def _run(argv: list[str], work: Path, log: Path, what: str) -> None:
         raise CompileError(f"{error}{'. ' if advice else ''}{advice}") from error
 
 
-def compiler_missing(error: ToolchainError, folder: Path) -> ToolchainError:
-    """`error` with what is ready in `folder` and how to go on; to be raised when everything else is finished."""
+def compiler_missing(why: str, folder: Path) -> ToolchainError:
+    """`why` with what is ready in `folder` and how to go on; to be raised when everything else is finished."""
     modules = len(list((folder / "hlo").glob(f"*{HLO_SUFFIX}")))
     ready = [f"hlo/ ({modules} modules)"] * bool(modules)
     ready += [name for name in ("weights/", SCRIPT) if (folder / name).exists()]
     return ToolchainError(
-        f"{error}. No NEFF was compiled; all before that is ready in {folder}: {', '.join(ready) or 'nothing'}. To go "
+        f"{why}. No NEFF was compiled; all before that is ready in {folder}: {', '.join(ready) or 'nothing'}. To go "
         f"on, run `bash {SCRIPT}` on any machine with the Neuron SDK, or `fluxkiln compile --resume` where {COMMAND} "
         "is on PATH"
     )

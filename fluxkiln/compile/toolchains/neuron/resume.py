@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.artifacts.bundle import read_manifest, role_of, verify_bundle
@@ -13,33 +12,22 @@ from fluxkiln.artifacts.locks import build_lock
 from fluxkiln.artifacts.manifest import MANIFEST_FILE, FileEntry, Manifest, resolve_inside
 from fluxkiln.artifacts.store import Store
 from fluxkiln.compile.targets import find_target
+from fluxkiln.compile.toolchain import Resumed
 from fluxkiln.compile.toolchains.neuron.compilation import compile_kinds
 from fluxkiln.compile.toolchains.neuron.modules import neff_kind
-from fluxkiln.compile.toolchains.neuron.neff import CompileJob, check_versions, neff_path, read_neffs, record_path
+from fluxkiln.compile.toolchains.neuron.neff import (
+    COMMAND,
+    CompileJob,
+    check_versions,
+    neff_path,
+    read_neffs,
+    record_path,
+)
 from fluxkiln.compile.toolchains.neuron.neuronx_cc import compiler_missing, find_neuronx_cc
 from fluxkiln.compile.toolchains.neuron.split_bundle import DESCRIPTION, read_split_bundle
-from fluxkiln.errors import IntegrityError, ToolchainError, UsageError
+from fluxkiln.errors import IntegrityError, ToolchainError
 from fluxkiln.files import digest_file, write_durably
 from fluxkiln.progress import Progress
-
-
-@dataclass(frozen=True, slots=True)
-class Resumed:
-    """A completed bundle. `compiled` and `taken` are the modules compiled now and found compiled before."""
-
-    bundle: Path
-    compiler: str
-    compiled: tuple[str, ...]
-    taken: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """The result as plain JSON."""
-        return {
-            "bundle": str(self.bundle),
-            "compiler": self.compiler,
-            "compiled": list(self.compiled),
-            "taken": list(self.taken),
-        }
 
 
 def resume_compile(bundle: Path, store: Store, progress: Progress, jobs: int | None = None) -> Resumed:
@@ -53,10 +41,6 @@ def resume_compile(bundle: Path, store: Store, progress: Progress, jobs: int | N
         what its record says. ToolchainError: no compiler, or modules of several versions. CompileError: it failed.
     """
     manifest = read_manifest(bundle)
-    if DESCRIPTION not in {file.path for file in manifest.files}:
-        raise UsageError(
-            f"{bundle} is a bundle for {manifest.target}, which is complete; one for trn1 or inf2 is compiled later"
-        )
     with build_lock(bundle.parent / f".{bundle.name}.resume.lock", f"the compile of {bundle}"):
         _check_files(bundle, manifest)
         split = read_split_bundle(bundle)
@@ -70,7 +54,7 @@ def resume_compile(bundle: Path, store: Store, progress: Progress, jobs: int | N
             try:
                 compiler = find_neuronx_cc()
             except ToolchainError as error:
-                raise compiler_missing(error, bundle) from None
+                raise compiler_missing(str(error), bundle) from None
             if found:
                 check_versions(found, compiler.version)
             missing = [job for job in wanted if job.name not in found]
@@ -86,7 +70,7 @@ def resume_compile(bundle: Path, store: Store, progress: Progress, jobs: int | N
             log.unlink()
         _rewrite(bundle, manifest, modules)
         verify_bundle(bundle)
-    return Resumed(bundle, version, tuple(compiled), tuple(found))
+    return Resumed(bundle, COMMAND, version, tuple(compiled), tuple(found))
 
 
 def _check_files(bundle: Path, manifest: Manifest) -> None:

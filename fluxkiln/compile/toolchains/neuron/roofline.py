@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fluxkiln.compile.plan import Plan
+from fluxkiln.compile.plan import Made, Plan
+from fluxkiln.compile.toolchains.neuron.make import SplitModel
 from fluxkiln.compile.toolchains.neuron.modules import Module, module_name
-from fluxkiln.compile.toolchains.neuron.neff import Neff
-from fluxkiln.compile.toolchains.neuron.profile import CoreMemory
+from fluxkiln.compile.toolchains.neuron.split import plan_memory
+from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.verify.report.wording import size
 
 LABEL = (
@@ -19,15 +19,11 @@ LABEL = (
 _ALL_REDUCE_PASSES = 2  # a ring moves every byte to all others twice: once to add, once to give the sum
 
 
-def report_split(
-    plan: Plan,
-    modules: Mapping[str, Module],
-    memory: CoreMemory,
-    neffs: Sequence[Neff],
-) -> dict[str, Any]:
+def report(checkpoint: Checkpoint, plan: Plan, made: Made) -> dict[str, Any]:
     """The report's facts `lowering` and `memory`."""
-    assert plan.layout is not None
+    own: SplitModel = made.own
     instance, degree = plan.layout.instance, plan.layout.degree
+    modules, neffs, memory = own.modules, own.neffs, plan_memory(checkpoint, plan)
     step = [modules[module_name(part)] for part in plan.parts if part.component == "transformer"]
     reduces = [moved for module in step for moved in module.facts["all_reduce_bytes"]]
     gathers = [moved for module in step for moved in module.facts["all_gather_bytes"]]
@@ -63,7 +59,6 @@ def report_split(
 
 
 def _seconds(plan: Plan, module: Module) -> float:
-    assert plan.layout is not None
     instance, others = plan.layout.instance, 1 - 1 / module.ranks
     facts = module.facts
     moved = others * (_ALL_REDUCE_PASSES * sum(facts["all_reduce_bytes"]) + sum(facts["all_gather_bytes"]))

@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fluxkiln.artifacts.actions import Action, ActionCache, run_action
 from fluxkiln.artifacts.code import code_version
 from fluxkiln.artifacts.store import Blob
-from fluxkiln.compile.plan import Plan
+from fluxkiln.compile.plan import Job, Plan
 from fluxkiln.compile.target import Instance, Target
+from fluxkiln.compile.templates import count_elements
+from fluxkiln.compile.tensors import part_refs
 from fluxkiln.compile.toolchains.neuron.neuronx_cc import NeuronxCc, find_neuronx_cc
 from fluxkiln.compile.toolchains.neuron.profile import (
     CoreMemory,
@@ -30,42 +31,35 @@ from fluxkiln.errors import ToolchainError, UsageError
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.export.fingerprint import check_shards
 from fluxkiln.export.shard_files import WORKERS, write_part
-from fluxkiln.export.split import bind_shard, split_slots
+from fluxkiln.export.split import bind_shard, holds_tensor, split_slots
 from fluxkiln.patches.cut import WHOLE, columns_of, share_of
-from fluxkiln.patches.model import Model
 from fluxkiln.progress import FROM_STORE, Progress
 from fluxkiln.settings import Settings
 from fluxkiln.types import Part
 
-if TYPE_CHECKING:
-    from fluxkiln.build.context import Prepared
-
-WEIGHTS = "weights"
+# of one thread
+SHARD_MEMORY = 256 << 20
+# bytes of one part in float32 that are executed here; T5-XXL in one part has 19 GB
+LARGEST_PART = 3 << 30
 _BF16 = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """How a model is cut; `compiler` is None where there is none."""
+    """How a model is cut; `compiler` is None where there is none, and `missing` says why."""
 
     instance: Instance
     degree: int
     granularity: str
     compiler: NeuronxCc | None = None
-
-    def tools(self) -> dict[str, str]:
-        """What lowers and compiles, and its versions."""
-        from fluxkiln.compile.toolchains.neuron.modules import lowering_versions
-
-        found = {"neuronx_cc": self.compiler.version} if self.compiler else {}
-        return {**lowering_versions(), **found}
+    missing: str = ""
 
     def ranks(self, part: Part) -> int:
         """How many cores a part runs on."""
         return part.ranks(self.degree)
 
 
-def plan_split(settings: Settings, target: Target, checkpoint: Checkpoint) -> Split:
+def lay_out(settings: Settings, target: Target, checkpoint: Checkpoint) -> Split:
     """How the model is cut for the instance that the settings name; no weight is read.
 
     Raises:
@@ -80,14 +74,27 @@ def plan_split(settings: Settings, target: Target, checkpoint: Checkpoint) -> Sp
     heads, widths = checkpoint.model.split_axes(checkpoint.configs)
     degree = settings.tp_degree or default_degree(instance, heads, widths)
     check_degree(instance, degree, heads, widths)
-    return Split(instance, degree, settings.granularity, _compiler())
-
-
-def _compiler() -> NeuronxCc | None:
     try:
-        return find_neuronx_cc()
-    except ToolchainError:
-        return None
+        return Split(instance, degree, settings.granularity, find_neuronx_cc())
+    except ToolchainError as error:
+        return Split(instance, degree, settings.granularity, missing=str(error))
+
+
+def label(settings: Settings) -> str:
+    """What tells builds of one scheme and size apart, in the name of their folder."""
+    cut = f"-{settings.instance}" * bool(settings.instance) + f"-tp{settings.tp_degree}" * bool(settings.tp_degree)
+    blocks = "" if settings.granularity == "block" else "-" + settings.granularity.replace(":", "")
+    return cut + blocks + "-published" * (settings.flags == "published")
+
+
+def facts(settings: Settings, plan: Plan) -> dict[str, Any]:
+    """How the model is cut and compiled."""
+    return {
+        "instance": plan.layout.instance.name,
+        "tp_degree": plan.layout.degree,
+        "granularity": plan.layout.granularity,
+        "flags": settings.flags,
+    }
 
 
 def plan_memory(checkpoint: Checkpoint, plan: Plan) -> CoreMemory:
@@ -97,7 +104,6 @@ def plan_memory(checkpoint: Checkpoint, plan: Plan) -> CoreMemory:
         ResourceError: too much, with the arithmetic and what would fit.
     """
     split, configs = plan.layout, checkpoint.configs
-    assert split is not None
     model = checkpoint.model
     activations = model.activation_bytes(configs, plan.shapes, split.degree)
     heads, widths = model.split_axes(configs)
@@ -114,7 +120,6 @@ def shard_weights(
     Raises:
         CheckpointError: a shard of the checkpoint went or changed meanwhile. ResourceError: the disk is full.
     """
-    assert plan.layout is not None
     parts = plan.parts
     progress.stage("shard", len(parts))
     known: dict[tuple[str, int], Any] = {}
@@ -140,7 +145,6 @@ def shard_weights(
 def _shard_part(
     checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, slots: Any, progress: Progress
 ) -> tuple[Blob, ...]:
-    assert plan.layout is not None
     ranks = plan.layout.ranks(part)
     bindings = [bind_shard(part, slots, checkpoint, ranks, rank) for rank in range(ranks)]
     action = shard_action(checkpoint, plan, part)
@@ -159,22 +163,20 @@ def _shard_part(
     return tuple(result.outputs[str(rank)] for rank in range(ranks))
 
 
-def split_settings(prepared: Prepared) -> dict[str, Any]:
-    """How a split model is cut; nothing for others."""
-    split = prepared.plan.layout
-    if split is None:
-        return {}
-    return {
-        "instance": split.instance.name,
-        "tp_degree": split.degree,
-        "granularity": split.granularity,
-        "flags": prepared.settings.flags,
-    }
+def shard_jobs(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> list[Job]:
+    """Of every part, that its weights are cut."""
+    return [
+        Job(
+            "shard", part.name, part.kind, "BF16", SHARD_MEMORY,
+            bool(checkpoint.digests) and cache.lookup(shard_action(checkpoint, plan, part).key) is not None,
+            count_elements(part_refs(checkpoint, plan, part)),
+        )
+        for part in plan.parts
+    ]  # fmt: skip
 
 
 def shard_action(checkpoint: Checkpoint, plan: Plan, part: Part) -> Action:
     """The key of a part's shards: the tensors that it holds, how it is cut, over how many ranks."""
-    assert plan.layout is not None
     known = checkpoint.digests[part.folder]
     refs = [
         [name, known[name], list(ref.shape), ref.dtype]
@@ -191,18 +193,6 @@ def shard_action(checkpoint: Checkpoint, plan: Plan, part: Part) -> Action:
     )
 
 
-def holds_tensor(model: Model, part: Part, name: str) -> bool:
-    """Whether a part has a tensor of its component, or some of it."""
-    for kind, prefix in part.members:
-        local = name.removeprefix(prefix)
-        if name.startswith(prefix) and any(
-            local == cut.source or (not cut.source and re.fullmatch(cut.slots, local))
-            for cut in model.cuts.get(kind, WHOLE)
-        ):
-            return True
-    return False
-
-
 def held_elements(checkpoint: Checkpoint, part: Part) -> int:
     """Elements of all tensors that a part has some of."""
     tensors = checkpoint.tensors[part.folder].items()
@@ -211,7 +201,7 @@ def held_elements(checkpoint: Checkpoint, part: Part) -> int:
 
 def shard_file(part: str, rank: int) -> str:
     """The path of a rank's weights in a bundle."""
-    return f"{WEIGHTS}/{part}/tp{rank}.safetensors"
+    return f"weights/{part}/tp{rank}.safetensors"
 
 
 def weights_per_core(parts: tuple[Part, ...], checkpoint: Checkpoint, degree: int) -> dict[str, int]:
@@ -237,7 +227,7 @@ def _share(checkpoint: Checkpoint, kind: str, slot: str, shape: tuple[int, ...],
     """Elements that rank 0 has of a tensor in a part of `kind`."""
     total, heads = 0, checkpoint.model.head_count(kind, checkpoint.configs)
     for cut in checkpoint.model.cuts.get(kind, WHOLE):
-        if slot == cut.source or (not cut.source and re.fullmatch(cut.slots, slot)):
+        if cut.takes(slot):
             start, stop = columns_of(cut, shape)
             taken = (*shape[:-1], stop - start)
             share = share_of(cut, slot, taken, heads, ranks, 0)

@@ -1,42 +1,33 @@
-"""Reading a split model's bundle back: its modules, the order of their parameters, every rank's weights.
-
-No checkpoint and no compiler is needed for it. The runtime that executes what is read is `executors.neuron`, written
-from the documentation of AWS's nrtpy, or `executors.replicas` where there is no device.
+"""`neuron.json`, which says what a bundle of a split model is: modules, the order of their parameters, every rank's
+weights. It is written here by a build, and read where there is neither checkpoint nor compiler.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fluxkiln.compile.toolchains.neuron.neff import Preset, neff_path, record_path
+from fluxkiln.artifacts.store import Blob
+from fluxkiln.compile.bundle import HOST_CONSTANTS
+from fluxkiln.compile.plan import Plan
+from fluxkiln.compile.templates import host_constants, specs_from_json
+from fluxkiln.compile.toolchains.neuron.modules import Module, module_name
+from fluxkiln.compile.toolchains.neuron.neff import Preset, hlo_file, neff_path, record_path
+from fluxkiln.compile.toolchains.neuron.split import facts, shard_file
 from fluxkiln.errors import IntegrityError, ToolchainError, UsageError
-from fluxkiln.types import TensorSpec
+from fluxkiln.export.checkpoint import Checkpoint
+from fluxkiln.files import digest_file
+from fluxkiln.settings import Settings
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 DESCRIPTION = "neuron.json"
 SCHEMA = "fluxkiln.neuron/1"
-
-
-@dataclass(frozen=True, slots=True)
-class SplitModule:
-    """A module of a bundle. Its parameters are `inputs` and then `slots`, its result is a tuple of `outputs`."""
-
-    name: str
-    kind: str
-    ranks: int
-    hlo: Path
-    digest: str
-    inputs: tuple[TensorSpec, ...]
-    slots: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
-
-    @property
-    def parameters(self) -> tuple[TensorSpec, ...]:
-        return self.inputs + self.slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +47,63 @@ class SplitBundle:
     instance: str
     tp_degree: int
     flags: Preset
-    modules: Mapping[str, SplitModule]
+    modules: Mapping[str, Module]
     part_modules: Mapping[str, str]
     shards: Mapping[str, tuple[ShardRef, ...]]
 
-    def module_of(self, part: str) -> SplitModule:
+    def module_of(self, part: str) -> Module:
         """The module that runs `part`; UsageError with the parts that there are otherwise."""
         if part not in self.part_modules:
             raise UsageError(f"the bundle has no part {part!r}; it has {', '.join(self.part_modules)}")
         return self.modules[self.part_modules[part]]
+
+
+def describe(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    settings: Settings,
+    modules: Mapping[str, Module],
+    shards: Mapping[str, Sequence[Blob]],
+) -> bytes:
+    """The file: modules with their parameters in order, parts in the order they run with the shards of each rank.
+
+    A module's parameters are `inputs` and then `slots`, its result is a tuple of `outputs`. Rank r of a part runs its
+    module with the tensors of `shards[r]`, which lie there in the order of `slots`.
+    """
+    described = {
+        "schema": SCHEMA,
+        **facts(settings, plan),
+        "target": plan.target.name,
+        "modules": {
+            name: {
+                "kind": module.kind,
+                "ranks": module.ranks,
+                "hlo": hlo_file(name),
+                "digest": module.digest,
+                "neff": f"neff/{name}.neff",
+                **{side: module.facts[side] for side in ("inputs", "slots", "outputs")},
+                "collectives": {
+                    opcode: len(module.facts[f"{opcode.replace('-', '_')}_bytes"])
+                    for opcode in ("all-reduce", "all-gather")
+                },
+            }
+            for name, module in modules.items()
+        },
+        "parts": [
+            {
+                "name": part.name,
+                "module": module_name(part),
+                "shards": [
+                    {"file": shard_file(part.name, rank), "digest": blob.digest, "size": blob.size}
+                    for rank, blob in enumerate(shards[part.name])
+                ],
+            }
+            for part in plan.parts
+        ],
+        "modulation_rows": checkpoint.model.modulation_rows(checkpoint.configs),
+        "host_constants": {"file": HOST_CONSTANTS, "names": sorted(host_constants(checkpoint, plan))},
+    }
+    return json.dumps(described, indent=1).encode() + b"\n"
 
 
 def read_split_bundle(folder: Path) -> SplitBundle:
@@ -96,7 +135,7 @@ def read_split_bundle(folder: Path) -> SplitBundle:
     return bundle
 
 
-def read_module(module: SplitModule) -> bytes:
+def read_module(module: Module) -> bytes:
     """The canonical HLO module proto; IntegrityError when it has another digest than the bundle says."""
     data = module.hlo.read_bytes()
     found = "sha256:" + hashlib.sha256(data).hexdigest()
@@ -105,6 +144,13 @@ def read_module(module: SplitModule) -> bytes:
             f"{module.hlo} has the digest {found}, expected is {module.digest}; fetch the bundle again"
         )
     return data
+
+
+def read_weights(bundle: SplitBundle) -> Callable[[str], list[list[NDArray[Any]]]]:
+    """Reads the weights of a part: of each rank those of its module's slots, in order."""
+    from fluxkiln.export.shard_files import read_shard
+
+    return lambda part: [list(read_shard(shard.path).values()) for shard in bundle.shards[part]]
 
 
 def find_compiled(bundle: SplitBundle) -> dict[str, Path]:
@@ -129,8 +175,7 @@ def find_compiled(bundle: SplitBundle) -> dict[str, Path]:
             source, digest = record["hlo"], record["neff"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise IntegrityError(f"{path} has no readable record beside it ({error}); compile it again") from error
-        with path.open("rb") as file:
-            own = "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+        own = digest_file(path)[0]
         if own != digest or source != module.digest:
             what = f"has the digest {own}, its record says {digest}" if own != digest else f"was compiled from {source}"
             raise IntegrityError(f"{path} {what}, this bundle's module is {module.digest}; compile it again")
@@ -140,9 +185,9 @@ def find_compiled(bundle: SplitBundle) -> dict[str, Path]:
 
 def _parse(folder: Path, described: Mapping[str, Any]) -> SplitBundle:
     modules = {
-        name: SplitModule(
+        name: Module(
             name, one["kind"], int(one["ranks"]), _inside(folder, one["hlo"]), one["digest"],
-            _specs(one["inputs"]), _specs(one["slots"]), _specs(one["outputs"]),
+            specs_from_json(one["inputs"]), specs_from_json(one["slots"]), specs_from_json(one["outputs"]),
         )
         for name, one in described["modules"].items()
     }  # fmt: skip
@@ -186,7 +231,3 @@ def _inside(folder: Path, name: str) -> Path:
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise IntegrityError(f"{folder / DESCRIPTION} names {name!r}, which is outside of the bundle; do not use it")
     return path
-
-
-def _specs(entries: list[Any]) -> tuple[TensorSpec, ...]:
-    return tuple(TensorSpec(name, tuple(shape), dtype) for name, shape, dtype in entries)

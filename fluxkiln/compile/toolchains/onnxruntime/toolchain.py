@@ -15,12 +15,14 @@ from fluxkiln.compile.rungs import rungs_below
 from fluxkiln.compile.templates import count_elements, find_template, make_template, tell_template
 from fluxkiln.compile.tensors import part_refs, search_memory
 from fluxkiln.compile.toolchain import API, TRACE_MEMORY, Climb, Rungs, Toolchain
+from fluxkiln.compile.toolchains.onnxruntime.gates import GATES, RUNGS
 from fluxkiln.errors import UsageError
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.progress import Laps, Progress
 from fluxkiln.quantize.schemes import parse_scheme
 from fluxkiln.settings import Settings
-from fluxkiln.verify.gates import Gate, Rung
+from fluxkiln.types import Part
+from fluxkiln.verify.findings import PartFindings, Record
 
 GRAPHS = "onnx"
 # of the largest weight that is stored transposed, in float32
@@ -32,9 +34,11 @@ class OnnxRuntime(Toolchain):
 
     api = API
     name = "onnxruntime"
-    rungs: tuple[Rung, ...] = ()
-    gates: tuple[Gate, ...] = ()
+    rungs = RUNGS
+    gates = GATES
     executors = ("ort",)
+    # weights stay as the checkpoint has them, but for codes
+    converts = False
 
     def jobs(self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, settings: Settings) -> list[Job]:
         jobs = []
@@ -100,6 +104,13 @@ class OnnxRuntime(Toolchain):
         # without quantization the bundle's own graphs are the exported templates
         rung = "executed" if plan.quantized else "onnxruntime"
         yield {rung: OrtExecutor(made.own, components, spin=True, most_open=most_open)}
+
+    def look(
+        self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, record: Record, progress: Progress
+    ) -> PartFindings:
+        from fluxkiln.compile.toolchains.onnxruntime.look import look
+
+        return look(checkpoint, plan, cache, part, record, progress)
 
     def open_executor(self, bundle: Bundle, name: str | None, options: Mapping[str, Any]) -> Executor:
         from fluxkiln.compile.executor import require_file

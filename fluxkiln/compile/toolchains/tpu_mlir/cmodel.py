@@ -1,4 +1,7 @@
-"""Executor `cmodel`: the bmodels of a bundle on TPU-MLIR's simulator of the chip. Exact and slow: for tiny models."""
+"""Executor `cmodel`: bmodels on TPU-MLIR's simulator of the chip. Exact and slow: for tiny models.
+
+It runs the bundles that are opened, and the top rung of verification.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fluxkiln.compile.bundle import Bundle
 from fluxkiln.compile.executor import Net, check_inputs, find_net, require_file
+from fluxkiln.compile.toolchains.tpu_mlir import environment
 from fluxkiln.errors import ToolchainError, UsageError
-from fluxkiln.patches.model import Model, WeightUse
-from fluxkiln.types import Shapes
+from fluxkiln.patches.model import WeightUse
+from fluxkiln.quantize.schemes import Scheme, parse_scheme
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from fluxkiln.compile.toolchains.tpu_mlir.environment import TpuMlirEnv
     from fluxkiln.compile.toolchains.tpu_mlir.simulator import Simulator
 
 # what the simulator makes in a second, and how many multiplications a step may have: five minutes
@@ -22,52 +28,52 @@ SPEED = 5e7
 MOST_MULTIPLICATIONS = 15e9
 # what every net takes besides, however small
 NET_SECONDS = 2.5
-_BYTES = {"W4BF16": 0.5625, "W8BF16": 1.0625, "BF16": 2.0, "F16": 2.0, "F32": 4.0}
+
+
+def open_cmodel(bundle: Bundle) -> CmodelExecutor:
+    """The simulator on a bundle.
+
+    Raises:
+        ToolchainError: TPU-MLIR is missing. UsageError: a file is, or a step would take more than five minutes.
+    """
+    schemes = {entry.kind: parse_scheme(entry.scheme) for entry in bundle.manifest.parts}
+    shapes = bundle.manifest.shapes
+    nets = bundle.nets
+    work = count_work(nets, bundle.model.weight_uses(shapes), schemes)
+    if work > MOST_MULTIPLICATIONS:
+        raise UsageError(
+            f"the simulator makes about {SPEED:.0e} multiplications a second, and the costliest component of this "
+            f"bundle has about {work:.1e} at {shapes.width}x{shapes.height}: {work / SPEED / 60:.0f} minutes for each "
+            f"step, at most {MOST_MULTIPLICATIONS / SPEED / 60:.0f} are accepted; use --executor sail on a board, or a "
+            "smaller bundle"
+        )
+    env = environment.installed()
+    if env is None:
+        raise ToolchainError(
+            f"executor cmodel needs TPU-MLIR, which is not in {environment.default_tpu_mlir_root()}; run `make "
+            "env-tpu-mlir`"
+        )
+    return CmodelExecutor(nets, env, bundle.target.chip, work)
 
 
 class CmodelExecutor:
     """Runs nets in one simulator process; nothing stays on the simulated device between files.
 
     Args:
-        schemes: part -> scheme, from which the work is estimated.
-
-    Raises:
-        ToolchainError: TPU-MLIR is missing. UsageError: a step would take more than five minutes.
+        work: of an image step, as `count_work`.
+        log: where what the simulator prints is kept.
     """
 
     name = "cmodel"
 
     def __init__(
-        self,
-        nets: Mapping[str, Net],
-        chip: str,
-        model: Model,
-        shapes: Shapes,
-        schemes: Mapping[str, str],
-        most: float = MOST_MULTIPLICATIONS,
+        self, nets: Mapping[str, Net], env: TpuMlirEnv, chip: str, work: float = 0.0, log: Path | None = None
     ) -> None:
-        from fluxkiln.compile.toolchains.tpu_mlir.environment import default_tpu_mlir_root, find_tpu_mlir
-
         for net in nets.values():
             require_file(net)
-        work = count_work(nets, model.weight_uses(shapes), schemes)
-        if work > most:
-            raise UsageError(
-                f"the simulator makes about {SPEED:.0e} multiplications a second, and the costliest component of this "
-                f"bundle has about {work:.1e} at {shapes.width}x{shapes.height}: {work / SPEED / 60:.0f} minutes for "
-                f"each step, at most {most / SPEED / 60:.0f} are accepted; use --executor sail on a board, or a "
-                "smaller bundle"
-            )
-        env = find_tpu_mlir(default_tpu_mlir_root())
-        if env is None:
-            raise ToolchainError(
-                f"executor cmodel needs TPU-MLIR, which is not in {default_tpu_mlir_root()}; run `make env-tpu-mlir`"
-            )
-        self.nets = dict(nets)
-        self.chip = chip
-        each_step = sum(net.kind.each_step for net in nets.values())
-        self.step_seconds = work / SPEED + NET_SECONDS * each_step
-        self._env = env
+        self.nets, self.chip = dict(nets), chip
+        self.step_seconds = work / SPEED + NET_SECONDS * sum(net.kind.each_step for net in nets.values())
+        self._env, self._log = env, log
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
         self._simulator: Simulator | None = None
 
@@ -102,21 +108,27 @@ class CmodelExecutor:
         if self._simulator is None:
             from fluxkiln.compile.toolchains.tpu_mlir.simulator import Simulator
 
-            self._scratch = tempfile.TemporaryDirectory(prefix="fluxkiln-cmodel-")
-            self._simulator = Simulator(self._env, self.chip, Path(self._scratch.name) / "simulator.log")
+            log = self._log
+            if log is None:
+                self._scratch = tempfile.TemporaryDirectory(prefix="fluxkiln-cmodel-")
+                log = Path(self._scratch.name) / "simulator.log"
+            self._simulator = Simulator(self._env, self.chip, log)
         return self._simulator
 
 
-def count_work(nets: Mapping[str, Net], uses: Mapping[str, WeightUse], schemes: Mapping[str, str]) -> float:
+def count_work(nets: Mapping[str, Net], uses: Mapping[str, WeightUse], schemes: Mapping[str, Scheme]) -> float:
     """About how many multiplications the costliest component takes, of the transformer one step.
 
     Every stored weight is used as often as the model says.
+
+    Args:
+        schemes: of each kind.
     """
     totals: dict[str, float] = {}
-    for part, net in nets.items():
+    for net in nets.values():
         use = uses.get(net.component)
         if use is None or (use.idle and net.kind.own[0] in use.idle) or net.kind.rows:
             continue
-        weights = net.size / _BYTES.get(schemes[part].split("-")[0], 2.0)
+        weights = net.size / schemes[net.kind.name].bytes_per_weight
         totals[net.component] = totals.get(net.component, 0.0) + weights * use.times
     return max(totals.values(), default=0.0)

@@ -1,4 +1,4 @@
-"""The TPU-MLIR adapter: a poured graph to a bmodel, and what is checked after every compile.
+"""The TPU-MLIR adapter: a filled graph to a bmodel, and what is checked after every compile.
 
 Source of flags and file names: TPU-MLIR 1.30.2, `model_transform.py` and `model_deploy.py`.
 """
@@ -40,16 +40,15 @@ class CompileJob:
 
     Attributes:
         net: the net's name in the bmodel.
-        kind: decides which fusions must have happened.
-        graph: the poured ONNX file; template: the opset 17 template it was poured from.
+        graph: the filled ONNX file; template: the opset 17 template it was made of.
         activations: the graph inputs that are not slots.
         narrow_inputs, narrow_outputs: inputs or outputs in the scheme's 16-bit type instead of float32.
+        rotated: queries and keys whose rotation must have become one operation each.
         ordered: the template's nodes stand in the order in which the chip is to run them.
         keep_f32: leave sinusoids in F32 (never off but in the test that shows what is lost).
     """
 
     net: str
-    kind: str
     graph: Path
     template: Path
     activations: frozenset[str]
@@ -57,6 +56,7 @@ class CompileJob:
     chip: str
     narrow_inputs: bool = False
     narrow_outputs: bool = False
+    rotated: int = 0
     ordered: bool = False
     keep_f32: bool = True
 
@@ -167,10 +167,10 @@ def _check(job: CompileJob, matmuls: list[WeightMatMul], folder: Path) -> Compil
     if quantized != expected:
         raise CompileError(
             f"{job.net}: {quantized} weights are stored in {job.scheme.weight_bits} bits, scheme {job.scheme.name} "
-            f"asks for {expected}; the compiler left a matmul, or rows of one, unquantized: choose a group size that "
-            "divides its width, or leave it out of the codes, KIND.WEIGHT=BF16"
+            f"asks for {expected}; the compiler left some rows or a matmul unquantized: leave what it does not take "
+            "out of the scheme, KIND.WEIGHT=BF16"
         )
-    check_fusions(job.kind, text, job.net)
+    check_fusions(job.rotated, text, job.net)
     check_gelus(count_gelus(job.graph), text, job.net)
     (net,) = read_bmodel(bmodel).nets
     narrow = {"BF16": "bfloat16", "F16": "float16"}.get(job.scheme.arithmetic)
@@ -204,22 +204,18 @@ def weight_file(lowered: str) -> str:
     return found.group(1)
 
 
-# q and k of the joint sequence in a single block; q and k of each stream in a double block
-REQUIRED_ROPES: Mapping[str, int] = {"single": 2, "double": 4, "single_modulated": 2, "double_modulated": 4}
-
-
-def check_fusions(kind: str, lowered: str, net: str) -> None:
+def check_fusions(wanted: int, lowered: str, net: str) -> None:
     """Raise CompileError unless RoPE became the chip's own operation: unfused it makes a block 3.6 times slower."""
-    wanted, found = REQUIRED_ROPES.get(kind, 0), lowered.count('"tpu.Rope"')
+    found = lowered.count('"tpu.Rope"')
     if found < wanted:
         raise CompileError(
             f"{net}: {found} of {wanted} rotary embeddings were fused to tpu.Rope; the traced form of RoPE changed: "
-            "compare fluxkiln/patches/flux1/transformer.py with the pinned diffusers"
+            "compare the model's patches with the pinned diffusers"
         )
 
 
 def check_gelus(wanted: int, lowered: str, net: str) -> None:
-    """Raise CompileError unless every tanh GELU of the poured graph became the chip's own operation."""
+    """Raise CompileError unless every tanh GELU of the filled graph became the chip's own operation."""
     found = lowered.count("active_mode TGELU")
     if found != wanted:
         raise CompileError(

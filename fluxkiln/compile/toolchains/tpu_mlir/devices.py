@@ -18,12 +18,8 @@ from fluxkiln.types import Part
 # In the order in which an image needs them.
 PHASES = ("encode", "modulate", "denoise", "decode")
 MODULATION_FILE = "modulation.bmodel"
-_PHASE_OF_COMPONENT = {
-    "text_encoder": "encode",
-    "text_encoder_2": "encode",
-    "transformer": "denoise",
-    "vae": "decode",
-}
+# of components; all others are text encoders
+_PHASES = {"transformer": "denoise", "vae": "decode"}
 # A BM1684X system has no more devices behind one host than this.
 MAX_DEVICES = 8
 # How the files are loaded -> the phases whose files are on the device at once.
@@ -166,7 +162,7 @@ def lay_files(plan: Plan, groups: Mapping[str, Sequence[Binary]]) -> DevicePlan:
     """The plan, whether it fits or not."""
     files = []
     for name, members in groups.items():
-        phase = "modulate" if is_modulation(members[0].part) else _PHASE_OF_COMPONENT[members[0].part.component]
+        phase = "modulate" if is_modulation(members[0].part) else _PHASES.get(members[0].part.component, "encode")
         stem = name.split(".")
         device = int(stem[1]) if stem[1].isdigit() else 0
         files.append(FileMemory(name, device, phase, *_memory(members)))

@@ -69,7 +69,7 @@ def default_tpu_mlir_root() -> Path:
     named = os.environ.get(TPU_MLIR_ROOT_VARIABLE)
     if named:
         return Path(named).absolute()
-    checkout = _HERE.parent.parent
+    checkout = _HERE.parents[3]
     if (checkout / "pyproject.toml").is_file():
         return checkout / ".venv-tpu-mlir"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

@@ -2,7 +2,7 @@
 
 ONNX has no GELU before opset 20, so a template spells it with Tanh, as torch's exporter does. The chip has it as one
 operation (`top.GELU`, approx_mode "tanh"), but TPU-MLIR's ONNX converter knows only the erf GELU: left alone, the chain
-becomes eleven passes over the widest tensor of a block, each rounded to 16 bits. Here the poured graph gets ONNX
+becomes eleven passes over the widest tensor of a block, each rounded to 16 bits. Here the filled graph gets ONNX
 Runtime's own name for it, `FastGelu`, and so can still be run; `transform.py` teaches the converter to read
 it.
 
@@ -50,7 +50,7 @@ def fuse_tanh_gelu(model: ir.Model) -> int:
 
 
 def count_gelus(graph: Path) -> int:
-    """How many fused GELUs a poured graph has."""
+    """How many fused GELUs a filled graph has."""
     import onnx_ir as ir
 
     return sum(node.op_type == OPERATION for node in ir.load(graph).graph)

@@ -19,12 +19,8 @@ from fluxkiln.artifacts.code import code_version
 from fluxkiln.compile.corrections import part_weights, rounding_key
 from fluxkiln.compile.plan import Binary, Plan
 from fluxkiln.compile.templates import mould_net, net_name, weights_digest
-from fluxkiln.compile.toolchains.tpu_mlir.environment import (
-    TPU_MLIR_VERSION,
-    TpuMlirEnv,
-    default_tpu_mlir_root,
-    installed,
-)
+from fluxkiln.compile.toolchains.tpu_mlir import environment
+from fluxkiln.compile.toolchains.tpu_mlir.environment import TPU_MLIR_VERSION, TpuMlirEnv
 from fluxkiln.digests import digest_json
 from fluxkiln.errors import CompileError, ToolchainError
 from fluxkiln.export.bindings import bind_part
@@ -95,7 +91,7 @@ def compiled_form(plan: Plan, template: Template, folder: Path) -> Template:
         return template
     from fluxkiln.compile.toolchains.tpu_mlir.side_tensors import add_side_tensors
 
-    return add_side_tensors(template, scheme, folder / "corrected.onnx")
+    return add_side_tensors(template, scheme, folder / "sided.onnx")
 
 
 def mould_action(checkpoint: Checkpoint, plan: Plan, template: Template) -> Action:
@@ -162,11 +158,11 @@ def compile_memory(elements: int) -> int:
 
 def require_compiler(what: str) -> TpuMlirEnv:
     """TPU-MLIR's environment; ToolchainError when it is not there and the store lacks `what`."""
-    env = installed()
+    env = environment.installed()
     if env is None:
         raise ToolchainError(
             f"{what} is not in the store, and TPU-MLIR, which makes it, is not installed in "
-            f"{default_tpu_mlir_root()}; run make env-tpu-mlir, name a finished environment with FLUXKILN_TPU_MLIR, or "
+            f"{environment.default_tpu_mlir_root()}; run make env-tpu-mlir, name a finished environment with FLUXKILN_TPU_MLIR, or "
             "bring moulds from a machine that has it (fluxkiln mould export there, fluxkiln mould import here)"
         )
     return env
@@ -208,20 +204,21 @@ def compile_weights(
     log_name: str,
 ) -> Any:
     """Compile a template with the weights that `read_weight` gives, in `folder`; returns `tpu_mlir.Compiled`."""
-    from fluxkiln.compile.onnx.filled import pour
+    from fluxkiln.compile.onnx.filled import fill
     from fluxkiln.compile.toolchains.tpu_mlir.compiler import CompileJob, compile_graph
+    from fluxkiln.compile.toolchains.tpu_mlir.gelu import fuse_tanh_gelu
+    from fluxkiln.compile.toolchains.tpu_mlir.order import small_work_first
 
     env = require_compiler(f"{net} {plan.schemes[template.kind].name}")
     activations = {spec.name for spec in template.inputs}
     graph = folder / f"{net}.onnx"
-    pour(template.path, activations, read_weight, graph)
+    fill(template.path, activations, read_weight, graph, (fuse_tanh_gelu, small_work_first))
     work = folder / "work"
     work.mkdir()
     kind = checkpoint.model.kinds[template.kind]
     narrow_inputs, narrow_outputs = plan.target.narrows(kind)
     job = CompileJob(
         net=net,
-        kind=template.kind,
         graph=graph,
         template=template.path,
         activations=frozenset(activations),
@@ -229,6 +226,7 @@ def compile_weights(
         chip=plan.target.chip,
         narrow_inputs=narrow_inputs,
         narrow_outputs=narrow_outputs,
+        rotated=kind.rotated,
         ordered=kind.ordered,
     )
     return compile_graph(env, job, work, plan.logs / f"{log_name}.log")

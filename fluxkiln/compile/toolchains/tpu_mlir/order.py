@@ -1,10 +1,10 @@
-"""The order in which the nodes of a poured graph stand, which for blocks is the order in which the chip runs them.
+"""The order in which the nodes of a filled graph stand, which for blocks is the order in which the chip runs them.
 
 TPU-MLIR keeps neighbours in local memory when it can treat them as one group: LayerNorm, scale and shift then take one
 pass over the tokens instead of two. It sorts the operations before it forms groups, and its order separates what
 belongs together: what a block does with its modulation alone ends up between the norm and the scale. For blocks the
-sorting is therefore switched off (`compiler.py`), and statements of `flux1/transformer.py` stand
-as the chip is to execute them.
+sorting is therefore switched off (`compiler.py`), and the statements of a model's blocks stand as the chip is to
+execute them.
 """
 
 from __future__ import annotations

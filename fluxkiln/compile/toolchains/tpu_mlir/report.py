@@ -1,4 +1,4 @@
-"""What a build will cost on its devices, for the report: memory of every file, and the compiler's own estimate."""
+"""What a build takes on its devices, for the report: memory of every file, and the compiler's own estimate."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from fluxkiln.compile.plan import Binary, Plan
 from fluxkiln.compile.toolchains.tpu_mlir.devices import group_parts, plan_devices
 from fluxkiln.compile.toolchains.tpu_mlir.estimate import estimate_pipeline
 from fluxkiln.export.checkpoint import Checkpoint
+from fluxkiln.types import Part
 
 LABEL = (
     "Summed from the schedules that the compiler makes of its own code, net after net; no board ran. It ranks "
@@ -16,7 +17,7 @@ LABEL = (
 )
 
 
-def report_costs(checkpoint: Checkpoint, plan: Plan, binaries: Sequence[Binary]) -> dict[str, Any]:
+def report_devices(checkpoint: Checkpoint, plan: Plan, binaries: Sequence[Binary]) -> dict[str, Any]:
     """The report's facts `memory`, `devices` and `estimate`; nothing for a target without devices."""
     if not plan.target.device_bytes:
         return {}
@@ -31,7 +32,7 @@ def report_costs(checkpoint: Checkpoint, plan: Plan, binaries: Sequence[Binary])
 def report_estimate(checkpoint: Checkpoint, binaries: Sequence[Binary]) -> dict[str, Any]:
     """The compiler's estimate per kind, per step and per image, as text for people and as numbers for programs."""
     steps = checkpoint.model.steps[checkpoint.variant]
-    parts = {binary.part: estimate_ms(binary) for binary in binaries}
+    parts: dict[Part, float | None] = {binary.part: binary.facts.get("estimate_ms") for binary in binaries}
     found = estimate_pipeline(parts, steps)
     entries = {
         f"{count} x {kind}" if count > 1 else kind: f"{spent / count:.3f} ms" + (" each" if count > 1 else "")
@@ -50,12 +51,6 @@ def report_estimate(checkpoint: Checkpoint, binaries: Sequence[Binary]) -> dict[
         "by_kind": {kind: {"parts": count, "ms": spent} for kind, (count, spent) in found.by_kind.items()},
     }
     return {"label": LABEL, "entries": entries, "values": values}
-
-
-def estimate_ms(binary: Binary) -> float | None:
-    """Milliseconds of one run of a part, by the compiler's estimate; None when it left none."""
-    value = binary.facts.get("estimate_ms")
-    return None if value is None else float(value)
 
 
 def _duration(ms: float | None) -> str:

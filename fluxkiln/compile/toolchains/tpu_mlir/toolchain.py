@@ -1,0 +1,154 @@
+"""TPU-MLIR as a toolchain: kinds compiled once into moulds, every part's weights cast into them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fluxkiln.artifacts.actions import ActionCache
+from fluxkiln.compile.bundle import Bundle
+from fluxkiln.compile.executor import Executor
+from fluxkiln.compile.plan import Job, Made, Plan
+from fluxkiln.compile.toolchain import API, Climb, Rungs, Toolchain, ToolStatus, Work
+from fluxkiln.compile.toolchains.tpu_mlir import environment
+from fluxkiln.compile.toolchains.tpu_mlir.gates import GATES, RUNGS
+from fluxkiln.compile.toolchains.tpu_mlir.python310 import find_python310
+from fluxkiln.errors import ToolchainError
+from fluxkiln.export.checkpoint import Checkpoint
+from fluxkiln.progress import Laps, Progress
+from fluxkiln.settings import Settings
+from fluxkiln.types import Part
+from fluxkiln.verify.findings import PartFindings, Record
+
+if TYPE_CHECKING:
+    from fluxkiln.verify.ladder import Ladder
+
+# Elements that one convolution makes in the interpreter, which takes a plain loop for them: with 1.7e7 the whole tiny
+# decoder takes 4 s, with 6.7e7 one convolution takes minutes.
+MOST_CONVOLVED = 30_000_000
+
+
+class TpuMlir(Toolchain):
+    """See `compile.toolchain.Toolchain`; what imports more than this is imported when it is asked for."""
+
+    api = API
+    name = "tpu_mlir"
+    rungs = RUNGS
+    gates = GATES
+    executors = ("cmodel", "sail")
+    compiler_stages = ("mould", "compile", "combine")
+    travelling = ("template", "mould", "proof", "combine")
+
+    def tools(self, plan: Plan) -> dict[str, str]:
+        env = environment.installed()
+        return {} if env is None else {"tpu_mlir": env.version}
+
+    def check(self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> None:
+        """Refuse weights that no way of loading gets onto the devices; instructions and memory to run come on top."""
+        from fluxkiln.compile.toolchains.tpu_mlir.devices import group_parts, plan_devices
+        from fluxkiln.compile.toolchains.tpu_mlir.jobs import planned_binaries
+
+        plan_devices(plan, group_parts(plan, planned_binaries(checkpoint, plan, cache)))
+
+    def jobs(self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, settings: Settings) -> list[Job]:
+        from fluxkiln.compile.toolchains.tpu_mlir.jobs import list_jobs
+
+        return list_jobs(checkpoint, plan, cache, settings)
+
+    def devices(self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> dict[str, Any]:
+        from fluxkiln.compile.toolchains.tpu_mlir.devices import group_parts, lay_files
+        from fluxkiln.compile.toolchains.tpu_mlir.jobs import planned_binaries
+
+        return lay_files(plan, group_parts(plan, planned_binaries(checkpoint, plan, cache))).to_json()
+
+    def make(
+        self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, settings: Settings, progress: Progress, laps: Laps
+    ) -> Made:
+        from fluxkiln.compile.toolchains.tpu_mlir.compilation import make_files
+
+        return make_files(checkpoint, plan, cache, settings, progress, laps)
+
+    def build_moulds(
+        self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, settings: Settings, progress: Progress
+    ) -> set[str]:
+        from fluxkiln.compile.toolchains.tpu_mlir.compilation import prove_moulds
+
+        return {mould.result.key for mould in prove_moulds(checkpoint, plan, cache, settings, progress)}
+
+    def climb(
+        self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, made: Made, folder: Path, progress: Progress
+    ) -> AbstractContextManager[Climb]:
+        from fluxkiln.compile.toolchains.tpu_mlir.rungs import climb
+
+        return climb(checkpoint, plan, cache, made, folder)
+
+    def execute(
+        self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, made: Made, folder: Path
+    ) -> AbstractContextManager[Rungs]:
+        from fluxkiln.compile.toolchains.tpu_mlir.rungs import execute
+
+        return execute(checkpoint, plan, cache, made, folder)
+
+    def can_execute(self, work: Work) -> bool:
+        return work.widest_convolution <= MOST_CONVOLVED
+
+    def read_back(self, ladder: Ladder, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, made: Made) -> None:
+        from fluxkiln.compile.toolchains.tpu_mlir.rungs import read_back
+
+        read_back(ladder, checkpoint, plan, cache, made)
+
+    def look(
+        self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, record: Record, progress: Progress
+    ) -> PartFindings:
+        from fluxkiln.compile.toolchains.tpu_mlir.look import look
+
+        return look(checkpoint, plan, cache, part, record, progress)
+
+    def report(self, checkpoint: Checkpoint, plan: Plan, made: Made) -> dict[str, Any]:
+        from fluxkiln.compile.toolchains.tpu_mlir.report import report_devices
+
+        return report_devices(checkpoint, plan, made.binaries)
+
+    def open_executor(self, bundle: Bundle, name: str | None, options: Mapping[str, Any]) -> Executor:
+        if name == "sail":
+            from fluxkiln.compile.toolchains.tpu_mlir.sail import SailExecutor
+
+            return SailExecutor(bundle.nets, int(options.get("device", 0)))
+        from fluxkiln.compile.toolchains.tpu_mlir.cmodel import open_cmodel
+
+        return open_cmodel(bundle)
+
+    def doctor(self) -> Sequence[ToolStatus]:
+        from fluxkiln.compile.installed import runtime_status
+
+        root, env = environment.default_tpu_mlir_root(), environment.installed()
+        sail = runtime_status(
+            "sophon-sail",
+            "sophon",
+            ("sophon", "sophon-arm", "sophon-sail"),
+            "the executor sail needs it, on a machine with a BM1684X: install the wheel of your Sophgo SDK",
+            "sail",
+        )
+        if env is not None:
+            version = f"{env.version} (self-check relative L2 {env.check_rel_l2:.1e})"
+            return ToolStatus("tpu-mlir", True, version, str(root), ""), sail
+        state = "unfinished or of another version" if (root / "bin").is_dir() else "not made yet"
+        remedy = (
+            f"{state}: the next build that needs it makes version {environment.TPU_MLIR_VERSION}, or run "
+            f"`{sys.executable} -m {environment.__name__}`"
+        )
+        return ToolStatus("tpu-mlir", False, "", str(root), remedy), _python310(), sail
+
+
+def _python310() -> ToolStatus:
+    """What TPU-MLIR's environment is made with."""
+    try:
+        return ToolStatus("python3.10", True, "3.10", str(find_python310()), "")
+    except ToolchainError as error:
+        return ToolStatus("python3.10", False, "", "", str(error))
+
+
+TOOLCHAIN = TpuMlir()

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from fluxkiln.artifacts.locks import waiting_lock
@@ -19,6 +20,8 @@ from fluxkiln.errors import FluxkilnError, IntegrityError
 from fluxkiln.files import disk_full_named
 
 SCHEMA = "fluxkiln.action/1"
+# Somebody may be about to record or tag a blob that was just written.
+KEEP_SECONDS = 3600.0
 _INGREDIENTS = ("stage", "what", "code_version", "inputs", "settings", "tools")
 
 Producer = Callable[[Path], tuple[Mapping[str, Path | Blob], Mapping[str, Json]]]
@@ -86,7 +89,7 @@ class ActionCache:
         except FileNotFoundError:
             return None
         try:
-            outputs, facts = _parse_record(data, key)
+            outputs, facts = _parse_record(read_object(data, f"action {key}"), key)
             complete = all(self.store.has(blob) for blob in outputs.values())
         except IntegrityError:
             return None
@@ -106,7 +109,7 @@ class ActionCache:
             **action.ingredients(),
             "key": key,
             "what": action.what,
-            "outputs": {name: {"digest": blob.digest, "size": blob.size} for name, blob in outputs.items()},
+            "outputs": {name: asdict(blob) for name, blob in outputs.items()},
             "facts": plain_json(facts),
         }
         self.store.prepare()
@@ -128,7 +131,7 @@ class ActionCache:
         if record.get("key") != key:
             raise IntegrityError(f"the record of {action.what} has the key {record.get('key')}, its ingredients have "
                                  f"{key}; fetch or make it again")  # fmt: skip
-        outputs, facts = _parse_record_object(record, key)
+        outputs, facts = _parse_record(record, key)
         return self.record(action, outputs, facts)
 
     def forget(self, key: str) -> None:
@@ -141,7 +144,7 @@ class ActionCache:
         for path in sorted(folder.glob("*.json")) if folder.is_dir() else ():
             try:
                 record = read_object(path.read_bytes(), str(path))
-                _parse_record_object(record, "sha256:" + path.stem)
+                _parse_record(record, "sha256:" + path.stem)
             except (IntegrityError, FileNotFoundError):
                 continue
             yield record
@@ -150,7 +153,7 @@ class ActionCache:
         """Digests that a record or a tag needs: what a garbage collection must keep."""
         keep = set(self.store.reachable())
         for record in self.records():
-            outputs, _ = _parse_record_object(record, str(record["key"]))
+            outputs, _ = _parse_record(record, str(record["key"]))
             keep.update(blob.digest for blob in outputs.values())
         return frozenset(keep)
 
@@ -197,12 +200,60 @@ def run_action(cache: ActionCache, action: Action, producer: Producer) -> Action
     result = cache.lookup(key)
     if result is None:
         cache.store.prepare()
-        hex_key = key.removeprefix("sha256:")
-        with disk_full_named(cache.store.root), waiting_lock(cache.store.root / "locks" / f"{hex_key}.lock"):
+        lock = cache.store.root / "locks" / f"{key.removeprefix('sha256:')}.lock"
+        with disk_full_named(cache.store.root), waiting_lock(lock):
             # Another process may have finished it while this one waited.
             result = cache.lookup(key) or _produce(cache, action, producer)
     cache.count(action.stage, result.hit)
     return result
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """What a collection removed, or would; `young` blobs were unreachable but too new."""
+
+    removed: tuple[Blob, ...]
+    young: tuple[Blob, ...]
+    kept: int
+
+    @property
+    def size(self) -> int:
+        return sum(blob.size for blob in self.removed)
+
+
+def collect_garbage(
+    store: Store, *, results: bool = False, keep_seconds: float = KEEP_SECONDS, dry_run: bool = False
+) -> Collected:
+    """Remove blobs that no tag and no record reaches. When in doubt, everything stays.
+
+    Args:
+        results: forget recorded results of builds first, so that only what a tag reaches is kept; builds of what is
+            not tagged start anew.
+        keep_seconds: unreachable blobs younger than this stay.
+        dry_run: remove nothing.
+
+    Raises:
+        IntegrityError: the index, or a manifest that it names, is missing or damaged: nothing is removed then, since
+            nobody can tell what it reaches.
+    """
+    with store.index_locked():
+        if not (store.root / "index.json").is_file():
+            raise IntegrityError(f"{store.root} has no index.json, so nobody can tell what its tags reach; restore it")
+        cache = ActionCache(store)
+        kept = store.reachable() if results else cache.reachable()
+        forgotten = [str(record["key"]) for record in cache.records()] if results else []
+        blobs = list(store.digests())
+        unused = [blob for blob in blobs if blob.digest not in kept]
+        newest = time.time() - keep_seconds
+        young = [blob for blob in unused if cache.path(blob).stat().st_mtime > newest]
+        removed = [blob for blob in unused if blob not in young]
+        if not dry_run:
+            for key in forgotten:
+                cache.forget(key)
+            for blob in removed:
+                cache.path(blob).unlink(missing_ok=True)
+            store.clean()
+    return Collected(tuple(removed), tuple(young), len(blobs) - len(removed))
 
 
 def _produce(cache: ActionCache, action: Action, producer: Producer) -> ActionResult:
@@ -223,11 +274,7 @@ def _produce(cache: ActionCache, action: Action, producer: Producer) -> ActionRe
         return cache.record(action, outputs, facts)
 
 
-def _parse_record(data: bytes, key: str) -> tuple[dict[str, Blob], Mapping[str, Json]]:
-    return _parse_record_object(read_object(data, f"action {key}"), key)
-
-
-def _parse_record_object(record: Mapping[str, Json], key: str) -> tuple[dict[str, Blob], Mapping[str, Json]]:
+def _parse_record(record: Mapping[str, Json], key: str) -> tuple[dict[str, Blob], Mapping[str, Json]]:
     outputs, facts = record.get("outputs"), record.get("facts")
     if record.get("key") != key or not isinstance(outputs, dict) or not isinstance(facts, dict):
         raise IntegrityError(f"action {key} is damaged: its record does not have that key, outputs and facts")

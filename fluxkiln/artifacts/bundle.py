@@ -18,8 +18,17 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from fluxkiln.artifacts.locks import waiting_lock
-from fluxkiln.artifacts.manifest import SCHEMA_VERSION, Manifest, Role, manifest_from_json, parse_manifest
-from fluxkiln.artifacts.paths import BUILD_FILE, MANIFEST_FILE, resolve_inside, validate_manifest_paths
+from fluxkiln.artifacts.manifest import (
+    BUILD_FILE,
+    MANIFEST_FILE,
+    SCHEMA_VERSION,
+    Manifest,
+    Role,
+    manifest_from_json,
+    parse_manifest,
+    resolve_inside,
+    validate_manifest_paths,
+)
 from fluxkiln.artifacts.store import Blob, Store
 from fluxkiln.digests import Json, plain_json
 from fluxkiln.errors import IntegrityError, UsageError
@@ -87,7 +96,7 @@ def write_bundle(
     parent = destination.parent
     parent.mkdir(parents=True, exist_ok=True)
     with disk_full_named(parent), waiting_lock(parent / f".{destination.name}.lock"):
-        _heal(destination)
+        heal_folder(destination)
         _check_replaceable(destination)
         with partial_directory(parent, f".{destination.name}") as folder:
             entries = {}
@@ -98,36 +107,14 @@ def write_bundle(
                 make_runnable(target)
             complete = _complete(manifest, entries, roles or {})
             if build is not None:
-                write_durably(folder / BUILD_FILE, _pretty(build))
+                data = json.dumps(plain_json(build), indent=1, ensure_ascii=False).encode() + b"\n"
+                write_durably(folder / BUILD_FILE, data)
             write_durably(folder / MANIFEST_FILE, complete.to_bytes())
             try:
-                _swap(folder, destination)
+                swap_folder(folder, destination)
             finally:
-                _heal(destination)
+                heal_folder(destination)
     return complete
-
-
-def bundle_is_current(
-    destination: Path,
-    files: Mapping[str, Blob | Path],
-    manifest: Mapping[str, Json],
-    *,
-    roles: Mapping[str, Role] | None = None,
-) -> bool:
-    """Whether `write_bundle` would write the manifest that is there, and all its files have their sizes.
-
-    Blobs are not read and neither are the bundle's files: this is the test of a build in which nothing changed.
-    """
-    entries = {
-        path: source if isinstance(source, Blob) else Blob(*digest_file(source)) for path, source in files.items()
-    }
-    complete = _complete(manifest, entries, roles or {})
-    try:
-        if (destination / MANIFEST_FILE).read_bytes() != complete.to_bytes():
-            return False
-        return all(os.stat(destination / f.path, follow_symlinks=False).st_size == f.size for f in complete.files)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
 
 
 def read_manifest(bundle: Path) -> Manifest:
@@ -187,7 +174,7 @@ def heal_bundle(destination: Path) -> None:
     """Bring `destination` back to one whole bundle, or none, after a process was killed while it wrote it."""
     if destination.parent.is_dir():
         with disk_full_named(destination.parent), waiting_lock(destination.parent / f".{destination.name}.lock"):
-            _heal(destination)
+            heal_folder(destination)
 
 
 def make_runnable(path: Path) -> None:
@@ -235,30 +222,27 @@ def _place(source: Blob | Path, target: Path, store: Store) -> Blob:
     return blob
 
 
-def _old(destination: Path) -> Path:
-    return destination.parent / f".{destination.name}.old"
-
-
-def _swap(folder: Path, destination: Path) -> None:
-    old = _old(destination)
+def swap_folder(folder: Path, destination: Path) -> None:
+    """Give `folder` the name of `destination`; what was there waits for `heal_folder` as `.NAME.old`."""
     if destination.exists():
-        os.rename(destination, old)
+        os.rename(destination, _old(destination))
     os.rename(folder, destination)
-    sync_directory(destination.parent)
+    sync_directory(destination.absolute().parent)
 
 
-def _heal(destination: Path) -> None:
-    old = _old(destination)
+def heal_folder(destination: Path) -> None:
+    """One whole folder after a swap, or half of one: the new one if it has its name, otherwise the old one."""
+    old, parent = _old(destination), destination.absolute().parent
     if old.exists():
         if destination.exists():
-            # Under a name that never counts, or half of it could be taken for a bundle.
+            # Under a name that never counts, or half of it could be taken for the folder itself.
             doomed = old.with_name(fresh_name(f".{destination.name}") + PARTIAL_SUFFIX)
             os.rename(old, doomed)
             shutil.rmtree(doomed, ignore_errors=True)
         else:
             os.rename(old, destination)
-            sync_directory(destination.parent)
-    remove_unheld(destination.parent, prefix=f".{destination.name}.")
+            sync_directory(parent)
+    remove_unheld(parent, prefix=f".{destination.name}.")
 
 
 def _check_replaceable(destination: Path) -> None:
@@ -271,6 +255,11 @@ def _check_replaceable(destination: Path) -> None:
         )
 
 
+def _old(destination: Path) -> Path:
+    absolute = destination.absolute()
+    return absolute.parent / f".{absolute.name}.old"
+
+
 def walk_bundle(bundle: Path) -> dict[str, bool]:
     """Path -> whether it is a regular file, for everything in the bundle that is no folder."""
     found = {}
@@ -281,7 +270,3 @@ def walk_bundle(bundle: Path) -> dict[str, bool]:
             if relative not in (MANIFEST_FILE, BUILD_FILE):
                 found[relative] = stat.S_ISREG(path.lstat().st_mode)
     return found
-
-
-def _pretty(value: Mapping[str, Json]) -> bytes:
-    return json.dumps(plain_json(value), indent=1, ensure_ascii=False).encode() + b"\n"

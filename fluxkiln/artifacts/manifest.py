@@ -1,29 +1,38 @@
 """`manifest.json`: what a bundle is made of. Strict in both directions, and the same bytes for the same contents.
 
 It holds no time, host or folder: an interrupted build that is run again must end with the digests of one that was
-not. Those facts go into `build.json`, which no digest covers.
+not. Those facts go into `build.json`, which no digest covers. The paths that it names come from other machines and are
+joined to a folder of this one.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Literal, TypeVar, get_args
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, is_dataclass
+from functools import cache
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from fluxkiln.artifacts.paths import validate_manifest_paths
 from fluxkiln.artifacts.store import read_object
 from fluxkiln.digests import Json, plain_json
 from fluxkiln.errors import IntegrityError, ShapeError, UsageError
 from fluxkiln.types import Shapes, TensorSpec
 
 SCHEMA_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+BUILD_FILE = "build.json"
+MAX_NAME_BYTES = 255
+MAX_PATH_BYTES = 1024
 
 Role = Literal["binary", "weights", "tokenizer", "config", "constants", "licence", "doc"]
 
-_T = TypeVar("_T")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+_DIGEST = (re.compile(r"sha256:[0-9a-f]{64}"), "'sha256:' and 64 lower-case hex digits")
+# Fields whose texts have a form.
+_HEX = (re.compile(r"[0-9a-f]{64}"), "64 lower-case hex digits")
+_FORMS = {"digest": _DIGEST, "fingerprint": _DIGEST, "sha256": _HEX}
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +44,10 @@ class PartEntry:
     scheme: str
     file: str
     net: str
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
     digest: str
     size: int
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +55,9 @@ class FileEntry:
     """One file of the bundle; `sha256` is bare hex, as `sha256sum` prints it."""
 
     path: str
+    role: Role
     sha256: str
     size: int
-    role: Role
 
     @property
     def digest(self) -> str:
@@ -56,7 +65,7 @@ class FileEntry:
 
 
 @dataclass(frozen=True, slots=True)
-class Checkpoint:
+class CheckpointEntry:
     """Where the weights came from: a preset, a hub id or a folder's last name, and a digest over all tensors."""
 
     source: str
@@ -80,7 +89,7 @@ class Manifest:
     target: str
     variant: str
     shapes: Shapes
-    checkpoint: Checkpoint
+    checkpoint: CheckpointEntry
     licence: Licence
     settings: Mapping[str, Json]
     parity: Mapping[str, Json]
@@ -88,39 +97,15 @@ class Manifest:
     parts: tuple[PartEntry, ...]
     files: tuple[FileEntry, ...]
 
-    def to_json(self) -> dict[str, Json]:
+    def to_json(self) -> dict[str, Any]:
         """Plain JSON; `parse_manifest` of its bytes gives an equal value."""
-        return {
-            "schema_version": self.schema_version,
-            "name": self.name,
-            "target": self.target,
-            "variant": self.variant,
-            "shapes": {"height": self.shapes.height, "width": self.shapes.width, "tokens": self.shapes.tokens},
-            "checkpoint": {"source": self.checkpoint.source, "fingerprint": self.checkpoint.fingerprint},
-            "licence": {"spdx": self.licence.spdx, "file": self.licence.file},
-            "settings": plain_json(self.settings, "settings"),
-            "parity": plain_json(self.parity, "parity"),
-            "tools": dict(sorted(self.tools.items())),
-            "parts": [
-                {
-                    "name": part.name,
-                    "kind": part.kind,
-                    "scheme": part.scheme,
-                    "file": part.file,
-                    "net": part.net,
-                    "digest": part.digest,
-                    "size": part.size,
-                    "inputs": [_spec_to_json(spec) for spec in part.inputs],
-                    "outputs": [_spec_to_json(spec) for spec in part.outputs],
-                }
-                for part in self.parts
-            ],
-            "files": [{"path": f.path, "role": f.role, "sha256": f.sha256, "size": f.size} for f in self.files],
-        }
+        plain: dict[str, Any] = json.loads(self.to_bytes())
+        return plain
 
     def to_bytes(self) -> bytes:
         """The bytes of `manifest.json`: indented for people, one spelling for digests."""
-        return json.dumps(self.to_json(), indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        free = {name: plain_json(getattr(self, name), name) for name in ("settings", "parity", "tools")}
+        return json.dumps({**asdict(self), **free}, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
@@ -144,66 +129,144 @@ def manifest_from_json(value: Mapping[str, Json], where: str = "manifest") -> Ma
             f"{where} has schema_version {version}, this fluxkiln reads {SCHEMA_VERSION}; use the fluxkiln that wrote "
             "it, or build the bundle again"
         )
-    _keys(value, where, Manifest.__slots__)
-    shapes = _object(value["shapes"], f"{where}: shapes")
-    checkpoint = _object(value["checkpoint"], f"{where}: checkpoint")
-    licence = _object(value["licence"], f"{where}: licence")
-    _keys(shapes, f"{where}: shapes", Shapes.__slots__)
-    _keys(checkpoint, f"{where}: checkpoint", Checkpoint.__slots__)
-    _keys(licence, f"{where}: licence", Licence.__slots__)
-    tools = _object(value["tools"], f"{where}: tools")
-    try:
-        sizes = Shapes(*(_count(shapes, name, f"{where}: shapes") for name in ("height", "width", "tokens")))
-    except ShapeError as error:
-        raise _bad(where, f"has illegal shapes: {error}") from error
-    manifest = Manifest(
-        schema_version=version,
-        name=_text(value, "name", where),
-        target=_text(value, "target", where),
-        variant=_text(value, "variant", where),
-        shapes=sizes,
-        checkpoint=Checkpoint(
-            _text(checkpoint, "source", f"{where}: checkpoint"), _digest(checkpoint, "fingerprint", where)
-        ),
-        licence=Licence(_text(licence, "spdx", f"{where}: licence"), _text(licence, "file", f"{where}: licence")),
-        settings=_object(value["settings"], f"{where}: settings"),
-        parity=_object(value["parity"], f"{where}: parity"),
-        tools={name: _text(tools, name, f"{where}: tools") for name in tools},
-        parts=_each(value["parts"], f"{where}: parts", _part),
-        files=_each(value["files"], f"{where}: files", _file),
-    )
+    manifest: Manifest = _read(Manifest, value, where)
     _check_references(manifest, where)
     return manifest
 
 
-def describe_manifest(manifest: Manifest, component_of: Callable[[str], str]) -> dict[str, Json]:
+def describe_manifest(manifest: Manifest, component_of: Callable[[str], str]) -> dict[str, Any]:
     """The summary that `fluxkiln inspect` shows: per kind and scheme how many parts and bytes, per role how many.
 
     Args:
         component_of: kind -> its component.
     """
-    groups: dict[tuple[str, str, str], list[int]] = {}
+    kinds: dict[tuple[str, str], dict[str, Any]] = {}
     for part in manifest.parts:
-        group = groups.setdefault((component_of(part.kind), part.kind, part.scheme), [0, 0])
-        group[0] += 1
-        group[1] += part.size
-    roles: dict[str, list[int]] = {}
-    for file in manifest.files:
-        role = roles.setdefault(file.role, [0, 0])
-        role[0] += 1
-        role[1] += file.size
-    described = manifest.to_json()
-    del described["parts"]
+        empty = {"component": component_of(part.kind), "kind": part.kind, "scheme": part.scheme, "parts": 0, "size": 0}
+        group = kinds.setdefault((part.kind, part.scheme), empty)
+        group["parts"] += 1
+        group["size"] += part.size
+    roles: dict[str, dict[str, int]] = {}
+    for file in sorted(manifest.files, key=lambda file: file.role):
+        role = roles.setdefault(file.role, {"files": 0, "size": 0})
+        role["files"] += 1
+        role["size"] += file.size
+    return {"size": sum(file.size for file in manifest.files), "kinds": list(kinds.values()), "roles": roles}
+
+
+def compare_manifests(one: Manifest, other: Manifest) -> dict[str, dict[str, Json]]:
+    """The differences, grouped; a group is empty where nothing differs.
+
+    Returns:
+        `facts`: name, target, variant, shapes, checkpoint, licence. `settings`, `tools`, `parity`: by key. Each maps a
+        name to {"from", "to"}; None stands for "not there". `parts`: {"added", "removed": names, "changed": name ->
+        {what: {"from", "to"}}}. `files`: likewise, with sizes.
+    """
+    before, after = _comparable(one), _comparable(other)
+    found = {group: _changes(before[group], after[group]) for group in ("facts", "settings", "tools", "parity")}
+    for group in ("parts", "files"):
+        old, new = before[group], after[group]
+        found[group] = {
+            "added": [name for name in new if name not in old],
+            "removed": [name for name in old if name not in new],
+            "changed": {n: _changes(old[n], new[n]) for n in old if n in new and old[n] != new[n]},
+        }
+    return found
+
+
+def is_same(differences: Mapping[str, Mapping[str, Json]]) -> bool:
+    """Whether `compare_manifests` found nothing."""
+    return not any(any(group.values()) for group in differences.values())
+
+
+def _comparable(manifest: Manifest) -> dict[str, dict[str, Any]]:
+    shapes, checkpoint = manifest.shapes, manifest.checkpoint
     return {
-        **described,
-        "parts": len(manifest.parts),
-        "size": sum(file.size for file in manifest.files),
-        "kinds": [
-            {"component": component, "kind": kind, "scheme": scheme, "parts": count, "size": size}
-            for (component, kind, scheme), (count, size) in groups.items()
-        ],
-        "roles": {role: {"files": count, "size": size} for role, (count, size) in sorted(roles.items())},
+        **manifest.to_json(),
+        "facts": {
+            "name": manifest.name,
+            "target": manifest.target,
+            "variant": manifest.variant,
+            "shapes": f"{shapes.width}x{shapes.height}, {shapes.tokens} tokens",
+            "checkpoint": f"{checkpoint.source} {checkpoint.fingerprint}",
+            "licence": manifest.licence.spdx,
+        },
+        "parts": {
+            part.name: {"scheme": part.scheme, "digest": part.digest, "size": part.size, "file": part.file}
+            for part in manifest.parts
+        },
+        "files": {file.path: {"digest": file.digest, "size": file.size, "role": file.role} for file in manifest.files},
     }
+
+
+def _changes(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Json]:
+    return {
+        name: {"from": one.get(name), "to": other.get(name)} for name in one | other if one.get(name) != other.get(name)
+    }
+
+
+def validate_manifest_path(path: str) -> PurePosixPath:
+    """The path as a relative POSIX path in its one spelling.
+
+    Raises:
+        IntegrityError: absolute, `..` or `.` in it, an empty name, a backslash, NUL or control character, a drive
+            letter, a name too long, or one of the names the bundle keeps for itself.
+    """
+    if not path:
+        raise _illegal(path, "is empty")
+    if any(unicodedata.category(char) in ("Cc", "Cs") for char in path):
+        raise _illegal(path, "holds a NUL, a control character or half a surrogate pair")
+    if "\\" in path:
+        raise _illegal(path, "holds a backslash")
+    if path.startswith("/") or path[1:2] == ":":
+        raise _illegal(path, "is absolute")
+    names = path.split("/")
+    if any(name in ("", ".", "..") for name in names):
+        raise _illegal(path, "holds '..', '.' or an empty name")
+    if len(path.encode()) > MAX_PATH_BYTES or any(len(name.encode()) > MAX_NAME_BYTES for name in names):
+        raise _illegal(path, f"is longer than {MAX_PATH_BYTES} bytes, or a name in it longer than {MAX_NAME_BYTES}")
+    if _folded(names[0]) in (MANIFEST_FILE, BUILD_FILE):
+        raise _illegal(path, f"is a name the bundle keeps for itself ({MANIFEST_FILE}, {BUILD_FILE})")
+    return PurePosixPath(path)
+
+
+def validate_manifest_paths(paths: Iterable[str]) -> tuple[PurePosixPath, ...]:
+    """All paths validated, and no two of them the same file on any file system.
+
+    Raises:
+        IntegrityError: a path is not legal, two differ in case or Unicode form only, or one is a folder of another.
+    """
+    seen: dict[str, str] = {}
+    found = []
+    for path in paths:
+        found.append(validate_manifest_path(path))
+        other = seen.setdefault(_folded(path), path)
+        if len(seen) != len(found):
+            raise _illegal(path, f"is the same file as {other!r} where case or Unicode form does not count")
+    for path in seen.values():
+        for parent in PurePosixPath(_folded(path)).parents:
+            if str(parent) in seen:
+                raise _illegal(path, f"lies in {seen[str(parent)]!r}, which is a file")
+    return tuple(found)
+
+
+def resolve_inside(root: Path, path: str) -> Path:
+    """`root / path` after validation; IntegrityError when a symbolic link on the way leads out of `root`."""
+    joined = root / validate_manifest_path(path)
+    if not joined.resolve().is_relative_to(root.resolve()):
+        raise _illegal(path, f"leads out of {root} through a symbolic link")
+    return joined
+
+
+def _folded(path: str) -> str:
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFC", path).casefold())
+
+
+def _illegal(path: str, rule: str) -> IntegrityError:
+    return IntegrityError(
+        f"path {path!r} in a manifest {rule}; paths are relative, use '/', and stay inside the bundle. "
+        "Do not use this manifest: fetch or build it again"
+    )
 
 
 def _check_references(manifest: Manifest, where: str) -> None:
@@ -222,86 +285,45 @@ def _check_references(manifest: Manifest, where: str) -> None:
         raise _bad(where, f"names the licence text {manifest.licence.file!r}, which is not among its files")
 
 
-def _part(value: Mapping[str, Json], where: str) -> PartEntry:
-    _keys(value, where, PartEntry.__slots__)
-    return PartEntry(
-        name=_text(value, "name", where),
-        kind=_text(value, "kind", where),
-        scheme=_text(value, "scheme", where),
-        file=_text(value, "file", where),
-        net=_text(value, "net", where),
-        inputs=_each(value["inputs"], f"{where}: inputs", _spec),
-        outputs=_each(value["outputs"], f"{where}: outputs", _spec),
-        digest=_digest(value, "digest", where),
-        size=_count(value, "size", where),
-    )
+_hints = cache(get_type_hints)
 
 
-def _file(value: Mapping[str, Json], where: str) -> FileEntry:
-    _keys(value, where, FileEntry.__slots__)
-    role, sha256 = _text(value, "role", where), _text(value, "sha256", where)
-    if not _SHA256.fullmatch(sha256):
-        raise _bad(where, f"has sha256 {sha256!r}; it must be 64 lower-case hex digits")
-    for known in get_args(Role):
-        if role == known:
-            return FileEntry(_text(value, "path", where), sha256, _count(value, "size", where), known)
-    raise _bad(where, f"has the role {role!r}; the roles are {', '.join(get_args(Role))}")
-
-
-def _spec(value: Mapping[str, Json], where: str) -> TensorSpec:
-    _keys(value, where, TensorSpec.__slots__)
-    shape = value["shape"]
-    if not isinstance(shape, list | tuple):
-        raise _bad(where, f"has shape {shape!r}; it must be a list of whole numbers")
-    sizes = tuple(_whole(size, f"{where}: shape") for size in shape)
-    return TensorSpec(_text(value, "name", where), sizes, _text(value, "dtype", where))
-
-
-def _spec_to_json(spec: TensorSpec) -> Json:
-    return {"name": spec.name, "shape": list(spec.shape), "dtype": spec.dtype}
-
-
-def _keys(value: Mapping[str, Json], where: str, wanted: tuple[str, ...]) -> None:
-    if missing := [key for key in wanted if key not in value]:
-        raise _bad(where, f"lacks {', '.join(missing)}")
-    if unknown := sorted(set(value) - set(wanted)):
-        raise _bad(where, f"has the unknown key {unknown[0]!r}; it may hold {', '.join(wanted)}")
-
-
-def _object(value: Json, where: str) -> Mapping[str, Json]:
+def _read(kind: Any, value: Json, where: str, name: str = "") -> Any:
+    """`value` as a `kind` of this module's annotations; `name` is its key in the object at `where`."""
+    place = f"{where}: {name}" if name else where
+    inner = get_args(kind)
+    if kind is str:
+        form, rule = _FORMS.get(name, (None, ""))
+        if not isinstance(value, str) or not value:
+            raise _bad(where, f"has {name} {value!r}; it must be a text that is not empty")
+        if form and not form.fullmatch(value):
+            raise _bad(where, f"has {name} {value!r}; it must be {rule}")
+        return value
+    if kind is int:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise _bad(place, f"is {value!r}; it must be a whole number, not negative")
+        return value
+    if get_origin(kind) is Literal:
+        if value not in inner:
+            raise _bad(where, f"has the {name} {value!r}; the {name}s are {', '.join(inner)}")
+        return value
+    if get_origin(kind) is tuple:
+        if not isinstance(value, list | tuple):
+            raise _bad(place, f"is {value!r}; it must be a list{' of whole numbers' if inner[0] is int else ''}")
+        return tuple(_read(inner[0], item, where, f"{name}[{i}]") for i, item in enumerate(value))
     if not isinstance(value, Mapping):
-        raise _bad(where, f"is {value!r}; it must be an object")
-    return value
-
-
-def _each(value: Json, where: str, parse: Callable[[Mapping[str, Json], str], _T]) -> tuple[_T, ...]:
-    if not isinstance(value, list | tuple):
-        raise _bad(where, f"is {value!r}; it must be a list")
-    return tuple(parse(_object(item, f"{where}[{i}]"), f"{where}[{i}]") for i, item in enumerate(value))
-
-
-def _text(value: Mapping[str, Json], key: str, where: str) -> str:
-    found = value[key]
-    if not isinstance(found, str) or not found:
-        raise _bad(where, f"has {key} {found!r}; it must be a text that is not empty")
-    return found
-
-
-def _count(value: Mapping[str, Json], key: str, where: str) -> int:
-    return _whole(value[key], f"{where}: {key}")
-
-
-def _whole(value: Json, where: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise _bad(where, f"is {value!r}; it must be a whole number, not negative")
-    return value
-
-
-def _digest(value: Mapping[str, Json], key: str, where: str) -> str:
-    found = _text(value, key, where)
-    if not _SHA256.fullmatch(found.removeprefix("sha256:")) or not found.startswith("sha256:"):
-        raise _bad(where, f"has {key} {found!r}; it must be 'sha256:' and 64 lower-case hex digits")
-    return found
+        raise _bad(place, f"is {value!r}; it must be an object")
+    if not (isinstance(kind, type) and is_dataclass(kind)):
+        return {key: _read(str, item, place, key) if inner[1] is str else item for key, item in value.items()}
+    wanted = _hints(kind)
+    if missing := [key for key in wanted if key not in value]:
+        raise _bad(place, f"lacks {', '.join(missing)}")
+    if unknown := sorted(set(value) - set(wanted)):
+        raise _bad(place, f"has the unknown key {unknown[0]!r}; it may hold {', '.join(wanted)}")
+    try:
+        return kind(**{key: _read(hint, value[key], place, key) for key, hint in wanted.items()})
+    except ShapeError as error:
+        raise _bad(where, f"has illegal {name}: {error}") from error
 
 
 def _bad(where: str, fault: str) -> IntegrityError:

@@ -196,15 +196,6 @@ class Store:
             kept = [other for other in self._entries() if _tag_of(other) != name]
             self._write_index(sorted([*kept, entry], key=_tag_of))
 
-    def untag(self, name: str) -> None:
-        """Remove the tag `name`; UsageError when there is none. The blobs stay."""
-        with self.index_locked():
-            entries = self._entries()
-            kept = [entry for entry in entries if _tag_of(entry) != name]
-            if len(kept) == len(entries):
-                raise UsageError(self._no_tag(name, entries))
-            self._write_index(kept)
-
     def tags(self) -> dict[str, str]:
         """Tag -> digest of its manifest."""
         return {_tag_of(entry): str(entry["digest"]) for entry in self._entries() if _tag_of(entry)}
@@ -231,11 +222,10 @@ class Store:
 
     def resolve(self, name: str) -> str:
         """The digest of the manifest tagged `name`; UsageError with the tags there are otherwise."""
-        entries = self._entries()
-        for entry in entries:
-            if _tag_of(entry) == name:
-                return str(entry["digest"])
-        raise UsageError(self._no_tag(name, entries))
+        tags = self.tags()
+        if name not in tags:
+            raise UsageError(f"no tag {name!r} in the store {self.root}; it has {', '.join(tags) or 'none'}")
+        return tags[name]
 
     def digests(self) -> Iterator[Blob]:
         """All blobs in the order of their digests."""
@@ -339,10 +329,6 @@ class Store:
 
     def _write_index(self, entries: list[Mapping[str, Json]]) -> None:
         self.write_record("index.json", {"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": list(entries)})
-
-    def _no_tag(self, name: str, entries: list[Mapping[str, Json]]) -> str:
-        names = ", ".join(filter(None, map(_tag_of, entries)))
-        return f"no tag {name!r} in the store {self.root}; it has {names or 'none'}"
 
 
 def open_store(root: Path) -> Store:

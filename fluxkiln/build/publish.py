@@ -9,20 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fluxkiln import __version__
 from fluxkiln.artifacts.bundle import read_manifest, walk_bundle
-from fluxkiln.artifacts.manifest import Manifest
+from fluxkiln.artifacts.manifest import MANIFEST_FILE, Manifest, resolve_inside
 from fluxkiln.artifacts.modelpack import (
-    LAYER_TYPES,
-    WEIGHT_CONFIG_TYPE,
-    modelpack_config,
-    modelpack_document,
-    parity_word,
-)
-from fluxkiln.artifacts.paths import MANIFEST_FILE, resolve_inside
-from fluxkiln.artifacts.registry import signing
-from fluxkiln.artifacts.registry.card import model_card
-from fluxkiln.artifacts.registry.document import (
     BUNDLE,
     CARD,
     LICENCES,
@@ -32,25 +21,20 @@ from fluxkiln.artifacts.registry.document import (
     SIGNATURE,
     Document,
     Layer,
+    bundle_layers,
     check_bundle,
     digest_bytes,
+    parity_word,
     parse_document,
     pulled_path,
+    write_document,
 )
-from fluxkiln.artifacts.registry.licence import check_licence
-from fluxkiln.artifacts.registry.parallel import TRANSFERS
-from fluxkiln.artifacts.registry.place import Place
-from fluxkiln.artifacts.registry.provenance import provenance_statement
+from fluxkiln.artifacts.registry.papers import check_licence, model_card, provenance_statement, sign, verify_signature
+from fluxkiln.artifacts.registry.place import Place, open_layout
 from fluxkiln.artifacts.registry.pull import Found, check_replaceable, look_up, pull, receive_small
 from fluxkiln.artifacts.registry.push import Pushed, push
-from fluxkiln.artifacts.registry.reference import (
-    HubReference,
-    LayoutReference,
-    Reference,
-    parse_reference,
-    with_tag,
-)
-from fluxkiln.artifacts.registry.transfer import Patience, Stop
+from fluxkiln.artifacts.registry.reference import HubReference, LayoutReference, Reference, parse_reference, with_tag
+from fluxkiln.artifacts.registry.transfer import TRANSFERS, Patience, Stop
 from fluxkiln.artifacts.store import Blob
 from fluxkiln.digests import Json
 from fluxkiln.errors import IntegrityError, ParityError, UsageError
@@ -172,7 +156,7 @@ def pull_bundle(
         raise UsageError("--require-signature needs the publisher's key to compare with; add --verify KEY")
     check_replaceable(destination)
     with _open(source, transfers, write=False) as (place, stop):
-        found = look_up(place, _name_in(source))
+        found = look_up(place, source.name)
         signature = _signature(place, found.document, verify_key)
         state: SignatureState = "unsigned" if signature is None else "verified" if verify_key else "not checked"
 
@@ -181,7 +165,7 @@ def pull_bundle(
             if signature is not None and verify_key is not None:
                 digests = {pulled_path(layer.path): _digest_staged(staging, layer) for layer in document.layers}
                 del digests[SIGNATURE]
-                signing.verify(digests, signature, verify_key)
+                verify_signature(digests, signature, verify_key)
 
         record: Json = {
             "schema": PULLED_SCHEMA,
@@ -198,7 +182,7 @@ def inspect_reference(reference: str, transfers: Transfers | None = None) -> Fou
     """What lies under a reference: its manifest and the bundle's, checked; no other file is fetched."""
     source = parse_reference(reference)
     with _open(source, transfers or Transfers(), write=False) as (place, _):
-        return look_up(place, _name_in(source))
+        return look_up(place, source.name)
 
 
 def list_tags(reference: str, transfers: Transfers | None = None) -> tuple[Reference, dict[str, Document | None]]:
@@ -227,7 +211,7 @@ def tag_reference(reference: str, tag: str, transfers: Transfers | None = None) 
     source = parse_reference(reference)
     target = with_tag(source, tag)
     with _open(source, transfers or Transfers(), write=True) as (place, _):
-        document = look_up(place, _name_in(source)).document
+        document = look_up(place, source.name).document
         place.retag(document, tag)
     return target, document
 
@@ -246,33 +230,30 @@ def _compose(
 ) -> tuple[Document, bytes, Mapping[str, Path | bytes]]:
     """The OCI manifest, the config and where every layer's bytes are."""
     manifest_data = (folder / MANIFEST_FILE).read_bytes()
-    first = Layer(MANIFEST_FILE, digest_bytes(manifest_data), len(manifest_data), WEIGHT_CONFIG_TYPE)
-    layers = [first]
-    sources: dict[str, Path | bytes] = {MANIFEST_FILE: manifest_data}
-    for file in manifest.files:
-        layers.append(Layer(file.path, file.digest, file.size, LAYER_TYPES[file.role]))
-        sources[file.path] = resolve_inside(folder, file.path)
-    report = _read_report(folder, manifest)
-    extras: dict[str, bytes] = {f"{LICENCES}/{path.name}": _read_licence(path) for path in terms.lora_licences}
-    if len(extras) != len(terms.lora_licences):
-        raise UsageError("two of the LoRA licences have the same file name; rename one of them")
-    if report is not None:
-        extras[REPORT] = report
-    blob = None if report is None else Blob(digest_bytes(report), len(report))
-    extras[PROVENANCE] = provenance_statement(manifest, Blob(first.digest, first.size), blob, __version__)
-    others = sorted(path for path in extras if path.startswith(LICENCES))
-    extras[CARD] = model_card(manifest, licence, extra_licences=others, signed=terms.sign_key is not None)
-    for path, data in extras.items():
+    layers = bundle_layers(manifest, Blob(digest_bytes(manifest_data), len(manifest_data)))
+    sources: dict[str, Path | bytes] = {file.path: resolve_inside(folder, file.path) for file in manifest.files}
+    sources[MANIFEST_FILE] = manifest_data
+
+    def add(path: str, data: bytes) -> str:
         if path in sources:
             raise UsageError(f"{folder} has a file {path} of its own; that name is for what is published with a bundle")
         layers.append(Layer(path, digest_bytes(data), len(data)))
         sources[path] = data
+        return layers[-1].digest
+
+    licences = {f"{LICENCES}/{path.name}": _read_small(path) for path in terms.lora_licences}
+    if len(licences) != len(terms.lora_licences):
+        raise UsageError("two of the LoRA licences have the same file name; rename one of them")
+    for path, data in licences.items():
+        add(path, data)
+    report = _read_report(folder, manifest)
+    report_digest = "" if report is None else add(REPORT, report)
+    add(PROVENANCE, provenance_statement(manifest, layers[0].digest, report_digest))
+    signed = terms.sign_key is not None
+    add(CARD, model_card(manifest, licence, extra_licences=sorted(licences), signed=signed))
     if terms.sign_key is not None:
-        data = signing.sign({pulled_path(layer.path): layer.digest for layer in layers}, terms.sign_key)
-        layers.append(Layer(SIGNATURE, digest_bytes(data), len(data)))
-        sources[SIGNATURE] = data
-    config = modelpack_config(manifest, tuple(layer.digest for layer in layers))
-    data = modelpack_document(manifest, Blob(digest_bytes(config), len(config)), [one.descriptor() for one in layers])
+        add(SIGNATURE, sign({pulled_path(layer.path): layer.digest for layer in layers}, terms.sign_key))
+    config, data = write_document(manifest, layers)
     # What others would refuse is not sent.
     document = parse_document(data, f"the manifest of {folder}")
     check_bundle(document, manifest, f"the manifest of {folder}")
@@ -326,13 +307,9 @@ def _read_report(folder: Path, manifest: Manifest) -> bytes | None:
     return data
 
 
-def _read_licence(path: Path) -> bytes:
+def _read_small(path: Path) -> bytes:
     if not path.is_file():
         raise UsageError(f"--lora-license {path}: there is no such file; give the licence's text")
-    return _read_small(path)
-
-
-def _read_small(path: Path) -> bytes:
     size = path.stat().st_size
     if size > MAX_EXTRA_BYTES:
         raise UsageError(f"{path} has {size} bytes; {MAX_EXTRA_BYTES} are the most for what lies beside a bundle")
@@ -352,7 +329,7 @@ def _signature(place: Place, document: Document, key: Path | None) -> bytes | No
     signature = receive_small(place, layer)
     if key is not None:
         digests = {pulled_path(one.path): one.digest for one in document.layers if one is not layer}
-        signing.verify(digests, signature, key)
+        verify_signature(digests, signature, key)
     return signature
 
 
@@ -362,18 +339,12 @@ def _digest_staged(staging: Path, layer: Layer) -> str:
     return digest_file(path)[0] if path.parent == staging else layer.digest
 
 
-def _name_in(reference: Reference) -> str:
-    return getattr(reference, "digest", "") or reference.tag
-
-
 @contextmanager
 def _open(reference: Reference, transfers: Transfers, *, write: bool) -> Iterator[tuple[Place, Stop]]:
     """The place that a reference names, closed at the end."""
     stop = Stop()
     place: Place
     if isinstance(reference, LayoutReference):
-        from fluxkiln.artifacts.registry.layout import open_layout
-
         place = open_layout(reference.path, write=write, stop=stop)
     elif isinstance(reference, HubReference):
         from fluxkiln.artifacts.registry.hub import open_hub

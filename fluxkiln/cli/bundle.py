@@ -45,8 +45,7 @@ def inspect(output: Output, transfers: Transfers, bundle: str, all_parts: bool, 
     else:
         manifest = read_manifest(bundle_folder(Path(bundle)))
     described: dict[str, Any] = describe_manifest(manifest, component_of)
-    summary = {key: described[key] for key in ("size", "kinds", "roles")}
-    output.document({**manifest.to_json(), "summary": summary, **published})
+    output.document({**manifest.to_json(), "summary": described, **published})
     shapes = manifest.shapes
     output.facts(
         {

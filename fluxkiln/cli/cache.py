@@ -92,7 +92,7 @@ def collect(output: Output, build_dir: Path, store: Path | None, results: bool, 
 
     What a tag reaches always stays. If the index or a manifest is damaged nothing is removed.
     """
-    from fluxkiln.artifacts.registry.collect import collect_garbage
+    from fluxkiln.artifacts.actions import collect_garbage
 
     if not hours >= 0:
         raise UsageError(f"--older-than {hours}: it is a number of hours, 0 or more")

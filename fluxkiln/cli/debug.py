@@ -13,9 +13,8 @@ from fluxkiln.cli.usage import TargetCommand
 from fluxkiln.errors import ParityError
 
 if TYPE_CHECKING:
-    from fluxkiln.verify.debug.bisect import Range
     from fluxkiln.verify.debug.diagnosis import Diagnosis
-    from fluxkiln.verify.debug.probe import Culprit, RungFindings
+    from fluxkiln.verify.findings import Culprit, Range, RungFindings
 
 DEFAULT_TARGET = "bm1684x"
 

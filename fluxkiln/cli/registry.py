@@ -227,7 +227,7 @@ def diff(output: Output, transfers: Transfers, one: str, other: str) -> None:
 
     That is parts, schemes, tools, parity. Each REF is a reference or a bundle's folder. Only manifests are read.
     """
-    from fluxkiln.artifacts.registry.differences import compare_manifests, is_same
+    from fluxkiln.artifacts.manifest import compare_manifests, is_same
     from fluxkiln.build.publish import read_described
 
     found: dict[str, Any] = compare_manifests(read_described(one, transfers), read_described(other, transfers))
@@ -284,7 +284,7 @@ def _tagged(reference: str, folder: Path) -> str:
     from fluxkiln.build.publish import read_described
 
     parsed = parse_reference(reference, tagged=False)
-    if parsed.tag or getattr(parsed, "digest", ""):
+    if parsed.name:
         return reference
     return str(with_tag(parsed, read_described(str(folder)).target))
 

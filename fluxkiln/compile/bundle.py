@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.artifacts.bundle import read_manifest
-from fluxkiln.artifacts.manifest import FileEntry, Manifest
-from fluxkiln.artifacts.paths import MANIFEST_FILE, resolve_inside
+from fluxkiln.artifacts.manifest import MANIFEST_FILE, FileEntry, Manifest, resolve_inside
 from fluxkiln.compile.executor import Net
 from fluxkiln.compile.target import Target
 from fluxkiln.compile.targets import find_target

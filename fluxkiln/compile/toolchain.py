@@ -32,7 +32,7 @@ from fluxkiln.types import Part, PartRunner
 from fluxkiln.verify.gates import Gate, Rung
 
 if TYPE_CHECKING:
-    from fluxkiln.verify.findings import Recorded, RungFindings
+    from fluxkiln.verify.findings import PartFindings, Record
     from fluxkiln.verify.ladder import Ladder
 
 # torch, diffusers and the exporter in one process
@@ -199,13 +199,17 @@ class Toolchain(Protocol):
         return
 
     def look(
-        self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, call: Recorded, progress: Progress
-    ) -> tuple[RungFindings, ...]:
-        """Values inside a part at its own rungs and the generic ones, for `debug`.
+        self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, record: Record, progress: Progress
+    ) -> PartFindings:
+        """Values inside a part at the generic rungs and at its own, for `debug`.
 
         Args:
-            plan: at the shapes of the recording. call: what the part was given and made, and where the bundle is.
+            record: makes or reads the reference run, whose shapes may be other than the plan's.
+
+        Raises:
+            UsageError: the part cannot be looked into; said before anything is recorded.
         """
+        raise UsageError(f"{part.name}: no part of a build for {plan.target.name} can be looked into")
 
     def report(self, checkpoint: Checkpoint, plan: Plan, made: Made) -> dict[str, Any]:
         """Facts of the report that are its own: memory, devices, estimates."""

@@ -7,13 +7,13 @@ right after, by forward hooks: nothing upstream is replaced. Checked with diffus
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,20 +23,6 @@ from torch.overrides import TorchFunctionMode
 from fluxkiln.errors import CheckpointError, PatchError
 from fluxkiln.export.checkpoint import Checkpoint, TensorReader
 from fluxkiln.patches.model import Model
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-
-class ReadTensor(Protocol):
-    """Reads checkpoint tensors; both are called with a component (`vae_tiny` for the tiny decoder) and names as in the
-    `state_dict()` of its module."""
-
-    def __call__(self, component: str, name: str) -> NDArray[Any]:
-        """The values in the dtype they are stored in; bfloat16 as `ml_dtypes.bfloat16`."""
-
-    def expect(self, component: str, names: Sequence[str]) -> None:
-        """Told what is read next, so that it may be fetched meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +38,7 @@ class _Unit:
         return tuple(name for _, _, name in self.weights)
 
 
-def open_pipeline(checkpoint: Checkpoint, folders: Mapping[str, str], read: ReadTensor | None = None) -> Any:
+def open_pipeline(checkpoint: Checkpoint, folders: Mapping[str, str]) -> Any:
     """diffusers' pipeline of a checkpoint in float32 on the CPU, whose weights are read while it runs.
 
     What it computes equals, bit for bit, what its `from_pretrained(root, dtype=torch.float32)` computes.
@@ -60,7 +46,6 @@ def open_pipeline(checkpoint: Checkpoint, folders: Mapping[str, str], read: Read
     Args:
         folders: the components that it has -> where their weights are, `vae_tiny` for the tiny VAE say; the others are
             None, and need not be in the checkpoint.
-        read: reads the tensors, from the checkpoint by default.
 
     Raises:
         CheckpointError: a folder is not there.
@@ -76,7 +61,7 @@ def open_pipeline(checkpoint: Checkpoint, folders: Mapping[str, str], read: Read
         made = {name: _make(model, root, folder) for name, folder in folders.items()}
     for name, module in made.items():
         stacks = model.stacks.get(name)
-        _stream(module.eval().requires_grad_(False), stacks, folders[name], read or TensorReader(checkpoint))
+        _stream(module.eval().requires_grad_(False), stacks, folders[name], TensorReader(checkpoint))
     absent = {name: None for name in model.components if name not in made}
     missing = {tokenizer: None for name, tokenizer in model.tokenizers.items() if name in absent}
     return model.load_pipeline_class().from_pretrained(root, **made, **absent, **missing)
@@ -133,7 +118,7 @@ def _make(model: Model, root: Path, folder: str) -> Any:
     return made(made.config_class.from_pretrained(root / folder))
 
 
-def _stream(model: nn.Module, stacks: Collection[str] | None, component: str, read: ReadTensor) -> None:
+def _stream(model: nn.Module, stacks: Collection[str] | None, component: str, read: TensorReader) -> None:
     """Put hooks on the units of `model`, its parameters on the meta device, and nothing else."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}  # a tied one has its first name
     units = [unit for module in _units(model, stacks) if (unit := _unit(component, module, names)).weights]
@@ -181,7 +166,7 @@ def _unit(component: str, module: nn.Module, names: Mapping[int, str]) -> _Unit:
     return _Unit(component, module, tuple(weights))
 
 
-def _load(unit: _Unit, then: tuple[str, ...], read: ReadTensor, *_: Any) -> None:
+def _load(unit: _Unit, then: tuple[str, ...], read: TensorReader, *_: Any) -> None:
     for owner, leaf, name in unit.weights:
         values = torch.from_numpy(read(unit.component, name).astype(np.float32))
         expected = owner._parameters[leaf]

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from fluxkiln.artifacts.bundle import (
-    bundle_is_current,
     heal_bundle,
     read_manifest,
     role_of,
@@ -195,18 +194,6 @@ def test_file_or_link_in_the_place_of_a_bundle_is_never_replaced(written, tmp_pa
     for name in ("file", "link"):
         with pytest.raises(UsageError, match="is no folder"):
             write_bundle(tmp_path / name, blobs, manifest_parts, store)
-
-
-def test_bundle_is_current_until_anything_changes(written, blobs, manifest_parts, store):
-    assert bundle_is_current(written, blobs, manifest_parts)
-    assert not bundle_is_current(written, blobs, {**manifest_parts, "settings": {}})
-    assert not bundle_is_current(written, {**blobs, "new": blobs["LICENSE.md"]}, manifest_parts)
-    assert not bundle_is_current(written, blobs, manifest_parts, roles={"LICENSE.md": "doc"})
-    assert not bundle_is_current(written.parent / "elsewhere", blobs, manifest_parts)
-    (written / "transformer.bmodel").write_bytes(b"short")
-    assert not bundle_is_current(written, blobs, manifest_parts)
-    (written / "transformer.bmodel").unlink()
-    assert not bundle_is_current(written, blobs, manifest_parts)
 
 
 def test_kill_between_the_two_renames_is_healed(written):

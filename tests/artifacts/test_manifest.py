@@ -105,7 +105,6 @@ def test_two_files_of_one_name_are_refused(document):
 
 def test_description_counts_parts_and_bytes(document):
     described = describe_manifest(manifest_from_json(document), component_of)
-    assert described["parts"] == 4
     assert described["size"] == sum(file["size"] for file in document["files"])
     assert {"component": "transformer", "kind": "double", "scheme": "W4BF16", "parts": 2, "size": 20} in described[
         "kinds"

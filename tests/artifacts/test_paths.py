@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from fluxkiln.artifacts.paths import resolve_inside, validate_manifest_path, validate_manifest_paths
+from fluxkiln.artifacts.manifest import resolve_inside, validate_manifest_path, validate_manifest_paths
 from fluxkiln.errors import IntegrityError
 
 ATTACKS = [

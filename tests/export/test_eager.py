@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fluxkiln.errors import CheckpointError, ParityError, PatchError, UsageError
-from fluxkiln.export import bindings, eager
+from fluxkiln.export import bindings, eager, leaves
 from fluxkiln.export.eager import PatchedRunner
 from fluxkiln.patches.flux1 import transformer as patches
 from fluxkiln.patches.flux1.kinds import list_parts
@@ -85,13 +85,13 @@ def test_outputs_are_float32_and_inputs_stay_as_they_are(model):
 def test_few_parts_are_kept_in_memory(model, monkeypatch):
     checkpoint, parts, recording = model
     loads = []
-    load = eager._load
+    load = eager.load_whole
 
     def counted(part, checkpoint):
         loads.append(part.name)
         return load(part, checkpoint)
 
-    monkeypatch.setattr(eager, "_load", counted)
+    monkeypatch.setattr(eager, "load_whole", counted)
     run = PatchedRunner(checkpoint, parts, keep=2)
     for name in ("tail", "single.00", "tail", "single.01", "tail", "single.00"):
         run(name, recording.inputs(name))
@@ -230,6 +230,6 @@ def test_one_wrong_element_of_a_bias_is_caught(model):
         return state
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(eager, "part_state", nudged)
+        patch.setattr(leaves, "part_state", nudged)
         ladder = climb(recording, run, parts)
     assert failed_parts(ladder) == ["single.01"]

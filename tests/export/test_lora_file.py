@@ -8,6 +8,7 @@ import torch
 from fluxkiln.errors import CheckpointError
 from fluxkiln.export.lora import fuse_lora
 from fluxkiln.export.lora_file import METADATA_KEY, read_lora
+from fluxkiln.patches.flux1.model import MODEL
 from tests.export.loras import K, Q, V, added, bits, exact, peft, weights, write
 
 
@@ -39,7 +40,7 @@ def test_kohya_linear1_and_final_layer(tmp_path):
         f"{single}.lora_down.weight": down, f"{single}.lora_up.weight": up, f"{single}.alpha": torch.tensor(0.5),
         f"{final}.lora_down.weight": ends[0], f"{final}.lora_up.weight": ends[1], f"{final}.alpha": torch.tensor(1.0),
     })  # fmt: skip
-    pieces = read_lora(file).pieces
+    pieces = read_lora(file, MODEL).pieces
     block = "single_transformer_blocks.7"
     names = [f"{block}.attn.to_k", f"{block}.attn.to_q", f"{block}.attn.to_v", f"{block}.proj_mlp", "norm_out.linear"]
     assert [piece.tensor for piece in pieces] == sorted(f"{name}.weight" for name in names)
@@ -100,7 +101,7 @@ def test_control_lora_is_read_and_does_not_fit(tmp_path, base):
     down, up = exact(2, 3072, 1), exact(6144, 2, 2)
     tensors |= {f"final_layer.adaLN_modulation.1.lora_{half}.weight": t for half, t in (("A", down), ("B", up))}
     file = write(tmp_path / "control.safetensors", tensors)
-    pieces = {piece.tensor: piece for piece in read_lora(file).pieces}
+    pieces = {piece.tensor: piece for piece in read_lora(file, MODEL).pieces}
     assert pieces["x_embedder.weight"].shape == (3072, 128)
     assert pieces["transformer_blocks.3.attn.norm_added_q.weight"].replaces
     assert pieces["transformer_blocks.3.attn.to_out.0.bias"].up_OR[7, 0] == 7
@@ -115,7 +116,7 @@ def test_control_lora_is_read_and_does_not_fit(tmp_path, base):
 @pytest.mark.parametrize("prefix", ["transformer.", "", "base_model.model."])
 def test_prefixes(tmp_path, shapes, prefix):
     file = write(tmp_path / "style.safetensors", peft(shapes, Q, prefix=prefix))
-    assert [piece.tensor for piece in read_lora(file).pieces] == [f"{Q}.weight"]
+    assert [piece.tensor for piece in read_lora(file, MODEL).pieces] == [f"{Q}.weight"]
 
 
 @pytest.mark.parametrize(
@@ -129,7 +130,7 @@ def test_prefixes(tmp_path, shapes, prefix):
 def test_alpha_of_the_metadata(tmp_path, shapes, config, scale):
     told = {METADATA_KEY: json.dumps({f"transformer.{key}": value for key, value in config.items()})}
     file = write(tmp_path / "style.safetensors", peft(shapes, Q), told)
-    assert [piece.scale for piece in read_lora(file).pieces] == [scale]
+    assert [piece.scale for piece in read_lora(file, MODEL).pieces] == [scale]
 
 
 def test_replaced_norms_and_biases(tmp_path, base, shapes):

@@ -18,9 +18,11 @@ from fluxkiln.compile.onnx.external_data import external_range
 from fluxkiln.compile.onnx.linked import export_graphs
 from fluxkiln.compile.onnx.session import open_session
 from fluxkiln.errors import ExportError, UsageError
+from fluxkiln.export.checkpoint import TensorReader
 from fluxkiln.export.whole import LinkedPart, component_graphs, stitch_parts
 from fluxkiln.patches.flux1.host import T5_BIAS_TABLE, host_constants
-from fluxkiln.patches.flux1.kinds import MODULATION_ROWS, list_parts
+from fluxkiln.patches.flux1.kinds import MODULATION_ROWS, list_parts, make_part
+from fluxkiln.patches.flux1.model import MODEL
 from fluxkiln.progress import Silent
 from fluxkiln.types import Shapes
 
@@ -37,7 +39,10 @@ def whole(tiny_checkpoint, tmp_path_factory):
     def write(preset, graph_format):
         checkpoint = tiny_checkpoint(preset)
         parts = list_parts(checkpoint.configs)
-        files = {f"{component}.onnx": component_graphs(parts, component)[component] for component in COMPONENTS}
+        files = {
+            f"{component}.onnx": component_graphs(parts, component, MODEL.components)[component]
+            for component in COMPONENTS
+        }
         folder = tmp_path_factory.mktemp("whole") / "graphs"
         made = export_graphs(checkpoint, files, SHAPES, folder, Silent(), graph_format=graph_format)
         assert made.weight_bytes_written == 0
@@ -53,7 +58,7 @@ def reference(tiny_checkpoint):
     @functools.cache
     def compute(preset):
         checkpoint = tiny_checkpoint(preset)
-        constants = host_constants(checkpoint, SHAPES.checkpoint, SHAPES.plan)
+        constants = host_constants(checkpoint.configs, SHAPES, TensorReader(checkpoint), split=False)
         return {
             "transformer": transformer_reference(checkpoint, constants),
             "text_encoder_2": t5_reference(checkpoint, constants),
@@ -184,7 +189,7 @@ def test_hoisted_form(tiny_checkpoint, reference, tmp_path):
     """Two graphs: all steps' modulation at once, then a step with its row; a row of another step is seen."""
     checkpoint = tiny_checkpoint()
     inputs, expected = reference()["transformer"]
-    graphs = component_graphs(list_parts(checkpoint.configs, modulation="hoisted"), "transformer")
+    graphs = component_graphs(list_parts(checkpoint.configs, modulation="hoisted"), "transformer", MODEL.components)
     assert [*graphs] == ["transformer_modulation", "transformer"]
     files = {f"{name}.onnx": parts for name, parts in graphs.items()}
     made = export_graphs(checkpoint, files, SHAPES, tmp_path / "graphs", Silent())
@@ -209,7 +214,7 @@ def test_hoisted_form(tiny_checkpoint, reference, tmp_path):
 # Parts made by hand: y = x * w, one weight each.
 
 
-def make_part(name, kind="t5_block", dtype=TensorProto.FLOAT, place="0", opset=23, joint=False):
+def link_by_hand(name, kind="t5_block", dtype=TensorProto.FLOAT, place="0", opset=23, joint=False):
     values = [
         helper.make_tensor_value_info(f"hidden_states{suffix}", TensorProto.FLOAT, [1, 2]) for suffix in ("", "_out")
     ]
@@ -232,7 +237,7 @@ def make_part(name, kind="t5_block", dtype=TensorProto.FLOAT, place="0", opset=2
 
 
 def test_blocks_stored_in_different_types_are_functions_of_their_own(tmp_path):
-    parts = [make_part("a"), make_part("b", dtype=TensorProto.BFLOAT16, place="4"), make_part("c", place="8")]
+    parts = [link_by_hand("a"), link_by_hand("b", dtype=TensorProto.BFLOAT16, place="4"), link_by_hand("c", place="8")]
     model = stitch_parts("x", parts)
     assert [function.name for function in model.functions] == ["t5_block", "t5_block_2"]
     assert [node.op_type for node in model.graph.node] == ["t5_block", "t5_block_2", "t5_block"]
@@ -242,9 +247,9 @@ def test_blocks_stored_in_different_types_are_functions_of_their_own(tmp_path):
 
 
 def test_one_tensor_used_twice_is_one_initializer():
-    parts = [replace(make_part(name), weights={"w": "tied"}) for name in "ab"]
+    parts = [replace(link_by_hand(name), weights={"w": "tied"}) for name in "ab"]
     assert [tensor.name for tensor in stitch_parts("x", parts).graph.initializer] == ["tied"]
-    parts[1] = replace(make_part("b", place="8"), weights={"w": "tied"})
+    parts[1] = replace(link_by_hand("b", place="8"), weights={"w": "tied"})
     with pytest.raises(ExportError, match="two weights are called tied"):
         stitch_parts("x", parts)
 
@@ -253,12 +258,12 @@ def test_refusals():
     with pytest.raises(ExportError, match="no parts"):
         stitch_parts("x", [])
     with pytest.raises(ExportError, match="one format"):
-        stitch_parts("x", [make_part("a"), make_part("b", opset=17)])
+        stitch_parts("x", [link_by_hand("a"), link_by_hand("b", opset=17)])
     with pytest.raises(UsageError, match="no component is called 'unet'; there are text_encoder,"):
-        component_graphs((), "unet")
+        component_graphs((), "unet", MODEL.components)
 
 
 def test_file_is_the_same_every_time():
-    parts = [make_part(name) for name in "ab"]
+    parts = [link_by_hand(name) for name in "ab"]
     first, second = (stitch_parts("x", parts).SerializeToString(deterministic=True) for _ in "12")
     assert first == second

@@ -58,7 +58,7 @@ def test_the_image_is_the_reference(painter, tiny_recording):
 def test_stages_alone(painter):
     made = painter()
     encoded = made.encode("a kiln")
-    assert encoded.prompt_embeds.shape[:2] == (1, SHAPES.tokens)
+    assert encoded.embeds["prompt_embeds"].shape[:2] == (1, SHAPES.tokens)
     assert encoded.notes == ()
     steps = list(made.denoise(encoded, steps=3, seed=5))
     assert [(step.index, step.steps) for step in steps] == [(1, 3), (2, 3), (3, 3)]
@@ -73,8 +73,8 @@ def test_stages_alone(painter):
 def test_a_second_prompt_is_t5s(painter):
     made = painter()
     both, own = made.encode("a kiln"), made.encode("a kiln", "a river")
-    np.testing.assert_array_equal(both.pooled_prompt_embeds, own.pooled_prompt_embeds)
-    assert np.abs(both.prompt_embeds - own.prompt_embeds).max() > 1e-3
+    np.testing.assert_array_equal(both.embeds["pooled_prompt_embeds"], own.embeds["pooled_prompt_embeds"])
+    assert np.abs(both.embeds["prompt_embeds"] - own.embeds["prompt_embeds"]).max() > 1e-3
 
 
 def test_steps_run_when_asked_for_and_stop(painter):
@@ -175,7 +175,9 @@ def test_a_long_prompt_is_cut_and_said_so(painter):
     assert f"the last {len(ids) - SHAPES.tokens} were cut" in note
     assert len(made.encode("kiln " * 90).notes) == 2
     # what is cut has no say
-    np.testing.assert_array_equal(made.encode("kiln", "river " * 60 + "stone").prompt_embeds, encoded.prompt_embeds)
+    np.testing.assert_array_equal(
+        made.encode("kiln", "river " * 60 + "stone").embeds["prompt_embeds"], encoded.embeds["prompt_embeds"]
+    )
 
 
 @pytest.mark.parametrize(

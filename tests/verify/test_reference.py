@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from fluxkiln.errors import CheckpointError, IntegrityError, PatchError, ResourceError, UsageError
-from fluxkiln.export.checkpoint import TensorReader
+from fluxkiln.export.checkpoint import TensorReader, open_checkpoint
 from fluxkiln.patches.flux1.host import host_constants, pooled_row
 from fluxkiln.patches.flux1.inputs import part_inputs
 from fluxkiln.patches.flux1.kinds import list_parts
-from fluxkiln.patches.pipeline import PROMPT
+from fluxkiln.patches.pipeline import PROMPT, Sampling
 from fluxkiln.types import Shapes
 from fluxkiln.verify import reference as module
 from fluxkiln.verify.reference import read_recording, record_reference
@@ -97,7 +97,7 @@ def test_every_part_changes_what_it_is_given(case):
 
 def test_host_constants_are_what_the_reference_computes(case):
     checkpoint, _, recording = case
-    constants = host_constants(checkpoint, recording.shapes.checkpoint, recording.shapes.plan)
+    constants = host_constants(checkpoint.configs, recording.shapes, TensorReader(checkpoint), split=False)
     for name in ("rotary_cos", "rotary_sin"):
         np.testing.assert_array_equal(recording.inputs("double.01", 1)[name], constants[name])
         np.testing.assert_array_equal(recording.inputs("single.02", 0)[name], constants[name])
@@ -164,29 +164,20 @@ def test_an_array_is_stored_once(tiny_recording):
 def test_same_seed_same_recording_and_another_differs(tiny_checkpoint, tiny_recording, tmp_path):
     checkpoint, first = tiny_checkpoint(), tiny_recording()
     parts = list_parts(checkpoint.configs)
-    again = record_reference(checkpoint.root, parts, SHAPES, tmp_path / "again", TensorReader(checkpoint))
+    again = record_reference(checkpoint, parts, SHAPES, tmp_path / "again")
     assert (again.calls, again.rendered) == (first.calls, first.rendered)
-    other = record_reference(checkpoint.root, parts, SHAPES, tmp_path / "again", TensorReader(checkpoint), seed=1)
+    other = record_reference(checkpoint, parts, SHAPES, tmp_path / "again", Sampling(seed=1))
     assert other.rendered["latents"] != first.rendered["latents"]
     assert other.rendered["prompt_embeds"] == first.rendered["prompt_embeds"]
     left = {path.name for path in (tmp_path / "again" / "tensors").iterdir()}
     assert first.rendered["latents"].removeprefix("tensors/") not in left, "the older recording is replaced"
 
 
-def test_steps_are_reported(tiny_checkpoint, tmp_path):
-    checkpoint, seen = tiny_checkpoint(), []
-    parts = list_parts(checkpoint.configs)
-    recording = record_reference(
-        checkpoint.root,
-        parts,
-        SHAPES,
-        tmp_path,
-        TensorReader(checkpoint),
-        steps=3,
-        on_step=lambda *step: seen.append(step),
-    )
-    assert seen == [(1, 3), (2, 3), (3, 3)]
-    assert len(recording.calls["single.00"]) == 3
+def test_as_many_steps_as_are_asked_for(tiny_checkpoint, tmp_path):
+    checkpoint = tiny_checkpoint()
+    recording = record_reference(checkpoint, list_parts(checkpoint.configs), SHAPES, tmp_path, Sampling(steps=3))
+    assert recording.steps == len(recording.calls["single.00"]) == 3
+    assert len(recording.calls["clip"]) == 1
 
 
 def test_unknown_part_or_step_is_named(tiny_recording):
@@ -240,7 +231,7 @@ def test_failed_run_leaves_no_recording(tiny_checkpoint, tiny_recording, tmp_pat
 
     monkeypatch.setattr(np, "save", full)
     with pytest.raises(ResourceError, match="No space left on device; a recording holds"):
-        record_reference(checkpoint.root, list_parts(checkpoint.configs), SHAPES, destination, TensorReader(checkpoint))
+        record_reference(checkpoint, list_parts(checkpoint.configs), SHAPES, destination)
     assert not (destination / module.INDEX).exists()
     assert list((destination / "tensors").iterdir()) == []
 
@@ -252,7 +243,7 @@ def test_part_that_upstream_does_not_call_is_named(tiny_checkpoint, tmp_path, mo
     monkeypatch.setattr(AutoencoderKL, "_decode", lambda self, z, **_: DecoderOutput(black))
     checkpoint = tiny_checkpoint()
     with pytest.raises(PatchError, match="part vae_decoder ran 0 times in the reference, 1 were expected"):
-        record_reference(checkpoint.root, list_parts(checkpoint.configs), SHAPES, tmp_path, TensorReader(checkpoint))
+        record_reference(checkpoint, list_parts(checkpoint.configs), SHAPES, tmp_path)
     assert not (tmp_path / module.INDEX).exists()
 
 
@@ -263,7 +254,7 @@ def test_module_that_upstream_calls_in_another_way_is_told(tiny_checkpoint, tmp_
     monkeypatch.setattr(AutoencoderKL, "_decode", lambda self, z, **_: DecoderOutput(self.decoder.forward(z)))
     checkpoint = tiny_checkpoint()
     with pytest.raises(PatchError, match="a module ran without its weights"):
-        record_reference(checkpoint.root, list_parts(checkpoint.configs), SHAPES, tmp_path, TensorReader(checkpoint))
+        record_reference(checkpoint, list_parts(checkpoint.configs), SHAPES, tmp_path)
     assert not (tmp_path / module.INDEX).exists()
 
 
@@ -276,7 +267,7 @@ def test_renamed_upstream_argument_is_named(tiny_checkpoint, tmp_path, monkeypat
     monkeypatch.setattr(Embedding, "forward", forward)
     checkpoint = tiny_checkpoint()
     with pytest.raises(PatchError, match=r"Embedding.forward was called without 'input'"):
-        record_reference(checkpoint.root, list_parts(checkpoint.configs), SHAPES, tmp_path, TensorReader(checkpoint))
+        record_reference(checkpoint, list_parts(checkpoint.configs), SHAPES, tmp_path)
 
 
 def test_missing_tiny_vae_is_named(tiny_checkpoint, tmp_path):
@@ -284,9 +275,7 @@ def test_missing_tiny_vae_is_named(tiny_checkpoint, tmp_path):
     root = tmp_path / "model"
     shutil.copytree(checkpoint.root, root, ignore=shutil.ignore_patterns("vae_tiny"))
     with pytest.raises(CheckpointError, match="has no folder vae_tiny"):
-        record_reference(
-            root, list_parts(checkpoint.configs, "tiny"), SHAPES, tmp_path / "out", TensorReader(checkpoint)
-        )
+        record_reference(open_checkpoint(root), list_parts(checkpoint.configs, "tiny"), SHAPES, tmp_path / "out")
 
 
 def test_index_is_plain_json_with_relative_paths(tiny_recording):

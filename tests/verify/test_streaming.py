@@ -15,21 +15,23 @@ from fluxkiln.export.checkpoint import TensorReader
 from fluxkiln.export.eager import PatchedRunner
 from fluxkiln.patches.flux1.kinds import list_parts
 from fluxkiln.patches.flux1.pipeline import render
-from fluxkiln.patches.pipeline import GUIDANCE_SCALE, PROMPT
+from fluxkiln.patches.pipeline import Sampling
 from fluxkiln.types import Shapes
 from fluxkiln.verify import streaming
-from fluxkiln.verify.pipeline import GUIDANCE_SCALE, PROMPT, render
+from fluxkiln.verify.pipeline import render
 from fluxkiln.verify.reference import record_reference
 
 SHAPES = Shapes(height=64, width=64, tokens=32)
 CASES = [("tiny-dev", "kl"), ("tiny-dev", "tiny"), ("tiny-schnell", "kl")]
 MODELS = ("text_encoder", "text_encoder_2", "transformer", "vae")
+WHOLE = {name: name for name in MODELS}
 
 
-def load_pipeline(root, read=None, components=MODELS, tiny=False):
+def load_pipeline(checkpoint, folders=WHOLE):
     """The same pipeline with all of its weights in memory."""
     from diffusers import AutoencoderTiny, FluxPipeline
 
+    root, tiny = checkpoint.root, folders["vae"] == "vae_tiny"
     given = {"vae": AutoencoderTiny.from_pretrained(root / "vae_tiny", dtype=torch.float32)} if tiny else {}
     return FluxPipeline.from_pretrained(root, dtype=torch.float32, **given)
 
@@ -65,30 +67,42 @@ class Watching(TensorReader):
         super().expect(component, names)
 
 
-def run(checkpoint, reader, tiny=False, steps=2):
-    pipe = streaming.open_pipeline(checkpoint.root, reader, MODELS, tiny)
+@pytest.fixture
+def watch(monkeypatch):
+    """checkpoint -> what reads its weights from now on."""
+
+    def make(checkpoint):
+        reader = Watching(checkpoint)
+        monkeypatch.setattr(streaming, "TensorReader", lambda _: reader)
+        return reader
+
+    return make
+
+
+def run(checkpoint, reader, steps=2):
+    pipe = streaming.open_pipeline(checkpoint, WHOLE)
     reader.pipe = pipe
-    return pipe, render(pipe, SHAPES, steps, 0, PROMPT, GUIDANCE_SCALE)
+    return pipe, render(pipe, SHAPES, Sampling(steps=steps))
 
 
 @pytest.mark.parametrize(("preset", "vae"), CASES)
-def test_recording_equals_that_of_the_loaded_pipeline(tiny_checkpoint, tmp_path, monkeypatch, preset, vae):
+def test_recording_equals_that_of_the_loaded_pipeline(tiny_checkpoint, tmp_path, monkeypatch, watch, preset, vae):
     """Files are called by their contents: equal names are equal bits, of every input and output of every part."""
     checkpoint = tiny_checkpoint(preset)
     parts = list_parts(checkpoint.configs, vae)
-    reader = Watching(checkpoint)
+    reader = watch(checkpoint)
     reader.expect = lambda *_: None
-    streamed = record_reference(checkpoint.root, parts, SHAPES, tmp_path / "streamed", reader)
+    streamed = record_reference(checkpoint, parts, SHAPES, tmp_path / "streamed")
     assert reader.reads
     monkeypatch.setattr(streaming, "open_pipeline", load_pipeline)
-    loaded = record_reference(checkpoint.root, parts, SHAPES, tmp_path / "loaded", None)
+    loaded = record_reference(checkpoint, parts, SHAPES, tmp_path / "loaded")
     assert (streamed.calls, streamed.rendered) == (loaded.calls, loaded.rendered)
 
 
 def test_buffers_have_the_loaded_models_values(tiny_checkpoint):
     checkpoint = tiny_checkpoint()
-    streamed = streaming.open_pipeline(checkpoint.root, TensorReader(checkpoint), MODELS, tiny=False)
-    loaded = load_pipeline(checkpoint.root)
+    streamed = streaming.open_pipeline(checkpoint, WHOLE)
+    loaded = load_pipeline(checkpoint)
     found = 0
     for name in MODELS:
         mine, published = (dict(getattr(pipe, name).named_buffers()) for pipe in (streamed, loaded))
@@ -110,9 +124,9 @@ def unit_of(component, name):
     return {"shared.weight": "encoder.embed_tokens"}.get(name, name.removeprefix("encoder.").split(".")[0])
 
 
-def test_one_unit_at_a_time_is_in_memory(tiny_checkpoint):
+def test_one_unit_at_a_time_is_in_memory(tiny_checkpoint, watch):
     checkpoint = tiny_checkpoint()
-    reader = Watching(checkpoint)
+    reader = watch(checkpoint)
     pipe, _ = run(checkpoint, reader)
     assert in_memory(pipe) == set()
     units = [{unit_of(*place) for place in seen} for seen in reader.seen]
@@ -123,8 +137,8 @@ def test_one_unit_at_a_time_is_in_memory(tiny_checkpoint):
     assert whole in reader.seen, "a unit has all its weights when it runs"
 
 
-def test_what_is_read_next_is_told(tiny_checkpoint):
-    reader = Watching(tiny_checkpoint())
+def test_what_is_read_next_is_told(tiny_checkpoint, watch):
+    reader = watch(tiny_checkpoint())
     run(tiny_checkpoint(), reader, steps=1)
     told = [{unit_of(component, name) for name in names} for component, names in reader.expected]
     assert {len(units) for units in told} == {1}
@@ -135,9 +149,9 @@ def test_what_is_read_next_is_told(tiny_checkpoint):
     ]
 
 
-def test_each_weight_is_read_once_a_step_and_no_other(tiny_checkpoint):
+def test_each_weight_is_read_once_a_step_and_no_other(tiny_checkpoint, watch):
     checkpoint = tiny_checkpoint()
-    reader = Watching(checkpoint)
+    reader = watch(checkpoint)
     run(checkpoint, reader)
     assert {name for component, name in reader.reads if component == "transformer"} == set(
         checkpoint.tensors["transformer"]
@@ -147,21 +161,23 @@ def test_each_weight_is_read_once_a_step_and_no_other(tiny_checkpoint):
     assert not [name for component, name in reader.reads if component == "vae" and not name.startswith("decoder.")]
 
 
-def test_a_failure_leaves_no_weights_behind(tiny_checkpoint):
+def test_a_failure_leaves_no_weights_behind(tiny_checkpoint, watch):
     checkpoint = tiny_checkpoint()
     tensors = {component: dict(refs) for component, refs in checkpoint.tensors.items()}
     del tensors["transformer"]["transformer_blocks.1.attn.to_k.bias"]
-    reader = Watching(replace(checkpoint, tensors=tensors))
+    checkpoint = replace(checkpoint, tensors=tensors)
+    reader = watch(checkpoint)
     with pytest.raises(CheckpointError, match=r"has no tensor transformer_blocks\.1\.attn\.to_k\.bias"):
         run(checkpoint, reader)
     assert in_memory(reader.pipe) == set()
 
 
-def test_a_tensor_of_another_shape_is_refused(tiny_checkpoint):
+def test_a_tensor_of_another_shape_is_refused(tiny_checkpoint, watch):
     checkpoint = tiny_checkpoint()
     tensors = {component: dict(refs) for component, refs in checkpoint.tensors.items()}
     tensors["transformer"]["proj_out.bias"] = tensors["transformer"]["x_embedder.bias"]
-    reader = Watching(replace(checkpoint, tensors=tensors))
+    checkpoint = replace(checkpoint, tensors=tensors)
+    reader = watch(checkpoint)
     with pytest.raises(CheckpointError, match=r"proj_out\.bias of transformer has shape \[256\]"):
         run(checkpoint, reader)
 
@@ -180,17 +196,17 @@ def test_a_buffer_without_values_is_refused(tiny_checkpoint, monkeypatch):
 
     monkeypatch.setattr(FluxTransformer2DModel, "__init__", with_buffer)
     with pytest.raises(PatchError, match="FluxTransformer2DModel has a buffer table without values"):
-        streaming.open_pipeline(tiny_checkpoint().root, TensorReader(tiny_checkpoint()), MODELS, tiny=False)
+        streaming.open_pipeline(tiny_checkpoint(), WHOLE)
 
 
 @pytest.mark.parametrize("names", [("double.01", "single.02", "t5_block.01"), ("single.00",)])
-def test_a_shortened_pipeline_chains_the_chosen_blocks(tiny_checkpoint, tmp_path, names):
+def test_a_shortened_pipeline_chains_the_chosen_blocks(tiny_checkpoint, watch, tmp_path, names):
     checkpoint = tiny_checkpoint()
     once = ("clip", "t5_embed", "t5_final", "head", "tail")
     parts = tuple(part for part in list_parts(checkpoint.configs) if part.name in (*once, *names))
-    reader = Watching(checkpoint)
+    reader = watch(checkpoint)
     reader.expect = lambda *_: None
-    recording = record_reference(checkpoint.root, parts, SHAPES, tmp_path, reader, only=True, steps=1)
+    recording = record_reference(checkpoint, parts, SHAPES, tmp_path, Sampling(steps=1), only=True)
     assert tuple(recording.calls) == tuple(part.name for part in parts)
     run_part = PatchedRunner(checkpoint, parts)
     for part in parts:
@@ -211,6 +227,6 @@ def test_a_shortened_pipeline_chains_the_chosen_blocks(tiny_checkpoint, tmp_path
 def test_a_shortened_pipeline_may_keep_its_decoder(tiny_checkpoint, tmp_path):
     checkpoint = tiny_checkpoint()
     parts = tuple(part for part in list_parts(checkpoint.configs) if part.kind in ("tail", "vae_decoder"))
-    recording = record_reference(checkpoint.root, parts, SHAPES, tmp_path, TensorReader(checkpoint), only=True, steps=1)
+    recording = record_reference(checkpoint, parts, SHAPES, tmp_path, Sampling(steps=1), only=True)
     assert recording.image.std() > 0.05
     assert tuple(recording.calls) == ("tail", "vae_decoder")

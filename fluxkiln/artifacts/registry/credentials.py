@@ -47,30 +47,22 @@ def find_credential(host: str) -> Credential | None:
     Raises:
         RegistryError: a file that cannot be read, or a helper that fails.
     """
+    names = _names(host)
     for path in _config_files():
         config = _read(path)
-        names = _names(host)
-        helpers = config.get("credHelpers")
-        for name in names:
-            helper = helpers.get(name) if isinstance(helpers, Mapping) else None
+        helpers, store, auths = (config.get(key) for key in ("credHelpers", "credsStore", "auths"))
+        asked = [(helpers.get(name), name) for name in names] if isinstance(helpers, Mapping) else []
+        for helper, name in [*asked, *((store, name) for name in names)]:
             if isinstance(helper, str) and (found := _ask(helper, name)) is not None:
                 return found
-        if isinstance(store := config.get("credsStore"), str):
-            for name in names:
-                if (found := _ask(store, name)) is not None:
-                    return found
-        auths = config.get("auths")
-        for name in names:
-            entry = auths.get(name) if isinstance(auths, Mapping) else None
-            if isinstance(entry, Mapping) and (found := _entry(entry, path, name)) is not None:
+        for name in names if isinstance(auths, Mapping) else ():
+            if isinstance(entry := auths.get(name), Mapping) and (found := _entry(entry, path, name)) is not None:
                 return found
     return None
 
 
 def _config_files() -> list[Path]:
-    folder = os.environ.get("DOCKER_CONFIG")
-    found = [Path(folder) if folder else Path.home() / ".docker"]
-    files = [folder / "config.json" for folder in found]
+    files = [Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker", "config.json")]
     if auth_file := os.environ.get("REGISTRY_AUTH_FILE"):
         files.append(Path(auth_file))
     elif runtime := os.environ.get("XDG_RUNTIME_DIR"):

@@ -7,19 +7,18 @@ resumed by Range, compared with the manifest, the token sent to the Hub and not 
 
 from __future__ import annotations
 
-import hashlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fluxkiln.artifacts.registry.document import CARD, Document, Layer
-from fluxkiln.artifacts.registry.layout import changed
+from fluxkiln.artifacts.modelpack import CARD, Document, Layer, digest_bytes
 from fluxkiln.artifacts.registry.oci import fetch
+from fluxkiln.artifacts.registry.place import check_departure
 from fluxkiln.artifacts.registry.reference import HubReference
 from fluxkiln.artifacts.registry.session import AuthorizationError, Session
-from fluxkiln.artifacts.registry.transfer import PIECE, Arrival, Departure, Patience, Stop
+from fluxkiln.artifacts.registry.transfer import Arrival, Departure, Patience, Stop
 from fluxkiln.errors import IntegrityError, RegistryError, UsageError
 
 MANIFEST_PATH, CONFIG_PATH = "modelpack.json", "modelpack-config.json"
@@ -45,7 +44,7 @@ class HubPlace:
         self._session.close()
 
     def manifest(self, reference: str) -> bytes:
-        with _told(self.name, reference):
+        with _translated(self.name, reference):
             self._commit = str(self._api.repo_info(self._repository, revision=reference).sha)
         answer = self._session.ask(
             "GET", self._url(MANIFEST_PATH), accept=(200, 404), what=f"{MANIFEST_PATH} of {self.name}"
@@ -61,9 +60,7 @@ class HubPlace:
         return False
 
     def send(self, layer: Layer, departure: Departure) -> int:
-        departure.read_rest()
-        if departure.digest != layer.digest or departure.actual_size() != layer.size:
-            raise IntegrityError(changed(departure.source, layer))
+        check_departure(departure, layer)
         with self._lock:
             self._queued[layer.path or CONFIG_PATH] = (layer, departure.source)
         return layer.size
@@ -78,7 +75,7 @@ class HubPlace:
         # One of equal files was queued; a repository needs them all.
         sources = {layer.digest: source for layer, source in self._queued.values()}
         queued = {**self._queued, **{one.path: (one, sources[one.digest]) for one in document.layers}}
-        with _told(self.name, tag):
+        with _translated(self.name, tag):
             # For its owner alone until they say otherwise.
             api.create_repo(repository, private=True, exist_ok=True)
             refs = api.list_repo_refs(repository)
@@ -88,9 +85,10 @@ class HubPlace:
                 )
             api.create_branch(repository, branch=branch, exist_ok=True)
             self._commit_files({path: source for path, (_, source) in queued.items()}, branch, "files of")
-            self._check_tree({path: (layer.size, source) for path, (layer, source) in queued.items()}, branch)
+            self._check_tree(queued, branch)
+            manifest = Layer(MANIFEST_PATH, digest_bytes(document.data), len(document.data))
             self._commit = self._commit_files({MANIFEST_PATH: document.data}, branch, "manifest of")
-            self._check_tree({MANIFEST_PATH: (len(document.data), document.data)}, self._commit)
+            self._check_tree({MANIFEST_PATH: (manifest, document.data)}, self._commit)
             self._move_tag(tag, [ref.name for ref in refs.tags])
             api.delete_branch(repository, branch=branch)
             if CARD in queued:
@@ -98,12 +96,12 @@ class HubPlace:
                 self._commit_files({CARD: queued[CARD][1]}, "main", "model card of")
 
     def retag(self, document: Document, tag: str) -> None:
-        with _told(self.name, tag):
-            self._move_tag(tag, list(self.tags()))
+        with _translated(self.name, tag):
+            self._move_tag(tag, self.tags())
 
-    def tags(self) -> dict[str, str]:
-        with _told(self.name, ""):
-            return {str(ref.name): "" for ref in self._api.list_repo_refs(self._repository).tags}
+    def tags(self) -> list[str]:
+        with _translated(self.name, ""):
+            return [str(ref.name) for ref in self._api.list_repo_refs(self._repository).tags]
 
     def _url(self, path: str) -> str:
         from huggingface_hub import hf_hub_url
@@ -121,46 +119,40 @@ class HubPlace:
         message = f"{what} a bundle, by fluxkiln"
         return str(self._api.create_commit(self._repository, operations, commit_message=message, revision=branch).oid)
 
-    def _check_tree(self, wanted: Mapping[str, tuple[int, Path | bytes]], revision: str) -> None:
+    def _check_tree(self, wanted: Mapping[str, tuple[Layer, Path | bytes]], revision: str) -> None:
         """IntegrityError when the Hub does not show every file with its size and digest."""
+        from huggingface_hub.utils.sha import git_hash
+
         shown = {
             entry.path: entry
             for entry in self._api.list_repo_tree(self._repository, recursive=True, revision=revision)
             if hasattr(entry, "size")
         }
-        for path, (size, source) in wanted.items():
+        for path, (layer, source) in wanted.items():
             entry = shown.get(path)
-            if entry is None or entry.size != size:
-                found = "is missing" if entry is None else f"has {entry.size} bytes instead of {size}"
+            if entry is None or entry.size != layer.size:
+                found = "is missing" if entry is None else f"has {entry.size} bytes instead of {layer.size}"
                 raise IntegrityError(
                     f"{path} {found} in {self.name} after it was sent; nothing was tagged, publish again"
                 )
-            lfs = getattr(entry, "lfs", None)
-            expected = _digest(source, "sha256") if lfs else _digest(source, "sha1", b"blob %d\0" % size)
-            if (lfs.sha256 if lfs else entry.blob_id) != expected:
+            if entry.lfs:
+                same = f"sha256:{entry.lfs.sha256}" == layer.digest
+            else:  # small, and in git itself
+                same = entry.blob_id == git_hash(source if isinstance(source, bytes) else source.read_bytes())
+            if not same:
                 raise IntegrityError(
                     f"{path} has another digest in {self.name} than what was sent; nothing was tagged, publish again"
                 )
 
-    def _move_tag(self, tag: str, existing: list[str]) -> None:
+    def _move_tag(self, tag: str, existing: Iterable[str]) -> None:
         # The Hub knows no move; between the two there is no tag, never a wrong one.
         if tag in existing:
             self._api.delete_tag(self._repository, tag=tag)
         self._api.create_tag(self._repository, tag=tag, revision=self._commit)
 
 
-def open_hub(
-    reference: HubReference,
-    *,
-    patience: Patience | None = None,
-    stop: Stop | None = None,
-    transport: Any = None,
-) -> HubPlace:
-    """The repository that `reference` names; the token comes from HF_TOKEN or `hf auth login`.
-
-    Args:
-        transport: in place of the network for what is fetched, for tests.
-    """
+def open_hub(reference: HubReference, *, patience: Patience | None, stop: Stop) -> HubPlace:
+    """The repository that `reference` names; the token comes from HF_TOKEN or `hf auth login`."""
     import huggingface_hub
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
@@ -171,25 +163,13 @@ def open_hub(
         patience=patience,
         stop=stop,
         authorization=f"Bearer {token}" if token else None,
-        transport=transport,
         login="set HF_TOKEN or run: hf auth login",
     )
     return HubPlace(reference, huggingface_hub.HfApi(token=token), session)
 
 
-def _digest(source: Path | bytes, algorithm: str, prefix: bytes = b"") -> str:
-    digest = hashlib.new(algorithm, prefix, usedforsecurity=False)
-    if isinstance(source, bytes):
-        digest.update(source)
-        return digest.hexdigest()
-    with source.open("rb") as file:
-        while piece := file.read(PIECE):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
 @contextmanager
-def _told(name: str, revision: str) -> Iterator[None]:
+def _translated(name: str, revision: str) -> Iterator[None]:
     """huggingface_hub's errors in our words."""
     from huggingface_hub import errors
 

@@ -1,29 +1,39 @@
-"""A repository of an OCI registry. Source: OCI distribution-spec v1.1."""
+"""A repository of an OCI registry. Source: OCI distribution-spec v1.1.
+
+In which repository of a registry a blob was seen is kept as a hint in `$XDG_CACHE_HOME/fluxkiln`, so that another
+repository takes it over and nothing is sent. A registry that does not have the blob there starts an upload as if
+nothing had been said; the folder may be removed at any time.
+"""
 
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from urllib.parse import quote
 
 import httpx2
 
-from fluxkiln.artifacts.registry.document import MAX_DOCUMENT_BYTES, Document, Layer, digest_bytes
-from fluxkiln.artifacts.registry.hints import add_hints, read_hints
-from fluxkiln.artifacts.registry.layout import changed
-from fluxkiln.artifacts.registry.place import BlobMissingError
-from fluxkiln.artifacts.registry.reference import RegistryReference
-from fluxkiln.artifacts.registry.session import Answer, AuthorizationError, Session, follow, refused
+from fluxkiln.artifacts.modelpack import MAX_DOCUMENT_BYTES, Document, Layer, digest_bytes
+from fluxkiln.artifacts.registry.place import BlobMissingError, changed, check_departure
+from fluxkiln.artifacts.registry.reference import RegistryReference, is_loopback, is_repository
+from fluxkiln.artifacts.registry.session import Answer, AuthorizationError, Session, follow, read_answer, refused
 from fluxkiln.artifacts.registry.transfer import Arrival, Departure, Patience, Stop, TransientError, retrying
 from fluxkiln.artifacts.store import MANIFEST_TYPE
-from fluxkiln.errors import FluxkilnError, IntegrityError, RegistryError, UsageError
+from fluxkiln.errors import FluxkilnError, IntegrityError, RegistryError, ResourceError, UsageError
+from fluxkiln.files import write_durably
 
 # A chunk that fails is sent again from where the registry says it stands; smaller blobs go in one request.
 CHUNK_BYTES = 64 << 20
 MAX_TAG_PAGES = 1000
 # Of one blob, after its upload was lost.
 MAX_RESTARTS = 3
+MOST_HINTS = 20_000
 _RANGE = re.compile(r"(?:bytes=)?0-(\d+)")
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(?:\d+|\*)")
 
@@ -31,17 +41,15 @@ _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(?:\d+|\*)")
 class OciPlace:
     """One repository, over one session."""
 
-    def __init__(self, reference: RegistryReference, session: Session, *, chunk: int) -> None:
-        self._name = f"{reference.host}/{reference.repository}"
+    def __init__(self, reference: RegistryReference, session: Session) -> None:
         self._host, self._repository = reference.host, reference.repository
         self._base = f"/v2/{reference.repository}"
         self._hints = read_hints(reference.host)
         self._session = session
-        self._chunk = chunk
 
     @property
     def name(self) -> str:
-        return self._name
+        return f"{self._host}/{self._repository}"
 
     def close(self) -> None:
         self._session.close()
@@ -60,7 +68,7 @@ class OciPlace:
             return answer
 
         try:
-            answer = retrying(_briefly(self._session.patience), self._session.stop, what, once)
+            answer = retrying(replace(self._session.patience, attempts=3), self._session.stop, what, once)
         except RegistryError as error:
             if isinstance(error.__cause__, TransientError) and "digest" in str(error.__cause__):
                 raise IntegrityError(
@@ -84,17 +92,12 @@ class OciPlace:
     def send(self, layer: Layer, departure: Departure) -> int:
         what = f"sending {layer.path or 'the config'} to {self.name}"
         if departure.actual_size() != layer.size:
-            raise IntegrityError(changed(departure.source, layer))
-        if self._take_over(layer, what):
-            departure.read_rest()
-            sent = 0
-        else:
-            upload = _Upload(self._session, self._base, layer, departure, self._chunk, what)
-            retrying(self._session.patience, self._session.stop, what, upload.go_on)
-            sent = upload.sent
-        if departure.digest != layer.digest:
-            raise IntegrityError(changed(departure.source, layer))
-        return sent
+            raise changed(departure.source, layer)
+        upload = _Upload(self._session, self._base, layer, departure, what)
+        if not self._take_over(layer, what):
+            retrying(self._session.patience, self._session.stop, what, upload.go_on, lambda: upload.offset)
+        check_departure(departure, layer)
+        return upload.sent
 
     def receive(self, layer: Layer, arrival: Arrival) -> None:
         url = f"{self._base}/blobs/{layer.digest}"
@@ -123,18 +126,17 @@ class OciPlace:
 
         retrying(self._session.patience, self._session.stop, f"tag {tag} of {self.name}", once)
 
-    def tags(self) -> dict[str, str]:
-        found: dict[str, str] = {}
+    def tags(self) -> list[str]:
+        found: list[str] = []
         url = f"{self._base}/tags/list"
         for _ in range(MAX_TAG_PAGES):
             answer = self._session.ask("GET", url, accept=(200, 404), what=f"tags of {self.name}")
             if answer.status == 404:
                 raise UsageError(f"there is no repository {self.name}; check its name, or publish to it first")
             try:
-                names = [str(name) for name in json.loads(answer.body)["tags"] or ()]
+                found += [str(name) for name in json.loads(answer.body)["tags"] or ()]
             except (ValueError, KeyError, TypeError, RecursionError):
                 raise RegistryError(f"{self.name} answers no list of tags; check the registry's address") from None
-            found.update(dict.fromkeys(names, ""))
             after = re.match(r'<([^>]+)>;\s*rel="?next', answer.headers.get("Link", ""))
             if after is None:
                 break
@@ -169,47 +171,32 @@ class OciPlace:
 class _Upload:
     """One blob's way into a registry; `go_on` is called again after a failure and goes on from where it stands."""
 
-    def __init__(self, session: Session, base: str, layer: Layer, departure: Departure, chunk: int, what: str) -> None:
-        self.sent = 0
+    def __init__(self, session: Session, base: str, layer: Layer, departure: Departure, what: str) -> None:
+        self.sent, self.offset = 0, 0
         self._session, self._base, self._layer, self._departure, self._what = session, base, layer, departure, what
-        self._chunk = chunk
-        self._location: httpx2.URL | None = None
-        self._offset = 0
+        # Empty while none was begun.
+        self._location = httpx2.URL("")
         self._restarts = 0
 
     def go_on(self) -> None:
-        before = self._offset
-        try:
-            self._steps()
-        except TransientError as error:
-            raise TransientError(str(error), wait=error.wait, progressed=self._offset > before) from error
-
-    def _steps(self) -> None:
-        if self._location is None:
+        size = self._layer.size
+        if not str(self._location):
             self._begin()
-        elif self._offset or self._layer.size > self._chunk:
+        elif self.offset or size > CHUNK_BYTES:
             self._ask_where()
-        while self._layer.size > self._chunk and self._offset < self._layer.size:
-            end = min(self._offset + self._chunk, self._layer.size)
-            answer = self._send("PATCH", self._require_location(), self._offset, end)
-            if answer.status != 202:
-                raise self._lost(answer)
+        while size > CHUNK_BYTES and self.offset < size:
+            end = min(self.offset + CHUNK_BYTES, size)
+            answer = self._send("PATCH", self._location, end, 202)
             self._location = self._next(answer)
-            self._offset = _standing(answer, end)
-        self._finish()
-
-    def _finish(self) -> None:
-        location = self._require_location().copy_merge_params({"digest": self._layer.digest})
-        answer = self._send("PUT", location, self._offset, self._layer.size)
-        if answer.status != 201:
-            raise self._lost(answer)
+            self.offset = _standing(answer, end)
+        self._send("PUT", self._location.copy_merge_params({"digest": self._layer.digest}), size, 201)
 
     def _begin(self) -> None:
         answer = self._session.ask("POST", f"{self._base}/blobs/uploads/", accept=(202,), what=self._what)
-        self._location, self._offset = self._next(answer), 0
+        self._location, self.offset = self._next(answer), 0
 
     def _ask_where(self) -> None:
-        answer = self._session.ask("GET", self._require_location(), accept=(204, 400, 404, 416), what=self._what)
+        answer = self._session.ask("GET", self._location, accept=(204, 400, 404, 416), what=self._what)
         if answer.status != 204:
             self._restarts += 1
             if self._restarts > MAX_RESTARTS:
@@ -217,16 +204,19 @@ class _Upload:
             self._begin()
             return
         self._location = self._next(answer)
-        self._offset = min(_standing(answer, 0), self._layer.size)
+        self.offset = min(_standing(answer, 0), self._layer.size)
 
-    def _send(self, method: str, location: httpx2.URL, start: int, end: int) -> Answer:
+    def _send(self, method: str, location: httpx2.URL, end: int, accept: int) -> Answer:
+        """Send the bytes up to `end`; raise when the registry does not take them."""
         headers = {"Content-Type": "application/octet-stream"}
         if method == "PATCH":
-            headers["Content-Range"] = f"{start}-{end - 1}"
-        pieces = self._counted(start, end)
-        with self._session.stream(method, location, headers=headers, pieces=pieces, length=end - start) as response:
-            body = b"".join(response.iter_raw())[:1000]
-            return Answer(response.status_code, response.headers, body, response.url)
+            headers["Content-Range"] = f"{self.offset}-{end - 1}"
+        pieces, length = self._counted(self.offset, end), end - self.offset
+        with self._session.stream(method, location, headers=headers, pieces=pieces, length=length) as response:
+            answer = read_answer(response, self._what)
+        if answer.status != accept:
+            raise self._lost(answer)
+        return answer
 
     def _counted(self, start: int, end: int) -> Iterator[bytes]:
         for piece in self._departure.pieces(start, end):
@@ -236,18 +226,14 @@ class _Upload:
 
     def _lost(self, answer: Answer) -> FluxkilnError | TransientError:
         """The upload cannot go on; a few times it is begun anew, unless it is not allowed at all."""
-        self._location, self._offset = None, 0
+        self._location, self.offset = httpx2.URL(""), 0
         digest = self._departure.digest
         if digest is not None and digest != self._layer.digest:
-            return IntegrityError(changed(self._departure.source, self._layer))
+            return changed(self._departure.source, self._layer)
         self._restarts += 1
         if answer.status in (401, 403, 405, 413) or self._restarts > MAX_RESTARTS:
             return refused(answer, self._what)
         return TransientError(f"the registry answers {answer.status} to the upload, which is begun again")
-
-    def _require_location(self) -> httpx2.URL:
-        assert self._location is not None
-        return self._location
 
     def _next(self, answer: Answer) -> httpx2.URL:
         location = answer.headers.get("Location")
@@ -262,16 +248,9 @@ def fetch(session: Session, url: str, arrival: Arrival, what: str) -> None:
     Raises:
         RegistryError: no progress for too long. IntegrityError: it is not there, though a manifest names it.
     """
-
-    def once() -> None:
-        before = arrival.received
-        try:
-            _fetch_once(session, url, arrival, what)
-        except TransientError as error:
-            raise TransientError(str(error), wait=error.wait, progressed=arrival.received > before) from error
-
     if not arrival.complete or not arrival.size:
-        retrying(session.patience, session.stop, what, once)
+        work = partial(_fetch_once, session, url, arrival, what)
+        retrying(session.patience, session.stop, what, work, lambda: arrival.received)
 
 
 def _fetch_once(session: Session, url: str, arrival: Arrival, what: str) -> None:
@@ -291,8 +270,7 @@ def _fetch_once(session: Session, url: str, arrival: Arrival, what: str) -> None
         elif response.status_code == 404:
             raise IntegrityError(f"{what}: it is not there, though the manifest names it; have it published again")
         else:
-            body = b"".join(response.iter_raw())[:1000]
-            raise refused(Answer(response.status_code, response.headers, body, response.url), what)
+            raise refused(read_answer(response, what), what)
         for piece in response.iter_raw():
             session.stop.check()
             arrival.write(piece)
@@ -308,18 +286,12 @@ def _standing(answer: Answer, otherwise: int) -> int:
     return int(found.group(1)) + 1 if found.group(1) != "0" else 0
 
 
-def _briefly(patience: Patience) -> Patience:
-    return Patience(3, patience.connect, patience.read, patience.first_wait, patience.longest_wait)
-
-
 def open_registry(
     reference: RegistryReference,
     *,
     plain_http: bool = False,
     patience: Patience | None = None,
     stop: Stop | None = None,
-    transport: httpx2.BaseTransport | None = None,
-    connections: int = 8,
 ) -> OciPlace:
     """The repository that `reference` names; nothing is asked yet.
 
@@ -327,6 +299,34 @@ def open_registry(
         plain_http: no TLS; to this machine itself there is none anyway.
     """
     host = "registry-1.docker.io" if reference.host == "docker.io" else reference.host
-    scheme = "http" if plain_http or reference.is_loopback else "https"
-    session = Session(f"{scheme}://{host}", patience=patience, stop=stop, transport=transport, connections=connections)
-    return OciPlace(reference, session, chunk=CHUNK_BYTES)
+    scheme = "http" if plain_http or is_loopback(reference.host) else "https"
+    return OciPlace(reference, Session(f"{scheme}://{host}", patience=patience, stop=stop))
+
+
+def read_hints(host: str) -> dict[str, str]:
+    """Digest -> repository; empty where nothing is known or the file cannot be read."""
+    try:
+        found = json.loads(_hints_file(host).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    if not isinstance(found, Mapping):
+        return {}
+    return {digest: name for digest, name in found.items() if isinstance(name, str) and is_repository(name)}
+
+
+def add_hints(host: str, repository: str, digests: Iterable[str]) -> None:
+    """Remember that `repository` has these blobs; without a sound where nothing can be written."""
+    hints = read_hints(host)
+    for digest in digests:
+        # Again at the end: the oldest ones are at the front, and go first.
+        hints.pop(digest, None)
+        hints[digest] = repository
+    kept = dict(list(hints.items())[-MOST_HINTS:])
+    with suppress(OSError, ResourceError):
+        _hints_file(host).parent.mkdir(parents=True, exist_ok=True)
+        write_durably(_hints_file(host), json.dumps(kept).encode())
+
+
+def _hints_file(host: str) -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "fluxkiln" / "registries" / (re.sub(r"[^A-Za-z0-9.-]", "_", host) + ".json")

@@ -15,14 +15,13 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import BinaryIO
 
-from fluxkiln.artifacts.bundle import read_manifest
+from fluxkiln.artifacts.bundle import heal_folder, read_manifest, swap_folder
 from fluxkiln.artifacts.locks import waiting_lock
-from fluxkiln.artifacts.manifest import Manifest, parse_manifest
-from fluxkiln.artifacts.paths import MANIFEST_FILE
-from fluxkiln.artifacts.registry.document import (
+from fluxkiln.artifacts.manifest import MANIFEST_FILE, Manifest, parse_manifest
+from fluxkiln.artifacts.modelpack import (
     BUNDLE,
     MAX_EXTRA_BYTES,
     RECORD,
@@ -33,13 +32,12 @@ from fluxkiln.artifacts.registry.document import (
     parse_document,
     pulled_path,
 )
-from fluxkiln.artifacts.registry.meter import Meter, Progress
-from fluxkiln.artifacts.registry.parallel import TRANSFERS, each
 from fluxkiln.artifacts.registry.place import Place
-from fluxkiln.artifacts.registry.transfer import PIECE, Arrival, Stop
+from fluxkiln.artifacts.registry.transfer import PIECE_BYTES, TRANSFERS, Arrival, Meter, Stop, each
 from fluxkiln.digests import Json, canonical_json
 from fluxkiln.errors import FluxkilnError, IntegrityError, ResourceError, UsageError
 from fluxkiln.files import digest_file, disk_full_named, sync_directory, write_durably
+from fluxkiln.progress import Progress
 
 _PARTS = "parts"
 # A file whose bytes are wrong is fetched anew once: a wire may have flipped a bit, a disk will do it again.
@@ -65,8 +63,7 @@ def look_up(place: Place, reference: str) -> Found:
     where = f"manifest {reference} of {place.name}"
     data = place.manifest(reference)
     document = parse_document(data, where, reference if reference.startswith("sha256:") else "")
-    config = Layer("", document.config.digest, document.config.size)
-    check_config(document, receive_small(place, config), where)
+    check_config(document, receive_small(place, document.config), where)
     layer = document.find(MANIFEST_FILE)
     assert layer is not None
     manifest = parse_manifest(receive_small(place, layer), f"{MANIFEST_FILE} of {where}")
@@ -130,8 +127,7 @@ def pull(
         _check_room(parent, staging, found.document)
         with disk_full_named(parent, found.document.size):
             try:
-                earlier = _earlier_files(destination)
-                _receive_all(place, found.document, staging, stop, jobs, progress, earlier)
+                _receive_all(place, found.document, staging, stop, jobs, progress, _earlier_files(destination))
                 write_durably(staging / RECORD, canonical_json(record))
             except _DamagedError as error:
                 raise IntegrityError(f"{error}. What came lies in {_set_aside(destination, staging, error)}") from None
@@ -144,14 +140,13 @@ def pull(
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
-        _swap(staging, destination)
+        swap_folder(staging, destination)
         _heal(destination)
 
 
 def quarantine_of(destination: Path) -> Path:
     """Where files are put that did not have the bytes they should."""
-    absolute = destination.absolute()
-    return absolute.parent / f"{absolute.name}.quarantine"
+    return destination.absolute().with_name(f"{destination.absolute().name}.quarantine")
 
 
 def check_replaceable(destination: Path) -> None:
@@ -166,16 +161,10 @@ def check_replaceable(destination: Path) -> None:
 
 
 def _receive_all(
-    place: Place,
-    document: Document,
-    staging: Path,
-    stop: Stop,
-    jobs: int,
-    progress: Progress | None,
+    place: Place, document: Document, staging: Path, stop: Stop, jobs: int, progress: Progress | None,
     earlier: Mapping[str, Path],
-) -> None:
-    staging.mkdir(exist_ok=True)
-    (staging / _PARTS).mkdir(exist_ok=True)
+) -> None:  # fmt: skip
+    (staging / _PARTS).mkdir(parents=True, exist_ok=True)
     groups: dict[str, list[Layer]] = {}
     for layer in document.layers:
         groups.setdefault(layer.digest, []).append(layer)
@@ -205,7 +194,7 @@ def _receive_file(place: Place, layer: Layer, staging: Path, meter: Meter, earli
     part = staging / _PARTS / layer.digest.removeprefix("sha256:")
     fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     with os.fdopen(fd, "r+b") as file:
-        arrival = _Counted(file, layer, meter)
+        arrival = Arrival(file, layer.size, partial(meter.move, layer))
         arrival.take_up()
         if earlier is not None and not arrival.received:
             _copy_earlier(earlier, arrival, layer)
@@ -239,22 +228,10 @@ def _copy_earlier(source: Path, arrival: Arrival, layer: Layer) -> None:
         return
     with os.fdopen(fd, "rb") as file:
         if os.fstat(fd).st_size == layer.size:
-            while piece := file.read(min(PIECE, layer.size - arrival.received)):
+            while piece := file.read(min(PIECE_BYTES, layer.size - arrival.received)):
                 arrival.write(piece)
     if arrival.digest != layer.digest:
         arrival.restart()
-
-
-class _Counted(Arrival):
-    """An arrival that a meter is told of."""
-
-    def __init__(self, file: BinaryIO, layer: Layer, meter: Meter) -> None:
-        super().__init__(file, layer.size)
-        self._moved = meter.counter(layer)
-
-    def write(self, data: bytes) -> None:
-        super().write(data)
-        self._moved(len(data))
 
 
 class _DamagedError(IntegrityError):
@@ -298,26 +275,8 @@ def _set_aside(destination: Path, staging: Path, error: _DamagedError) -> Path:
     return aside / name
 
 
-def _old(destination: Path) -> Path:
-    absolute = destination.absolute()
-    return absolute.parent / f".{absolute.name}.old"
-
-
-def _swap(staging: Path, destination: Path) -> None:
-    old = _old(destination)
-    if destination.exists():
-        os.rename(destination, old)
-    os.rename(staging, destination)
-    sync_directory(destination.absolute().parent)
-
-
 def _heal(destination: Path, keep: Path | None = None) -> None:
-    old, absolute = _old(destination), destination.absolute()
-    if old.exists():
-        if absolute.exists():
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.rename(old, absolute)
-    for path in absolute.parent.glob(f".{absolute.name}.pull-*"):
+    heal_folder(destination)
+    for path in destination.absolute().parent.glob(f".{destination.absolute().name}.pull-*"):
         if path != keep:
             shutil.rmtree(path, ignore_errors=True)

@@ -5,15 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from fluxkiln.artifacts.registry.document import Document, Layer
-from fluxkiln.artifacts.registry.layout import changed
-from fluxkiln.artifacts.registry.meter import Meter, Progress
-from fluxkiln.artifacts.registry.parallel import TRANSFERS, each
-from fluxkiln.artifacts.registry.place import BlobMissingError, Place
-from fluxkiln.artifacts.registry.transfer import Departure, Stop
-from fluxkiln.errors import IntegrityError
+from fluxkiln.artifacts.modelpack import Document, Layer
+from fluxkiln.artifacts.registry.place import BlobMissingError, Place, check_departure
+from fluxkiln.artifacts.registry.transfer import TRANSFERS, Departure, Meter, Stop, each
+from fluxkiln.progress import Progress
 
 _ROUNDS = 2
 
@@ -49,23 +47,20 @@ def push(
         IntegrityError: a file does not have the digest its layer says; nothing was published.
         RegistryError: the place refuses, or cannot be reached.
     """
-    settings = Layer("", document.config.digest, document.config.size)
     # Of equal files the first stands for all.
     layers = list({layer.digest: layer for layer in reversed(document.layers)}.values())
     same = [layer for layer in document.layers if layer not in layers]
     lock = threading.Lock()
     for turn in range(_ROUNDS):
         sent: dict[str, int] = {}
-        meter = Meter(progress, "push", [*layers, settings])
+        meter = Meter(progress, "push", [*layers, document.config])
 
         def work(layer: Layer, again: bool = turn > 0, sent: dict[str, int] = sent, meter: Meter = meter) -> None:
             stop.check()
-            source = config if layer is settings else sources[layer.path]
-            departure = Departure(source, layer.size, meter.counter(layer))
+            source = config if layer is document.config else sources[layer.path]
+            departure = Departure(source, layer.size, partial(meter.move, layer))
             if not again and place.has(layer):
-                departure.read_rest()
-                if departure.digest != layer.digest or departure.actual_size() != layer.size:
-                    raise IntegrityError(changed(source, layer))
+                check_departure(departure, layer)
                 meter.finish(layer, "there already")
                 return
             count = place.send(layer, departure)
@@ -77,13 +72,10 @@ def push(
             meter.finish(layer, "sent")
 
         # Large files first: the last one to end should be small.
-        each([*sorted(layers, key=lambda layer: -layer.size), settings], work, stop, jobs)
+        each([*sorted(layers, key=lambda layer: -layer.size), document.config], work, stop, jobs)
         for layer in same:
             # Equal digests in the manifest; whether the files are equal too is for the bytes to say.
-            departure = Departure(sources[layer.path], layer.size, lambda count: None)
-            departure.read_rest()
-            if departure.digest != layer.digest:
-                raise IntegrityError(changed(sources[layer.path], layer))
+            check_departure(Departure(sources[layer.path], layer.size), layer)
         try:
             place.publish(document, tag)
             break

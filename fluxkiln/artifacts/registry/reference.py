@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 from fluxkiln.errors import UsageError
 
@@ -33,47 +33,55 @@ _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(?:/[A-Za-z0-9][A-Za-z0-9._-]
 
 
 @dataclass(frozen=True, slots=True)
-class LayoutReference:
-    """A manifest in an OCI image layout on this machine; `tag` or `digest` may be empty."""
+class _Tagged:
+    """A manifest by its tag or its digest; either may be empty."""
 
-    path: Path
-    tag: str = ""
-    digest: str = ""
+    tag: str = field(default="", kw_only=True)
+    digest: str = field(default="", kw_only=True)
 
-    def __str__(self) -> str:
-        return f"{LAYOUT_PREFIX}{self.path}{_ending(self.tag, self.digest)}"
+    @property
+    def name(self) -> str:
+        """What the manifest is asked for by."""
+        return self.digest or self.tag
+
+    @property
+    def _ending(self) -> str:
+        return f"@{self.digest}" if self.digest else f":{self.tag}" if self.tag else ""
 
 
 @dataclass(frozen=True, slots=True)
-class RegistryReference:
-    """A manifest in a repository of an OCI registry; `tag` or `digest` may be empty."""
+class LayoutReference(_Tagged):
+    """A manifest in an OCI image layout on this machine."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return f"{LAYOUT_PREFIX}{self.path}{self._ending}"
+
+
+@dataclass(frozen=True, slots=True)
+class RegistryReference(_Tagged):
+    """A manifest in a repository of an OCI registry."""
 
     host: str
     repository: str
-    tag: str = ""
-    digest: str = ""
 
     def __str__(self) -> str:
-        return f"{self.host}/{self.repository}{_ending(self.tag, self.digest)}"
-
-    @property
-    def is_loopback(self) -> bool:
-        """Whether the host is this machine, by name or address: bytes to it cross no network."""
-        return is_loopback(self.host)
+        return f"{self.host}/{self.repository}{self._ending}"
 
 
 @dataclass(frozen=True, slots=True)
-class HubReference:
-    """A revision (branch, tag or commit) of a model repository on the Hugging Face Hub; `tag` may be empty."""
+class HubReference(_Tagged):
+    """A revision (branch, tag or commit) of a model repository on the Hugging Face Hub; it has no digest."""
 
     repository: str
-    tag: str = ""
 
     def __str__(self) -> str:
         return f"{HUB_PREFIX}{self.repository}{'@' + self.tag if self.tag else ''}"
 
 
 Reference: TypeAlias = LayoutReference | RegistryReference | HubReference
+_R = TypeVar("_R", bound=_Tagged)
 
 
 def looks_like_reference(text: str) -> bool:
@@ -99,13 +107,13 @@ def parse_reference(text: str, *, tagged: bool = True) -> Reference:
         found = _parse_hub(text)
     else:
         found = _parse_registry(text)
-    if tagged and not (found.tag or getattr(found, "digest", "")):
+    if tagged and not found.name:
         mark = "@REV" if isinstance(found, HubReference) else ":TAG"
         raise UsageError(f"reference {text!r} has no tag; add {mark}")
     return found
 
 
-def with_tag(reference: Reference, tag: str) -> Reference:
+def with_tag(reference: _R, tag: str) -> _R:
     """The same place under another tag; UsageError when the tag is not legal there."""
     pattern, rule = {
         LayoutReference: (_LAYOUT_TAG, "letters and digits joined by one of - . _ : / +"),
@@ -114,8 +122,6 @@ def with_tag(reference: Reference, tag: str) -> Reference:
     }[type(reference)]
     if not pattern.fullmatch(tag):
         raise UsageError(f"tag {tag!r} is not legal; use {rule}")
-    if isinstance(reference, HubReference):
-        return replace(reference, tag=tag)
     return replace(reference, tag=tag, digest="")
 
 
@@ -146,11 +152,7 @@ def _parse_layout(text: str) -> LayoutReference:
     if not path or "\0" in path:
         raise UsageError(f"reference {text!r} names no folder; write {LAYOUT_PREFIX}PATH:TAG")
     found = LayoutReference(Path(path))
-    if not colon:
-        return found
-    tagged = with_tag(found, tag)
-    assert isinstance(tagged, LayoutReference)
-    return tagged
+    return with_tag(found, tag) if colon else found
 
 
 def _parse_hub(text: str) -> HubReference:
@@ -159,11 +161,7 @@ def _parse_hub(text: str) -> HubReference:
     if len(names) != 2 or not all(_HUB_NAME.fullmatch(name) for name in names):
         raise UsageError(f"reference {text!r} names no repository of the Hub; write {HUB_PREFIX}ORG/REPO@REV")
     found = HubReference(repository)
-    if not at:
-        return found
-    tagged = with_tag(found, revision)
-    assert isinstance(tagged, HubReference)
-    return tagged
+    return with_tag(found, revision) if at else found
 
 
 def _parse_registry(text: str) -> RegistryReference:
@@ -187,13 +185,6 @@ def _parse_registry(text: str) -> RegistryReference:
             ". _ - /, 255 at most"
         )
     found = RegistryReference(host, repository)
-    if colon:
-        tagged = with_tag(found, tag)
-        assert isinstance(tagged, RegistryReference)
-        found = tagged
+    found = with_tag(found, tag) if colon else found
     # With both, the digest decides what is meant, as for other clients.
-    return replace(found, tag="" if digest else found.tag, digest=digest)
-
-
-def _ending(tag: str, digest: str) -> str:
-    return f"@{digest}" if digest else f":{tag}" if tag else ""
+    return replace(found, tag="", digest=digest) if digest else found

@@ -21,6 +21,7 @@ from fluxkiln.artifacts.registry.transfer import Patience, Stop, TransientError,
 from fluxkiln.errors import FluxkilnError, RegistryError
 
 MAX_REDIRECTS = 5
+CONNECTIONS = 8
 # Of an answer that is read whole: manifests and lists of tags.
 MAX_ANSWER_BYTES = 16 << 20
 _LATER = (408, 425, 429, 500, 502, 503, 504)
@@ -60,7 +61,6 @@ class Session:
         stop: Stop | None = None,
         authorization: str | None = None,
         transport: httpx2.BaseTransport | None = None,
-        connections: int = 8,
         login: str = "",
     ) -> None:
         self.origin = httpx2.URL(origin)
@@ -69,14 +69,14 @@ class Session:
         self._authorization = authorization
         self._login = login
         self._lock = threading.Lock()
-        timeout = httpx2.Timeout(self.patience.read, connect=self.patience.connect, pool=None)
+        self._host = self.origin.netloc.decode()
         self._client = httpx2.Client(
-            timeout=timeout,
+            timeout=httpx2.Timeout(self.patience.read, connect=self.patience.connect, pool=None),
             transport=transport,
             follow_redirects=False,
             # A proxy of the environment is for other machines.
-            trust_env=not is_loopback(self.origin.netloc.decode()),
-            limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=connections),
+            trust_env=not is_loopback(self._host),
+            limits=httpx2.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS),
             headers={"User-Agent": f"fluxkiln/{__version__}", "Accept-Encoding": "identity"},
         )
 
@@ -102,8 +102,7 @@ class Session:
 
         def once() -> Answer:
             with self.stream(method, url, headers=headers, body=body) as response:
-                data = _read_whole(response, what)
-                answer = Answer(response.status_code, response.headers, data, response.url)
+                answer = read_answer(response, what)
             if answer.status not in accept:
                 raise refused(answer, what)
             return answer
@@ -136,7 +135,7 @@ class Session:
         for _ in range(MAX_REDIRECTS + 1):
             self._check_scheme(target)
             sent = dict(headers or {})
-            own = _same_origin(target, self.origin)
+            own = _origin(target) == _origin(self.origin)
             if own and (authorization := self._authorization):
                 sent["Authorization"] = authorization
             if pieces is not None:
@@ -151,20 +150,19 @@ class Session:
             try:
                 if response.status_code == 401 and own:
                     if challenged:
-                        host = self.origin.netloc.decode()
-                        raise AuthorizationError(_not_allowed(host, find_credential(host)))
+                        raise self._refuse(find_credential(self._host))
                     challenged = True
                     self._answer_challenge(response, sent.get("Authorization"))
                     if pieces is not None:
-                        raise TransientError("the registry asked for authorization", progressed=False)
+                        raise TransientError("the registry asked for authorization")
                     continue
                 if response.status_code in _REDIRECT and method in ("GET", "HEAD") and "Location" in response.headers:
                     target = follow(target, response.headers["Location"])
                     continue
                 if response.status_code in _LATER:
-                    raise TransientError(
-                        f"{target.host} answers {_status(response.status_code)}", wait=_retry_after(response)
-                    )
+                    after = response.headers.get("Retry-After", "")
+                    wait = float(after) if re.fullmatch(r"[0-9]{1,6}", after) else 0.0
+                    raise TransientError(f"{target.host} answers {_status(response.status_code)}", wait=wait)
                 try:
                     yield response
                 except httpx2.TransportError as error:
@@ -177,46 +175,42 @@ class Session:
         )
 
     def _check_scheme(self, target: httpx2.URL) -> None:
-        if target.scheme == "https" or is_loopback(target.netloc.decode()):
-            return
-        if target.scheme == "http" and self.origin.scheme == "http":
+        plain = target.scheme == "http" and self.origin.scheme == "http"
+        if plain or target.scheme == "https" or is_loopback(target.netloc.decode()):
             return
         raise RegistryError(f"{self.origin.host} sends us to {target.scheme}://{target.host}, which is not encrypted; "
                             "that is not followed")  # fmt: skip
 
     def _answer_challenge(self, response: httpx2.Response, tried: str | None) -> None:
         """Find the authorization that the registry asks for; AuthorizationError when there is none left to try."""
-        host = self.origin.netloc.decode()
         if self._login:
-            raise AuthorizationError(f"{host} does not let us in; {self._login}")
+            raise AuthorizationError(f"{self._host} does not let us in; {self._login}")
         scheme, _, rest = response.headers.get("WWW-Authenticate", "").partition(" ")
         parameters = dict(_PARAMETER.findall(rest))
         with self._lock:
             if self._authorization != tried:
                 return  # another thread was faster
-            credential = find_credential(host)
+            credential = find_credential(self._host)
             if scheme.lower() == "bearer":
                 self._authorization = self._fetch_token(parameters, credential)
             elif scheme.lower() == "basic" and credential is not None and credential.basic() != tried:
                 self._authorization = credential.basic()
             else:
-                raise AuthorizationError(_not_allowed(host, credential))
+                raise self._refuse(credential)
 
     def _fetch_token(self, parameters: Mapping[str, str], credential: Credential | None) -> str:
-        host = self.origin.netloc.decode()
         realm = follow(self.origin, parameters.get("realm", ""))
         if "realm" not in parameters:
-            raise RegistryError(f"{host} asks for a token and does not say where from; check the registry's address")
+            raise RegistryError(
+                f"{self._host} asks for a token and does not say where from; check the registry's address"
+            )
         self._check_scheme(realm)
         wanted = {name: parameters[name] for name in ("service", "scope") if name in parameters}
         try:
             if credential is not None and credential.identity_token:
-                form = {
-                    "grant_type": "refresh_token",
-                    "refresh_token": credential.identity_token,
-                    "client_id": "fluxkiln",
-                }
-                response = self._client.post(realm, data={**form, **wanted})
+                token = credential.identity_token
+                form = {"grant_type": "refresh_token", "refresh_token": token, "client_id": "fluxkiln", **wanted}
+                response = self._client.post(realm, data=form)
             else:
                 headers = {"Authorization": credential.basic()} if credential else {}
                 response = self._client.get(realm, params=wanted, headers=headers)
@@ -225,19 +219,36 @@ class Session:
         if response.status_code in _LATER:
             raise TransientError(f"{realm.host} answers {_status(response.status_code)}")
         if response.status_code != 200:
-            raise AuthorizationError(_not_allowed(host, credential))
+            raise self._refuse(credential)
         try:
             document: Any = response.json()
             return "Bearer " + str(document.get("token") or document["access_token"])
         except (ValueError, KeyError, AttributeError):
             raise RegistryError(f"{realm.host} answers no token; check the registry's address") from None
 
+    def _refuse(self, credential: Credential | None) -> AuthorizationError:
+        again = f"docker login {self._host} (or skopeo login {self._host})"
+        if credential is None:
+            return AuthorizationError(f"{self._host} asks for a login and there is none for it; run: {again}")
+        who = f" of {credential.user}" if credential.user else ""
+        return AuthorizationError(f"{self._host} does not accept the credential{who}; log in again: {again}")
+
+
+def read_answer(response: httpx2.Response, what: str) -> Answer:
+    """An answer read whole; RegistryError when it is larger than any of a registry is."""
+    found = bytearray()
+    for piece in response.iter_raw():
+        found += piece
+        if len(found) > MAX_ANSWER_BYTES:
+            raise RegistryError(f"{what}: the answer is larger than {MAX_ANSWER_BYTES} bytes, which none is; check the "
+                                "registry's address")  # fmt: skip
+    return Answer(response.status_code, response.headers, bytes(found), response.url)
+
 
 def refused(answer: Answer, what: str) -> FluxkilnError:
     """The error for a status that is not one of those that were expected."""
     host = answer.url.netloc.decode()
-    detail = answer.body[:300].decode(errors="replace").strip()
-    detail = re.sub(r"[^\x20-\x7e]+", " ", detail)
+    detail = re.sub(r"[^\x20-\x7e]+", " ", answer.body[:300].decode(errors="replace").strip())
     if answer.status in (401, 403):
         return AuthorizationError(
             f"{what}: {host} answers {_status(answer.status)}: the credential may not do that. Log in as somebody who "
@@ -259,34 +270,12 @@ def follow(base: httpx2.URL, address: str | httpx2.URL) -> httpx2.URL:
         raise TransientError(f"{base.netloc.decode()} sends us to an address that is none") from error
 
 
-def _read_whole(response: httpx2.Response, what: str) -> bytes:
-    found = bytearray()
-    for piece in response.iter_raw():
-        found += piece
-        if len(found) > MAX_ANSWER_BYTES:
-            raise RegistryError(f"{what}: the answer is larger than {MAX_ANSWER_BYTES} bytes, which none is; check the "
-                                "registry's address")  # fmt: skip
-    return bytes(found)
-
-
-def _same_origin(one: httpx2.URL, other: httpx2.URL) -> bool:
-    return (one.scheme, one.host, _port(one)) == (other.scheme, other.host, _port(other))
-
-
-def _port(url: httpx2.URL) -> int | None:
-    return url.port or {"https": 443, "http": 80}.get(url.scheme)
+def _origin(url: httpx2.URL) -> tuple[str, str, int | None]:
+    return url.scheme, url.host, url.port or {"https": 443, "http": 80}.get(url.scheme)
 
 
 def _status(status: int) -> str:
-    try:
-        return f"{status} {httpx2.codes(status).name.replace('_', ' ').lower()}"
-    except ValueError:
-        return str(status)
-
-
-def _retry_after(response: httpx2.Response) -> float:
-    text = response.headers.get("Retry-After", "")
-    return float(text) if re.fullmatch(r"[0-9]{1,6}", text) else 0.0
+    return f"{status} {httpx2.codes.get_reason_phrase(status).lower()}".strip()
 
 
 def _describe(error: httpx2.TransportError, target: httpx2.URL) -> str:
@@ -301,10 +290,3 @@ def _describe(error: httpx2.TransportError, target: httpx2.URL) -> str:
     if isinstance(error, httpx2.ConnectError) and target.scheme == "https" and "SSL" in str(error).upper():
         hint = " (TLS failed; a registry without TLS needs --plain-http)"
     return f"{target.netloc.decode()} {kind}{hint}"
-
-
-def _not_allowed(host: str, credential: Credential | None) -> str:
-    if credential is None:
-        return f"{host} asks for a login and there is none for it; run: docker login {host} (or skopeo login {host})"
-    who = f" of {credential.user}" if credential.user else ""
-    return f"{host} does not accept the credential{who}; log in again: docker login {host} (or skopeo login {host})"

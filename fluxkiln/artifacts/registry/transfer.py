@@ -1,4 +1,4 @@
-"""How bytes are sent and received when the other side may fail: patience, what has arrived, what is read."""
+"""How bytes are sent and received, several files at once, when the other side may fail."""
 
 from __future__ import annotations
 
@@ -6,15 +6,23 @@ import hashlib
 import os
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
+from fluxkiln.artifacts.modelpack import Layer
 from fluxkiln.errors import RegistryError
+from fluxkiln.progress import Progress, Silent
 
 # Of a file at once; the sum over parallel transfers is what they take of memory.
-PIECE = 1 << 20
+PIECE_BYTES = 1 << 20
+# More gain nothing on one connection's line, and each takes memory for its buffers.
+TRANSFERS = 4
+# What a progress display counts: a file below that is one step.
+SHOWN_BYTES = 64 << 20
 
 _T = TypeVar("_T")
 
@@ -22,13 +30,12 @@ _T = TypeVar("_T")
 class TransientError(Exception):
     """A failure that may pass: a cut connection, a peer that does not answer, a server that says "later".
 
-    `wait`: seconds that the server asked for; `progressed`: whether bytes arrived since the last try.
+    `wait`: seconds that the server asked for.
     """
 
-    def __init__(self, reason: str, *, wait: float = 0.0, progressed: bool = False) -> None:
+    def __init__(self, reason: str, *, wait: float = 0.0) -> None:
         super().__init__(reason)
         self.wait = wait
-        self.progressed = progressed
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +75,13 @@ class StoppedError(Exception):
     """This transfer ended since another one failed; that one tells why."""
 
 
-def retrying(patience: Patience, stop: Stop, what: str, work: Callable[[], _T]) -> _T:
+def retrying(
+    patience: Patience, stop: Stop, what: str, work: Callable[[], _T], standing: Callable[[], int] = lambda: 0
+) -> _T:
     """`work()`, again after each TransientError, with growing waits.
+
+    Args:
+        standing: how many bytes have arrived; where they have become more, it is patient from the start again.
 
     Raises:
         RegistryError: it failed `patience.attempts` times without progress in between.
@@ -77,10 +89,11 @@ def retrying(patience: Patience, stop: Stop, what: str, work: Callable[[], _T]) 
     failures = 0
     while True:
         stop.check()
+        before = standing()
         try:
             return work()
         except TransientError as error:
-            failures = 1 if error.progressed else failures + 1
+            failures = 1 if standing() > before else failures + 1
             if failures >= patience.attempts:
                 raise RegistryError(
                     f"{what}: {error}; tried {failures} times without progress. Check the network and the registry, "
@@ -89,22 +102,68 @@ def retrying(patience: Patience, stop: Stop, what: str, work: Callable[[], _T]) 
             stop.sleep(max(patience.wait(failures), min(error.wait, 60.0)))
 
 
+def each(items: Iterable[_T], work: Callable[[_T], None], stop: Stop, jobs: int) -> None:
+    """`work` on every item, `jobs` at a time.
+
+    Raises:
+        what `work` raised first, once all transfers have ended.
+    """
+    with ThreadPoolExecutor(jobs, thread_name_prefix="transfer") as pool:
+        futures = [pool.submit(work, item) for item in items]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:
+            stop.event.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+class Meter:
+    """Bytes that were moved, shown as one stage in steps of 64 MiB; any number of threads."""
+
+    def __init__(self, progress: Progress | None, stage: str, layers: Sequence[Layer]) -> None:
+        self._progress, self._stage = progress or Silent(), stage
+        self._lock = threading.Lock()
+        self._moved: Counter[str] = Counter()
+        self._shown: Counter[str] = Counter()
+        self._progress.stage(stage, sum(_steps(layer.size) for layer in layers))
+
+    def move(self, layer: Layer, count: int) -> None:
+        """So many bytes more of a file were moved."""
+        with self._lock:
+            self._moved[layer.path] += count
+            total = self._moved[layer.path]
+        # The last step belongs to `finish`: only then it is known that all is well.
+        self._show(layer, min(total // SHOWN_BYTES, _steps(layer.size) - 1), f"{total >> 20} MiB")
+
+    def finish(self, layer: Layer, how: str) -> None:
+        """The file is done."""
+        self._show(layer, _steps(layer.size), how)
+
+    def _show(self, layer: Layer, steps: int, how: str) -> None:
+        with self._lock:
+            new = max(0, steps - self._shown[layer.path])
+            self._shown[layer.path] += new
+        for _ in range(new):
+            self._progress.done(self._stage, layer.path or "config", how)
+
+
+def _steps(size: int) -> int:
+    return max(1, -(-size // SHOWN_BYTES))
+
+
 class Arrival:
     """A file while it is received: its bytes are hashed as they are written, and may not be more than announced."""
 
-    def __init__(self, file: BinaryIO, size: int) -> None:
-        self.size = size
-        self._file = file
+    def __init__(self, file: BinaryIO, size: int, moved: Callable[[int], None] = lambda count: None) -> None:
+        self.size, self.received = size, 0
+        self._file, self._moved = file, moved
         self._hash = hashlib.sha256()
-        self._received = 0
-
-    @property
-    def received(self) -> int:
-        return self._received
 
     @property
     def complete(self) -> bool:
-        return self._received == self.size
+        return self.received == self.size
 
     @property
     def digest(self) -> str:
@@ -112,12 +171,12 @@ class Arrival:
 
     def take_up(self) -> None:
         """Go on with what an earlier process left in the file."""
-        buffer = memoryview(bytearray(PIECE))
+        buffer = memoryview(bytearray(PIECE_BYTES))
         self._file.seek(0)
         while count := self._file.readinto(buffer):  # type: ignore[attr-defined]
             self._hash.update(buffer[:count])
-            self._received += count
-        if self._received > self.size:
+            self.received += count
+        if self.received > self.size:
             self.restart()
 
     def restart(self) -> None:
@@ -125,22 +184,23 @@ class Arrival:
         self._file.seek(0)
         self._file.truncate(0)
         self._hash = hashlib.sha256()
-        self._received = 0
+        self.received = 0
 
     def write(self, data: bytes) -> None:
         """Take the next bytes; TransientError, and nothing left, when they are more than the size says."""
-        if self._received + len(data) > self.size:
+        if self.received + len(data) > self.size:
             self.restart()
             raise TransientError(f"more than the {self.size} bytes that the manifest says were sent")
         self._hash.update(data)
         self._file.write(data)
-        self._received += len(data)
+        self.received += len(data)
+        self._moved(len(data))
 
 
 class Departure:
     """A file or bytes while they are sent, hashed on the way: `digest` is that of what was read, once it all was."""
 
-    def __init__(self, source: Path | bytes, size: int, moved: Callable[[int], None]) -> None:
+    def __init__(self, source: Path | bytes, size: int, moved: Callable[[int], None] = lambda count: None) -> None:
         self.source, self.size = source, size
         self._moved = moved
         self._hash = hashlib.sha256()
@@ -158,7 +218,7 @@ class Departure:
             return
         with os.fdopen(os.open(self.source, os.O_RDONLY | os.O_NOFOLLOW), "rb", buffering=0) as file:
             file.seek(start)
-            while start < end and (piece := file.read(min(PIECE, end - start))):
+            while start < end and (piece := file.read(min(PIECE_BYTES, end - start))):
                 yield self._seen(piece, start)
                 start += len(piece)
 

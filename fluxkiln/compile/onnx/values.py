@@ -1,11 +1,9 @@
-"""Looking inside graphs: the operations of a template, the values they make, and the same values of a compiled form."""
+"""What graphs compute on the way: the operations of a template and the values they make, there and once linked."""
 
 from __future__ import annotations
 
-import re
 from collections import ChainMap
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,42 +12,13 @@ from numpy.typing import NDArray
 
 from fluxkiln.compile.onnx.session import make_session
 from fluxkiln.types import TRANSPOSED, WeightReader
+from fluxkiln.verify.findings import Operation, Values
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-Values = Mapping[str, NDArray[Any]]
-
-_LOCATION = re.compile(r'^(#loc\d*) = loc\("(.*)"\)$', re.MULTILINE)
-_LINE = re.compile(r'"(?P<name>tpu\.\w+)"\(.*?\) (?P<attributes>\{.*?\} )?: .* loc\((?P<loc>#loc\d*)\)$', re.MULTILINE)
-_EPSILON = re.compile(r"\beps = ([0-9.E+-]+)")
 # results that are sizes, not numbers that flow through a part
 _SHAPES = frozenset({"Shape", "Constant", "ConstantOfShape"})
-
-
-@dataclass(frozen=True, slots=True)
-class Operation:
-    """One operation of a template.
-
-    Attributes:
-        output: the value it makes; its first, where it makes several.
-        inputs: the values and graph inputs it reads; slots: the weights it reads; epsilon: of a norm, else None.
-    """
-
-    output: str
-    op_type: str
-    inputs: tuple[str, ...]
-    slots: tuple[str, ...]
-    epsilon: float | None
-
-
-@dataclass(frozen=True, slots=True)
-class LoweredValue:
-    """A value of the template in a lowered graph: its name there, what makes it, and with which epsilon."""
-
-    name: str
-    operation: str
-    epsilon: float | None
 
 
 def list_operations(template: Path, slots: Collection[str]) -> tuple[Operation, ...]:
@@ -153,7 +122,7 @@ def graph_values(graph: Path, inputs: Values, names: Collection[str]) -> dict[st
     for name in shown:
         if name not in known:
             model.graph.output.append(onnx.ValueInfoProto(name=name))
-    beside = graph.with_name(f"{graph.stem}.inside.onnx")
+    beside = graph.with_name(f"{graph.stem}.looked.onnx")
     beside.write_bytes(model.SerializeToString())
     try:
         session = make_session(beside, str(graph))
@@ -161,39 +130,6 @@ def graph_values(graph: Path, inputs: Values, names: Collection[str]) -> dict[st
         return dict(zip(shown, session.run(shown, given), strict=True))
     finally:
         beside.unlink()
-
-
-def lowered_values(text: str, values: Collection[str]) -> dict[str, LoweredValue]:
-    """Which of a template's values a lowered graph (`*_tpu.mlir`) has, under which name.
-
-    The compiler calls a result after the value and the last operation that it fused into it: `/Add_3_output_0_Add`.
-    """
-    places = dict(_LOCATION.findall(text))
-    known, found = set(values), {}
-    for line in _LINE.finditer(text):
-        name = places.get(line["loc"], "")
-        value = name.rpartition("_")[0]
-        if value in known:
-            epsilon = _EPSILON.search(line["attributes"] or "")
-            found[value] = LoweredValue(name, line["name"], float(epsilon[1]) if epsilon else None)
-    return found
-
-
-def lowered_run(
-    look: Callable[[tuple[str, ...]], Values], found: Mapping[str, LoweredValue], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, NDArray[Any]]:
-    """Values of a lowered graph by the template's names, in its shapes; those of another size are left out.
-
-    Args:
-        look: names of the lowered graph -> values.
-    """
-    names = {value: lowered.name for value, lowered in found.items() if value in shapes}
-    seen = look(tuple(names.values()))
-    return {
-        value: seen[name].reshape(shapes[value])
-        for value, name in names.items()
-        if seen[name].size == np.prod(shapes[value], dtype=int)
-    }
 
 
 def _load(template: Path) -> ModelProto:

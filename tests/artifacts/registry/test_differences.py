@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from fluxkiln.artifacts.bundle import read_manifest
-from fluxkiln.artifacts.registry.differences import compare_manifests, is_same
+from fluxkiln.artifacts.manifest import compare_manifests, is_same
 
 
 @pytest.fixture

@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 
-from fluxkiln.artifacts.registry.document import (
+from fluxkiln.artifacts.modelpack import (
     MAX_DOCUMENT_BYTES,
     MAX_FILES,
     check_config,
     digest_bytes,
     parse_document,
 )
-from fluxkiln.artifacts.registry.layout import open_layout
-from fluxkiln.artifacts.store import Blob, open_store
+from fluxkiln.artifacts.registry.place import open_layout
+from fluxkiln.artifacts.registry.transfer import Stop
+from fluxkiln.artifacts.store import open_store
 from fluxkiln.build.publish import inspect_reference, publish_bundle, pull_bundle
 from fluxkiln.errors import IntegrityError
 
@@ -201,7 +202,8 @@ def test_texts_that_steer_a_terminal_are_refused(good, tmp_path, text, build):
 
 
 def test_config_of_our_own_is_accepted(published, tmp_path):
-    place = open_layout(tmp_path / "layout", write=False)
+    place = open_layout(tmp_path / "layout", write=False, stop=Stop())
     data = place.store.read(published.document.config.digest)
     check_config(published.document, data, "ours")
-    assert published.document.config == Blob(digest_bytes(data), len(data))
+    config = published.document.config
+    assert (config.digest, config.size) == (digest_bytes(data), len(data))

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from fluxkiln.artifacts.registry import hints
-from fluxkiln.artifacts.registry.hints import add_hints, read_hints
+from fluxkiln.artifacts.registry import oci
+from fluxkiln.artifacts.registry.oci import add_hints, read_hints
 
 ONE, TWO = "sha256:" + "1" * 64, "sha256:" + "2" * 64
 
@@ -20,14 +20,14 @@ def test_hints_are_kept_per_registry():
 @pytest.mark.parametrize("data", [b"", b"{", b"[]", b'{"sha256:1": "../../x?from=y"}', b'{"sha256:1": 5}', b"\xff"])
 def test_a_file_that_makes_no_sense_is_no_hint(data):
     add_hints("ghcr.io", "a", [ONE])
-    hints._file("ghcr.io").write_bytes(data)
+    oci._hints_file("ghcr.io").write_bytes(data)
     assert read_hints("ghcr.io") == {}
     add_hints("ghcr.io", "a", [ONE])
     assert read_hints("ghcr.io") == {ONE: "a"}
 
 
 def test_the_oldest_go_first(monkeypatch):
-    monkeypatch.setattr(hints, "MOST_HINTS", 3)
+    monkeypatch.setattr(oci, "MOST_HINTS", 3)
     for number in range(5):
         add_hints("ghcr.io", "a", [f"sha256:{number}"])
     add_hints("ghcr.io", "b", ["sha256:2"])

@@ -12,8 +12,7 @@ import pytest
 
 from fluxkiln.artifacts.bundle import verify_bundle
 from fluxkiln.artifacts.registry import oci
-from fluxkiln.artifacts.registry.hints import add_hints
-from fluxkiln.artifacts.registry.oci import open_registry
+from fluxkiln.artifacts.registry.oci import add_hints, open_registry
 from fluxkiln.artifacts.registry.pull import look_up, quarantine_of
 from fluxkiln.artifacts.registry.push import push
 from fluxkiln.artifacts.registry.reference import parse_reference
@@ -122,7 +121,7 @@ def test_many_tags_come_in_pages(build, start_registry, monkeypatch):
     place.close()
 
 
-def test_large_blobs_go_in_chunks(build, start_registry, tmp_path):
+def test_large_blobs_go_in_chunks(build, start_registry, tmp_path, monkeypatch):
     server = start_registry()
     folder = build(files={"large.data": os.urandom((1 << 20) + 17)})
     reference = parse_reference(f"{server.host}/tiny:v1")
@@ -131,7 +130,7 @@ def test_large_blobs_go_in_chunks(build, start_registry, tmp_path):
 
     document, config, sources = _compose(folder / "bundle", read_manifest(folder / "bundle"), b"", Terms())
     place = open_registry(reference)
-    place._chunk = 100_000
+    monkeypatch.setattr(oci, "CHUNK_BYTES", 100_000)
     done = push(place, document, config, sources, "v1", stop=Stop())
     assert done.sent == sum(layer.size for layer in document.layers) + document.config.size
     assert look_up(place, "v1").document == document

@@ -12,9 +12,8 @@ from pathlib import Path
 import pytest
 
 from fluxkiln.artifacts.bundle import read_manifest
-from fluxkiln.artifacts.registry import signing
-from fluxkiln.artifacts.registry.card import model_card
-from fluxkiln.artifacts.registry.licence import FLUX_DEV, check_licence
+from fluxkiln.artifacts.registry import papers
+from fluxkiln.artifacts.registry.papers import FLUX_DEV, check_licence, model_card
 from fluxkiln.artifacts.store import Store, open_store
 from fluxkiln.build.publish import Terms, inspect_reference, publish_bundle, pull_bundle
 from fluxkiln.errors import IntegrityError, ToolchainError, UsageError
@@ -252,7 +251,7 @@ def test_keys_that_are_none(build, layout, key, tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="no private key that can sign"):
         publish_bundle(build("b"), f"{layout}:v1", Terms(sign_key=public))
     with pytest.raises(UsageError, match="no public key that can verify"):
-        signing.verify({"a": "sha256:" + "0" * 64}, b"{}", tmp_path / "b" / "bundle" / "LICENSE.md")
+        papers.verify_signature({"a": "sha256:" + "0" * 64}, b"{}", tmp_path / "b" / "bundle" / "LICENSE.md")
     monkeypatch.setitem(sys.modules, "model_signing", None)
     with pytest.raises(ToolchainError, match=r"pip install 'fluxkiln\[signing\]'"):
         publish_bundle(build("c"), f"{layout}:v1", Terms(sign_key=private))

@@ -22,15 +22,15 @@ DIGEST = "sha256:" + "ab" * 32
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("oci-layout:build/store:tiny-dev:cpu", LayoutReference(Path("build/store"), "tiny-dev:cpu")),
-        ("oci-layout:/a b/c:v1", LayoutReference(Path("/a b/c"), "v1")),
+        ("oci-layout:build/store:tiny-dev:cpu", LayoutReference(Path("build/store"), tag="tiny-dev:cpu")),
+        ("oci-layout:/a b/c:v1", LayoutReference(Path("/a b/c"), tag="v1")),
         (f"oci-layout:x@{DIGEST}", LayoutReference(Path("x"), digest=DIGEST)),
-        ("localhost/x:v1", RegistryReference("localhost", "x", "v1")),
-        ("registry:5000/a/b_c/d-e.f:V_1.0", RegistryReference("registry:5000", "a/b_c/d-e.f", "V_1.0")),
-        ("[::1]:5000/a:v", RegistryReference("[::1]:5000", "a", "v")),
+        ("localhost/x:v1", RegistryReference("localhost", "x", tag="v1")),
+        ("registry:5000/a/b_c/d-e.f:V_1.0", RegistryReference("registry:5000", "a/b_c/d-e.f", tag="V_1.0")),
+        ("[::1]:5000/a:v", RegistryReference("[::1]:5000", "a", tag="v")),
         (f"ghcr.io/a/b@{DIGEST}", RegistryReference("ghcr.io", "a/b", digest=DIGEST)),
         (f"ghcr.io/a/b:v1@{DIGEST}", RegistryReference("ghcr.io", "a/b", digest=DIGEST)),
-        ("hf://org/Repo.x@v1", HubReference("org/Repo.x", "v1")),
+        ("hf://org/Repo.x@v1", HubReference("org/Repo.x", tag="v1")),
     ],
 )
 def test_forms(text, expected):
@@ -72,7 +72,7 @@ def test_refused(text, sentence):
 def test_a_tag_may_be_left_out_where_none_is_needed():
     assert parse_reference("ghcr.io/a", tagged=False) == RegistryReference("ghcr.io", "a")
     assert str(with_tag(parse_reference("hf://o/r", tagged=False), "v2")) == "hf://o/r@v2"
-    assert with_tag(RegistryReference("h:1", "a", digest=DIGEST), "v2") == RegistryReference("h:1", "a", "v2")
+    assert with_tag(RegistryReference("h:1", "a", digest=DIGEST), "v2") == RegistryReference("h:1", "a", tag="v2")
 
 
 @pytest.mark.parametrize("host", ["localhost", "localhost:5000", "127.0.0.1", "127.9.9.9:80", "[::1]:5000", "[::1]"])

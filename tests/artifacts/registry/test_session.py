@@ -199,7 +199,7 @@ def test_what_may_pass_is_tried_again_and_what_may_not_is_not(stub, session):
     answers = [(503, {}, b""), (429, {"Retry-After": "0"}, b""), (200, {}, b"at last")]
     registry = stub(lambda method, path, authorization: answers.pop(0))
     assert session(registry.host).ask("GET", "/", accept=(200,), what="x").body == b"at last"
-    for status, sentence in ((403, "may not do that"), (405, "read-only"), (418, "im a teapot")):
+    for status, sentence in ((403, "may not do that"), (405, "read-only"), (418, "i'm a teapot")):
         refusing = stub(lambda method, path, authorization, status=status: (status, {}, b"why\x1b[31m not"))
         with pytest.raises(RegistryError, match=sentence) as found:
             session(refusing.host).ask("PUT", "/", accept=(200,), what="x")

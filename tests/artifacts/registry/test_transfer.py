@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import os
@@ -8,16 +9,17 @@ import time
 
 import pytest
 
-from fluxkiln.artifacts.registry.document import Layer
-from fluxkiln.artifacts.registry.meter import STEP_BYTES, Meter
-from fluxkiln.artifacts.registry.parallel import each
+from fluxkiln.artifacts.modelpack import Layer
 from fluxkiln.artifacts.registry.transfer import (
+    SHOWN_BYTES,
     Arrival,
     Departure,
+    Meter,
     Patience,
     Stop,
     StoppedError,
     TransientError,
+    each,
     retrying,
 )
 from fluxkiln.errors import RegistryError
@@ -42,10 +44,10 @@ def test_attempts_count_without_progress_in_between():
     def flaky() -> str:
         calls.append(1)
         if len(calls) < 40:
-            raise TransientError("cut", progressed=len(calls) % 3 == 0)
+            raise TransientError("cut")
         return "done"
 
-    assert retrying(QUICK, Stop(), "x", flaky) == "done"
+    assert retrying(QUICK, Stop(), "x", flaky, lambda: len(calls) // 3) == "done"
     assert len(calls) == 40
     calls.clear()
 
@@ -117,19 +119,19 @@ def test_departure_hashes_each_byte_once_whatever_is_sent_again(tmp_path):
     assert b"".join(departure.pieces(0, len(data))) == data
     assert departure.digest == sha(data)
     assert sum(moved) == len(data)
-    rest = Departure(data, len(data), lambda count: None)
+    rest = Departure(data, len(data))
     rest.read_rest()
     assert rest.digest == sha(data)
 
 
 def test_departure_notices_a_file_that_shrank_or_became_a_link(tmp_path):
     (tmp_path / "x").write_bytes(b"abc")
-    departure = Departure(tmp_path / "x", 5, lambda count: None)
+    departure = Departure(tmp_path / "x", 5)
     departure.read_rest()
     assert departure.digest is None
     (tmp_path / "link").symlink_to(tmp_path / "x")
     with pytest.raises(OSError, match="symbolic link"):
-        Departure(tmp_path / "link", 3, lambda count: None).read_rest()
+        Departure(tmp_path / "link", 3).read_rest()
 
 
 def test_the_first_failure_ends_the_others_and_is_the_one_told():
@@ -164,14 +166,14 @@ class Steps:
 
 def test_a_meter_tells_every_step_once():
     steps = Steps()
-    layers = [Layer("small", sha(b"1"), 10), Layer("large", sha(b"2"), 3 * STEP_BYTES), Layer("empty", sha(b"3"), 0)]
+    layers = [Layer("small", sha(b"1"), 10), Layer("large", sha(b"2"), 3 * SHOWN_BYTES), Layer("empty", sha(b"3"), 0)]
     meter = Meter(steps, "push", layers)
     assert steps.total == 5
-    moved = meter.counter(layers[1])
+    moved = functools.partial(meter.move, layers[1])
     for _ in range(6):
-        moved(STEP_BYTES // 2)
+        moved(SHOWN_BYTES // 2)
     # What is sent again does not count twice, and the last step comes with the end.
-    moved(STEP_BYTES)
+    moved(SHOWN_BYTES)
     assert steps.steps == 2
     for layer in layers:
         meter.finish(layer, "sent")

@@ -9,8 +9,7 @@ from pathlib import Path
 from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.artifacts.bundle import read_manifest, role_of, verify_bundle
 from fluxkiln.artifacts.locks import build_lock
-from fluxkiln.artifacts.manifest import FileEntry, Manifest
-from fluxkiln.artifacts.paths import MANIFEST_FILE, resolve_inside
+from fluxkiln.artifacts.manifest import MANIFEST_FILE, FileEntry, Manifest, resolve_inside
 from fluxkiln.artifacts.store import Store
 from fluxkiln.compile.targets import find_target
 from fluxkiln.compile.toolchain import Resumed
@@ -92,6 +91,6 @@ def _rewrite(bundle: Path, manifest: Manifest, modules: Iterable[str]) -> None:
         for path in (neff_path(bundle, name), record_path(bundle, name)):
             digest, size = digest_file(path)
             label = path.relative_to(bundle).as_posix()
-            entries[label] = FileEntry(label, digest.removeprefix("sha256:"), size, role_of(label))
+            entries[label] = FileEntry(label, role_of(label), digest.removeprefix("sha256:"), size)
     files = tuple(entries[path] for path in sorted(entries))
     write_durably(bundle / MANIFEST_FILE, replace(manifest, files=files).to_bytes())

@@ -18,6 +18,8 @@ from fluxkiln.errors import UsageError
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.progress import Laps, Progress
 from fluxkiln.settings import Settings
+from fluxkiln.types import Part
+from fluxkiln.verify.findings import PartFindings, Record
 
 
 class Neuron(Toolchain):
@@ -62,6 +64,13 @@ class Neuron(Toolchain):
         from fluxkiln.compile.toolchains.neuron.rungs import climb
 
         return climb(checkpoint, plan, cache, made, progress)
+
+    def look(
+        self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, record: Record, progress: Progress
+    ) -> PartFindings:
+        from fluxkiln.compile.toolchains.neuron.look import look
+
+        return look(checkpoint, plan, cache, part, record, progress)
 
     def report(self, checkpoint: Checkpoint, plan: Plan, made: Made) -> dict[str, Any]:
         from fluxkiln.compile.toolchains.neuron.roofline import report

@@ -1,4 +1,4 @@
-"""Looking inside HLO modules: the values they compute on the way, and what float32 arithmetic makes of them.
+"""What HLO modules compute on the way: their values, and what float32 arithmetic makes of them.
 
 Values are called after the instruction that makes them, `dot.57`: names of canonical modules are the same in every
 process, and `widen` and `show_values` keep them.
@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from fluxkiln.compile.onnx.values import Operation
 from fluxkiln.compile.toolchains.neuron.hlo_proto import ELEMENTS, parse_module
+from fluxkiln.verify.findings import Operation
 
 # what moves numbers and computes none; a `convert` computes where it narrows
 _MOVES = frozenset({
@@ -49,7 +49,7 @@ def list_values(proto: bytes, inputs: Sequence[str], slots: Sequence[str]) -> tu
         read = tuple(dict.fromkeys(name for i in instruction.operand_ids for name in sources[i]))
         weights = tuple(dict.fromkeys(name for i in instruction.operand_ids for name in held[i]))
         if read and _computes(instruction, by_id):
-            found.append(Operation(instruction.name, instruction.opcode, read, weights, None))
+            found.append(Operation(instruction.name, instruction.opcode, read, weights))
             sources[number], held[number] = (instruction.name,), ()
         else:
             sources[number], held[number] = read, weights

@@ -21,6 +21,8 @@ from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.progress import Laps, Progress
 from fluxkiln.quantize.schemes import parse_scheme
 from fluxkiln.settings import Settings
+from fluxkiln.types import Part
+from fluxkiln.verify.findings import PartFindings, Record
 
 GRAPHS = "onnx"
 # of the largest weight that is stored transposed, in float32
@@ -102,6 +104,13 @@ class OnnxRuntime(Toolchain):
         # without quantization the bundle's own graphs are the exported templates
         rung = "executed" if plan.quantized else "onnxruntime"
         yield {rung: OrtExecutor(made.own, components, spin=True, most_open=most_open)}
+
+    def look(
+        self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, record: Record, progress: Progress
+    ) -> PartFindings:
+        from fluxkiln.compile.toolchains.onnxruntime.look import look
+
+        return look(checkpoint, plan, cache, part, record, progress)
 
     def open_executor(self, bundle: Bundle, name: str | None, options: Mapping[str, Any]) -> Executor:
         from fluxkiln.compile.executor import require_file

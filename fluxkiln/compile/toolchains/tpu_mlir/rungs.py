@@ -68,23 +68,29 @@ def read_back(ladder: Ladder, checkpoint: Checkpoint, plan: Plan, cache: ActionC
     """
     import numpy as np
 
-    from fluxkiln.compile.toolchains.tpu_mlir.cast import compare_stored
-
     homes = {part: cache.path(file.blob) for file in made.files for part in file.parts}
     for binary in made.binaries:
         if "map" not in binary.blobs:
             continue
         part = binary.part
-        reader = part_weights(
-            checkpoint, plan, cache, part, make_template(checkpoint, plan, cache, part.kind, "onnx17")
-        )
-        rounder_of = part_rounders(checkpoint, plan, cache, part)
-        differing = compare_stored(homes[part.name], binary.net, read_map(cache, binary), reader, rounder_of)
+        differing = compare_part(checkpoint, plan, cache, binary, homes[part.name])
         worst = max(differing, key=lambda slot: float(differing[slot].max()))
         output = f"weights of {worst}" if differing[worst].any() else "weights"
         equal = np.concatenate([1 - shares for shares in differing.values()])
         scheme, rungs = gate_scheme(binary.scheme), [("stored", equal)]
         ladder.climb(part.name, part.traits, output, -1, np.ones_like(equal), None, rungs, scheme)
+
+
+def compare_part(
+    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, binary: Binary, file: Path
+) -> dict[str, NDArray[Any]]:
+    """What `compare_stored` says of a cast part, whose net is in `file`."""
+    from fluxkiln.compile.toolchains.tpu_mlir.cast import compare_stored
+
+    part = binary.part
+    reader = part_weights(checkpoint, plan, cache, part, make_template(checkpoint, plan, cache, part.kind, "onnx17"))
+    rounder_of = part_rounders(checkpoint, plan, cache, part)
+    return compare_stored(file, binary.net, read_map(cache, binary), reader, rounder_of)
 
 
 class Interpreted:

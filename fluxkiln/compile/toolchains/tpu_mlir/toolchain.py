@@ -20,6 +20,8 @@ from fluxkiln.errors import ToolchainError
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.progress import Laps, Progress
 from fluxkiln.settings import Settings
+from fluxkiln.types import Part
+from fluxkiln.verify.findings import PartFindings, Record
 
 if TYPE_CHECKING:
     from fluxkiln.verify.ladder import Ladder
@@ -97,6 +99,13 @@ class TpuMlir(Toolchain):
         from fluxkiln.compile.toolchains.tpu_mlir.rungs import read_back
 
         read_back(ladder, checkpoint, plan, cache, made)
+
+    def look(
+        self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, record: Record, progress: Progress
+    ) -> PartFindings:
+        from fluxkiln.compile.toolchains.tpu_mlir.look import look
+
+        return look(checkpoint, plan, cache, part, record, progress)
 
     def report(self, checkpoint: Checkpoint, plan: Plan, made: Made) -> dict[str, Any]:
         from fluxkiln.compile.toolchains.tpu_mlir.report import report_devices

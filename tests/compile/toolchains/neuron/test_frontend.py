@@ -15,8 +15,7 @@ from fluxkiln.compile.toolchains.neuron.frontend import load_frontend, lower_mod
 from fluxkiln.compile.toolchains.neuron.hlo_proto import parse_module
 from fluxkiln.compile.toolchains.neuron.replicas import Replicas
 from fluxkiln.errors import CompileError, ToolchainError
-from fluxkiln.export.trace import part_inputs
-from fluxkiln.patches.flux1.parts import build_part
+from fluxkiln.patches.flux1.model import MODEL
 from fluxkiln.patches.flux1.presets import PRESETS
 from fluxkiln.types import Shapes, TensorSpec
 
@@ -147,9 +146,9 @@ def test_parts_of_the_tiny_model_equal_torch(replicas, kind):
         torch.randint(0, 50, spec.shape, generator=generator, dtype=torch.int32)
         if spec.dtype == "int64"
         else torch.randn(spec.shape, generator=generator)
-        for spec in part_inputs(kind, configs, Shapes(32, 32, 16))
+        for spec in MODEL.part_inputs(kind, configs, Shapes(32, 32, 16))
     ]
-    found, expected = executed(replicas, lambda: build_part(kind, configs), arguments)
+    found, expected = executed(replicas, lambda: MODEL.build_part(kind, configs), arguments)
     assert relative(found, expected) <= BOUND
 
 
@@ -159,9 +158,9 @@ def test_other_parts_are_lowered(kind):
     special = {"input_ids": "int32", "timestep": "float32", "guidance": "float32"}
     inputs = [
         TensorSpec(spec.name, spec.shape, special.get(spec.name, "bfloat16"))
-        for spec in part_inputs(kind, configs, Shapes(32, 32, 16))
+        for spec in MODEL.part_inputs(kind, configs, Shapes(32, 32, 16))
     ]
-    proto = lower_module(lambda collectives: build_part(kind, configs), inputs, 1, "bfloat16").proto
+    proto = lower_module(lambda collectives: MODEL.build_part(kind, configs), inputs, 1, "bfloat16").proto
     facts = check_hlo(canonicalise(proto), all_reduces=0, all_gathers=0, ranks=1)
     assert (facts.flops > 0) == (kind not in ("t5_embed", "t5_final"))
 

@@ -11,19 +11,19 @@ import pytest
 
 from fluxkiln.artifacts.bundle import read_manifest, verify_bundle
 from fluxkiln.artifacts.store import open_store
-from fluxkiln.build.context import describe, prepare
+from fluxkiln.build.context import outline, prepare
 from fluxkiln.build.make import build, plan
-from fluxkiln.build.parity import record
+from fluxkiln.build.verification import record, verify
+from fluxkiln.compile.plan import Made
 from fluxkiln.compile.toolchains.neuron import rungs as replicating
-from fluxkiln.compile.toolchains.neuron.modules import lower_modules
+from fluxkiln.compile.toolchains.neuron.make import SplitModel
+from fluxkiln.compile.toolchains.neuron.modules import lower_modules, module_name
 from fluxkiln.compile.toolchains.neuron.resume import resume_compile
 from fluxkiln.compile.toolchains.neuron.split import shard_weights
 from fluxkiln.errors import IntegrityError, ParityError, ResourceError, ToolchainError, UsageError
 from fluxkiln.export.shard_files import join_shards, read_shard
-from fluxkiln.export.split import list_split_parts
 from fluxkiln.progress import Silent
 from fluxkiln.settings import Settings
-from tests.builds import altered
 
 STUB = Path(__file__).with_name("stub-neuronx-cc")
 
@@ -131,9 +131,10 @@ def test_nothing_is_made_again(built, monkeypatch):
 
 def test_shards_are_the_checkpoint_bit_for_bit(built):
     root = built[0]
-    checkpoint = prepare(settings(root)).kiln.checkpoint
+    prepared = prepare(settings(root))
+    checkpoint = prepared.checkpoint
     seen = {}
-    for part in list_split_parts(checkpoint.configs):
+    for part in prepared.plan.parts:
         files = sorted((bundle_of(root) / "weights" / part.name).glob("*.safetensors"))
         seen |= {
             (part.component, name): tensor
@@ -148,10 +149,10 @@ def test_shards_are_the_checkpoint_bit_for_bit(built):
 
 
 def test_full_size_has_as_many_collectives_as_it_must(tmp_path):
-    kiln = describe(settings(tmp_path, model="full-dev", tp_degree=8)).kiln
-    kinds = [part.kind for part in kiln.split_parts]
-    modules = lower_modules(*kiln, Silent())
-    assert len(modules) == len({module.blob.digest for module in modules.values()}) == 7
+    prepared = outline(settings(tmp_path, model="full-dev", tp_degree=8))
+    kinds = [module_name(part) for part in prepared.plan.parts]
+    modules = lower_modules(prepared.checkpoint, prepared.plan, prepared.cache, Silent())
+    assert len(modules) == len({module.digest for module in modules.values()}) == 7
     reduces = {name: len(module.facts["all_reduce_bytes"]) for name, module in modules.items()}
     gathers = {name: len(module.facts["all_gather_bytes"]) for name, module in modules.items()}
     transformer = [kind for kind in kinds if kind in ("head", "double", "single", "tail")]
@@ -178,10 +179,12 @@ def test_more_ranks_than_heads_are_padded_and_pass_the_same_gates(built, tmp_pat
     """2 heads on 4 ranks: half of them zeros, which no instance is given but every rank computes."""
     changed = settings(built[0], steps=1)
     prepared = prepare(changed)
-    kiln = altered(prepared, split=replace(prepared.split, degree=4), logs=tmp_path / "logs")
-    modules, shards = lower_modules(*kiln, Silent()), shard_weights(*kiln, Silent())
-    recording = record(*kiln, changed, prepared.fingerprint, tmp_path / "recording")
-    parity = replicating.verify_split(*kiln, changed, modules, shards, recording, Silent())
+    plan = replace(prepared.plan, layout=replace(prepared.plan.layout, degree=4), folder=tmp_path)
+    prepared = replace(prepared, plan=plan, folder=tmp_path)
+    build = prepared.checkpoint, plan, prepared.cache
+    modules, shards = lower_modules(*build, Silent()), shard_weights(*build, Silent())
+    made = Made((), (), own=SplitModel(plan.shapes, modules, shards))
+    parity = verify(prepared, made, record(prepared), tmp_path, Silent())
     assert {module.ranks for module in modules.values()} == {1, 4}
     assert parity.pipeline is not None
     assert [row for row in parity.ladder.rows if not row.passed] == []
@@ -202,8 +205,8 @@ def test_wrong_shards_are_seen(built, spoil, monkeypatch, tmp_path):
     without_compiler(monkeypatch)
     sound = replicating.shard_arrays
 
-    def spoilt(kiln, shards):
-        ranks = sound(kiln, shards)
+    def spoilt(cache, shards):
+        ranks = sound(cache, shards)
         return spoil(ranks) if len(ranks) > 1 else ranks
 
     monkeypatch.setattr(replicating, "shard_arrays", spoilt)
@@ -220,12 +223,19 @@ def test_wrong_shards_are_seen(built, spoil, monkeypatch, tmp_path):
         ({"instance": "inf2.48xlarge"}, UsageError, "there are trn1.32xlarge, trn1.2xlarge"),
         ({"granularity": "group:0"}, UsageError, "group:N with N blocks"),
         ({"modulation": "inline"}, UsageError, "leave --modulation out"),
-        ({"model": "full-dev", "instance": "trn1.2xlarge"}, ResourceError, "it fits inf2.48xlarge with tp 4, 8"),
     ],
 )
 def test_what_the_instance_cannot_do_is_refused_before_a_weight_is_read(tmp_path, changes, error, says):
     with pytest.raises(error, match=says):
         plan(settings(tmp_path, **changes))
+    assert not (tmp_path / "models").exists()
+
+
+def test_what_does_not_fit_the_cores_is_refused_before_a_weight_is_written(tmp_path):
+    too_large = settings(tmp_path, model="full-dev", instance="trn1.2xlarge")
+    assert "it fits inf2.48xlarge with tp 4, 8" in plan(too_large)["refused"]
+    with pytest.raises(ResourceError, match="it fits inf2.48xlarge with tp 4, 8"):
+        build(too_large)
     assert not (tmp_path / "models").exists()
 
 

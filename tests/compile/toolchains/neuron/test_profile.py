@@ -17,6 +17,7 @@ from fluxkiln.compile.toolchains.neuron.profile import (
     padded_heads,
 )
 from fluxkiln.errors import ResourceError, SchemeError, UsageError
+from fluxkiln.patches.flux1.kinds import KINDS
 
 TRN1, INF2 = find_target("trn1"), find_target("inf2")
 HEADS = 24
@@ -60,14 +61,14 @@ def test_the_first_instance_is_the_default():
 
 def test_all_kinds_are_stored_alike():
     """Shards are bfloat16, and one module has one dtype; float32 is for verification."""
-    blocks, schemes = TRN1.parse_schemes(None)
+    blocks, schemes = TRN1.parse_schemes(None, KINDS)
     assert blocks.name == "BF16"
     assert {scheme.name for scheme in schemes.values()} == {"BF16"}
-    assert {scheme.name for scheme in INF2.parse_schemes("BF16")[1].values()} == {"BF16"}
+    assert {scheme.name for scheme in INF2.parse_schemes("BF16", KINDS)[1].values()} == {"BF16"}
     with pytest.raises(SchemeError, match="target trn1 stores all kinds alike; use BF16"):
-        TRN1.parse_schemes("BF16,clip=F32")
+        TRN1.parse_schemes("BF16,clip=F32", KINDS)
     with pytest.raises(SchemeError, match="F16"):
-        TRN1.parse_schemes("F16")
+        TRN1.parse_schemes("F16", KINDS)
 
 
 @pytest.mark.parametrize(

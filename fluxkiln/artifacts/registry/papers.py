@@ -1,0 +1,319 @@
+"""What goes with a published bundle: terms, model card, provenance, signature.
+
+FLUX.1-dev's licence asks everybody who passes on the model or a derivative of it to hand over the licence with it.
+What is signed are the digests of all files of a pulled folder, but for the signature and the record of the pull, so
+`model_signing verify key DIR --signature DIR/model.sig` agrees. The files are not read again: their digests are known.
+Provenance has no time and no host: the same bundle gives the same bytes.
+
+Sources: FLUX.1 [dev] Non-Commercial License, section 3 (FLUX.1-schnell is under Apache-2.0);
+huggingface.co/docs/hub/model-cards, "Model card metadata"; in-toto attestation framework v1, statement.md and
+resource_descriptor.md; slsa.dev/spec/v1.0/provenance; github.com/sigstore/model-transparency, manifest.py.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from fluxkiln import __version__
+from fluxkiln.artifacts.manifest import Manifest
+from fluxkiln.artifacts.modelpack import RECORD, SIGNATURE, parity_word
+from fluxkiln.digests import Json, canonical_json
+from fluxkiln.errors import IntegrityError, ToolchainError, UsageError
+
+FLUX_DEV = "flux-1-dev"
+STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
+PREDICATE_TYPE = "https://slsa.dev/provenance/v1"
+BUILD_TYPE = "urn:fluxkiln:build:v1"
+BUILDER = "urn:fluxkiln:builder"
+
+_NON_COMMERCIAL = "LicenseRef-FLUX-1-dev-Non-Commercial"
+_BASE = {"dev": "black-forest-labs/FLUX.1-dev", "schnell": "black-forest-labs/FLUX.1-schnell"}
+# The first words of the licence of checkpoints that `fluxkiln synth` writes: random numbers, derived from nothing.
+_SYNTHETIC = b"This is a synthetic checkpoint, written by `fluxkiln synth`"
+_TITLE = re.compile(rb"flux[\s.\d]*\[?dev\]?\s+non-commercial\s+license", re.IGNORECASE)
+# Of the text itself, which is far longer; a title or a note is no licence.
+_LEAST_BYTES = 1000
+# Settings that are about the reference run and not about what is built.
+_INTERNAL = ("seed", "steps", "prompt")
+_SIGNED_NAME = "bundle"
+
+
+def is_from_dev(manifest: Manifest, licence: bytes) -> bool:
+    """Whether a bundle is derived from FLUX.1-dev, and so under its terms."""
+    is_dev = manifest.variant == "dev" or manifest.licence.spdx == _NON_COMMERCIAL
+    return is_dev and not licence.startswith(_SYNTHETIC)
+
+
+def check_licence(manifest: Manifest, licence: bytes, accepted: Collection[str]) -> None:
+    """Refuse to publish what may not be passed on like this.
+
+    Args:
+        licence: the text in the bundle.
+        accepted: names of licences that the publisher has accepted.
+
+    Raises:
+        UsageError: derived from FLUX.1-dev, and its licence text is missing or was not accepted; or an unknown name.
+    """
+    for name in accepted:
+        if name != FLUX_DEV:
+            raise UsageError(f"no licence is called {name!r}; there is {FLUX_DEV} to accept")
+    if not is_from_dev(manifest, licence):
+        return
+    if len(licence) < _LEAST_BYTES or not _TITLE.search(licence):
+        raise UsageError(
+            f"{manifest.name} is derived from FLUX.1-dev, and its {manifest.licence.file} is not the text of the "
+            "FLUX.1 [dev] Non-Commercial License, which must go with it; put LICENSE.md of the model's page into the "
+            "checkpoint's folder and build the bundle again"
+        )
+    if FLUX_DEV not in accepted:
+        raise UsageError(
+            f"{manifest.name} is derived from FLUX.1-dev: who passes it on is bound by the FLUX.1 [dev] Non-Commercial "
+            f"License. Read the bundle's {manifest.licence.file}; if you may and will, add --accept-license {FLUX_DEV}"
+        )
+
+
+def model_card(
+    manifest: Manifest, licence: bytes, *, extra_licences: Sequence[str] = (), signed: bool = False
+) -> bytes:
+    """README.md of a bundle.
+
+    Args:
+        licence: the text in the bundle; random weights of ours name no base model.
+        extra_licences: paths of licences of adapters, beside the bundle.
+    """
+    synthetic, source = licence.startswith(_SYNTHETIC), manifest.checkpoint.source
+    base = _BASE.get(manifest.variant, source)
+    counts = sorted(Counter(part.scheme for part in manifest.parts).items())
+    schemes = ", ".join(f"{scheme} ({count} parts)" for scheme, count in counts)
+    # What no hub has a field for, for programs that read cards. JSON in a line is YAML too.
+    facts = {
+        "target": manifest.target,
+        "schemes": [scheme for scheme, _ in counts],
+        "shapes": asdict(manifest.shapes),
+        "parity": parity_word(manifest.parity),
+        "checkpoint": manifest.checkpoint.fingerprint,
+    }
+    front = ["---", *_licence_lines(manifest, licence)]
+    if not synthetic:
+        # A fine-tune that was built from its own hub id is the nearer ancestor.
+        nearest = source if source.count("/") == 1 and not source.startswith(("/", ".")) else base
+        front += [f"base_model: {nearest}", "base_model_relation: quantized"]
+    front += [
+        "library_name: fluxkiln",
+        "pipeline_tag: text-to-image",
+        f"tags: [fluxkiln, {json.dumps(manifest.target)}, flux-1-{manifest.variant}]",
+        f"fluxkiln: {json.dumps(facts)}",
+        "---",
+    ]
+    shapes = manifest.shapes
+    size = sum(file.size for file in manifest.files)
+    kind = "Random weights in the architecture of" if synthetic else "Compiled from a checkpoint of"
+    body = [
+        "",
+        f"# {manifest.name} for {manifest.target}",
+        "",
+        f"{kind} FLUX.1-{manifest.variant}, by fluxkiln. It is a bundle: the folder that a runtime loads.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| checkpoint | {_cell(source)}, fingerprint `{manifest.checkpoint.fingerprint}` |",
+        f"| target | {_cell(manifest.target)} |",
+        f"| schemes | {_cell(schemes)} |",
+        f"| shapes | {shapes.width}x{shapes.height} pixels, {shapes.tokens} text tokens |",
+        f"| size | {size} bytes in {len(manifest.files)} files |",
+        f"| parity | {_parity(manifest)} |",
+        f"| licence | {_cell(manifest.licence.spdx)}, text in `{manifest.licence.file}` |",
+        f"| signature | {'`model.sig`' if signed else 'none'} |",
+        "",
+        "## Files beside the bundle",
+        "",
+        "- `manifest.json`: every file with its SHA-256, every part with its scheme.",
+        "- `provenance.json`: in-toto statement, SLSA v1: what it was made from, with which settings and tools.",
+        *([] if parity_word(manifest.parity) == "unverified" else ["- `report.json`: the parity report."]),
+        *(f"- `{path}`: licence of an adapter that is fused into the weights." for path in extra_licences),
+        "",
+        "Fetch it with `fluxkiln pull`, which checks every byte.",
+        "",
+    ]
+    return "\n".join([*front, *body]).encode()
+
+
+def _licence_lines(manifest: Manifest, licence: bytes) -> list[str]:
+    if is_from_dev(manifest, licence):
+        name = "flux-1-dev-non-commercial-license"
+    elif manifest.licence.spdx == "Apache-2.0":
+        return ["license: apache-2.0"]
+    else:
+        name = json.dumps(manifest.licence.spdx)
+    return ["license: other", f"license_name: {name}", f"license_link: {json.dumps(manifest.licence.file)}"]
+
+
+def _parity(manifest: Manifest) -> str:
+    parity = manifest.parity
+    rows = parity.get("rows", 0)
+    word = parity_word(parity)
+    if word == "unverified":
+        return "not verified"
+    if word == "passed":
+        return f"passed: {rows} comparisons with diffusers, all within their gates"
+    failed = parity.get("failed_rows", "some")
+    return f"**FAILED**: {failed} of {rows} comparisons. {_cell(str(parity.get('failure', '')))}"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())
+
+
+def provenance_statement(manifest: Manifest, manifest_digest: str, report_digest: str = "") -> bytes:
+    """The in-toto statement about a bundle, with a SLSA v1 predicate.
+
+    Args:
+        manifest_digest: of `manifest.json`; `report_digest`: of the parity report, where there is one.
+    """
+    named = {"manifest.json": manifest_digest, **{file.path: file.digest for file in manifest.files}}
+    checkpoint: Json = {
+        "name": manifest.checkpoint.source,
+        "digest": _sha256(manifest.checkpoint.fingerprint),
+        "annotations": {"covers": "name, type, shape and bytes of every tensor", "variant": manifest.variant},
+    }
+    tools: list[Json] = [
+        {"name": name, "uri": f"pkg:generic/{name}@{found}"} for name, found in sorted(manifest.tools.items())
+    ]
+    external: Json = {
+        "name": manifest.name,
+        "target": manifest.target,
+        "variant": manifest.variant,
+        "shapes": asdict(manifest.shapes),
+        "schemes": {part.kind: part.scheme for part in manifest.parts},
+        **{name: value for name, value in manifest.settings.items() if name not in _INTERNAL},
+    }
+    # A bundle that does not name the fluxkiln that built it has the one that publishes it.
+    version = manifest.tools.get("fluxkiln", __version__)
+    details: dict[str, Json] = {"builder": {"id": BUILDER, "version": {"fluxkiln": version}}}
+    if report_digest:
+        report: Json = {"name": "report.json", "digest": _sha256(report_digest), "mediaType": "application/json"}
+        details["byproducts"] = [report]
+    statement: Json = {
+        "_type": STATEMENT_TYPE,
+        "subject": [{"name": path, "digest": _sha256(digest)} for path, digest in named.items()],
+        "predicateType": PREDICATE_TYPE,
+        "predicate": {
+            "buildDefinition": {
+                "buildType": BUILD_TYPE,
+                "externalParameters": external,
+                "internalParameters": {n: v for n, v in manifest.settings.items() if n in _INTERNAL},
+                "resolvedDependencies": [checkpoint, *tools],
+            },
+            "runDetails": details,
+        },
+    }
+    return canonical_json(statement) + b"\n"
+
+
+def _sha256(digest: str) -> Json:
+    return {"sha256": digest.removeprefix("sha256:")}
+
+
+def sign(digests: Mapping[str, str], key: Path) -> bytes:
+    """The signature of files by their paths in a pulled folder.
+
+    Args:
+        digests: path -> `sha256:<hex>`.
+        key: a private key in PEM: P-256, P-384 or P-521, without a password.
+
+    Raises:
+        UsageError: no such key, or none that can be used. ToolchainError: model-signing is not installed.
+    """
+    signing, _ = _signing_library()
+    _require_key(key, "--sign")
+    with tempfile.TemporaryDirectory(prefix="fluxkiln-sign-") as folder:
+        path = Path(folder, SIGNATURE)
+        try:
+            config = signing.Config().use_elliptic_key_signer(private_key=key)
+        except Exception as error:  # cryptography has many ways to refuse a key
+            raise UsageError(
+                f"{key} is no private key that can sign ({_first_line(error)}); make one: openssl ecparam -name "
+                f"prime256v1 -genkey -noout -out {key.name}"
+            ) from None
+        config.set_hashing_config(_Known(digests)).sign(Path(_SIGNED_NAME), path)
+        return path.read_bytes()
+
+
+def verify_signature(digests: Mapping[str, str], signature: bytes, key: Path) -> None:
+    """Compare a signature with the files' digests.
+
+    Raises:
+        IntegrityError: made with another key, over other files, or no signature at all.
+        UsageError: no such key. ToolchainError: model-signing is not installed.
+    """
+    _, verifying = _signing_library()
+    _require_key(key, "--verify")
+    try:
+        config = verifying.Config().use_elliptic_key_verifier(public_key=key)
+    except Exception as error:
+        raise UsageError(
+            f"{key} is no public key that can verify ({_first_line(error)}); take it from the private one: openssl ec "
+            f"-in PRIVATE -pubout -out {key.name}"
+        ) from None
+    with tempfile.TemporaryDirectory(prefix="fluxkiln-sign-") as folder:
+        path = Path(folder, SIGNATURE)
+        path.write_bytes(signature)
+        try:
+            config.set_hashing_config(_Known(digests)).verify(Path(_SIGNED_NAME), path)
+        except Exception as error:  # whatever is wrong with it, it is no signature of these files by that key
+            raise IntegrityError(
+                f"the signature does not hold for the key {key} ({_first_line(error)}); do not use the bundle: ask its "
+                "publisher, or give the publisher's own key"
+            ) from None
+
+
+class _Known:
+    """In place of model-signing's own reading of files: the digests that are known already."""
+
+    def __init__(self, digests: Mapping[str, str]) -> None:
+        self._digests = digests
+
+    def hash(self, model_path: Any, *, files_to_hash: Any = None) -> Any:
+        from model_signing import manifest
+        from model_signing._hashing.hashing import Digest
+
+        serialization = manifest.SerializationType.from_args(
+            {"method": "files", "hash_type": "sha256", "allow_symlinks": False, "ignore_paths": [SIGNATURE, RECORD]}
+        )
+        items = [
+            manifest.FileManifestItem(
+                path=PurePosixPath(path), digest=Digest("sha256", bytes.fromhex(digest.removeprefix("sha256:")))
+            )
+            for path, digest in sorted(self._digests.items())
+        ]
+        return manifest.Manifest(_SIGNED_NAME, items, serialization)
+
+    def add_ignored_paths(self, *, model_path: Any, paths: Any) -> None:
+        """Which files count is decided by the layers; the signature has no say in it."""
+
+
+def _signing_library() -> tuple[Any, Any]:
+    try:
+        from model_signing import signing, verifying
+    except ImportError as error:
+        raise ToolchainError(
+            f"signatures need the package model-signing ({error.name} is missing); install it: "
+            "pip install 'fluxkiln[signing]'"
+        ) from error
+    return signing, verifying
+
+
+def _require_key(key: Path, option: str) -> None:
+    if not key.is_file():
+        raise UsageError(f"{option} {key}: there is no such file; give a key in PEM")
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -1,0 +1,167 @@
+"""A part's values at the rungs that all toolchains have, and in the compiled form of one, against the rung below.
+
+A toolchain's `look` opens the part, has `look_below` judge the template and the stored weights, and adds its own forms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from fluxkiln.compile.plan import Plan
+from fluxkiln.export.bindings import bind_part, weight_reader
+from fluxkiln.export.checkpoint import Checkpoint
+from fluxkiln.progress import Progress
+from fluxkiln.types import Part, Template, WeightReader
+from fluxkiln.verify.findings import Finding, Operation, Remedy, RungFindings, Tolerance, Values
+from fluxkiln.verify.judgement import epsilons_differ, find_operation, judge_values, tolerance_of, with_culprit
+from fluxkiln.verify.remedies import Advice, find_remedy
+
+# of the progress
+STAGE = "look"
+# operations whose values are computed anew at once
+PIECE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class OpenPart:
+    """A part whose values can be looked at.
+
+    Attributes:
+        template: the file of its graph, whose operations are `operations`.
+        inputs: of one recorded call.
+        weights: the checkpoint's by slot, as the template takes them; stored: as the scheme stores them. What is read
+            and not computed is read whenever it is needed: a block has a gigabyte of each.
+        scheme: without its group size. advice: what the toolchain can do.
+    """
+
+    part: Part
+    template: Path
+    operations: tuple[Operation, ...]
+    inputs: Values
+    weights: Values
+    stored: Values
+    scheme: str
+    advice: Advice
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        return tuple(operation.output for operation in self.operations)
+
+
+def open_part(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    part: Part,
+    template: Template,
+    inputs: Values,
+    stored: WeightReader | None,
+    advice: Advice,
+) -> OpenPart:
+    """The part's template with its weights, the checkpoint's and the stored ones; None: these are the same."""
+    from fluxkiln.compile.onnx.values import SlotWeights, list_operations
+
+    slots = [spec.name for spec in template.slots]
+    weights = SlotWeights(slots, weight_reader(bind_part(part, template.slots, checkpoint), checkpoint))
+    held: Values = weights if stored is None else SlotWeights(slots, stored)
+    if stored is not None and plan.scheme(part).weight_bits:  # rounding takes longer than reading
+        held = dict(held)
+    operations = list_operations(template.path, slots)
+    return OpenPart(part, template.path, operations, inputs, weights, held, plan.scheme(part).base_name, advice)
+
+
+def look_below(opened: OpenPart, checkpoint: Checkpoint, progress: Progress) -> list[RungFindings]:
+    """The rung `onnxruntime`, and `dequantized` where other weights are stored than the checkpoint's."""
+    rungs = [check_template(opened, checkpoint)]
+    progress.done(STAGE, "onnxruntime", f"{len(opened.operations)} operations")
+    if opened.stored is not opened.weights:
+        rungs.append(check_stored(opened))
+        tell_rung(rungs[-1], progress)
+    return rungs
+
+
+def tell_rung(found: RungFindings, progress: Progress) -> None:
+    """One rung is done."""
+    progress.done(STAGE, found.rung, f"{len(found.findings)} values")
+
+
+def check_template(opened: OpenPart, checkpoint: Checkpoint) -> RungFindings:
+    """The template with the checkpoint's weights against upstream's own modules, one by one in the order they run.
+
+    A module's output is looked for among the template's values: patches may cut it in pieces, which are not judged.
+    """
+    from fluxkiln.compile.onnx.values import template_values
+    from fluxkiln.export.leaves import see_leaves
+    from fluxkiln.verify.match import match_leaves
+
+    leaves = see_leaves(opened.part, checkpoint, opened.inputs)
+    seen = template_values(opened.template, opened.inputs, opened.weights, opened.order)
+    matched = match_leaves(leaves, opened.operations, [seen], tolerance_of("onnxruntime", "*"))
+    # a module is several operations: its operands are what the modules before it made
+    judged = {finding.value: seen[finding.value] for finding in matched}
+    return _with_culprit(RungFindings("onnxruntime", "reference", tuple(matched)), opened, judged)
+
+
+def check_stored(opened: OpenPart) -> RungFindings:
+    """The template with the weights as the scheme stores them, against the checkpoint's."""
+    from fluxkiln.compile.onnx.values import template_values
+
+    values_with = partial(template_values, opened.template, opened.inputs, names=opened.order)
+    below, seen = values_with(weights=opened.weights), values_with(weights=opened.stored)
+    findings = _judge(opened, seen, below, opened.weights, tolerance_of("dequantized", opened.scheme))
+    return _with_culprit(RungFindings("dequantized", "onnxruntime", findings), opened, seen)
+
+
+def check_form(
+    opened: OpenPart,
+    rung: str,
+    tolerance: Tolerance,
+    run: Callable[[Values], Values],
+    forms: Mapping[str, Operation] | None = None,
+) -> RungFindings:
+    """A compiled form against the template with the stored weights.
+
+    Args:
+        run: those values of the compiled form, by the template's names, that have the shapes of what it is given.
+        forms: value -> what its operation became.
+    """
+    from fluxkiln.compile.onnx.values import template_values
+
+    below = template_values(opened.template, opened.inputs, opened.stored, opened.order)
+    seen = run(below)
+    findings = _judge(opened, seen, below, opened.stored, tolerance)
+    if forms is not None:
+        findings = tuple(_with_epsilon(finding, opened, forms[finding.value]) for finding in findings)
+    against = "onnxruntime" if opened.stored is opened.weights else "dequantized"
+    return _with_culprit(RungFindings(rung, against, findings), opened, seen, forms)
+
+
+def _judge(opened: OpenPart, seen: Values, below: Values, weights: Values, tolerance: Tolerance) -> tuple[Finding, ...]:
+    """Findings of all values, what their operations should make of their operands computed for a few at a time."""
+    from fluxkiln.compile.onnx.values import local_values
+
+    known: list[Finding] = []
+    given = {**opened.inputs, **seen}
+    for start in range(0, len(opened.order), PIECE):
+        names = opened.order[start : start + PIECE]
+        local = local_values(opened.template, given, weights, names)
+        known += judge_values(names, seen, below, local, tolerance)
+    return tuple(known)
+
+
+def _with_epsilon(finding: Finding, opened: OpenPart, form: Operation) -> Finding:
+    """A norm with another epsilon is out of its tolerance, also where these inputs do not show it."""
+    differs = epsilons_differ(form.epsilon, find_operation(opened.operations, finding.value).epsilon)
+    return replace(finding, missed=finding.missed or "epsilon") if differs else finding
+
+
+def _with_culprit(
+    made: RungFindings, opened: OpenPart, seen: Values, forms: Mapping[str, Operation] | None = None
+) -> RungFindings:
+    def remedy_of(finding: Finding, operation: Operation) -> Remedy:
+        form = (forms or {}).get(finding.value)
+        return find_remedy(made.rung, finding, operation, opened.operations, form, opened.scheme, opened.advice)
+
+    return with_culprit(made, opened.operations, {**opened.inputs, **seen}, remedy_of, forms)

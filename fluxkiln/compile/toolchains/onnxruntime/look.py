@@ -1,0 +1,89 @@
+"""A part's values in a graph of a bundle, as ONNX Runtime runs it."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fluxkiln.artifacts.actions import ActionCache
+from fluxkiln.compile.corrections import part_packers
+from fluxkiln.compile.look import STAGE, OpenPart, check_form, look_below, open_part, tell_rung
+from fluxkiln.compile.plan import Plan
+from fluxkiln.compile.templates import make_template
+from fluxkiln.compile.weights import part_rounders
+from fluxkiln.export.bindings import bind_part, weight_reader
+from fluxkiln.export.checkpoint import Checkpoint
+from fluxkiln.progress import Progress
+from fluxkiln.types import Part, Template, WeightReader
+from fluxkiln.verify.findings import PartFindings, Record, RungFindings, Values
+from fluxkiln.verify.judgement import F32, Tolerances, tolerance_of
+from fluxkiln.verify.remedies import Advice
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# the same numbers on both sides, whatever the scheme: 5e-7 was measured
+TOLERANCES: Tolerances = {"executed": {"*": F32}}
+
+
+def look(
+    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, record: Record, progress: Progress
+) -> PartFindings:
+    """See `Toolchain.look`."""
+    from fluxkiln.compile.onnx.linked import link_parts
+
+    call = record()
+    alone = replace(plan, shapes=call.shapes, parts=(part,))
+    progress.stage(STAGE, 3)
+    opened = open_linked(checkpoint, alone, cache, part, call.inputs)
+    rungs = look_below(opened, checkpoint, progress)
+    with tempfile.TemporaryDirectory(prefix="fluxkiln-look-") as scratch:
+        (graph,) = link_parts(checkpoint, alone, cache, plan.schemes, Path(scratch) / "graphs").values()
+        rungs.append(check_linked(opened, graph))
+    tell_rung(rungs[-1], progress)
+    return PartFindings(tuple(rungs))
+
+
+def open_linked(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, inputs: Values) -> OpenPart:
+    """The part with every weight as a linked graph holds it."""
+    template = make_template(checkpoint, plan, cache, part.kind, "onnx23")
+    stored = _stored(checkpoint, plan, cache, part, template) if plan.scheme(part).weight_bits else None
+    return open_part(checkpoint, plan, part, template, inputs, stored, Advice())
+
+
+def _stored(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, template: Template) -> WeightReader:
+    """Weights in codes product by product; all others as the checkpoint has them."""
+    import numpy as np
+
+    from fluxkiln.compile.onnx.values import quantized_regions
+    from fluxkiln.quantize.stored import stored_weight
+
+    scheme = plan.scheme(part)
+    reader = weight_reader(bind_part(part, template.slots, checkpoint), checkpoint)
+    regions = quantized_regions(template.path, [spec.name for spec in template.slots])
+    packer_of = part_packers(checkpoint, plan, cache, part, "onnx23")
+    rounder_of = None if packer_of is not None else part_rounders(checkpoint, plan, cache, part, "onnx23")
+
+    def stored(slot: str) -> NDArray[Any]:
+        weight = np.array(reader(slot), np.float32)
+        if scheme.keeps(slot):
+            return weight
+        for region in regions.get(slot, ()):
+            start, stop, _ = region[1].indices(weight.shape[1])
+            if packer_of is not None:
+                weight[region] = packer_of(slot, (start, stop))(weight[region]).dequantize(scheme.group_size)
+            elif rounder_of is not None:
+                weight[region] = stored_weight(weight[region], scheme, True, rounder_of(slot, (start, stop)))
+        return weight
+
+    return stored
+
+
+def check_linked(opened: OpenPart, graph: Path) -> RungFindings:
+    """A graph of the bundle against the template with the stored weights."""
+    from fluxkiln.compile.onnx.values import graph_values
+
+    tolerance = tolerance_of("executed", opened.scheme, TOLERANCES)
+    return check_form(opened, "executed", tolerance, lambda below: graph_values(graph, opened.inputs, list(below)))

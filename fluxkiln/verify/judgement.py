@@ -1,0 +1,250 @@
+"""Which operation is the first to leave its tolerance: values of a part at one rung, judged one by one.
+
+Two questions are asked of every value. *own*: is it what the operation makes of the very operands it was given, by
+the arithmetic of the rung below? That finds a wrong weight, bias or attribute, however noisy the operands are.
+*drift*: how far is it from the value of the rung below, with all errors that led to it? That finds an operation that
+is right in itself and loses what it is given, as a subtraction of large numbers in 16 bits does. The first value of
+the graph that fails either is the answer; a search by halves would need errors that never heal, which they do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fluxkiln.errors import SchemeError
+from fluxkiln.verify.findings import (
+    Culprit,
+    Finding,
+    Operation,
+    Range,
+    Remedy,
+    RungFindings,
+    Tolerance,
+    Values,
+)
+from fluxkiln.verify.metrics import compare, explain_mismatch
+
+# channels named in a finding
+MOST_NAMED = 8
+BUILD_AGAIN = "check the bundle (`fluxkiln verify`), then build it again"
+
+
+# healthy parts of all kinds stay below half of them
+F32 = Tolerance(1e-5, 1e-4, 1e-4)
+F16 = Tolerance(2e-3, 1e-2, 5e-2)
+BF16 = Tolerance(1e-2, 5e-2, 0.1)  # one rounding is 3.9e-3 at most; sums of many operations reach 2e-2
+REORDERED = Tolerance(2e-5, 2e-4, 2e-5)  # float32 in another order of sums than the modules'
+# rung -> what a scheme stores or computes with -> bounds
+Tolerances = Mapping[str, Mapping[str, Tolerance]]
+TOLERANCES: Tolerances = {
+    "onnxruntime": {"*": REORDERED},
+    "dequantized": {
+        "F32": F32,
+        "F16": F16,
+        "BF16": BF16,
+        "W8BF16": Tolerance(2e-2, 0.1, 0.2),
+        # one matmul with 4-bit codes errs by 9 %, its worst channel by 20 %
+        "W4BF16": Tolerance(0.15, 0.5, 0.5),
+    },
+}
+
+
+def tolerance_of(rung: str, scheme: str, table: Tolerances = TOLERANCES) -> Tolerance:
+    """The bounds at `rung` for a scheme's base name.
+
+    Args:
+        table: that of a toolchain for its own rungs; by default of the rungs that all have.
+
+    Raises:
+        SchemeError: none are known.
+    """
+    known = table.get(rung, {})
+    found = known.get(scheme) or known.get("*")
+    if found is None:
+        raise SchemeError(f"no tolerance is known for {scheme} at rung {rung}; there are {', '.join(known) or 'none'}")
+    return found
+
+
+def judge_values(
+    order: Sequence[str],
+    seen: Values,
+    below: Values,
+    local: Values,
+    tolerance: Tolerance,
+) -> tuple[Finding, ...]:
+    """A finding for every value that was seen and has its counterparts.
+
+    Args:
+        order: the names of values in the order they are made.
+        seen: values at the rung in question; below: the same at the rung below.
+        local: what the arithmetic of the rung below makes of the operands as they were seen.
+    """
+    return tuple(
+        _judge(name, seen[name], below[name], local[name], tolerance)
+        for name in order
+        if name in seen and name in below and name in local and not explain_mismatch(seen[name], below[name])
+    )
+
+
+def judge_ranks(
+    order: Sequence[str],
+    seen: Sequence[Values],
+    below: Sequence[Values],
+    local: Sequence[Values],
+    tolerance: Tolerance,
+) -> tuple[Finding, ...]:
+    """As `judge_values`, of each rank; a value's finding is that of the rank where it is worst.
+
+    Each rank is judged by itself: what is wrong on one of many would drown in the norms of all.
+    """
+    ranks = [judge_values(order, *one, tolerance) for one in zip(seen, below, local, strict=True)]
+    return tuple(
+        max(
+            (replace(finding, rank=rank) for rank, finding in enumerate(findings)),
+            key=lambda finding: (bool(finding.missed), finding.own),
+        )
+        for findings in zip(*ranks, strict=True)
+    )
+
+
+def judge_stored(
+    against: str,
+    operations: Sequence[Operation],
+    shares: Mapping[str, Mapping[int, float]],
+    tell: Callable[[Mapping[str, Mapping[int, float]]], str],
+) -> RungFindings:
+    """Findings on weights that were read back and not computed with, one for every operation that reads some.
+
+    Args:
+        shares: slot -> rank (-1 where there is but one) -> the share of it that is not what it should be.
+        tell: the sentence that says of such slots what is wrong.
+    """
+    findings = []
+    for operation in operations:
+        found = [(share, rank) for slot in operation.slots for rank, share in shares.get(slot, {}).items()]
+        if found:
+            share, rank = max(found)
+            findings.append(Finding(operation.output, share, share, share, "own" if share else "", rank=rank))
+    made = RungFindings("stored", against, tuple(findings))
+    first = first_missed(findings)
+    if first is None:
+        return made
+    operation = find_operation(operations, first.value)
+    wrong = wrong_slots(operation, shares)
+    nothing = Range(0.0, 0.0, 0.0, 0.0, ())
+    remedy = Remedy(tell(wrong), BUILD_AGAIN)
+    return replace(made, culprit=Culprit("stored", first, operation.op_type, "", tuple(wrong), {}, nothing, remedy))
+
+
+def wrong_slots(operation: Operation, shares: Mapping[str, Mapping[int, float]]) -> dict[str, dict[int, float]]:
+    """Of the operation's slots those with a share of wrong elements, and the ranks that have one."""
+    found = {slot: {rank: share for rank, share in shares.get(slot, {}).items() if share} for slot in operation.slots}
+    return {slot: ranks for slot, ranks in found.items() if ranks}
+
+
+def with_culprit(
+    made: RungFindings,
+    operations: Sequence[Operation],
+    seen: Values,
+    remedy_of: Callable[[Finding, Operation], Remedy],
+    forms: Mapping[str, Operation] | None = None,
+) -> RungFindings:
+    """The same with the operation that makes the first value out of tolerance, if there is one.
+
+    Args:
+        seen: values at this rung, the part's inputs included.
+        forms: value -> what its operation became in the compiled form.
+    """
+    first = first_missed(made.findings)
+    if first is None:
+        return made
+    operation = find_operation(operations, first.value)
+    sources, slots = _seen_sources(operation, operations, seen)
+    form = (forms or {}).get(first.value)
+    culprit = Culprit(
+        made.rung, first, operation.op_type, form.op_type if form else "", slots,
+        {name: value_range(seen[name]) for name in sources}, value_range(seen[first.value]),
+        remedy_of(first, operation),
+    )  # fmt: skip
+    return replace(made, culprit=culprit)
+
+
+def _seen_sources(
+    operation: Operation, operations: Sequence[Operation], seen: Values
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The nearest values that were seen and lead to the operation, and its weights and those of what is between.
+
+    What is between was fused away.
+    """
+    makers = {one.output: one for one in operations}
+    sources: dict[str, None] = {}
+    slots = dict.fromkeys(operation.slots)
+    pending = list(reversed(operation.inputs))
+    while pending:
+        name = pending.pop()
+        if name in seen:
+            sources[name] = None
+        elif name in makers:
+            slots |= dict.fromkeys(makers[name].slots)
+            pending += reversed(makers[name].inputs)
+    return tuple(sources), tuple(slots)
+
+
+def find_operation(operations: Sequence[Operation], value: str) -> Operation:
+    """The operation that makes a value."""
+    return next(operation for operation in operations if operation.output == value)
+
+
+def epsilons_differ(has: float | None, wanted: float | None) -> bool:
+    """Whether a norm's epsilon is not the one it should be; what is not known does not differ."""
+    return has is not None and wanted is not None and abs(has - wanted) > 1e-3 * wanted
+
+
+def first_missed(findings: Sequence[Finding]) -> Finding | None:
+    """The first value that leaves its tolerance, in the order of the graph."""
+    return next((finding for finding in findings if finding.missed), None)
+
+
+def value_range(array: NDArray[Any]) -> Range:
+    """The range of a value; of an empty one everything is 0."""
+    flat = np.asarray(array, np.float64).ravel()
+    if not flat.size:
+        return Range(0.0, 0.0, 0.0, 0.0, array.shape)
+    sizes = np.abs(flat[flat != 0.0])
+    smallest = float(sizes.min()) if sizes.size else 0.0
+    return Range(float(flat.min()), float(flat.max()), float(np.sqrt(np.mean(flat**2))), smallest, array.shape)
+
+
+def _judge(name: str, seen: NDArray[Any], below: NDArray[Any], local: NDArray[Any], tolerance: Tolerance) -> Finding:
+    own, drift = compare(seen, local), compare(seen, below)
+    sizes = {"own": own.relative_l2, "channel": own.worst_channel, "drift": drift.relative_l2}
+    if not (own.finite and drift.finite):
+        # what was infinite in the float32 arithmetic already (a mask) is not this rung's doing
+        same = np.array_equal(np.isfinite(seen), np.isfinite(local))
+        return Finding(name, math.nan, math.nan, math.nan, "" if same else "finite")
+    missed = next((what for what in ("own", "channel", "drift") if not sizes[what] <= getattr(tolerance, what)), "")
+    channels: tuple[int, ...] = ()
+    bad = 0
+    if missed in ("own", "channel"):
+        channels, bad = _bad_channels(seen, local, tolerance.channel)
+    return Finding(
+        name, own.relative_l2, own.worst_channel, drift.relative_l2, missed, channels, bad,
+        seen.shape[-1] if seen.ndim else 1,
+    )  # fmt: skip
+
+
+def _bad_channels(seen: NDArray[Any], local: NDArray[Any], bound: float) -> tuple[tuple[int, ...], int]:
+    """Channels (last axis) whose error is beyond `bound`, the worst first, and how many there are."""
+    last = seen.shape[-1] if seen.ndim else 1
+    wrong = np.square(seen.astype(np.float64) - local).reshape(-1, last).sum(0)
+    size = np.square(local.astype(np.float64)).reshape(-1, last).sum(0).mean()
+    shares = np.sqrt(wrong / size) if size else np.sqrt(wrong)
+    bad = np.flatnonzero(shares > bound)
+    named = bad[np.argsort(-shares[bad], kind="stable")][:MOST_NAMED]
+    return tuple(int(channel) for channel in named), len(bad)

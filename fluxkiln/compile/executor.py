@@ -37,15 +37,12 @@ class Net:
 
 def bind_net(binary: Binary, file: Path) -> Net:
     """The net of a part in a file of the bundle, its inputs and outputs by its kind's names."""
-    part, tensors = binary.part, binary.facts
-
-    def bind(side: str, names: tuple[str, ...]) -> tuple[TensorSpec, ...]:
-        known: Any = tensors[side]
-        pairs = zip(names, known, strict=False)  # the last input may be one that the model lacks
-        return tuple(TensorSpec(name, tuple(shape), dtype) for name, (_, dtype, shape) in pairs)
-
-    inputs, outputs = bind("inputs", part.traits.inputs), bind("outputs", part.traits.outputs)
-    return Net(part.name, part.traits, file, binary.net, inputs, outputs, binary.size)
+    kind, facts = binary.part.traits, binary.facts
+    inputs, outputs = (
+        tuple(TensorSpec(name, tuple(shape), dtype) for name, (_, dtype, shape) in zip(names, tensors, strict=False))
+        for names, tensors in ((kind.inputs, facts["inputs"]), (kind.outputs, facts["outputs"]))
+    )
+    return Net(binary.part.name, kind, file, binary.net, inputs, outputs, binary.size)
 
 
 class Executor(Protocol):

@@ -233,28 +233,31 @@ class Toolchain(Protocol):
         return ()
 
 
-@cache
 def all_toolchains() -> dict[str, Toolchain]:
     """Those of this package and those that are registered, by name. Imports none of their compilers."""
-    own = {name: _own_toolchain(name) for name in _own_names()}
-    return own | {found.name: found for found in find_plugins(GROUP, Toolchain, API, own)}
+    return {name: _own_toolchain(name) for name in _own_names()} | _plugins()
 
 
 def find_toolchain(name: str) -> Toolchain:
     """The toolchain called `name`; UsageError with those that there are otherwise."""
     if name in _own_names():
         return _own_toolchain(name)
-    if name not in all_toolchains():
+    if name not in _plugins():
         raise UsageError(
-            f"no toolchain is called {name!r}; there are {', '.join(all_toolchains())}: install the distribution that "
-            "the target belongs to"
+            f"no toolchain is called {name!r}; there are {', '.join((*_own_names(), *_plugins()))}: install the "
+            "distribution that the target belongs to"
         )
-    return all_toolchains()[name]
+    return _plugins()[name]
 
 
 @cache
 def _own_names() -> tuple[str, ...]:
     return tuple(module.name for module in pkgutil.iter_modules(toolchains.__path__))
+
+
+@cache
+def _plugins() -> dict[str, Toolchain]:
+    return {found.name: found for found in find_plugins(GROUP, Toolchain, API, _own_names())}
 
 
 def _own_toolchain(name: str) -> Toolchain:

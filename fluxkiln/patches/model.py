@@ -74,7 +74,8 @@ class Model(Protocol):
     Attributes:
         api: the API of this protocol that it was written for. title: what people call it.
         pipeline_class: of `model_index.json`, which is how a checkpoint's model is found.
-        classes: folder with weights -> class of its model; for a component, as `model_index.json` has it.
+        classes: folder with weights -> class of its model; libraries: the package it is in. For a component, as
+            `model_index.json` has them.
         components: those of a pipeline, in the order in which an image needs them; tokenizers: theirs, by component.
         whole_numbers: component -> keys of its config that must be whole numbers of at least 1.
         stacks: component -> lists of blocks in it, whose weights are read one block at a time, by the kind of block;
@@ -92,6 +93,7 @@ class Model(Protocol):
     title: str
     pipeline_class: str
     classes: Mapping[str, str]
+    libraries: Mapping[str, str]
     components: tuple[str, ...]
     tokenizers: Mapping[str, str]
     whole_numbers: Mapping[str, tuple[str, ...]]
@@ -119,7 +121,7 @@ class Model(Protocol):
         """The SPDX name of the licence of a checkpoint with this text, which may be empty."""
 
     def load_class(self, folder: str) -> Any:
-        """diffusers' or transformers' class of what is in a folder of the checkpoint; imports it."""
+        """The class of what is in a folder of the checkpoint; imports it."""
 
     def load_pipeline_class(self) -> Any:
         """diffusers' class of the whole; imports it."""

@@ -1,4 +1,4 @@
-"""A template's slots filled with weights, as an ONNX file that a compiler reads; and which of them it multiplies with."""
+"""A template's slots filled with weights, as an ONNX file that a compiler reads; and its products with them."""
 
 from __future__ import annotations
 

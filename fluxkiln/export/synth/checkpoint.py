@@ -133,7 +133,7 @@ def _write_small_files(folder: Path, model: Model, preset: Preset, components: C
     for name in components:
         _write_json(folder / name / "config.json", preset.configs[name])
         if name in model.components:
-            index[name] = ["transformers" if name in model.tokenizers else "diffusers", model.classes[name]]
+            index[name] = [model.libraries[name], model.classes[name]]
     tokenizers = model.write_tokenizers(folder, {name: preset.configs[name] for name in components})
     index |= {name: ["transformers", found] for name, found in tokenizers.items()}
     _write_json(folder / "model_index.json", dict(sorted(index.items())))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,13 @@ class Flux1:
         "transformer": "FluxTransformer2DModel",
         "vae": "AutoencoderKL",
         "vae_tiny": "AutoencoderTiny",
+    }
+    libraries: Mapping[str, str] = {
+        "text_encoder": "transformers",
+        "text_encoder_2": "transformers",
+        "transformer": "diffusers",
+        "vae": "diffusers",
+        "vae_tiny": "diffusers",
     }
     components: tuple[str, ...] = ("text_encoder", "text_encoder_2", "transformer", "vae")
     tokenizers: Mapping[str, str] = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
@@ -88,10 +96,7 @@ class Flux1:
         return "Apache-2.0" if "Apache" in text or (variant == "schnell" and not text) else NON_COMMERCIAL
 
     def load_class(self, folder: str) -> Any:
-        import diffusers
-        import transformers
-
-        return getattr(transformers if folder in self.tokenizers else diffusers, self.classes[folder])
+        return getattr(import_module(self.libraries[folder]), self.classes[folder])
 
     def load_pipeline_class(self) -> Any:
         import diffusers
@@ -149,7 +154,7 @@ class Flux1:
     def build_part(self, kind: str, configs: Configs) -> Module:
         from fluxkiln.patches.flux1.parts import build_part
 
-        return build_part(kind, configs)
+        return build_part(kind, configs, self.load_class("transformer"))
 
     def patches(self) -> tuple[Patch, ...]:
         from fluxkiln.patches.flux1 import (
@@ -220,7 +225,7 @@ class Flux1:
     def build_pipeline(self, files: PipelineFiles, chain: PartChain) -> Any:
         from fluxkiln.patches.flux1.stand_ins import build_pipeline
 
-        return build_pipeline(files, chain)
+        return build_pipeline(files, chain, self.load_pipeline_class())
 
     def check_constants(self, constants: Mapping[str, NDArray[Any]], shapes: Shapes) -> None:
         from fluxkiln.patches.flux1.pipeline import check_constants

@@ -6,25 +6,27 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.errors import CheckpointError, UsageError
+from fluxkiln.patches.flux1.kinds import KINDS
 from fluxkiln.types import Configs
 
 if TYPE_CHECKING:
     from torch.nn import Module
 
 
-def build_part(kind: str, configs: Configs) -> Module:
+def build_part(kind: str, configs: Configs, transformer: Any = None) -> Module:
     """The wrapper module of `kind` on the meta device, in eval mode: shapes and structure, no weight memory.
 
     Args:
         kind: a name of `kinds.KINDS`.
         configs: each component's `config.json`, keyed by its folder name; `vae_tiny` for the tiny decoder.
+        transformer: its class, FLUX.1's by default.
 
     Raises:
         UsageError: no such kind. CheckpointError: a structure the parts do not cover.
     """
     import torch
 
-    builders = {
+    builders: dict[str, Callable[[str, Any], Module]] = {
         "clip": _clip,
         "t5_embed": _t5,
         "t5_block": _t5,
@@ -47,7 +49,8 @@ def build_part(kind: str, configs: Configs) -> Module:
     if kind not in builders:
         raise UsageError(f"no kind of part is called {kind!r}; there are {', '.join(builders)}")
     with torch.device("meta"):
-        module = builders[kind](kind, configs)
+        of_transformer = KINDS[kind].component == "transformer"
+        module = builders[kind](kind, _one_of_each(configs, transformer) if of_transformer else configs)
     return module.eval().requires_grad_(False)
 
 
@@ -78,19 +81,17 @@ def _t5(kind: str, configs: Configs) -> Module:
     return T5BlockPart(model.encoder.block[1])
 
 
-def _one_of_each(configs: Configs) -> Any:
+def _one_of_each(configs: Configs, transformer: Any) -> Any:
     """The transformer with one block of each kind."""
     from diffusers import FluxTransformer2DModel
 
     config = {**configs["transformer"], "num_layers": 1, "num_single_layers": 1}
-    model: Any = FluxTransformer2DModel.from_config(config)
-    return model
+    return (transformer or FluxTransformer2DModel).from_config(config)
 
 
-def _transformer(kind: str, configs: Configs) -> Module:
+def _transformer(kind: str, model: Any) -> Module:
     from fluxkiln.patches.flux1.transformer import DoublePart, HeadPart, SinglePart, TailPart
 
-    model = _one_of_each(configs)
     if kind == "head":
         return HeadPart(model)
     if kind == "double":
@@ -100,10 +101,9 @@ def _transformer(kind: str, configs: Configs) -> Module:
     return TailPart(model)
 
 
-def _hoisted(kind: str, configs: Configs) -> Module:
+def _hoisted(kind: str, model: Any) -> Module:
     from fluxkiln.patches.flux1 import modulation
 
-    model = _one_of_each(configs)
     double, single = model.transformer_blocks[0], model.single_transformer_blocks[0]
     wrappers: dict[str, Callable[[], Module]] = {
         "time_embed": lambda: modulation.TimeEmbedPart(model),

@@ -118,21 +118,21 @@ class Transformer(_StandIn):
     def run_blocks(
         self, image: AnyArray, text: AnyArray, condition: Callable[[Part], Mapping[str, AnyArray]]
     ) -> AnyArray:
-        """Blocks and tail, each with what `condition` has for it."""
-        doubles, singles, (tail,) = (
-            tuple(part for part in self.parts if part.traits.family == family)
-            for family in ("double", "single", "tail")
-        )
-        for part in doubles:
-            streams = {"hidden_states": image, "encoder_hidden_states": text}
-            out = self.chain.run(part, {**streams, **condition(part), **self.rotary})
+        """Blocks in the order of the parts and the tail, each with what `condition` has for it."""
+        (tail,) = (part for part in self.parts if part.traits.family == "tail")
+        joint: AnyArray | None = None  # text and image as single blocks pass them on
+        for part in (part for part in self.parts if part.traits.is_block):
+            given = {**condition(part), **self.rotary}
+            if part.traits.family == "single":
+                joint = np.concatenate([text, image], axis=1) if joint is None else joint
+                joint = self.chain.run(part, {"hidden_states": joint, **given})["hidden_states_out"]
+                continue
+            if joint is not None:
+                text, image, joint = *_apart(joint, text), None
+            out = self.chain.run(part, {"hidden_states": image, "encoder_hidden_states": text, **given})
             image, text = out["hidden_states_out"], out["encoder_hidden_states_out"]
-        joint = np.concatenate([text, image], axis=1)
-        for part in singles:
-            joint = self.chain.run(part, {"hidden_states": joint, **condition(part), **self.rotary})[
-                "hidden_states_out"
-            ]
-        image = np.ascontiguousarray(joint[:, text.shape[1] :])
+        if joint is not None:
+            _, image = _apart(joint, text)
         return self.chain.run(tail, {"hidden_states": image, **condition(tail)})["sample"]
 
 
@@ -202,6 +202,12 @@ class SplitTransformer(Transformer):
         )
 
 
+def _apart(joint: AnyArray, text: AnyArray) -> tuple[AnyArray, AnyArray]:
+    """The joint sequence as text of the length of `text`, and image."""
+    first, second = np.split(joint, [text.shape[1]], axis=1)
+    return np.ascontiguousarray(first), np.ascontiguousarray(second)
+
+
 def _blocks_of(part: Part) -> int:
     """`double.04-07` holds four blocks, `double.04` and `tail` one."""
     first, dash, last = part.name.partition(".")[2].partition("-")
@@ -224,8 +230,8 @@ class Vae(_StandIn):
         return (_tensor(self.chain.run(self.part, {"latents": latents.numpy()})["image"]),)
 
 
-def build_pipeline(files: PipelineFiles, chain: PartChain) -> Any:
-    """A `diffusers.FluxPipeline` with the folder's tokenizers and scheduler, and stand-ins for its models.
+def build_pipeline(files: PipelineFiles, chain: PartChain, pipeline_class: Any = None) -> Any:
+    """A pipeline with the folder's tokenizers and scheduler, and stand-ins for its models; `FluxPipeline` by default.
 
     Its constants: `rotary_cos`, `rotary_sin` [J, K] float32, and T5's `position_bias` [1, H, T, T] float32, or
     `position_buckets` [T, T] int32 where it is split.
@@ -243,7 +249,7 @@ def build_pipeline(files: PipelineFiles, chain: PartChain) -> Any:
         transformer = Transformer(chain, configs["transformer"], rotary)
     else:
         transformer = HoistedTransformer(chain, configs["transformer"], rotary, scheduler)
-    return FluxPipeline(
+    return (pipeline_class or FluxPipeline)(
         scheduler=scheduler,
         tokenizer=CLIPTokenizer.from_pretrained(root / "tokenizer"),
         tokenizer_2=T5TokenizerFast.from_pretrained(root / "tokenizer_2"),

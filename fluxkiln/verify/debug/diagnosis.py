@@ -75,8 +75,7 @@ def _record(prepared: Prepared, part: Part, step: int, progress: Progress) -> Re
     from fluxkiln.patches.pipeline import fill_rows
 
     progress.stage("record", 1)
-    checkpoint, plan, store = prepared.checkpoint, prepared.plan, prepared.cache
-    recording = record(checkpoint, plan, store, prepared.settings, prepared.fingerprint, prepared.folder / "recording")
+    recording = record(prepared)
     progress.done("record", "reference run", f"{recording.steps} step(s)")
     if not 0 <= step < recording.steps:
         raise UsageError(

@@ -162,8 +162,9 @@ def require_compiler(what: str) -> TpuMlirEnv:
     if env is None:
         raise ToolchainError(
             f"{what} is not in the store, and TPU-MLIR, which makes it, is not installed in "
-            f"{environment.default_tpu_mlir_root()}; run make env-tpu-mlir, name a finished environment with FLUXKILN_TPU_MLIR, or "
-            "bring moulds from a machine that has it (fluxkiln mould export there, fluxkiln mould import here)"
+            f"{environment.default_tpu_mlir_root()}; run make env-tpu-mlir, name a finished environment with "
+            "FLUXKILN_TPU_MLIR, or bring moulds from a machine that has it (fluxkiln mould export there, fluxkiln "
+            "mould import here)"
         )
     return env
 

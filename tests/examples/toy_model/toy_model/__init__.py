@@ -1,0 +1,1 @@
+"""The toy model: its classes as published in `published`, what fluxkiln asks of a model in `model`."""

@@ -16,7 +16,7 @@ from fluxkiln.artifacts.bundle import write_bundle
 from fluxkiln.artifacts.code import package_version
 from fluxkiln.artifacts.modelpack import store_bundle
 from fluxkiln.artifacts.store import Blob
-from fluxkiln.build.context import lora_facts
+from fluxkiln.build.prepared import lora_facts
 from fluxkiln.compile.bundle import CONFIGS, HOST_CONSTANTS
 from fluxkiln.compile.plan import Binary, Made
 from fluxkiln.compile.templates import host_constants
@@ -27,8 +27,7 @@ from fluxkiln.files import digest_file
 from fluxkiln.progress import FROM_STORE, Laps, Progress
 
 if TYPE_CHECKING:
-    from fluxkiln.build.context import Prepared
-    from fluxkiln.build.make import BuildResult
+    from fluxkiln.build.prepared import BuildResult, Prepared
     from fluxkiln.build.verification import Parity
     from fluxkiln.verify.reference import Recording
 
@@ -320,7 +319,7 @@ def _result(
     laps: Laps,
     nothing_to_do: bool,
 ) -> BuildResult:
-    from fluxkiln.build.make import BuildResult
+    from fluxkiln.build.prepared import BuildResult
 
     counts = prepared.cache.counts
     return BuildResult(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fluxkiln.build import plan as planning
-from fluxkiln.build.context import Prepared, prepare
+from fluxkiln.build.context import prepare
 from fluxkiln.build.make import build, plan
 from fluxkiln.build.plan import (
     Job,
@@ -18,6 +18,7 @@ from fluxkiln.build.plan import (
     peak_memory,
     recording_bytes,
 )
+from fluxkiln.build.prepared import Prepared
 from fluxkiln.compile.tensors import part_refs, stored_bytes
 from fluxkiln.errors import ResourceError
 from fluxkiln.patches.flux1.kinds import list_parts

@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-
 from fluxkiln.build.parity import climb_stored
+
 from fluxkiln.build.plan import compile_jobs
 from fluxkiln.compile import rungs as flow_rungs
 from fluxkiln.compile.corrections import part_packers, part_weights

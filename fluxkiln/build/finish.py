@@ -339,11 +339,10 @@ def _result(
 
 
 def _licence_note(prepared: Prepared, work: Path) -> Path:
-    path = work / "LICENSE"
+    path, checkpoint = work / "LICENSE", prepared.checkpoint
+    published = f"{checkpoint.model.title}-{checkpoint.variant} is published under {licence_id(prepared)}"
     path.write_text(
-        f"The checkpoint {prepared.checkpoint.name} came without a licence text.\n"
-        f"{prepared.checkpoint.model.title}-{prepared.checkpoint.variant} is published under {licence_id(prepared)}; its terms apply to this "
-        "bundle.\n"
+        f"The checkpoint {checkpoint.name} came without a licence text.\n{published}; its terms apply to this bundle.\n"
     )
     return path
 

@@ -91,10 +91,9 @@ def may_import(own: str, target: str) -> bool:
 
 # To go: what the toolchains' protocol will carry.
 PENDING = {
-    "compile.targets.inf2", "compile.targets.trn1", "compile.templates", "compile.tensors",
+    "compile.templates",
     "compile.doctor", "compile.onnx.filled",
-    "compile.rungs", "compile.toolchains.neuron.make", "compile.toolchains.neuron.rungs",
-    "compile.toolchains.neuron.split",
+    "compile.rungs",
 }  # fmt: skip
 
 

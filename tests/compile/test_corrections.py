@@ -9,8 +9,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-
 from fluxkiln.build.parity import climb_stored
+from fluxkiln.verify.debug.probe import check_binary, look_inside
+
 from fluxkiln.build.plan import compile_jobs
 from fluxkiln.compile import rungs as flow_rungs
 from fluxkiln.compile.corrections import part_packers, part_weights
@@ -30,7 +31,6 @@ from fluxkiln.quantize.side_tensors import DOWN, RECIPROCALS, ROLES, UP, side_sl
 from fluxkiln.settings import Settings
 from fluxkiln.types import Shapes
 from fluxkiln.verify.debug import probe as probing
-from fluxkiln.verify.debug.probe import check_binary, look_inside
 from fluxkiln.verify.gates import first_bad_rung
 from fluxkiln.verify.ladder import Ladder
 from fluxkiln.verify.metrics import compare

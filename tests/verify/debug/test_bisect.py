@@ -6,8 +6,6 @@ import math
 
 import numpy as np
 import pytest
-
-from fluxkiln.errors import SchemeError
 from fluxkiln.verify.debug.bisect import (
     MOST_NAMED,
     Tolerance,
@@ -17,6 +15,8 @@ from fluxkiln.verify.debug.bisect import (
     tolerance_of,
     value_range,
 )
+
+from fluxkiln.errors import SchemeError
 
 BOUNDS = Tolerance(own=1e-2, channel=5e-2, drift=0.1)
 

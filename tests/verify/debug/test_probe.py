@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from fluxkiln.verify.debug.probe import check_linked, check_lowered, check_stored, check_template, look_inside
 
 from fluxkiln.compile.templates import make_template
 from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.quantize.schemes import parse_scheme
 from fluxkiln.types import Shapes, find_part
-from fluxkiln.verify.debug.probe import check_linked, check_lowered, check_stored, check_template, look_inside
 from tests.builds import altered
 
 SHAPES = Shapes(height=32, width=32, tokens=16)

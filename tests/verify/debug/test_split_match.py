@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from fluxkiln.verify.debug.bisect import Tolerance
+from fluxkiln.verify.debug.split_match import added_on_every_rank, match_split
 
 from fluxkiln.compile.onnx.values import Operation
 from fluxkiln.export.leaves import Leaf
-from fluxkiln.verify.debug.bisect import Tolerance
-from fluxkiln.verify.debug.split_match import added_on_every_rank, match_split
 
 RANKS = 2
 BOUNDS = Tolerance(1e-5, 1e-4, 1e-5)

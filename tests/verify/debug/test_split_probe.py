@@ -9,17 +9,7 @@ from types import SimpleNamespace
 import ml_dtypes
 import numpy as np
 import pytest
-
-from fluxkiln.build.context import prepare
 from fluxkiln.build.parity import record
-from fluxkiln.compile.toolchains.neuron.modules import lower_modules
-from fluxkiln.compile.toolchains.neuron.split import runtime_constants, shard_file, shard_weights
-from fluxkiln.errors import UsageError
-from fluxkiln.export.split import list_split_parts
-from fluxkiln.progress import Silent
-from fluxkiln.settings import Settings
-from fluxkiln.types import find_part
-from fluxkiln.verify.debug.diagnosis import debug_part
 from fluxkiln.verify.debug.split_match import see_split_leaves
 from fluxkiln.verify.debug.split_probe import (
     check_can_be_debugged,
@@ -29,6 +19,16 @@ from fluxkiln.verify.debug.split_probe import (
     open_inside,
     whole_state,
 )
+
+from fluxkiln.build.context import prepare
+from fluxkiln.compile.toolchains.neuron.modules import lower_modules
+from fluxkiln.compile.toolchains.neuron.split import runtime_constants, shard_file, shard_weights
+from fluxkiln.errors import UsageError
+from fluxkiln.export.split import list_split_parts
+from fluxkiln.progress import Silent
+from fluxkiln.settings import Settings
+from fluxkiln.types import find_part
+from fluxkiln.verify.debug.diagnosis import debug_part
 from tests.builds import altered
 
 pytest.importorskip("jax")

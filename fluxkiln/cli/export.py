@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from fluxkiln.cli.options import build_dir_option, check_size, size_option, tokens_option, vae_option
-from fluxkiln.cli.output import Output, count_text, json_option, seconds_text
-from fluxkiln.cli.progress import open_progress
+from fluxkiln.cli.output import Output, count_text, json_option, open_progress, seconds_text
 from fluxkiln.errors import UsageError
 from fluxkiln.patches.model import Model
 from fluxkiln.progress import Progress, count_bytes
@@ -152,7 +151,7 @@ def export(
     seconds = time.perf_counter() - started
     output.document({**index, "directory": str(directory), "seconds": round(seconds, 3)})
     output.table(
-        ("template", "inputs", "slots", "parts", "size"),
+        ("template", "inputs", ">slots", ">parts", ">size"),
         [
             (
                 template["file"],
@@ -163,7 +162,6 @@ def export(
             )
             for template in index["templates"]
         ],
-        numbers=("slots", "parts", "size"),
     )
     output.line(
         f"\n{directory}: {count_text(len(index['templates']), 'template')} and {INDEX} in {seconds_text(seconds)}"
@@ -176,7 +174,7 @@ def _tell_graphs(output: Output, document: dict[str, Any], directory: Path, seco
         {**document, "directory": str(directory), "seconds": round(seconds, 3), "cpu_seconds": round(cpu, 3)}
     )
     output.table(
-        ("graph", "parts", "tensors", "of weights", "sidecar", "size"),
+        ("graph", ">parts", ">tensors", ">of weights", ">sidecar", ">size"),
         [
             (
                 graph["file"],
@@ -188,7 +186,6 @@ def _tell_graphs(output: Output, document: dict[str, Any], directory: Path, seco
             )
             for graph in document["graphs"]
         ],
-        numbers=("parts", "tensors", "of weights", "sidecar", "size"),
     )
     ways = {way: list(document["weights"].values()).count(way) for way in document["weights"].values()}
     weights = ", ".join(f"{count_text(count, 'file')} ({way})" for way, count in ways.items())

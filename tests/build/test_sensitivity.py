@@ -67,13 +67,16 @@ def test_an_error_is_that_of_a_build_that_keeps_all_others(trials):
     others = ("proj_mlp", "norm.linear", "attn.to_?")
     squares = []
     for part in trials.blocks["single"]:
-        kilns = [
-            replace(trials.kiln, schemes={**trials.kiln.schemes, "single": scheme})
+        plans = [
+            replace(trials.plan, schemes={**trials.plan.schemes, "single": scheme})
             for scheme in (replace(CODED, kept=others), parse_scheme("BF16"))
         ]
         for step in range(2):
             inputs = trials.recording.inputs(part.name, step)
-            made, expected = (dequantized_rung(*kiln)(part.name, inputs)["hidden_states_out"] for kiln in kilns)
+            made, expected = (
+                dequantized_rung(trials.checkpoint, plan, trials.cache)(part.name, inputs)["hidden_states_out"]
+                for plan in plans
+            )
             squares.append(compare(made, expected, inputs["hidden_states"]).delta_relative_l2 ** 2)
     assert found["single.proj_out"] == pytest.approx(np.sqrt(np.mean(squares)), rel=1e-4)
 

@@ -20,6 +20,7 @@ from fluxkiln.quantize.schemes import parse_scheme
 from fluxkiln.types import Shapes, find_part
 
 SHAPES = Shapes(height=64, width=64, tokens=32)
+SMALLEST = Shapes(height=32, width=32, tokens=16)
 
 
 @pytest.fixture(scope="session")
@@ -127,3 +128,19 @@ def write_matmul(path, width, rows=64):
     graph = helper.make_graph([node], "matmul", [values["x"], values["w__t"]], [values["y"]])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
     return path
+
+
+@pytest.fixture(scope="module")
+def opened(kiln, tiny_recording):
+    """(part, scheme, target) -> the part looked into as its toolchain does, on its second step, and its build."""
+    from fluxkiln.compile.toolchains.onnxruntime.look import open_linked
+    from fluxkiln.compile.toolchains.tpu_mlir.look import open_stored
+
+    recording = tiny_recording("tiny-dev", "kl", SMALLEST)
+
+    def make(name, scheme="W4BF16,tail=W4BF16", target="bm1684x"):
+        made = kiln(scheme=scheme, target=target)
+        look = open_linked if target == "cpu" else open_stored
+        return look(*made, find_part(made.parts, name), recording.inputs(name, 1)), made
+
+    return make

@@ -141,14 +141,6 @@ def test_fast_is_for_packed_weights_on_ort(folder):
         open_executor(board, fast=True)
 
 
-def test_neuron_bundles_run_on_replicas_until_they_are_compiled(folder):
-    bundle = open_bundle(retarget(folder, "trn1"))
-    assert choose_executor(bundle) == "replicas"
-    (folder / "neff").mkdir()
-    assert choose_executor(bundle) == "neuron"
-    assert list_nets(bundle)["clip"].component == "text_encoder"
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "executor"),

@@ -20,6 +20,7 @@ from fluxkiln.compile.toolchains.tpu_mlir.cast import compare_stored
 from fluxkiln.compile.toolchains.tpu_mlir.cast_file import CAST_MEMORY
 from fluxkiln.compile.toolchains.tpu_mlir.coefficients import CoefficientMap
 from fluxkiln.compile.toolchains.tpu_mlir.forms import Form, FormMaker, SlotRows
+from fluxkiln.compile.toolchains.tpu_mlir.look import check_binary, open_stored
 from fluxkiln.compile.toolchains.tpu_mlir.moulds import make_mould
 from fluxkiln.compile.toolchains.tpu_mlir.proof import prove_cast, prove_mould
 from fluxkiln.compile.weights import part_rounders
@@ -29,8 +30,6 @@ from fluxkiln.quantize.methods import svd
 from fluxkiln.quantize.side_tensors import DOWN, RECIPROCALS, ROLES, UP, side_slot, split_slot
 from fluxkiln.settings import Settings
 from fluxkiln.types import Shapes
-from fluxkiln.verify.debug import probe as probing
-from fluxkiln.verify.debug.probe import check_binary, look_inside
 from fluxkiln.verify.gates import first_bad_rung
 from fluxkiln.verify.ladder import Ladder
 from fluxkiln.verify.metrics import compare
@@ -140,8 +139,8 @@ def test_the_chip_computes_what_is_dequantized(
         ladder = Ladder()
         climb_stored(ladder, *made, (binary,), files)
         assert first_bad_rung(ladder.rows) == {}
-        file, inside = made.path(binary.bmodel), look_inside(*made, made.parts[0], inputs, "onnx17")
-        found = check_binary(inside, *made, binary, file, binary.net)
+        file, opened = made.path(binary.bmodel), open_stored(*made, made.parts[0], inputs)
+        found = check_binary(opened, *made, binary, file)
         assert found.culprit is None
         assert any(finding.value for finding in found.findings)
         if scheme == KEPT:
@@ -154,8 +153,7 @@ def test_the_chip_computes_what_is_dequantized(
         wrong = rungs["interpreter"](NAME, inputs)["hidden_states_out"]
         assert compare(wrong, out["dequantized"], base).delta_cosine < 0.999
     # and the same looked for inside the part: what is wrong stands beside this weight's codes
-    monkeypatch.setattr(probing, "part_weights", lambda *_: spoilt)
-    culprit = check_binary(inside, *made, binary, file, binary.net).culprit
+    culprit = check_binary(opened, *made, binary, file).culprit
     assert culprit is not None
     assert {split_slot(slot)[1] for slot in culprit.slots} == {""}
     found = CoefficientMap.from_json(json.loads(made.path(mould.result.outputs["map"]).read_text()))

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fluxkiln.cli.serve import is_loopback, listen
+from fluxkiln.artifacts.registry.reference import is_loopback
+from fluxkiln.cli.generate import listen
 from fluxkiln.errors import CompileError, ResourceError, UsageError
 from fluxkiln.generate.painter import Painter, Request
 from fluxkiln.generate.server import Preview, Studio, find_reference, is_reference, parse_request

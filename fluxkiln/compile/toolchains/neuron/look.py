@@ -31,7 +31,7 @@ from fluxkiln.compile.toolchains.neuron.values import list_values, recompute_val
 from fluxkiln.errors import PatchError, UsageError
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.export.leaves import load_whole, see_leaves
-from fluxkiln.patches.cut import find_cut
+from fluxkiln.patches.cut import Cut, find_cut
 from fluxkiln.patches.leaves import Leaf
 from fluxkiln.progress import Progress
 from fluxkiln.types import Part
@@ -208,8 +208,10 @@ def check_split(opened: OpenRanks, leaves: Sequence[Leaf], state: Values, output
     Args:
         state: the part's weights uncut, by slot. outputs: what the reference made, by the names of the kind.
     """
-    tolerance, is_partial = tolerance_of("split", "*", TOLERANCES), partial(_is_partial, opened)
-    found = match_leaves(leaves, opened.operations, opened.exact, tolerance, is_partial)
+    tolerance = tolerance_of("split", "*", TOLERANCES)
+    cuts = opened.checkpoint.model.cuts.get(opened.part.traits.cut, ())
+    unreduced = partial(is_partial, opened.operations, cuts)
+    found = match_leaves(leaves, opened.operations, opened.exact, tolerance, unreduced)
     judged = {finding.value for finding in found}
     for value, spec in zip(result_values(opened.proto), opened.module.outputs, strict=True):
         if value in opened.order and value not in judged:
@@ -219,7 +221,7 @@ def check_split(opened: OpenRanks, leaves: Sequence[Leaf], state: Values, output
         leaf = next((leaf for leaf in leaves if f"{leaf.name}.bias" in operation.slots), None)
         if leaf is None:
             return False
-        together = module_output(operation, leaf, opened.exact, is_partial)
+        together = module_output(operation, leaf, opened.exact, unreduced)
         return together is not None and adds_bias(
             finding, leaf, together, state[f"{leaf.name}.bias"], len(opened.exact)
         )
@@ -339,25 +341,24 @@ def _place(operation: Operation, operations: Sequence[Operation]) -> str:
     return f" (behind {', '.join(slots)})" if slots else ""
 
 
-def _is_partial(opened: OpenRanks, operation: Operation) -> bool:
+def is_partial(operations: Sequence[Operation], cuts: tuple[Cut, ...], operation: Operation) -> bool:
     """Whether the value is one of partial sums: made of a product with rows of a weight, and not reduced yet."""
-    makers = {one.output: one for one in opened.operations}
+    makers = {one.output: one for one in operations}
     pending, reached = [operation], set()
     while pending:
         one = pending.pop()
         if one.op_type == "all-reduce" or one.output in reached:
             continue
         reached.add(one.output)
-        if one.op_type == "dot" and any(_is_row(opened, slot) for slot in one.slots):
+        if one.op_type == "dot" and any(_is_row(cuts, slot) for slot in one.slots):
             return True
         pending += [makers[name] for name in one.inputs if name in makers and one.op_type != "dot"]
     return False
 
 
-def _is_row(opened: OpenRanks, slot: str) -> bool:
-    cuts = opened.checkpoint.model.cuts.get(opened.part.traits.cut, ())
+def _is_row(cuts: tuple[Cut, ...], slot: str) -> bool:
     try:
-        return bool(cuts) and find_cut(cuts, slot).way == "row"
+        return find_cut(cuts, slot).way == "row"
     except PatchError:
         return False
 

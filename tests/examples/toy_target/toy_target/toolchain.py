@@ -90,7 +90,7 @@ class OnnxReference(Toolchain):
                 "runtime_bytes": 0,
             }
             binaries.append(
-                Binary(part, part.name, plan.scheme(part), facts, "cast", {"weights": blob}, blob.digest, blob.size)
+                Binary(part, part.name, plan.scheme(part), facts, "written", {"weights": blob}, blob.digest, blob.size)
             )
             files.append(BundleFile(f"weights/{part.name}.safetensors", blob, (part.name,), found.hit))
             progress.done("weights", part.name, FROM_STORE if found.hit else "written")

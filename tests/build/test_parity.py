@@ -7,8 +7,8 @@ import json
 from dataclasses import replace
 
 import pytest
-from fluxkiln.build.parity import climb_stored
 
+from fluxkiln.build.parity import climb_stored
 from fluxkiln.compile.rungs import bm1684x_rungs
 from fluxkiln.compile.templates import BundleFile, make_template
 from fluxkiln.compile.toolchains.tpu_mlir.bmodel import check_codes, read_bmodel

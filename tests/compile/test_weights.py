@@ -8,11 +8,11 @@ from dataclasses import replace
 import numpy as np
 import onnx
 import pytest
-from fluxkiln.build.parity import climb_stored
 
 from fluxkiln.build.calibration import calibrate
 from fluxkiln.build.context import prepare
 from fluxkiln.build.finish import build_action
+from fluxkiln.build.parity import climb_stored
 from fluxkiln.compile.corrections import rounding_key
 from fluxkiln.compile.onnx.linked import link_parts
 from fluxkiln.compile.rungs import bm1684x_rungs, cpu_rungs, dequantized_rung

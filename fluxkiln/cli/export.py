@@ -95,7 +95,8 @@ def export(
     ONNX Runtime's constant folding would make a float32 copy of every weight when it opens a graph: turn it off with
     InferenceSession(path, disabled_optimizers=["ConstantFolding"]), and a weight is widened when it is used.
     """
-    from fluxkiln.build import context
+    from fluxkiln.build.context import check_tokens, check_vae, default_size, default_tokens
+    from fluxkiln.build.prepared import choose_components, chosen_parts, model_of
     from fluxkiln.export.checkpoint import open_checkpoint
     from fluxkiln.export.source import resolve_model
 
@@ -103,7 +104,7 @@ def export(
     # of a checkpoint that has not all of them, those that are asked for as a whole
     whole = components if components and not names else None
     settings = Settings("", model, size=check_size(size), components=whole, **common)
-    known_model = context.model_of(settings)
+    known_model = model_of(settings)
     check_kinds(known_model, kinds, settings.vae, settings.modulation)
     linked = bool(components or names)
     if linked:
@@ -116,12 +117,12 @@ def export(
     with open_progress() as progress:
         report = count_bytes(progress, "synthesize", "written")
         root = resolve_model(model, settings.build_dir / "models", report, settings.components)
-        checkpoint = open_checkpoint(root, context.choose_components(known_model, settings))
-        width, height = settings.size or context.default_size(checkpoint)
-        shapes = Shapes(height, width, settings.tokens or context.default_tokens(checkpoint))
-        context.check_tokens(shapes, checkpoint)
-        context.check_vae(checkpoint, settings)
-        all_parts = context.chosen_parts(settings, checkpoint)
+        checkpoint = open_checkpoint(root, choose_components(known_model, settings))
+        width, height = settings.size or default_size(checkpoint)
+        shapes = Shapes(height, width, settings.tokens or default_tokens(checkpoint))
+        check_tokens(shapes, checkpoint)
+        check_vae(checkpoint, settings)
+        all_parts = chosen_parts(settings, checkpoint)
         if linked:
             files = choose_graphs(known_model, all_parts, components, names)
             document = write_graphs(checkpoint, files, shapes, chosen_formats[0], directory, copy, progress)

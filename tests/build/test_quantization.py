@@ -10,18 +10,22 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from fluxkiln.build.calibration import CALIBRATED, calibrate, use_calibration
+from fluxkiln.build.calibration import calibrate, use_calibration
 from fluxkiln.build.context import prepare
 from fluxkiln.build.quantization import quantize_model
 from fluxkiln.compile.tensors import quantizable
 from fluxkiln.errors import IntegrityError, SchemeError, UsageError
 from fluxkiln.export.checkpoint import read_tensor
+from fluxkiln.patches.flux1.model import MODEL
+from fluxkiln.patches.model import block_kinds
 from fluxkiln.quantize.pack import PackedWeight, bf16_to_float32, dequantize
-from fluxkiln.quantize.recipes import parse_rules, slot_of
+from fluxkiln.quantize.recipes import Stacks, parse_rules
 from fluxkiln.quantize.rounding import pack_matrix
 from fluxkiln.quantize.schemes import parse_scheme
 from fluxkiln.settings import Settings
 
+CALIBRATED = ("text_encoder_2", "transformer")
+STACKS = Stacks(block_kinds(MODEL), MODEL.kinds)
 LAYER = "transformer_blocks.0.attn.to_q.weight"
 PROMPTS = ("a red door",)
 
@@ -192,7 +196,7 @@ def test_slots_are_chosen_for_all_blocks_of_a_kind(settings, calibration):
         assert made.to_json()["scheme"] == made.scheme
         by_slot = {}
         for layer, found in made.chosen.items():
-            by_slot.setdefault(slot_of(layer), set()).add(found.scheme)
+            by_slot.setdefault(STACKS.slot_of(layer), set()).add(found.scheme)
         assert all(len(schemes) == 1 for schemes in by_slot.values())
         found = prepare(replace(alone, scheme=made.scheme))
         checkpoint, plan = found.checkpoint, found.plan

@@ -19,7 +19,7 @@ from fluxkiln.export.checkpoint import read_tensor
 from fluxkiln.patches.flux1.model import MODEL
 from fluxkiln.patches.model import block_kinds
 from fluxkiln.quantize.pack import PackedWeight, bf16_to_float32, dequantize
-from fluxkiln.quantize.recipes import parse_rules
+from fluxkiln.quantize.recipes import Stacks, parse_rules
 from fluxkiln.quantize.rounding import pack_matrix
 from fluxkiln.quantize.schemes import parse_scheme
 from fluxkiln.settings import Settings

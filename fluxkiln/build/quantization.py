@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.artifacts.actions import ActionCache
-from fluxkiln.build.context import Prepared, prepare
+from fluxkiln.build.context import prepare
 from fluxkiln.build.mixture import Mix, choose_slots
+from fluxkiln.build.prepared import Prepared
 from fluxkiln.build.sensitivity import block_errors, open_trials, slot_errors
 from fluxkiln.build.verification import is_complete, run_pipeline
 from fluxkiln.compile.rungs import dequantized_rung

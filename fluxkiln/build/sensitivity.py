@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.artifacts.actions import ActionCache
-from fluxkiln.build.context import Prepared, chosen_parts
+from fluxkiln.build.prepared import Prepared, chosen_parts
 from fluxkiln.build.verification import record
 from fluxkiln.compile.plan import Plan
 from fluxkiln.compile.rungs import dequantized_rung

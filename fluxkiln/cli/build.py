@@ -13,7 +13,7 @@ from fluxkiln.errors import ResourceError
 from fluxkiln.verify.report.wording import size as size_text
 
 if TYPE_CHECKING:
-    from fluxkiln.build.make import BuildResult
+    from fluxkiln.build.prepared import BuildResult
 
 
 @click.command(cls=TargetCommand)

@@ -98,15 +98,8 @@ def export(
     ONNX Runtime's constant folding would make a float32 copy of every weight when it opens a graph: turn it off with
     InferenceSession(path, disabled_optimizers=["ConstantFolding"]), and a weight is widened when it is used.
     """
-    from fluxkiln.build.context import (
-        check_tokens,
-        check_vae,
-        choose_components,
-        chosen_parts,
-        default_size,
-        default_tokens,
-        model_of,
-    )
+    from fluxkiln.build.context import check_tokens, check_vae, default_size, default_tokens
+    from fluxkiln.build.prepared import choose_components, chosen_parts, model_of
     from fluxkiln.export.checkpoint import open_checkpoint
     from fluxkiln.export.source import resolve_model
 

@@ -71,6 +71,7 @@ class Saved:
 @click.pass_obj
 def generate(
     output: Output,
+    /,
     prompts: tuple[str, ...],
     bundle: Path,
     file: Path | None,

@@ -34,6 +34,7 @@ _COMPONENTS = "text_encoder,text_encoder_2,transformer"
 @click.pass_obj
 def calibrate(
     output: Output,
+    /,
     model: str,
     prompts: Path | None,
     steps: int,
@@ -96,6 +97,7 @@ def _settings(model: str, components: str, *, size: str | None, **others: Any) -
 @click.pass_obj
 def quantize(
     output: Output,
+    /,
     model: str,
     schemes: tuple[str, ...],
     budget: str,

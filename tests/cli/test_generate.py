@@ -17,7 +17,7 @@ from PIL import Image
 from fluxkiln.compile import toolchain
 from fluxkiln.files import digest_file
 from fluxkiln.generate.painter import make_grid
-from tests.painting import Eager, make_bundle
+from tests.eager import Eager, make_bundle
 
 
 def read_facts(path: Path) -> dict[str, str]:

@@ -70,17 +70,17 @@ def compile_matmul(tpu_mlir, tmp_path_factory):
 
     @functools.cache
     def make(width=128, scheme="F32", rows=64, chip="bm1684x", **fields):
-        from fluxkiln.compile.onnx.filled import pour
+        from fluxkiln.compile.onnx.filled import fill
         from fluxkiln.compile.toolchains.tpu_mlir.compiler import CompileJob, compile_graph
 
         folder = tmp_path_factory.mktemp(f"matmul-{width}-{scheme}")
         weight = np.random.default_rng(width).standard_normal((rows, width)).astype(np.float32)
         template = write_matmul(folder / "template.onnx", width, rows)
-        pour(template, {"x"}, lambda slot: weight, folder / "poured.onnx")
+        fill(template, {"x"}, lambda slot: weight, folder / "filled.onnx")
         work = folder / "work"
         work.mkdir()
         job = CompileJob(
-            "matmul", "matmul", folder / "poured.onnx", template, frozenset({"x"}), parse_scheme(scheme), chip,
+            "matmul", folder / "filled.onnx", template, frozenset({"x"}), parse_scheme(scheme), chip,
             **fields,
         )  # fmt: skip
         return job, compile_graph(tpu_mlir, job, work, folder / "log"), weight
@@ -97,7 +97,7 @@ def compile_kind(tpu_mlir, tiny_checkpoint, tiny_template, tiny_parts, tmp_path_
 
     @functools.cache
     def make(kind, scheme, seed=None):
-        from fluxkiln.compile.onnx.filled import pour
+        from fluxkiln.compile.onnx.filled import fill
         from fluxkiln.compile.targets.bm1684x import TARGET
         from fluxkiln.compile.toolchains.tpu_mlir.coefficients import probe_reader
         from fluxkiln.compile.toolchains.tpu_mlir.compiler import CompileJob, compile_graph
@@ -109,10 +109,10 @@ def compile_kind(tpu_mlir, tiny_checkpoint, tiny_template, tiny_parts, tmp_path_
         else:
             read = probe_reader(template.slots, seed)
         activations = frozenset(spec.name for spec in template.inputs)
-        pour(template.path, set(activations), read, folder / "poured.onnx")
+        fill(template.path, set(activations), read, folder / "filled.onnx")
         (folder / "work").mkdir()
         job = CompileJob(
-            f"{kind}_00", kind, folder / "poured.onnx", template.path, activations, parse_scheme(scheme), TARGET.chip,
+            f"{kind}_00", folder / "filled.onnx", template.path, activations, parse_scheme(scheme), TARGET.chip,
             kind in TARGET.narrow_inputs, kind in TARGET.narrow_outputs,
         )  # fmt: skip
         return compile_graph(tpu_mlir, job, folder / "work", folder / "log"), read

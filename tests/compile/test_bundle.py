@@ -19,7 +19,7 @@ from fluxkiln.errors import IntegrityError, ToolchainError, UsageError
 from fluxkiln.generate.painter import Painter, Request, paint
 from fluxkiln.settings import Settings
 from fluxkiln.types import Shapes
-from tests.painting import make_bundle
+from tests.eager import make_bundle
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ from fluxkiln.generate.server import Preview, Studio, find_reference, is_referen
 from fluxkiln.verify.reference import read_recording
 from tests.browser import CHROMIUM, Browser
 from tests.colours import LEGIBLE, brightness, contrast, variables
-from tests.painting import SHAPES, make_bundle, open_eager
+from tests.eager import SHAPES, make_bundle, open_eager
 
 TEMPLATES = Path(__file__).parents[2] / "fluxkiln/generate/templates"
 uvicorn = pytest.importorskip("uvicorn", reason="the extra serve is not installed")

@@ -10,7 +10,9 @@ import pytest
 from fluxkiln.errors import SchemeError
 from fluxkiln.verify.findings import Operation, Tolerance
 from fluxkiln.verify.judgement import (
+    BF16,
     BUILD_AGAIN,
+    DEQUANTIZED,
     MOST_NAMED,
     first_missed,
     judge_ranks,
@@ -93,12 +95,12 @@ def test_range_of_a_value():
 
 
 def test_tolerances():
-    assert tolerance_of("dequantized", "F32").own < tolerance_of("dequantized", "F16").own
-    own = {"interpreter": {"F32": BOUNDS, "*": Tolerance(1.0, 1.0, 1.0)}}
-    assert tolerance_of("interpreter", "F32", own) == BOUNDS
-    assert tolerance_of("interpreter", "W4BF16", own) == tolerance_of("interpreter", "BF16", own) != BOUNDS
-    with pytest.raises(SchemeError, match="no tolerance is known for F32 at rung interpreter; there are none"):
-        tolerance_of("interpreter", "F32")
+    assert tolerance_of(DEQUANTIZED, "F32").own < tolerance_of(DEQUANTIZED, "F16").own
+    known = {"F32": BOUNDS, "*": BF16}
+    assert tolerance_of(known, "F32") == BOUNDS
+    assert tolerance_of(known, "W4BF16") == tolerance_of(known, "BF16") == BF16
+    with pytest.raises(SchemeError, match="no tolerance is known for W2BF16; there are F32, F16"):
+        tolerance_of(DEQUANTIZED, "W2BF16")
 
 
 def test_what_is_stored_wrongly_is_named_with_its_rank():

@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from fluxkiln.build.budget import name_shapes
-from fluxkiln.build.context import Prepared
+from fluxkiln.build.prepared import Prepared
 from fluxkiln.build.verification import record
 from fluxkiln.compile.toolchain import toolchain_of
 from fluxkiln.errors import UsageError

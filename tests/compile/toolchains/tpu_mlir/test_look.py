@@ -30,7 +30,7 @@ LINEAR = "time_text_embed.timestep_embedder.linear_2"
 @pytest.fixture(scope="module")
 def compiled(kiln, tpu_mlir, tmp_path_factory):
     """(part, scheme, keep_f32) -> the folder in which TPU-MLIR compiled it with its own weights."""
-    from fluxkiln.compile.onnx.filled import pour
+    from fluxkiln.compile.onnx.filled import fill
     from fluxkiln.compile.toolchains.tpu_mlir.compiler import CompileJob, compile_graph
 
     known = {}
@@ -42,10 +42,10 @@ def compiled(kiln, tpu_mlir, tmp_path_factory):
             template = make_template(*made, part.kind, "onnx17")
             activations = frozenset(spec.name for spec in template.inputs)
             reader = weight_reader(bind_part(part, template.slots, made.checkpoint), made.checkpoint)
-            pour(template.path, set(activations), reader, folder / "poured.onnx")
+            fill(template.path, set(activations), reader, folder / "filled.onnx")
             (folder / "work").mkdir()
             job = CompileJob(
-                name, part.kind, folder / "poured.onnx", template.path, activations, parse_scheme(scheme), "bm1684x",
+                name, part.kind, folder / "filled.onnx", template.path, activations, parse_scheme(scheme), "bm1684x",
                 keep_f32=keep_f32,
             )  # fmt: skip
             known[name, scheme, keep_f32] = compile_graph(tpu_mlir, job, folder / "work", folder / "log")

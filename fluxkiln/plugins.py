@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
+import inspect
 import sys
 from collections.abc import Collection
+from functools import cache
 from typing import Any
 
 
@@ -26,7 +29,7 @@ def find_plugins(group: str, protocol: Any, api: int | None, taken: Collection[s
         except Exception as error:  # whatever a stranger's module raises while it is imported
             _leave_out(entry, who, f"it cannot be imported ({type(error).__name__}: {error})", "mend or uninstall it")
             continue
-        lacking = [name for name in _members(protocol) if not hasattr(made, name)]
+        lacking = [name for name in _members(protocol) if not _has(made, protocol, name)]
         if api is not None and getattr(made, "api", None) != api:
             why = f"it was written for version {getattr(made, 'api', None)} of the interface, this has {api}"
             _leave_out(entry, who, why, "install versions of both that fit")
@@ -44,6 +47,20 @@ def _members(protocol: Any) -> list[str]:
     """What a protocol asks for: its annotations and its methods."""
     own = [name for name in vars(protocol) if not name.startswith("_") and name != "api"]
     return sorted({*own, *getattr(protocol, "__annotations__", {})} - {"api"})
+
+
+def _has(made: Any, protocol: Any, name: str) -> bool:
+    """Whether an object has a member; what it inherits from the protocol itself counts where that does something."""
+    inherited = getattr(type(made), name, None)
+    return hasattr(made, name) and not (name in _holes(protocol) and inherited is vars(protocol)[name])
+
+
+@cache
+def _holes(protocol: Any) -> frozenset[str]:
+    """The methods of a protocol that have a docstring and no body."""
+    (tree,) = ast.parse(inspect.getsource(protocol)).body
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    return frozenset(one.name for one in functions if all(isinstance(line, ast.Expr) for line in one.body))
 
 
 def _leave_out(entry: importlib.metadata.EntryPoint, who: str, why: str, remedy: str) -> None:

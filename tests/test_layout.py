@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from functools import cache
 from pathlib import Path
 
@@ -117,6 +117,115 @@ def test_every_module_has_a_place():
 )
 def test_dependency_rule_refuses(own, target):
     assert not may_import(own, target)
+
+
+def circles(graph: Mapping[str, Set[str]]) -> list[list[str]]:
+    """Groups of nodes that reach one another, by Tarjan's algorithm."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found = []
+
+    def visit(node: str) -> None:
+        index[node] = low[node] = len(index)
+        stack.append(node)
+        for other in sorted(graph[node] & graph.keys()):
+            if other not in index:
+                visit(other)
+            if other in stack:
+                low[node] = min(low[node], low[other])
+        if low[node] == index[node]:
+            group = stack[stack.index(node) :]
+            del stack[-len(group) :]
+            if len(group) > 1:
+                found.append(sorted(group))
+
+    for node in graph:
+        if node not in index:
+            visit(node)
+    return found
+
+
+def rooms() -> dict[str, set[str]]:
+    """Room -> the rooms that its modules import from."""
+    found: dict[str, set[str]] = {}
+    for name in MODULES:
+        targets = {room_of(target) for target in imports_of(name) if target in MODULES and target != "fluxkiln"}
+        found.setdefault(room_of(name), set()).update(targets - {room_of(name)})
+    return found
+
+
+def test_no_modules_import_one_another_in_a_circle():
+    assert circles({name: imports_of(name) - {name} for name in MODULES}) == []
+
+
+def test_no_rooms_import_one_another_in_a_circle():
+    assert circles(rooms()) == []
+
+
+def test_circles_are_seen():
+    assert circles({"a": {"b"}, "b": {"c", "d"}, "c": {"a"}, "d": {"e"}, "e": set()}) == [["a", "b", "c"]]
+    assert circles({"a": {"b", "c"}, "b": {"c"}, "c": {"elsewhere"}}) == []
+
+
+@cache
+def flux_names() -> tuple[set[str], re.Pattern[str]]:
+    """What FLUX.1's folder alone may name: kinds of parts, as a whole string; and what nobody else calls so, as a word
+    in one: kinds of two words, depths of components, tensors."""
+    from fluxkiln.patches.flux1.model import MODEL
+
+    kinds = {*MODEL.kinds, *MODEL.cuts, *(kind.block for kind in MODEL.kinds.values())} - {*MODEL.classes}
+    depths = {key for keys in MODEL.whole_numbers.values() for key in keys}
+    stacks = {stack for stacks in MODEL.stacks.values() for stack in stacks}
+    layout = MODEL.layout("transformer", MODEL.presets["tiny-dev"].configs["transformer"])
+    # proj_out is in most of diffusers' transformers
+    tensors = {name.partition(".")[0] for name in layout} - {"proj_out"} | {"shared.weight", "relative_attention_bias"}
+    long = {kind for kind in kinds if "_" in kind} | depths | stacks | tensors
+    return kinds, re.compile(rf"(?<!\w)({'|'.join(map(re.escape, sorted(long, key=len, reverse=True)))})(?!\w)")
+
+
+def strings(tree: ast.Module) -> Iterator[ast.Constant]:
+    """Those of a module but for docstrings."""
+    holders = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    texts = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, holders) and node.body and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in texts:
+            yield node
+
+
+def names_of_the_model(tree: ast.Module) -> list[str]:
+    kinds, words = flux_names()
+    return [node.value for node in strings(tree) if node.value in kinds or words.search(node.value)]
+
+
+# words of other fields: jax's for what is done with an index that is out of range
+HOMONYMS = {"compile.toolchains.neuron.operators": {"clip"}}
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(MODULES) if not name.startswith("fluxkiln.patches.flux1")])
+def test_the_model_is_named_in_its_own_folder_alone(name):
+    homonyms = HOMONYMS.get(name.removeprefix("fluxkiln."), set())
+    found = [one for one in names_of_the_model(parse(MODULES[name])) if one not in homonyms]
+    assert found == [], "this belongs into the model's folder, what is asked of all models into patches/model.py"
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['x = "double"', 'f("t5_block")', 'x = {"tail": 1}', 'y = f"{x}.norm_out.linear"', 'c["num_single_layers"]',
+     'x = r"single_transformer_blocks\\.\\d+"', 'x = "shared.weight"', 'x = y == "modulated_head"',
+     'x = "encoder.block.0"'],
+)  # fmt: skip
+def test_names_of_the_model_are_seen(line):
+    assert len(names_of_the_model(ast.parse(f'"""Of double."""\n{line}\n'))) == 1
+
+
+def test_what_everybody_says_is_no_name_of_the_model():
+    source = '"""t5_block"""\ndef f():\n    "transformer_blocks"\n    return ["a single one", "transformer", "heads"]\n'
+    assert names_of_the_model(ast.parse(source)) == []
 
 
 def test_relative_imports_are_seen():

@@ -48,7 +48,7 @@ class OnnxReference(Toolchain):
     )  # fmt: skip
     gates = (
         Gate("interpreted", "*", "part", "*", "relative_l2", 5e-6, "previous",
-             "the same numbers in float32 on both sides, which numpy sums in another order"),
+             "the same numbers in float32 on both sides, which numpy sums in another order: 9e-7 was measured"),
     )  # fmt: skip
     executors = ("interpreter",)
 
@@ -66,9 +66,7 @@ class OnnxReference(Toolchain):
             numbers = count_elements(template.slots) if template else 0
             known = template is not None and cache.lookup(weights_action(checkpoint, plan, part, template).key)
             # as they are read, and in float32
-            jobs.append(
-                Job("weights", part.name, part.kind, plan.scheme(part).name, 8 * numbers, bool(known), numbers)
-            )
+            jobs.append(Job("weights", part.name, part.kind, plan.scheme(part).name, 8 * numbers, bool(known), numbers))
         return jobs
 
     def make(
@@ -87,7 +85,9 @@ class OnnxReference(Toolchain):
             facts = {
                 "inputs": [[spec.name, spec.dtype, list(spec.shape)] for spec in template.inputs],
                 "outputs": [[spec.name, spec.dtype, list(spec.shape)] for spec in template.outputs],
-                **{"weight_bytes": blob.size, "instruction_bytes": 0, "runtime_bytes": 0},
+                "weight_bytes": blob.size,
+                "instruction_bytes": 0,
+                "runtime_bytes": 0,
             }
             binaries.append(
                 Binary(part, part.name, plan.scheme(part), facts, "written", {"weights": blob}, blob.digest, blob.size)

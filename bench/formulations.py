@@ -13,13 +13,15 @@ from torch import nn
 from torch.nn import functional
 
 from bench.figure import WORK, Figure
-from fluxkiln.compile.onnx import filled as pouring
+from fluxkiln.compile.onnx.filled import fill
 from fluxkiln.compile.target import Target
 from fluxkiln.compile.targets.bm1684x import TARGET
 from fluxkiln.compile.toolchains.tpu_mlir import compiler as tpu_mlir
+from fluxkiln.compile.toolchains.tpu_mlir import gelu
 from fluxkiln.compile.toolchains.tpu_mlir.coefficients import probe_reader
 from fluxkiln.compile.toolchains.tpu_mlir.compiler import CompileJob, compile_graph
 from fluxkiln.compile.toolchains.tpu_mlir.environment import TpuMlirEnv, default_tpu_mlir_root, find_tpu_mlir
+from fluxkiln.compile.toolchains.tpu_mlir.order import small_work_first
 from fluxkiln.export import trace
 from fluxkiln.patches.flux1 import transformer
 from fluxkiln.patches.flux1.model import MODEL
@@ -68,10 +70,10 @@ def whole_mlp(x: Any, up: Any, down: Any, bias: Any) -> Any:
 UPSTREAM: Changes = (
     (transformer, "DoublePart", UpstreamDouble),
     (transformer, "SinglePart", UpstreamSingle),
-    (tpu_mlir, "REQUIRED_ROPES", {}),
+    (tpu_mlir, "check_fusions", lambda *_: None),
 )
 SORTED: Changes = ((tpu_mlir, "_ORDERED", []),)
-CHAIN: Changes = ((pouring, "fuse_tanh_gelu", lambda model: 0),)
+CHAIN: Changes = ((gelu, "fuse_tanh_gelu", lambda model: 0),)
 FORMS: Mapping[str, tuple[str, Changes]] = {
     "diffusers' own forward": ("", (*UPSTREAM, *SORTED, *CHAIN)),
     "ours, GELU as a chain of operations": ("", CHAIN),
@@ -118,11 +120,13 @@ def estimate(env: TpuMlirEnv, target: Target, scheme: Scheme, kind: str) -> floa
         work.mkdir()
         template = trace.export_template(MODEL, kind, CONFIGS, SHAPES, "onnx17", folder)
         activations = frozenset(spec.name for spec in template.inputs)
-        graph = folder / "poured.onnx"
-        pouring.pour(template.path, set(activations), probe_reader(template.slots), graph)
+        graph, rewrites = folder / "filled.onnx", (gelu.fuse_tanh_gelu, small_work_first)
+        fill(template.path, set(activations), probe_reader(template.slots), graph, rewrites)
         traits = MODEL.kinds[kind]
         narrow = target.narrows(traits)
-        job = CompileJob(kind, kind, graph, template.path, activations, scheme, target.chip, *narrow, traits.ordered)
+        job = CompileJob(
+            kind, graph, template.path, activations, scheme, target.chip, *narrow, traits.rotated, traits.ordered
+        )
         found = compile_graph(env, job, work, WORK / "logs" / f"{kind}.log").facts["estimate_ms"]
     if found is None:
         raise RuntimeError(f"the compiler left no estimate of {kind}")

@@ -19,17 +19,16 @@ MODEL, DEGREE, SIZE, TOKENS = "full-dev", 8, (1024, 1024), 512
 _LOWER = """
 import json, sys, time
 from pathlib import Path
-from fluxkiln.compile.toolchains.neuron.modules import lower_modules
-from fluxkiln.build.context import describe
+from fluxkiln.compile.toolchains.neuron.modules import lower_modules, module_name
+from fluxkiln.build.context import outline
 from fluxkiln.progress import Silent
 from fluxkiln.settings import Settings
 from bench.neuron import DEGREE, MODEL, SIZE, TOKENS
 settings = Settings("trn1", MODEL, size=SIZE, tokens=TOKENS, tp_degree=DEGREE, granularity=sys.argv[2],
                     build_dir=Path(sys.argv[1]))
-kiln = describe(settings).kiln
-modules = lower_modules(kiln, Silent())
-step = [m for p in kiln.split_parts if p.component == "transformer" for n, m in modules.items()
-        if n == ("transformer" if sys.argv[2] == "whole" else p.kind)]
+made = outline(settings)
+modules = lower_modules(made.checkpoint, made.plan, made.cache, Silent())
+step = [modules[module_name(part)] for part in made.plan.parts if part.component == "transformer"]
 print(json.dumps({
     "modules": len(modules),
     "reduces": sum(len(m.facts["all_reduce_bytes"]) for m in step),
@@ -41,14 +40,11 @@ import json, sys, time
 from pathlib import Path
 from fluxkiln.export.checkpoint import open_checkpoint
 from fluxkiln.export.shard_files import write_shards
-from fluxkiln.compile.targets import find_target
-from fluxkiln.settings import Settings
-from fluxkiln.compile.toolchains.neuron.split import plan_split
 from bench.neuron import DEGREE
 checkpoint = open_checkpoint(Path(sys.argv[1]), ("transformer",))
-split = plan_split(Settings("trn1", components=("transformer",), tp_degree=DEGREE), find_target("trn1"), checkpoint)
+parts = checkpoint.model.list_split_parts(checkpoint.configs, "block", "kl")
 started = time.perf_counter()
-files = write_shards(split.parts, checkpoint, DEGREE, Path(sys.argv[2]))
+files = write_shards([part for part in parts if part.component == "transformer"], checkpoint, DEGREE, Path(sys.argv[2]))
 print(json.dumps({"seconds": time.perf_counter() - started, "bytes": sum(file.nbytes for file in files),
                   "of_rank_0": sum(file.nbytes for file in files if file.rank == 0)}))
 """

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from fluxkiln.artifacts.actions import ActionCache
-from fluxkiln.compile.plan import Plan
+from fluxkiln.compile.plan import Binary, BundleFile, Made, Plan
 from fluxkiln.compile.target import Target
+from fluxkiln.compile.toolchain import Rungs, toolchain_of
 from fluxkiln.compile.toolchains.tpu_mlir import gates
 from fluxkiln.export.checkpoint import Checkpoint
+from fluxkiln.progress import Silent
 from fluxkiln.types import Part
 from fluxkiln.verify.ladder import Ladder
 
@@ -38,6 +42,13 @@ class Build:
 def altered(build: Build, **changes) -> Build:
     """A build with another plan: other parts, shapes, schemes, ..."""
     return replace(build, plan=replace(build.plan, **changes))
+
+
+@contextmanager
+def climbed(build: Build, binaries: tuple[Binary, ...], files: tuple[BundleFile, ...], folder: Path) -> Iterator[Rungs]:
+    """The rungs of a build of these parts."""
+    with toolchain_of(build.target).climb(*build, Made(binaries, files), folder, Silent()) as climb:
+        yield climb.rungs
 
 
 def chip_ladder() -> Ladder:

@@ -38,5 +38,5 @@ def calibrated(kiln, tmp_path_factory):
         )
     blob = made.cache.store.add_file(path)
     action = calibration_action(COMPONENT, component_digest(made.checkpoint.digests, COMPONENT))
-    made.cache.record(*action, {"calibration": blob}, {})
+    made.cache.record(action, {"calibration": blob}, {})
     return open_calibration(made.cache.store.path(blob.digest), blob.digest)

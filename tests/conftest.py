@@ -173,7 +173,7 @@ def kiln(tiny_checkpoint: Callable[..., Checkpoint], tmp_path_factory: pytest.Te
         )
         prepared = prepare(settings)
         assert prepared.plan.shapes == SMALLEST
-        return Build(*prepared)
+        return Build(prepared.checkpoint, prepared.plan, prepared.cache)
 
     return make
 

@@ -6,50 +6,38 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from fluxkiln import __version__
 from fluxkiln.artifacts.actions import Action, ActionCache
 from fluxkiln.artifacts.code import code_version
 from fluxkiln.artifacts.store import open_store
+from fluxkiln.build.plan import check_resources
+from fluxkiln.build.prepared import (
+    Prepared,
+    Read,
+    choose_components,
+    chosen_parts,
+    model_of,
+    models_folder,
+    unwritten_bytes,
+)
 from fluxkiln.compile.plan import Plan
 from fluxkiln.compile.target import Target
 from fluxkiln.compile.targets import find_target
 from fluxkiln.compile.toolchain import toolchain_of
-from fluxkiln.errors import CheckpointError, ShapeError, UsageError
-from fluxkiln.export.checkpoint import Checkpoint, find_model, open_checkpoint
+from fluxkiln.errors import CheckpointError, ShapeError
+from fluxkiln.export.checkpoint import Checkpoint, open_checkpoint
 from fluxkiln.export.fingerprint import DigestMemo, digest_tensors, fingerprint, scan_finite, shard_states
-from fluxkiln.export.lora import COMPONENT, fuse_once, fused_folder, is_fused, read_record
+from fluxkiln.export.lora import fuse_once, fused_folder
 from fluxkiln.export.lora_file import digest_lora
-from fluxkiln.export.source import resolve_model, synthetic_folder
-from fluxkiln.patches.model import Model
+from fluxkiln.export.source import resolve_model
 from fluxkiln.patches.registry import all_presets
 from fluxkiln.progress import STEP_BYTES, Progress, Silent, count_bytes
 from fluxkiln.quantize.schemes import parse_scheme
 from fluxkiln.settings import Settings
-from fluxkiln.types import Part, Shapes, check_steps
-
-Read = Callable[[int, int], None] | None
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A build that has been checked and may start. `name` is that of its folder."""
-
-    settings: Settings
-    checkpoint: Checkpoint
-    plan: Plan
-    cache: ActionCache
-    name: str
-    fingerprint: str
-    folder: Path
-
-    @property
-    def bundle(self) -> Path:
-        return self.folder / "bundle"
+from fluxkiln.types import Shapes, check_steps
 
 
 def prepare(settings: Settings, progress: Progress | None = None) -> Prepared:
@@ -57,16 +45,14 @@ def prepare(settings: Settings, progress: Progress | None = None) -> Prepared:
 
     Raises: as `build`, but for what happens while compiling.
     """
-    from fluxkiln.build.plan import check_resources
-
     progress = progress or Silent()
     chosen = choose_components(model_of(settings), settings)
     if unwritten_bytes(settings, _read_progress(progress)):
         check_resources(outline(settings))
     report = count_bytes(progress, "synthesize", "written")
-    root = resolve_model(settings.model, _models(settings), report, settings.components and chosen)
+    root = resolve_model(settings.model, models_folder(settings), report, settings.components and chosen)
     memo = DigestMemo(settings.store_path.absolute() / "memo" / "tensors.json")
-    root = fused_root(root, settings, _models(settings), memo, progress, _read_progress(progress))
+    root = fused_root(root, settings, models_folder(settings), memo, progress, _read_progress(progress))
     checkpoint = open_checkpoint(root, chosen)
     prepared = _prepared(settings, checkpoint)
     toolchain_of(prepared.plan.target).check(checkpoint, prepared.plan, prepared.cache)
@@ -87,25 +73,8 @@ def outline(settings: Settings) -> Prepared:
         from fluxkiln.export.synth.checkpoint import unwritten_checkpoint
 
         return _prepared(settings, unwritten_checkpoint(settings.model, chosen))
-    root = resolve_model(settings.model, _models(settings), None, settings.components and chosen)
+    root = resolve_model(settings.model, models_folder(settings), None, settings.components and chosen)
     return _prepared(settings, open_checkpoint(root, chosen))
-
-
-def unwritten_bytes(settings: Settings, reading: Callable[[int, int], None] | None = None) -> int:
-    """Bytes that a build has to write first: of a synthetic checkpoint, of one with LoRAs in it; 0 for any other."""
-    from fluxkiln.export.synth.checkpoint import synthesized_bytes, with_sisters
-
-    model = model_of(settings)
-    preset = model.presets.get(settings.model)
-    components = choose_components(model, settings)
-    chosen = settings.components and components
-    if preset is not None and not (synthetic_folder(preset, _models(settings), chosen) / "model_index.json").is_file():
-        fused = synthesized_bytes(preset.name, (model.adapted,)) if settings.loras else 0
-        return synthesized_bytes(preset.name, with_sisters(model, components)) + fused
-    if not settings.loras:
-        return 0
-    root = resolve_model(settings.model, _models(settings), None, chosen)
-    return unfused_bytes(root, settings, _models(settings), reading)
 
 
 def _prepared(settings: Settings, checkpoint: Checkpoint) -> Prepared:
@@ -149,22 +118,6 @@ def _label(scheme: str, target: Target) -> str:
     return f"{base}-{hashlib.sha256(scheme.encode()).hexdigest()[:10]}"
 
 
-def chosen_parts(settings: Settings, checkpoint: Checkpoint, split: bool = False) -> tuple[Part, ...]:
-    """The parts of the components that the settings choose; configs of others need not be there."""
-    model, configs = checkpoint.model, checkpoint.configs
-    every = (
-        model.list_split_parts(configs, settings.granularity, settings.vae)
-        if split
-        else model.list_parts(configs, settings.vae, settings.modulation)
-    )
-    chosen = choose_components(model, settings)
-    return tuple(part for part in every if part.component in chosen)
-
-
-def _models(settings: Settings) -> Path:
-    return settings.build_dir / "models"
-
-
 def check_vae(checkpoint: Checkpoint, settings: Settings) -> None:
     """Raise CheckpointError when the tiny VAE is asked for and not there."""
     if (
@@ -200,45 +153,7 @@ def check_tokens(shapes: Shapes, checkpoint: Checkpoint) -> None:
         )
 
 
-def choose_components(model: Model, settings: Settings) -> tuple[str, ...]:
-    """The components to build, in the order of the pipeline.
-
-    Raises:
-        UsageError: there is no such component, or what else is asked for needs those that are left out.
-    """
-    wanted, known = settings.components, model.components
-    if wanted is None:
-        return known
-    for component in wanted:
-        if component not in known:
-            raise UsageError(f"no component is called {component!r}; there are {', '.join(known)}")
-    if not wanted:
-        raise UsageError(f"no component was asked for; there are {', '.join(known)}")
-    chosen = tuple(name for name in known if name in wanted)
-    if settings.loras and model.adapted not in chosen:
-        raise UsageError(
-            f"LoRAs go into the {model.adapted}, and only {', '.join(chosen)} is built; leave out --lora, or add "
-            f"{model.adapted} to --components"
-        )
-    if (settings.prompts or settings.seeds) and chosen != known:
-        raise UsageError(
-            f"prompts and seeds make whole images, and only {', '.join(chosen)} is built; leave --components out"
-        )
-    return chosen
-
-
-def model_of(settings: Settings) -> Model:
-    """The model that the settings name, before anything of it is written or fetched: that of a preset or a folder.
-
-    A Hugging Face id has to be fetched for it.
-    """
-    presets = all_presets()
-    if settings.model in presets:
-        return presets[settings.model][0]
-    return find_model(resolve_model(settings.model, _models(settings), None, settings.components))
-
-
-def _read_progress(progress: Progress) -> Callable[[int, int], None] | None:
+def _read_progress(progress: Progress) -> Read:
     """Bytes of a checkpoint read, where there are enough of them to wait for."""
     report = count_bytes(progress, "read", "read")
     return lambda done, total: report(done, total) if total >= STEP_BYTES else None
@@ -288,23 +203,9 @@ def fused_root(root: Path, settings: Settings, models: Path, memo: DigestMemo, p
     return fuse_once(root, settings.loras, folder, count_bytes(progress, "fuse", "written"))
 
 
-def unfused_bytes(root: Path, settings: Settings, models: Path, read: Read = None) -> int:
-    """Bytes of shards that a build has to write first, at most; 0 without LoRAs or when they are fused already."""
-    memo = DigestMemo(settings.store_path.absolute() / "memo" / "tensors.json")
-    if not settings.loras or is_fused(fused_folder(root, settings.loras, models, memo, read)):
-        return 0
-    return sum(ref.nbytes for ref in open_checkpoint(root, (COMPONENT,)).tensors[COMPONENT].values())
-
-
 def lora_label(settings: Settings) -> str:
     """What a build's folder is called besides: nothing without LoRAs, else a digest of them and their strengths."""
     if not settings.loras:
         return ""
     inputs = [[digest_lora(file), strength] for file, strength in settings.loras]
     return f"-lora-{hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:8]}"
-
-
-def lora_facts(checkpoint: Checkpoint) -> dict[str, Any]:
-    """`lora`: file name, sha256 and strength of each LoRA in a checkpoint, or nothing; for what tells its origin."""
-    record = read_record(checkpoint.root)
-    return {"lora": record["lora"]} if record else {}

@@ -16,7 +16,7 @@ from fluxkiln.artifacts.bundle import write_bundle
 from fluxkiln.artifacts.code import package_version
 from fluxkiln.artifacts.modelpack import store_bundle
 from fluxkiln.artifacts.store import Blob
-from fluxkiln.build.context import lora_facts
+from fluxkiln.build.prepared import lora_facts
 from fluxkiln.compile.bundle import CONFIGS, HOST_CONSTANTS
 from fluxkiln.compile.plan import Binary, Made
 from fluxkiln.compile.templates import host_constants
@@ -27,8 +27,7 @@ from fluxkiln.files import digest_file
 from fluxkiln.progress import FROM_STORE, Laps, Progress
 
 if TYPE_CHECKING:
-    from fluxkiln.build.context import Prepared
-    from fluxkiln.build.make import BuildResult
+    from fluxkiln.build.prepared import BuildResult, Prepared
     from fluxkiln.build.verification import Parity
     from fluxkiln.verify.reference import Recording
 
@@ -320,7 +319,7 @@ def _result(
     laps: Laps,
     nothing_to_do: bool,
 ) -> BuildResult:
-    from fluxkiln.build.make import BuildResult
+    from fluxkiln.build.prepared import BuildResult
 
     counts = prepared.cache.counts
     return BuildResult(
@@ -340,11 +339,10 @@ def _result(
 
 
 def _licence_note(prepared: Prepared, work: Path) -> Path:
-    path = work / "LICENSE"
+    path, checkpoint = work / "LICENSE", prepared.checkpoint
+    published = f"{checkpoint.model.title}-{checkpoint.variant} is published under {licence_id(prepared)}"
     path.write_text(
-        f"The checkpoint {prepared.checkpoint.name} came without a licence text.\n"
-        f"{prepared.checkpoint.model.title}-{prepared.checkpoint.variant} is published under {licence_id(prepared)}; its terms apply to this "
-        "bundle.\n"
+        f"The checkpoint {checkpoint.name} came without a licence text.\n{published}; its terms apply to this bundle.\n"
     )
     return path
 

@@ -6,54 +6,17 @@ stages that need them, so that a build in which nothing changed costs a few hund
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from fluxkiln.artifacts.bundle import heal_bundle
 from fluxkiln.artifacts.locks import build_lock
-from fluxkiln.build.context import Prepared, outline, prepare, unwritten_bytes
+from fluxkiln.build.context import outline, prepare
+from fluxkiln.build.prepared import BuildResult, Prepared, unwritten_bytes
 from fluxkiln.compile.toolchain import toolchain_of
 from fluxkiln.progress import Laps, Progress, Silent
 from fluxkiln.settings import Settings
-
-
-@dataclass(frozen=True, slots=True)
-class BuildResult:
-    """What a build did and where it is."""
-
-    name: str
-    target: str
-    bundle: Path
-    report: Path | None
-    digest: str
-    nothing_to_do: bool
-    seconds: float
-    compiler_runs: int
-    cache: Mapping[str, Any] = field(default_factory=dict)
-    timings: Mapping[str, float] = field(default_factory=dict)
-    parts: Mapping[str, str] = field(default_factory=dict)
-    parity: Mapping[str, Any] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """The result as plain JSON."""
-        return {
-            "name": self.name,
-            "target": self.target,
-            "bundle": str(self.bundle),
-            "manifest": str(self.bundle / "manifest.json"),
-            "report": str(self.report) if self.report else None,
-            "digest": self.digest,
-            "nothing_to_do": self.nothing_to_do,
-            "seconds": round(self.seconds, 3),
-            "compiler_runs": self.compiler_runs,
-            "cache": dict(self.cache),
-            "timings": {stage: round(seconds, 3) for stage, seconds in self.timings.items()},
-            "parts": dict(self.parts),
-            "parity": dict(self.parity),
-        }
 
 
 def build(settings: Settings, progress: Progress | None = None) -> BuildResult:

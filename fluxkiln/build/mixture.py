@@ -12,7 +12,7 @@ from typing import Any
 
 from fluxkiln.quantize.exceptions import with_exceptions
 from fluxkiln.quantize.figures import Figures
-from fluxkiln.quantize.recipes import build_place, choose_exactly
+from fluxkiln.quantize.recipes import Stacks, choose_exactly
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +89,7 @@ def choose_slots(
     coded: str,
     plain: str,
     budget: int,
+    stacks: Stacks,
     errors: Mapping[str, float] | None = None,
 ) -> tuple[dict[str, Figures], str, tuple[SlotChoice, ...]]:
     """For each slot of each kind one of two schemes, so that all layers fit the budget.
@@ -109,7 +110,7 @@ def choose_slots(
     """
     slots: dict[str, list[str]] = {}
     for layer in figures:
-        slots.setdefault(build_place(layer), []).append(layer)
+        slots.setdefault(".".join(stacks.slot_of(layer)), []).append(layer)
     options: dict[str, list[Figures]] = {}
     for name, layers in slots.items():
         options[name] = [add_up(figures[layer][scheme] for layer in layers) for scheme in (coded, plain)]

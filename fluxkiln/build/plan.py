@@ -24,7 +24,7 @@ from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.settings import Settings
 
 if TYPE_CHECKING:
-    from fluxkiln.build.context import Prepared
+    from fluxkiln.build.prepared import Prepared
 
 # 0.1 s of quantization per 50 million weights and 3 s of starting a compiler, measured on two cores
 COMPILE_SECONDS, COMPILE_SECONDS_PER_WEIGHT = 3.0, 1e-7
@@ -148,7 +148,7 @@ def free_bytes(place: Path) -> int:
 
 def disk_bytes(prepared: Prepared, todo: Iterable[Job]) -> int:
     """About how many bytes these jobs write: into the store, the bundle, and working folders at their fullest."""
-    from fluxkiln.build.context import unwritten_bytes
+    from fluxkiln.build.prepared import unwritten_bytes
 
     checkpoint, plan, settings = prepared.checkpoint, prepared.plan, prepared.settings
     todo = list(todo)

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.artifacts.actions import ActionCache
-from fluxkiln.build.context import Prepared, prepare
+from fluxkiln.build.context import prepare
 from fluxkiln.build.mixture import Mix, choose_slots
+from fluxkiln.build.prepared import Prepared
 from fluxkiln.build.sensitivity import block_errors, open_trials, slot_errors
 from fluxkiln.build.verification import is_complete, run_pipeline
 from fluxkiln.compile.rungs import dequantized_rung
@@ -28,8 +29,9 @@ from fluxkiln.compile.weights import check_methods, component_digest, find_calib
 from fluxkiln.errors import SchemeError, UsageError
 from fluxkiln.export.checkpoint import Checkpoint, read_rows
 from fluxkiln.files import disk_full_named
+from fluxkiln.patches.model import block_kinds
 from fluxkiln.progress import Progress, Silent
-from fluxkiln.quantize.recipes import LayerRule, assign_rules, choose, parse_budget
+from fluxkiln.quantize.recipes import LayerRule, Stacks, assign_rules, choose, parse_budget
 from fluxkiln.quantize.schemes import Scheme, check_groups, parse_scheme
 from fluxkiln.settings import Settings
 
@@ -167,7 +169,8 @@ def quantize_model(
     elif budget:
         method = compared[0].method
         compared = [parse_scheme(name.format(method)) for name in BUDGET_SCHEMES]
-    fixed = assign_rules([layer.name for layer in layers], rules)
+    stacks = Stacks(block_kinds(checkpoint.model), checkpoint.model.kinds)
+    fixed = assign_rules([layer.name for layer in layers], rules, stacks)
     limit = parse_budget(budget, sum(math.prod(layer.shape) for layer in layers)) if budget else 0
     figures: dict[str, dict[str, Figures]] = {}
     progress.stage("quantize", len(layers))
@@ -188,7 +191,7 @@ def quantize_model(
     }
     chosen, mixed = {name: found[0] for name, found in options.items()}, None
     if per_kind:
-        chosen, mixed = _choose_slots(prepared, figures, compared, limit, progress)
+        chosen, mixed = _choose_slots(prepared, figures, compared, limit, stacks, progress)
     elif budget:
         chosen = choose(options, limit)
     if out is not None:
@@ -202,15 +205,18 @@ def _choose_slots(
     figures: Mapping[str, Mapping[str, Figures]],
     compared: Sequence[Scheme],
     limit: int,
+    stacks: Stacks,
     progress: Progress,
 ) -> tuple[dict[str, Figures], Mix]:
     """What each slot does to its blocks measured, slots chosen by it, and the blocks measured with what was chosen."""
     coded, plain = compared
-    choose_slots(figures, coded.name, plain.name, limit)  # a budget that cannot be met is said before anything is run
+    choose_slots(
+        figures, coded.name, plain.name, limit, stacks
+    )  # a budget that cannot be met is said before anything is run
     started = time.perf_counter()
-    trials = open_trials(prepared, figures, progress)
+    trials = open_trials(prepared, figures, stacks, progress)
     errors = slot_errors(trials, coded, progress)
-    chosen, text, slots = choose_slots(figures, coded.name, plain.name, limit, errors)
+    chosen, text, slots = choose_slots(figures, coded.name, plain.name, limit, stacks, errors)
     in_codes = {kind: [one.slot for one in slots if one.kind == kind and not one.kept] for kind in trials.slots}
     measured = block_errors(trials, coded, in_codes, progress)
     names = {kind: tuple(part.name for part in parts) for kind, parts in trials.blocks.items()}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fluxkiln.artifacts.actions import Action, run_action
 from fluxkiln.artifacts.code import code_version
 from fluxkiln.build.budget import name_shapes
-from fluxkiln.build.context import Prepared
+from fluxkiln.build.prepared import Prepared
 from fluxkiln.compile.plan import Plan
 from fluxkiln.compile.templates import pipeline_files
 from fluxkiln.digests import digest_json

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.artifacts.actions import ActionCache
-from fluxkiln.build.context import Prepared, chosen_parts
+from fluxkiln.build.prepared import Prepared, chosen_parts
 from fluxkiln.build.verification import record
 from fluxkiln.compile.plan import Plan
 from fluxkiln.compile.rungs import dequantized_rung
@@ -23,7 +23,7 @@ from fluxkiln.errors import ParityError
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.progress import Progress
 from fluxkiln.quantize.exceptions import weight_name
-from fluxkiln.quantize.recipes import slot_of
+from fluxkiln.quantize.recipes import Stacks
 from fluxkiln.quantize.schemes import Scheme, parse_scheme
 from fluxkiln.types import Part
 
@@ -56,7 +56,7 @@ class Trials:
     blocks: Mapping[str, tuple[Part, ...]]
 
 
-def open_trials(prepared: Prepared, layers: Collection[str], progress: Progress) -> Trials:
+def open_trials(prepared: Prepared, layers: Collection[str], stacks: Stacks, progress: Progress) -> Trials:
     """The reference run that builds are verified with, from the store or made now, and the blocks to try on it.
 
     Args:
@@ -69,7 +69,7 @@ def open_trials(prepared: Prepared, layers: Collection[str], progress: Progress)
     recording = record(replace(prepared, plan=plan, settings=settings))
     progress.done("record", "reference run", f"{recording.steps} step(s)")
     slots: dict[str, dict[str, None]] = {}
-    for kind, slot in map(slot_of, layers):
+    for kind, slot in map(stacks.slot_of, layers):
         slots.setdefault(kind, {})[slot] = None
     every = {kind: [part for part in plan.parts if part.kind == kind] for kind in slots}
     blocks = {kind: tuple(dict.fromkeys((parts[0], parts[-1]))) for kind, parts in every.items()}

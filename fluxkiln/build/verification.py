@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from fluxkiln.artifacts.actions import Action, run_action
 from fluxkiln.artifacts.code import code_version
 from fluxkiln.build.budget import LIMITS, Limits, executed_parts, filling_prompt, name_shapes, replayed_shapes
-from fluxkiln.build.context import Prepared
+from fluxkiln.build.prepared import Prepared
 from fluxkiln.build.samples import sample_runs
 from fluxkiln.compile.plan import Made, Plan
 from fluxkiln.compile.rungs import onnxruntime_rung, rungs_below, stored_rung

@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fluxkiln.cli.options import SettingsFor, settings_options
-from fluxkiln.cli.output import Output, count_text, json_option, parity_text, path_text, seconds_text
-from fluxkiln.cli.progress import open_progress
-from fluxkiln.cli.usage import TargetCommand
+from fluxkiln.cli.options import SettingsFor, TargetCommand, settings_options
+from fluxkiln.cli.output import Output, count_text, json_option, open_progress, parity_text, path_text, seconds_text
 from fluxkiln.errors import ResourceError
 from fluxkiln.verify.report.wording import size as size_text
 
 if TYPE_CHECKING:
-    from fluxkiln.build.make import BuildResult
+    from fluxkiln.build.prepared import BuildResult
 
 
 @click.command(cls=TargetCommand)
@@ -56,9 +54,8 @@ def plan(output: Output, settings_for: SettingsFor, target: str) -> None:
     jobs = planned["jobs"]
     columns = list(dict.fromkeys(key for job in jobs for key in job))
     output.table(
-        [column.replace("_", " ") for column in columns],
+        [">" * _is_bytes(column) + column.replace("_", " ") for column in columns],
         [[_cell(column, job.get(column)) for column in columns] for job in jobs],
-        numbers=[column.replace("_", " ") for column in columns if _is_bytes(column)],
     )
     output.line()
     output.facts({name.replace("_", " "): _cell(name, value) for name, value in planned.get("totals", {}).items()})
@@ -71,12 +68,11 @@ def _show_devices(output: Output, devices: dict[str, Any]) -> None:
     if not devices:
         return
     output.line()
-    columns = ("file", "device", "phase", "weights", "instructions", "runtime", "total")
-    numbers = columns[3:]
+    texts, sizes = ("file", "device", "phase"), ("weights", "instructions", "runtime", "total")
     rows = [
-        [size_text(file[name]) if name in numbers else str(file[name]) for name in columns] for file in devices["files"]
+        [*(str(file[name]) for name in texts), *(size_text(file[name]) for name in sizes)] for file in devices["files"]
     ]
-    output.table(columns, rows, numbers=numbers)
+    output.table((*texts, *(">" + name for name in sizes)), rows)
     output.line()
     budget = {"a device gives to models": size_text(devices["budget"])}
     output.facts({way: ", ".join(map(size_text, peaks)) for way, peaks in devices["peaks"].items()} | budget)

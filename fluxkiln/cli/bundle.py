@@ -105,18 +105,16 @@ def _show_parts(output: Output, manifest: Manifest, described: Mapping[str, Any]
     output.line()
     if every:
         output.table(
-            ("part", "kind", "scheme", "size", "file", "net"),
+            ("part", "kind", "scheme", ">size", "file", "net"),
             [(part.name, part.kind, part.scheme, size_text(part.size), part.file, part.net) for part in manifest.parts],
-            numbers=("size",),
         )
         return
     output.table(
-        ("component", "kind", "scheme", "parts", "size"),
+        ("component", "kind", "scheme", ">parts", ">size"),
         [
             (kind["component"], kind["kind"], kind["scheme"], str(kind["parts"]), size_text(kind["size"]))
             for kind in described["kinds"]
         ],
-        numbers=("parts", "size"),
     )
 
 
@@ -124,21 +122,19 @@ def _show_files(output: Output, manifest: Manifest, described: Mapping[str, Any]
     output.line()
     if every:
         output.table(
-            ("file", "role", "size", "sha256"),
+            ("file", "role", ">size", "sha256"),
             [(file.path, file.role, size_text(file.size), file.sha256) for file in manifest.files],
-            numbers=("size",),
         )
         return
     files: dict[str, list[str]] = {}
     for file in manifest.files:
         files.setdefault(file.role, []).append(file.path)
     output.table(
-        ("role", "files", "size", "names"),
+        ("role", ">files", ">size", "names"),
         [
             (role, str(entry["files"]), size_text(entry["size"]), _some(files[role]))
             for role, entry in described["roles"].items()
         ],
-        numbers=("files", "size"),
     )
 
 

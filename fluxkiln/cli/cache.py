@@ -6,9 +6,8 @@ from pathlib import Path
 
 import click
 
-from fluxkiln.cli.options import open_existing, store_options
+from fluxkiln.cli.options import NamedCommands, open_existing, store_options
 from fluxkiln.cli.output import Output, count_text, json_option
-from fluxkiln.cli.usage import NamedCommands
 from fluxkiln.errors import IntegrityError, UsageError
 from fluxkiln.verify.report.wording import size as size_text
 
@@ -42,9 +41,8 @@ def list_store(output: Output, build_dir: Path, store: Path | None) -> None:
     if stages:
         output.line()
         output.table(
-            ("stage", "results", "size"),
+            ("stage", ">results", ">size"),
             [(name, str(stage["results"]), size_text(stage["size"])) for name, stage in sorted(stages.items())],
-            numbers=("results", "size"),
         )
     if tags:
         output.line()

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from fluxkiln.cli.options import store_options
-from fluxkiln.cli.output import Output, count_text, json_option
-from fluxkiln.cli.progress import open_progress
+from fluxkiln.cli.output import Output, count_text, json_option, open_progress
 from fluxkiln.errors import UsageError
 from fluxkiln.settings import Settings
 

@@ -6,10 +6,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fluxkiln.cli.options import SettingsFor, settings_options
-from fluxkiln.cli.output import Output, json_option
-from fluxkiln.cli.progress import open_progress
-from fluxkiln.cli.usage import TargetCommand
+from fluxkiln.cli.options import SettingsFor, TargetCommand, settings_options
+from fluxkiln.cli.output import Output, json_option, open_progress
 from fluxkiln.errors import ParityError
 
 if TYPE_CHECKING:
@@ -65,9 +63,8 @@ def _show(output: Output, found: Diagnosis, every: bool) -> None:
     output.facts({"part": f"{found.part} ({found.kind}, {found.scheme})", **found.facts, "step": _step(found.step)})
     output.line()
     output.table(
-        ("rung", "against", "values", "out", "largest own error", "in"),
+        ("rung", "against", ">values", ">out", ">largest own error", "in"),
         [_rung_row(rung) for rung in found.rungs],
-        numbers=("values", "out", "largest own error"),
     )
     culprit = found.culprit
     # what was read back byte by byte has no noise to show
@@ -83,12 +80,11 @@ def _show(output: Output, found: Diagnosis, every: bool) -> None:
     if every:
         output.line()
         output.table(
-            ("value", "own", "worst channel", "drift", "out"),
+            ("value", ">own", ">worst channel", ">drift", "out"),
             [
                 (one.value, f"{one.own:.1e}", f"{one.channel:.1e}", f"{one.drift:.1e}", one.missed)
                 for one in shown.findings
             ],
-            numbers=("own", "worst channel", "drift"),
         )
 
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from fluxkiln.cli.options import TargetCommand
 from fluxkiln.cli.output import Output, json_option
-from fluxkiln.cli.usage import TargetCommand
 from fluxkiln.errors import ToolchainError, UsageError
 
 if TYPE_CHECKING:

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from fluxkiln.cli.options import build_dir_option, check_size, size_option, tokens_option, vae_option
-from fluxkiln.cli.output import Output, count_text, json_option, seconds_text
-from fluxkiln.cli.progress import open_progress
+from fluxkiln.cli.output import Output, count_text, json_option, open_progress, seconds_text
 from fluxkiln.errors import UsageError
 from fluxkiln.patches.model import Model
 from fluxkiln.progress import Progress, count_bytes
@@ -99,15 +98,8 @@ def export(
     ONNX Runtime's constant folding would make a float32 copy of every weight when it opens a graph: turn it off with
     InferenceSession(path, disabled_optimizers=["ConstantFolding"]), and a weight is widened when it is used.
     """
-    from fluxkiln.build.context import (
-        check_tokens,
-        check_vae,
-        choose_components,
-        chosen_parts,
-        default_size,
-        default_tokens,
-        model_of,
-    )
+    from fluxkiln.build.context import check_tokens, check_vae, default_size, default_tokens
+    from fluxkiln.build.prepared import choose_components, chosen_parts, model_of
     from fluxkiln.export.checkpoint import open_checkpoint
     from fluxkiln.export.source import resolve_model
 
@@ -152,7 +144,7 @@ def export(
     seconds = time.perf_counter() - started
     output.document({**index, "directory": str(directory), "seconds": round(seconds, 3)})
     output.table(
-        ("template", "inputs", "slots", "parts", "size"),
+        ("template", "inputs", ">slots", ">parts", ">size"),
         [
             (
                 template["file"],
@@ -163,7 +155,6 @@ def export(
             )
             for template in index["templates"]
         ],
-        numbers=("slots", "parts", "size"),
     )
     output.line(
         f"\n{directory}: {count_text(len(index['templates']), 'template')} and {INDEX} in {seconds_text(seconds)}"
@@ -176,7 +167,7 @@ def _tell_graphs(output: Output, document: dict[str, Any], directory: Path, seco
         {**document, "directory": str(directory), "seconds": round(seconds, 3), "cpu_seconds": round(cpu, 3)}
     )
     output.table(
-        ("graph", "parts", "tensors", "of weights", "sidecar", "size"),
+        ("graph", ">parts", ">tensors", ">of weights", ">sidecar", ">size"),
         [
             (
                 graph["file"],
@@ -188,7 +179,6 @@ def _tell_graphs(output: Output, document: dict[str, Any], directory: Path, seco
             )
             for graph in document["graphs"]
         ],
-        numbers=("parts", "tensors", "of weights", "sidecar", "size"),
     )
     ways = {way: list(document["weights"].values()).count(way) for way in document["weights"].values()}
     weights = ", ".join(f"{count_text(count, 'file')} ({way})" for way, count in ways.items())

@@ -1,7 +1,9 @@
-"""`fluxkiln generate`."""
+"""`fluxkiln generate` and `fluxkiln serve`: images from a bundle, into files or on a local page."""
 
 from __future__ import annotations
 
+import errno
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fluxkiln.cli.bundle import bundle_folder
-from fluxkiln.cli.options import check_size
-from fluxkiln.cli.output import Output, count_text, json_option, path_text, seconds_text
-from fluxkiln.cli.progress import open_progress
-from fluxkiln.cli.usage import BundleCommand
-from fluxkiln.errors import UsageError
+from fluxkiln.cli.options import BundleCommand, check_size
+from fluxkiln.cli.output import Output, count_text, json_option, open_progress, path_text, seconds_text
+from fluxkiln.errors import ResourceError, ToolchainError, UsageError
 from fluxkiln.settings import read_prompts
 from fluxkiln.verify.report.wording import size as size_text
 
 if TYPE_CHECKING:
     from fluxkiln.compile.bundle import Bundle
-    from fluxkiln.generate.painter import Painter, Picture, Request
+    from fluxkiln.generate.painter import Painter, Request
+
+PORT = 7860
 
 _path = click.Path(path_type=Path)
 
@@ -43,12 +45,9 @@ class Saved:
 @click.argument("prompts", nargs=-1, metavar="PROMPT...")
 @click.option("--bundle", type=_path, required=True, metavar="DIR", help="A bundle, or the folder of a build.")
 @click.option(
-    "--prompts",
-    "file",
-    type=_path,
-    metavar="FILE",
+    "--prompts", "file", type=_path, metavar="FILE",
     help="A file with a prompt on each line; lines that begin with # are left out.",
-)
+)  # fmt: skip
 @click.option("--prompt-2", metavar="TEXT", help="What T5 gets, if not the prompt itself.")
 @click.option("--steps", type=int, metavar="N", help="Denoising steps. Default: dev 28, schnell 4.")
 @click.option("--guidance", type=float, metavar="X", help="Guidance scale, dev only. Default: 3.5.")
@@ -72,23 +71,21 @@ class Saved:
 @click.pass_obj
 def generate(
     output: Output,
+    /,
     prompts: tuple[str, ...],
     bundle: Path,
     file: Path | None,
-    prompt_2: str | None,
-    steps: int | None,
-    guidance: float | None,
     seed: int,
     n_images: int,
     rows: int | None,
     size: str | None,
-    tokens: int | None,
     executor: str | None,
     device: int,
     threads: int,
     fast: bool,
     out: Path,
     save_latents: bool,
+    **asked: Any,
 ) -> None:
     """Make images from a bundle; no checkpoint is needed.
 
@@ -110,11 +107,7 @@ def generate(
     from fluxkiln.generate.painter import Painter, Request, check_request
     from fluxkiln.progress import Laps
 
-    requests = [
-        Request(text, seed + number, prompt_2, steps, guidance, checked, tokens)
-        for text in texts
-        for number in range(n_images)
-    ]
+    requests = [Request(text, seed + number, size=checked, **asked) for text in texts for number in range(n_images)]
     laps = Laps()
     with open_progress() as progress:
         opened = open_bundle(bundle_folder(bundle), progress)
@@ -124,11 +117,8 @@ def generate(
         runner = open_executor(opened, executor, threads=threads, device=device, fast=fast)
         with Painter(opened, runner, laps) as painter:
             laps.lap("open")
-            estimate = getattr(painter.executor, "step_seconds", 0.0)
-            if estimate > 5:
-                progress.note(
-                    f"{painter.executor.name} takes about {seconds_text(estimate)} for a step of the transformer"
-                )
+            if (step := getattr(painter.executor, "step_seconds", 0.0)) > 5:
+                progress.note(f"{painter.executor.name} takes about {seconds_text(step)} for a step of the transformer")
             document = _paint(painter, requests, saved, rows, save_latents, progress)
             facts = dict(painter.executor.facts)
             inside = painter.part_seconds
@@ -160,8 +150,9 @@ def _place(out: Path, count: int) -> Saved:
 def _paint(
     painter: Painter, requests: Sequence[Request], saved: Saved, rows: int | None, save_latents: bool, progress: Any
 ) -> dict[str, Any]:
-    from fluxkiln.generate.painter import paint
-    from fluxkiln.generate.pictures import describe_picture, make_grid, png_bytes
+    import numpy as np
+
+    from fluxkiln.generate.painter import describe_picture, make_grid, paint, png_bytes
 
     (saved.out.parent if saved.single else saved.out).mkdir(parents=True, exist_ok=True)
     rendered, notes = [], dict[str, None]()
@@ -170,7 +161,20 @@ def _paint(
         path = saved.picture(number, picture.request.seed)
         facts = describe_picture(painter.bundle, painter.executor.name, picture.request)
         path.write_bytes(png_bytes(picture.image, facts))
-        entries.append({"file": str(path), **_entry(picture, facts), **_latents(path, picture, save_latents)})
+        entries.append(
+            {
+                "file": str(path),
+                "prompt": picture.request.prompt,
+                "prompt_2": picture.request.prompt_2,
+                "seed": picture.request.seed,
+                "steps": int(facts["steps"]),
+                **({"guidance": float(facts["guidance"])} if "guidance" in facts else {}),
+                "seconds": round(picture.seconds, 3),
+            }
+        )
+        if save_latents:
+            np.save(path.with_suffix(".npy"), picture.latents)
+            entries[-1]["latents"] = str(path.with_suffix(".npy"))
         rendered.append(picture.image)
         notes.update(dict.fromkeys(picture.notes))
     document: dict[str, Any] = {"images": entries, "notes": list(notes)}
@@ -181,28 +185,6 @@ def _paint(
         document["grid"] = str(saved.grid())
     painter.laps.lap("write")
     return document
-
-
-def _entry(picture: Picture, facts: Mapping[str, str]) -> dict[str, Any]:
-    numbers = {name: float(facts[name]) for name in ("guidance",) if name in facts}
-    return {
-        "prompt": picture.request.prompt,
-        "prompt_2": picture.request.prompt_2,
-        "seed": picture.request.seed,
-        "steps": int(facts["steps"]),
-        **numbers,
-        "seconds": round(picture.seconds, 3),
-    }
-
-
-def _latents(path: Path, picture: Picture, wanted: bool) -> dict[str, str]:
-    import numpy as np
-
-    if not wanted:
-        return {}
-    file = path.with_suffix(".npy")
-    np.save(file, picture.latents)
-    return {"latents": str(file)}
 
 
 def _show(output: Output, bundle: Bundle, facts: Mapping[str, str], document: Mapping[str, Any]) -> None:
@@ -220,3 +202,78 @@ def _show(output: Output, bundle: Bundle, facts: Mapping[str, str], document: Ma
             "peak memory": size_text(document["peak_memory"]),
         }
     )
+
+
+@click.command(cls=BundleCommand)
+@click.option("--bundle", type=_path, required=True, metavar="DIR", help="A bundle, or the folder of a build.")
+@click.option("--host", metavar="ADDRESS", default="127.0.0.1", help="Where to listen. Default: this machine only.")
+@click.option("--port", type=int, metavar="N", default=PORT, help=f"Default: {PORT}; 0 picks a free one.")
+@click.option("--executor", metavar="NAME", help="What runs the parts, see below. Default: by the bundle.")
+@click.option("--device", type=int, metavar="N", default=0, help="The number of the board that runs it. Default: 0.")
+@click.option("--threads", type=int, metavar="N", default=0, help="Threads of one operation. Default: all cores.")
+@json_option
+@click.pass_obj
+def serve(output: Output, bundle: Path, host: str, port: int, executor: str | None, device: int, threads: int) -> None:
+    """Open a local page to type a prompt and watch the steps.
+
+    One image is made at a time, the others wait in a queue. With the reference's settings an image is compared with
+    it. Ctrl-C ends the page.
+    """
+    with listen(host, port) as listening:
+        from fluxkiln.artifacts.registry.reference import is_loopback
+        from fluxkiln.compile.bundle import open_bundle
+        from fluxkiln.compile.toolchain import open_executor
+        from fluxkiln.generate.page import LOOPBACK, make_app
+        from fluxkiln.generate.painter import Painter
+        from fluxkiln.generate.server import Studio, find_reference
+
+        try:
+            import uvicorn
+        except ImportError as error:
+            raise ToolchainError(
+                f"fluxkiln serve needs starlette and uvicorn ({error}); install them: pip install 'fluxkiln[serve]'"
+            ) from error
+        with open_progress() as progress:
+            opened = open_bundle(bundle_folder(bundle), progress)
+            painter = Painter(opened, open_executor(opened, executor, threads=threads, device=device))
+        with Studio(painter, find_reference(opened)) as studio:
+            app = make_app(studio, LOOPBACK if is_loopback(host) else ("*",))
+            url = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/"
+            output.document({"url": url, "bundle": str(opened.folder), "digest": opened.digest})
+            output.line(f"{opened.manifest.name} at {url}; Ctrl-C ends it")
+            if not is_loopback(host):
+                click.echo(f"note: everybody who reaches {host} can use this page; there is no password", err=True)
+            config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=2, lifespan="off")
+            try:
+                uvicorn.Server(config).run(sockets=[listening])
+            except KeyboardInterrupt:
+                return  # how it is meant to end
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket.
+
+    Raises:
+        UsageError: no such address or port. ResourceError: the port is taken.
+    """
+    if not 0 <= port <= 65535:
+        raise UsageError(f"port {port}: it must be from 0 to 65535")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except socket.gaierror as error:
+        raise UsageError(f"host {host}: {error.strerror}; give an address of this machine") from error
+    listening = socket.socket(family, kind, protocol)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind(address)
+        listening.listen()
+    except OSError as error:
+        listening.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ResourceError(
+                f"port {port} of {host} is in use; give another with --port, 0 picks a free one"
+            ) from error
+        if error.errno == errno.EACCES:
+            raise UsageError(f"port {port} needs root's rights; give one from 1024 on with --port") from error
+        raise UsageError(f"host {host}: {error.strerror}; give an address of this machine") from error
+    return listening

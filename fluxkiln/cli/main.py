@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 import click
 
 import fluxkiln
+from fluxkiln.cli.options import NamedCommands, explain_usage
 from fluxkiln.cli.output import Output
-from fluxkiln.cli.usage import NamedCommands, explain_usage
 from fluxkiln.errors import FluxkilnError, ParityError, ResourceError, UsageError
 
 TRACEBACK_VARIABLE = "FLUXKILN_TRACEBACK"
@@ -34,14 +34,14 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "compile": ("compile", "Complete a bundle for trn1 or inf2 where the compiler is."),
     "mould": ("mould", "Make moulds, and carry them to machines without the compiler."),
     "doctor": ("doctor", "Show every tool, its version, and what is missing for which target."),
-    "synth": ("synth", "Write a synthetic checkpoint: FLUX.1's architecture, random weights."),
-    "fuse": ("fuse", "Write a checkpoint with LoRAs fused into its transformer."),
+    "synth": ("model", "Write a synthetic checkpoint: FLUX.1's architecture, random weights."),
+    "fuse": ("model", "Write a checkpoint with LoRAs fused into its transformer."),
     "calibrate": ("quantize", "Record what goes into every layer, for the methods that round by it."),
     "quantize": ("quantize", "Compare methods layer by layer, and choose a scheme for each within a budget."),
     "export": ("export", "Write the template of every kind of part, and how each part fills its slots."),
-    "patches": ("patches", "List what is rewritten in diffusers and transformers, and whether it still fits."),
+    "patches": ("model", "List what is rewritten in diffusers and transformers, and whether it still fits."),
     "generate": ("generate", "Make images from a bundle; no checkpoint is needed."),
-    "serve": ("serve", "Open a local page to type a prompt and watch the steps."),
+    "serve": ("generate", "Open a local page to type a prompt and watch the steps."),
     "inspect": ("bundle", "Show what a bundle is made of, in a folder or in a registry."),
     "report": ("report", "Write a build's report.html again, or a page that compares several builds."),
     "verify": ("bundle", "Compare every file of a bundle with the digest its manifest gives."),

@@ -7,10 +7,15 @@ from typing import TYPE_CHECKING
 
 import click
 
-from fluxkiln.cli.options import SettingsFor, open_existing, settings_options, store_options
-from fluxkiln.cli.output import Output, count_text, json_option
-from fluxkiln.cli.progress import open_progress
-from fluxkiln.cli.usage import NamedCommands, TargetCommand
+from fluxkiln.cli.options import (
+    NamedCommands,
+    SettingsFor,
+    TargetCommand,
+    open_existing,
+    settings_options,
+    store_options,
+)
+from fluxkiln.cli.output import Output, count_text, json_option, open_progress
 from fluxkiln.settings import Settings
 from fluxkiln.verify.report.wording import size as size_text
 
@@ -102,7 +107,7 @@ def _show(output: Output, entries: list[MouldEntry], root: Path) -> None:
         output.line(f"{root} has no moulds; fluxkiln mould build TARGET makes some")
         return
     output.table(
-        ("mould", "chip", "first input", "size", "weights of a part", "castable"),
+        ("mould", "chip", "first input", ">size", ">weights of a part", "castable"),
         [
             (
                 entry.what,
@@ -114,5 +119,4 @@ def _show(output: Output, entries: list[MouldEntry], root: Path) -> None:
             )
             for entry in entries
         ],
-        numbers=("size", "weights of a part"),
     )

@@ -9,8 +9,7 @@ from typing import Any
 import click
 
 from fluxkiln.cli.options import build_dir_option, check_size, size_option, store_option, tokens_option
-from fluxkiln.cli.output import Output, count_text, json_option, seconds_text
-from fluxkiln.cli.progress import open_progress
+from fluxkiln.cli.output import Output, count_text, json_option, open_progress, seconds_text
 from fluxkiln.errors import UsageError
 from fluxkiln.settings import Settings, read_prompts
 from fluxkiln.verify.report.wording import size as size_text
@@ -35,6 +34,7 @@ _COMPONENTS = "text_encoder,text_encoder_2,transformer"
 @click.pass_obj
 def calibrate(
     output: Output,
+    /,
     model: str,
     prompts: Path | None,
     steps: int,
@@ -43,10 +43,7 @@ def calibrate(
     block: int | None,
     seed: int | None,
     components: str,
-    size: str | None,
-    tokens: int | None,
-    build_dir: Path,
-    store: Path | None,
+    **common: Any,
 ) -> None:
     """Record what goes into every layer, for the methods that round by it.
 
@@ -54,9 +51,7 @@ def calibrate(
     with a calibrated method (--scheme W4BF16-gptq) use the last ones made.
     """
     # other latents than verification begins with: what is measured there has not been calibrated on
-    settings = _settings(
-        model, components, size, tokens, build_dir, store, steps=steps, seed=1000 if seed is None else seed
-    )
+    settings = _settings(model, components, **common, steps=steps, seed=1000 if seed is None else seed)
     with open_progress() as progress:
         from fluxkiln.build import calibration as calibrating
         from fluxkiln.quantize.calibration import DEFAULT_BLOCK
@@ -76,28 +71,11 @@ def calibrate(
     )
 
 
-def _settings(
-    model: str,
-    components: str,
-    size: str | None,
-    tokens: int | None,
-    build_dir: Path,
-    store: Path | None,
-    **others: Any,
-) -> Settings:
+def _settings(model: str, components: str, *, size: str | None, **others: Any) -> Settings:
     chosen = tuple(components.replace(",", " ").split())
     if not chosen:
         raise UsageError(f"no component was asked for; the default is {_COMPONENTS}")
-    return Settings(
-        "cpu",
-        model,
-        size=check_size(size),
-        tokens=tokens,
-        components=chosen,
-        build_dir=build_dir,
-        store=store,
-        **others,
-    )
+    return Settings("cpu", model, size=check_size(size), components=chosen, **others)
 
 
 @click.command()
@@ -119,6 +97,7 @@ def _settings(
 @click.pass_obj
 def quantize(
     output: Output,
+    /,
     model: str,
     schemes: tuple[str, ...],
     budget: str,
@@ -127,10 +106,7 @@ def quantize(
     out: Path | None,
     components: str | None,
     pipeline: bool,
-    size: str | None,
-    tokens: int | None,
-    build_dir: Path,
-    store: Path | None,
+    **common: Any,
 ) -> None:
     """Compare methods layer by layer, and choose a scheme for each within a budget.
 
@@ -142,7 +118,7 @@ def quantize(
     """
     if pipeline and components:
         raise UsageError("--pipeline needs all components; leave --components out")
-    settings = _settings(model, components or "text_encoder_2,transformer", size, tokens, build_dir, store)
+    settings = _settings(model, components or "text_encoder_2,transformer", **common)
     with open_progress() as progress:
         from fluxkiln.build.quantization import BASELINE, quantize_model
         from fluxkiln.quantize.recipes import parse_rules
@@ -167,11 +143,10 @@ def quantize(
                 size_text(one["size"]), str(base["one_signed_groups"]), _options(layer["schemes"]) if budget else "",
             )
         )  # fmt: skip
-    columns = ("layer", "scheme", "bits", "weight", "compiler's", "output", "compiler's ", "size", "one-signed")
+    columns = ("layer", "scheme", ">bits", ">weight", ">compiler's", ">output", ">compiler's ", ">size", ">one-signed")
     output.table(
         (*columns, "chosen from, bits: error") if budget else columns,
         rows if budget else [row[:-1] for row in rows],
-        numbers=("bits", "weight", "compiler's", "output", "compiler's ", "size", "one-signed"),
     )
     output.line(
         f"{count_text(len(rows), 'layer')}, {size_text(found['size'])}, {found['bits_per_weight']:.3f} bits a weight, "
@@ -182,12 +157,11 @@ def quantize(
         output.line(f"fluxkiln build bm1684x --model {model} --scheme '{made.scheme}'")
     if effects:
         output.table(
-            ("scheme", "steps", "latents", "PSNR", "SSIM"),
+            ("scheme", ">steps", ">latents", ">PSNR", ">SSIM"),
             [
                 (one.scheme, str(one.steps), _percent(one.latents_relative_l2), f"{one.psnr:.1f} dB", f"{one.ssim:.4f}")
                 for one in effects
             ],
-            numbers=("steps", "latents", "PSNR", "SSIM"),
         )
 
 
@@ -195,7 +169,7 @@ def _show_mix(output: Output, mix: dict[str, Any]) -> None:
     """Tables of the slots, most sensitive for their bytes first, and of what was foretold of the blocks."""
     slots = sorted(mix["slots"], key=lambda one: -(float(one["sensitivity"]) ** 2) / int(one["bytes_kept"]))
     output.table(
-        ("kind", "slot", "bits", "size", "kept costs", "block's error", "chosen"),
+        ("kind", "slot", ">bits", ">size", ">kept costs", ">block's error", "chosen"),
         [
             (
                 one["kind"], one["slot"], f"{one['bits']:.3f}", size_text(one["size"]), size_text(one["bytes_kept"]),
@@ -203,10 +177,9 @@ def _show_mix(output: Output, mix: dict[str, Any]) -> None:
             )
             for one in slots
         ],
-        numbers=("bits", "size", "kept costs", "block's error"),
     )  # fmt: skip
     output.table(
-        ("kind", "blocks", "all in codes", "foretold", "measured"),
+        ("kind", "blocks", ">all in codes", ">foretold", ">measured"),
         [
             (
                 one["kind"], ", ".join(one["blocks"]), _percent(one["predicted_error_all_in_codes"]),
@@ -214,7 +187,6 @@ def _show_mix(output: Output, mix: dict[str, Any]) -> None:
             )
             for one in mix["kinds"]
         ],
-        numbers=("all in codes", "foretold", "measured"),
     )  # fmt: skip
     output.line(f"blocks run in {seconds_text(mix['seconds'])}")
 

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from fluxkiln.cli.options import SettingsFor, settings_options
-from fluxkiln.cli.output import Output, count_text, json_option
-from fluxkiln.cli.progress import open_progress
-from fluxkiln.cli.usage import TargetCommand
+from fluxkiln.cli.options import SettingsFor, TargetCommand, settings_options
+from fluxkiln.cli.output import Output, count_text, json_option, open_progress
 from fluxkiln.errors import UsageError
 from fluxkiln.verify.report.wording import size as size_text
 
 if TYPE_CHECKING:
-    from fluxkiln.build.publish import Published, Pulled, Transfers
+    from fluxkiln.build.publish import Transfers
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _path = click.Path(path_type=Path)
 
-REFERENCES = "REF is oci-layout:PATH:TAG (a folder, no server), HOST/REPO:TAG (any OCI registry) or hf://ORG/REPO@REV."
 PARITY_WORDS = {
     "passed": "passed",
     "failed": "FAILED: it missed a gate when it was built",
@@ -92,8 +90,19 @@ def publish(
     terms = Terms(accepted, allow_failed_parity, sign_key, lora_licences)
     with open_progress() as progress:
         done = publish_bundle(folder, _tagged(reference, folder), terms, transfers=transfers, progress=progress)
-    output.document(_published(done))
     pushed = done.pushed
+    output.document(
+        {
+            "reference": done.reference,
+            "digest": done.document.digest,
+            "size": done.document.size,
+            "sent": pushed.sent,
+            "sent_files": pushed.files,
+            "present_files": pushed.present,
+            "parity": done.parity,
+            "signed": done.signed,
+        }
+    )
     output.facts(
         {
             "published": done.reference,
@@ -127,22 +136,36 @@ def pull(
     there; an interrupted pull goes on where it ended. An earlier pull in DIR is replaced. REF is as for
     `fluxkiln publish`; @sha256:... names a digest in place of a tag.
     """
-    from fluxkiln.build.publish import pull_bundle
+    from fluxkiln.build.publish import UNSIGNED, pull_bundle
 
     with open_progress() as progress:
         done = pull_bundle(
             reference, destination, verify_key=verify_key, require_signature=require_signature, transfers=transfers,
             progress=progress,
         )  # fmt: skip
-    output.document(_pulled(done, reference))
     document = done.found.document
+    output.document(
+        {
+            "reference": reference,
+            "destination": str(destination),
+            "digest": document.digest,
+            "size": document.size,
+            "files": len(document.layers),
+            "parity": done.parity,
+            "signature": done.signature,
+        }
+    )
     output.facts(
         {
             "pulled": str(destination),
             "digest": document.digest,
             "size": f"{size_text(document.size)} in {count_text(len(document.layers), 'file')}, all checked",
             "parity": PARITY_WORDS[done.parity],
-            "signature": _signature_text(done.signature, verify_key),
+            "signature": {
+                "verified": f"made with the private half of {verify_key}",
+                "not checked": "there is one, and it was not compared: --verify KEY does",
+                "unsigned": UNSIGNED,
+            }[done.signature],
         }
     )
 
@@ -180,14 +203,10 @@ def ls(output: Output, transfers: Transfers, repository: str) -> None:
     place, found = list_tags(repository, transfers)
     rows: list[dict[str, Any]] = []
     for name, document in found.items():
-        if document is None:
-            rows.append({"tag": name, "bundle": False})
-            continue
-        notes = document.annotations
-        rows.append(
-            {
-                "tag": name,
-                "bundle": True,
+        row = {"tag": name, "bundle": document is not None}
+        if document is not None:
+            notes = document.annotations
+            row |= {
                 "digest": document.digest,
                 "name": notes.get("org.opencontainers.image.title", ""),
                 "target": notes.get("org.fluxkiln.target", ""),
@@ -196,23 +215,22 @@ def ls(output: Output, transfers: Transfers, repository: str) -> None:
                 "signed": document.find("model.sig") is not None,
                 "size": document.size,
             }
-        )
+        rows.append(row)
     output.document({"repository": str(place), "tags": rows})
     if not rows:
         output.line(f"{place} has no tags")
         return
     output.table(
-        ("tag", "name", "target", "parity", "signed", "size", "digest"),
+        ("tag", "name", "target", "parity", "signed", ">size", "digest"),
         [
             (
-                str(row["tag"]), str(row["name"]), str(row["target"]), str(row["parity"]),
-                "yes" if row["signed"] else "no", size_text(row["size"]), str(row["digest"]),
+                row["tag"], row["name"], row["target"], row["parity"],
+                "yes" if row["signed"] else "no", size_text(row["size"]), row["digest"],
             )
             if row["bundle"]
-            else (str(row["tag"]), "no bundle of fluxkiln", "", "", "", "", "")
+            else (row["tag"], "no bundle of fluxkiln", "", "", "", "", "")
             for row in rows
         ],
-        numbers=("size",),
     )  # fmt: skip
 
 
@@ -235,9 +253,17 @@ def diff(output: Output, transfers: Transfers, one: str, other: str) -> None:
     if is_same(found):
         output.line("no difference")
         return
-    rows = [(group, *row) for group in ("facts", "settings", "tools", "parity") for row in _changed(found[group])]
-    for group in ("parts", "files"):
-        rows += [(group, *row) for row in _items(found[group])]
+    rows = []
+    for group, changes in found.items():
+        if group not in ("parts", "files"):
+            rows += [(group, name, _short(change["from"]), _short(change["to"])) for name, change in changes.items()]
+            continue
+        rows += [(group, name, "", "added") for name in changes["added"]]
+        rows += [(group, name, "removed", "") for name in changes["removed"]]
+        for name, change in changes["changed"].items():
+            # A new scheme explains the new digest.
+            for what in [key for key in change if key != "digest"] or ["digest"]:
+                rows.append((group, f"{name} {what}", _short(change[what]["from"]), _short(change[what]["to"])))
     output.table(("what", "name", "from", "to"), rows)
 
 
@@ -253,10 +279,7 @@ def inspect_published(output: Output, reference: str, transfers: Transfers) -> t
         "size": document.size,
         "signed": document.find("model.sig") is not None,
         "annotations": dict(document.annotations),
-        "layers": [
-            {"path": layer.path, "digest": layer.digest, "size": layer.size, "media_type": layer.media_type}
-            for layer in document.layers
-        ],
+        "layers": [asdict(layer) for layer in document.layers],
     }
     signed = "there is one; `fluxkiln pull --verify KEY` compares it" if published["signed"] else UNSIGNED
     output.facts({"reference": reference, "digest": document.digest, "signature": signed})
@@ -287,54 +310,6 @@ def _tagged(reference: str, folder: Path) -> str:
     if parsed.name:
         return reference
     return str(with_tag(parsed, read_described(str(folder)).target))
-
-
-def _published(done: Published) -> dict[str, Any]:
-    return {
-        "reference": done.reference,
-        "digest": done.document.digest,
-        "size": done.document.size,
-        "sent": done.pushed.sent,
-        "sent_files": list(done.pushed.files),
-        "present_files": done.pushed.present,
-        "parity": done.parity,
-        "signed": done.signed,
-    }
-
-
-def _pulled(done: Pulled, reference: str) -> dict[str, Any]:
-    return {
-        "reference": reference,
-        "destination": str(done.destination),
-        "digest": done.found.document.digest,
-        "size": done.found.document.size,
-        "files": len(done.found.document.layers),
-        "parity": done.parity,
-        "signature": done.signature,
-    }
-
-
-def _signature_text(state: str, key: Path | None) -> str:
-    from fluxkiln.build.publish import UNSIGNED
-
-    return {
-        "verified": f"made with the private half of {key}",
-        "not checked": "there is one, and it was not compared: --verify KEY does",
-        "unsigned": UNSIGNED,
-    }[state]
-
-
-def _changed(group: Any) -> list[tuple[str, str, str]]:
-    return [(name, _short(change["from"]), _short(change["to"])) for name, change in group.items()]
-
-
-def _items(group: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    rows = [(name, "", "added") for name in group["added"]] + [(name, "removed", "") for name in group["removed"]]
-    for name, change in group["changed"].items():
-        # A new scheme explains the new digest.
-        for what in [key for key in change if key != "digest"] or ["digest"]:
-            rows.append((f"{name} {what}", _short(change[what]["from"]), _short(change[what]["to"])))
-    return rows
 
 
 def _short(value: Any) -> str:

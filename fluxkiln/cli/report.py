@@ -9,9 +9,8 @@ from typing import Any
 
 import click
 
-from fluxkiln.cli.options import SettingsFor, settings_options
+from fluxkiln.cli.options import SettingsFor, TargetCommand, settings_options
 from fluxkiln.cli.output import Output, count_text, json_option, path_text
-from fluxkiln.cli.usage import TargetCommand
 from fluxkiln.errors import IntegrityError, UsageError
 
 MANIFEST, REPORT, PAGE, COMPARISON = "manifest.json", "report.json", "report.html", "comparison.html"

@@ -16,7 +16,7 @@ from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.progress import Progress
 from fluxkiln.types import Part, Template, WeightReader
 from fluxkiln.verify.findings import Finding, Operation, Remedy, RungFindings, Tolerance, Values
-from fluxkiln.verify.judgement import epsilons_differ, find_operation, judge_values, tolerance_of, with_culprit
+from fluxkiln.verify.judgement import DEQUANTIZED, REORDERED, epsilons_differ, judge_values, tolerance_of, with_culprit
 from fluxkiln.verify.remedies import Advice, find_remedy
 
 # of the progress
@@ -98,10 +98,10 @@ def check_template(opened: OpenPart, checkpoint: Checkpoint) -> RungFindings:
 
     leaves = see_leaves(opened.part, checkpoint, opened.inputs)
     seen = template_values(opened.template, opened.inputs, opened.weights, opened.order)
-    matched = match_leaves(leaves, opened.operations, [seen], tolerance_of("onnxruntime", "*"))
+    matched = match_leaves(leaves, opened.operations, [seen], REORDERED)
     # a module is several operations: its operands are what the modules before it made
     judged = {finding.value: seen[finding.value] for finding in matched}
-    return _with_culprit(RungFindings("onnxruntime", "reference", tuple(matched)), opened, judged)
+    return _with_culprit(RungFindings("onnxruntime", "reference", tuple(matched)), opened, judged, {})
 
 
 def check_stored(opened: OpenPart) -> RungFindings:
@@ -110,16 +110,12 @@ def check_stored(opened: OpenPart) -> RungFindings:
 
     values_with = partial(template_values, opened.template, opened.inputs, names=opened.order)
     below, seen = values_with(weights=opened.weights), values_with(weights=opened.stored)
-    findings = _judge(opened, seen, below, opened.weights, tolerance_of("dequantized", opened.scheme))
-    return _with_culprit(RungFindings("dequantized", "onnxruntime", findings), opened, seen)
+    findings = _judge(opened, seen, below, opened.weights, tolerance_of(DEQUANTIZED, opened.scheme))
+    return _with_culprit(RungFindings("dequantized", "onnxruntime", tuple(findings)), opened, seen, {})
 
 
 def check_form(
-    opened: OpenPart,
-    rung: str,
-    tolerance: Tolerance,
-    run: Callable[[Values], Values],
-    forms: Mapping[str, Operation] | None = None,
+    opened: OpenPart, rung: str, tolerance: Tolerance, run: Callable[[Values], Values], forms: Mapping[str, Operation]
 ) -> RungFindings:
     """A compiled form against the template with the stored weights.
 
@@ -132,13 +128,16 @@ def check_form(
     below = template_values(opened.template, opened.inputs, opened.stored, opened.order)
     seen = run(below)
     findings = _judge(opened, seen, below, opened.stored, tolerance)
-    if forms is not None:
-        findings = tuple(_with_epsilon(finding, opened, forms[finding.value]) for finding in findings)
+    epsilons = {one.output: one.epsilon for one in opened.operations}
+    for place, finding in enumerate(findings):
+        # also where these inputs do not show it
+        if finding.value in forms and epsilons_differ(forms[finding.value].epsilon, epsilons[finding.value]):
+            findings[place] = replace(finding, missed=finding.missed or "epsilon")
     against = "onnxruntime" if opened.stored is opened.weights else "dequantized"
-    return _with_culprit(RungFindings(rung, against, findings), opened, seen, forms)
+    return _with_culprit(RungFindings(rung, against, tuple(findings)), opened, seen, forms)
 
 
-def _judge(opened: OpenPart, seen: Values, below: Values, weights: Values, tolerance: Tolerance) -> tuple[Finding, ...]:
+def _judge(opened: OpenPart, seen: Values, below: Values, weights: Values, tolerance: Tolerance) -> list[Finding]:
     """Findings of all values, what their operations should make of their operands computed for a few at a time."""
     from fluxkiln.compile.onnx.values import local_values
 
@@ -148,20 +147,13 @@ def _judge(opened: OpenPart, seen: Values, below: Values, weights: Values, toler
         names = opened.order[start : start + PIECE]
         local = local_values(opened.template, given, weights, names)
         known += judge_values(names, seen, below, local, tolerance)
-    return tuple(known)
+    return known
 
 
-def _with_epsilon(finding: Finding, opened: OpenPart, form: Operation) -> Finding:
-    """A norm with another epsilon is out of its tolerance, also where these inputs do not show it."""
-    differs = epsilons_differ(form.epsilon, find_operation(opened.operations, finding.value).epsilon)
-    return replace(finding, missed=finding.missed or "epsilon") if differs else finding
-
-
-def _with_culprit(
-    made: RungFindings, opened: OpenPart, seen: Values, forms: Mapping[str, Operation] | None = None
-) -> RungFindings:
+def _with_culprit(made: RungFindings, opened: OpenPart, seen: Values, forms: Mapping[str, Operation]) -> RungFindings:
     def remedy_of(finding: Finding, operation: Operation) -> Remedy:
-        form = (forms or {}).get(finding.value)
-        return find_remedy(made.rung, finding, operation, opened.operations, form, opened.scheme, opened.advice)
+        return find_remedy(
+            made.rung, finding, operation, opened.operations, forms.get(finding.value), opened.scheme, opened.advice
+        )
 
     return with_culprit(made, opened.operations, {**opened.inputs, **seen}, remedy_of, forms)

@@ -43,7 +43,7 @@ class PatchedRunner:
                 del self._loaded[next(iter(self._loaded))]
             self._loaded[name] = load_whole(part, self.checkpoint)
         self._loaded[name] = self._loaded.pop(name)  # the last used goes last
-        patches = patches_for(self.checkpoint.model, part.kind, self.graph_format)
+        patches = patches_for(self.checkpoint.model.patches(), part.kind, self.graph_format)
         return run_module(part.traits, self._loaded[name], inputs, patches)
 
     def close(self) -> None:

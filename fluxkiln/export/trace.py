@@ -42,7 +42,7 @@ def export_template(
         raise UsageError(f"no graph format is called {graph_format!r}; there are {', '.join(SUFFIXES)}")
     inputs, traits = model.part_inputs(kind, configs, shapes), model.kinds[kind]
     path = destination / f"{kind}{SUFFIXES[graph_format]}"
-    with apply_patches(patches_for(model, kind, graph_format)):
+    with apply_patches(patches_for(model.patches(), kind, graph_format)):
         module = _slots_as_inputs(model.build_part(kind, configs), len(inputs))
         arguments = _arguments("meta", inputs, module)
         outputs = _output_specs(traits, module, arguments)

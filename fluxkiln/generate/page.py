@@ -1,4 +1,4 @@
-"""The local page's server: a Starlette application over a `serving.Studio`."""
+"""The local page's server: a Starlette application over a `server.Studio`."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.errors import FluxkilnError, ResourceError, ToolchainError, UsageError
-from fluxkiln.generate.painter import default_steps
-from fluxkiln.generate.pictures import png_bytes
+from fluxkiln.generate.painter import default_steps, png_bytes
 from fluxkiln.generate.server import Job, Studio, parse_request
 from fluxkiln.patches.pipeline import GUIDANCE_SCALE
 

@@ -1,4 +1,4 @@
-"""Images from a bundle, in stages that can be used alone: encode, denoise step by step, decode.
+"""Images from a bundle, in steps that can be used alone: encode, denoise step by step, decode, write as PNG.
 
 diffusers' own FluxPipeline and scheduler run the loop; the modules are the bundle's parts. No checkpoint is needed.
 
@@ -12,15 +12,17 @@ diffusers' own FluxPipeline and scheduler run the loop; the modules are the bund
 
 from __future__ import annotations
 
+import hashlib
+import io
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from fluxkiln import __version__
 from fluxkiln.compile.bundle import Bundle
 from fluxkiln.compile.executor import Executor
 from fluxkiln.errors import ShapeError, UsageError
@@ -78,6 +80,7 @@ class Picture:
     notes: tuple[str, ...] = ()
 
 
+MARGIN = 8  # pixels between the images of a grid
 # a step may be given other latents, as diffusers' callback_on_step_end may
 OnStep = Callable[[Step], "NDArray[Any] | None"]
 
@@ -103,8 +106,8 @@ class Painter:
     def __post_init__(self) -> None:
         bundle = self.bundle
         bundle.model.check_constants(bundle.constants, bundle.manifest.shapes)
-        self._once = frozenset(part.name for part in self.bundle.parts if part.traits.rows)
-        self._chain = PartChain(self.bundle.parts, self._run_part)
+        self._once = frozenset(part.name for part in bundle.parts if part.traits.rows)
+        self._chain = PartChain(bundle.parts, self._run_part)
         with quiet():
             files = PipelineFiles(bundle.folder, bundle.configs, bundle.constants)
             self._pipe = bundle.model.build_pipeline(files, self._chain)
@@ -149,9 +152,8 @@ class Painter:
         """The image [height, width, 3] uint8 of packed latents [1, S, 4C]."""
         import numpy as np
 
-        made = self.bundle.model.decode(self._pipe, self.bundle.manifest.shapes, latents)
-        pixels: NDArray[Any] = (made * 255).round().astype(np.uint8)
-        return pixels
+        made: NDArray[Any] = self.bundle.model.decode(self._pipe, self.bundle.manifest.shapes, latents)
+        return (made * 255).round().astype(np.uint8)
 
     def close(self) -> None:
         """Close the executor."""
@@ -161,9 +163,7 @@ class Painter:
     def __enter__(self) -> Painter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _run_part(self, part: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -181,14 +181,18 @@ class Painter:
         self, encoded: Encoded, request: Request, latents: NDArray[Any] | None, on_step: OnStep | None
     ) -> Generator[Step, None, None]:
         """The pipeline's loop runs in a thread that waits at the end of each step until it is asked to go on."""
+        import numpy as np
+        import torch
+
         steps = request.steps or default_steps(self.bundle)
         made: queue.SimpleQueue[Step | BaseException | None] = queue.SimpleQueue()
         turn, leave = threading.Semaphore(0), threading.Event()
         began = time.perf_counter()
 
-        def after_step(pipe: Any, index: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            import torch
+        def as_tensor(array: NDArray[Any]) -> torch.Tensor:
+            return torch.from_numpy(np.array(array, np.float32))
 
+        def after_step(pipe: Any, index: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:
             nonlocal began
             values = tensors["latents"]
             step = Step(index + 1, steps, values.numpy().copy(), time.perf_counter() - began)
@@ -203,7 +207,17 @@ class Painter:
             turn.acquire()
             try:
                 if not leave.is_set():
-                    self._run(encoded, request, steps, latents, after_step)
+                    with quiet():
+                        self.bundle.model.denoise(
+                            self._pipe,
+                            {name: as_tensor(array) for name, array in encoded.embeds.items()},
+                            self.bundle.manifest.shapes,
+                            after_step,
+                            steps=steps,
+                            guidance=GUIDANCE_SCALE if request.guidance is None else request.guidance,
+                            random=torch.Generator("cpu").manual_seed(request.seed),
+                            latents=None if latents is None else as_tensor(latents),
+                        )
                 made.put(None)
             except BaseException as error:  # whatever it is, it is raised where the steps are asked for
                 made.put(error)
@@ -223,24 +237,6 @@ class Painter:
             leave.set()
             turn.release()
             thread.join()
-
-    def _run(
-        self, encoded: Encoded, request: Request, steps: int, latents: NDArray[Any] | None, after_step: Any
-    ) -> None:
-        import numpy as np
-        import torch
-
-        with quiet():
-            self.bundle.model.denoise(
-                self._pipe,
-                {name: torch.from_numpy(np.array(array, np.float32)) for name, array in encoded.embeds.items()},
-                self.bundle.manifest.shapes,
-                after_step,
-                steps=steps,
-                guidance=GUIDANCE_SCALE if request.guidance is None else request.guidance,
-                random=torch.Generator("cpu").manual_seed(request.seed),
-                latents=None if latents is None else torch.from_numpy(np.array(latents, np.float32)),
-            )
 
 
 def default_steps(bundle: Bundle) -> int:
@@ -344,9 +340,57 @@ def paint(
     executor.release("vae")
 
 
-def _digest(inputs: Mapping[str, NDArray[Any]]) -> bytes:
-    import hashlib
+def describe_picture(bundle: Bundle, executor: str, request: Request) -> dict[str, str]:
+    """What a PNG carries: prompt, seed, steps, guidance, the bundle's name and digest, and what ran it."""
+    guidance = GUIDANCE_SCALE if request.guidance is None else request.guidance
+    return {
+        "prompt": request.prompt,
+        **({"prompt_2": request.prompt_2} if request.prompt_2 else {}),
+        "seed": str(request.seed),
+        "steps": str(request.steps or default_steps(bundle)),
+        **({"guidance": f"{guidance:g}"} if bundle.takes_guidance else {}),
+        "model": f"{bundle.model.title}-{bundle.manifest.variant} {bundle.manifest.checkpoint.source}",
+        "bundle": bundle.digest,
+        "bundle_name": f"{bundle.manifest.name} for {bundle.manifest.target}",
+        "executor": executor,
+        "Software": f"fluxkiln {__version__}",
+    }
 
+
+def png_bytes(image: NDArray[Any], facts: Mapping[str, str]) -> bytes:
+    """A PNG of an image [height, width, 3] uint8, with `facts` as its text chunks."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for name, text in facts.items():
+        info.add_itxt(name, text)
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def make_grid(images: Sequence[NDArray[Any]], rows: int) -> NDArray[Any]:
+    """Images of one size [height, width, 3] uint8 in `rows` rows, filled row by row, white where there is none.
+
+    Raises:
+        UsageError: more rows than images, or none.
+    """
+    import numpy as np
+
+    if not 1 <= rows <= len(images):
+        raise UsageError(f"{rows} rows for {len(images)} images: give from 1 to {len(images)}")
+    columns = -(-len(images) // rows)
+    height, width, _ = images[0].shape
+    shape = (rows * (height + MARGIN) - MARGIN, columns * (width + MARGIN) - MARGIN, 3)
+    grid = np.full(shape, 255, np.uint8)
+    for number, image in enumerate(images):
+        top, left = (number // columns) * (height + MARGIN), (number % columns) * (width + MARGIN)
+        grid[top : top + height, left : left + width] = image
+    return grid
+
+
+def _digest(inputs: Mapping[str, NDArray[Any]]) -> bytes:
     import numpy as np
 
     found = hashlib.blake2b()

@@ -5,16 +5,23 @@ from __future__ import annotations
 import base64
 import threading
 import time
-from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.compile.bundle import Bundle
 from fluxkiln.errors import FluxkilnError, ResourceError, UsageError
-from fluxkiln.generate.painter import Painter, Request, Step, check_request, default_steps, paint
-from fluxkiln.generate.pictures import describe_picture, png_bytes
+from fluxkiln.generate.painter import (
+    Painter,
+    Request,
+    Step,
+    check_request,
+    default_steps,
+    describe_picture,
+    paint,
+    png_bytes,
+)
 from fluxkiln.patches.pipeline import GUIDANCE_SCALE
 from fluxkiln.types import Shapes
 
@@ -66,22 +73,20 @@ class Studio:
         self.bundle: Bundle = painter.bundle
         self.reference = reference
         self.most_waiting = most_waiting
-        self._jobs: OrderedDict[str, Job] = OrderedDict()
-        self._waiting: deque[Job] = deque()
-        self._changed = threading.Condition()
+        self._jobs: dict[str, Job] = {}
+        self._waiting: list[Job] = []
+        self._lock = threading.Lock()
         self._count = 0
-        self._stop = False
-        self._thread = threading.Thread(target=self._work, name="studio", daemon=True)
-        self._thread.start()
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="studio")
 
     def submit(self, request: Request) -> Job:
         """Put an image into the queue.
 
         Raises:
-            As `generating.check_request`. ResourceError: too many are waiting.
+            As `check_request`. ResourceError: too many are waiting.
         """
         check_request(self.bundle, request)
-        with self._changed:
+        with self._lock:
             if len(self._waiting) >= self.most_waiting:
                 raise ResourceError(
                     f"{len(self._waiting)} images are waiting already, {self.most_waiting} at most may; try again "
@@ -93,61 +98,54 @@ class Studio:
             for old in [one for one in self._jobs.values() if one.ended][: max(0, len(self._jobs) - KEPT_JOBS)]:
                 del self._jobs[old.id]
             self._waiting.append(job)
-            self._tell_places()
-            self._changed.notify_all()
+            self._show_places()
+            self._pool.submit(self._work, job)
         return job
 
     def find(self, job: str) -> Job | None:
         """The job with an id, if it is still known."""
-        with self._changed:
+        with self._lock:
             return self._jobs.get(job)
 
     def cancel(self, job: Job) -> None:
         """Take a job out of the queue, or stop it after its current step."""
-        with self._changed:
+        with self._lock:
             job.cancelled = True
             if job in self._waiting:
-                self._waiting.remove(job)
                 job.events.append({"state": "cancelled"})
-                self._tell_places()
+                self._waiting.remove(job)
+                self._show_places()
 
     def close(self) -> None:
         """Stop after the current step; what waits is cancelled."""
-        with self._changed:
-            self._stop = True
+        with self._lock:
             for job in self._jobs.values():
                 job.cancelled = True
-            self._changed.notify_all()
-        self._thread.join()
+            for job in self._waiting:
+                job.events.append({"state": "cancelled"})
+            self._waiting.clear()
+        self._pool.shutdown()
         self.painter.close()
 
     def __enter__(self) -> Studio:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _tell_places(self) -> None:
+    def _show_places(self) -> None:
+        busy = sum(job.state in ("encoding", "denoising", "decoding") for job in self._jobs.values())
         for place, job in enumerate(self._waiting):
-            job.events.append({"state": "waiting", "ahead": place + self._busy()})
+            job.events.append({"state": "waiting", "ahead": place + busy})
 
-    def _busy(self) -> int:
-        return sum(job.state in ("encoding", "denoising", "decoding") for job in self._jobs.values())
-
-    def _work(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._stop or bool(self._waiting))
-                if self._stop:
-                    for job in self._waiting:
-                        job.events.append({"state": "cancelled"})
-                    return
-                job = self._waiting.popleft()
-                job.events.append({"state": "encoding"})
-                self._tell_places()
-            job.events.append(self._make(job))
+    def _work(self, job: Job) -> None:
+        with self._lock:
+            if job not in self._waiting:
+                return
+            self._waiting.remove(job)
+            job.events.append({"state": "encoding"})
+            self._show_places()
+        job.events.append(self._make(job))
 
     def _make(self, job: Job) -> dict[str, Any]:
         """Run a job; its last event."""
@@ -235,27 +233,30 @@ def parse_request(bundle: Bundle, document: Any) -> Request:
     """
     if not isinstance(document, Mapping):
         raise UsageError('the request is no JSON object; send {"prompt": ...}')
-    known: Mapping[str, Callable[[Any], bool]] = {
-        "prompt": lambda value: isinstance(value, str) and 0 < len(value.strip()) <= MOST_PROMPT,
-        "prompt_2": lambda value: value is None or (isinstance(value, str) and len(value) <= MOST_PROMPT),
-        "seed": _is_whole,
-        "steps": lambda value: value is None or (_is_whole(value) and value <= MOST_STEPS),
-        "guidance": lambda value: value is None or (isinstance(value, int | float) and not isinstance(value, bool)),
-    }
-    rules = {
-        "prompt": f"a text of 1 to {MOST_PROMPT} characters",
-        "prompt_2": f"a text of at most {MOST_PROMPT} characters",
-        "seed": "a whole number",
-        "steps": f"a whole number up to {MOST_STEPS}",
-        "guidance": "a number",
+    known: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+        "prompt": (
+            lambda value: isinstance(value, str) and 0 < len(value.strip()) <= MOST_PROMPT,
+            f"a text of 1 to {MOST_PROMPT} characters",
+        ),
+        "prompt_2": (
+            lambda value: value is None or (isinstance(value, str) and len(value) <= MOST_PROMPT),
+            f"a text of at most {MOST_PROMPT} characters",
+        ),
+        "seed": (_is_whole, "a whole number"),
+        "steps": (
+            lambda value: value is None or (_is_whole(value) and value <= MOST_STEPS),
+            f"a whole number up to {MOST_STEPS}",
+        ),
+        "guidance": (lambda value: value is None or isinstance(value, float) or _is_whole(value), "a number"),
     }
     if unknown := sorted(set(document) - set(known)):
         raise UsageError(f"the request has the unknown key {unknown[0]!r}; it may have {', '.join(known)}")
     if "prompt" not in document:
         raise UsageError("the request has no prompt; type one")
     for name, value in document.items():
-        if not known[name](value):
-            raise UsageError(f"{name.replace('_', ' ')}: it must be {rules[name]}")
+        is_legal, rule = known[name]
+        if not is_legal(value):
+            raise UsageError(f"{name.replace('_', ' ')}: it must be {rule}")
     guidance = document.get("guidance")
     return Request(
         document["prompt"].strip(),

@@ -49,6 +49,21 @@ class Preset:
 
 
 @dataclass(frozen=True, slots=True)
+class WeightRule:
+    """How tensors whose name matches `pattern` are drawn: uniform around `mean`.
+
+    The standard deviation is `gain / sqrt(fan_in)` with `fan_in` set, plain `gain` without. `runs` are factors for
+    equal runs of rows.
+    """
+
+    pattern: str
+    gain: float
+    mean: float = 0.0
+    fan_in: bool = True
+    runs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class WeightUse:
     """How often an image step uses each matrix of a component, on average; `idle` are beginnings of names it does not
     run at all (tables, the half of a VAE that makes latents of images)."""
@@ -83,6 +98,7 @@ class Model(Protocol):
             others take.
         calibrated: components whose linear layers a scheme may quantize. adapted: the one that LoRAs are for.
         tied: component -> second names of tensors in its `state_dict()`.
+        weight_rules: folder with weights -> how those of a synthetic model are drawn; the first that matches counts.
         generator: raised when the same preset and seed give other bytes.
         constant_inputs: of parts, what the host gives.
         most_tokens: variant -> the most text tokens it takes. steps: variant -> denoising steps of an ordinary image.
@@ -106,6 +122,7 @@ class Model(Protocol):
     steps: Mapping[str, int]
     kinds: Mapping[str, Kind]
     presets: Mapping[str, Preset]
+    weight_rules: Mapping[str, tuple[WeightRule, ...]]
     generator: int
     constant_inputs: tuple[str, ...]
 
@@ -231,3 +248,8 @@ class Model(Protocol):
         load: Callable[..., Any],
     ) -> Any:
         """What upstream's own leaf modules make in the place of a split part, in call order; for `debug`."""
+
+
+def block_kinds(model: Model) -> dict[str, str]:
+    """Every list of blocks of a model (`transformer_blocks`) -> the kind of those in it."""
+    return {stack: kind for stacks in model.stacks.values() for stack, kind in stacks.items()}

@@ -15,12 +15,9 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fluxkiln.errors import PatchError
-
-if TYPE_CHECKING:
-    from fluxkiln.patches.model import Model
 
 # every thread sees a replaced attribute, so they take turns; one thread that nests a patch is refused by its digest
 _IN_PLACE = threading.RLock()
@@ -57,12 +54,10 @@ class PatchStatus:
     changed: tuple[str, ...]
 
 
-def patches_for(model: Model, kind: str, graph_format: str) -> tuple[Patch, ...]:
-    """The patches that a template of `kind` in `graph_format` is traced with."""
+def patches_for(patches: Iterable[Patch], kind: str, graph_format: str) -> tuple[Patch, ...]:
+    """Those that a template of `kind` in `graph_format` is traced with."""
     return tuple(
-        patch
-        for patch in model.patches()
-        if kind in patch.kinds and (not patch.formats or graph_format in patch.formats)
+        patch for patch in patches if kind in patch.kinds and (not patch.formats or graph_format in patch.formats)
     )
 
 

@@ -10,21 +10,41 @@ from fluxkiln.errors import SchemeError
 from fluxkiln.quantize.exceptions import matches, parse_exception, weight_name
 from fluxkiln.quantize.figures import Figures
 from fluxkiln.quantize.schemes import Scheme, parse_scheme
+from fluxkiln.types import Kind
 
-# what the blocks of a stack are called as a kind
-STACK_KINDS: Mapping[str, str] = {
-    "transformer_blocks.": "double",
-    "single_transformer_blocks.": "single",
-    "encoder.block.": "t5_block",
-}
-# layers that are often left alone, by the names of the checkpoint's tensors; LAST is the number of a stack's last block
-LAST = "<last>"
-LAYER_GROUPS: Mapping[str, tuple[str, ...]] = {
-    "modulation": ("*norm1.linear.weight", "*norm1_context.linear.weight", "*.norm.linear.weight"),
-    "first_blocks": tuple(f"{stack}0.*" for stack in STACK_KINDS),
-    "last_blocks": tuple(f"{stack}{LAST}.*" for stack in STACK_KINDS),
-}
+# places that are in every model: the first and the last block of each of its stacks
+FIRST, LAST = "first_blocks", "last_blocks"
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
+
+
+@dataclass(frozen=True, slots=True)
+class Stacks:
+    """Where a model's blocks are: `transformer_blocks` -> the kind of those in it; and the kinds of all its parts."""
+
+    of: Mapping[str, str]
+    kinds: Mapping[str, Kind]
+
+    def slot_of(self, layer: str) -> tuple[str, str]:
+        """Kind and name within the part of a layer of a block: `single`, `attn.to_q`."""
+        stack, _, own = _split(layer)
+        return self.of[stack], weight_name(own)
+
+    def find(self, place: str, layers: Sequence[str]) -> list[str]:
+        """Those of a model's layers that are at a place (see `LayerRule`)."""
+        last: dict[str, int] = {}
+        for stack, number, _ in map(_split, layers):
+            last[stack] = max(number, last.get(stack, 0))
+
+        def is_there(layer: str) -> bool:
+            stack, number, own = _split(layer)
+            kind = self.of.get(stack, "")
+            if kind and place in (FIRST, LAST):
+                return number == (0 if place == FIRST else last[stack])
+            meant = (one for one in self.kinds.values() if one.block == kind and place in (one.name, one.family))
+            holds = any(own.startswith(one.own) and not own.startswith(one.without) for one in meant)
+            return holds or matches(place, layer) or matches(place, f"{kind}.{own}")
+
+        return [layer for layer in layers if is_there(layer)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,49 +52,27 @@ class LayerRule:
     """Layers at a place are stored as `scheme`.
 
     A place is a shell pattern on the layer's name in the checkpoint or as builds have it (`single.proj_out`), a kind of
-    block, or a key of LAYER_GROUPS.
+    part or a family of them, FIRST or LAST.
     """
 
     place: str
     scheme: Scheme
 
-    def matching(self, names: Sequence[str]) -> list[str]:
-        """Those of a model's layers that it is for."""
-        place = f"{self.place}.*" if self.place in STACK_KINDS.values() else self.place
-        patterns = [_with_last(one, names) for one in LAYER_GROUPS.get(place, (place,))]
-        return [
-            name for name in names if any(matches(one, name) or matches(one, build_place(name)) for one in patterns)
-        ]
 
-
-def slot_of(layer: str) -> tuple[str, str]:
-    """Kind and name within the part of a layer of a block: `single`, `attn.to_q`."""
-    stack = next(stack for stack in STACK_KINDS if layer.startswith(stack))
-    return STACK_KINDS[stack], weight_name(layer.removeprefix(stack).partition(".")[2])
-
-
-def build_place(layer: str) -> str:
-    """`single.attn.to_q`, how a build names the layer in all blocks; its own name where it is in none."""
-    return ".".join(slot_of(layer)) if layer.startswith(tuple(STACK_KINDS)) else layer
-
-
-def _with_last(pattern: str, names: Sequence[str]) -> str:
-    """A pattern with the number of its stack's last block in the place of LAST; 0 where the model has no such stack."""
-    stack, last, _ = pattern.partition(LAST)
-    if not last:
-        return pattern
-    numbers = (name.removeprefix(stack).split(".")[0] for name in names if name.startswith(stack))
-    return pattern.replace(LAST, str(max(map(int, numbers), default=0)))
+def _split(layer: str) -> tuple[str, int, str]:
+    """Stack, number and own name of a layer of a block; of any other its name, -1 and nothing."""
+    stack, *rest = re.split(r"\.(\d+)\.", layer, maxsplit=1)
+    return (stack, int(rest[0]), rest[1]) if rest else (stack, -1, "")
 
 
 def parse_rules(texts: Sequence[str]) -> tuple[LayerRule, ...]:
     """`single.proj_out=BF16`, `transformer_blocks.0.*=W4BF16-g32`: rules, of which a later one overrides."""
-    places = f"a layer's name with * in it, KIND.PATTERN as a build takes it, or one of {', '.join(LAYER_GROUPS)}"
+    places = f"a layer's name with * in it, KIND or KIND.PATTERN as a build takes it, {FIRST} or {LAST}"
     found = (parse_exception(text, places) for text in texts)
     return tuple(LayerRule(place, parse_scheme(name)) for place, name in found)
 
 
-def assign_rules(names: Sequence[str], rules: Sequence[LayerRule]) -> dict[str, Scheme]:
+def assign_rules(names: Sequence[str], rules: Sequence[LayerRule], stacks: Stacks) -> dict[str, Scheme]:
     """Layer -> the scheme that the last rule which matches it gives.
 
     Raises:
@@ -82,7 +80,7 @@ def assign_rules(names: Sequence[str], rules: Sequence[LayerRule]) -> dict[str, 
     """
     found: dict[str, Scheme] = {}
     for rule in rules:
-        matched = rule.matching(names)
+        matched = stacks.find(rule.place, names)
         if not matched:
             near = ", ".join(list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))[:8])
             raise SchemeError(f"no layer is called {rule.place!r}; there are {near} and others")

@@ -1,4 +1,4 @@
-"""The gates of the parity ladder that every toolchain's rungs share, and how rows are judged.
+"""The rows and gates of the parity ladder that every toolchain's rungs share, and how rows are judged.
 
 A table is read from the top: for each metric and each side of the comparison the first gate that matches a row is the
 one that counts, so exceptions stand above the rule they except. Every other gate that matches counts as well. What a
@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Literal
 
+from fluxkiln.types import Kind
+
 if TYPE_CHECKING:
-    from fluxkiln.verify.ladder import Row
     from fluxkiln.verify.metrics import Metrics
 
 Against = Literal["reference", "previous"]
@@ -135,6 +136,57 @@ class Verdict:
         """For example `delta_cosine 0.973 against reference, must be >= 0.99`."""
         sign = ">=" if self.gate.metric in HIGHER_IS_BETTER else "<="
         return f"{self.gate.metric} {self.value:.6g} against {self.gate.against}, must be {sign} {self.gate.bound:g}"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One output of one part at one rung and one denoising step.
+
+    `traits` is the part's kind, None for the whole pipeline. `vs_reference` compares with the recorded reference,
+    `vs_previous` with the rung called `previous`, the last one that was climbed before this. `step` is -1 for what runs
+    once per image (encoders, VAE, the final image).
+    """
+
+    part: str
+    traits: Kind | None
+    output: str
+    step: int
+    at: Rung
+    scheme: str
+    vs_reference: Metrics
+    previous: str
+    vs_previous: Metrics
+    verdicts: tuple[Verdict, ...] = ()
+    note: str = ""
+
+    @property
+    def kind(self) -> str:
+        return self.traits.name if self.traits else PIPELINE
+
+    @property
+    def rung(self) -> str:
+        return self.at.name
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """What gates may ask for: `pipeline`; or `part`, `residual` where the kind updates a residual stream and is
+        judged on what it adds, else `whole`, `block` and `time` (see `Kind.is_block`, `Kind.timed`)."""
+        kind = self.traits
+        if kind is None:
+            return (PIPELINE,)
+        stream = "residual" if kind.residual else "whole"
+        return ("part", stream, *["block"] * kind.is_block, *["time"] * (self.output in kind.timed))
+
+    @property
+    def passed(self) -> bool:
+        """Judged, and every gate held. A row that was never judged has not passed."""
+        return bool(self.verdicts) and all(verdict.passed for verdict in self.verdicts)
+
+    @property
+    def worst(self) -> Verdict | None:
+        """The verdict that uses most of its allowance; `finite` counts only when it failed."""
+        candidates = [verdict for verdict in self.verdicts if verdict.gate.metric != "finite" or not verdict.passed]
+        return max(candidates, key=lambda verdict: (not verdict.passed, verdict.excess), default=None)
 
 
 # What groups are called in a report.

@@ -10,7 +10,7 @@ the graph that fails either is the answer; a search by halves would need errors 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,65 +18,40 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fluxkiln.errors import SchemeError
-from fluxkiln.verify.findings import (
-    Culprit,
-    Finding,
-    Operation,
-    Range,
-    Remedy,
-    RungFindings,
-    Tolerance,
-    Values,
-)
+from fluxkiln.verify.findings import Culprit, Finding, Operation, Range, Remedy, RungFindings, Tolerance, Values
 from fluxkiln.verify.metrics import compare, explain_mismatch
 
 # channels named in a finding
 MOST_NAMED = 8
 BUILD_AGAIN = "check the bundle (`fluxkiln verify`), then build it again"
 
-
 # healthy parts of all kinds stay below half of them
 F32 = Tolerance(1e-5, 1e-4, 1e-4)
 F16 = Tolerance(2e-3, 1e-2, 5e-2)
 BF16 = Tolerance(1e-2, 5e-2, 0.1)  # one rounding is 3.9e-3 at most; sums of many operations reach 2e-2
 REORDERED = Tolerance(2e-5, 2e-4, 2e-5)  # float32 in another order of sums than the modules'
-# rung -> what a scheme stores or computes with -> bounds
-Tolerances = Mapping[str, Mapping[str, Tolerance]]
-TOLERANCES: Tolerances = {
-    "onnxruntime": {"*": REORDERED},
-    "dequantized": {
-        "F32": F32,
-        "F16": F16,
-        "BF16": BF16,
-        "W8BF16": Tolerance(2e-2, 0.1, 0.2),
-        # one matmul with 4-bit codes errs by 9 %, its worst channel by 20 %
-        "W4BF16": Tolerance(0.15, 0.5, 0.5),
-    },
+# slot -> rank (-1 where there is but one) -> the share of it that is not what it should be
+Shares = Mapping[str, Mapping[int, float]]
+# what a scheme stores or computes with -> bounds; `*` is any other
+DEQUANTIZED: Mapping[str, Tolerance] = {
+    "F32": F32,
+    "F16": F16,
+    "BF16": BF16,
+    "W8BF16": Tolerance(2e-2, 0.1, 0.2),
+    # one matmul with 4-bit codes errs by 9 %, its worst channel by 20 %
+    "W4BF16": Tolerance(0.15, 0.5, 0.5),
 }
 
 
-def tolerance_of(rung: str, scheme: str, table: Tolerances = TOLERANCES) -> Tolerance:
-    """The bounds at `rung` for a scheme's base name.
-
-    Args:
-        table: that of a toolchain for its own rungs; by default of the rungs that all have.
-
-    Raises:
-        SchemeError: none are known.
-    """
-    known = table.get(rung, {})
-    found = known.get(scheme) or known.get("*")
-    if found is None:
-        raise SchemeError(f"no tolerance is known for {scheme} at rung {rung}; there are {', '.join(known) or 'none'}")
-    return found
+def tolerance_of(known: Mapping[str, Tolerance], scheme: str) -> Tolerance:
+    """The bounds for a scheme's base name; SchemeError where none are known."""
+    if scheme not in known and "*" not in known:
+        raise SchemeError(f"no tolerance is known for {scheme}; there are {', '.join(known)}")
+    return known.get(scheme) or known["*"]
 
 
 def judge_values(
-    order: Sequence[str],
-    seen: Values,
-    below: Values,
-    local: Values,
-    tolerance: Tolerance,
+    order: Sequence[str], seen: Values, below: Values, local: Values, tolerance: Tolerance
 ) -> tuple[Finding, ...]:
     """A finding for every value that was seen and has its counterparts.
 
@@ -114,16 +89,12 @@ def judge_ranks(
 
 
 def judge_stored(
-    against: str,
-    operations: Sequence[Operation],
-    shares: Mapping[str, Mapping[int, float]],
-    tell: Callable[[Mapping[str, Mapping[int, float]]], str],
+    against: str, operations: Sequence[Operation], shares: Shares, tell: Callable[[Shares], str]
 ) -> RungFindings:
     """Findings on weights that were read back and not computed with, one for every operation that reads some.
 
     Args:
-        shares: slot -> rank (-1 where there is but one) -> the share of it that is not what it should be.
-        tell: the sentence that says of such slots what is wrong.
+        tell: the sentence that says of slots what is wrong with them.
     """
     findings = []
     for operation in operations:
@@ -142,7 +113,7 @@ def judge_stored(
     return replace(made, culprit=Culprit("stored", first, operation.op_type, "", tuple(wrong), {}, nothing, remedy))
 
 
-def wrong_slots(operation: Operation, shares: Mapping[str, Mapping[int, float]]) -> dict[str, dict[int, float]]:
+def wrong_slots(operation: Operation, shares: Shares) -> dict[str, dict[int, float]]:
     """Of the operation's slots those with a share of wrong elements, and the ranks that have one."""
     found = {slot: {rank: share for rank, share in shares.get(slot, {}).items() if share} for slot in operation.slots}
     return {slot: ranks for slot, ranks in found.items() if ranks}
@@ -153,7 +124,7 @@ def with_culprit(
     operations: Sequence[Operation],
     seen: Values,
     remedy_of: Callable[[Finding, Operation], Remedy],
-    forms: Mapping[str, Operation] | None = None,
+    forms: Mapping[str, Operation],
 ) -> RungFindings:
     """The same with the operation that makes the first value out of tolerance, if there is one.
 
@@ -165,8 +136,8 @@ def with_culprit(
     if first is None:
         return made
     operation = find_operation(operations, first.value)
-    sources, slots = _seen_sources(operation, operations, seen)
-    form = (forms or {}).get(first.value)
+    sources, slots = find_sources(operation, operations, seen)
+    form = forms.get(first.value)
     culprit = Culprit(
         made.rung, first, operation.op_type, form.op_type if form else "", slots,
         {name: value_range(seen[name]) for name in sources}, value_range(seen[first.value]),
@@ -175,13 +146,10 @@ def with_culprit(
     return replace(made, culprit=culprit)
 
 
-def _seen_sources(
-    operation: Operation, operations: Sequence[Operation], seen: Values
+def find_sources(
+    operation: Operation, operations: Sequence[Operation], seen: Collection[str]
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The nearest values that were seen and lead to the operation, and its weights and those of what is between.
-
-    What is between was fused away.
-    """
+    """The nearest values among `seen` that lead to the operation; its weights, and those of what is between."""
     makers = {one.output: one for one in operations}
     sources: dict[str, None] = {}
     slots = dict.fromkeys(operation.slots)
@@ -229,10 +197,7 @@ def _judge(name: str, seen: NDArray[Any], below: NDArray[Any], local: NDArray[An
         same = np.array_equal(np.isfinite(seen), np.isfinite(local))
         return Finding(name, math.nan, math.nan, math.nan, "" if same else "finite")
     missed = next((what for what in ("own", "channel", "drift") if not sizes[what] <= getattr(tolerance, what)), "")
-    channels: tuple[int, ...] = ()
-    bad = 0
-    if missed in ("own", "channel"):
-        channels, bad = _bad_channels(seen, local, tolerance.channel)
+    channels, bad = _bad_channels(seen, local, tolerance.channel) if missed in ("own", "channel") else ((), 0)
     return Finding(
         name, own.relative_l2, own.worst_channel, drift.relative_l2, missed, channels, bad,
         seen.shape[-1] if seen.ndim else 1,

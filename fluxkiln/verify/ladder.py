@@ -1,10 +1,10 @@
-"""The ladder's rows: every output of every part at every rung, compared, judged, and raised about once at the end."""
+"""The ladder: every output of every part at every rung, compared, judged, and raised about once at the end."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,68 +12,9 @@ import numpy as np
 
 from fluxkiln.errors import ParityError, UsageError
 from fluxkiln.types import Kind
-from fluxkiln.verify.gates import (
-    PIPELINE,
-    Gate,
-    Rung,
-    Verdict,
-    gate_table,
-    judge_row,
-    rung_table,
-)
+from fluxkiln.verify.gates import PIPELINE, Gate, Row, Rung, Verdict, gate_table, judge_row, rung_table
 from fluxkiln.verify.heat import WorstMaps
 from fluxkiln.verify.metrics import AnyArray, Metrics, compare, compare_images, explain_mismatch, failed_metrics
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One output of one part at one rung and one denoising step.
-
-    `traits` is the part's kind, None for the whole pipeline. `vs_reference` compares with the recorded reference,
-    `vs_previous` with the rung called `previous`, the last one that was climbed before this. `step` is -1 for what runs
-    once per image (encoders, VAE, the final image).
-    """
-
-    part: str
-    traits: Kind | None
-    output: str
-    step: int
-    at: Rung
-    scheme: str
-    vs_reference: Metrics
-    previous: str
-    vs_previous: Metrics
-    verdicts: tuple[Verdict, ...] = ()
-    note: str = ""
-
-    @property
-    def kind(self) -> str:
-        return self.traits.name if self.traits else PIPELINE
-
-    @property
-    def rung(self) -> str:
-        return self.at.name
-
-    @property
-    def groups(self) -> tuple[str, ...]:
-        """What gates may ask for: `pipeline`; or `part`, `residual` where the kind updates a residual stream and is
-        judged on what it adds, else `whole`, `block` and `time` (see `Kind.is_block`, `Kind.timed`)."""
-        kind = self.traits
-        if kind is None:
-            return (PIPELINE,)
-        stream = "residual" if kind.residual else "whole"
-        return ("part", stream, *["block"] * kind.is_block, *["time"] * (self.output in kind.timed))
-
-    @property
-    def passed(self) -> bool:
-        """Judged, and every gate held. A row that was never judged has not passed."""
-        return bool(self.verdicts) and all(verdict.passed for verdict in self.verdicts)
-
-    @property
-    def worst(self) -> Verdict | None:
-        """The verdict that uses most of its allowance; `finite` counts only when it failed."""
-        candidates = [verdict for verdict in self.verdicts if verdict.gate.metric != "finite" or not verdict.passed]
-        return max(candidates, key=lambda verdict: (not verdict.passed, verdict.excess), default=None)
 
 
 class Ladder:

@@ -24,7 +24,7 @@ def test_effects(settings):
     assert found["W8BF16"].latents_relative_l2 < found["W4BF16"].latents_relative_l2 < 0.15
     assert found["W4BF16"].latents_relative_l2 < found["W4BF16-rtn"].latents_relative_l2
     assert found["W8BF16"].psnr > found["W4BF16"].psnr > 30
-    assert found["W4BF16"].to_json()["steps"] == 2
+    assert found["W4BF16"].steps == 2
 
 
 def test_what_cannot_be_had_is_refused(settings, tmp_path):

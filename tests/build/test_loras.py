@@ -5,16 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fluxkiln.build.parity import record, verify_build
 from safetensors.torch import save_file
 
 from fluxkiln.artifacts.bundle import read_manifest
 from fluxkiln.build.context import lora_label, prepare
 from fluxkiln.build.make import build, plan
-from fluxkiln.compile.onnx.linked import link_components
+from fluxkiln.build.verification import record, verify
+from fluxkiln.compile.toolchain import toolchain_of
 from fluxkiln.errors import UsageError
 from fluxkiln.export.lora import digest_lora
-from fluxkiln.progress import Silent
+from fluxkiln.progress import Laps, Silent
 from fluxkiln.settings import Settings
 
 LAYER = "transformer_blocks.1.attn.to_q"
@@ -66,36 +66,16 @@ def test_parity_holds_with_other_weights(plain, fused, tiny_checkpoint):
 def test_gates_tell_the_lora(plain, fused, settings, with_lora, tmp_path):
     """A build without it misses the reference run of the fused checkpoint, where the LoRA is and nowhere else."""
     without, having = prepare(settings), prepare(with_lora)
-    recording = record(
-        having.kiln.checkpoint,
-        having.kiln.plan,
-        having.kiln.cache,
-        with_lora,
-        having.fingerprint,
-        tmp_path / "recording",
-    )
-    binaries, files, graphs = link_components(
-        without.kiln.checkpoint, without.kiln.plan, without.kiln.cache, tmp_path / "work", Silent()
-    )
-    parity = verify_build(
-        without.kiln.checkpoint,
-        without.kiln.plan,
-        without.kiln.cache,
-        settings,
-        without.fingerprint,
-        binaries,
-        files,
-        graphs,
-        recording,
-        tmp_path,
-        Silent(),
-    )
+    recording = record(having)
+    context = without.checkpoint, without.plan, without.cache
+    made = toolchain_of(without.plan.target).make(*context, settings, Silent(), Laps())
+    parity = verify(without, made, recording, tmp_path, Silent())
     assert {row.part for row in parity.ladder.rows if not row.passed} == {"double.01"}
     assert {row.part for row in parity.ladder.rows if row.passed} >= {"double.00", "single.02", "tail"}
 
 
 def test_one_tensor_differs(plain, fused, settings, with_lora):
-    before, after = (prepare(one).kiln.checkpoint.digests["transformer"] for one in (settings, with_lora))
+    before, after = (prepare(one).checkpoint.digests["transformer"] for one in (settings, with_lora))
     assert [name for name in before if before[name] != after[name]] == [f"{LAYER}.weight"]
 
 

@@ -12,9 +12,10 @@ import pytest
 
 from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.artifacts.store import Store
-from fluxkiln.build.make import build_files
 from fluxkiln.build.mould_archive import INDEX, export_moulds, import_moulds, list_moulds
 from fluxkiln.compile.templates import make_template
+from fluxkiln.compile.toolchains.tpu_mlir import environment
+from fluxkiln.compile.toolchains.tpu_mlir.compilation import make_files
 from fluxkiln.compile.toolchains.tpu_mlir.moulds import make_mould
 from fluxkiln.errors import IntegrityError, ToolchainError, UsageError
 from fluxkiln.progress import Laps, Silent
@@ -31,28 +32,27 @@ def only_blocks(kiln):
 
 @pytest.fixture(scope="module")
 def filled(kiln, tmp_path_factory):
-    """A kiln of blocks in whose store all of them are built, and the file of their moulds."""
+    """A build of blocks in whose store all of them are, and the file of their moulds."""
     blocks = only_blocks(kiln())
-    root = tmp_path_factory.mktemp("exchange")
+    root = tmp_path_factory.mktemp("travelling")
     shutil.copytree(blocks.cache.store.root, root / "store")
-    blocks = replace(blocks, cache=ActionCache(Store(root / "store")), logs=root / "build" / "logs")
-    binaries, files = build_files(*blocks, Settings("bm1684x"), Silent(), Laps())
+    blocks = altered(replace(blocks, cache=ActionCache(Store(root / "store"))), folder=root / "build")
+    made = make_files(*blocks, Settings("bm1684x"), Silent(), Laps())
     export_moulds(blocks.cache.store, root / "moulds.tar")
-    return blocks, binaries, files, root / "moulds.tar"
+    return blocks, made, root / "moulds.tar"
 
 
-def test_imported_moulds_need_no_compiler(filled, tmp_path):
-    blocks, binaries, files, tar = filled
-    elsewhere = replace(
-        blocks, cache=ActionCache(Store(tmp_path / "store")), logs=tmp_path / "build" / "logs", tpu_mlir=None
-    )
+def test_imported_moulds_need_no_compiler(filled, tmp_path, monkeypatch):
+    blocks, before, tar = filled
+    monkeypatch.setattr(environment, "installed", lambda: None)
+    elsewhere = altered(replace(blocks, cache=ActionCache(Store(tmp_path / "store"))), folder=tmp_path / "build")
     with pytest.raises(ToolchainError, match=r"is not in the store, and TPU-MLIR, which makes it, is not installed in"):
-        build_files(*elsewhere, Settings("bm1684x"), Silent(), Laps())
+        make_files(*elsewhere, Settings("bm1684x"), Silent(), Laps())
     taken = import_moulds(elsewhere.cache.store, tar)
     assert {"double_00 W4BF16", "single_00 W4BF16"} <= {entry.what for entry in taken}
-    again, made = build_files(*elsewhere, Settings("bm1684x"), Silent(), Laps())
-    assert [file.blob for file in made] == [file.blob for file in files]
-    assert [binary.digest for binary in again] == [binary.digest for binary in binaries]
+    made = make_files(*elsewhere, Settings("bm1684x"), Silent(), Laps())
+    assert [file.blob for file in made.files] == [file.blob for file in before.files]
+    assert [binary.digest for binary in made.binaries] == [binary.digest for binary in before.binaries]
     counts = elsewhere.cache.counts
     assert counts["mould"] == [len(KINDS), 0]
     assert counts["combine"] == [1, 0]
@@ -112,14 +112,14 @@ SPOILT = {
 @pytest.mark.parametrize("what", SPOILT)
 def test_spoilt_files_are_refused_and_leave_nothing(filled, tmp_path, what):
     change, error, sentence = SPOILT[what]
-    spoilt = rewritten(filled[3], tmp_path / "spoilt.tar", change)
+    spoilt = rewritten(filled[2], tmp_path / "spoilt.tar", change)
     store = Store(tmp_path / "store")
     with pytest.raises(error, match=sentence):
         import_moulds(store, spoilt)
     assert list_moulds(store) == []
     assert not (tmp_path / "evil").exists()
     # the control: nothing but the change was wrong
-    assert import_moulds(store, rewritten(filled[3], tmp_path / "same.tar", lambda members: members))
+    assert import_moulds(store, rewritten(filled[2], tmp_path / "same.tar", lambda members: members))
 
 
 def test_what_is_no_tar_is_refused(tmp_path):

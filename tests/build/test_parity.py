@@ -7,10 +7,11 @@ import json
 from dataclasses import replace
 
 import pytest
-
 from fluxkiln.build.parity import climb_stored
+
+from fluxkiln.compile.plan import BundleFile
 from fluxkiln.compile.rungs import bm1684x_rungs
-from fluxkiln.compile.templates import BundleFile, make_template
+from fluxkiln.compile.templates import make_template
 from fluxkiln.compile.toolchains.tpu_mlir.bmodel import check_codes, read_bmodel
 from fluxkiln.compile.toolchains.tpu_mlir.cast import cast_region
 from fluxkiln.compile.toolchains.tpu_mlir.coefficients import CoefficientMap
@@ -47,9 +48,9 @@ def climbed(kiln, cast_and_direct, cast_alone, tiny_checkpoint, tiny_recording, 
         "swapped": casts[1],
     }
     stale = folder / "stale.bmodel"
-    data = bytearray(kiln.path(spoilt["scale"].bmodel).read_bytes())
-    span = read_bmodel(kiln.path(casts[0].bmodel)).nets[0].check_code
-    data[span.start : span.stop] = kiln.path(casts[0].bmodel).read_bytes()[span.start : span.stop]
+    data = bytearray(kiln.cache.path(spoilt["scale"].blobs["bmodel"]).read_bytes())
+    span = read_bmodel(kiln.cache.path(casts[0].blobs["bmodel"])).nets[0].check_code
+    data[span.start : span.stop] = kiln.cache.path(casts[0].blobs["bmodel"]).read_bytes()[span.start : span.stop]
     stale.write_bytes(data)
     caught = {}
     attempts = {
@@ -63,9 +64,9 @@ def climbed(kiln, cast_and_direct, cast_alone, tiny_checkpoint, tiny_recording, 
             caught[what] = type(error)
     made = {}
     for what, cast in {"sound": casts[0], **spoilt}.items():
-        files = (BundleFile(f"{what}.bmodel", cast.bmodel, (NAME,)),)
+        files = (BundleFile(f"{what}.bmodel", cast.blobs["bmodel"], (NAME,)),)
         only = altered(kiln, parts=kiln.parts[:1])
-        binary = replace(cast, part=kiln.parts[0], net=read_bmodel(kiln.path(cast.bmodel)).nets[0].name)
+        binary = replace(cast, part=kiln.parts[0], net=read_bmodel(kiln.cache.path(cast.blobs["bmodel"])).nets[0].name)
         with bm1684x_rungs(*only, (binary,), files, folder / what) as rungs:
             names = rungs if what == "sound" else ("simulator",)
             made[what] = {rung: rungs[rung](NAME, inputs)[OUTPUT] for rung in names}
@@ -115,10 +116,10 @@ def climb(climbed, **instead):
 
 def double_one_scale(kiln, cast, mould, slot):
     """The scale of one group of one row, in the bmodel; its check code is made right, so that only numbers differ."""
-    found = CoefficientMap.from_json(json.loads(kiln.path(mould.result.outputs["map"]).read_text()))
+    found = CoefficientMap.from_json(json.loads(kiln.cache.path(mould.result.outputs["map"]).read_text()))
     place = next(p for p in found.binary if p.form.slot.startswith(slot) and p.form.name.startswith("scale"))
-    data = bytearray(kiln.path(cast.bmodel).read_bytes())
-    (net,) = read_bmodel(kiln.path(cast.bmodel)).nets
+    data = bytearray(kiln.cache.path(cast.blobs["bmodel"]).read_bytes())
+    (net,) = read_bmodel(kiln.cache.path(cast.blobs["bmodel"])).nets
     position = net.coefficients.start + place.offset
     bits = int.from_bytes(data[position : position + 2], "little")
     data[position : position + 2] = (bits + 0x80).to_bytes(2, "little")  # bfloat16: one more in the exponent
@@ -129,7 +130,7 @@ def double_one_scale(kiln, cast, mould, slot):
 
 
 def cast_from_wrong_slot(kiln, cast, mould, template):
-    found = CoefficientMap.from_json(json.loads(kiln.path(mould.result.outputs["map"]).read_text()))
+    found = CoefficientMap.from_json(json.loads(kiln.cache.path(mould.result.outputs["map"]).read_text()))
     placements = list(found.binary)
     index = next(
         i for i, p in enumerate(placements) if p.form.slot.startswith("attn.to_v.weight") and p.form.name == "codes"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fluxkiln.build import plan as planning
-from fluxkiln.build.context import Prepared, prepare
+from fluxkiln.build.context import prepare
 from fluxkiln.build.make import build, plan
 from fluxkiln.build.plan import (
     Job,
@@ -18,6 +18,7 @@ from fluxkiln.build.plan import (
     peak_memory,
     recording_bytes,
 )
+from fluxkiln.build.prepared import Prepared
 from fluxkiln.compile.tensors import part_refs, stored_bytes
 from fluxkiln.errors import ResourceError
 from fluxkiln.patches.flux1.kinds import list_parts
@@ -41,21 +42,19 @@ def prepared(tiny_checkpoint, tmp_path):
 @pytest.mark.parametrize("modulation", ["inline", "hoisted"])
 @pytest.mark.parametrize("vae", ["kl", "tiny"])
 def test_tensors_of_a_part_by_name_are_those_it_holds(prepared, vae, modulation):
-    kiln = prepared(vae=vae, modulation=modulation).kiln
-    assert kiln.parts == list_parts(kiln.checkpoint.configs, vae, modulation)
-    for part in kiln.parts:
-        held = {part.prefix + slot for slot in part_slots(part.kind, kiln.checkpoint.configs)}
-        found = {ref.name for ref in part_refs(kiln.checkpoint, kiln.plan, part)}
+    made = prepared(vae=vae, modulation=modulation)
+    checkpoint, plan = made.checkpoint, made.plan
+    assert plan.parts == list_parts(checkpoint.configs, vae, modulation)
+    for part in plan.parts:
+        held = {part.prefix + slot for slot in part_slots(part.kind, checkpoint.configs)}
+        found = {ref.name for ref in part_refs(checkpoint, plan, part)}
         # T5's block 0 has the table of position biases, which the host reads.
         table = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
         assert found - {table} == held, part.name
     every = [
-        ref.name
-        for part in kiln.parts
-        for ref in part_refs(kiln.checkpoint, kiln.plan, part)
-        if part.folder == "transformer"
+        ref.name for part in plan.parts for ref in part_refs(checkpoint, plan, part) if part.folder == "transformer"
     ]
-    assert sorted(every) == sorted(kiln.checkpoint.tensors["transformer"]), "each once"
+    assert sorted(every) == sorted(checkpoint.tensors["transformer"]), "each once"
 
 
 def test_plan_before_and_after_a_build(tiny_checkpoint, tmp_path):
@@ -90,10 +89,10 @@ def test_plan_for_a_compiler(prepared):
     jobs = list_jobs(prepared("bm1684x"))
     names = {stage: [job.what for job in jobs if job.stage == stage] for stage in dict.fromkeys(j.stage for j in jobs)}
     assert list(names) == ["template", "mould", "compile", "combine", "cast", "record", "verify", "bundle"]
-    kiln = prepared("bm1684x").kiln
-    assert names["mould"] == [f"mould {kind}" for kind in kiln.kinds()]
+    plan = prepared("bm1684x").plan
+    assert names["mould"] == [f"mould {kind}" for kind in plan.kinds()]
     assert len(names["compile"]) == len(names["mould"]), "a proof for each mould"
-    assert sorted(names["cast"]) == sorted(part.name for part in kiln.parts)
+    assert sorted(names["cast"]) == sorted(part.name for part in plan.parts)
     double, tail = (
         next(job for job in jobs if job.what == f"mould {kind}") for kind in ("double_modulated", "tail_modulated")
     )
@@ -121,12 +120,9 @@ def test_finished_jobs_take_no_disk(prepared):
 
 
 def test_recording_grows_with_steps(prepared):
-    kiln = prepared().kiln
-    assert (
-        recording_bytes(kiln.checkpoint, kiln.plan, 2)
-        < recording_bytes(kiln.checkpoint, kiln.plan, 4)
-        < 2 * recording_bytes(kiln.checkpoint, kiln.plan, 2)
-    )
+    small = prepared()
+    two, four = (recording_bytes(small.checkpoint, small.plan, steps) for steps in (2, 4))
+    assert two < four < 2 * two
 
 
 @pytest.mark.parametrize(("scheme", "size"), [("F32", 4000), ("BF16", 2000), ("W8BF16", 1047), ("W4BF16", 547)])

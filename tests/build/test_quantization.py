@@ -16,12 +16,15 @@ from fluxkiln.build.quantization import quantize_model
 from fluxkiln.compile.tensors import quantizable
 from fluxkiln.errors import IntegrityError, SchemeError, UsageError
 from fluxkiln.export.checkpoint import read_tensor
+from fluxkiln.patches.flux1.model import MODEL
+from fluxkiln.patches.model import block_kinds
 from fluxkiln.quantize.pack import PackedWeight, bf16_to_float32, dequantize
-from fluxkiln.quantize.recipes import parse_rules, slot_of
+from fluxkiln.quantize.recipes import parse_rules
 from fluxkiln.quantize.rounding import pack_matrix
 from fluxkiln.quantize.schemes import parse_scheme
 from fluxkiln.settings import Settings
 
+STACKS = Stacks(block_kinds(MODEL), MODEL.kinds)
 LAYER = "transformer_blocks.0.attn.to_q.weight"
 PROMPTS = ("a red door",)
 
@@ -192,21 +195,20 @@ def test_slots_are_chosen_for_all_blocks_of_a_kind(settings, calibration):
         assert made.to_json()["scheme"] == made.scheme
         by_slot = {}
         for layer, found in made.chosen.items():
-            by_slot.setdefault(slot_of(layer), set()).add(found.scheme)
+            by_slot.setdefault(STACKS.slot_of(layer), set()).add(found.scheme)
         assert all(len(schemes) == 1 for schemes in by_slot.values())
-        kiln = prepare(replace(alone, scheme=made.scheme)).kiln
-        for part in kiln.parts:
+        found = prepare(replace(alone, scheme=made.scheme))
+        checkpoint, plan = found.checkpoint, found.plan
+        for part in plan.parts:
             for name in (
-                quantizable(kiln.checkpoint, kiln.plan, part)
-                if kiln.scheme(part).weight_bits or budget == "16bits"
-                else ()
+                quantizable(checkpoint, plan, part) if plan.scheme(part).weight_bits or budget == "16bits" else ()
             ):
                 layer = made.chosen.get(part.prefix + name)
-                coded = kiln.scheme(part).weight_bits and not kiln.scheme(part).keeps(name)
+                coded = plan.scheme(part).weight_bits and not plan.scheme(part).keeps(name)
                 assert layer is None or layer.scheme == ("W4BF16-gptq" if coded else "BF16")
     assert errors == sorted(errors, reverse=True)
     assert made.scheme == "W4BF16-gptq,double.*=BF16,single.*=BF16"
-    assert {kiln.schemes[kind].name for kind in kiln.kinds()} == {"BF16"}
+    assert {plan.schemes[kind].name for kind in plan.kinds()} == {"BF16"}
     for schemes, budget, rules in ((["W4BF16"], "", ()), (["W4BF16", "BF16"], "7bits", ()), (["BF16"], "7bits", ())):
         with pytest.raises(SchemeError, match=r"slots are chosen per kind|BF16 does not quantize"):
             quantize_model(alone, schemes, budget, rules, per_kind=True)

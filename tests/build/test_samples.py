@@ -28,23 +28,23 @@ class Told(Silent):
 
 @pytest.fixture(scope="module", params=["tiny-dev", "tiny-schnell"])
 def prepared(request, tiny_checkpoint, tmp_path_factory):
-    """A kiln of the model for the CPU, and settings of four steps with two prompts and two seeds."""
+    """A build of the model for the CPU, of four steps with two prompts and two seeds."""
     settings = Settings(
         "cpu", str(tiny_checkpoint(request.param).root), scheme="F32", build_dir=tmp_path_factory.mktemp("build"),
         steps=4, prompts=PROMPTS, seeds=SEEDS,
     )  # fmt: skip
-    return prepare(settings).kiln, settings
+    return prepare(settings)
 
 
 @pytest.fixture(scope="module")
 def runner(prepared):
-    return PatchedRunner(prepared[0].checkpoint, prepared[0].parts, keep=100)
+    return PatchedRunner(prepared.checkpoint, prepared.plan.parts, keep=100)
 
 
 @pytest.fixture(scope="module")
 def sampled(prepared, runner):
     ladder, told = Ladder(), Told()
-    return sample_runs(*prepared, ladder, runner, "patched", told), ladder, told
+    return sample_runs(prepared, prepared.plan, ladder, runner, "patched", told), ladder, told
 
 
 def test_every_run_is_compared_at_every_step(sampled):
@@ -62,7 +62,7 @@ def test_every_run_is_compared_at_every_step(sampled):
 
 
 def test_prompts_and_seeds_make_other_images(prepared, sampled):
-    found = reference_runs(*prepared, [(prompt, seed) for prompt in PROMPTS for seed in SEEDS], Silent())
+    found = reference_runs(prepared, prepared.plan, [(prompt, seed) for prompt in PROMPTS for seed in SEEDS], Silent())
     images = [run.image for run in found.values()]
     for i, one in enumerate(images):
         assert len(found[list(found)[i]].latents) == 4
@@ -70,9 +70,9 @@ def test_prompts_and_seeds_make_other_images(prepared, sampled):
 
 
 def test_references_are_kept(prepared, sampled, monkeypatch):
-    monkeypatch.setattr(sampling, "_open_reference", lambda kiln: pytest.fail("the pipeline was opened"))
+    monkeypatch.setattr(sampling, "_open_reference", lambda *_: pytest.fail("the pipeline was opened"))
     told = Told()
-    reference_runs(*prepared, [(PROMPTS[0], SEEDS[0])], told)
+    reference_runs(prepared, prepared.plan, [(PROMPTS[0], SEEDS[0])], told)
     assert told.lines == [(f"reference, seed 0: {PROMPTS[0]}", "from the store")]
 
 
@@ -83,9 +83,9 @@ def test_a_wrong_part_is_seen_in_every_run(prepared, runner):
             outputs["hidden_states_out"] = outputs["hidden_states_out"] * np.float32(1.05)
         return outputs
 
-    kiln, settings = prepared
+    asked = replace(prepared, settings=replace(prepared.settings, prompts=(), seeds=(5, 6)))
     ladder = Ladder()
-    runs = sample_runs(*kiln, replace(settings, prompts=(), seeds=(5, 6)), ladder, spoilt, "patched", Silent())
+    runs = sample_runs(asked, prepared.plan, ladder, spoilt, "patched", Silent())
     assert {row.part for row in ladder.rows if not row.passed} == {"pipeline.00", "pipeline.01"}
     drift = runs["entries"][0]["drift"]
     assert drift[-1] > 100 * 5e-5
@@ -93,7 +93,7 @@ def test_a_wrong_part_is_seen_in_every_run(prepared, runner):
 
 
 def test_nothing_is_sampled_unasked(prepared):
-    kiln, settings = prepared
+    unasked = replace(prepared, settings=replace(prepared.settings, prompts=(), seeds=()))
     ladder = Ladder()
-    assert sample_runs(*kiln, replace(settings, prompts=(), seeds=()), ladder, None, "patched", Silent()) is None
+    assert sample_runs(unasked, prepared.plan, ladder, None, "patched", Silent()) is None
     assert ladder.rows == []

@@ -18,11 +18,15 @@ from fluxkiln.build.sensitivity import block_errors, open_trials, slot_errors
 from fluxkiln.cli.main import main
 from fluxkiln.compile.rungs import dequantized_rung
 from fluxkiln.errors import ParityError, SchemeError
+from fluxkiln.patches.flux1.model import MODEL
+from fluxkiln.patches.model import block_kinds
 from fluxkiln.progress import Silent
+from fluxkiln.quantize.recipes import Stacks
 from fluxkiln.quantize.schemes import parse_scheme
 from fluxkiln.settings import Settings
 from fluxkiln.verify.metrics import compare
 
+STACKS = Stacks(block_kinds(MODEL), MODEL.kinds)
 CODED = parse_scheme("W4BF16")
 # of tiny-dev's slots, one of a residual branch and the modulation of the same block
 SOME = tuple(
@@ -44,7 +48,7 @@ def settings(tiny_checkpoint, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trials(settings):
-    return open_trials(prepare(settings), SOME, Silent())
+    return open_trials(prepare(settings), SOME, STACKS, Silent())
 
 
 def test_the_first_and_the_last_block_of_each_kind_are_tried(trials):
@@ -63,13 +67,16 @@ def test_an_error_is_that_of_a_build_that_keeps_all_others(trials):
     others = ("proj_mlp", "norm.linear", "attn.to_?")
     squares = []
     for part in trials.blocks["single"]:
-        kilns = [
-            replace(trials.kiln, schemes={**trials.kiln.schemes, "single": scheme})
+        plans = [
+            replace(trials.plan, schemes={**trials.plan.schemes, "single": scheme})
             for scheme in (replace(CODED, kept=others), parse_scheme("BF16"))
         ]
         for step in range(2):
             inputs = trials.recording.inputs(part.name, step)
-            made, expected = (dequantized_rung(*kiln)(part.name, inputs)["hidden_states_out"] for kiln in kilns)
+            made, expected = (
+                dequantized_rung(trials.checkpoint, plan, trials.cache)(part.name, inputs)["hidden_states_out"]
+                for plan in plans
+            )
             squares.append(compare(made, expected, inputs["hidden_states"]).delta_relative_l2 ** 2)
     assert found["single.proj_out"] == pytest.approx(np.sqrt(np.mean(squares)), rel=1e-4)
 
@@ -126,11 +133,11 @@ def test_what_matters_to_the_block_is_kept(planted_choice):
     figures = {name: found for name, found in made.figures.items() if name.startswith("transformer_blocks.")}
     budget = sum(found["W4BF16"].weights for found in figures.values()) * 7 // 8
     known = {f"{one.kind}.{one.slot}": one.error for one in made.mix.slots}
-    trials = open_trials(prepare(chosen), figures, Silent())
+    trials = open_trials(prepare(chosen), figures, STACKS, Silent())
     assert set(trials.blocks) == {"double"}
     kept, errors = [], []
     for by_block in (known, None):
-        _, _, slots = choose_slots(figures, "W4BF16", "BF16", budget, by_block)
+        _, _, slots = choose_slots(figures, "W4BF16", "BF16", budget, STACKS, by_block)
         assert 0.9 * budget < sum(one.plain if one.kept else one.coded for one in slots) <= budget
         kept.append({one.slot for one in slots if one.kept})
         # the control: both choices run

@@ -6,17 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from fluxkiln.build.make import BuildResult
-from fluxkiln.compile.doctor import ToolStatus
+from fluxkiln.build.prepared import BuildResult
+from fluxkiln.compile.doctor import Tool
 from fluxkiln.compile.targets import target_names
 from fluxkiln.errors import ParityError
 from fluxkiln.export.checkpoint import open_checkpoint
 
 TOOLS = [
-    ToolStatus("torch", True, "2.13.0", "/lib", target_names(), ""),
-    ToolStatus("tpu-mlir", False, "", "", ("bm1684x", "bm1688"), "run make env-tpu-mlir"),
-    ToolStatus("skopeo", False, "", "", (), "only a test needs it"),
-    ToolStatus("sail", False, "", "", (), "install its wheel", ("bm1684x", "bm1688")),
+    Tool("torch", True, "2.13.0", "/lib", target_names(), ""),
+    Tool("tpu-mlir", False, "", "", ("bm1684x", "bm1688"), "run make env-tpu-mlir"),
+    Tool("skopeo", False, "", "", (), "only a test needs it"),
+    Tool("sail", False, "", "", (), "install its wheel", ("bm1684x", "bm1688")),
 ]
 
 

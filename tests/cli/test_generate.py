@@ -8,14 +8,23 @@ import shutil
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from fluxkiln.compile import toolchain
 from fluxkiln.files import digest_file
-from fluxkiln.generate import bundle as executing
-from fluxkiln.generate.pictures import make_grid, read_facts
-from tests.painting import Eager, make_bundle
+from fluxkiln.generate.painter import make_grid
+from tests.eager import Eager, make_bundle
+
+
+def read_facts(path: Path) -> dict[str, str]:
+    """The text chunks of a PNG."""
+    with Image.open(path) as image:
+        image.load()
+        return {name: str(text) for name, text in image.text.items()}
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +35,7 @@ def folder(tiny_checkpoint, tmp_path_factory):
 @pytest.fixture
 def generate(fluxkiln, folder, tiny_checkpoint, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(executing, "open_executor", lambda bundle, *_, **__: Eager(tiny_checkpoint(), bundle))
+    monkeypatch.setattr(toolchain, "open_executor", lambda bundle, *_, **__: Eager(tiny_checkpoint(), bundle))
     return lambda *arguments: fluxkiln("generate", "--bundle", folder, *arguments)
 
 

@@ -23,7 +23,7 @@ class Terminal(io.StringIO):
 
 def test_plain_table_aligns_and_does_not_cut():
     long = "x" * 300
-    lines = plain_table(("name", "size", "why"), [("a", "1 B", long), ("bcdefg", "12 kB", "two\nlines")], ["size"])
+    lines = plain_table(("name", ">size", "why"), [("a", "1 B", long), ("bcdefg", "12 kB", "two\nlines")])
     assert lines == ["name     size  why", f"a         1 B  {long}", "bcdefg  12 kB  two lines"]
 
 

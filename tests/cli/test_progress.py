@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from fluxkiln.cli.progress import LineProgress, RichProgress, StageTally, open_progress
+from fluxkiln.cli.output import LineProgress, RichProgress, StageTally, open_progress
 
 
 class Clock:

@@ -20,6 +20,7 @@ from fluxkiln.quantize.schemes import parse_scheme
 from fluxkiln.types import Shapes, find_part
 
 SHAPES = Shapes(height=64, width=64, tokens=32)
+SMALLEST = Shapes(height=32, width=32, tokens=16)
 
 
 @pytest.fixture(scope="session")
@@ -69,17 +70,17 @@ def compile_matmul(tpu_mlir, tmp_path_factory):
 
     @functools.cache
     def make(width=128, scheme="F32", rows=64, chip="bm1684x", **fields):
-        from fluxkiln.compile.onnx.filled import pour
+        from fluxkiln.compile.onnx.filled import fill
         from fluxkiln.compile.toolchains.tpu_mlir.compiler import CompileJob, compile_graph
 
         folder = tmp_path_factory.mktemp(f"matmul-{width}-{scheme}")
         weight = np.random.default_rng(width).standard_normal((rows, width)).astype(np.float32)
         template = write_matmul(folder / "template.onnx", width, rows)
-        pour(template, {"x"}, lambda slot: weight, folder / "poured.onnx")
+        fill(template, {"x"}, lambda slot: weight, folder / "filled.onnx")
         work = folder / "work"
         work.mkdir()
         job = CompileJob(
-            "matmul", "matmul", folder / "poured.onnx", template, frozenset({"x"}), parse_scheme(scheme), chip,
+            "matmul", folder / "filled.onnx", template, frozenset({"x"}), parse_scheme(scheme), chip,
             **fields,
         )  # fmt: skip
         return job, compile_graph(tpu_mlir, job, work, folder / "log"), weight
@@ -96,7 +97,7 @@ def compile_kind(tpu_mlir, tiny_checkpoint, tiny_template, tiny_parts, tmp_path_
 
     @functools.cache
     def make(kind, scheme, seed=None):
-        from fluxkiln.compile.onnx.filled import pour
+        from fluxkiln.compile.onnx.filled import fill
         from fluxkiln.compile.targets.bm1684x import TARGET
         from fluxkiln.compile.toolchains.tpu_mlir.coefficients import probe_reader
         from fluxkiln.compile.toolchains.tpu_mlir.compiler import CompileJob, compile_graph
@@ -108,10 +109,10 @@ def compile_kind(tpu_mlir, tiny_checkpoint, tiny_template, tiny_parts, tmp_path_
         else:
             read = probe_reader(template.slots, seed)
         activations = frozenset(spec.name for spec in template.inputs)
-        pour(template.path, set(activations), read, folder / "poured.onnx")
+        fill(template.path, set(activations), read, folder / "filled.onnx")
         (folder / "work").mkdir()
         job = CompileJob(
-            f"{kind}_00", kind, folder / "poured.onnx", template.path, activations, parse_scheme(scheme), TARGET.chip,
+            f"{kind}_00", folder / "filled.onnx", template.path, activations, parse_scheme(scheme), TARGET.chip,
             kind in TARGET.narrow_inputs, kind in TARGET.narrow_outputs,
         )  # fmt: skip
         return compile_graph(tpu_mlir, job, folder / "work", folder / "log"), read
@@ -127,3 +128,19 @@ def write_matmul(path, width, rows=64):
     graph = helper.make_graph([node], "matmul", [values["x"], values["w__t"]], [values["y"]])
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
     return path
+
+
+@pytest.fixture(scope="module")
+def opened(kiln, tiny_recording):
+    """(part, scheme, target) -> the part looked into as its toolchain does, on its second step, and its build."""
+    from fluxkiln.compile.toolchains.onnxruntime.look import open_linked
+    from fluxkiln.compile.toolchains.tpu_mlir.look import open_stored
+
+    recording = tiny_recording("tiny-dev", "kl", SMALLEST)
+
+    def make(name, scheme="W4BF16,tail=W4BF16", target="bm1684x"):
+        made = kiln(scheme=scheme, target=target)
+        look = open_linked if target == "cpu" else open_stored
+        return look(*made, find_part(made.parts, name), recording.inputs(name, 1)), made
+
+    return make

@@ -19,7 +19,7 @@ from fluxkiln.errors import IntegrityError, ToolchainError, UsageError
 from fluxkiln.generate.painter import Painter, Request, paint
 from fluxkiln.settings import Settings
 from fluxkiln.types import Shapes
-from tests.painting import make_bundle
+from tests.eager import make_bundle
 
 
 @pytest.fixture(autouse=True)
@@ -139,14 +139,6 @@ def test_fast_is_for_packed_weights_on_ort(folder):
     board = open_bundle(retarget(folder, "bm1684x"))
     with pytest.raises(UsageError, match=r"this is cmodel with W4BF16-g64-mse"):
         open_executor(board, fast=True)
-
-
-def test_neuron_bundles_run_on_replicas_until_they_are_compiled(folder):
-    bundle = open_bundle(retarget(folder, "trn1"))
-    assert choose_executor(bundle) == "replicas"
-    (folder / "neff").mkdir()
-    assert choose_executor(bundle) == "neuron"
-    assert list_nets(bundle)["clip"].component == "text_encoder"
 
 
 @pytest.mark.slow

@@ -10,18 +10,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fluxkiln.build.parity import climb_stored
-from fluxkiln.build.plan import compile_jobs
-from fluxkiln.compile import rungs as flow_rungs
 from fluxkiln.compile.corrections import part_packers, part_weights
-from fluxkiln.compile.rungs import bm1684x_rungs, dequantized_rung
-from fluxkiln.compile.templates import BundleFile, make_template
+from fluxkiln.compile.plan import BundleFile, Made
+from fluxkiln.compile.rungs import dequantized_rung
+from fluxkiln.compile.templates import make_template
+from fluxkiln.compile.toolchains.tpu_mlir import rungs as own_rungs
 from fluxkiln.compile.toolchains.tpu_mlir.cast import compare_stored
 from fluxkiln.compile.toolchains.tpu_mlir.cast_file import CAST_MEMORY
 from fluxkiln.compile.toolchains.tpu_mlir.coefficients import CoefficientMap
 from fluxkiln.compile.toolchains.tpu_mlir.forms import Form, FormMaker, SlotRows
+from fluxkiln.compile.toolchains.tpu_mlir.look import check_binary, open_stored
 from fluxkiln.compile.toolchains.tpu_mlir.moulds import make_mould
 from fluxkiln.compile.toolchains.tpu_mlir.proof import prove_cast, prove_mould
+from fluxkiln.compile.toolchains.tpu_mlir.toolchain import TOOLCHAIN
 from fluxkiln.compile.weights import part_rounders
 from fluxkiln.errors import CompileError, SchemeError
 from fluxkiln.export.bindings import bind_part, weight_reader
@@ -29,11 +30,9 @@ from fluxkiln.quantize.methods import svd
 from fluxkiln.quantize.side_tensors import DOWN, RECIPROCALS, ROLES, UP, side_slot, split_slot
 from fluxkiln.settings import Settings
 from fluxkiln.types import Shapes
-from fluxkiln.verify.debug import probe as probing
-from fluxkiln.verify.debug.probe import check_binary, look_inside
 from fluxkiln.verify.gates import first_bad_rung
-from fluxkiln.verify.ladder import Ladder
 from fluxkiln.verify.metrics import compare
+from tests.builds import chip_ladder, climbed
 from tests.calibrated import NAME, one_part
 
 SLOT = "attn.to_q.weight__t"
@@ -105,13 +104,7 @@ def test_it_is_searched_once(kiln, calibrated):
         slot: array.tobytes() for slot, array in second.beside.items()
     }
     with pytest.raises(SchemeError, match=r"rank 300: a matrix of \d+ x 256 has 1 to 256"):
-        part_weights(
-            one_part(kiln, "W4BF16-svd-r300").checkpoint,
-            one_part(kiln, "W4BF16-svd-r300").plan,
-            one_part(kiln, "W4BF16-svd-r300").cache,
-            made.parts[0],
-            template,
-        )
+        part_weights(*one_part(kiln, "W4BF16-svd-r300"), made.parts[0], template)
 
 
 @pytest.mark.tpu_mlir
@@ -130,18 +123,18 @@ def test_the_chip_computes_what_is_dequantized(
     recording = tiny_recording("tiny-dev", "kl", SHAPES)
     inputs = recording.inputs(NAME, 0)
     base = inputs["hidden_states"]
-    files = (BundleFile("x.bmodel", binary.bmodel, (NAME,)),)
-    with bm1684x_rungs(*made, (binary,), files, tmp_path) as rungs:
+    files = (BundleFile("x.bmodel", binary.blobs["bmodel"], (NAME,)),)
+    with climbed(made, (binary,), files, tmp_path) as rungs:
         out = {rung: runner(NAME, inputs)["hidden_states_out"] for rung, runner in rungs.items()}
         other = dequantized_rung(*plain)(NAME, inputs)["hidden_states_out"]
         for rung in ("interpreter", "simulator"):
             assert compare(out[rung], out["dequantized"], base).delta_cosine >= 0.999
             assert compare(out[rung], other, base).delta_cosine < 0.999
-        ladder = Ladder()
-        climb_stored(ladder, *made, (binary,), files)
+        ladder = chip_ladder()
+        TOOLCHAIN.read_back(ladder, *made, Made((binary,), files))
         assert first_bad_rung(ladder.rows) == {}
-        file, inside = made.path(binary.bmodel), look_inside(*made, made.parts[0], inputs, "onnx17")
-        found = check_binary(inside, *made, binary, file, binary.net)
+        file, opened = made.cache.path(binary.blobs["bmodel"]), open_stored(*made, made.parts[0], inputs)
+        found = check_binary(opened, *made, binary, file)
         assert found.culprit is None
         assert any(finding.value for finding in found.findings)
         if scheme == KEPT:
@@ -149,17 +142,16 @@ def test_the_chip_computes_what_is_dequantized(
         # the control: what stands beside the codes is right in size and wrong in place
         sound = part_weights(*made, made.parts[0], template_of(made))
         spoilt = _Spoilt(sound)
-        monkeypatch.setattr(flow_rungs, "part_weights", lambda *_: spoilt)
+        monkeypatch.setattr(own_rungs, "part_weights", lambda *_: spoilt)
         rungs["interpreter"].close()
         wrong = rungs["interpreter"](NAME, inputs)["hidden_states_out"]
         assert compare(wrong, out["dequantized"], base).delta_cosine < 0.999
     # and the same looked for inside the part: what is wrong stands beside this weight's codes
-    monkeypatch.setattr(probing, "part_weights", lambda *_: spoilt)
-    culprit = check_binary(inside, *made, binary, file, binary.net).culprit
+    culprit = check_binary(opened, *made, binary, file).culprit
     assert culprit is not None
     assert {split_slot(slot)[1] for slot in culprit.slots} == {""}
-    found = CoefficientMap.from_json(json.loads(made.path(mould.result.outputs["map"]).read_text()))
-    differing = compare_stored(made.path(binary.bmodel), binary.net, found, spoilt, part_rounders(*made, made.parts[0]))
+    found = CoefficientMap.from_json(json.loads(made.cache.path(mould.result.outputs["map"]).read_text()))
+    differing = compare_stored(file, binary.net, found, spoilt, part_rounders(*made, made.parts[0]))
     assert {split_slot(slot)[1] for slot, shares in differing.items() if shares.any()} == spoilt.roles
 
 
@@ -197,6 +189,6 @@ def test_the_compiler_makes_the_same_of_it(kiln, cast_and_direct, calibrated, sc
     if scheme == "W4BF16-svd-r8":
         prove_mould(*made, template_of(made), mould)
     # what it costs is in the plan: the compiler's estimate, and the memory of the search
-    jobs = {job.stage: job for job in compile_jobs(*made, Settings("bm1684x"))}
+    jobs = {job.stage: job for job in TOOLCHAIN.jobs(*made, Settings("bm1684x"))}
     assert jobs["mould"].estimate_ms == mould.result.facts["estimate_ms"] > 0
-    assert (jobs["cast"].memory_bytes > CAST_MEMORY) == (not made.scheme(made.parts[0]).codes_only)
+    assert (jobs["cast"].memory_bytes > CAST_MEMORY) == (not made.plan.scheme(made.parts[0]).codes_only)

@@ -7,33 +7,41 @@ from dataclasses import replace
 
 import pytest
 
-from fluxkiln.build.context import describe
+from fluxkiln.build.context import outline
 from fluxkiln.compile.tensors import check_weights, part_bytes, part_refs, quantizable
 from fluxkiln.errors import SchemeError
 from fluxkiln.settings import Settings
-from tests.builds import altered
+from tests.builds import Build, altered
+
+
+def build_of(target, scheme, **others):
+    prepared = outline(Settings(target, "tiny-dev", scheme=scheme, components=("transformer",), **others))
+    return Build(prepared.checkpoint, prepared.plan, prepared.cache)
 
 
 def kiln_of(scheme, **others):
-    return describe(Settings("bm1684x", "tiny-dev", scheme=scheme, components=("transformer",), **others)).kiln
+    return build_of("bm1684x", scheme, **others)
 
 
 def test_patterns_go_to_the_kinds_that_have_such_weights():
     kiln = kiln_of("W4BF16,double.norm1*=BF16,double.ff.*=BF16,single.proj_*=BF16")
-    assert {kind: kiln.schemes[kind].kept for kind in kiln.kinds() if kiln.schemes[kind].kept} == {
+    assert {kind: kiln.plan.schemes[kind].kept for kind in kiln.plan.kinds() if kiln.plan.schemes[kind].kept} == {
         "double_modulated": ("ff.*",), "single_modulated": ("proj_*",),
     }  # fmt: skip
     # all that it has is kept, so it is a kind without codes
-    assert kiln.schemes["double_modulation"].name == "BF16"
-    assert kiln.schemes["single_modulation"].name == "W4BF16"
+    assert kiln.plan.schemes["double_modulation"].name == "BF16"
+    assert kiln.plan.schemes["single_modulation"].name == "W4BF16"
     inline = kiln_of("W4BF16,double.norm1*=BF16", modulation="inline")
-    assert inline.schemes["double"].name == "W4BF16-bf16:norm1*"
+    assert inline.plan.schemes["double"].name == "W4BF16-bf16:norm1*"
 
 
 @pytest.mark.parametrize(
     ("exception", "clue"),
     [
-        ("single.proj_in=BF16", r"no weight of single is called 'proj_in'; there are proj_mlp, proj_out, attn\.to_q"),
+        (
+            "single.proj_in=BF16",
+            r"no weight of single is called 'proj_in'; there are norm\.linear, proj_mlp, proj_out",
+        ),
         ("double_modulation.attn.to_q=BF16", r"no weight of double is called 'attn\.to_q'"),
         ("single.proj_out=BF16,double.proj_out=BF16", "no weight of double is called 'proj_out'"),
         ("single.attn.norm_q=BF16", "no weight of single is called 'attn.norm_q'"),
@@ -46,13 +54,13 @@ def test_a_pattern_that_matches_nothing_is_refused_with_what_there_is(exception,
 
 def test_long_schemes_have_short_folders():
     def name(scheme):
-        return describe(Settings("bm1684x", "tiny-dev", scheme=scheme, components=("transformer",))).name
+        return outline(Settings("bm1684x", "tiny-dev", scheme=scheme, components=("transformer",))).name
 
     plain, odd, other = (name(f"W4BF16{more}") for more in ("", ",single.proj_*=BF16", ",single.attn.*=BF16"))
     assert len({plain, odd, other}) == 3
     assert all(sign not in odd for sign in "*?[],=:")
     assert "single.proj_out-bf16" in name("W4BF16,single.proj_out=BF16")
-    assert describe(Settings("bm1684x", "tiny-dev", scheme="single.proj_*=BF16")).name.startswith("tiny-dev-w4bf16-")
+    assert outline(Settings("bm1684x", "tiny-dev", scheme="single.proj_*=BF16")).name.startswith("tiny-dev-w4bf16-")
 
 
 def test_bytes():
@@ -67,7 +75,7 @@ def test_bytes():
     coded = sum(size for name, size in matrices.items() if "proj_out" not in name)
     rest = sum(math.prod(ref.shape) for ref in part_refs(kiln.checkpoint, kiln.plan, part)) - coded
     assert part_bytes(kiln.checkpoint, kiln.plan, part) == coded // 2 + 3 * coded // 64 + branches + 2 * rest
-    plain = altered(kiln, schemes={**kiln.schemes, part.kind: kiln.schemes["token_embed"]})
+    plain = altered(kiln, schemes={**kiln.plan.schemes, part.kind: kiln.plan.schemes["token_embed"]})
     assert part_bytes(plain.checkpoint, plain.plan, part) == 2 * (coded + rest)
 
 
@@ -79,9 +87,10 @@ def test_what_is_kept_needs_no_groups():
     for name, ref in kiln.checkpoint.tensors["transformer"].items():
         odd = name.endswith("proj_out.weight") and len(ref.shape) == 2
         refs[name] = replace(ref, shape=(ref.shape[0], 1000)) if odd else ref
-    odd = altered(kiln, parts=parts, checkpoint=replace(kiln.checkpoint, tensors={"transformer": refs}))
+    odd = replace(altered(kiln, parts=parts), checkpoint=replace(kiln.checkpoint, tensors={"transformer": refs}))
     check_weights(odd.checkpoint, odd.plan)
-    plain = altered(odd, schemes={**odd.schemes, "single_modulated": replace(odd.schemes["single_modulated"], kept=())})
+    schemes = odd.plan.schemes
+    plain = altered(odd, schemes={**schemes, "single_modulated": replace(schemes["single_modulated"], kept=())})
     with pytest.raises(SchemeError, match="does not divide the 1000 input channels"):
         check_weights(plain.checkpoint, plain.plan)
 
@@ -95,33 +104,30 @@ def narrowed(kiln, width=96):
     return replace(kiln, checkpoint=replace(kiln.checkpoint, tensors={"transformer": refs}))
 
 
+def check(build):
+    check_weights(build.checkpoint, build.plan)
+
+
 @pytest.mark.parametrize("scheme", ["W4BF16-g32", "W8BF16"])
 def test_output_channels_that_no_lanes_take_are_refused_with_what_helps(scheme):
     """The groups divide; the compiler would take minutes, and leave the last 32 rows in BF16."""
     with pytest.raises(SchemeError) as caught:
-        check_weights(narrowed(kiln_of(scheme)).checkpoint, narrowed(kiln_of(scheme)).plan)
+        check(narrowed(kiln_of(scheme)))
     assert str(caught.value) == (
         "transformer_blocks.0.attn.to_q.weight has 96 output channels; bm1684x takes codes of a weight with a multiple "
         "of 64 or fewer than 64, whatever its groups: ask for BF16, or leave such weights out of the codes, "
         "--scheme 'SCHEME,double.attn.to_q=BF16,single.proj_out=BF16,single.attn.to_q=BF16'"
     )
-    check_weights(
-        narrowed(kiln_of(f"{scheme},double.attn.to_q=BF16,single.proj_out=BF16,single.attn.to_q=BF16")).checkpoint,
-        narrowed(kiln_of(f"{scheme},double.attn.to_q=BF16,single.proj_out=BF16,single.attn.to_q=BF16")).plan,
-    )
-    check_weights(narrowed(kiln_of(scheme), width=48).checkpoint, narrowed(kiln_of(scheme), width=48).plan)
-    check_weights(narrowed(kiln_of("BF16")).checkpoint, narrowed(kiln_of("BF16")).plan)
+    check(narrowed(kiln_of(f"{scheme},double.attn.to_q=BF16,single.proj_out=BF16,single.attn.to_q=BF16")))
+    check(narrowed(kiln_of(scheme), width=48))
+    check(narrowed(kiln_of("BF16")))
 
 
 def test_lanes_are_the_chips():
-    settings = Settings("bm1688", "tiny-dev", scheme="W4BF16-g32", components=("transformer",))
-    kiln = describe(settings).kiln
-    check_weights(narrowed(kiln).checkpoint, narrowed(kiln).plan)
+    kiln = build_of("bm1688", "W4BF16-g32")
+    check(narrowed(kiln))
     with pytest.raises(SchemeError, match="has 48 output channels; bm1688 takes codes .* a multiple of 32, whatever"):
-        check_weights(narrowed(kiln, width=48).checkpoint, narrowed(kiln, width=48).plan)
+        check(narrowed(kiln, width=48))
     with pytest.raises(SchemeError, match="has 16 output channels; bm1688"):
-        check_weights(narrowed(kiln, width=16).checkpoint, narrowed(kiln, width=16).plan)
-    check_weights(
-        narrowed(describe(altered(settings, target="cpu")).kiln, width=48).checkpoint,
-        narrowed(describe(altered(settings, target="cpu")).kiln, width=48).plan,
-    )
+        check(narrowed(kiln, width=16))
+    check(narrowed(build_of("cpu", "W4BF16-g32"), width=48))

@@ -12,16 +12,18 @@ import pytest
 from fluxkiln.build.calibration import calibrate
 from fluxkiln.build.context import prepare
 from fluxkiln.build.finish import build_action
-from fluxkiln.build.parity import climb_stored
 from fluxkiln.compile.corrections import rounding_key
 from fluxkiln.compile.onnx.linked import link_parts
-from fluxkiln.compile.rungs import bm1684x_rungs, cpu_rungs, dequantized_rung
-from fluxkiln.compile.templates import BundleFile, make_template
+from fluxkiln.compile.plan import BundleFile, Made
+from fluxkiln.compile.rungs import dequantized_rung
+from fluxkiln.compile.templates import make_template
+from fluxkiln.compile.toolchain import toolchain_of
 from fluxkiln.compile.toolchains.tpu_mlir.bmodel import read_bmodel
 from fluxkiln.compile.toolchains.tpu_mlir.cast import compare_stored
 from fluxkiln.compile.toolchains.tpu_mlir.coefficients import CoefficientMap
 from fluxkiln.compile.toolchains.tpu_mlir.forms import FormMaker
-from fluxkiln.compile.toolchains.tpu_mlir.moulds import cast_part, make_mould, mould_action
+from fluxkiln.compile.toolchains.tpu_mlir.moulds import make_mould, mould_action
+from fluxkiln.compile.toolchains.tpu_mlir.toolchain import TOOLCHAIN
 from fluxkiln.compile.weights import (
     check_methods,
     component_digest,
@@ -38,8 +40,8 @@ from fluxkiln.quantize.sums import Sums
 from fluxkiln.settings import Settings
 from fluxkiln.types import Shapes
 from fluxkiln.verify.gates import first_bad_rung
-from fluxkiln.verify.ladder import Ladder
 from fluxkiln.verify.metrics import compare
+from tests.builds import chip_ladder, climbed
 from tests.calibrated import COMPONENT, NAME, one_part
 
 SLOT = "attn.to_q.weight__t"
@@ -124,23 +126,16 @@ def test_methods_are_in_the_key_of_a_cast_and_not_of_a_mould(kiln, calibrated):
 
 
 def test_what_cannot_be_had_is_refused_before_anything_is_compiled(kiln, calibrated):
-    check_methods(
-        one_part(kiln, "W4BF16-gptq").checkpoint,
-        one_part(kiln, "W4BF16-gptq").plan,
-        one_part(kiln, "W4BF16-gptq").cache,
-    )
-    unknown = replace(one_part(kiln, "W4BF16-gptq"), digests={COMPONENT: {"x": "sha256:0"}})
+    def of_others(scheme):
+        made = one_part(kiln, scheme)
+        return replace(made, checkpoint=replace(made.checkpoint, digests={COMPONENT: {"x": "sha256:0"}}))
+
+    check_methods(*one_part(kiln, "W4BF16-gptq"))
     with pytest.raises(SchemeError, match=r"needs calibration, and the store has none for the transformer"):
-        check_methods(*unknown)
-    check_methods(
-        one_part(kiln, "W4BF16-awq").checkpoint, one_part(kiln, "W4BF16-awq").plan, one_part(kiln, "W4BF16-awq").cache
-    )
+        check_methods(*of_others("W4BF16-gptq"))
+    check_methods(*one_part(kiln, "W4BF16-awq"))
     with pytest.raises(SchemeError, match=r"stored as W4BF16-svd-r8, which needs calibration"):
-        check_methods(
-            replace(one_part(kiln, "W4BF16-svd-r8"), digests={COMPONENT: {"x": "sha256:0"}}).checkpoint,
-            replace(one_part(kiln, "W4BF16-svd-r8"), digests={COMPONENT: {"x": "sha256:0"}}).plan,
-            replace(one_part(kiln, "W4BF16-svd-r8"), digests={COMPONENT: {"x": "sha256:0"}}).cache,
-        )
+        check_methods(*of_others("W4BF16-svd-r8"))
     with pytest.raises(SchemeError, match=r"was made with weights .* of transformer, this checkpoint's are"):
         calibrated.check_checkpoint(COMPONENT, "sha256:" + "0" * 64)
     made = one_part(kiln, "W4BF16-gptq")
@@ -191,21 +186,20 @@ def test_the_chip_multiplies_with_these_codes(kiln, cast_alone, calibrated, tiny
     assert mould.result.facts["quantized_matmuls"] > 0
     recording = tiny_recording("tiny-dev", "kl", Shapes(height=32, width=32, tokens=16))
     inputs, base = recording.inputs(NAME, 0), recording.inputs(NAME, 0)["hidden_states"]
-    files = (BundleFile("x.bmodel", binary.bmodel, (NAME,)),)
-    with bm1684x_rungs(*made, (binary,), files, tmp_path) as rungs:
+    files = (BundleFile("x.bmodel", binary.blobs["bmodel"], (NAME,)),)
+    with climbed(made, (binary,), files, tmp_path) as rungs:
         out = {
             rung: rungs[rung](NAME, inputs)["hidden_states_out"] for rung in ("dequantized", "interpreter", "simulator")
         }
     rtn = one_part(kiln, "W4BF16-rtn", target="bm1684x")
-    with bm1684x_rungs(*rtn, (cast_part(rtn.plan, part, mould),), (), tmp_path / "rtn", simulated=False) as rungs:
-        other = rungs["dequantized"](NAME, inputs)["hidden_states_out"]
+    other = dequantized_rung(*rtn)(NAME, inputs)["hidden_states_out"]
     for rung in ("interpreter", "simulator"):
         assert compare(out[rung], out["dequantized"], base).delta_cosine >= 0.999
         assert compare(out[rung], other, base).delta_cosine < 0.999
     # and byte by byte: the codes are this method's, and not the compiler's
     reader = weight_reader(bind_part(part, template.slots, made.checkpoint), made.checkpoint)
-    found = CoefficientMap.from_json(json.loads(made.path(mould.result.outputs["map"]).read_text()))
-    path = made.path(binary.bmodel)
+    found = CoefficientMap.from_json(json.loads(made.cache.path(mould.result.outputs["map"]).read_text()))
+    path = made.cache.path(binary.blobs["bmodel"])
     same = compare_stored(path, binary.net, found, reader, part_rounders(*made, part))
     assert not any(share.any() for share in same.values())
     wrong = compare_stored(path, binary.net, found, reader, as_compiler)
@@ -218,11 +212,11 @@ def test_wrong_bytes_of_one_group_miss_the_stored_gate(kiln, cast_alone, tmp_pat
     made = one_part(kiln, "W4BF16", target="bm1684x")
     (part,) = made.parts
     mould, binary = make_mould(*made, make_template(*made, part.kind, "onnx17")), cast_alone(made, NAME)
-    found = CoefficientMap.from_json(json.loads(made.path(mould.result.outputs["map"]).read_text()))
-    (net,) = read_bmodel(made.path(binary.bmodel)).nets
+    found = CoefficientMap.from_json(json.loads(made.cache.path(mould.result.outputs["map"]).read_text()))
+    (net,) = read_bmodel(made.cache.path(binary.blobs["bmodel"])).nets
     wanted = {"nibbles": "codes", "zero point": "zero", "scales": "scale"}[what]
     place = next(p for p in found.binary if p.form.slot == SLOT and p.form.name.startswith(wanted))
-    data = bytearray(made.path(binary.bmodel).read_bytes())
+    data = bytearray(made.cache.path(binary.blobs["bmodel"]).read_bytes())
     at = net.coefficients.start + place.offset
     if what == "nibbles":
         data[at : at + 32] = bytes((byte >> 4) | (byte & 15) << 4 for byte in data[at : at + 32])
@@ -232,9 +226,9 @@ def test_wrong_bytes_of_one_group_miss_the_stored_gate(kiln, cast_alone, tmp_pat
         data[at : at + 4] = data[at + 2 : at + 4] + data[at : at + 2]
     spoilt = tmp_path / "spoilt.bmodel"
     spoilt.write_bytes(data)
-    ladder = Ladder()
+    ladder = chip_ladder()
     files = (BundleFile("x.bmodel", made.cache.store.add_file(spoilt), (NAME,)),)
-    climb_stored(ladder, *made, (binary,), files)
+    TOOLCHAIN.read_back(ladder, *made, Made((binary,), files))
     assert first_bad_rung(ladder.rows) == {NAME: "stored"}
     assert SLOT in ladder.rows[0].output
 
@@ -245,14 +239,16 @@ def test_onnx_runtime_runs_what_is_dequantized(kiln, calibrated, tiny_recording,
     made = one_part(kiln, f"W4BF16-{method}")
     recording = tiny_recording("tiny-dev", "kl", Shapes(height=32, width=32, tokens=16))
     inputs = recording.inputs(NAME, 0)
-    with cpu_rungs(*made, link_parts(*made, made.schemes, tmp_path / "onnx")) as rungs:
+    linked = Made((), (), own=link_parts(*made, made.plan.schemes, tmp_path / "onnx"))
+    with toolchain_of(made.target).climb(*made, linked, tmp_path, Silent()) as climb:
+        rungs = climb.rungs
         out = {
             rung: rungs[rung](NAME, inputs)["hidden_states_out"] for rung in ("dequantized", "executed", "onnxruntime")
         }
     base = inputs["hidden_states"]
     graph = onnx.load(tmp_path / "onnx" / f"{NAME}.onnx", load_external_data=False).graph
     # norm.linear, q, k, v; and where nothing is left out of the codes, both halves of proj_mlp and of proj_out
-    assert sum(node.op_type == "MatMulNBits" for node in graph.node) == 4 + 5 * (not made.schemes["single"].kept)
+    assert sum(node.op_type == "MatMulNBits" for node in graph.node) == 4 + 5 * (not made.plan.schemes["single"].kept)
     assert compare(out["executed"], out["dequantized"], base).relative_l2 <= 2e-3
     assert compare(out["executed"], out["onnxruntime"], base).delta_cosine < 0.9999
 
@@ -263,8 +259,6 @@ def test_moments_of_other_inputs_are_worse_than_none(kiln, calibrated, tiny_reco
     inputs, expected = recording.inputs(NAME, 0), recording.outputs(NAME, 0)["hidden_states_out"]
     off = {}
     for scheme in ("W4BF16", "W4BF16-gptq"):
-        output = dequantized_rung(
-            one_part(kiln, scheme).checkpoint, one_part(kiln, scheme).plan, one_part(kiln, scheme).cache
-        )(NAME, inputs)["hidden_states_out"]
+        output = dequantized_rung(*one_part(kiln, scheme))(NAME, inputs)["hidden_states_out"]
         off[scheme] = compare(output, expected, inputs["hidden_states"]).delta_relative_l2
     assert off["W4BF16-gptq"] > 1.1 * off["W4BF16"]

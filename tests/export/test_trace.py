@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 import torch
 
-from fluxkiln.compile.onnx.filled import pour
+from fluxkiln.compile.onnx.filled import fill
 from fluxkiln.errors import UsageError
 from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.export.trace import configs_digest, export_template
@@ -56,8 +56,8 @@ def test_poured_template_computes_the_reference(template, tiny_checkpoint, part_
     part, recording = part_of_kind(kind, SMALLEST)
     checkpoint, made = tiny_checkpoint(), template(kind)
     reader = weight_reader(bind_part(part, made.slots, checkpoint), checkpoint)
-    pour(made.path, {spec.name for spec in made.inputs}, reader, tmp_path / "poured.onnx")
-    session = onnxruntime.InferenceSession(tmp_path / "poured.onnx", providers=["CPUExecutionProvider"])
+    fill(made.path, {spec.name for spec in made.inputs}, reader, tmp_path / "filled.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "filled.onnx", providers=["CPUExecutionProvider"])
     outputs = KINDS[kind].outputs
     results = run_rows(
         lambda _, inputs: dict(zip(outputs, session.run(None, inputs), strict=True)), part, recording.inputs(part.name)

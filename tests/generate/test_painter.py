@@ -11,7 +11,7 @@ import pytest
 from fluxkiln.errors import CompileError, ShapeError, UsageError
 from fluxkiln.generate.painter import Painter, Request, check_request, default_steps, paint
 from fluxkiln.types import Shapes
-from tests.painting import SHAPES, make_bundle, open_eager
+from tests.eager import SHAPES, make_bundle, open_eager
 
 
 @pytest.fixture(autouse=True)

@@ -14,14 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fluxkiln.cli.serve import is_loopback, listen
+from fluxkiln.artifacts.registry.reference import is_loopback
+from fluxkiln.cli.generate import listen
 from fluxkiln.errors import CompileError, ResourceError, UsageError
 from fluxkiln.generate.painter import Painter, Request
 from fluxkiln.generate.server import Preview, Studio, find_reference, is_reference, parse_request
 from fluxkiln.verify.reference import read_recording
 from tests.browser import CHROMIUM, Browser
 from tests.colours import LEGIBLE, brightness, contrast, variables
-from tests.painting import SHAPES, make_bundle, open_eager
+from tests.eager import SHAPES, make_bundle, open_eager
 
 TEMPLATES = Path(__file__).parents[2] / "fluxkiln/generate/templates"
 uvicorn = pytest.importorskip("uvicorn", reason="the extra serve is not installed")

@@ -124,7 +124,7 @@ def test_refused_for_every_kind_it_is_used_for(monkeypatch):
     refused = []
     for kind in KINDS:
         try:
-            check_patches(patches_for(MODEL, kind, "onnx17"))
+            check_patches(patches_for(MODEL.patches(), kind, "onnx17"))
         except PatchError:
             refused.append(kind)
     hoisted = {kind for kind in KINDS if kind.endswith(("_modulation", "_modulated", "_embed"))} - {"t5_embed"}
@@ -209,7 +209,7 @@ def test_upstream_is_bit_exactly_restored(kind, graph_format):
         inside.append(torch.nn.functional.rms_norm)
         raise RuntimeError
 
-    with pytest.raises(RuntimeError), apply_patches(patches_for(MODEL, kind, graph_format)):
+    with pytest.raises(RuntimeError), apply_patches(patches_for(MODEL.patches(), kind, graph_format)):
         fail()
     normed = ("double", "single", "double_modulated", "single_modulated")
     explicit = kind in normed and graph_format in ("onnx17", "torchscript")

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 
 from fluxkiln.errors import SchemeError
+from fluxkiln.patches.flux1.model import MODEL
+from fluxkiln.patches.model import block_kinds
 from fluxkiln.quantize.figures import Figures
-from fluxkiln.quantize.recipes import assign_rules, choose, choose_exactly, parse_budget, parse_rules, slot_of
+from fluxkiln.quantize.recipes import Stacks, assign_rules, choose, choose_exactly, parse_budget, parse_rules
 
+STACKS = Stacks(block_kinds(MODEL), MODEL.kinds)
 NAMES = [
     *(f"transformer_blocks.{i}.{name}.weight" for i in range(2) for name in ("norm1.linear", "attn.to_q")),
     "single_transformer_blocks.0.norm.linear.weight",
@@ -18,41 +21,46 @@ NAMES = [
 
 
 def test_later_rules_override_and_groups_have_names():
-    found = assign_rules(NAMES, parse_rules(["*=W4BF16-g32", "modulation=BF16", "transformer_blocks.1.*=W8BF16"]))
+    rules = parse_rules(["*=W4BF16-g32", "modulation=BF16", "transformer_blocks.1.*=W8BF16"])
+    found = assign_rules(NAMES, rules, STACKS)
     assert [found[name].name for name in NAMES] == ["BF16", "W4BF16-g32", "W8BF16", "W8BF16", "BF16"]
-    assert assign_rules(NAMES, ()) == {}
+    assert assign_rules(NAMES, (), STACKS) == {}
 
 
 def test_slots():
-    assert slot_of("single_transformer_blocks.12.attn.to_q.weight") == ("single", "attn.to_q")
-    assert slot_of("transformer_blocks.0.norm1.linear.weight") == ("double", "norm1.linear")
-    assert slot_of("encoder.block.3.layer.1.DenseReluDense.wi_0.weight") == ("t5_block", "layer.1.DenseReluDense.wi_0")
+    assert STACKS.slot_of("single_transformer_blocks.12.attn.to_q.weight") == ("single", "attn.to_q")
+    assert STACKS.slot_of("transformer_blocks.0.norm1.linear.weight") == ("double", "norm1.linear")
+    assert STACKS.slot_of("encoder.block.3.layer.1.wi_0.weight") == (
+        "t5_block",
+        "layer.1.wi_0",
+    )
 
 
 @pytest.mark.parametrize(
     ("place", "blocks"),
-    [("single", (4,)), ("double", (0, 1, 2, 3)), ("double.attn.to_q", (1, 3)), ("double.norm1.*", (0, 2)),
+    [("single", (4,)), ("double_modulation", (0, 2)), ("double_modulated", (1, 3)), ("modulation", (0, 2, 4)),
+     ("first_blocks", (0, 1, 4)), ("double", (0, 1, 2, 3)), ("double.attn.to_q", (1, 3)), ("double.norm1.*", (0, 2)),
      ("*.attn.to_q", (1, 3)), ("transformer_blocks.0.attn.to_q", (1,))],
 )  # fmt: skip
 def test_places_of_a_build_are_places_of_layers(place, blocks):
-    assert list(assign_rules(NAMES, parse_rules([f"{place}=BF16"]))) == [NAMES[index] for index in blocks]
+    assert list(assign_rules(NAMES, parse_rules([f"{place}=BF16"]), STACKS)) == [NAMES[index] for index in blocks]
 
 
 def test_last_blocks_are_those_of_the_model_at_hand():
     """Of each stack, by number and not by the order of letters; the control: one block more."""
     names = [f"{stack}.{i}.a.weight" for stack in ("transformer_blocks", "encoder.block") for i in (0, 2, 10, 9)]
-    found = assign_rules(names, parse_rules(["last_blocks=BF16"]))
+    found = assign_rules(names, parse_rules(["last_blocks=BF16"]), STACKS)
     assert sorted(found) == ["encoder.block.10.a.weight", "transformer_blocks.10.a.weight"]
     names += ["transformer_blocks.11.a.weight", "single_transformer_blocks.0.b.weight"]
-    assert set(assign_rules(names, parse_rules(["last_blocks=BF16"]))) == {names[6], *names[8:]}
+    assert set(assign_rules(names, parse_rules(["last_blocks=BF16"]), STACKS)) == {names[6], *names[8:]}
     with pytest.raises(SchemeError, match="no layer is called 'last_blocks'"):
-        assign_rules(["time_text_embed.weight"], parse_rules(["last_blocks=BF16"]))
+        assign_rules(["time_text_embed.weight"], parse_rules(["last_blocks=BF16"]), STACKS)
 
 
 @pytest.mark.parametrize("pattern", ["transformer_blocks.7.*", "attn.to_q", "embedders"])
 def test_a_rule_that_matches_nothing_is_refused(pattern):
     with pytest.raises(SchemeError, match=r"no layer is called .*; there are transformer_blocks\.\*\.norm1"):
-        assign_rules(NAMES, parse_rules([f"{pattern}=BF16"]))
+        assign_rules(NAMES, parse_rules([f"{pattern}=BF16"]), STACKS)
 
 
 @pytest.mark.parametrize("text", ["BF16", "=BF16", "modulation:BF16"])

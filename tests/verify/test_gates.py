@@ -12,13 +12,13 @@ from fluxkiln.verify.gates import (
     PIPELINE,
     UNCOVERED,
     Gate,
+    Row,
     Rung,
     first_bad_rung,
     gate_table,
     judge_row,
     rung_table,
 )
-from fluxkiln.verify.ladder import Row
 from fluxkiln.verify.metrics import Metrics
 
 GOOD = Metrics(1.0, 0.0, 0.0, 0.0, True, 1.0, 0.0, math.inf, 1.0, 1.0)

@@ -18,7 +18,6 @@ from fluxkiln.patches.flux1.pipeline import render
 from fluxkiln.patches.pipeline import Sampling
 from fluxkiln.types import Shapes
 from fluxkiln.verify import streaming
-from fluxkiln.verify.pipeline import render
 from fluxkiln.verify.reference import record_reference
 
 SHAPES = Shapes(height=64, width=64, tokens=32)

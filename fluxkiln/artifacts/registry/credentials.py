@@ -50,9 +50,9 @@ def find_credential(host: str) -> Credential | None:
     names = _names(host)
     for path in _config_files():
         config = _read(path)
-        helpers, store, auths = (config.get(key) for key in ("credHelpers", "credsStore", "auths"))
+        helpers, auths = (config.get(key) or {} for key in ("credHelpers", "auths"))
         asked = [(helpers.get(name), name) for name in names] if isinstance(helpers, Mapping) else []
-        for helper, name in [*asked, *((store, name) for name in names)]:
+        for helper, name in [*asked, *((config.get("credsStore"), name) for name in names)]:
             if isinstance(helper, str) and (found := _ask(helper, name)) is not None:
                 return found
         for name in names if isinstance(auths, Mapping) else ():

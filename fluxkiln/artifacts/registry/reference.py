@@ -131,8 +131,8 @@ def is_repository(name: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether `host` (with or without a port) is this machine by name or address."""
-    name = host[1:].split("]")[0] if host.startswith("[") else host.rsplit(":", 1)[0] if ":" in host else host
+    """Whether `host` (an address, or a name with or without a port) is this machine by name or address."""
+    name = host[1:].split("]")[0] if host.startswith("[") else host.split(":")[0] if host.count(":") == 1 else host
     if name == "localhost":
         return True
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,7 @@ def synthesize(
         UsageError: an unknown preset or component, or `destination` has something in it.
         ResourceError: not enough room on the disk.
     """
-    from fluxkiln.export.synth.weights import write_component
+    from fluxkiln.export.synth.weights import tensor_bits, write_component
 
     model, chosen = find_preset(preset)
     names = parse_components(model, components)
@@ -122,7 +123,8 @@ def synthesize(
         for name in names:
             stem = "model" if name in model.tokenizers else "diffusion_pytorch_model"
             layout = model.layout(name, chosen.configs[name])
-            write_component(folder / name, stem, name, layout, _SHARDS.get(name, 1), seed, count)
+            draw = partial(tensor_bits, model.weight_rules[name], name, seed)
+            write_component(folder / name, stem, layout, _SHARDS.get(name, 1), draw, count)
     return destination
 
 

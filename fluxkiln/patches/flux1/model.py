@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from fluxkiln.patches.flux1 import kinds
 from fluxkiln.patches.flux1.presets import GENERATOR, PRESETS
-from fluxkiln.patches.model import API, Call, Config, Preset, Put, ReadTensor, Recorded, WeightUse
+from fluxkiln.patches.flux1.weight_rules import RULES
+from fluxkiln.patches.model import API, Call, Config, Preset, Put, ReadTensor, Recorded, WeightRule, WeightUse
 from fluxkiln.types import Configs, Kind, Part, Shapes, TensorSpec
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class Flux1:
     steps: Mapping[str, int] = {"dev": 28, "schnell": 4}
     kinds: Mapping[str, Kind] = {**kinds.KINDS, **kinds.SPLIT_KINDS}
     presets: Mapping[str, Preset] = PRESETS
+    weight_rules: Mapping[str, tuple[WeightRule, ...]] = RULES
     generator = GENERATOR
     constant_inputs: tuple[str, ...] = ("rotary_cos", "rotary_sin", "position_bias", "position_buckets")
 

@@ -12,9 +12,11 @@ from functools import cache
 from typing import Any
 
 from fluxkiln.build.budget import name_shapes
-from fluxkiln.build.context import Prepared
+from fluxkiln.build.prepared import Prepared
+from fluxkiln.build.verification import record
 from fluxkiln.compile.toolchain import toolchain_of
 from fluxkiln.errors import UsageError
+from fluxkiln.patches.pipeline import fill_rows
 from fluxkiln.progress import Progress, Silent
 from fluxkiln.types import Part, find_part
 from fluxkiln.verify.findings import Culprit, RecordedCall, RungFindings
@@ -22,7 +24,7 @@ from fluxkiln.verify.findings import Culprit, RecordedCall, RungFindings
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """All rungs of a part, from the bottom; `culprit` is that of the lowest bad one. `step` is -1 where all share it."""
+    """All rungs of a part, from the bottom; `step` is -1 where the part runs once."""
 
     part: str
     kind: str
@@ -33,6 +35,7 @@ class Diagnosis:
 
     @property
     def culprit(self) -> Culprit | None:
+        """That of the lowest bad rung."""
         return next((rung.culprit for rung in self.rungs if rung.culprit is not None), None)
 
     def to_json(self) -> dict[str, Any]:
@@ -56,24 +59,20 @@ def debug_part(prepared: Prepared, name: str, step: int = 0, progress: Progress 
     """Look into the part called `name` at every rung, on what it is given at denoising step `step`.
 
     Raises:
-        UsageError: no such part or step, or a part that cannot be looked into.
-        Whatever recording or compiling raises.
+        UsageError: no such part or step, or a part that cannot be looked into; whatever recording or compiling raises.
     """
     progress = progress or Silent()
-    checkpoint, plan, store = prepared.checkpoint, prepared.plan, prepared.cache
+    plan = prepared.plan
     part = find_part(plan.parts, name)
-    record = cache(lambda: _record(prepared, part, step, progress))
-    found = toolchain_of(plan.target).look(checkpoint, plan, store, part, record, progress)
-    facts = {"shapes": name_shapes(record().shapes), **found.facts}
+    recorded = cache(lambda: _record(prepared, part, step, progress))
+    found = toolchain_of(plan.target).look(prepared.checkpoint, plan, prepared.cache, part, recorded, progress)
+    facts = {"shapes": name_shapes(recorded().shapes), **found.facts}
     shown = step if part.traits.each_step else -1
     return Diagnosis(part.name, part.kind, plan.scheme(part).name, shown, found.rungs, facts)
 
 
 def _record(prepared: Prepared, part: Part, step: int, progress: Progress) -> RecordedCall:
     """What the part was given and made; what runs once has one step."""
-    from fluxkiln.build.verification import record
-    from fluxkiln.patches.pipeline import fill_rows
-
     progress.stage("record", 1)
     recording = record(prepared)
     progress.done("record", "reference run", f"{recording.steps} step(s)")

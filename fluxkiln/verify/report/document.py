@@ -33,9 +33,9 @@ import numpy as np
 from fluxkiln.errors import UsageError
 from fluxkiln.types import Kind
 from fluxkiln.verify.drift import drift_chart
-from fluxkiln.verify.gates import GROUP_NAMES, Gate, Rung, first_bad_rung
+from fluxkiln.verify.gates import GROUP_NAMES, Gate, Row, Rung, first_bad_rung
 from fluxkiln.verify.heat import map_picture
-from fluxkiln.verify.ladder import Ladder, Row, name_culprit, row_to_dict, verdict_to_dict
+from fluxkiln.verify.ladder import Ladder, name_culprit, row_to_dict, verdict_to_dict
 from fluxkiln.verify.metrics import AnyArray, gain_of
 from fluxkiln.verify.report import wording
 from fluxkiln.verify.report.charts import Measure, depth_chart, ladder_panels, rung_keys, rungs_drawn, step_chart

@@ -8,8 +8,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from fluxkiln.compile.onnx import filled as pouring
-from fluxkiln.compile.onnx.filled import pour
+from fluxkiln.compile.onnx import filled as filling
+from fluxkiln.compile.onnx.filled import fill
 from fluxkiln.errors import CompileError
 
 RANDOM = np.random.default_rng(0)
@@ -40,10 +40,10 @@ def template(tmp_path):
 
 @pytest.mark.parametrize("block", [1, 100, 1 << 22])
 def test_weights_lie_beside_the_graph_however_they_are_cut(template, tmp_path, monkeypatch, block):
-    monkeypatch.setattr(pouring, "_BLOCK", block)
-    pour(template, {"x"}, WEIGHTS.__getitem__, tmp_path / "poured.onnx")
-    assert (tmp_path / "poured.onnx").stat().st_size < 2000
-    model = onnx.load(tmp_path / "poured.onnx")  # with what lies beside it
+    monkeypatch.setattr(filling, "_BLOCK", block)
+    fill(template, {"x"}, WEIGHTS.__getitem__, tmp_path / "filled.onnx")
+    assert (tmp_path / "filled.onnx").stat().st_size < 2000
+    model = onnx.load(tmp_path / "filled.onnx")  # with what lies beside it
     assert [value.name for value in model.graph.input] == ["x"]
     found = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     assert found.keys() == WEIGHTS.keys()
@@ -56,4 +56,4 @@ def test_weights_lie_beside_the_graph_however_they_are_cut(template, tmp_path, m
 def test_a_weight_of_another_shape_is_refused(template, tmp_path):
     wrong = WEIGHTS | {"up.weight__t": WEIGHTS["up.weight__t"][:, :8]}
     with pytest.raises(CompileError, match=r"slot up.weight__t has shape .* in the template, its weight has \(8, 24\)"):
-        pour(template, {"x"}, wrong.__getitem__, tmp_path / "poured.onnx")
+        fill(template, {"x"}, wrong.__getitem__, tmp_path / "filled.onnx")

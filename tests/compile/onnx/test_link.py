@@ -14,11 +14,13 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fluxkiln.compile.onnx.filled import quantized_matmuls
 from fluxkiln.compile.onnx.link import external_files, link_weights, sidecar_path
-from fluxkiln.compile.onnx.session import OrtRunner
+from fluxkiln.compile.onnx.session import open_session, run_session
 from fluxkiln.errors import CompileError, SchemeError
 from fluxkiln.export.bindings import part_state
 from fluxkiln.export.eager import PatchedRunner, run_module
-from fluxkiln.patches.flux1.parts import load_part
+from fluxkiln.patches.flux1.model import MODEL
+from fluxkiln.patches.parts import load_part, part_slots
+from fluxkiln.patches.patch import patches_for
 from fluxkiln.quantize.schemes import parse_scheme
 from fluxkiln.quantize.stored import stored_weight
 from fluxkiln.types import Binding, SlotBinding, Template, TensorRef, TensorSpec, Transform
@@ -43,8 +45,7 @@ def worst(found, expected):
 
 
 def run(graph, inputs):
-    with OrtRunner({"part": graph}, threads=1) as runner:
-        return runner("part", inputs)
+    return run_session(open_session(graph, threads=1), "part", inputs)
 
 
 def tensors_of(graph):
@@ -120,19 +121,12 @@ def test_quantized_parts_equal_the_dequantized(name, scheme, link, tiny_checkpoi
     part, checkpoint = tiny_parts(name), tiny_checkpoint()
     graph = link(name, scheme)
     inputs = tiny_recording().inputs(name)
-    slots = [spec.name for spec in part_slots_of(part, checkpoint)]
-    weights = part_state(part, slots, checkpoint)
+    weights = part_state(part, part_slots(MODEL, part.kind, checkpoint.configs), checkpoint)
     for slot, weight in weights.items():
         weights[slot] = stored_weight(weight, parse_scheme(scheme), weight.ndim == 2)
-    module = load_part(part.kind, checkpoint.configs, {slot: torch.from_numpy(w) for slot, w in weights.items()})
-    assert worst(run(graph, inputs), run_module(part.kind, module, inputs, "onnx23")) <= PARITY
-
-
-def part_slots_of(part, checkpoint):
-    from fluxkiln.patches.flux1.parts import build_part, slot_name
-
-    module = build_part(part.kind, checkpoint.configs)
-    return [TensorSpec(slot_name(name), tuple(value.shape)) for name, value in module.named_parameters()]
+    module = load_part(MODEL, part.kind, checkpoint.configs, {slot: torch.from_numpy(w) for slot, w in weights.items()})
+    patches = patches_for(MODEL, part.kind, "onnx23")
+    assert worst(run(graph, inputs), run_module(part.traits, module, inputs, patches)) <= PARITY
 
 
 @pytest.mark.parametrize("name", ["double.00", "single.00", "t5_block.00", "tail", "clip"])

@@ -12,7 +12,7 @@ import pytest
 
 from fluxkiln.compile.onnx.filled import quantized_matmuls
 from fluxkiln.compile.onnx.runner import Filling, TemplateRunner, attention_by_heads, weights_as_inputs
-from fluxkiln.compile.onnx.session import OrtRunner
+from fluxkiln.compile.onnx.session import open_session, run_session
 from fluxkiln.errors import CheckpointError, CompileError
 from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.patches.flux1.kinds import KINDS
@@ -84,8 +84,7 @@ def test_dequantized_weights_equal_the_quantized_graph(fill, link, tiny_recordin
         return TemplateRunner(filling)(name, inputs)
 
     inputs = tiny_recording().inputs(name)
-    with OrtRunner({"linked": link(name, scheme)}) as runner:
-        linked = runner("linked", inputs)
+    linked = run_session(open_session(link(name, scheme)), "linked", inputs)
     assert worst(linked, stored(untouched=("attn.norm_",))) <= PARITY
     assert worst(linked, stored()) <= 1e-3
 

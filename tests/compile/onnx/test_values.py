@@ -1,4 +1,4 @@
-"""Values on the way through templates and lowered graphs."""
+"""Values on the way through templates and linked graphs."""
 
 from __future__ import annotations
 
@@ -10,23 +10,10 @@ from fluxkiln.compile.onnx.values import (
     graph_values,
     list_operations,
     local_values,
-    lowered_run,
-    lowered_values,
     quantized_regions,
     template_values,
 )
 from fluxkiln.compile.toolchains.tpu_mlir.coefficients import probe_reader
-
-LOWERED = """
-    %3 = "tpu.Cast"(%1) {with_scale = true} : (tensor<2xf32>) -> tensor<2xbf16> loc(#loc1)
-    %4 = "tpu.LayerNorm"(%3, %0) {eps = 9.9999999747524271E-7 : f64} : (a, b) -> tensor<2xbf16> loc(#loc2)
-    %5 = "top.Weight"() : () -> tensor<2xbf16> loc(#loc4)
-    %6 = "tpu.A16MatMul"(%4, %5) {bits = 4} : (a, b) -> tensor<2x3xbf16> loc(#loc3)
-#loc1 = loc("x/Norm_output_0_LayerNormalization_bf16")
-#loc2 = loc("/Norm_output_0_LayerNormalization")
-#loc3 = loc("/Add_1_output_0_Add")
-#loc4 = loc("/Add_1_output_0_Add_scale_bf16")
-"""
 
 
 @pytest.fixture(scope="module")
@@ -145,22 +132,3 @@ def test_products_of_a_linked_graph(tiny_template):
     regions = quantized_regions(template.path, [spec.name for spec in template.slots])
     assert "attn.to_q.weight" in regions
     assert sum(map(len, regions.values())) > len(regions), "a weight cut in several products"
-
-
-def test_names_of_a_lowered_graph():
-    found = lowered_values(LOWERED, ("/Norm_output_0", "/Add_1_output_0", "/Gone_output_0"))
-    assert {value: lowered.name for value, lowered in found.items()} == {
-        "/Norm_output_0": "/Norm_output_0_LayerNormalization",
-        "/Add_1_output_0": "/Add_1_output_0_Add",
-    }
-    assert found["/Norm_output_0"].epsilon == pytest.approx(1e-6)
-    assert (found["/Add_1_output_0"].operation, found["/Add_1_output_0"].epsilon) == ("tpu.A16MatMul", None)
-
-
-def test_lowered_values_get_the_template_s_shapes():
-    found = lowered_values(LOWERED, ("/Norm_output_0", "/Add_1_output_0"))
-    made = {"/Norm_output_0_LayerNormalization": np.arange(6.0), "/Add_1_output_0_Add": np.arange(4.0)}
-    shapes = {"/Norm_output_0": (2, 3), "/Add_1_output_0": (2, 3)}
-    seen = lowered_run(lambda names: {name: made[name] for name in names}, found, shapes)
-    assert list(seen) == ["/Norm_output_0"], "another size cannot be compared"
-    assert seen["/Norm_output_0"].shape == (2, 3)

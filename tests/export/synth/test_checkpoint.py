@@ -163,7 +163,7 @@ def test_disk_full_on_the_way(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(synth_weights, "tensor_bits", full)
+    monkeypatch.setattr(synth_weights, "_draw", full)
     with pytest.raises(ResourceError, match=r"the disk of .* is full after part of 0\.0 GB; free some space"):
         synthesize("tiny-dev", tmp_path / "m")
     assert list(tmp_path.iterdir()) == []

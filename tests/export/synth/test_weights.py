@@ -8,15 +8,16 @@ import re
 import numpy as np
 import pytest
 
-from fluxkiln.export.synth.weights import RULES, tensor_bits
+from fluxkiln.export.synth.weights import tensor_bits
 from fluxkiln.patches.flux1.layout import component_layout
 from fluxkiln.patches.flux1.presets import PRESETS
+from fluxkiln.patches.flux1.weight_rules import RULES
 
 TINY = PRESETS["tiny-dev"].configs
 
 
 def values(component, name, shape, seed=0):
-    bits = np.concatenate(list(tensor_bits(component, name, shape, seed)))
+    bits = np.concatenate(list(tensor_bits(RULES[component], component, seed, name, shape)))
     return (bits.astype(np.uint32) << 16).view(np.float32).reshape(shape)
 
 
@@ -91,8 +92,10 @@ def test_the_same_bytes_on_every_machine():
     """Where this changes, raise GENERATOR: cached synthetic checkpoints are keyed by it."""
     digest = hashlib.sha256()
     for component, name, shape in all_tensors():
-        for bits in tensor_bits(component, name, shape, 0):
+        for bits in tensor_bits(RULES[component], component, 0, name, shape):
             digest.update(bits.astype("<u2").tobytes())
-    for bits in tensor_bits("transformer", "single_transformer_blocks.7.proj_mlp.weight", (1024, 3072), 0):
+    for bits in tensor_bits(
+        RULES["transformer"], "transformer", 0, "single_transformer_blocks.7.proj_mlp.weight", (1024, 3072)
+    ):
         digest.update(bits.astype("<u2").tobytes())
     assert digest.hexdigest() == "3253066209a067540d4176924bc4b956121a0208832466a6944db63eaf565a65"

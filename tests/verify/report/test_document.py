@@ -136,7 +136,7 @@ def test_files_are_deterministic_and_strict_json(tmp_path, bad):
         raise AssertionError(constant)
 
     document = json.loads(first[0], parse_constant=refuse)
-    assert document["schema"] == "fluxkiln.report/1"
+    assert document["schema"] == "fluxkiln.report/2"
     assert list(document) == sorted(document)
     spoilt = next(
         row for row in document["rows"] if (row["part"], row["rung"], row["step"]) == ("double.01", "simulator", 0)

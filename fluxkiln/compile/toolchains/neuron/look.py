@@ -28,16 +28,16 @@ from fluxkiln.compile.toolchains.neuron.replica_executor import dtype_of
 from fluxkiln.compile.toolchains.neuron.rungs import bound_weights, shard_arrays
 from fluxkiln.compile.toolchains.neuron.split import LARGEST_PART, held_elements, shard_file, shard_weights
 from fluxkiln.compile.toolchains.neuron.values import list_values, recompute_values, result_values, show_values, widen
-from fluxkiln.errors import PatchError, UsageError
+from fluxkiln.errors import UsageError
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.export.leaves import load_whole, see_leaves
-from fluxkiln.patches.cut import find_cut
+from fluxkiln.patches.cut import Cut, find_cut
 from fluxkiln.patches.leaves import Leaf
 from fluxkiln.progress import Progress
 from fluxkiln.types import Part
 from fluxkiln.verify import judgement
 from fluxkiln.verify.findings import Finding, Operation, PartFindings, Record, Remedy, RungFindings, Values
-from fluxkiln.verify.judgement import BF16, REORDERED, first_missed, tolerance_of
+from fluxkiln.verify.judgement import BF16, REORDERED, Shares, first_missed
 from fluxkiln.verify.match import judge_output, match_leaves, module_output
 from fluxkiln.verify.metrics import compare
 from fluxkiln.verify.remedies import find_loss
@@ -47,11 +47,8 @@ if TYPE_CHECKING:
 
     from fluxkiln.compile.toolchains.neuron.replicas import Replicas
 
-TOLERANCES: judgement.Tolerances = {"split": {"*": REORDERED}, "unsplit": {"*": BF16}, "replicas": {"*": BF16}}
 # of each rank its weights in the order of the module's slots
 Weights = Sequence[Sequence["NDArray[Any]"]]
-# slot -> rank -> the share of its elements that are not the checkpoint's
-Shares = Mapping[str, Mapping[int, float]]
 
 
 @dataclass(frozen=True)
@@ -138,10 +135,8 @@ def look(
         tell_rung(found, progress)
 
     with ExitStack() as stack:
-        workers = {
-            ranks: stack.enter_context(Replicas(ranks, plan.logs / f"debug.{ranks}.log"))
-            for ranks in sorted({module.ranks, 1})
-        }
+        counts = sorted({module.ranks, 1})
+        workers = {n: stack.enter_context(Replicas(n, plan.logs / f"debug.{n}.log")) for n in counts}
         opened = partial(open_ranks, checkpoint, cache, part, inputs, workers)
         add(check_split(opened(exact, "float32"), leaves, state, call.outputs))
         if module.ranks > 1:  # of what is not cut it would be the next rung again
@@ -208,21 +203,20 @@ def check_split(opened: OpenRanks, leaves: Sequence[Leaf], state: Values, output
     Args:
         state: the part's weights uncut, by slot. outputs: what the reference made, by the names of the kind.
     """
-    tolerance, is_partial = tolerance_of("split", "*", TOLERANCES), partial(_is_partial, opened)
-    found = match_leaves(leaves, opened.operations, opened.exact, tolerance, is_partial)
+    cuts = opened.checkpoint.model.cuts.get(opened.part.traits.cut, ())
+    unreduced = partial(is_partial, opened.operations, cuts)
+    found = match_leaves(leaves, opened.operations, opened.exact, REORDERED, unreduced)
     judged = {finding.value for finding in found}
     for value, spec in zip(result_values(opened.proto), opened.module.outputs, strict=True):
         if value in opened.order and value not in judged:
-            found.append(judge_output(value, opened.exact[0][value], outputs[spec.name], tolerance))
+            found.append(judge_output(value, opened.exact[0][value], outputs[spec.name], REORDERED))
 
     def doubled(finding: Finding, operation: Operation) -> bool:
-        leaf = next((leaf for leaf in leaves if f"{leaf.name}.bias" in operation.slots), None)
-        if leaf is None:
-            return False
-        together = module_output(operation, leaf, opened.exact, is_partial)
-        return together is not None and adds_bias(
-            finding, leaf, together, state[f"{leaf.name}.bias"], len(opened.exact)
-        )
+        for leaf in leaves:
+            if (bias := f"{leaf.name}.bias") in operation.slots:
+                together = module_output(operation, leaf, opened.exact, unreduced)
+                return together is not None and adds_bias(finding, leaf, together, state[bias], len(opened.exact))
+        return False
 
     return _with_culprit(RungFindings("split", "reference", tuple(found)), opened, opened.exact, {}, doubled)
 
@@ -239,8 +233,7 @@ def check_ranks(opened: OpenRanks, shards: Weights | None, rung: str) -> RungFin
     """The module with these weights, or the checkpoint's, against itself in float32 with the checkpoint's."""
     weights = opened.weights if shards is None else shards
     seen = opened.seen(weights)
-    tolerance = tolerance_of(rung, "*", TOLERANCES)
-    findings = judgement.judge_ranks(opened.order, seen, opened.exact, opened.local(seen), tolerance)
+    findings = judgement.judge_ranks(opened.order, seen, opened.exact, opened.local(seen), BF16)
     return _with_culprit(RungFindings(rung, "float32", findings), opened, seen, differing_shares(opened, weights))
 
 
@@ -279,7 +272,7 @@ def _with_culprit(
     first = first_missed(made.findings)
     values = seen[max(first.rank, 0)] if first is not None else {}
     given = {name: _wide(array) for name, array in opened.given.items()}
-    return judgement.with_culprit(made, opened.operations, {**given, **values}, remedy_of)
+    return judgement.with_culprit(made, opened.operations, {**given, **values}, remedy_of, {})
 
 
 def _tell_wrong(wrong: Shares) -> str:
@@ -324,42 +317,26 @@ def _remedy(opened: OpenRanks, rung: str, finding: Finding, operation: Operation
 
 def _place(operation: Operation, operations: Sequence[Operation]) -> str:
     """Behind which weights an operation without any of its own is."""
-    makers = {one.output: one for one in operations}
-    slots: dict[str, None] = {}
-    pending = [] if operation.slots else list(operation.inputs)
-    seen = set(pending)
-    while pending:
-        maker = makers.get(pending.pop())
-        if maker is None:
-            continue
-        slots |= dict.fromkeys(maker.slots)
-        more = [] if maker.slots else [name for name in maker.inputs if name not in seen]
-        seen |= set(more)
-        pending += more
-    return f" (behind {', '.join(slots)})" if slots else ""
+    weighted = {one.output: one.slots for one in operations if one.slots}
+    sources, _ = judgement.find_sources(operation, operations, weighted)
+    slots = dict.fromkeys(slot for source in sources for slot in weighted[source])
+    return f" (behind {', '.join(slots)})" if slots and not operation.slots else ""
 
 
-def _is_partial(opened: OpenRanks, operation: Operation) -> bool:
+def is_partial(operations: Sequence[Operation], cuts: tuple[Cut, ...], operation: Operation) -> bool:
     """Whether the value is one of partial sums: made of a product with rows of a weight, and not reduced yet."""
-    makers = {one.output: one for one in opened.operations}
+    makers = {one.output: one for one in operations}
     pending, reached = [operation], set()
     while pending:
         one = pending.pop()
         if one.op_type == "all-reduce" or one.output in reached:
             continue
         reached.add(one.output)
-        if one.op_type == "dot" and any(_is_row(opened, slot) for slot in one.slots):
+        if one.op_type != "dot":
+            pending += [makers[name] for name in one.inputs if name in makers]
+        elif cuts and any(find_cut(cuts, slot).way == "row" for slot in one.slots):
             return True
-        pending += [makers[name] for name in one.inputs if name in makers and one.op_type != "dot"]
     return False
-
-
-def _is_row(opened: OpenRanks, slot: str) -> bool:
-    cuts = opened.checkpoint.model.cuts.get(opened.part.traits.cut, ())
-    try:
-        return bool(cuts) and find_cut(cuts, slot).way == "row"
-    except PatchError:
-        return False
 
 
 def _wide(array: NDArray[Any]) -> NDArray[Any]:

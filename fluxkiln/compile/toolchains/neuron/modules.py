@@ -239,7 +239,7 @@ def _whole_part(checkpoint: Checkpoint, plan: Plan, part: Part, dtype: Dtype) ->
     from fluxkiln.patches.patch import check_patches, patches_for
 
     model, configs = checkpoint.model, checkpoint.configs
-    check_patches(patches_for(model, part.kind, "pt2"))
+    check_patches(patches_for(model.patches(), part.kind, "pt2"))
     narrow = {"int64": "int32", "float32": dtype}
     inputs = tuple(
         replace(spec, dtype=narrow[spec.dtype]) for spec in model.part_inputs(part.kind, configs, plan.shapes)

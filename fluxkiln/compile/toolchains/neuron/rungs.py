@@ -15,10 +15,8 @@ from fluxkiln.compile.templates import host_constants
 from fluxkiln.compile.toolchain import Climb
 from fluxkiln.compile.toolchains.neuron.make import SplitModel
 from fluxkiln.compile.toolchains.neuron.modules import Module, lower_modules, module_name
-from fluxkiln.compile.toolchains.neuron.replica_executor import ReplicaExecutor
-from fluxkiln.compile.toolchains.neuron.replica_executor import dtype_of as dtype_of
-from fluxkiln.compile.toolchains.neuron.split import LARGEST_PART as LARGEST_PART
-from fluxkiln.compile.toolchains.neuron.split import held_elements
+from fluxkiln.compile.toolchains.neuron.replica_executor import ReplicaExecutor, dtype_of
+from fluxkiln.compile.toolchains.neuron.split import LARGEST_PART, held_elements
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.progress import Progress
 from fluxkiln.types import Part, find_part

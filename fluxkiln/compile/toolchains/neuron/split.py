@@ -15,8 +15,6 @@ from fluxkiln.artifacts.code import code_version
 from fluxkiln.artifacts.store import Blob
 from fluxkiln.compile.plan import Job, Plan
 from fluxkiln.compile.target import Instance, Target
-from fluxkiln.compile.templates import count_elements
-from fluxkiln.compile.tensors import part_refs
 from fluxkiln.compile.toolchains.neuron.neuronx_cc import NeuronxCc, find_neuronx_cc
 from fluxkiln.compile.toolchains.neuron.profile import (
     CoreMemory,
@@ -169,7 +167,7 @@ def shard_jobs(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> list[J
         Job(
             "shard", part.name, part.kind, "BF16", SHARD_MEMORY,
             bool(checkpoint.digests) and cache.lookup(shard_action(checkpoint, plan, part).key) is not None,
-            count_elements(part_refs(checkpoint, plan, part)),
+            held_elements(checkpoint, part),
         )
         for part in plan.parts
     ]  # fmt: skip

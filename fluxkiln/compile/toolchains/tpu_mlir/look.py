@@ -26,13 +26,13 @@ from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.progress import Progress
 from fluxkiln.types import Part
 from fluxkiln.verify.findings import Operation, PartFindings, Record, RungFindings, Values
-from fluxkiln.verify.judgement import BF16, F16, F32, Tolerances, judge_stored, tolerance_of
+from fluxkiln.verify.judgement import BF16, F16, F32, Shares, judge_stored, tolerance_of
 from fluxkiln.verify.remedies import Advice
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-TOLERANCES: Tolerances = {"interpreter": {"F32": F32, "F16": F16, "*": BF16}}
+TOLERANCES = {"F32": F32, "F16": F16, "*": BF16}
 _FORGET = "forget the mould (`fluxkiln cache gc --results`)"
 ADVICE = Advice(
     keep_sinusoids="keep Sin, Cos and all that feeds them in F32 through the quantize table (f32_table, "
@@ -113,7 +113,7 @@ def check_lowered(opened: OpenPart, lowered: Path, simulator: Simulator) -> Rung
     """The compiler's lowered graph, its weights beside it, against the template with the stored weights."""
     forms = lowered_values(lowered.read_text(), opened.order)
     run = partial(lowered_run, partial(simulator.look, lowered, opened.inputs), forms)
-    return check_form(opened, "interpreter", tolerance_of("interpreter", opened.scheme, TOLERANCES), run, forms)
+    return check_form(opened, "interpreter", tolerance_of(TOLERANCES, opened.scheme), run, forms)
 
 
 def check_binary(
@@ -132,7 +132,7 @@ def check_binary(
         slot = split_slot(stored)[0]
         shares[slot] = {-1: max([float(wrong_bytes.max()), *shares.get(slot, {}).values()])}
 
-    def tell(wrong: Mapping[str, Mapping[int, float]]) -> str:
+    def tell(wrong: Shares) -> str:
         share = max(share for ranks in wrong.values() for share in ranks.values())
         return (
             f"{', '.join(wrong)} in {file.name}: a share of {share:.2g} of the bytes is not what this checkpoint and "

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sys
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -14,8 +16,9 @@ from fluxkiln.compile.toolchains.neuron import device as neuron
 from fluxkiln.compile.toolchains.neuron import split_bundle as loading
 from fluxkiln.compile.toolchains.neuron.device import NeuronExecutor, match_names
 from fluxkiln.compile.toolchains.neuron.split_bundle import find_compiled, read_module, read_split_bundle
+from fluxkiln.compile.toolchains.neuron.toolchain import TOOLCHAIN
 from fluxkiln.errors import CompileError, IntegrityError, ToolchainError, UsageError
-from fluxkiln.types import TensorSpec
+from fluxkiln.types import Kind, Part, TensorSpec
 from tests.compile.boards import nrtpy
 
 BF16 = ml_dtypes.bfloat16
@@ -129,6 +132,24 @@ def test_every_rank_runs_with_its_own_weights_in_the_modules_order(folder, devic
     assert len(library.loads) == 2 * RANKS + 1
     executor.close()
     assert library.calls == [f"configure {list(range(RANKS))}", "reset"]
+
+
+def test_bundles_run_on_replicas_until_they_are_compiled(folder, device):
+    device()
+    bundle = SimpleNamespace(
+        folder=folder, parts=[Part(name, Kind(name, at, (), ())) for name, at in COMPONENTS.items()]
+    )
+    assert TOOLCHAIN.executors == ("neuron", "replicas")
+    for name, opened in ((None, "neuron"), ("neuron", "neuron"), ("replicas", "replicas")):
+        executor = TOOLCHAIN.open_executor(bundle, name, {"threads": 0, "device": 0, "fast": False})
+        assert executor.name == opened
+        executor.close()
+    shutil.rmtree(folder / "neff")
+    assert TOOLCHAIN.open_executor(bundle, None, {}).name == "replicas"
+    with pytest.raises(ToolchainError, match="no NEFF of clip, single"):
+        TOOLCHAIN.open_executor(bundle, "neuron", {})
+    with pytest.raises(UsageError, match=r"--fast: .* this is replicas with no packed weights"):
+        TOOLCHAIN.open_executor(bundle, None, {"fast": True})
 
 
 def test_an_error_of_the_runtime_is_a_sentence(folder, device):

@@ -14,6 +14,7 @@ from fluxkiln.artifacts.store import open_store
 from fluxkiln.build.context import outline, prepare
 from fluxkiln.build.make import build, plan
 from fluxkiln.build.verification import record, verify
+from fluxkiln.cli.main import main
 from fluxkiln.compile.plan import Made
 from fluxkiln.compile.toolchains.neuron import rungs as replicating
 from fluxkiln.compile.toolchains.neuron.make import SplitModel
@@ -234,7 +235,7 @@ def test_what_the_instance_cannot_do_is_refused_before_a_weight_is_read(tmp_path
 def test_what_does_not_fit_the_cores_is_refused_before_a_weight_is_written(tmp_path):
     too_large = settings(tmp_path, model="full-dev", instance="trn1.2xlarge")
     assert "it fits inf2.48xlarge with tp 4, 8" in plan(too_large)["refused"]
-    with pytest.raises(ResourceError, match="it fits inf2.48xlarge with tp 4, 8"):
+    with pytest.raises(ResourceError, match=r"it fits inf2\.48xlarge with tp 4, 8"):
         build(too_large)
     assert not (tmp_path / "models").exists()
 
@@ -248,6 +249,29 @@ def test_a_bundle_is_completed_elsewhere(bundle, tmp_path, monkeypatch):
     again = resume_compile(bundle, open_store(tmp_path / "store"), Silent())
     assert (again.compiled, len(again.taken)) == ((), 7)
     assert len(list(calls.glob("call.*"))) == 7
+
+
+def test_the_command_finds_the_one_bundle_that_lacks_something(bundle, tmp_path, monkeypatch, capsys):
+    with_stub(monkeypatch, tmp_path)
+    place = tmp_path / "build" / "trn1" / "tiny" / "bundle"
+    other = tmp_path / "build" / "cpu" / "tiny" / "bundle"
+    for folder in (place, other):
+        shutil.copytree(bundle, folder)
+    manifest = other / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"target": "trn1"', '"target": "cpu"'))
+    command = ["compile", "--resume", "--build-dir", str(tmp_path / "build"), "--json"]
+    assert main(command) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert (made["bundle"], made["compiler"]) == (str(place), "2.26.6360.0+stub")
+    assert len(made["compiled"]) == 7
+    assert main([*command, str(other)]) == 2
+    assert (
+        "is complete: what onnxruntime makes is all made by the build"
+        in json.loads(capsys.readouterr().out)["error"]["message"]
+    )
+    shutil.rmtree(place)
+    assert main(command) == 2
+    assert "0 bundles below" in capsys.readouterr().out
 
 
 def test_the_script_of_the_bundle_runs_as_it_is(bundle, tmp_path, monkeypatch):

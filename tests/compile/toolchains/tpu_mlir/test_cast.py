@@ -47,11 +47,11 @@ def reader_of(kiln, name):
 
 
 def weights_of(kiln, part, net):
-    return kiln.path(part.bmodel).read_bytes()[net.coefficients.start : net.coefficients.stop]
+    return kiln.cache.path(part.blobs["bmodel"]).read_bytes()[net.coefficients.start : net.coefficients.stop]
 
 
 def coefficients_of(kiln, mould):
-    return CoefficientMap.from_json(json.loads(kiln.path(mould.result.outputs["map"]).read_text()))
+    return CoefficientMap.from_json(json.loads(kiln.cache.path(mould.result.outputs["map"]).read_text()))
 
 
 @pytest.mark.parametrize(("name", "scheme"), CASES)
@@ -59,20 +59,20 @@ def test_cast_equals_direct_compile(kiln, cast_and_direct, tmp_path, name, schem
     kiln = kiln(scheme=scheme)
     mould, cast, direct = cast_and_direct(kiln, name)
     assert mould.castable, mould.why
-    (ours,), (theirs,) = (read_bmodel(kiln.path(part.bmodel)).nets for part in (cast, direct))
+    (ours,), (theirs,) = (read_bmodel(kiln.cache.path(part.blobs["bmodel"])).nets for part in (cast, direct))
     stored = weights_of(kiln, cast, ours)
     assert stored == weights_of(kiln, direct, theirs)
     assert "sha256:" + hashlib.sha256(stored).hexdigest() == cast.digest
     assert ours.name == theirs.name
     # all else: the mould's shell under the part's name, and that of the direct compile
-    make_shell(kiln.path(cast.shell), cast.net, tmp_path / "renamed")
-    make_shell(kiln.path(direct.bmodel), cast.net, tmp_path / "direct")
+    make_shell(kiln.cache.path(cast.blobs["shell"]), cast.net, tmp_path / "renamed")
+    make_shell(kiln.cache.path(direct.blobs["bmodel"]), cast.net, tmp_path / "direct")
     assert (tmp_path / "renamed").read_bytes() == (tmp_path / "direct").read_bytes()
-    assert CANONICAL_TIME in kiln.path(direct.bmodel).read_bytes()
+    assert CANONICAL_TIME in kiln.cache.path(direct.blobs["bmodel"]).read_bytes()
     assert (direct.facts["quantized_matmuls"] > 0) == bool(kiln.scheme(cast.part).weight_bits)
     # what the interpreter reads as well
     cast_weight_file(coefficients_of(kiln, mould), reader_of(kiln, name), tmp_path / "w.npz")
-    with np.load(tmp_path / "w.npz") as made, np.load(kiln.path(direct.weights)) as compiled:
+    with np.load(tmp_path / "w.npz") as made, np.load(kiln.cache.path(direct.blobs["weights"])) as compiled:
         assert set(made.files) == set(compiled.files)
         for array in compiled.files:
             assert made[array].dtype == compiled[array].dtype
@@ -95,7 +95,7 @@ def test_parts_cast_into_one_file_equal_their_single_files(kiln, cast_and_direct
         mould, _, part = cast_and_direct(kiln, name)
         direct[part.net], maps[part.net] = part, coefficients_of(kiln, mould)
         shells.append(tmp_path / f"{part.net}.shell")
-        make_shell(kiln.path(mould.result.outputs["shell"]), part.net, shells[-1])
+        make_shell(kiln.cache.path(mould.result.outputs["shell"]), part.net, shells[-1])
     (tmp_path / "combine").mkdir()
     combine(tpu_mlir, "bm1684x", shells, tmp_path / "combine" / "shells", tmp_path / "log")
     target, sizes = tmp_path / "out.bmodel", {net: part.facts["weight_bytes"] for net, part in direct.items()}
@@ -111,8 +111,10 @@ def test_parts_cast_into_one_file_equal_their_single_files(kiln, cast_and_direct
     check_codes(target)
     whole = target.read_bytes()
     for net, part in direct.items():
-        (single,) = read_bmodel(kiln.path(part.bmodel)).nets
-        stored = kiln.path(part.bmodel).read_bytes()[single.coefficients.start : single.coefficients.stop]
+        (single,) = read_bmodel(kiln.cache.path(part.blobs["bmodel"])).nets
+        stored = kiln.cache.path(part.blobs["bmodel"]).read_bytes()[
+            single.coefficients.start : single.coefficients.stop
+        ]
         assert whole[regions[net].start : regions[net].stop] == stored
         shares = compare_stored(target, net, maps[net], reader_of(kiln, part.part.name))
         assert not any(share.any() for share in shares.values())
@@ -248,7 +250,7 @@ def test_nets_of_a_combined_file_compute_what_their_single_files_do(kiln, cast_a
         mould, _, part = cast_and_direct(kiln, name)
         singles[part.net], maps[part.net] = part, coefficients_of(kiln, mould)
         shells.append(tmp_path / f"{part.net}.shell")
-        make_shell(kiln.path(mould.result.outputs["shell"]), part.net, shells[-1])
+        make_shell(kiln.cache.path(mould.result.outputs["shell"]), part.net, shells[-1])
     (tmp_path / "combine").mkdir()
     combine(tpu_mlir, "bm1684x", shells, tmp_path / "combine" / "shells", tmp_path / "log")
     target, sizes = tmp_path / "out.bmodel", {net: found.size for net, found in maps.items()}
@@ -259,7 +261,7 @@ def test_nets_of_a_combined_file_compute_what_their_single_files_do(kiln, cast_a
     with Simulator(tpu_mlir, "bm1684x", tmp_path / "simulator.log") as simulator:
         results = {}
         for net, part in singles.items():
-            (tmp_path / f"{net}.bmodel").symlink_to(kiln.path(part.bmodel))
+            (tmp_path / f"{net}.bmodel").symlink_to(kiln.cache.path(part.blobs["bmodel"]))
             inputs = {name: rng.standard_normal(shape).astype(np.float32) for name, _, shape in part.facts["inputs"]}
             outputs = tuple(name for name, *_ in part.facts["outputs"])
             results[net] = inputs, outputs, simulator.run(tmp_path / f"{net}.bmodel", inputs, outputs)
@@ -301,7 +303,7 @@ def test_second_checkpoint_needs_no_compiler(kiln, cast_and_direct, cast_alone, 
 def test_the_net_is_renamed_and_the_mould_stays(kiln, cast_and_direct):
     kiln = kiln()
     mould, cast, _ = cast_and_direct(kiln, "single.02")
-    assert [net.name for net in read_bmodel(kiln.path(cast.bmodel)).nets] == ["single_02"]
+    assert [net.name for net in read_bmodel(kiln.cache.path(cast.blobs["bmodel"])).nets] == ["single_02"]
     shell = mould.result.outputs["shell"]
-    assert [net.name for net in read_bmodel(kiln.path(shell)).nets] == ["single_00"]
+    assert [net.name for net in read_bmodel(kiln.cache.path(shell)).nets] == ["single_00"]
     assert kiln.cache.store.read(shell.digest)  # read checks the digest

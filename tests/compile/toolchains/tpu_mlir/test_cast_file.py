@@ -15,6 +15,7 @@ from fluxkiln.compile.toolchains.tpu_mlir.cast_file import cast_file
 from fluxkiln.compile.toolchains.tpu_mlir.moulds import cast_part, make_mould
 from fluxkiln.errors import CheckpointError
 from fluxkiln.progress import Silent
+from tests.builds import altered
 
 pytestmark = pytest.mark.tpu_mlir
 NAME = "blocks.bmodel"
@@ -39,7 +40,7 @@ def blocks(kiln, tmp_path):
     parts = [part for part in shared.parts if part.kind in ("double", "single")]
     moulds = {kind: make_mould(*shared, make_template(*shared, kind, "onnx17")) for kind in ("double", "single")}
     whole, _ = cast_file(*shared, NAME, [cast_part(shared.plan, part, moulds[part.kind]) for part in parts], Silent())
-    fresh = replace(shared, cache=ActionCache(Store(shared.cache.store.root)), logs=tmp_path / "logs")
+    fresh = altered(replace(shared, cache=ActionCache(Store(shared.cache.store.root))), folder=tmp_path)
     for record in list(fresh.cache.records()):
         if record["stage"] in ("cast", "file"):
             fresh.cache.forget(record["key"])
@@ -58,9 +59,9 @@ def test_an_interrupted_file_goes_on_where_it_was(blocks, tmp_path):
     assert file.blob == whole
     assert sorted(told.how.values()) == ["cast"] * (len(parts) - finished) + ["was finished before"] * finished
     assert not place.parent.exists()
-    check_codes(kiln.path(file.blob))
-    codes = {net.name: net.check_code for net in read_bmodel(kiln.path(file.blob)).nets}
-    data = kiln.path(file.blob).read_bytes()
+    check_codes(kiln.cache.path(file.blob))
+    codes = {net.name: net.check_code for net in read_bmodel(kiln.cache.path(file.blob)).nets}
+    data = kiln.cache.path(file.blob).read_bytes()
     assert all(data[codes[b.net].start : codes[b.net].stop].hex() == b.digest.removeprefix("sha256:") for b in binaries)
 
 
@@ -94,7 +95,7 @@ def test_what_a_kill_left_is_not_trusted(blocks, tmp_path, damage):
 def test_a_shard_that_changes_ends_the_build(blocks):
     kiln, parts, _ = blocks
     shard = next(iter(kiln.checkpoint.states))
-    changed = replace(kiln, shards={**kiln.checkpoint.states, shard: (0,)})
+    changed = replace(kiln, checkpoint=replace(kiln.checkpoint, states={**kiln.checkpoint.states, shard: (0,)}))
     with pytest.raises(CheckpointError, match=r"changed while the build read it, and a build is of one checkpoint"):
         cast_file(*changed, NAME, parts, Silent())
     assert cast_file(*kiln, NAME, parts, Silent())[0].blob

@@ -62,10 +62,10 @@ def test_probe_weights_are_sized_like_weights():
 def test_map_covers_every_byte(kiln, cast_and_direct, scheme):
     kiln = kiln(scheme=scheme)
     mould, *_ = cast_and_direct(kiln, "single.02")
-    text = kiln.path(mould.result.outputs["map"]).read_text()
+    text = kiln.cache.path(mould.result.outputs["map"]).read_text()
     found = CoefficientMap.from_json(json.loads(text))
     assert found.to_json() == CoefficientMap.from_json(json.loads(json.dumps(found.to_json()))).to_json()
-    (net,) = read_bmodel(kiln.path(mould.result.outputs["shell"])).nets
+    (net,) = read_bmodel(kiln.cache.path(mould.result.outputs["shell"])).nets
     assert sorted(placement.offset for placement in found.binary) == sorted(entry.offset for entry in net.entries)
     template = make_template(*kiln, "single", "onnx17")
     assert {placement.form.slot for placement in found.binary} == {spec.name for spec in template.slots}
@@ -172,17 +172,18 @@ def test_coefficient_of_the_wrong_slot_is_not_proven(kiln, cast_and_direct, tmp_
     kiln = kiln()
     mould, cast, direct = cast_and_direct(kiln, "double.01")
     assert prove_cast(cast, direct, *kiln, mould).made == "cast, compiled: identical"
-    found = CoefficientMap.from_json(json.loads(kiln.path(mould.result.outputs["map"]).read_text()))
+    found = CoefficientMap.from_json(json.loads(kiln.cache.path(mould.result.outputs["map"]).read_text()))
     wrong = swap_slot(found, "attn.to_q.weight", "attn.to_k.weight")
     template = make_template(*kiln, "double", "onnx17")
     reader = weight_reader(bind_part(direct.part, template.slots, kiln.checkpoint), kiln.checkpoint)
     target = tmp_path / "wrong.bmodel"
-    shutil.copyfile(kiln.path(cast.bmodel), target)
+    shutil.copyfile(kiln.cache.path(cast.blobs["bmodel"]), target)
     (net,) = read_bmodel(target).nets
     code = cast_region(target, net.coefficients, wrong, reader)
     with pytest.raises(CompileError, match=r"double\.01: its weights differ from what the compiler makes of the same"):
         prove_cast(replace(cast, digest=f"sha256:{code.hex()}"), direct, *kiln, mould)
-    other = replace(cast, digest=f"sha256:{code.hex()}", shell=make_other_shell(kiln, cast, tmp_path))
+    shell = make_other_shell(kiln, cast, tmp_path)
+    other = replace(cast, digest=f"sha256:{code.hex()}", blobs={**cast.blobs, "shell": shell})
     with pytest.raises(CompileError, match=r"double\.01: its weights and instructions differ"):
         prove_cast(other, direct, *kiln, mould)
 
@@ -190,7 +191,7 @@ def test_coefficient_of_the_wrong_slot_is_not_proven(kiln, cast_and_direct, tmp_
 def make_other_shell(kiln, cast, folder):
     """The part's shell with one bit of its instructions changed."""
     target = folder / "other.shell"
-    shutil.copyfile(kiln.path(cast.shell), target)
+    shutil.copyfile(kiln.cache.path(cast.blobs["shell"]), target)
     data = bytearray(target.read_bytes())
     data[-5000] ^= 1
     target.write_bytes(data)

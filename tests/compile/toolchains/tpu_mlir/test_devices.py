@@ -26,12 +26,12 @@ def binary(part, weights=GB, instructions=0, runtime=0):
     return SimpleNamespace(part=part, facts=facts)
 
 
-def kiln(budget):
+def plan_of(budget):
     return SimpleNamespace(target=SimpleNamespace(name="chip", device_bytes=budget))
 
 
 def plan(budget, binaries):
-    return plan_devices(kiln(budget).plan, group_parts(kiln(budget).plan, binaries))
+    return plan_devices(plan_of(budget), group_parts(plan_of(budget), binaries))
 
 
 def test_a_file_takes_all_weights_and_the_largest_run_time_memory():
@@ -64,7 +64,7 @@ def test_the_way_with_the_fewest_loads_that_fits(budget, way):
 
 
 def test_a_transformer_that_is_too_large_gets_as_few_devices_as_hold_it():
-    groups = group_parts(kiln(3 * GB).plan, [binary(part) for part in PARTS])
+    groups = group_parts(plan_of(3 * GB), [binary(part) for part in PARTS])
     assert list(groups) == [
         "text_encoder.bmodel", "text_encoder_2.bmodel", "transformer.0.bmodel", "transformer.1.bmodel",
         "vae_decoder.bmodel",
@@ -74,20 +74,20 @@ def test_a_transformer_that_is_too_large_gets_as_few_devices_as_hold_it():
     assert [len(groups[f"transformer.{index}.bmodel"]) for index in (0, 1)] == [3, 3]
     assert [file.device for file in plan(3 * GB, [binary(part) for part in PARTS]).files] == [0, 0, 0, 1, 0]
     # one byte less, and three devices are needed
-    groups = group_parts(kiln(3 * GB - 1).plan, [binary(part) for part in PARTS])
+    groups = group_parts(plan_of(3 * GB - 1), [binary(part) for part in PARTS])
     assert sum(name.startswith("transformer") for name in groups) == 3
 
 
 def test_run_time_memory_counts_when_a_device_is_filled():
-    groups = group_parts(kiln(3 * GB).plan, [binary(part, runtime=1) for part in PARTS])
+    groups = group_parts(plan_of(3 * GB), [binary(part, runtime=1) for part in PARTS])
     assert sum(name.startswith("transformer") for name in groups) == 3
 
 
 def test_modulation_is_a_file_and_a_phase_of_its_own():
     parts = (*PARTS, make_part("time_embed", "time_embed"), make_part("double_modulation.00", "double_modulation"))
-    groups = group_parts(kiln(20 * GB).plan, [binary(part) for part in parts])
+    groups = group_parts(plan_of(20 * GB), [binary(part) for part in parts])
     assert [one.part.name for one in groups["modulation.bmodel"]] == ["time_embed", "double_modulation.00"]
-    made = plan_devices(kiln(20 * GB).plan, groups)
+    made = plan_devices(plan_of(20 * GB), groups)
     assert {file.phase for file in made.files if file.file == "modulation.bmodel"} == {"modulate"}
     assert made.peak(0, "everything resident") - made.peak(0, "text encoders and modulation released") == 4 * GB
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fluxkiln.compile.toolchains.tpu_mlir.estimate import PROFILE, estimate_pipeline, read_estimate
+from fluxkiln.patches.flux1.kinds import make_part
 
 HEAD = "s: start time, b: bd_id, g: gdma_id, e: end time, t: cmd cost time, dr: direction, sz: memsize, bw: bandwidth"
 # two commands of the tensor unit and two of the memory unit, one of each on one line
@@ -65,15 +66,19 @@ def test_no_file_is_no_estimate(tmp_path):
     assert read_estimate(tmp_path, "bm1684x") is None
 
 
+def part(name, kind=""):
+    return make_part(name, kind or name.partition(".")[0])
+
+
 PARTS = {
-    "clip": ("clip", 4.0),
-    "t5_embed": ("t5_embed", 0.5),
-    "head": ("head", 3.0),
-    "double.00": ("double", 110.0),
-    "double.01": ("double", 111.0),
-    "single.00": ("single", 107.0),
-    "tail": ("tail", 2.0),
-    "vae_decoder": ("vae_decoder", 1318.0),
+    part("clip"): 4.0,
+    part("t5_embed"): 0.5,
+    part("head"): 3.0,
+    part("double.00"): 110.0,
+    part("double.01"): 111.0,
+    part("single.00"): 107.0,
+    part("tail"): 2.0,
+    part("vae_decoder"): 1318.0,
 }
 
 
@@ -87,11 +92,11 @@ def test_an_image_is_its_steps_and_what_runs_once():
 
 
 def test_a_part_without_an_estimate_is_named_and_not_0():
-    once = estimate_pipeline(PARTS | {"t5_embed": ("t5_embed", None)}, steps=2)
+    once = estimate_pipeline(PARTS | {part("t5_embed"): None}, steps=2)
     assert once.missing == ("t5_embed",)
     assert once.once_ms == pytest.approx(1322.0)
     assert once.image_ms == pytest.approx(1322.0 + 2 * 333.0)
-    step = estimate_pipeline(PARTS | {"single.00": ("single", None)}, steps=2)
+    step = estimate_pipeline(PARTS | {part("single.00"): None}, steps=2)
     assert step.missing == ("single.00",)
     assert step.step_ms is None
     assert step.image_ms is None
@@ -101,11 +106,11 @@ def test_a_part_without_an_estimate_is_named_and_not_0():
 def test_hoisted_modulation_is_paid_once():
     plain = estimate_pipeline(PARTS, steps=10)
     for kind in ("time_embed", "double_modulation", "single_modulation", "tail_modulation"):
-        hoisted = estimate_pipeline({**PARTS, "hoisted": (kind, 5.0)}, steps=10)
+        hoisted = estimate_pipeline({**PARTS, part("hoisted", kind): 5.0}, steps=10)
         assert hoisted.step_ms == plain.step_ms
         assert hoisted.image_ms == pytest.approx((plain.image_ms or 0) + 5.0)
     # the control: blocks that take the hoisted rows still run at every step
-    more = estimate_pipeline({**PARTS, "more": ("single_modulated", 5.0)}, steps=10)
+    more = estimate_pipeline({**PARTS, part("more", "single_modulated"): 5.0}, steps=10)
     assert more.step_ms == pytest.approx((plain.step_ms or 0) + 5.0)
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from fluxkiln.compile.onnx.filled import pour
+from fluxkiln.compile.onnx.filled import fill
 from fluxkiln.compile.toolchains.tpu_mlir import compiler as adapter
 from fluxkiln.compile.toolchains.tpu_mlir.compiler import CompileJob, compile_graph
 from fluxkiln.compile.toolchains.tpu_mlir.gelu import CUBIC, INNER, fuse_tanh_gelu
@@ -113,7 +113,7 @@ def chip(tpu_mlir, tmp_path_factory):
     """(form, scheme) -> what the simulator makes of x; `one` is the fused form, `chain` the spelt one."""
     folder = tmp_path_factory.mktemp("gelu")
     template = write(folder / "template.onnx")
-    pour(template, {"x"}, lambda slot: np.zeros(0), folder / "one.onnx")
+    fill(template, {"x"}, lambda slot: np.zeros(0), folder / "one.onnx", (fuse_tanh_gelu,))
     graphs = {"one": folder / "one.onnx", "chain": template}
     x = (np.random.default_rng(0).standard_normal(SHAPE) * 2).astype(np.float32)
     x = torch.from_numpy(x).bfloat16().half().float().numpy()  # exact in every type
@@ -122,7 +122,7 @@ def chip(tpu_mlir, tmp_path_factory):
         form, scheme = case
         work = folder / f"{form}-{scheme}"
         work.mkdir()
-        job = CompileJob("gelu", "gelu", graphs[form], template, frozenset({"x"}), parse_scheme(scheme), "bm1684x")
+        job = CompileJob("gelu", graphs[form], template, frozenset({"x"}), parse_scheme(scheme), "bm1684x")
         return compile_graph(tpu_mlir, job, work, work / "log")
 
     cases = [(form, scheme) for form in graphs for scheme in SCHEMES]

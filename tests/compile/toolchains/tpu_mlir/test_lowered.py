@@ -103,13 +103,13 @@ def run_both(kiln, tpu_mlir, part_of_kind, folder, kind):
     """Output -> what the compiler's own graph makes and what the lean one makes, a head at a time."""
     part, recording = part_of_kind(kind, SMALLEST)
     binary = compile_part(*kiln, find_part(kiln.parts, part.name), make_template(*kiln, kind, "onnx17"))
-    text = kiln.path(binary.lowered).read_text()
+    text = kiln.cache.path(binary.blobs["lowered"]).read_text()
     paths = {}
     for name, graph in (("original", text), ("lean", lean_graph(text, 1))):
         (folder / name).mkdir()
         paths[name] = folder / name / "graph.mlir"
         paths[name].write_text(graph)
-        (folder / name / weight_file(text)).write_bytes(kiln.path(binary.weights).read_bytes())
+        (folder / name / weight_file(text)).write_bytes(kiln.cache.path(binary.blobs["weights"]).read_bytes())
     assert ("heads" in paths["lean"].read_text()) == (kind in ("double", "single"))
     inputs, outputs = recording.inputs(part.name), KINDS[kind].outputs
     with Simulator(tpu_mlir, "bm1684x", folder / "log") as interpreter:

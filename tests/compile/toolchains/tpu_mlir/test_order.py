@@ -7,8 +7,7 @@ import re
 import onnx_ir as ir
 import pytest
 
-from fluxkiln.compile.onnx.filled import pour
-from fluxkiln.compile.toolchains.tpu_mlir import compiler as adapter
+from fluxkiln.compile.onnx.filled import fill
 from fluxkiln.compile.toolchains.tpu_mlir.coefficients import probe_reader
 from fluxkiln.compile.toolchains.tpu_mlir.compiler import CompileJob, compile_graph
 from fluxkiln.compile.toolchains.tpu_mlir.order import TOKEN_INPUTS, small_work_first
@@ -54,18 +53,16 @@ def test_without_token_inputs_nothing_moves(tiny_template):
 
 @pytest.mark.tpu_mlir
 @pytest.mark.parametrize("ordered", [True, False])
-def test_norm_factor_and_shift_share_one_pass(tiny_template, tpu_mlir, tmp_path, monkeypatch, ordered):
+def test_norm_factor_and_shift_share_one_pass(tiny_template, tpu_mlir, tmp_path, ordered):
     """Only with our order are the three one group; the control is the order that the compiler itself chooses."""
-    if not ordered:
-        monkeypatch.setattr(adapter, "ORDERED_KINDS", frozenset())
     template = tiny_template("double_modulated", "onnx17")
     activations = frozenset(spec.name for spec in template.inputs)
-    pour(template.path, set(activations), probe_reader(template.slots), tmp_path / "poured.onnx")
+    fill(template.path, set(activations), probe_reader(template.slots), tmp_path / "filled.onnx", (small_work_first,))
     work = tmp_path / "work"
     work.mkdir()
     job = CompileJob(
-        "block", "double_modulated", tmp_path / "poured.onnx", template.path, activations, parse_scheme("BF16"),
-        "bm1684x", narrow_inputs=True, narrow_outputs=True,
+        "block", tmp_path / "filled.onnx", template.path, activations, parse_scheme("BF16"),
+        "bm1684x", narrow_inputs=True, narrow_outputs=True, ordered=ordered,
     )  # fmt: skip
     compile_graph(tpu_mlir, job, work, tmp_path / "log")
     (final,) = work.glob("*_final.mlir")

@@ -10,6 +10,7 @@ import pytest
 from fluxkiln.compile.executor import Net
 from fluxkiln.compile.toolchains.tpu_mlir.sail import SailExecutor
 from fluxkiln.errors import CompileError, ResourceError, ToolchainError, UsageError
+from fluxkiln.patches.flux1.kinds import KINDS
 from fluxkiln.types import TensorSpec
 from tests.compile.boards import sail
 
@@ -39,8 +40,10 @@ def nets(tmp_path):
         (tmp_path / name).write_bytes(b"bmodel")
     vae = (TensorSpec("latents", (1, 2), "f32"),), (TensorSpec("image", (1, 2), "f32"),)
     return {
-        "t5_block.00": Net("t5_block.00", "t5_block", tmp_path / "text_encoder_2.bmodel", "t5_block_00", IN, OUT),
-        "vae_decoder": Net("vae_decoder", "vae_decoder", tmp_path / "vae.bmodel", "vae", *vae),
+        "t5_block.00": Net(
+            "t5_block.00", KINDS["t5_block"], tmp_path / "text_encoder_2.bmodel", "t5_block_00", IN, OUT
+        ),
+        "vae_decoder": Net("vae_decoder", KINDS["vae_decoder"], tmp_path / "vae.bmodel", "vae", *vae),
     }
 
 

@@ -3,39 +3,34 @@
 from __future__ import annotations
 
 import re
-import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from fluxkiln.compile.templates import make_template
+from fluxkiln.compile.toolchains.tpu_mlir.look import check_lowered, lowered_run, lowered_values
 from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.quantize.schemes import parse_scheme
-from fluxkiln.types import Shapes, find_part
-from fluxkiln.verify.debug.probe import check_linked, check_lowered, check_stored, check_template, look_inside
-from tests.builds import altered
+from fluxkiln.types import find_part
 
-SHAPES = Shapes(height=32, width=32, tokens=16)
+LOWERED = """
+    %3 = "tpu.Cast"(%1) {with_scale = true} : (tensor<2xf32>) -> tensor<2xbf16> loc(#loc1)
+    %4 = "tpu.LayerNorm"(%3, %0) {eps = 9.9999999747524271E-7 : f64} : (a, b) -> tensor<2xbf16> loc(#loc2)
+    %5 = "top.Weight"() : () -> tensor<2xbf16> loc(#loc4)
+    %6 = "tpu.A16MatMul"(%4, %5) {bits = 4} : (a, b) -> tensor<2x3xbf16> loc(#loc3)
+#loc1 = loc("x/Norm_output_0_LayerNormalization_bf16")
+#loc2 = loc("/Norm_output_0_LayerNormalization")
+#loc3 = loc("/Add_1_output_0_Add")
+#loc4 = loc("/Add_1_output_0_Add_scale_bf16")
+"""
 LINEAR = "time_text_embed.timestep_embedder.linear_2"
-
-
-@pytest.fixture(scope="module")
-def inside(kiln, tiny_recording):
-    """(part, graph format) -> the part looked into, on its second step."""
-    recording = tiny_recording("tiny-dev", "kl", SHAPES)
-
-    def make(name, graph_format="onnx17", scheme="W4BF16,tail=W4BF16", target="bm1684x"):
-        made = kiln(scheme=scheme, target=target)
-        return look_inside(*made, find_part(made.parts, name), recording.inputs(name, 1), graph_format), made
-
-    return make
 
 
 @pytest.fixture(scope="module")
 def compiled(kiln, tpu_mlir, tmp_path_factory):
     """(part, scheme, keep_f32) -> the folder in which TPU-MLIR compiled it with its own weights."""
-    from fluxkiln.compile.onnx.filled import pour
+    from fluxkiln.compile.onnx.filled import fill
     from fluxkiln.compile.toolchains.tpu_mlir.compiler import CompileJob, compile_graph
 
     known = {}
@@ -47,10 +42,10 @@ def compiled(kiln, tpu_mlir, tmp_path_factory):
             template = make_template(*made, part.kind, "onnx17")
             activations = frozenset(spec.name for spec in template.inputs)
             reader = weight_reader(bind_part(part, template.slots, made.checkpoint), made.checkpoint)
-            pour(template.path, set(activations), reader, folder / "poured.onnx")
+            fill(template.path, set(activations), reader, folder / "filled.onnx")
             (folder / "work").mkdir()
             job = CompileJob(
-                name, part.kind, folder / "poured.onnx", template.path, activations, parse_scheme(scheme), "bm1684x",
+                name, part.kind, folder / "filled.onnx", template.path, activations, parse_scheme(scheme), "bm1684x",
                 keep_f32=keep_f32,
             )  # fmt: skip
             known[name, scheme, keep_f32] = compile_graph(tpu_mlir, job, folder / "work", folder / "log")
@@ -60,7 +55,7 @@ def compiled(kiln, tpu_mlir, tmp_path_factory):
 
 
 @pytest.fixture
-def look(compiled, inside, tpu_mlir, tmp_path):
+def look(compiled, opened, tpu_mlir, tmp_path):
     """(part, scheme, spoil) -> findings of its lowered graph, after `spoil` changed its text and weights."""
     from fluxkiln.compile.toolchains.tpu_mlir.simulator import Simulator
 
@@ -72,11 +67,11 @@ def look(compiled, inside, tpu_mlir, tmp_path):
         lowered = tmp_path / "lowered.mlir"
         lowered.write_text(text)
         np.savez(tmp_path / found.weights.name, **weights)
-        part, _ = inside(name)
+        part, _ = opened(name)
         if scheme != "BF16":  # TPU-MLIR's own rounding
-            part, _ = inside(name, scheme=f"{scheme}-rtn,tail={scheme}-rtn")
+            part, _ = opened(name, f"{scheme}-rtn,tail={scheme}-rtn")
         with Simulator(tpu_mlir, "bm1684x", tmp_path / "log") as simulator:
-            return check_lowered(part, lowered, simulator, scheme)
+            return check_lowered(replace(part, scheme=scheme), lowered, simulator)
 
     return run
 
@@ -159,69 +154,20 @@ def test_a_transposed_weight_is_found_in_the_compiled_form(look):
     assert culprit.finding.bad_channels > 250
 
 
-@pytest.mark.tpu_mlir
-@pytest.mark.parametrize("graph_format", ["onnx17", "onnx23"])
-def test_faults_of_the_export_are_found_against_the_modules(inside, graph_format):
-    part, made = inside("single.02", graph_format)
-    assert check_template(part, made.checkpoint).culprit is None
-    weight, bias = (next(slot for slot in part.weights if slot.startswith(f"attn.to_k.{what}")) for what in WHAT)
-    others = {"bias": next(slot for slot in part.weights if slot.startswith("attn.to_q.bias"))}
-    spoilt = {
-        weight: {**part.weights, weight: np.ascontiguousarray(part.weights[weight].T)},
-        bias: {**part.weights, bias: part.weights[others["bias"]], others["bias"]: part.weights[bias]},
+def test_names_of_a_lowered_graph():
+    found = lowered_values(LOWERED, ("/Norm_output_0", "/Add_1_output_0", "/Gone_output_0"))
+    assert {value: form.output for value, form in found.items()} == {
+        "/Norm_output_0": "/Norm_output_0_LayerNormalization",
+        "/Add_1_output_0": "/Add_1_output_0_Add",
     }
-    for slot, weights in spoilt.items():
-        culprit = check_template(replace(part, weights=weights), made.checkpoint).culprit
-        assert culprit.rung == "onnxruntime"
-        assert slot in culprit.slots or (slot == bias and others["bias"] in culprit.slots)
+    assert found["/Norm_output_0"].epsilon == pytest.approx(1e-6)
+    assert (found["/Add_1_output_0"].op_type, found["/Add_1_output_0"].epsilon) == ("tpu.A16MatMul", None)
 
 
-WHAT = ("weight", "bias")
-
-
-@pytest.mark.tpu_mlir
-def test_weights_that_a_scheme_cannot_hold_are_named(inside):
-    part, _ = inside("single.02")
-    assert check_stored(part, "W4BF16").culprit is None
-    slot = next(name for name in part.stored if name.startswith("attn.to_v.weight"))
-    coarse = {**part.stored, slot: np.sign(part.stored[slot]) * np.abs(part.stored[slot]).mean()}
-    culprit = check_stored(replace(part, stored=coarse), "W4BF16").culprit
-    assert slot in culprit.slots
-    assert "too coarsely" in culprit.remedy.cause
-
-
-@pytest.mark.parametrize("target", ["cpu", "bm1684x"])
-def test_weights_that_are_left_out_are_looked_at_as_they_are(inside, target):
-    """Those of a linked graph as the checkpoint has them, those of a bmodel in the scheme's arithmetic: BF16 too."""
-    graph_format = "onnx23" if target == "cpu" else "onnx17"
-    part, _ = inside("single.02", graph_format, "W4BF16,single.attn.to_q=BF16", target)
-    for name, kept in (("attn.to_q.weight", True), ("attn.to_k.weight", False)):
-        slots = [slot for slot in part.weights if slot.startswith(name)]
-        assert slots
-        for slot in slots:
-            same = np.array_equal(np.float32(part.stored[slot]), np.float32(part.weights[slot]))
-            assert same == kept
-
-
-@pytest.mark.tpu_mlir
-def test_a_fault_in_a_linked_graph_is_found(inside, tmp_path):
-    import onnx
-
-    from fluxkiln.compile.onnx.linked import link_parts
-
-    part, made = inside("single.02", "onnx23", "W4BF16", "cpu")
-    made = altered(made, parts=(part.part,))
-    (graph,) = link_parts(*made, made.schemes, tmp_path / "graphs").values()
-    assert check_linked(part, graph, "W4BF16").culprit is None
-    model = onnx.load(graph, load_external_data=False)
-    products = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
-    scales = {tensor.name: tensor for tensor in model.graph.initializer}[products[2].input[2]]
-    place = {entry.key: entry.value for entry in scales.external_data}
-    file = graph.parent / place["location"]
-    shutil.copyfile(file, tmp_path / "copy")
-    with file.open("r+b") as data:
-        data.seek(int(place["offset"]) + 4 * 9)
-        data.write((2 * np.frombuffer((tmp_path / "copy").read_bytes(), np.float32, 1, int(place["offset"]) + 36)).data)
-    culprit = check_linked(part, graph, "W4BF16").culprit
-    assert culprit.finding.value == products[2].output[0]
-    assert culprit.finding.bad_channels == 1
+def test_lowered_values_get_the_template_s_shapes():
+    found = lowered_values(LOWERED, ("/Norm_output_0", "/Add_1_output_0"))
+    made = {"/Norm_output_0_LayerNormalization": np.arange(6.0), "/Add_1_output_0_Add": np.arange(4.0)}
+    below = dict.fromkeys(found, np.zeros((2, 3)))
+    seen = lowered_run(lambda names: {name: made[name] for name in names}, found, below)
+    assert list(seen) == ["/Norm_output_0"], "another size cannot be compared"
+    assert seen["/Norm_output_0"].shape == (2, 3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from contextlib import ExitStack
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,25 +12,31 @@ import numpy as np
 import pytest
 
 from fluxkiln.build.context import prepare
-from fluxkiln.build.parity import record
+from fluxkiln.build.verification import record
+from fluxkiln.compile.templates import host_constants
+from fluxkiln.compile.toolchains.neuron.look import (
+    adds_bias,
+    check_ranks,
+    check_shards,
+    check_size,
+    check_split,
+    is_partial,
+    open_ranks,
+    see_split_leaves,
+)
 from fluxkiln.compile.toolchains.neuron.modules import lower_modules
-from fluxkiln.compile.toolchains.neuron.split import runtime_constants, shard_file, shard_weights
+from fluxkiln.compile.toolchains.neuron.rungs import bound_weights
+from fluxkiln.compile.toolchains.neuron.split import shard_file, shard_weights
 from fluxkiln.errors import UsageError
-from fluxkiln.export.split import list_split_parts
+from fluxkiln.patches.flux1.cuts import CUTS
+from fluxkiln.patches.flux1.model import MODEL
+from fluxkiln.patches.leaves import Leaf
 from fluxkiln.progress import Silent
 from fluxkiln.settings import Settings
 from fluxkiln.types import find_part
 from fluxkiln.verify.debug.diagnosis import debug_part
-from fluxkiln.verify.debug.split_match import see_split_leaves
-from fluxkiln.verify.debug.split_probe import (
-    check_can_be_debugged,
-    check_ranks,
-    check_shards,
-    check_split,
-    open_inside,
-    whole_state,
-)
-from tests.builds import altered
+from fluxkiln.verify.findings import Operation, Tolerance
+from fluxkiln.verify.match import match_leaves
 
 pytest.importorskip("jax")
 
@@ -49,23 +56,24 @@ def looked(prepared):
     """One single block on two ranks, opened at its rungs `split` and `replicas`, with the weights and the leaves."""
     from fluxkiln.compile.toolchains.neuron.replicas import Replicas
 
-    kiln = prepared
-    part, cut = find_part(kiln.parts, PART), kiln.split.find(PART)
-    recording = record(*kiln, prepared.settings, prepared.fingerprint, prepared.folder / "recording")
-    inputs = {**runtime_constants(kiln), **recording.inputs(PART, 0)}
-    kiln = altered(kiln, parts=(part,), split=replace(kiln.split, parts=(cut,)))
+    checkpoint, plan, cache = prepared.checkpoint, prepared.plan, prepared.cache
+    part = find_part(plan.parts, PART)
+    recording = record(prepared)
+    plan = replace(plan, parts=(part,))
+    inputs = {**host_constants(checkpoint, plan), **recording.inputs(PART, 0)}
     modules = {
-        name: lower_modules(*kiln, Silent(), *more)["single"]
+        name: lower_modules(checkpoint, plan, cache, Silent(), *more)["single"]
         for name, more in {"split": ("float32",), "replicas": (), "whole": ("bfloat16", 1)}.items()
     }
-    state = whole_state(kiln.checkpoint, cut, modules["whole"])
+    (weights,) = bound_weights(checkpoint, part, modules["whole"], "float32")
+    state = {spec.name: weight for spec, weight in zip(modules["whole"].slots, weights, strict=True)}
     with ExitStack() as stack:
         workers = {2: stack.enter_context(Replicas(2))}
-        inside = open_inside(kiln.checkpoint, kiln.cache, part, cut, modules["replicas"], inputs, workers)
-        exact = open_inside(kiln.checkpoint, kiln.cache, part, cut, modules["split"], inputs, workers, "float32")
+        opened = open_ranks(checkpoint, cache, part, inputs, workers, modules["replicas"])
+        exact = open_ranks(checkpoint, cache, part, inputs, workers, modules["split"], "float32")
         outputs = recording.outputs(PART, 0)
-        leaves = see_split_leaves(part, kiln.checkpoint, inputs, state)
-        yield SimpleNamespace(inside=inside, exact=exact, leaves=leaves, state=state, kiln=kiln, outputs=outputs)
+        leaves = see_split_leaves(part, checkpoint, inputs, state)
+        yield SimpleNamespace(opened=opened, exact=exact, leaves=leaves, state=state, plan=plan, outputs=outputs)
 
 
 def test_a_sound_part_at_every_rung(prepared):
@@ -79,10 +87,11 @@ def test_a_sound_part_at_every_rung(prepared):
 
 
 def test_the_shards_of_the_bundle_are_looked_into_where_they_are(prepared, tmp_path):
-    for rank, blob in enumerate(shard_weights(*prepared, Silent())["tail"]):
+    checkpoint, plan, cache = prepared.checkpoint, prepared.plan, prepared.cache
+    for rank, blob in enumerate(shard_weights(checkpoint, plan, cache, Silent())["tail"]):
         file = tmp_path / "bundle" / shard_file("tail", rank)
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(prepared.path(blob).read_bytes())
+        file.write_bytes(cache.path(blob).read_bytes())
     assert rank == 1
     data = bytearray(file.read_bytes())
     data[-1000] ^= 1  # the last bit of an element
@@ -97,18 +106,18 @@ def test_a_sound_block_has_no_culprit(looked):
     assert split.culprit is None
     assert len(split.findings) == 10, "q, k, v, two norms of heads, MLP and its activation, norm, projection, result"
     assert split.noisiest.own < 2e-6
-    replicas = check_ranks(looked.inside, None, "replicas")
+    replicas = check_ranks(looked.opened, None, "replicas")
     assert replicas.culprit is None
     assert len(replicas.findings) > 60
     assert {finding.rank for finding in replicas.findings} == {0, 1}
     assert 1e-3 < replicas.noisiest.own < 5e-3, "bfloat16 rounds, and not by more"
-    assert not any(finding.own for finding in check_shards(looked.inside, looked.inside.weights).findings)
+    assert not any(finding.own for finding in check_shards(looked.opened, looked.opened.weights).findings)
 
 
 def shards_of(looked):
     """Rank -> slot -> its weight, to be spoilt."""
-    names = [spec.name for spec in looked.inside.module.slots]
-    return [dict(zip(names, map(np.array, rank), strict=True)) for rank in looked.inside.weights]
+    names = [spec.name for spec in looked.opened.module.slots]
+    return [dict(zip(names, map(np.array, rank), strict=True)) for rank in looked.opened.weights]
 
 
 def double_a_scale(ranks, state):
@@ -148,14 +157,14 @@ def test_a_fault_in_a_shard_is_found_at_its_operation(looked, spoil, operation, 
     spoilt = shards_of(looked)
     spoil(spoilt, looked.state)
     weights = [list(rank.values()) for rank in spoilt]
-    culprit = check_ranks(looked.inside, weights, "replicas").culprit
+    culprit = check_ranks(looked.opened, weights, "replicas").culprit
     assert (culprit.rung, culprit.operation, culprit.slots) == ("replicas", operation, (slot,))
     assert culprit.finding.missed in ("own", "channel")
     assert culprit.finding.rank in ranks
     assert f"{slot} on rank {', '.join(map(str, sorted(ranks)))}:" in culprit.remedy.cause
     assert culprit.inputs
     assert all(range_.rms > 0 for range_ in culprit.inputs.values())
-    stored = check_shards(looked.inside, weights).culprit
+    stored = check_shards(looked.opened, weights).culprit
     assert (stored.rung, stored.finding.value) == ("stored", culprit.finding.value)
 
 
@@ -163,8 +172,8 @@ def test_one_bit_of_a_shard_is_seen_where_no_value_shows_it(looked):
     spoilt = shards_of(looked)
     spoilt[0]["proj_mlp.weight"].view(np.uint16)[3, 4] ^= 1
     weights = [list(rank.values()) for rank in spoilt]
-    assert check_ranks(looked.inside, weights, "replicas").culprit is None
-    culprit = check_shards(looked.inside, weights).culprit
+    assert check_ranks(looked.opened, weights, "replicas").culprit is None
+    culprit = check_shards(looked.opened, weights).culprit
     assert culprit.slots == ("proj_mlp.weight",)
     assert "proj_mlp.weight on rank 0" in culprit.remedy.cause
 
@@ -174,18 +183,16 @@ def lowered(looked, spoil):
     from fluxkiln.compile.toolchains.neuron.canonical import canonicalise
     from fluxkiln.compile.toolchains.neuron.frontend import lower_module
     from fluxkiln.patches.collectives import ThreadRanks
-    from fluxkiln.patches.flux1.parallel import build_parallel_part
-
-    kiln = looked.kiln
 
     def build(collectives):
-        made = build_parallel_part("single", kiln.checkpoint.configs, kiln.shapes, collectives)
+        part, configs = looked.exact.part, looked.exact.checkpoint.configs
+        made = MODEL.build_parallel_part(part, configs, looked.plan.shapes, collectives)
         spoil(made.module)
         return made
 
     known = build(ThreadRanks(2))
     proto = lower_module(lambda collectives: build(collectives).module, known.inputs_in("float32"), 2, "float32").proto
-    return replace(looked.exact, proto=canonicalise(proto), programs={})
+    return replace(looked.exact, proto=canonicalise(proto))
 
 
 def add_the_bias_before_the_sum(module):
@@ -218,6 +225,45 @@ def test_another_epsilon_is_found(looked):
 
 
 def test_what_is_not_looked_into_is_said(prepared):
-    grouped = next(cut for cut in list_split_parts(prepared.checkpoint.configs, "group:2") if "-" in cut.name)
+    parts = MODEL.list_split_parts(prepared.checkpoint.configs, "group:2", "kl")
+    grouped = next(part for part in parts if "-" in part.name)
     with pytest.raises(UsageError, match="2 blocks, and one is looked into at a time; debug it with --granularity"):
-        check_can_be_debugged(prepared.checkpoint, grouped)
+        check_size(prepared.checkpoint, grouped)
+
+
+def match(operations, whole, ranks):
+    """The finding of one linear of a double block whose weight is cut by rows."""
+    partial = functools.partial(is_partial, operations, CUTS["double"])
+    bounds = Tolerance(1e-5, 1e-4, 1e-5)
+    (finding,) = match_leaves([Leaf("ff.net.2", "Linear", whole, None)], operations, ranks, bounds, partial)
+    return finding
+
+
+@pytest.mark.parametrize("on_every_rank", [False, True])
+def test_partial_sums_are_added_with_the_bias_that_they_have(on_every_rank):
+    """Before the reduction, whatever the reduction then does to two linears at once."""
+    random = np.random.default_rng(0)
+    parts, bias = [random.standard_normal((1, 5, 8)) for _ in range(2)], random.standard_normal(8)
+    whole = sum(parts) + bias
+    operations = [
+        Operation("dot", "dot", ("x",), ("ff.net.2.weight",)),
+        Operation("add", "add", ("dot",), ("ff.net.2.bias",)),
+        Operation("sum", "all-reduce", ("add",)),
+    ]
+    ranks = [{"dot": part, "add": part + bias * (on_every_rank or not rank)} for rank, part in enumerate(parts)]
+    finding, leaf = match(operations, whole, ranks), Leaf("ff.net.2", "Linear", whole, None)
+    assert (finding.value, finding.missed) == ("add", "own" if on_every_rank else "")
+    together = sum(rank["add"] for rank in ranks)
+    assert adds_bias(finding, leaf, together, bias, 2) == on_every_rank
+    assert not adds_bias(finding, leaf, together, bias + 1, 2)
+
+
+def test_what_was_reduced_is_whole_on_every_rank():
+    whole = np.random.default_rng(0).standard_normal((1, 5, 8))
+    operations = [
+        Operation("dot", "dot", ("x",), ("ff.net.2.weight",)),
+        Operation("sum", "all-reduce", ("dot",)),
+        Operation("add", "add", ("sum",), ("ff.net.2.bias",)),
+    ]
+    finding = match(operations, whole, [{"add": whole} for _ in range(2)])
+    assert (finding.value, finding.missed) == ("add", "")

@@ -8,11 +8,15 @@ import numpy as np
 import pytest
 
 from fluxkiln.errors import SchemeError
-from fluxkiln.verify.debug.bisect import (
+from fluxkiln.verify.findings import Operation, Tolerance
+from fluxkiln.verify.judgement import (
+    BF16,
+    BUILD_AGAIN,
+    DEQUANTIZED,
     MOST_NAMED,
-    Tolerance,
     first_missed,
     judge_ranks,
+    judge_stored,
     judge_values,
     tolerance_of,
     value_range,
@@ -91,10 +95,24 @@ def test_range_of_a_value():
 
 
 def test_tolerances():
-    assert tolerance_of("interpreter", "W4BF16") == tolerance_of("interpreter", "BF16")
-    assert tolerance_of("interpreter", "F32").own < tolerance_of("interpreter", "F16").own
-    with pytest.raises(SchemeError, match="no tolerance is known for F32 at rung simulator; there are none"):
-        tolerance_of("simulator", "F32")
+    assert tolerance_of(DEQUANTIZED, "F32").own < tolerance_of(DEQUANTIZED, "F16").own
+    known = {"F32": BOUNDS, "*": BF16}
+    assert tolerance_of(known, "F32") == BOUNDS
+    assert tolerance_of(known, "W4BF16") == tolerance_of(known, "BF16") == BF16
+    with pytest.raises(SchemeError, match="no tolerance is known for W2BF16; there are F32, F16"):
+        tolerance_of(DEQUANTIZED, "W2BF16")
+
+
+def test_what_is_stored_wrongly_is_named_with_its_rank():
+    operations = [Operation("a", "MatMul", (), ("one",)), Operation("b", "Add", (), ("two", "three"))]
+    shares = {"one": {0: 0.0}, "two": {0: 0.0, 3: 0.25}, "three": {0: 0.0}}
+    found = judge_stored("checkpoint", operations, shares, lambda wrong: repr(dict(wrong)))
+    assert [(finding.value, finding.own, finding.rank) for finding in found.findings] == [("a", 0.0, 0), ("b", 0.25, 3)]
+    assert (found.culprit.finding.value, found.culprit.operation, found.culprit.slots) == ("b", "Add", ("two",))
+    assert (found.culprit.remedy.cause, found.culprit.remedy.advice) == ("{'two': {3: 0.25}}", BUILD_AGAIN)
+    sound = judge_stored("checkpoint", operations, {"one": {-1: 0.0}}, repr)
+    assert sound.culprit is None
+    assert [finding.value for finding in sound.findings] == ["a"], "of what was read back alone"
 
 
 def test_one_rank_of_many_is_named(values):

@@ -1,0 +1,143 @@
+"""`fluxkiln synth`, `fuse` and `patches`: checkpoints that are written, and what is rewritten of diffusers."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+
+from fluxkiln.cli.options import build_dir_option, lora_option
+from fluxkiln.cli.output import Output, count_text, json_option, open_progress, seconds_text
+from fluxkiln.progress import count_bytes
+from fluxkiln.settings import parse_loras
+from fluxkiln.verify.report.wording import size as size_text
+
+
+@click.command()
+@click.argument("preset")
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--components", metavar="A,B", help="Only these, transformer,vae say. Default: all of them.")
+@click.option("--seed", type=int, default=0, help="Another seed gives other weights.")
+@json_option
+@click.pass_obj
+def synth(output: Output, preset: str, directory: Path, components: str | None, seed: int) -> None:
+    """Write a synthetic checkpoint: FLUX.1's architecture, random weights.
+
+    PRESET is tiny-dev, tiny-schnell, wide-dev (true width, two blocks) or full-dev (all blocks, 34 GB). DIR must be
+    empty or not exist yet; it is there whole at the end or not at all.
+    """
+    from fluxkiln.export.synth.checkpoint import find_preset, parse_components, synthesize, synthesized_bytes
+
+    model, _ = find_preset(preset)
+    names = parse_components(model, None if components is None else components.replace(",", " ").split())
+    total = synthesized_bytes(preset, names)
+    started = time.perf_counter()
+    with open_progress() as progress:
+        synthesize(preset, directory, names, seed, count_bytes(progress, "synthesize", "written"))
+    seconds = time.perf_counter() - started
+    output.document(
+        {
+            "model": str(directory),
+            "preset": preset,
+            "seed": seed,
+            "components": names,
+            "bytes": total,
+            "seconds": round(seconds, 3),
+        }
+    )
+    output.line(f"{directory}: {preset}, {size_text(total)} of random weights in {seconds_text(seconds)}")
+
+
+@click.command()
+@click.argument("model")
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@lora_option
+@build_dir_option
+@json_option
+@click.pass_obj
+def fuse(output: Output, model: str, directory: Path, loras: tuple[str, ...], build_dir: Path) -> None:
+    """Write a checkpoint with LoRAs fused into its transformer.
+
+    MODEL is a synthetic preset, a folder or a Hugging Face id. DIR must be empty or not exist yet; it is there whole at
+    the end or not at all. Files that no LoRA changes are hard links. `fluxkiln build --lora` does this by itself.
+    """
+    chosen = parse_loras(loras)
+    from fluxkiln.export.lora import check_loras, fuse_lora
+    from fluxkiln.export.source import resolve_model
+
+    check_loras(chosen)
+    started = time.perf_counter()
+    with open_progress() as progress:
+        root = resolve_model(model, build_dir / "models", count_bytes(progress, "synthesize", "written"))
+        fused = fuse_lora(root, chosen, directory, count_bytes(progress, "fuse", "written"))
+    seconds = time.perf_counter() - started
+    output.document(
+        {
+            "model": str(directory),
+            "lora": [{"file": str(file), "strength": strength} for file, strength in chosen],
+            "tensors": len(fused.tensors),
+            "bytes": fused.nbytes,
+            "seconds": round(seconds, 3),
+        }
+    )
+    output.line(
+        f"{directory}: {count_text(len(fused.tensors), 'tensor')} changed, {size_text(fused.nbytes)} written in "
+        f"{seconds_text(seconds)}"
+    )
+
+
+@click.command()
+@json_option
+@click.pass_obj
+def patches(output: Output) -> None:
+    """List what is rewritten in diffusers and transformers, and whether it still fits.
+
+    A patch is `ok` while the source of every function that it stands for is one that it was checked with. A build
+    refuses patches that are `changed`.
+    """
+    from fluxkiln.patches.patch import examine
+    from fluxkiln.patches.registry import all_models
+
+    every = {patch.name: patch for model in reversed(all_models()) for patch in model.patches()}
+    statuses = [examine(patch) for patch in every.values()]
+    documents = [
+        {
+            **{name: getattr(status.patch, name) for name in ("name", "kinds", "formats", "replaces")},
+            "attribute": bool(status.patch.replacement),
+            "reason": status.patch.reason,
+            "until": status.patch.until,
+            "installed": status.installed,
+            "state": "changed" if status.changed else "ok",
+            "changed": status.changed,
+        }
+        for status in statuses
+    ]
+    output.document({"patches": documents})
+    output.table(
+        ("patch", "state", "kinds", "checked with", "installed"),
+        [
+            (
+                status.patch.name,
+                "changed" if status.changed else "ok",
+                ", ".join(status.patch.kinds),
+                ", ".join(sorted({version for known in status.patch.replaces.values() for version in known.values()})),
+                ", ".join(f"{name} {version}" for name, version in status.installed.items()),
+            )
+            for status in statuses
+        ],
+    )
+    for status in statuses:
+        patch = status.patch
+        verb = "replaces" if patch.replacement else "restates"
+        output.line(f"\n{patch.name} {verb} {', '.join(map(_short, patch.replaces))}")
+        if status.changed:
+            output.line(f"  changed: {', '.join(status.changed)}")
+        output.line(f"  why:     {patch.reason}")
+        output.line(f"  until:   {patch.until}")
+
+
+def _short(dotted: str) -> str:
+    """The function's name, with its class where it has one."""
+    pieces = dotted.split(".")
+    return ".".join(pieces[-2:] if pieces[-2][:1].isupper() else pieces[-1:])

@@ -37,7 +37,7 @@ def inspect(output: Output, transfers: Transfers, bundle: str, all_parts: bool, 
     from fluxkiln.artifacts.bundle import read_manifest
     from fluxkiln.artifacts.manifest import describe_manifest
     from fluxkiln.artifacts.registry.reference import looks_like_reference
-    from fluxkiln.patches.registry import component_of
+    from fluxkiln.patches.registry import component_of, title_of
 
     published: dict[str, Any] = {}
     if looks_like_reference(bundle):
@@ -51,7 +51,7 @@ def inspect(output: Output, transfers: Transfers, bundle: str, all_parts: bool, 
         {
             "bundle": manifest.name,
             "target": manifest.target,
-            "model": f"FLUX.1-{manifest.variant} from {manifest.checkpoint.source}, fingerprint "
+            "model": f"{title_of(manifest.variant)} from {manifest.checkpoint.source}, fingerprint "
             f"{manifest.checkpoint.fingerprint}",
             "shapes": f"{shapes.width}x{shapes.height}, {count_text(shapes.tokens, 'token')}",
             "size": f"{size_text(described['size'])} in {count_text(len(manifest.files), 'file')}",

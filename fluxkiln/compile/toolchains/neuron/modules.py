@@ -19,6 +19,7 @@ from fluxkiln.compile.toolchains.neuron.frontend import VERSIONS
 from fluxkiln.compile.toolchains.neuron.neff import CompileJob, hlo_path
 from fluxkiln.digests import digest_json
 from fluxkiln.export.checkpoint import Checkpoint
+from fluxkiln.patches.registry import component_of
 from fluxkiln.progress import FROM_STORE, Progress
 from fluxkiln.types import Part, TensorSpec
 
@@ -130,13 +131,8 @@ def compile_jobs(cache: ActionCache, modules: Mapping[str, Module], folder: Path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
         cache.store.export(module.digest, target)
-        jobs.append(CompileJob(name, neff_kind(name, module.kind), target, module.digest))
+        jobs.append(CompileJob(name, component_of(module.kind) or module.kind, target, module.digest))
     return tuple(jobs)
-
-
-def neff_kind(name: str, kind: str) -> str:
-    """What the compile stage calls the kind of the module `name`: one for the whole of a component is a kind alone."""
-    return "whole" if kind == "transformer" else "group" if name != kind else kind
 
 
 def _lower(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, dtype: Dtype, ranks: int) -> Module:

@@ -15,7 +15,6 @@ from fluxkiln.compile.jobs import JobPool
 from fluxkiln.compile.targets import find_target
 from fluxkiln.compile.toolchain import Resumed
 from fluxkiln.compile.toolchains.neuron.compilation import compile_kinds
-from fluxkiln.compile.toolchains.neuron.modules import neff_kind
 from fluxkiln.compile.toolchains.neuron.neff import (
     COMMAND,
     CompileJob,
@@ -29,6 +28,7 @@ from fluxkiln.compile.toolchains.neuron.neuronx_cc import compiler_missing, find
 from fluxkiln.compile.toolchains.neuron.split_bundle import DESCRIPTION, read_split_bundle
 from fluxkiln.errors import IntegrityError, ToolchainError
 from fluxkiln.files import digest_file, write_durably
+from fluxkiln.patches.registry import component_of
 from fluxkiln.progress import Progress
 
 
@@ -48,7 +48,7 @@ def resume_compile(bundle: Path, store: Store, progress: Progress, jobs: int | N
         split = read_split_bundle(bundle)
         target, modules = find_target(split.target), split.modules
         wanted = [
-            CompileJob(name, neff_kind(name, module.kind), module.hlo, module.digest)
+            CompileJob(name, component_of(module.kind) or module.kind, module.hlo, module.digest)
             for name, module in modules.items()
         ]
         found = read_neffs(bundle, wanted, target, split.flags)

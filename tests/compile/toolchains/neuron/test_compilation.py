@@ -163,7 +163,7 @@ def test_the_key_has_no_names_and_no_paths(jobs, tmp_path):
     moved = CompileJob("x", "single", tmp_path / "y", job.digest)
     key = neff_action(job, TRN1, "default", "1").key
     assert key == neff_action(moved, TRN1, "default", "1").key
-    assert key != neff_action(CompileJob("x", "vae_decoder", tmp_path / "y", job.digest), TRN1, "default", "1").key
+    assert key != neff_action(CompileJob("x", "vae", tmp_path / "y", job.digest), TRN1, "default", "1").key
 
 
 def test_compilers_run_beside_one_another(run, jobs, monkeypatch):

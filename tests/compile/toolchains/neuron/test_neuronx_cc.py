@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fluxkiln.compile.targets import find_target
-from fluxkiln.compile.toolchains.neuron.neff import NEFF_KINDS, CompileJob, compile_flags
+from fluxkiln.compile.toolchains.neuron.neff import CompileJob, compile_flags
 from fluxkiln.compile.toolchains.neuron.neuronx_cc import (
     compile_argv,
     compile_module,
@@ -18,6 +18,7 @@ from fluxkiln.compile.toolchains.neuron.neuronx_cc import (
     find_neuronx_cc,
 )
 from fluxkiln.errors import CompileError, IntegrityError, ToolchainError, UsageError
+from fluxkiln.patches.flux1.model import MODEL
 from tests.stub_compiler import STUB_VERSION, install_stub
 
 TRN1, INF2 = find_target("trn1"), find_target("inf2")
@@ -32,36 +33,32 @@ def calls(tmp_path, monkeypatch):
 # Flags
 
 
-@pytest.mark.parametrize("kind", NEFF_KINDS)
-def test_argv_is_exact(kind):
-    model_type = "unet-inference" if "vae" in kind else "transformer"
-    assert " ".join(compile_argv(kind, TRN1, "default", "model.hlo_module.pb", "model.neff")) == (
+@pytest.mark.parametrize("component", MODEL.components)
+def test_argv_is_exact(component):
+    model_type = "unet-inference" if component == "vae" else "transformer"
+    assert " ".join(compile_argv(component, TRN1, "default", "model.hlo_module.pb", "model.neff")) == (
         "neuronx-cc compile --framework=XLA model.hlo_module.pb --output model.neff --target=trn1 --auto-cast=none "
         f"--model-type={model_type} --lnc=1 -O1"
     )
-    assert compile_argv(kind, INF2, "default", "a", "b")[6:] == [
+    assert compile_argv(component, INF2, "default", "a", "b")[6:] == [
         "--target=inf2", "--auto-cast=none", f"--model-type={model_type}", "-O1",
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", NEFF_KINDS)
-def test_flags_of_the_published_sample(kind):
-    flag = "--enable-fast-loading-neuron-binaries" if kind in ("clip", "t5") else "--model-type=unet-inference"
-    assert compile_argv(kind, TRN1, "published", "m", "n", "/opt/neuronx-cc") == [
+@pytest.mark.parametrize("component", MODEL.components)
+def test_flags_of_the_published_sample(component):
+    flag = "--enable-fast-loading-neuron-binaries" if "text" in component else "--model-type=unet-inference"
+    assert compile_argv(component, TRN1, "published", "m", "n", "/opt/neuronx-cc") == [
         "/opt/neuronx-cc", "compile", "--framework=XLA", "m", "--output", "n", "--target=trn1", flag,
     ]  # fmt: skip
 
 
-def test_kinds_and_presets_that_do_not_exist():
-    with pytest.raises(UsageError, match="'t5_block'; there are clip, t5, head"):
-        compile_flags("t5_block", TRN1)
+def test_presets_and_names_that_do_not_exist():
     with pytest.raises(UsageError, match="'fast'; there are default, published"):
-        compile_flags("double", TRN1, "fast")
+        compile_flags("transformer", TRN1, "fast")
     for name in ("", "../x", "a b", "a'b", "-x", "A"):
         with pytest.raises(UsageError, match="files are named by it"):
-            CompileJob(name, "double", Path("x"), "sha256:0")
-    with pytest.raises(UsageError, match="there are clip"):
-        CompileJob("double", "single_modulated", Path("x"), "sha256:0")
+            CompileJob(name, "transformer", Path("x"), "sha256:0")
 
 
 # The command

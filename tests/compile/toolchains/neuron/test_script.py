@@ -89,7 +89,7 @@ def test_compiles_everything(place, shell):
         (call,) = place.called(job.name)
         model = f"../../hlo/{job.name}.hlo_module.pb"
         assert call.read_text().split("\n")[:-1] == compile_argv(
-            job.kind, TRN1, "default", model, f"{job.name}.neff"
+            job.component, TRN1, "default", model, f"{job.name}.neff"
         )[1:]  # fmt: skip
         written = neff_path(place.folder, job.name).read_text()
         assert written.startswith("This is output of stub-neuronx-cc")

@@ -188,7 +188,6 @@ class Toolchain(Protocol):
             folder: for files that a rung needs.
         """
 
-    @abstractmethod
     def execute(
         self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, made: Made, folder: Path
     ) -> AbstractContextManager[Rungs]:

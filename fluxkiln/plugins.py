@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
+import inspect
 import sys
 from collections.abc import Collection
+from functools import cache
 from typing import Any
 
 
@@ -39,7 +42,7 @@ def _fault(made: Any, protocol: Any, api: int | None, taken: Collection[str]) ->
     if api is not None and getattr(made, "api", None) != api:
         found = getattr(made, "api", None)
         return f"it was written for version {found} of the interface, this has {api}; install versions of both that fit"
-    if lacking := [name for name in _members(protocol) if not hasattr(made, name)]:
+    if lacking := [name for name in _members(protocol) if not _has(made, protocol, name)]:
         return f"it lacks {', '.join(lacking)}; ask its makers for a version that has what the interface has"
     if not isinstance(made.name, str):
         return f"its name is {made.name!r}, not a word; ask its makers for a version with one"
@@ -52,3 +55,17 @@ def _members(protocol: Any) -> list[str]:
     """What a protocol asks for: its annotations and its methods."""
     own = [name for name in vars(protocol) if not name.startswith("_")]
     return sorted({*own, *protocol.__annotations__} - {"api"})
+
+
+def _has(made: Any, protocol: Any, name: str) -> bool:
+    """Whether an object has a member; what it inherits from the protocol itself counts where that does something."""
+    inherited = getattr(type(made), name, None)
+    return hasattr(made, name) and not (name in _holes(protocol) and inherited is vars(protocol)[name])
+
+
+@cache
+def _holes(protocol: Any) -> frozenset[str]:
+    """The methods of a protocol that have a docstring and no body."""
+    (tree,) = ast.parse(inspect.getsource(protocol)).body
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    return frozenset(one.name for one in functions if all(isinstance(line, ast.Expr) for line in one.body))

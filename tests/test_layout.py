@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
 from functools import cache
 from pathlib import Path
 
@@ -27,7 +27,7 @@ HEAVY = {
     "sentencepiece", "psutil", "starlette", "uvicorn", "jax", "jaxlib", "torchax", "ml_dtypes",
 }  # fmt: skip
 
-MOST_LINES = 500
+MOST_LINES, MOST_PARAMETERS = 400, 8
 FORBIDDEN_FILES = re.compile(r"(^|_)(utils?|helpers?|common|misc|manager|handler)(_|$)")
 FORBIDDEN_CLASSES = re.compile(r"(Manager|Handler|Helper|Utils?)$")
 
@@ -119,6 +119,152 @@ def test_dependency_rule_refuses(own, target):
     assert not may_import(own, target)
 
 
+def circles(graph: Mapping[str, Set[str]]) -> list[list[str]]:
+    """Groups of nodes that reach one another, by Tarjan's algorithm."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found = []
+
+    def visit(node: str) -> None:
+        index[node] = low[node] = len(index)
+        stack.append(node)
+        for other in sorted(graph[node] & graph.keys()):
+            if other not in index:
+                visit(other)
+            if other in stack:
+                low[node] = min(low[node], low[other])
+        if low[node] == index[node]:
+            group = stack[stack.index(node) :]
+            del stack[-len(group) :]
+            if len(group) > 1:
+                found.append(sorted(group))
+
+    for node in graph:
+        if node not in index:
+            visit(node)
+    return found
+
+
+def rooms() -> dict[str, set[str]]:
+    """Room -> the rooms that its modules import from."""
+    found: dict[str, set[str]] = {}
+    for name in MODULES:
+        targets = {room_of(target) for target in imports_of(name) if target in MODULES and target != "fluxkiln"}
+        found.setdefault(room_of(name), set()).update(targets - {room_of(name)})
+    return found
+
+
+def test_no_modules_import_one_another_in_a_circle():
+    assert circles({name: imports_of(name) - {name} for name in MODULES}) == []
+
+
+def test_no_rooms_import_one_another_in_a_circle():
+    assert circles(rooms()) == []
+
+
+def test_circles_are_seen():
+    assert circles({"a": {"b"}, "b": {"c", "d"}, "c": {"a"}, "d": {"e"}, "e": set()}) == [["a", "b", "c"]]
+    assert circles({"a": {"b", "c"}, "b": {"c"}, "c": {"elsewhere"}}) == []
+
+
+@cache
+def flux_names() -> tuple[set[str], re.Pattern[str]]:
+    """What FLUX.1's folder alone may name: kinds of parts, as a whole string; and what nobody else calls so, as a word
+    in one: kinds of two words, depths of components, tensors."""
+    from fluxkiln.patches.flux1.model import MODEL
+
+    kinds = {*MODEL.kinds, *MODEL.cuts, *(kind.block for kind in MODEL.kinds.values())} - {*MODEL.classes}
+    depths = {key for keys in MODEL.whole_numbers.values() for key in keys}
+    stacks = {stack for stacks in MODEL.stacks.values() for stack in stacks}
+    layout = MODEL.layout("transformer", MODEL.presets["tiny-dev"].configs["transformer"])
+    # proj_out is in most of diffusers' transformers
+    tensors = {name.partition(".")[0] for name in layout} - {"proj_out"} | {"shared.weight", "relative_attention_bias"}
+    long = {kind for kind in kinds if "_" in kind} | depths | stacks | tensors
+    return kinds, re.compile(rf"(?<!\w)({'|'.join(map(re.escape, sorted(long, key=len, reverse=True)))})(?!\w)")
+
+
+def strings(tree: ast.Module) -> Iterator[ast.Constant]:
+    """Those of a module but for docstrings."""
+    holders = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    texts = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, holders) and node.body and isinstance(node.body[0], ast.Expr)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in texts:
+            yield node
+
+
+def names_of_the_model(tree: ast.Module) -> list[str]:
+    kinds, words = flux_names()
+    return [node.value for node in strings(tree) if node.value in kinds or words.search(node.value)]
+
+
+# words of other fields: jax's for what is done with an index that is out of range
+HOMONYMS = {"compile.toolchains.neuron.operators": {"clip"}}
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(MODULES) if not name.startswith("fluxkiln.patches.flux1")])
+def test_the_model_is_named_in_its_own_folder_alone(name):
+    homonyms = HOMONYMS.get(name.removeprefix("fluxkiln."), set())
+    found = [one for one in names_of_the_model(parse(MODULES[name])) if one not in homonyms]
+    assert found == [], "this belongs into the model's folder, what is asked of all models into patches/model.py"
+
+
+@pytest.mark.parametrize(
+    "line",
+    ['x = "double"', 'f("t5_block")', 'x = {"tail": 1}', 'y = f"{x}.norm_out.linear"', 'c["num_single_layers"]',
+     'x = r"single_transformer_blocks\\.\\d+"', 'x = "shared.weight"', 'x = y == "modulated_head"',
+     'x = "encoder.block.0"'],
+)  # fmt: skip
+def test_names_of_the_model_are_seen(line):
+    assert len(names_of_the_model(ast.parse(f'"""Of double."""\n{line}\n'))) == 1
+
+
+def test_what_everybody_says_is_no_name_of_the_model():
+    source = '"""t5_block"""\ndef f():\n    "transformer_blocks"\n    return ["a single one", "transformer", "heads"]\n'
+    assert names_of_the_model(ast.parse(source)) == []
+
+
+TOOLCHAINS = sorted(
+    path.name for path in (PACKAGE / "compile" / "toolchains").iterdir() if (path / "__init__.py").exists()
+)
+# also a package, which writes and checks graphs for all of them, and the rung at which it runs them
+PACKAGES = {"onnxruntime"}
+
+
+def toolchains_named(tree: ast.Module) -> list[str]:
+    """Strings with a toolchain's name as a word in them."""
+    words = re.compile(rf"(?<!\w)({'|'.join(set(TOOLCHAINS) - PACKAGES)}|toolchains\.\w+)(?!\w)")
+    return [node.value for node in strings(tree) if words.search(node.value)]
+
+
+def is_toolchain(name: str) -> bool:
+    return room_of(name).startswith("toolchains.")
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(MODULES) if not is_toolchain(name)])
+def test_a_toolchain_is_named_in_its_own_folder_alone(name):
+    """But for the target, whose one field says who compiles for it."""
+    assert [target for target in imports_of(name) if target in MODULES and is_toolchain(target)] == []
+    named = toolchains_named(parse(MODULES[name]))
+    if name.startswith("fluxkiln.compile.targets."):
+        (target,) = (node for node in ast.walk(parse(MODULES[name])) if isinstance(node, ast.Call)
+                     and ast.unparse(node.func) == "Target")  # fmt: skip
+        named.remove(
+            *(ast.literal_eval(word.value) for word in target.keywords if word.arg == "toolchain")
+        ) if named else 0
+    assert named == [], "ask the toolchain: see compile/toolchain.py"
+
+
+def test_names_of_toolchains_are_seen():
+    assert TOOLCHAINS == ["neuron", "onnxruntime", "tpu_mlir"]
+    source = 'a == "neuron"\nb = {"tpu_mlir": 1}\nimport_module("fluxkiln.compile.toolchains.onnxruntime")\n"neurons"\n'
+    assert len(toolchains_named(ast.parse(source))) == 3
+
+
 def test_relative_imports_are_seen():
     tree = ast.parse("from ..cli import main\nfrom . import pack\n")
     found = [target for _, target in imported(tree, "fluxkiln.quantize.store", is_package=False)]
@@ -174,11 +320,29 @@ def test_early_imports_are_told_from_late_ones():
     assert found == {"typing", "numpy", "onnx", "scipy"}
 
 
+def crowded(tree: ast.Module) -> Iterator[str]:
+    """Functions with too many parameters."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            asked = node.args
+            names = {one.arg for one in (*asked.posonlyargs, *asked.args, *asked.kwonlyargs)} - {"self", "cls"}
+            if len(names) > MOST_PARAMETERS:
+                yield node.name
+
+
+def test_crowded_functions_are_seen():
+    assert list(
+        crowded(ast.parse("def f(self, a, b, c, d, e, g, h, *, i): ...\ndef g(a, b, c, d, e, f, h, i, *, j): ..."))
+    ) == ["g"]
+
+
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_length_and_names(path):
     lines = len(path.read_text(encoding="utf-8").splitlines())
     assert lines <= MOST_LINES, f"{lines} lines: two rooms would be clearer"
     assert not FORBIDDEN_FILES.search(path.stem), "the name says nothing about what is in it"
+    if "cli" not in path.parts:
+        assert list(crowded(parse(path))) == []
     classes = [node.name for node in ast.walk(parse(path)) if isinstance(node, ast.ClassDef)]
     assert [name for name in classes if FORBIDDEN_CLASSES.search(name)] == []
 

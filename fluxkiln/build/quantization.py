@@ -210,9 +210,8 @@ def _choose_slots(
 ) -> tuple[dict[str, Figures], Mix]:
     """What each slot does to its blocks measured, slots chosen by it, and the blocks measured with what was chosen."""
     coded, plain = compared
-    choose_slots(
-        figures, coded.name, plain.name, limit, stacks
-    )  # a budget that cannot be met is said before anything is run
+    # a budget that cannot be met is said before anything is run
+    choose_slots(figures, coded.name, plain.name, limit, stacks)
     started = time.perf_counter()
     trials = open_trials(prepared, figures, stacks, progress)
     errors = slot_errors(trials, coded, progress)

@@ -30,8 +30,8 @@ def compile(
 
     Compiles the modules in BUNDLE that have no NEFF yet. Default: the only such bundle of the build folder.
 
-    Needs neuronx-cc of the Neuron SDK on PATH, and nothing of the checkpoint. What compile_neff.sh compiled in the
-    bundle is checked and taken over.
+    Needs the target's compiler on PATH, and nothing of the checkpoint. What the script in the bundle compiled is
+    checked and taken over.
     """
     if not resume:
         raise UsageError("compile only goes on where a build stopped: say --resume, or use `fluxkiln build TARGET`")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -112,7 +111,7 @@ class Toolchain(Protocol):
 
     Attributes:
         rungs: those of the ladder that are its own, in order; gates: theirs.
-        executors: what runs its bundles, the default first.
+        executors: what runs its bundles, the default first; fast: they can round activations to 8 bits as well.
         compiler_stages: stages of actions in which the compiler runs; travelling: those whose results `mould export`
             carries to machines that have no compiler.
         largest_part: bytes of float32 weights of the largest part that its rungs execute; 0 for any.
@@ -127,6 +126,7 @@ class Toolchain(Protocol):
     rungs: tuple[Rung, ...] = ()
     gates: tuple[Gate, ...] = ()
     executors: tuple[str, ...] = ()
+    fast: bool = False
     compiler_stages: tuple[str, ...] = ()
     travelling: tuple[str, ...] = ()
     converts: bool = True
@@ -156,7 +156,6 @@ class Toolchain(Protocol):
         """Raise ResourceError where the devices cannot hold the model, SchemeError where the compiler refuses."""
         return
 
-    @abstractmethod
     def jobs(self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, settings: Settings) -> list[Job]:
         """What `make` will do, and which of it the store has."""
 
@@ -166,7 +165,6 @@ class Toolchain(Protocol):
 
     # Making and judging.
 
-    @abstractmethod
     def make(
         self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, settings: Settings, progress: Progress, laps: Laps
     ) -> Made:
@@ -178,7 +176,6 @@ class Toolchain(Protocol):
         """Compile and prove what builds of any such checkpoint take from the store; the keys of the moulds."""
         raise UsageError(f"target {plan.target.name} has no moulds: {self.name} compiles nothing ahead of its weights")
 
-    @abstractmethod
     def climb(
         self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, made: Made, folder: Path, progress: Progress
     ) -> AbstractContextManager[Climb]:
@@ -229,7 +226,6 @@ class Toolchain(Protocol):
         """Compile what a bundle lacks, without its checkpoint; UsageError where bundles lack nothing."""
         raise UsageError(f"{bundle} is complete: what {self.name} makes is all made by the build")
 
-    @abstractmethod
     def open_executor(self, bundle: Bundle, name: str | None, options: Mapping[str, Any]) -> Executor:
         """What runs a bundle's parts; UsageError where it cannot, ToolchainError where something is not installed."""
 
@@ -287,11 +283,18 @@ def open_executor(bundle: Bundle, name: str | None = None, **options: Any) -> Ex
         UsageError: it cannot run this bundle, or not so. ToolchainError: its library, device or compiled files are
         missing.
     """
-    legal = toolchain_of(bundle.target).executors
+    toolchain = toolchain_of(bundle.target)
+    legal = toolchain.executors
     if name is not None and name not in legal:
-        known = [one for toolchain in all_toolchains().values() for one in toolchain.executors]
+        known = [one for other in all_toolchains().values() for one in other.executors]
         rule = f"a bundle for {bundle.target.name} is run by {' or '.join(legal)}"
         raise UsageError(
             f"executor {name}: {rule}" + ("" if name in known else f"; there are {', '.join(known)} in all")
         )
-    return toolchain_of(bundle.target).open_executor(bundle, name, options)
+    if options.get("fast") and not (toolchain.fast and any("W" in part.scheme for part in bundle.manifest.parts)):
+        schemes = ", ".join(dict.fromkeys(part.scheme for part in bundle.manifest.parts))
+        raise UsageError(
+            f"--fast: it is for packed weights (W4BF16) on a CPU, and this is {name or legal[0]} with {schemes}; leave "
+            "it out"
+        )
+    return toolchain.open_executor(bundle, name, options)

@@ -143,7 +143,6 @@ def describe(studio: Studio) -> dict[str, Any]:
     return {
         "name": manifest.name,
         "target": manifest.target,
-        "variant": manifest.variant,
         "title": f"{studio.bundle.model.title}-{manifest.variant}",
         "width": manifest.shapes.width,
         "height": manifest.shapes.height,

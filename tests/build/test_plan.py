@@ -22,7 +22,7 @@ from fluxkiln.build.prepared import Prepared
 from fluxkiln.compile.tensors import part_refs, stored_bytes
 from fluxkiln.errors import ResourceError
 from fluxkiln.patches.flux1.kinds import list_parts
-from fluxkiln.patches.flux1.parts import part_slots
+from fluxkiln.patches.parts import part_slots
 from fluxkiln.quantize.schemes import parse_scheme
 from fluxkiln.settings import Settings
 
@@ -46,7 +46,7 @@ def test_tensors_of_a_part_by_name_are_those_it_holds(prepared, vae, modulation)
     checkpoint, plan = made.checkpoint, made.plan
     assert plan.parts == list_parts(checkpoint.configs, vae, modulation)
     for part in plan.parts:
-        held = {part.prefix + slot for slot in part_slots(part.kind, checkpoint.configs)}
+        held = {part.prefix + slot for slot in part_slots(checkpoint.model, part.kind, checkpoint.configs)}
         found = {ref.name for ref in part_refs(checkpoint, plan, part)}
         # T5's block 0 has the table of position biases, which the host reads.
         table = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"

@@ -10,7 +10,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from fluxkiln.build.calibration import CALIBRATED, calibrate, use_calibration
+from fluxkiln.build.calibration import calibrate, use_calibration
 from fluxkiln.build.context import prepare
 from fluxkiln.build.quantization import quantize_model
 from fluxkiln.compile.tensors import quantizable
@@ -19,11 +19,12 @@ from fluxkiln.export.checkpoint import read_tensor
 from fluxkiln.patches.flux1.model import MODEL
 from fluxkiln.patches.model import block_kinds
 from fluxkiln.quantize.pack import PackedWeight, bf16_to_float32, dequantize
-from fluxkiln.quantize.recipes import parse_rules
+from fluxkiln.quantize.recipes import Stacks, parse_rules
 from fluxkiln.quantize.rounding import pack_matrix
 from fluxkiln.quantize.schemes import parse_scheme
 from fluxkiln.settings import Settings
 
+CALIBRATED = ("text_encoder_2", "transformer")
 STACKS = Stacks(block_kinds(MODEL), MODEL.kinds)
 LAYER = "transformer_blocks.0.attn.to_q.weight"
 PROMPTS = ("a red door",)

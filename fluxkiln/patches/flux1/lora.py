@@ -26,11 +26,11 @@ def convert_lora(tensors: Tensors) -> tuple[Tensors, Mapping[str, Any]]:
     from diffusers.loaders import FluxLoraLoaderMixin
 
     # A copy: converters empty what they are given.
-    converted, alphas = FluxLoraLoaderMixin.lora_state_dict(dict(tensors), return_alphas=True)
+    converted, alphas = FluxLoraLoaderMixin.lora_state_dict(_prepare(dict(tensors)), return_alphas=True)
     return converted, alphas or {}
 
 
-def prepare_lora(tensors: Tensors) -> Tensors:
+def _prepare(tensors: Tensors) -> Tensors:
     """Names and alphas that diffusers' converters do not take as they are meant."""
     stripped = {name.removeprefix(_PEFT_PREFIX): tensor for name, tensor in tensors.items()}
     if len(stripped) == len(tensors) and not any(map(_ORIGINAL.match, stripped)):

@@ -132,7 +132,7 @@ def file_of(part: Part) -> str:
     """The file of the bundle that a part's net is in, when its component fits one device."""
     if is_modulation(part):
         return MODULATION_FILE
-    return "vae_decoder.bmodel" if part.component == "vae" else f"{part.component}.bmodel"
+    return f"{part.component}{'_decoder' * part.traits.convolutional}.bmodel"
 
 
 def is_modulation(part: Part) -> bool:

@@ -113,12 +113,17 @@ class BundleCommand(click.Command):
     """A command whose help ends with what can run a bundle; looked for when it is asked for."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        from fluxkiln.compile.targets import find_target, target_names
-        from fluxkiln.compile.toolchain import toolchain_of
+        from fluxkiln.compile.targets import all_targets
+        from fluxkiln.compile.toolchain import all_toolchains
 
+        known = all_toolchains()  # that of a plug-in's target may have been left out
         with formatter.section("Executors, the default of a target first"):
             formatter.write_dl(
-                [(name, ", ".join(toolchain_of(find_target(name)).executors)) for name in target_names()]
+                [
+                    (name, ", ".join(known[target.toolchain].executors))
+                    for name, target in all_targets().items()
+                    if target.toolchain in known
+                ]
             )
 
 

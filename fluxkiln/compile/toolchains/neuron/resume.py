@@ -14,7 +14,6 @@ from fluxkiln.artifacts.store import Store
 from fluxkiln.compile.targets import find_target
 from fluxkiln.compile.toolchain import Resumed
 from fluxkiln.compile.toolchains.neuron.compilation import compile_kinds
-from fluxkiln.compile.toolchains.neuron.modules import neff_kind
 from fluxkiln.compile.toolchains.neuron.neff import (
     COMMAND,
     CompileJob,
@@ -45,10 +44,7 @@ def resume_compile(bundle: Path, store: Store, progress: Progress, jobs: int | N
         _check_files(bundle, manifest)
         split = read_split_bundle(bundle)
         target, modules = find_target(split.target), split.modules
-        wanted = [
-            CompileJob(name, neff_kind(name, module.kind), module.hlo, module.digest)
-            for name, module in modules.items()
-        ]
+        wanted = [CompileJob(name, module.form, module.hlo, module.digest) for name, module in modules.items()]
         found = read_neffs(bundle, wanted, target, split.flags)
         if found.keys() != modules.keys():
             try:

@@ -18,35 +18,43 @@ def find_plugins(group: str, protocol: Any, api: int | None, taken: Collection[s
         api: that of `protocol`; None for plain data, which this package's own class has checked.
         taken: names that exist already.
 
-    What cannot be used is told on standard error, once, and left out: the rest of fluxkiln goes on.
+    What cannot be used is told on standard error and left out: the rest of fluxkiln goes on.
     """
-    found: list[Any] = []
-    names = set(taken)
+    found: dict[str, Any] = {}
     for entry in sorted(importlib.metadata.entry_points(group=group), key=lambda entry: entry.name):
         who = f"{entry.dist.name} {entry.dist.version}" if entry.dist else entry.value
         try:
             made = entry.load()
-        except Exception as error:  # whatever a stranger's module raises while it is imported
-            _leave_out(entry, who, f"it cannot be imported ({type(error).__name__}: {error})", "mend or uninstall it")
-            continue
-        lacking = [name for name in _members(protocol) if not _has(made, protocol, name)]
-        if api is not None and getattr(made, "api", None) != api:
-            why = f"it was written for version {getattr(made, 'api', None)} of the interface, this has {api}"
-            _leave_out(entry, who, why, "install versions of both that fit")
-        elif lacking:
-            _leave_out(entry, who, f"it lacks {', '.join(lacking)}", "ask its makers for what the interface has")
-        elif made.name in names:
-            _leave_out(entry, who, f"there is a {made.name} already", "uninstall one of them")
+            fault = _fault(made, protocol, api, {*taken, *found})
+        except (Exception, SystemExit) as error:  # whatever a stranger's module raises while it is imported
+            fault = f"it cannot be imported ({type(error).__name__}: {error}); mend or uninstall it"
+        if fault:
+            print(f"warning: {entry.name} of {who} is left out of {group}: {fault}", file=sys.stderr)
         else:
-            names.add(made.name)
-            found.append(made)
-    return tuple(found)
+            found[made.name] = made
+    return tuple(found.values())
+
+
+def _fault(made: Any, protocol: Any, api: int | None, taken: Collection[str]) -> str:
+    """Why an object cannot be used, and what to do; empty where it can."""
+    if isinstance(made, type):
+        return f"it is the class {made.__name__}, not an object of it; have the entry point name one"
+    if api is not None and getattr(made, "api", None) != api:
+        found = getattr(made, "api", None)
+        return f"it was written for version {found} of the interface, this has {api}; install versions of both that fit"
+    if lacking := [name for name in _members(protocol) if not _has(made, protocol, name)]:
+        return f"it lacks {', '.join(lacking)}; ask its makers for a version that has what the interface has"
+    if not isinstance(made.name, str):
+        return f"its name is {made.name!r}, not a word; ask its makers for a version with one"
+    if made.name in taken:
+        return f"there is a {made.name} already; uninstall one of them"
+    return ""
 
 
 def _members(protocol: Any) -> list[str]:
     """What a protocol asks for: its annotations and its methods."""
-    own = [name for name in vars(protocol) if not name.startswith("_") and name != "api"]
-    return sorted({*own, *getattr(protocol, "__annotations__", {})} - {"api"})
+    own = [name for name in vars(protocol) if not name.startswith("_")]
+    return sorted({*own, *protocol.__annotations__} - {"api"})
 
 
 def _has(made: Any, protocol: Any, name: str) -> bool:
@@ -61,7 +69,3 @@ def _holes(protocol: Any) -> frozenset[str]:
     (tree,) = ast.parse(inspect.getsource(protocol)).body
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     return frozenset(one.name for one in functions if all(isinstance(line, ast.Expr) for line in one.body))
-
-
-def _leave_out(entry: importlib.metadata.EntryPoint, who: str, why: str, remedy: str) -> None:
-    print(f"warning: {entry.name} of {who} is left out: {why}; {remedy}", file=sys.stderr)

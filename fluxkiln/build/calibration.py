@@ -19,10 +19,9 @@ from typing import Any
 from fluxkiln.artifacts.actions import Action, ActionCache, run_action
 from fluxkiln.artifacts.code import code_version
 from fluxkiln.build.context import prepare
-from fluxkiln.compile.plan import Plan
+from fluxkiln.build.prepared import Prepared
 from fluxkiln.compile.weights import calibration_action, component_digest
 from fluxkiln.errors import UsageError
-from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.files import digest_file, disk_full_named
 from fluxkiln.patches.pipeline import Sampling, quiet
 from fluxkiln.progress import FROM_STORE, Progress, Silent
@@ -110,17 +109,7 @@ def calibrate(
     def produce(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
         target = folder / "calibration.safetensors"
         with disk_full_named(folder):
-            _record(
-                checkpoint,
-                plan,
-                settings,
-                prompts,
-                components,
-                block,
-                {"components": digests, "facts": facts},
-                target,
-                progress,
-            )
+            _record(prepared, prompts, components, block, {"components": digests, "facts": facts}, target, progress)
         return {"calibration": target}, {}
 
     result = run_action(cache, action, produce)
@@ -171,9 +160,7 @@ def _copy_out(cache: ActionCache, digest: str, out: Path) -> None:
 
 
 def _record(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    settings: Settings,
+    prepared: Prepared,
     prompts: tuple[str, ...],
     components: list[str],
     block: int,
@@ -185,6 +172,7 @@ def _record(
 
     from fluxkiln.verify.streaming import open_pipeline, weights_in_place
 
+    checkpoint, plan, settings = prepared.checkpoint, prepared.plan, prepared.settings
     # an image is not needed; what makes the transformer's inputs is run where it is there
     running = {part.component: part.folder for part in plan.parts if part.component != "vae"}
     model = checkpoint.model

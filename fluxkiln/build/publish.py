@@ -39,6 +39,7 @@ from fluxkiln.artifacts.store import Blob
 from fluxkiln.digests import Json
 from fluxkiln.errors import IntegrityError, ParityError, UsageError
 from fluxkiln.files import digest_file
+from fluxkiln.patches.registry import title_of
 from fluxkiln.progress import Progress
 
 PULLED_SCHEMA = "fluxkiln.pulled/1"
@@ -250,7 +251,7 @@ def _compose(
     report_digest = "" if report is None else add(REPORT, report)
     add(PROVENANCE, provenance_statement(manifest, layers[0].digest, report_digest))
     signed = terms.sign_key is not None
-    add(CARD, model_card(manifest, licence, extra_licences=sorted(licences), signed=signed))
+    add(CARD, model_card(manifest, licence, title_of(manifest.variant), extra_licences=sorted(licences), signed=signed))
     if terms.sign_key is not None:
         add(SIGNATURE, sign({pulled_path(layer.path): layer.digest for layer in layers}, terms.sign_key))
     config, data = write_document(manifest, layers)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,7 @@ def inspect(output: Output, transfers: Transfers, bundle: str, all_parts: bool, 
     from fluxkiln.artifacts.bundle import read_manifest
     from fluxkiln.artifacts.manifest import describe_manifest
     from fluxkiln.artifacts.registry.reference import looks_like_reference
-    from fluxkiln.patches.registry import component_of
+    from fluxkiln.patches.registry import component_of, title_of
 
     published: dict[str, Any] = {}
     if looks_like_reference(bundle):
@@ -51,7 +51,7 @@ def inspect(output: Output, transfers: Transfers, bundle: str, all_parts: bool, 
         {
             "bundle": manifest.name,
             "target": manifest.target,
-            "model": f"FLUX.1-{manifest.variant} from {manifest.checkpoint.source}, fingerprint "
+            "model": f"{title_of(manifest.variant)} from {manifest.checkpoint.source}, fingerprint "
             f"{manifest.checkpoint.fingerprint}",
             "shapes": f"{shapes.width}x{shapes.height}, {count_text(shapes.tokens, 'token')}",
             "size": f"{size_text(described['size'])} in {count_text(len(manifest.files), 'file')}",
@@ -61,8 +61,10 @@ def inspect(output: Output, transfers: Transfers, bundle: str, all_parts: bool, 
             "tools": ", ".join(f"{name} {version}" for name, version in manifest.tools.items()),
         }
     )
-    _show_parts(output, manifest, described, all_parts)
-    _show_files(output, manifest, described, all_files)
+    output.line()
+    output.table(*_parts(manifest, described, all_parts))
+    output.line()
+    output.table(*_files(manifest, described, all_files))
 
 
 @click.command()
@@ -101,41 +103,27 @@ def _shown(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in simple.items())
 
 
-def _show_parts(output: Output, manifest: Manifest, described: Mapping[str, Any], every: bool) -> None:
-    output.line()
+def _parts(manifest: Manifest, described: Mapping[str, Any], every: bool) -> tuple[Sequence[str], list[Sequence[str]]]:
     if every:
-        output.table(
-            ("part", "kind", "scheme", ">size", "file", "net"),
-            [(part.name, part.kind, part.scheme, size_text(part.size), part.file, part.net) for part in manifest.parts],
-        )
-        return
-    output.table(
-        ("component", "kind", "scheme", ">parts", ">size"),
-        [
-            (kind["component"], kind["kind"], kind["scheme"], str(kind["parts"]), size_text(kind["size"]))
-            for kind in described["kinds"]
-        ],
-    )
+        return ("part", "kind", "scheme", ">size", "file", "net"), [
+            (part.name, part.kind, part.scheme, size_text(part.size), part.file, part.net) for part in manifest.parts
+        ]
+    return ("component", "kind", "scheme", ">parts", ">size"), [
+        (kind["component"], kind["kind"], kind["scheme"], str(kind["parts"]), size_text(kind["size"]))
+        for kind in described["kinds"]
+    ]
 
 
-def _show_files(output: Output, manifest: Manifest, described: Mapping[str, Any], every: bool) -> None:
-    output.line()
+def _files(manifest: Manifest, described: Mapping[str, Any], every: bool) -> tuple[Sequence[str], list[Sequence[str]]]:
     if every:
-        output.table(
-            ("file", "role", ">size", "sha256"),
-            [(file.path, file.role, size_text(file.size), file.sha256) for file in manifest.files],
-        )
-        return
-    files: dict[str, list[str]] = {}
-    for file in manifest.files:
-        files.setdefault(file.role, []).append(file.path)
-    output.table(
-        ("role", ">files", ">size", "names"),
-        [
-            (role, str(entry["files"]), size_text(entry["size"]), _some(files[role]))
-            for role, entry in described["roles"].items()
-        ],
-    )
+        return ("file", "role", ">size", "sha256"), [
+            (file.path, file.role, size_text(file.size), file.sha256) for file in manifest.files
+        ]
+    return ("role", ">files", ">size", "names"), [
+        (role, str(found["files"]), size_text(found["size"]),
+         _some([file.path for file in manifest.files if file.role == role]))
+        for role, found in described["roles"].items()
+    ]  # fmt: skip
 
 
 def _some(names: list[str], most: int = 6) -> str:

@@ -6,6 +6,7 @@ import fnmatch
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -57,11 +58,9 @@ INDEX = "export.json"
     help="A part as a graph with its weights, 'double.03' or 'single.*' say. May be repeated.",
 )
 @click.option(
-    "--modulation",
-    metavar="inline|hoisted",
-    default="inline",
+    "--modulation", metavar="inline|hoisted", default="inline",
     help="The transformer's form: hoisted takes what depends on the time step alone out of the blocks.",
-)
+)  # fmt: skip
 @click.option("--copy", is_flag=True, help="Copy weights where they cannot be read in place.")
 @size_option
 @tokens_option
@@ -71,18 +70,16 @@ INDEX = "export.json"
 @click.pass_obj
 def export(
     output: Output,
+    /,
     model: str,
     directory: Path,
     kinds: tuple[str, ...],
     formats: tuple[str, ...],
     components: tuple[str, ...],
     names: tuple[str, ...],
-    modulation: Any,
     copy: bool,
     size: str | None,
-    tokens: int | None,
-    vae: Any,
-    build_dir: Path,
+    **common: Any,
 ) -> None:
     """Write the template of every kind of part, and how each part fills its slots.
 
@@ -104,19 +101,11 @@ def export(
     from fluxkiln.export.source import resolve_model
 
     chosen_formats = parse_formats(formats)
-    settings = Settings(
-        target="",
-        model=model,
-        size=check_size(size),
-        tokens=tokens,
-        vae=vae,
-        # of a checkpoint that has not all of them, those that are asked for as a whole
-        components=tuple(components) if components and not names else None,
-        modulation=modulation,
-        build_dir=build_dir,
-    )
+    # of a checkpoint that has not all of them, those that are asked for as a whole
+    whole = components if components and not names else None
+    settings = Settings("", model, size=check_size(size), components=whole, **common)
     known_model = model_of(settings)
-    check_kinds(known_model, kinds, settings.vae, modulation)
+    check_kinds(known_model, kinds, settings.vae, settings.modulation)
     linked = bool(components or names)
     if linked:
         check_linked(known_model, components, kinds, chosen_formats)
@@ -127,17 +116,17 @@ def export(
     started = time.perf_counter()
     with open_progress() as progress:
         report = count_bytes(progress, "synthesize", "written")
-        root = resolve_model(model, build_dir / "models", report, settings.components)
+        root = resolve_model(model, settings.build_dir / "models", report, settings.components)
         checkpoint = open_checkpoint(root, choose_components(known_model, settings))
         width, height = settings.size or default_size(checkpoint)
-        shapes = Shapes(height, width, tokens or default_tokens(checkpoint))
+        shapes = Shapes(height, width, settings.tokens or default_tokens(checkpoint))
         check_tokens(shapes, checkpoint)
         check_vae(checkpoint, settings)
         all_parts = chosen_parts(settings, checkpoint)
         if linked:
             files = choose_graphs(known_model, all_parts, components, names)
             document = write_graphs(checkpoint, files, shapes, chosen_formats[0], directory, copy, progress)
-            _tell_graphs(output, document, directory, time.perf_counter() - started)
+            _show_graphs(output, document, directory, time.perf_counter() - started)
             return
         parts = [part for part in all_parts if not kinds or part.kind in kinds]
         index = write_export(checkpoint, parts, shapes, chosen_formats, directory, progress)
@@ -161,7 +150,7 @@ def export(
     )
 
 
-def _tell_graphs(output: Output, document: dict[str, Any], directory: Path, seconds: float) -> None:
+def _show_graphs(output: Output, document: dict[str, Any], directory: Path, seconds: float) -> None:
     cpu = sum(os.times()[:4])
     output.document(
         {**document, "directory": str(directory), "seconds": round(seconds, 3), "cpu_seconds": round(cpu, 3)}
@@ -180,8 +169,8 @@ def _tell_graphs(output: Output, document: dict[str, Any], directory: Path, seco
             for graph in document["graphs"]
         ],
     )
-    ways = {way: list(document["weights"].values()).count(way) for way in document["weights"].values()}
-    weights = ", ".join(f"{count_text(count, 'file')} ({way})" for way, count in ways.items())
+    ways = Counter(document["weights"].values()).items()
+    weights = ", ".join(f"{count_text(count, 'file')} ({way})" for way, count in ways)
     output.line(
         f"\n{directory}: {count_text(len(document['graphs']), 'graph')}; weights: {weights}, "
         f"{size_text(document['weight_bytes_written'])} written; {seconds_text(seconds)}, {cpu:.1f} CPU s"
@@ -190,33 +179,27 @@ def _tell_graphs(output: Output, document: dict[str, Any], directory: Path, seco
 
 def parse_formats(names: Sequence[str]) -> tuple[GraphFormat, ...]:
     """Graph formats, each once; UsageError with the legal names for an unknown one."""
-    chosen: list[GraphFormat] = []
-    for name in names or ("onnx23",):
-        known = [one for one in FORMATS if one == name]
-        if not known:
+    for name in names:
+        if name not in FORMATS:
             raise UsageError(f"no graph format is called {name!r}; there are {', '.join(FORMATS)}")
-        chosen += [one for one in known if one not in chosen]
-    return tuple(chosen)
+    return tuple(one for name in dict.fromkeys(names or ("onnx23",)) for one in FORMATS if one == name)
 
 
 def check_kinds(model: Model, names: Sequence[str], vae: Any, modulation: Any = "inline") -> None:
     """Raise UsageError for a kind that does not exist, or not with this VAE or form of the transformer."""
     least = {component: dict.fromkeys(keys, 1) for component, keys in model.whole_numbers.items()}
     there = {part.kind for part in model.list_parts(least, vae, modulation)}
-    known = {kind for form in ("inline", "hoisted") for kind in model.list_parts(least, vae, form)}
-    legal = [
-        name for name in model.kinds if name in {part.kind for part in known} or model.kinds[name].component == "vae"
-    ]
+    known = {part.kind for form in ("inline", "hoisted") for part in model.list_parts(least, vae, form)}
+    legal = [name for name, kind in model.kinds.items() if name in known or kind.component == "vae"]
     for name in names:
         if name not in legal:
             raise UsageError(f"no kind of part is called {name!r}; there are {', '.join(legal)}")
         if name not in there and model.kinds[name].component == "vae":
-            raise UsageError(
-                f"kind {name} is not there with --vae {vae}; use --vae {'kl' if vae == 'tiny' else 'tiny'}"
-            )
+            option, given, other = "--vae", vae, "kl" if vae == "tiny" else "tiny"
+        else:
+            option, given, other = "--modulation", modulation, "inline" if modulation == "hoisted" else "hoisted"
         if name not in there:
-            other = "inline" if modulation == "hoisted" else "hoisted"
-            raise UsageError(f"kind {name} is not there with --modulation {modulation}; use --modulation {other}")
+            raise UsageError(f"kind {name} is not there with {option} {given}; use {option} {other}")
 
 
 def check_linked(model: Model, components: Sequence[str], kinds: Sequence[str], formats: Sequence[GraphFormat]) -> None:
@@ -267,7 +250,7 @@ def write_graphs(
     copy: bool,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Write graphs with their weights; return what they are made of. Errors as `linking.export_graphs`."""
+    """Write graphs with their weights; return what they are made of. Errors as `export_graphs`."""
     from fluxkiln.compile.onnx.linked import export_graphs
 
     made = export_graphs(checkpoint, files, shapes, directory, progress, graph_format=graph_format, copy=copy)
@@ -338,12 +321,7 @@ def write_export(
             "shapes": asdict(shapes),
             "templates": templates,
             "parts": [
-                {
-                    "name": part.name,
-                    "kind": part.kind,
-                    "component": part.component,
-                    "bindings": bindings[part.name],
-                }
+                {"name": part.name, "kind": part.kind, "component": part.component, "bindings": bindings[part.name]}
                 for part in parts
             ],
         }

@@ -349,7 +349,7 @@ def describe_picture(bundle: Bundle, executor: str, request: Request) -> dict[st
         "seed": str(request.seed),
         "steps": str(request.steps or default_steps(bundle)),
         **({"guidance": f"{guidance:g}"} if bundle.takes_guidance else {}),
-        "model": f"FLUX.1-{bundle.manifest.variant} {bundle.manifest.checkpoint.source}",
+        "model": f"{bundle.model.title}-{bundle.manifest.variant} {bundle.manifest.checkpoint.source}",
         "bundle": bundle.digest,
         "bundle_name": f"{bundle.manifest.name} for {bundle.manifest.target}",
         "executor": executor,

@@ -57,6 +57,11 @@ def all_presets() -> dict[str, tuple[Model, Preset]]:
     return {name: (model, preset) for model in reversed(all_models()) for name, preset in model.presets.items()}
 
 
+def title_of(variant: str) -> str:
+    """What people call the model whose variant a bundle is of: `FLUX.1-dev`; the variant where nobody knows it."""
+    return next((f"{model.title}-{variant}" for model in all_models() if variant in model.steps), variant)
+
+
 def component_of(kind: str) -> str:
     """The component of a kind of any model; empty for one that nobody knows."""
     return next((model.kinds[kind].component for model in all_models() if kind in model.kinds), "")

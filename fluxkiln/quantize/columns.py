@@ -76,7 +76,7 @@ class ColumnRounder:
         shrinks = np.array(SHRINKS, np.float32)
         _round_rows(
             np.ascontiguousarray(values), bits, self._factors, self._places, self._importance, shrinks, wide,
-            scales_OG, zeros_OG,
+            (scales_OG, zeros_OG),
         )  # fmt: skip
         if bits == 8:
             codes_OI[:] = wide
@@ -131,10 +131,10 @@ def _take_off(values: Any, errors: Any, factor: Any, first: Any, last: Any, stop
 
 @numba.njit(cache=True, nogil=True, fastmath=_FAST)  # type: ignore[untyped-decorator]
 def _round_span(
-    weights: Any, scale: Any, zero: Any, most: Any, first: Any, stop: Any, factor: Any, offset: Any, errors: Any,
-    codes: Any,
-) -> None:  # fmt: skip
-    """Round columns [first, stop) of one row, which are in one group and one block."""
+    weights: Any, scale: Any, zero: Any, most: Any, span: Any, factor: Any, errors: Any, codes: Any
+) -> None:
+    """Round columns [first, stop) of one row, which are in one group and one block, that begins at `offset`."""
+    first, stop, offset = span
     inverse, shift = np.float32(1.0) / scale, zero + np.float32(0.5)
     for i in range(first, stop):
         place = np.int32(min(max(weights[i] * inverse + shift, np.float32(0.0)), most))
@@ -148,9 +148,9 @@ def _round_span(
 
 @numba.njit(cache=True, nogil=True, fastmath=_FAST)  # type: ignore[untyped-decorator]
 def _round_rows(
-    values: Any, bits: Any, factors: Any, places: Any, importance: Any, shrinks: Any, codes: Any, scales: Any,
-    zeros: Any,
-) -> None:  # fmt: skip
+    values: Any, bits: Any, factors: Any, places: Any, importance: Any, shrinks: Any, codes: Any, grids: Any
+) -> None:
+    scales, zeros = grids
     rows, columns = values.shape
     groups = scales.shape[1]
     width = columns // groups
@@ -180,7 +180,7 @@ def _round_rows(
                 factor = factors[index]
                 for one in range(count):
                     _round_span(
-                        tile[one], stored[one], zero[one], most, column, stop, factor, offset, errors[one],
+                        tile[one], stored[one], zero[one], most, (column, stop, offset), factor, errors[one],
                         codes[row + one],
                     )  # fmt: skip
                 _take_off(tile, errors, factor, column, stop, end, offset)

@@ -49,7 +49,7 @@ def search_into(
     source = np.ascontiguousarray(weight_OI, None if narrow else np.float32)
     shrinks = np.array(SYMMETRIC_SHRINKS if symmetric else SHRINKS, np.float32)
     words = source.view(np.uint16) if narrow else source
-    _search_rows(words, narrow, bits, shrinks, refit, symmetric, codes_OI, scales_OG, zeros_OG)
+    _search_rows(words, narrow, bits, shrinks, refit, symmetric, codes_OI, (scales_OG, zeros_OG))
 
 
 @numba.njit(cache=True, nogil=True, fastmath=_FAST)  # type: ignore[untyped-decorator]
@@ -133,8 +133,9 @@ def _search(values: Any, shrinks: Any, top: Any, refit: Any, symmetric: Any) -> 
 
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def _search_rows(
-    source: Any, narrow: Any, bits: Any, shrinks: Any, refit: Any, symmetric: Any, codes: Any, scales: Any, zeros: Any
+    source: Any, narrow: Any, bits: Any, shrinks: Any, refit: Any, symmetric: Any, codes: Any, grids: Any
 ) -> None:
+    scales, zeros = grids
     rows, columns = source.shape
     groups = scales.shape[1]
     words = np.empty(columns, np.uint32)

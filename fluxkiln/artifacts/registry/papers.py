@@ -80,15 +80,17 @@ def check_licence(manifest: Manifest, licence: bytes, accepted: Collection[str])
 
 
 def model_card(
-    manifest: Manifest, licence: bytes, *, extra_licences: Sequence[str] = (), signed: bool = False
+    manifest: Manifest, licence: bytes, title: str, *, extra_licences: Sequence[str] = (), signed: bool = False
 ) -> bytes:
     """README.md of a bundle.
 
     Args:
         licence: the text in the bundle; random weights of ours name no base model.
+        title: what people call the model, FLUX.1-dev say.
         extra_licences: paths of licences of adapters, beside the bundle.
     """
     synthetic, source = licence.startswith(_SYNTHETIC), manifest.checkpoint.source
+    tag = re.sub(r"\W+", "-", title.lower())
     base = _BASE.get(manifest.variant, source)
     counts = sorted(Counter(part.scheme for part in manifest.parts).items())
     schemes = ", ".join(f"{scheme} ({count} parts)" for scheme, count in counts)
@@ -108,7 +110,7 @@ def model_card(
     front += [
         "library_name: fluxkiln",
         "pipeline_tag: text-to-image",
-        f"tags: [fluxkiln, {json.dumps(manifest.target)}, flux-1-{manifest.variant}]",
+        f"tags: [fluxkiln, {json.dumps(manifest.target)}, {tag}]",
         f"fluxkiln: {json.dumps(facts)}",
         "---",
     ]
@@ -119,7 +121,7 @@ def model_card(
         "",
         f"# {manifest.name} for {manifest.target}",
         "",
-        f"{kind} FLUX.1-{manifest.variant}, by fluxkiln. It is a bundle: the folder that a runtime loads.",
+        f"{kind} {title}, by fluxkiln. It is a bundle: the folder that a runtime loads.",
         "",
         "| | |",
         "|---|---|",

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from fluxkiln.artifacts.bundle import heal_folder, read_manifest, swap_folder
+from fluxkiln.artifacts.bundle import heal_folder, read_manifest, swap_folder, walk_bundle
 from fluxkiln.artifacts.locks import waiting_lock
 from fluxkiln.artifacts.manifest import MANIFEST_FILE, Manifest, parse_manifest
 from fluxkiln.artifacts.modelpack import (
@@ -33,7 +33,7 @@ from fluxkiln.artifacts.modelpack import (
     pulled_path,
 )
 from fluxkiln.artifacts.registry.place import Place
-from fluxkiln.artifacts.registry.transfer import PIECE_BYTES, TRANSFERS, Arrival, Meter, Stop, each
+from fluxkiln.artifacts.registry.transfer import TRANSFERS, Arrival, Meter, Stop, each
 from fluxkiln.digests import Json, canonical_json
 from fluxkiln.errors import FluxkilnError, IntegrityError, ResourceError, UsageError
 from fluxkiln.files import digest_file, disk_full_named, sync_directory, write_durably
@@ -192,12 +192,15 @@ def _receive_file(place: Place, layer: Layer, staging: Path, meter: Meter, earli
             return
         final.unlink()
     part = staging / _PARTS / layer.digest.removeprefix("sha256:")
+    if earlier is not None and not part.exists():
+        with suppress(OSError):
+            shutil.copyfile(earlier, part)
     fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     with os.fdopen(fd, "r+b") as file:
         arrival = Arrival(file, layer.size, partial(meter.move, layer))
         arrival.take_up()
-        if earlier is not None and not arrival.received:
-            _copy_earlier(earlier, arrival, layer)
+        if arrival.complete and arrival.digest != layer.digest:
+            arrival.restart()
         for turn in range(_TRIES):
             place.receive(layer, arrival)
             if arrival.complete and arrival.digest == layer.digest:
@@ -212,26 +215,14 @@ def _receive_file(place: Place, layer: Layer, staging: Path, meter: Meter, earli
 
 
 def _earlier_files(destination: Path) -> dict[str, Path]:
-    """Digest -> file of the bundle that is replaced: most of a new version is the old one."""
+    """Digest -> file of the bundle that is replaced, where it has its size: most of a new version is the old one."""
     try:
         manifest = read_manifest(destination / BUNDLE)
     except (FluxkilnError, OSError):
         return {}
-    return {file.digest: destination / BUNDLE / file.path for file in manifest.files}
-
-
-def _copy_earlier(source: Path, arrival: Arrival, layer: Layer) -> None:
-    """Take the bytes from a file that should have them; nothing of it when it does not."""
-    try:
-        fd = os.open(source, os.O_RDONLY | os.O_NOFOLLOW)
-    except OSError:
-        return
-    with os.fdopen(fd, "rb") as file:
-        if os.fstat(fd).st_size == layer.size:
-            while piece := file.read(min(PIECE_BYTES, layer.size - arrival.received)):
-                arrival.write(piece)
-    if arrival.digest != layer.digest:
-        arrival.restart()
+    whole = walk_bundle(destination / BUNDLE)
+    paths = {file: destination / BUNDLE / file.path for file in manifest.files if whole.get(file.path)}
+    return {file.digest: path for file, path in paths.items() if path.stat().st_size == file.size}
 
 
 class _DamagedError(IntegrityError):

@@ -69,19 +69,19 @@ def render(pipe: Any, shapes: Shapes, sampling: Sampling, on_latents: OnLatents 
 
 def denoise(
     pipe: Any, encoded: Mapping[str, Any], shapes: Shapes, after_step: Callable[..., dict[str, Any]], *,
-    steps: int, guidance: float, random: Any, latents: Any = None, output_type: str = "latent",
+    steps: int, guidance: float, random: Any, **others: Any,
 ) -> Any:  # fmt: skip
     """Run the loop of `pipe` on encoded prompts; its images.
 
     Args:
         encoded: by diffusers' argument names. after_step: diffusers' `callback_on_step_end`, given the latents.
-        random: a torch.Generator. output_type: as diffusers names it: `np`, or `latent` for no images.
+        random: a torch.Generator. others: diffusers' own: `latents` to begin with, `output_type` `np` for images.
     """
     pipe.set_progress_bar_config(disable=True)
     return pipe(
         **encoded, height=shapes.height, width=shapes.width, num_inference_steps=steps, guidance_scale=guidance,
-        generator=random, latents=latents, output_type=output_type, callback_on_step_end=after_step,
-        callback_on_step_end_tensor_inputs=["latents"],
+        generator=random, callback_on_step_end=after_step, callback_on_step_end_tensor_inputs=["latents"],
+        **{"output_type": "latent", **others},
     ).images  # fmt: skip
 
 

@@ -128,7 +128,7 @@ def front_matter(card: bytes) -> dict[str, str]:
 
 def test_card_of_dev(dev_build):
     folder = dev_build(checkpoint={"source": "flux-dev", "fingerprint": "sha256:" + "ab" * 32}) / "bundle"
-    front = front_matter(model_card(read_manifest(folder), (folder / "LICENSE.md").read_bytes()))
+    front = front_matter(model_card(read_manifest(folder), (folder / "LICENSE.md").read_bytes(), "FLUX.1-dev"))
     facts = json.loads(front.pop("fluxkiln"))
     assert (facts["target"], facts["schemes"], facts["parity"]) == ("bm1684x", ["BF16", "F16", "W4BF16"], "passed")
     assert facts["shapes"] == {"height": 64, "width": 64, "tokens": 32}
@@ -146,11 +146,11 @@ def test_card_of_dev(dev_build):
 
 def test_card_of_schnell_of_a_fine_tune_and_of_random_weights(build):
     schnell = build("schnell") / "bundle"
-    front = front_matter(model_card(read_manifest(schnell), b"Apache"))
+    front = front_matter(model_card(read_manifest(schnell), b"Apache", "FLUX.1-schnell"))
     assert (front["license"], front["base_model"]) == ("apache-2.0", "black-forest-labs/FLUX.1-schnell")
     tuned = build("tuned", checkpoint={"source": "ann/flux-knitting", "fingerprint": "sha256:" + "ab" * 32}) / "bundle"
-    assert front_matter(model_card(read_manifest(tuned), b"Apache"))["base_model"] == "ann/flux-knitting"
-    card = model_card(read_manifest(schnell), SYNTHETIC)
+    assert front_matter(model_card(read_manifest(tuned), b"Apache", "FLUX.1-dev"))["base_model"] == "ann/flux-knitting"
+    card = model_card(read_manifest(schnell), SYNTHETIC, "FLUX.1-schnell")
     assert "base_model" not in front_matter(card)
     assert b"Random weights" in card
 
@@ -162,7 +162,7 @@ def test_card_says_what_parity_was(build):
         ("b", failed, "**FAILED**: 2 of 9 comparisons. tail \\| missed"),
         ("c", {"verified": False}, "| parity | not verified |"),
     ):
-        card = model_card(read_manifest(build(name, parity=parity) / "bundle"), b"Apache").decode()
+        card = model_card(read_manifest(build(name, parity=parity) / "bundle"), b"Apache", "FLUX.1-dev").decode()
         assert words in card
 
 

@@ -55,25 +55,22 @@ def neff_action(job: CompileJob, target: Target, preset: Preset, version: str) -
 
 
 def compile_kinds(
+    pool: JobPool[Neff],
     jobs: Sequence[CompileJob],
     compiler: NeuronxCc,
     target: Target,
     cache: ActionCache,
     folder: Path,
-    logs: Path,
-    *,
     preset: Preset = "default",
-    workers: int | None = None,
-    memory: int | None = None,
     progress: Progress | None = None,
 ) -> tuple[Neff, ...]:
     """Compile every module, or take it from the store, into `folder/neff/<name>.neff`, each with its record.
 
     Files appear whole or not at all. After a kill or a failure the same call goes on: finished modules are in the
-    store. What `compile_neff.sh` finished in `folder` with this compiler is taken over.
+    store. What `compile_neff.sh` finished in `folder` with this compiler is taken over. Logs go to `logs` beside it.
 
     Args:
-        workers: compilers at once. memory: bytes for all of them; one that may take more runs alone.
+        pool: how many compilers run at once, and in how much memory; one that may take more runs alone.
 
     Raises:
         UsageError: two modules have one name.
@@ -81,24 +78,23 @@ def compile_kinds(
         CompileError: the compiler failed; with the log's telling lines, advice for its error codes, the log's place.
         ResourceError: it was killed for memory, or the disk is full.
     """
-    progress = progress or Silent()
+    progress, logs = progress or Silent(), folder.parent / "logs"
     _check_names(jobs)
     check_modules(jobs)
     logs.mkdir(parents=True, exist_ok=True)
     (folder / "neff").mkdir(parents=True, exist_ok=True)
     remove_unheld(folder / "neff")
     progress.stage("neff", len(jobs))
-    with JobPool[Neff](workers, memory) as pool:
-        futures = [
-            pool.submit(
-                f"the compile of {job.name}",
-                min(job.memory, pool.admission.budget),
-                partial(_compile, job, compiler, target, preset, cache, folder, logs, progress),
-            )
-            for job in jobs
-        ]
-        pool.wait()
-        return tuple(future.result() for future in futures)
+    futures = [
+        pool.submit(
+            f"the compile of {job.name}",
+            min(job.memory, pool.admission.budget),
+            partial(_compile, job, compiler, target, preset, cache, folder, progress),
+        )
+        for job in jobs
+    ]
+    pool.wait()
+    return tuple(future.result() for future in futures)
 
 
 def _compile(
@@ -108,10 +104,9 @@ def _compile(
     preset: Preset,
     cache: ActionCache,
     folder: Path,
-    logs: Path,
     progress: Progress,
 ) -> Neff:
-    started = time.perf_counter()
+    started, logs = time.perf_counter(), folder.parent / "logs"
     flags = compile_flags(job.form, target, preset)
     how = "compiled"
 

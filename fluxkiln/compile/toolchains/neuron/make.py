@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.artifacts.store import Blob
+from fluxkiln.compile.jobs import JobPool
 from fluxkiln.compile.plan import Binary, BundleFile, Made, Plan
 from fluxkiln.compile.toolchains.neuron.compilation import compile_kinds, take_finished, write_compile_script
 from fluxkiln.compile.toolchains.neuron.modules import Module, compile_jobs, lower_modules, module_name
@@ -77,10 +78,8 @@ def _compile(
         shutil.copytree(bundled, work / "neff", symlinks=True, dirs_exist_ok=True)
     if compiler is None:
         return take_finished(work, jobs, plan.target, settings.flags) or ()
-    return compile_kinds(
-        jobs, compiler, plan.target, cache, work, plan.logs, preset=settings.flags, workers=settings.jobs,
-        progress=progress,
-    )  # fmt: skip
+    with JobPool[Neff](settings.jobs) as pool:
+        return compile_kinds(pool, jobs, compiler, plan.target, cache, work, settings.flags, progress)
 
 
 def _binary(plan: Plan, part: Part, module: Module, shards: Sequence[Blob]) -> Binary:

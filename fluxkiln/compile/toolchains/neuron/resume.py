@@ -11,12 +11,14 @@ from fluxkiln.artifacts.bundle import read_manifest, role_of, verify_bundle
 from fluxkiln.artifacts.locks import build_lock
 from fluxkiln.artifacts.manifest import MANIFEST_FILE, FileEntry, Manifest, resolve_inside
 from fluxkiln.artifacts.store import Store
+from fluxkiln.compile.jobs import JobPool
 from fluxkiln.compile.targets import find_target
 from fluxkiln.compile.toolchain import Resumed
 from fluxkiln.compile.toolchains.neuron.compilation import compile_kinds
 from fluxkiln.compile.toolchains.neuron.neff import (
     COMMAND,
     CompileJob,
+    Neff,
     check_versions,
     neff_path,
     read_neffs,
@@ -54,10 +56,8 @@ def resume_compile(bundle: Path, store: Store, progress: Progress, jobs: int | N
             if found:
                 check_versions(found, compiler.version)
             missing = [job for job in wanted if job.name not in found]
-            made = compile_kinds(
-                missing, compiler, target, ActionCache(store), bundle, bundle.parent / "logs",
-                preset=split.flags, workers=jobs, progress=progress,
-            )  # fmt: skip
+            with JobPool[Neff](jobs) as pool:
+                made = compile_kinds(pool, missing, compiler, target, ActionCache(store), bundle, split.flags, progress)
             compiled = {neff.name: neff for neff in made}
         else:
             compiled = {}

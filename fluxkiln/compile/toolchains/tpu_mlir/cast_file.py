@@ -99,7 +99,7 @@ def cast_file(
 
     def produce(folder: Path) -> tuple[dict[str, Path | Blob], dict[str, Any]]:
         place = plan.logs.parent / "casting" / name
-        made = _fill(checkpoint, plan, cache, shell, binaries, keys, place, action.key, progress, jobs)
+        made = _fill((checkpoint, plan, cache), shell, binaries, keys, place, action.key, progress, jobs)
         check_shards(checkpoint, checkpoint.states)
         nets = {net.name: net.coefficients for net in read_bmodel(place).nets}
         blob = cache.store.add_file(place, move=True)
@@ -144,9 +144,7 @@ def part_action(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, binary: 
 
 
 def _fill(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    cache: ActionCache,
+    context: tuple[Checkpoint, Plan, ActionCache],
     shell: Path,
     binaries: list[Binary],
     keys: Mapping[str, str],
@@ -177,7 +175,7 @@ def _fill(
             if digest and hash_span(place, spans[net]).hex() == digest:
                 how = "was finished before"
             else:
-                digest, how = _fill_part(checkpoint, plan, cache, binary, keys[net], place, spans[net])
+                digest, how = _fill_part(*context, binary, keys[net], place, spans[net])
                 how = how or f"cast in {time.perf_counter() - started:.1f} s"
             write_check_code(place, net, bytes.fromhex(digest))
             with written, journal.open("a") as file:
@@ -191,7 +189,7 @@ def _fill(
 
         def fill_next(binary: Binary) -> tuple[str, str]:
             if binary.net in following:
-                _expect(checkpoint, plan, cache, following[binary.net])
+                _expect(*context, following[binary.net])
             return fill(binary)
 
         with ThreadPoolExecutor(threads, "cast") as pool:

@@ -17,6 +17,7 @@ import pytest
 
 from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.artifacts.store import open_store
+from fluxkiln.compile.jobs import JobPool
 from fluxkiln.compile.targets import find_target
 from fluxkiln.compile.toolchains.neuron.compilation import compile_kinds, neff_action
 from fluxkiln.compile.toolchains.neuron.neff import (
@@ -61,10 +62,11 @@ def jobs(tmp_path):
 def run(tmp_path, calls):
     """Compile jobs with the stub; the store is the same each time."""
 
-    def compile_all(jobs, target=TRN1, **options):
+    def compile_all(jobs, target=TRN1, workers=None, memory=None, **options):
         cache = ActionCache(open_store(tmp_path / "store"))
         folder = tmp_path / "build"
-        return compile_kinds(jobs, find_neuronx_cc(), target, cache, folder, tmp_path / "logs", **options)
+        with JobPool(workers, memory) as pool:
+            return compile_kinds(pool, jobs, find_neuronx_cc(), target, cache, folder, **options)
 
     return compile_all
 
@@ -291,7 +293,9 @@ def test_goes_on_after_a_kill(jobs, run, calls, tmp_path, monkeypatch):
         "hlo = root / 'build/hlo'\n"
         "jobs = [CompileJob(n, 'blocks', hlo / f'{n}.hlo_module.pb', digest, 1) for n, digest in named]\n"
         "cache = ActionCache(open_store(root / 'store'))\n"
-        "compile_kinds(jobs, find_neuronx_cc(), find_target('trn1'), cache, root / 'build', root / 'logs', workers=1)\n"
+        "from fluxkiln.compile.jobs import JobPool\n"
+        "with JobPool(1) as pool:\n"
+        "    compile_kinds(pool, jobs, find_neuronx_cc(), find_target('trn1'), cache, root / 'build')\n"
     )
     words = [word for job in made for word in (job.name, job.digest)]
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), *words])

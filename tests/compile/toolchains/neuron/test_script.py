@@ -18,6 +18,7 @@ import pytest
 
 from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.artifacts.store import open_store
+from fluxkiln.compile.jobs import JobPool
 from fluxkiln.compile.targets import find_target
 from fluxkiln.compile.toolchains.neuron.compilation import compile_kinds, write_compile_script
 from fluxkiln.compile.toolchains.neuron.neff import CompileJob, neff_path, read_neffs, record_path
@@ -106,7 +107,8 @@ def test_records_are_those_of_the_compile_stage(place, monkeypatch):
     for name, value in place.environ.items():
         monkeypatch.setenv(name, value)
     cache = ActionCache(open_store(place.store))
-    made = compile_kinds(place.jobs, find_neuronx_cc(), TRN1, cache, place.folder, place.root / "logs")
+    with JobPool(1) as pool:
+        made = compile_kinds(pool, place.jobs, find_neuronx_cc(), TRN1, cache, place.folder)
     assert len(place.called()) == 3  # none of them by the compile stage
     assert [each.digest for each in made] == [read[job.name].digest for job in place.jobs]
     assert {job.name: record_path(place.folder, job.name).read_bytes() for job in place.jobs} == by_script

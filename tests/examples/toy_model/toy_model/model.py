@@ -21,10 +21,10 @@ class Toy(Flux1):
     name = "toy"
     title = "Toy"
     pipeline_class = "ToyPipeline"
-    classes = {**Flux1.classes, "transformer": "ToyTransformer2DModel"}
-    libraries = {**Flux1.libraries, "transformer": "toy_model.published"}
-    most_tokens = {"base": 512}
-    steps = {"base": 8}
+    classes: Mapping[str, str] = {**Flux1.classes, "transformer": "ToyTransformer2DModel"}
+    libraries: Mapping[str, str] = {**Flux1.libraries, "transformer": "toy_model.published"}
+    most_tokens: Mapping[str, int] = {"base": 512}
+    steps: Mapping[str, int] = {"base": 8}
     presets: Mapping[str, Preset] = {
         "tiny-toy": replace(
             TINY,

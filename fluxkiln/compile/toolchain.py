@@ -112,7 +112,7 @@ class Toolchain(Protocol):
 
     Attributes:
         rungs: those of the ladder that are its own, in order; gates: theirs.
-        executors: what runs its bundles, the default first.
+        executors: what runs its bundles, the default first; fast: they can round activations to 8 bits as well.
         compiler_stages: stages of actions in which the compiler runs; travelling: those whose results `mould export`
             carries to machines that have no compiler.
         largest_part: bytes of float32 weights of the largest part that its rungs execute; 0 for any.
@@ -127,6 +127,7 @@ class Toolchain(Protocol):
     rungs: tuple[Rung, ...] = ()
     gates: tuple[Gate, ...] = ()
     executors: tuple[str, ...] = ()
+    fast: bool = False
     compiler_stages: tuple[str, ...] = ()
     travelling: tuple[str, ...] = ()
     converts: bool = True
@@ -188,7 +189,6 @@ class Toolchain(Protocol):
             folder: for files that a rung needs.
         """
 
-    @abstractmethod
     def execute(
         self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, made: Made, folder: Path
     ) -> AbstractContextManager[Rungs]:
@@ -288,11 +288,18 @@ def open_executor(bundle: Bundle, name: str | None = None, **options: Any) -> Ex
         UsageError: it cannot run this bundle, or not so. ToolchainError: its library, device or compiled files are
         missing.
     """
-    legal = toolchain_of(bundle.target).executors
+    toolchain = toolchain_of(bundle.target)
+    legal = toolchain.executors
     if name is not None and name not in legal:
-        known = [one for toolchain in all_toolchains().values() for one in toolchain.executors]
+        known = [one for other in all_toolchains().values() for one in other.executors]
         rule = f"a bundle for {bundle.target.name} is run by {' or '.join(legal)}"
         raise UsageError(
             f"executor {name}: {rule}" + ("" if name in known else f"; there are {', '.join(known)} in all")
         )
-    return toolchain_of(bundle.target).open_executor(bundle, name, options)
+    if options.get("fast") and not (toolchain.fast and any("W" in part.scheme for part in bundle.manifest.parts)):
+        schemes = ", ".join(dict.fromkeys(part.scheme for part in bundle.manifest.parts))
+        raise UsageError(
+            f"--fast: it is for packed weights (W4BF16) on a CPU, and this is {name or legal[0]} with {schemes}; leave "
+            "it out"
+        )
+    return toolchain.open_executor(bundle, name, options)

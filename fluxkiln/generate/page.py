@@ -143,7 +143,7 @@ def describe(studio: Studio) -> dict[str, Any]:
     return {
         "name": manifest.name,
         "target": manifest.target,
-        "title": f"{bundle.model.title}-{manifest.variant}",
+        "title": f"{studio.bundle.model.title}-{manifest.variant}",
         "width": manifest.shapes.width,
         "height": manifest.shapes.height,
         "tokens": manifest.shapes.tokens,

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
+from fluxkiln.build.blockwise import verify_blockwise
+from fluxkiln.build.parity import record, verify_build
 
 from fluxkiln.build import blockwise
-from fluxkiln.build.blockwise import verify_blockwise
 from fluxkiln.build.budget import Limits, executed_parts, multiplications
-from fluxkiln.build.parity import record, verify_build
 from fluxkiln.compile import rungs
 from fluxkiln.compile.onnx.linked import link_components
 from fluxkiln.compile.templates import make_template

@@ -12,7 +12,6 @@ import pytest
 from fluxkiln.build.calibration import calibrate
 from fluxkiln.build.context import prepare
 from fluxkiln.build.finish import build_action
-from fluxkiln.build.parity import climb_stored
 from fluxkiln.compile.corrections import rounding_key
 from fluxkiln.compile.onnx.linked import link_parts
 from fluxkiln.compile.plan import BundleFile, Made

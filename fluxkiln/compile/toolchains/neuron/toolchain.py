@@ -14,7 +14,6 @@ from fluxkiln.compile.executor import Executor
 from fluxkiln.compile.plan import Job, Made, Plan
 from fluxkiln.compile.toolchain import API, Climb, Resumed, Toolchain, ToolStatus
 from fluxkiln.compile.toolchains.neuron import gates, modules, split
-from fluxkiln.errors import UsageError
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.progress import Laps, Progress
 from fluxkiln.settings import Settings
@@ -84,11 +83,6 @@ class Neuron(Toolchain):
         from fluxkiln.compile.toolchains.neuron.split_bundle import read_split_bundle, read_weights
 
         chosen = name or self.executors[not (bundle.folder / "neff").is_dir()]
-        if options.get("fast"):
-            raise UsageError(
-                f"--fast: it is for packed weights (W4BF16) on ort, and this is {chosen} with no packed weights; leave "
-                "it out"
-            )
         described = read_split_bundle(bundle.folder)
         components = {part.name: part.component for part in bundle.parts}
         weights = read_weights(described)

@@ -16,10 +16,8 @@ from fluxkiln.compile.templates import count_elements, find_template, make_templ
 from fluxkiln.compile.tensors import part_refs, search_memory
 from fluxkiln.compile.toolchain import API, TRACE_MEMORY, Climb, Rungs, Toolchain
 from fluxkiln.compile.toolchains.onnxruntime.gates import GATES, RUNGS
-from fluxkiln.errors import UsageError
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.progress import Laps, Progress
-from fluxkiln.quantize.schemes import parse_scheme
 from fluxkiln.settings import Settings
 from fluxkiln.types import Part
 from fluxkiln.verify.findings import PartFindings, Record
@@ -37,6 +35,7 @@ class OnnxRuntime(Toolchain):
     rungs = RUNGS
     gates = GATES
     executors = ("ort",)
+    fast = True
     # weights stay as the checkpoint has them, but for codes
     converts = False
 
@@ -116,17 +115,12 @@ class OnnxRuntime(Toolchain):
         from fluxkiln.compile.executor import require_file
         from fluxkiln.compile.toolchains.onnxruntime.executor import OrtExecutor
 
-        fast, schemes = bool(options.get("fast")), {entry.scheme for entry in bundle.manifest.parts}
-        if fast and not any(parse_scheme(scheme).weight_bits for scheme in schemes):
-            raise UsageError(
-                "--fast: it is for packed weights (W4BF16) on ort, and this is ort with no packed weights; leave it out"
-            )
         nets = bundle.nets
         for net in nets.values():
             require_file(net)
         graphs = {part: net.file for part, net in nets.items()}
         components = {part: net.component for part, net in nets.items()}
-        return OrtExecutor(graphs, components, threads=int(options.get("threads") or 0), fast=fast)
+        return OrtExecutor(graphs, components, threads=int(options.get("threads") or 0), fast=bool(options.get("fast")))
 
 
 TOOLCHAIN = OnnxRuntime()

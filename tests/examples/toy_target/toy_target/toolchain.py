@@ -22,7 +22,6 @@ from fluxkiln.compile.templates import (
     weights_digest,
 )
 from fluxkiln.compile.toolchain import API, TRACE_MEMORY, Climb, Rungs, Toolchain, ToolStatus, Work
-from fluxkiln.errors import UsageError
 from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.progress import FROM_STORE, Laps, Progress
@@ -120,8 +119,6 @@ class OnnxReference(Toolchain):
         return work.multiplications < MOST_MULTIPLICATIONS
 
     def open_executor(self, bundle: Bundle, name: str | None, options: Mapping[str, Any]) -> Executor:
-        if options.get("fast"):
-            raise UsageError("--fast: the interpreter has one way to multiply; leave it out")
         nets = bundle.nets
         for net in nets.values():
             require_file(net)

@@ -62,7 +62,12 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
             )
         add(site, "sound", group, sound.format(name=f"sound_{group.rpartition('.')[2]}", api=APIS.get(group)))
     # a sound target whose toolchain is one of those that are left out
-    add(site, "lost", targets.GROUP, SOUND[targets.GROUP].replace("name=", "toolchain='half', name=").format(name="lost"))
+    add(
+        site,
+        "lost",
+        targets.GROUP,
+        SOUND[targets.GROUP].replace("name=", "toolchain='half', name=").format(name="lost"),
+    )
     return {"": str(site), **expected}
 
 

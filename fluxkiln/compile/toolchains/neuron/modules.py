@@ -16,10 +16,9 @@ from fluxkiln.compile.plan import Job, Plan
 from fluxkiln.compile.templates import EXPORT_TOOLS, specs_from_json, specs_to_json
 from fluxkiln.compile.toolchain import TRACE_MEMORY
 from fluxkiln.compile.toolchains.neuron.frontend import VERSIONS
-from fluxkiln.compile.toolchains.neuron.neff import CompileJob, hlo_path
+from fluxkiln.compile.toolchains.neuron.neff import CompileJob, Form, hlo_path
 from fluxkiln.digests import digest_json
 from fluxkiln.export.checkpoint import Checkpoint
-from fluxkiln.patches.registry import component_of
 from fluxkiln.progress import FROM_STORE, Progress
 from fluxkiln.types import Part, TensorSpec
 
@@ -48,6 +47,13 @@ class Module:
     outputs: tuple[TensorSpec, ...]
     facts: Mapping[str, Any] = field(default_factory=dict)
     hit: bool = False
+
+    @property
+    def form(self) -> Form:
+        """How the compiler is to take it, by its inputs."""
+        if any("int" in spec.dtype for spec in self.inputs):
+            return "text"
+        return "image" if any(len(spec.shape) == 4 for spec in self.inputs) else "blocks"
 
     @property
     def blob(self) -> Blob:
@@ -131,7 +137,7 @@ def compile_jobs(cache: ActionCache, modules: Mapping[str, Module], folder: Path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
         cache.store.export(module.digest, target)
-        jobs.append(CompileJob(name, component_of(module.kind) or module.kind, target, module.digest))
+        jobs.append(CompileJob(name, module.form, target, module.digest))
     return tuple(jobs)
 
 

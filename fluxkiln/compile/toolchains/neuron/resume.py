@@ -28,7 +28,6 @@ from fluxkiln.compile.toolchains.neuron.neuronx_cc import compiler_missing, find
 from fluxkiln.compile.toolchains.neuron.split_bundle import DESCRIPTION, read_split_bundle
 from fluxkiln.errors import IntegrityError, ToolchainError
 from fluxkiln.files import digest_file, write_durably
-from fluxkiln.patches.registry import component_of
 from fluxkiln.progress import Progress
 
 
@@ -47,10 +46,7 @@ def resume_compile(bundle: Path, store: Store, progress: Progress, jobs: int | N
         _check_files(bundle, manifest)
         split = read_split_bundle(bundle)
         target, modules = find_target(split.target), split.modules
-        wanted = [
-            CompileJob(name, component_of(module.kind) or module.kind, module.hlo, module.digest)
-            for name, module in modules.items()
-        ]
+        wanted = [CompileJob(name, module.form, module.hlo, module.digest) for name, module in modules.items()]
         found = read_neffs(bundle, wanted, target, split.flags)
         if found.keys() != modules.keys():
             try:

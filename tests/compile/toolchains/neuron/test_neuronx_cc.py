@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fluxkiln.compile.targets import find_target
-from fluxkiln.compile.toolchains.neuron.neff import CompileJob, compile_flags
+from fluxkiln.compile.toolchains.neuron.neff import FORMS, CompileJob, compile_flags
 from fluxkiln.compile.toolchains.neuron.neuronx_cc import (
     compile_argv,
     compile_module,
@@ -18,7 +18,6 @@ from fluxkiln.compile.toolchains.neuron.neuronx_cc import (
     find_neuronx_cc,
 )
 from fluxkiln.errors import CompileError, IntegrityError, ToolchainError, UsageError
-from fluxkiln.patches.flux1.model import MODEL
 from tests.stub_compiler import STUB_VERSION, install_stub
 
 TRN1, INF2 = find_target("trn1"), find_target("inf2")
@@ -33,32 +32,34 @@ def calls(tmp_path, monkeypatch):
 # Flags
 
 
-@pytest.mark.parametrize("component", MODEL.components)
-def test_argv_is_exact(component):
-    model_type = "unet-inference" if component == "vae" else "transformer"
-    assert " ".join(compile_argv(component, TRN1, "default", "model.hlo_module.pb", "model.neff")) == (
+@pytest.mark.parametrize("form", FORMS)
+def test_argv_is_exact(form):
+    model_type = "unet-inference" if form == "image" else "transformer"
+    assert " ".join(compile_argv(form, TRN1, "default", "model.hlo_module.pb", "model.neff")) == (
         "neuronx-cc compile --framework=XLA model.hlo_module.pb --output model.neff --target=trn1 --auto-cast=none "
         f"--model-type={model_type} --lnc=1 -O1"
     )
-    assert compile_argv(component, INF2, "default", "a", "b")[6:] == [
+    assert compile_argv(form, INF2, "default", "a", "b")[6:] == [
         "--target=inf2", "--auto-cast=none", f"--model-type={model_type}", "-O1",
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("component", MODEL.components)
-def test_flags_of_the_published_sample(component):
-    flag = "--enable-fast-loading-neuron-binaries" if "text" in component else "--model-type=unet-inference"
-    assert compile_argv(component, TRN1, "published", "m", "n", "/opt/neuronx-cc") == [
+@pytest.mark.parametrize("form", FORMS)
+def test_flags_of_the_published_sample(form):
+    flag = "--enable-fast-loading-neuron-binaries" if form == "text" else "--model-type=unet-inference"
+    assert compile_argv(form, TRN1, "published", "m", "n", "/opt/neuronx-cc") == [
         "/opt/neuronx-cc", "compile", "--framework=XLA", "m", "--output", "n", "--target=trn1", flag,
     ]  # fmt: skip
 
 
-def test_presets_and_names_that_do_not_exist():
+def test_forms_and_presets_that_do_not_exist():
+    with pytest.raises(UsageError, match="'t5_block'; there are text, image, blocks"):
+        compile_flags("t5_block", TRN1)
     with pytest.raises(UsageError, match="'fast'; there are default, published"):
-        compile_flags("transformer", TRN1, "fast")
+        compile_flags("blocks", TRN1, "fast")
     for name in ("", "../x", "a b", "a'b", "-x", "A"):
         with pytest.raises(UsageError, match="files are named by it"):
-            CompileJob(name, "transformer", Path("x"), "sha256:0")
+            CompileJob(name, "blocks", Path("x"), "sha256:0")
 
 
 # The command
@@ -151,7 +152,7 @@ def compile_one(tmp_path, calls):
     (tmp_path / "work").mkdir()
 
     def run(digest=digest, target=TRN1, preset="default"):
-        job = CompileJob("tail", "tail", hlo, digest)
+        job = CompileJob("tail", "blocks", hlo, digest)
         return compile_module(job, find_neuronx_cc(), target, preset, tmp_path / "work", tmp_path / "logs" / "tail.log")
 
     return run
@@ -162,7 +163,7 @@ def test_one_module_is_compiled_from_a_copy(compile_one, calls, tmp_path):
     assert stub_output == tmp_path / "work" / "tail.neff"
     assert stub_output.read_text().startswith("This is output of stub-neuronx-cc")
     (call,) = calls.iterdir()
-    argv = compile_argv("tail", INF2, "published", "tail.hlo_module.pb", "tail.neff")
+    argv = compile_argv("blocks", INF2, "published", "tail.hlo_module.pb", "tail.neff")
     assert call.read_text().splitlines() == argv[1:]
     log = (tmp_path / "logs" / "tail.log").read_text()
     assert log.startswith(f"$ {tmp_path / 'bin' / 'neuronx-cc'} compile --framework=XLA tail.hlo_module.pb")

@@ -27,7 +27,7 @@ HEAVY = {
     "sentencepiece", "psutil", "starlette", "uvicorn", "jax", "jaxlib", "torchax", "ml_dtypes",
 }  # fmt: skip
 
-MOST_LINES = 500
+MOST_LINES, MOST_PARAMETERS = 400, 8
 FORBIDDEN_FILES = re.compile(r"(^|_)(utils?|helpers?|common|misc|manager|handler)(_|$)")
 FORBIDDEN_CLASSES = re.compile(r"(Manager|Handler|Helper|Utils?)$")
 
@@ -228,6 +228,43 @@ def test_what_everybody_says_is_no_name_of_the_model():
     assert names_of_the_model(ast.parse(source)) == []
 
 
+TOOLCHAINS = sorted(
+    path.name for path in (PACKAGE / "compile" / "toolchains").iterdir() if (path / "__init__.py").exists()
+)
+# also a package, which writes and checks graphs for all of them, and the rung at which it runs them
+PACKAGES = {"onnxruntime"}
+
+
+def toolchains_named(tree: ast.Module) -> list[str]:
+    """Strings with a toolchain's name as a word in them."""
+    words = re.compile(rf"(?<!\w)({'|'.join(set(TOOLCHAINS) - PACKAGES)}|toolchains\.\w+)(?!\w)")
+    return [node.value for node in strings(tree) if words.search(node.value)]
+
+
+def is_toolchain(name: str) -> bool:
+    return room_of(name).startswith("toolchains.")
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(MODULES) if not is_toolchain(name)])
+def test_a_toolchain_is_named_in_its_own_folder_alone(name):
+    """But for the target, whose one field says who compiles for it."""
+    assert [target for target in imports_of(name) if target in MODULES and is_toolchain(target)] == []
+    named = toolchains_named(parse(MODULES[name]))
+    if name.startswith("fluxkiln.compile.targets."):
+        (target,) = (node for node in ast.walk(parse(MODULES[name])) if isinstance(node, ast.Call)
+                     and ast.unparse(node.func) == "Target")  # fmt: skip
+        named.remove(
+            *(ast.literal_eval(word.value) for word in target.keywords if word.arg == "toolchain")
+        ) if named else 0
+    assert named == [], "ask the toolchain: see compile/toolchain.py"
+
+
+def test_names_of_toolchains_are_seen():
+    assert TOOLCHAINS == ["neuron", "onnxruntime", "tpu_mlir"]
+    source = 'a == "neuron"\nb = {"tpu_mlir": 1}\nimport_module("fluxkiln.compile.toolchains.onnxruntime")\n"neurons"\n'
+    assert len(toolchains_named(ast.parse(source))) == 3
+
+
 def test_relative_imports_are_seen():
     tree = ast.parse("from ..cli import main\nfrom . import pack\n")
     found = [target for _, target in imported(tree, "fluxkiln.quantize.store", is_package=False)]
@@ -283,11 +320,29 @@ def test_early_imports_are_told_from_late_ones():
     assert found == {"typing", "numpy", "onnx", "scipy"}
 
 
+def crowded(tree: ast.Module) -> Iterator[str]:
+    """Functions with too many parameters."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            asked = node.args
+            names = {one.arg for one in (*asked.posonlyargs, *asked.args, *asked.kwonlyargs)} - {"self", "cls"}
+            if len(names) > MOST_PARAMETERS:
+                yield node.name
+
+
+def test_crowded_functions_are_seen():
+    assert list(
+        crowded(ast.parse("def f(self, a, b, c, d, e, g, h, *, i): ...\ndef g(a, b, c, d, e, f, h, i, *, j): ..."))
+    ) == ["g"]
+
+
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_length_and_names(path):
     lines = len(path.read_text(encoding="utf-8").splitlines())
     assert lines <= MOST_LINES, f"{lines} lines: two rooms would be clearer"
     assert not FORBIDDEN_FILES.search(path.stem), "the name says nothing about what is in it"
+    if "cli" not in path.parts:
+        assert list(crowded(parse(path))) == []
     classes = [node.name for node in ast.walk(parse(path)) if isinstance(node, ast.ClassDef)]
     assert [name for name in classes if FORBIDDEN_CLASSES.search(name)] == []
 

@@ -73,7 +73,7 @@ WASHES = SOUND.replace("def fire", "def wash(self): return 2\n    def fire")
 @pytest.mark.parametrize(
     ("source", "why"),
     [
-        (SOUND, "it lacks wash; ask its makers for a version that has what"),
+        (SOUND, "it lacks wash; ask its makers for a version that has what the interface has"),
         (WASHES.replace("fire", "bake").replace("wash", "rinse"), "it lacks fire, wash; ask its makers"),
         (WASHES.replace(', glaze = 3, "pot", "celadon"', ' = 3, "pot"'), "it lacks glaze; ask its makers"),
         (WASHES.replace("3,", "2,"), "it was written for version 2 of the interface, this has 3; install versions of"),
@@ -81,6 +81,9 @@ WASHES = SOUND.replace("def fire", "def wash(self): return 2\n    def fire")
         ("import no_such_clay", "it cannot be imported (ModuleNotFoundError: No module named 'no_such_clay'); mend or"),
         ("POT = 1 / 0", "it cannot be imported (ZeroDivisionError: division by zero); mend or uninstall it"),
         ("BOWL = 1", "it cannot be imported (AttributeError: module 'pots_of_clay' has no attribute 'POT')"),
+        (WASHES.replace("POT = Pot()", "POT = Pot"), "it is the class Pot, not an object of it; have the entry point"),
+        (WASHES.replace('"pot"', "7"), "its name is 7, not a word; ask its makers for a version with one"),
+        ("raise SystemExit('no clay')", "it cannot be imported (SystemExit: no clay); mend or uninstall it"),
         (WASHES.replace('"pot"', '"kettle"'), "there is a kettle already; uninstall one of them"),
     ],
 )  # fmt: skip
@@ -148,6 +151,7 @@ def test_commands_go_on_without_a_broken_one(tmp_path, repository, group, comman
     done = subprocess.run(argv, env=environ, capture_output=True, text=True, check=True)
     assert len(json.loads(done.stdout)[listed]) > 5
     told = (
-        f"clay of broken-clay 1.0 is left out of {group}: it cannot be imported (OSError: no kiln); mend or uninstall"
+        f"warning: clay of broken-clay 1.0 is left out of {group}: it cannot be imported (OSError: no kiln); "
+        "mend or uninstall it"
     )
     assert done.stderr.count("broken-clay") == done.stderr.count(told) == 1

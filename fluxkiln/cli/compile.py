@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 @store_options
 @json_option
 @click.pass_obj
-def compile(
+def compile_command(
     output: Output, bundle: Path | None, resume: bool, jobs: int | None, build_dir: Path, store: Path | None
 ) -> None:
     """Complete a bundle for trn1 or inf2 where the compiler is.
 
     Compiles the modules in BUNDLE that have no NEFF yet. Default: the only such bundle of the build folder.
 
-    Needs neuronx-cc of the Neuron SDK on PATH, and nothing of the checkpoint. What compile_neff.sh compiled in the
-    bundle is checked and taken over.
+    Needs the target's compiler on PATH, and nothing of the checkpoint. What the script in the bundle compiled is
+    checked and taken over.
     """
     if not resume:
         raise UsageError("compile only goes on where a build stopped: say --resume, or use `fluxkiln build TARGET`")

@@ -69,7 +69,7 @@ def store_options(command: _F) -> _F:
     return build_dir_option(store_option(command))
 
 
-def check_size(text: str | None) -> tuple[int, int] | None:
+def read_size(text: str | None) -> tuple[int, int] | None:
     """Width and height of `--size`; ShapeError at once when the model cannot take them."""
     return None if text is None else parse_size(text)
 
@@ -113,12 +113,17 @@ class BundleCommand(click.Command):
     """A command whose help ends with what can run a bundle; looked for when it is asked for."""
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        from fluxkiln.compile.targets import find_target, target_names
-        from fluxkiln.compile.toolchain import toolchain_of
+        from fluxkiln.compile.targets import all_targets
+        from fluxkiln.compile.toolchain import all_toolchains
 
+        known = all_toolchains()  # that of a plug-in's target may have been left out
         with formatter.section("Executors, the default of a target first"):
             formatter.write_dl(
-                [(name, ", ".join(toolchain_of(find_target(name)).executors)) for name in target_names()]
+                [
+                    (name, ", ".join(known[target.toolchain].executors))
+                    for name, target in all_targets().items()
+                    if target.toolchain in known
+                ]
             )
 
 

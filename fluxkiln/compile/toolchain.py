@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -157,7 +156,6 @@ class Toolchain(Protocol):
         """Raise ResourceError where the devices cannot hold the model, SchemeError where the compiler refuses."""
         return
 
-    @abstractmethod
     def jobs(self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, settings: Settings) -> list[Job]:
         """What `make` will do, and which of it the store has."""
 
@@ -167,7 +165,6 @@ class Toolchain(Protocol):
 
     # Making and judging.
 
-    @abstractmethod
     def make(
         self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, settings: Settings, progress: Progress, laps: Laps
     ) -> Made:
@@ -179,7 +176,6 @@ class Toolchain(Protocol):
         """Compile and prove what builds of any such checkpoint take from the store; the keys of the moulds."""
         raise UsageError(f"target {plan.target.name} has no moulds: {self.name} compiles nothing ahead of its weights")
 
-    @abstractmethod
     def climb(
         self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, made: Made, folder: Path, progress: Progress
     ) -> AbstractContextManager[Climb]:
@@ -230,7 +226,6 @@ class Toolchain(Protocol):
         """Compile what a bundle lacks, without its checkpoint; UsageError where bundles lack nothing."""
         raise UsageError(f"{bundle} is complete: what {self.name} makes is all made by the build")
 
-    @abstractmethod
     def open_executor(self, bundle: Bundle, name: str | None, options: Mapping[str, Any]) -> Executor:
         """What runs a bundle's parts; UsageError where it cannot, ToolchainError where something is not installed."""
 

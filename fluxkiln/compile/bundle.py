@@ -100,9 +100,9 @@ def open_bundle(folder: Path, progress: Progress | None = None) -> Bundle:
 
 def check_kinds(manifest: Manifest, model: Model, folder: Path) -> None:
     """Raise IntegrityError when the variant or a part's kind is one that the model has not."""
-    said = {"the model": ("variant", manifest.variant, model.steps)}
-    said |= {f"part {entry.name}": ("kind", entry.kind, model.kinds) for entry in manifest.parts}
-    for what, (key, value, known) in said.items():
+    said = [("the model", "variant", manifest.variant, tuple(model.steps))]
+    said += [(f"part {entry.name}", "kind", entry.kind, tuple(model.kinds)) for entry in manifest.parts]
+    for what, key, value, known in said:
         if value not in known:
             raise IntegrityError(
                 f"{folder / MANIFEST_FILE}: {what} is of the {key} {value!r}; {model.title} has the {key}s "

@@ -9,6 +9,8 @@ from typing import Protocol
 # What a job says that had nothing to do; such jobs tell nothing about how long the others take.
 FROM_STORE = "from the store"
 STEP_BYTES = 1_000_000_000
+# told bytes done and bytes in all, of what is read or written
+OnBytes = Callable[[int, int], None]
 
 
 class Progress(Protocol):

@@ -17,7 +17,7 @@ from fluxkiln.build.finish import HOST_CONSTANTS
 from fluxkiln.compile.bundle import CONFIGS, Bundle, open_bundle
 from fluxkiln.export.checkpoint import Checkpoint, TensorReader
 from fluxkiln.export.eager import PatchedRunner
-from fluxkiln.patches.flux1.host import host_constants
+from fluxkiln.patches.flux1.host import make_constants
 from fluxkiln.patches.flux1.kinds import list_parts
 from fluxkiln.types import Shapes
 
@@ -59,7 +59,7 @@ def make_bundle(checkpoint: Checkpoint, folder: Path, modulation: str = "hoisted
     work = folder / "work"
     work.mkdir(parents=True)
     constants, configs = work / "constants.safetensors", work / "configs.json"
-    made = host_constants(checkpoint.configs, SHAPES, TensorReader(checkpoint), split=False)
+    made = make_constants(checkpoint.configs, SHAPES, TensorReader(checkpoint), split=False)
     save_file({name: np.ascontiguousarray(array) for name, array in made.items()}, constants)
     configs.write_text(json.dumps(checkpoint.configs))
     (work / "LICENSE").write_text("a licence")

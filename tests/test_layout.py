@@ -372,3 +372,28 @@ def test_every_dependency_is_pinned():
 def normalised(name: str) -> str:
     """A distribution's name as package indexes compare it."""
     return re.sub(r"[-_.]+", "-", name).lower()
+
+
+# what is called alike in every folder of its kind, so that it can be found there
+ROLES = {
+    "API", "GATES", "GROUP", "METHOD", "PATCHES", "RUNGS", "TARGET", "TOOLCHAIN", "climb", "look", "main", "rounder",
+    "side_tensors",
+}  # fmt: skip
+
+
+def public_names(tree: ast.Module) -> Iterator[str]:
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            yield from (target.id for target in targets if isinstance(target, ast.Name))
+
+
+def test_no_two_public_things_have_one_name():
+    found: dict[str, list[str]] = {}
+    for module, path in MODULES.items():
+        for name in {name for name in public_names(parse(path)) if not name.startswith("_")} - ROLES:
+            found.setdefault(name, []).append(module)
+    assert {name: modules for name, modules in found.items() if len(modules) > 1} == {}
+    assert len(found) > 1000

@@ -27,8 +27,8 @@ from fluxkiln.files import disk_full_named, partial_file, publish
 from fluxkiln.progress import Progress, Silent
 from fluxkiln.settings import Settings
 
-INDEX = "moulds.json"
-FORMAT = "fluxkiln.moulds/1"
+MOULDS_FILE = "moulds.json"
+_FORMAT = "fluxkiln.moulds/1"
 MAX_INDEX_BYTES = 64 << 20
 _BLOB = re.compile(r"blobs/sha256/([0-9a-f]{64})")
 
@@ -112,11 +112,11 @@ def export_moulds(store: Store, target: Path, chip: str | None = None) -> list[M
         raise UsageError(f"{store.root} has no moulds{f' for {chip}' if chip else ''}; fluxkiln mould build makes some")
     records = [record for record in ActionCache(store).records() if _travels(record, chip)]
     blobs = {blob.digest: blob for record in records for blob in _blobs(record)}
-    index: dict[str, Any] = {"format": FORMAT, "fluxkiln": __version__, "records": records}
+    index: dict[str, Any] = {"format": _FORMAT, "fluxkiln": __version__, "records": records}
     target.parent.mkdir(parents=True, exist_ok=True)
     with disk_full_named(target.parent), partial_file(target.parent, f".{target.name}") as (partial, file):
         with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
-            _add(archive, INDEX, canonical_json(index))
+            _add(archive, MOULDS_FILE, canonical_json(index))
             for digest in sorted(blobs):
                 store.verify(digest)
                 with store.open(digest) as source:
@@ -142,7 +142,7 @@ def import_moulds(store: Store, source: Path) -> list[MouldEntry]:
                 data = archive.extractfile(member) if member.isreg() else None
                 if match is None or data is None or f"sha256:{match[1]}" not in wanted:
                     raise IntegrityError(
-                        f"{source} holds {member.name!r}, which its {INDEX} does not name; fetch it again"
+                        f"{source} holds {member.name!r}, which its {MOULDS_FILE} does not name; fetch it again"
                     )
                 _take(store, wanted.pop(f"sha256:{match[1]}"), data, source)
     except (OSError, tarfile.TarError) as error:
@@ -151,7 +151,7 @@ def import_moulds(store: Store, source: Path) -> list[MouldEntry]:
         ) from error
     missing = [digest for digest, blob in wanted.items() if not store.has(blob)]
     if missing:
-        raise IntegrityError(f"{source} ends before {missing[0]}, which its {INDEX} names; fetch it again")
+        raise IntegrityError(f"{source} ends before {missing[0]}, which its {MOULDS_FILE} names; fetch it again")
     cache = ActionCache(store)
     for record in records:
         cache.adopt(record)
@@ -171,19 +171,23 @@ def _take(store: Store, blob: Blob, data: Any, source: Path) -> None:
 
 
 def _read_index(archive: tarfile.TarFile, member: tarfile.TarInfo | None, source: Path) -> list[Mapping[str, Any]]:
-    data = archive.extractfile(member) if member is not None and member.name == INDEX and member.isreg() else None
+    data = archive.extractfile(member) if member is not None and member.name == MOULDS_FILE and member.isreg() else None
     if data is None or member is None or member.size > MAX_INDEX_BYTES:
-        raise UsageError(f"{source} does not begin with {INDEX}; give a file that fluxkiln mould export wrote")
+        raise UsageError(f"{source} does not begin with {MOULDS_FILE}; give a file that fluxkiln mould export wrote")
     try:
         index = json.loads(data.read())
-        records = index["records"] if index["format"] == FORMAT else None
+        records = index["records"] if index["format"] == _FORMAT else None
     except (ValueError, KeyError, TypeError):
         records = None
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise UsageError(f"{source}: {INDEX} is not of the format {FORMAT}; export it with this version of fluxkiln")
+        raise UsageError(
+            f"{source}: {MOULDS_FILE} is not of the format {_FORMAT}; export it with this version of fluxkiln"
+        )
     for record in records:
         if record.get("stage") not in _stages():
-            raise IntegrityError(f"{source}: {INDEX} has a record of stage {record.get('stage')!r}; fetch it again")
+            raise IntegrityError(
+                f"{source}: {MOULDS_FILE} has a record of stage {record.get('stage')!r}; fetch it again"
+            )
     return records
 
 

@@ -98,10 +98,10 @@ def check_resources(prepared: Prepared) -> None:
     toolchain_of(prepared.plan.target).check(prepared.checkpoint, prepared.plan, prepared.cache)
     jobs = [job for job in list_jobs(prepared) if not job.in_store]
     check_disk(prepared, jobs)
-    check_memory(jobs)
+    _check_memory(jobs)
 
 
-def check_memory(todo: Iterable[Job]) -> None:
+def _check_memory(todo: Iterable[Job]) -> None:
     """Refuse jobs the largest of which does not fit the memory even when it runs alone.
 
     Raises:

@@ -50,7 +50,7 @@ BUDGET_SCHEMES = ("W4BF16-g128-{0}", "W4BF16-{0}", "W4BF16-g32-{0}", "BF16")
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
+class Matrix:
     """A matrix of the checkpoint that a scheme may quantize."""
 
     component: str
@@ -76,7 +76,7 @@ class Quantized:
     `mix` is how slots were chosen per kind, where they were.
     """
 
-    layers: tuple[Layer, ...]
+    layers: tuple[Matrix, ...]
     figures: Mapping[str, Mapping[str, Figures]]
     chosen: Mapping[str, Figures]
     budget: int
@@ -234,7 +234,7 @@ def _per_kind(compared: Sequence[Scheme], budget: str, rules: Sequence[LayerRule
     return [compared[0], parse_scheme(compared[0].arithmetic)]
 
 
-def find_layers(checkpoint: Checkpoint) -> Iterator[Layer]:
+def find_layers(checkpoint: Checkpoint) -> Iterator[Matrix]:
     """Every matrix of the blocks of what may be quantized, in the order of the checkpoint."""
     model = checkpoint.model
     for component in model.calibrated:
@@ -243,11 +243,11 @@ def find_layers(checkpoint: Checkpoint) -> Iterator[Layer]:
         for name, ref in checkpoint.tensors.get(component, {}).items():
             linear = len(ref.shape) == 2 and name.endswith(".weight") and not name.endswith(tables)
             if linear and name.startswith(tuple(f"{stack}." for stack in stacks)):
-                yield Layer(component, name, ref)
+                yield Matrix(component, name, ref)
 
 
 def write_packed(
-    layers: Sequence[Layer],
+    layers: Sequence[Matrix],
     schemes: Mapping[str, Scheme],
     calibrations: Mapping[str, Calibration | None],
     out: Path,
@@ -296,7 +296,7 @@ def write_packed(
     unfinished.replace(out)
 
 
-def _tensors(layer: Layer, scheme: Scheme) -> list[tuple[str, str, tuple[int, int]]]:
+def _tensors(layer: Matrix, scheme: Scheme) -> list[tuple[str, str, tuple[int, int]]]:
     rows, columns = layer.shape
     if not scheme.weight_bits:
         return [("", "BF16", (rows, columns))]

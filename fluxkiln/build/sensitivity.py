@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from fluxkiln.verify.reference import Recording
 
 # what one set of weights makes at each recorded step: output -> array
-Made = list[dict[str, "NDArray[Any]"]]
+_Made = list[dict[str, "NDArray[Any]"]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +148,7 @@ class _Block:
         self.runner = TemplateRunner(self.weights.fill)
         self.expected = self.run(())
 
-    def run(self, coded: Collection[str]) -> Made:
+    def run(self, coded: Collection[str]) -> _Made:
         """The outputs of every recorded step, with these slots in codes."""
         self.weights.coded = frozenset(coded)
         self.runner.close()  # it keeps the weights of its last run

@@ -96,11 +96,11 @@ def patches_command(output: Output) -> None:
     A patch is `ok` while the source of every function that it stands for is one that it was checked with. A build
     refuses patches that are `changed`.
     """
-    from fluxkiln.patches.patch import examine
+    from fluxkiln.patches.patch import examine_patches
     from fluxkiln.patches.registry import all_models
 
     every = {patch.name: patch for model in reversed(all_models()) for patch in model.patches()}
-    statuses = [examine(patch) for patch in every.values()]
+    statuses = [examine_patches(patch) for patch in every.values()]
     documents = [
         {
             **{name: getattr(status.patch, name) for name in ("name", "kinds", "formats", "replaces")},

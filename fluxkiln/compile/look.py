@@ -74,7 +74,7 @@ def open_part(
 
 def look_below(opened: OpenPart, checkpoint: Checkpoint, progress: Progress) -> list[RungFindings]:
     """The rung `onnxruntime`, and `dequantized` where other weights are stored than the checkpoint's."""
-    rungs = [check_template(opened, checkpoint)]
+    rungs = [compare_template(opened, checkpoint)]
     progress.done(STAGE, "onnxruntime", f"{len(opened.operations)} operations")
     if opened.stored is not opened.weights:
         rungs.append(check_stored(opened))
@@ -87,7 +87,7 @@ def tell_rung(found: RungFindings, progress: Progress) -> None:
     progress.done(STAGE, found.rung, f"{len(found.findings)} values")
 
 
-def check_template(opened: OpenPart, checkpoint: Checkpoint) -> RungFindings:
+def compare_template(opened: OpenPart, checkpoint: Checkpoint) -> RungFindings:
     """The template with the checkpoint's weights against upstream's own modules, one by one in the order they run.
 
     A module's output is looked for among the template's values: patches may cut it in pieces, which are not judged.

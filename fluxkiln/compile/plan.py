@@ -12,9 +12,6 @@ from fluxkiln.compile.target import Target
 from fluxkiln.quantize.schemes import Scheme
 from fluxkiln.types import Part, Shapes, list_kinds
 
-# torch, diffusers and an exporter in one process
-TRACE_MEMORY = 1 << 30
-
 
 @dataclass(frozen=True, slots=True)
 class Plan:

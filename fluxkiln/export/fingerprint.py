@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 from fluxkiln.errors import CheckpointError
 from fluxkiln.export.safetensors_header import ITEM_BYTES
+from fluxkiln.progress import OnBytes
 from fluxkiln.types import TensorRef
 
 if TYPE_CHECKING:
     from fluxkiln.export.checkpoint import Checkpoint
 
-Progress = Callable[[int, int], None]
 
 _CHUNK_BYTES = 8 << 20
 # A file written this recently could change again with its times unchanged (2 s: the coarsest clock of a file system).
@@ -87,7 +87,7 @@ class DigestMemo:
 
 
 def digest_tensors(
-    refs: Iterable[TensorRef], memo: DigestMemo | None = None, progress: Progress | None = None
+    refs: Iterable[TensorRef], memo: DigestMemo | None = None, progress: OnBytes | None = None
 ) -> dict[str, str]:
     """sha256 of each tensor's dtype, shape and bytes, by tensor name.
 
@@ -102,7 +102,7 @@ def digest_tensors(
     return {ref.name: facts.sha256 for ref, facts in _read_facts(refs, memo, progress).items()}
 
 
-def scan_finite(refs: Iterable[TensorRef], memo: DigestMemo | None = None, progress: Progress | None = None) -> None:
+def scan_finite(refs: Iterable[TensorRef], memo: DigestMemo | None = None, progress: OnBytes | None = None) -> None:
     """Raise CheckpointError at the first tensor with a NaN or Inf, with its name and index; arguments as above."""
     for ref, facts in _read_facts(refs, memo, progress).items():
         if facts.first_nonfinite >= 0:
@@ -116,7 +116,7 @@ def scan_finite(refs: Iterable[TensorRef], memo: DigestMemo | None = None, progr
             )
 
 
-def shard_states(checkpoint: Checkpoint) -> dict[Path, tuple[int, ...]]:
+def checkpoint_states(checkpoint: Checkpoint) -> dict[Path, tuple[int, ...]]:
     """Size, times and inode of every weight file of a checkpoint.
 
     Raises:
@@ -128,7 +128,7 @@ def shard_states(checkpoint: Checkpoint) -> dict[Path, tuple[int, ...]]:
 
 def check_shards(checkpoint: Checkpoint, states: Mapping[Path, tuple[int, ...]]) -> None:
     """Raise CheckpointError when a weight file is not what it was when `states` was taken."""
-    for file, state in shard_states(checkpoint).items():
+    for file, state in checkpoint_states(checkpoint).items():
         if states.get(file) != state:
             raise CheckpointError(
                 f"{file} changed while the build read it, and a build is of one checkpoint; start again when nothing "
@@ -136,7 +136,7 @@ def check_shards(checkpoint: Checkpoint, states: Mapping[Path, tuple[int, ...]])
             )
 
 
-def fingerprint(checkpoint: Checkpoint, memo: DigestMemo | None = None, progress: Progress | None = None) -> str:
+def fingerprint(checkpoint: Checkpoint, memo: DigestMemo | None = None, progress: OnBytes | None = None) -> str:
     """sha256 over all that determines what a checkpoint computes: configs, tokenizers, scheduler, every tensor.
 
     It does not depend on where the folder lies nor on how tensors are spread over shards.
@@ -165,7 +165,7 @@ def _file_state(stat: os.stat_result) -> list[int]:
 
 
 def _read_facts(
-    refs: Iterable[TensorRef], memo: DigestMemo | None, progress: Progress | None
+    refs: Iterable[TensorRef], memo: DigestMemo | None, progress: OnBytes | None
 ) -> dict[TensorRef, TensorFacts]:
     by_file: dict[Path, list[TensorRef]] = {}
     for ref in refs:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 # safetensors dtype -> unsigned integer of its width, and the exponent bits: all ones in NaN and Inf, in nothing else
-EXPONENTS: Mapping[str, tuple[Any, int]] = {
+_EXPONENTS: Mapping[str, tuple[Any, int]] = {
     "BF16": (np.dtype("<u2"), 0x7F80),
     "F16": (np.dtype("<u2"), 0x7C00),
     "F32": (np.dtype("<u4"), 0x7F800000),
@@ -22,9 +22,9 @@ def first_nonfinite(raw: NDArray[np.uint8], dtype: str) -> int:
 
     A dtype without exponent bits of this kind has none.
     """
-    if dtype not in EXPONENTS:
+    if dtype not in _EXPONENTS:
         return -1
-    width, mask = EXPONENTS[dtype]
+    width, mask = _EXPONENTS[dtype]
     bits = raw.view(width)
     if not _has_ones(bits, bits.dtype.type(mask)):
         return -1

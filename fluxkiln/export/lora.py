@@ -26,13 +26,12 @@ from fluxkiln.export.fingerprint import DigestMemo, digest_tensors
 from fluxkiln.export.folders import check_destination, whole_or_nothing
 from fluxkiln.export.lora_file import LoraFile, Piece, digest_lora, read_lora
 from fluxkiln.export.weight_files import check_unchanged, shard_states
+from fluxkiln.progress import OnBytes
 from fluxkiln.types import TensorRef
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# bytes done, bytes in all; of what is written
-Progress = Callable[[int, int], None]
 # A LoRA's file and its strength.
 Lora = tuple[Path, float]
 Links = Literal["hard", "symbolic"]
@@ -60,7 +59,7 @@ def fuse_lora(
     checkpoint: Path,
     loras: Sequence[Lora],
     destination: Path,
-    progress: Progress | None = None,
+    progress: OnBytes | None = None,
     links: Links = "hard",
 ) -> Fused:
     """Write `checkpoint` with the LoRAs in its transformer to `destination`, which is there whole or not at all.
@@ -111,7 +110,7 @@ def fuse_lora(
 
 
 def fused_folder(
-    checkpoint: Path, loras: Sequence[Lora], models: Path, memo: DigestMemo, progress: Progress | None = None
+    checkpoint: Path, loras: Sequence[Lora], models: Path, memo: DigestMemo, progress: OnBytes | None = None
 ) -> Path:
     """Where the fused checkpoint of these inputs is kept below `models`, by what is in them; it may not be there yet.
 
@@ -135,7 +134,7 @@ def is_fused(folder: Path) -> bool:
     return (folder / RECORD).is_file() and all(path.exists() for path in folder.rglob("*"))
 
 
-def fuse_once(checkpoint: Path, loras: Sequence[Lora], folder: Path, progress: Progress | None = None) -> Path:
+def fuse_once(checkpoint: Path, loras: Sequence[Lora], folder: Path, progress: OnBytes | None = None) -> Path:
     """Make the checkpoint that `fused_folder` names, where it is not there yet; errors as `fuse_lora`."""
     if is_fused(folder):
         return folder
@@ -332,7 +331,7 @@ def _existing(folder: Path) -> Path:
     return folder
 
 
-def _counter(total: int, progress: Progress | None) -> Callable[[int], None]:
+def _counter(total: int, progress: OnBytes | None) -> Callable[[int], None]:
     done = 0
 
     def count(nbytes: int) -> None:

@@ -23,14 +23,13 @@ from fluxkiln.export.bindings import apply_transforms
 from fluxkiln.export.checkpoint import Checkpoint, read_tensor
 from fluxkiln.export.safetensors_header import ITEM_BYTES, read_header
 from fluxkiln.export.split import Window, bind_shard, split_slots, window_of
+from fluxkiln.progress import OnBytes
 from fluxkiln.types import Binding, Part, TensorRef, TensorSpec
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-# bytes done, bytes in all; of what is written
-Progress = Callable[[int, int], None]
 
 DTYPE = "BF16"
 _CONVERTED = ("BF16", "F16", "F32")
@@ -57,7 +56,7 @@ def write_shards(
     folder: Path,
     *,
     workers: int = WORKERS,
-    progress: Progress | None = None,
+    progress: OnBytes | None = None,
 ) -> tuple[ShardFile, ...]:
     """Write the shards of every rank of the parts to `folder`.
 
@@ -157,7 +156,7 @@ def join_shards(
     return tensors
 
 
-def _counter(total: int, progress: Progress | None) -> Callable[[int], None]:
+def _counter(total: int, progress: OnBytes | None) -> Callable[[int], None]:
     """A function to tell that bytes were written, from any thread."""
     done, lock = 0, threading.Lock()
 

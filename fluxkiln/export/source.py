@@ -6,21 +6,20 @@ import errno
 import hashlib
 import json
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 
 from fluxkiln.errors import CheckpointError, ResourceError, UsageError
 from fluxkiln.patches.model import Preset
 from fluxkiln.patches.registry import all_models, all_presets
-
-Progress = Callable[[int, int], None]
+from fluxkiln.progress import OnBytes
 
 _HUB_ID = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 
 def resolve_model(
-    spec: str, cache_dir: Path, progress: Progress | None = None, components: Collection[str] | None = None
+    spec: str, cache_dir: Path, progress: OnBytes | None = None, components: Collection[str] | None = None
 ) -> Path:
     """The folder of the checkpoint that `spec` names; made or fetched first where it is not there yet.
 
@@ -75,7 +74,7 @@ def synthetic_folder(preset: Preset, cache_dir: Path, components: Collection[str
 
 
 def _synthesize_once(
-    preset: Preset, cache_dir: Path, progress: Progress | None, components: Collection[str] | None
+    preset: Preset, cache_dir: Path, progress: OnBytes | None, components: Collection[str] | None
 ) -> Path:
     from fluxkiln.export.synth.checkpoint import synthesize, with_sisters
 

@@ -100,7 +100,7 @@ def source_digest(dotted: str) -> str:
     return hashlib.sha256(inspect.getsource(inspect.unwrap(function)).encode()).hexdigest()
 
 
-def examine(patch: Patch) -> PatchStatus:
+def examine_patches(patch: Patch) -> PatchStatus:
     """Compare what `patch` stands for with what is installed."""
     changed = []
     for dotted, known in patch.replaces.items():
@@ -116,7 +116,7 @@ def examine(patch: Patch) -> PatchStatus:
 def check_patches(patches: Iterable[Patch]) -> None:
     """Raise PatchError at the first patch whose upstream source is not one it was checked against."""
     for patch in patches:
-        status = examine(patch)
+        status = examine_patches(patch)
         if status.changed:
             dotted = status.changed[0]
             package = dotted.split(".")[0]

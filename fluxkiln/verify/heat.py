@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-AnyArray = NDArray[np.generic]
+_Array = NDArray[np.generic]
 
 # cells of a map at most; larger tensors are averaged
 MAP_TOKENS, MAP_CHANNELS = 48, 96
@@ -69,9 +69,9 @@ class WorstMaps:
         self,
         place: tuple[str, str, int, str],
         severity: float,
-        actual: AnyArray,
-        below: AnyArray,
-        base: AnyArray | None,
+        actual: _Array,
+        below: _Array,
+        base: _Array | None,
     ) -> None:
         """Keep the map of an output if it is among the worst; it is only made then.
 
@@ -109,9 +109,9 @@ class WorstMaps:
 def error_map(
     place: tuple[str, str, int, str],
     severity: float,
-    actual: AnyArray,
-    below: AnyArray,
-    base: AnyArray | None,
+    actual: _Array,
+    below: _Array,
+    base: _Array | None,
 ) -> ErrorMap | None:
     """The map of one output; None for what has no two axes to speak of."""
     channels = actual.shape[-1] if actual.ndim else 1

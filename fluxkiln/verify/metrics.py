@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fluxkiln.errors import ParityError
 
 # Elements converted to float64 at a time: three such pieces and their difference stay within 32 MB.
-CHUNK = 1 << 20
+_CHUNK = 1 << 20
 
 AnyArray = NDArray[np.generic]
 FloatArray = NDArray[np.float64]
@@ -206,7 +206,7 @@ def _chunks(
     """Pieces of the arrays as float64 [rows, channels]."""
     actual_RC, expected_RC = actual.reshape(-1, channels), expected.reshape(-1, channels)
     base_RC = None if base is None else base.reshape(-1, channels)
-    step = max(1, CHUNK // channels)
+    step = max(1, _CHUNK // channels)
     for start in range(0, len(expected_RC), step):
         piece = slice(start, start + step)
         yield (

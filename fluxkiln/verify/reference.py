@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
-FORMAT = 1
+_FORMAT = 1
 INDEX = "recording.json"
 RENDERED = ("latents", "image", "prompt_embeds", "pooled_prompt_embeds")
 
@@ -141,7 +141,7 @@ def record_reference(
                 "were expected; install the versions pinned in constraints.txt"
             )
     index = {
-        "format": FORMAT,
+        "format": _FORMAT,
         "shapes": {"height": shapes.height, "width": shapes.width, "tokens": shapes.tokens},
         **asdict(sampling),
         "seconds": {"load": loaded - start, "run": made.seconds},
@@ -176,8 +176,8 @@ def read_recording(path: Path) -> Recording:
     """
     try:
         index = json.loads((path / INDEX).read_bytes())
-        if index["format"] != FORMAT:
-            raise IntegrityError(f"{path / INDEX} has format {index['format']}, this is {FORMAT}; record it again")
+        if index["format"] != _FORMAT:
+            raise IntegrityError(f"{path / INDEX} has format {index['format']}, this is {_FORMAT}; record it again")
         return Recording(
             root=path,
             shapes=Shapes(**index["shapes"]),

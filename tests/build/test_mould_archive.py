@@ -12,7 +12,7 @@ import pytest
 
 from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.artifacts.store import Store
-from fluxkiln.build.mould_archive import INDEX, export_moulds, import_moulds, list_moulds
+from fluxkiln.build.mould_archive import MOULDS_FILE, export_moulds, import_moulds, list_moulds
 from fluxkiln.compile.templates import make_template
 from fluxkiln.compile.toolchains.tpu_mlir import environment
 from fluxkiln.compile.toolchains.tpu_mlir.compilation import make_files
@@ -91,7 +91,7 @@ def forge(members):
     """A record whose settings were changed under its old key."""
     index = json.loads(members[0][1])
     index["records"][0]["tools"] = {"torch": "0"}
-    return [(INDEX, json.dumps(index).encode()), *members[1:]]
+    return [(MOULDS_FILE, json.dumps(index).encode()), *members[1:]]
 
 
 SPOILT = {
@@ -104,7 +104,7 @@ SPOILT = {
     ),
     "a path that leads out": (lambda m: [*m, ("../../evil", b"x")], IntegrityError, r"holds '\.\./\.\./evil'"),
     "no index": (lambda members: members[1:], UsageError, "does not begin with moulds.json"),
-    "another format": (lambda m: [(INDEX, b'{"format": "x"}'), *m[1:]], UsageError, "is not of the format"),
+    "another format": (lambda m: [(MOULDS_FILE, b'{"format": "x"}'), *m[1:]], UsageError, "is not of the format"),
     "a forged record": (forge, IntegrityError, "its ingredients have"),
 }
 

@@ -7,13 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fluxkiln.compile.look import check_stored, check_template
+from fluxkiln.compile.look import check_stored, compare_template
 
 
 @pytest.mark.parametrize("target", ["bm1684x", "cpu"])
 def test_faults_of_the_export_are_found_against_the_modules(opened, target):
     part, made = opened("single.02", target=target)
-    assert check_template(part, made.checkpoint).culprit is None
+    assert compare_template(part, made.checkpoint).culprit is None
     weight, bias = (
         next(slot for slot in part.weights if slot.startswith(f"attn.to_k.{what}")) for what in ("weight", "bias")
     )
@@ -23,7 +23,7 @@ def test_faults_of_the_export_are_found_against_the_modules(opened, target):
         bias: {**part.weights, bias: part.weights[others["bias"]], others["bias"]: part.weights[bias]},
     }
     for slot, weights in spoilt.items():
-        culprit = check_template(replace(part, weights=weights), made.checkpoint).culprit
+        culprit = compare_template(replace(part, weights=weights), made.checkpoint).culprit
         assert culprit.rung == "onnxruntime"
         assert slot in culprit.slots or (slot == bias and others["bias"] in culprit.slots)
 

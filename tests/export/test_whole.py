@@ -20,7 +20,7 @@ from fluxkiln.compile.onnx.session import open_session
 from fluxkiln.errors import ExportError, UsageError
 from fluxkiln.export.checkpoint import TensorReader
 from fluxkiln.export.whole import LinkedPart, component_graphs, stitch_parts
-from fluxkiln.patches.flux1.host import T5_BIAS_TABLE, host_constants
+from fluxkiln.patches.flux1.host import T5_BIAS_TABLE, make_constants
 from fluxkiln.patches.flux1.kinds import MODULATION_ROWS, list_parts, make_part
 from fluxkiln.patches.flux1.model import MODEL
 from fluxkiln.progress import Silent
@@ -58,7 +58,7 @@ def reference(tiny_checkpoint):
     @functools.cache
     def compute(preset):
         checkpoint = tiny_checkpoint(preset)
-        constants = host_constants(checkpoint.configs, SHAPES, TensorReader(checkpoint), split=False)
+        constants = make_constants(checkpoint.configs, SHAPES, TensorReader(checkpoint), split=False)
         return {
             "transformer": transformer_reference(checkpoint, constants),
             "text_encoder_2": t5_reference(checkpoint, constants),

@@ -21,7 +21,7 @@ from fluxkiln.patches.patch import (
     _locate,
     apply_patches,
     check_patches,
-    examine,
+    examine_patches,
     patches_for,
     source_digest,
 )
@@ -78,7 +78,7 @@ def patch_of(*names, replacement=True):
 
 def test_installed_versions_are_the_ones_checked():
     check_patches(MODEL.patches())
-    assert [status.changed for status in map(examine, MODEL.patches())] == [()] * len(MODEL.patches())
+    assert [status.changed for status in map(examine_patches, MODEL.patches())] == [()] * len(MODEL.patches())
 
 
 def test_list_is_complete_and_explains_itself():
@@ -98,7 +98,7 @@ def test_list_is_complete_and_explains_itself():
 
 
 def test_installed_version_is_reported():
-    status = examine(PATCHES["double_block"])
+    status = examine_patches(PATCHES["double_block"])
     assert set(status.installed) == {"diffusers"}
     assert re.fullmatch(r"\d+\.\d+\.\d+.*", status.installed["diffusers"])
 
@@ -112,7 +112,7 @@ def test_changed_upstream_source_is_refused(monkeypatch, name, dotted):
         check_patches([patch])
     assert f"patch {name}: {dotted} of {dotted.split('.')[0]}" in str(error.value)
     assert "install the versions pinned in constraints.txt" in str(error.value)
-    assert examine(patch).changed == (dotted,)
+    assert examine_patches(patch).changed == (dotted,)
     with pytest.raises(PatchError), apply_patches([patch]):
         pytest.fail("the patch was applied")
 
@@ -134,7 +134,7 @@ def test_refused_for_every_kind_it_is_used_for(monkeypatch):
 def test_vanished_upstream_function_is_refused(upstream):
     patch = patch_of("Layer.forward")
     del upstream.Layer.forward
-    assert examine(patch).changed == ("upstream_for_test.Layer.forward",)
+    assert examine_patches(patch).changed == ("upstream_for_test.Layer.forward",)
     with pytest.raises(PatchError, match=r"patch for_test: upstream_for_test.Layer.forward"):
         check_patches([patch])
     with pytest.raises(PatchError, match="does not exist in upstream_for_test"):

@@ -52,7 +52,7 @@ def test_worst_channel_sees_what_the_norm_dilutes():
 
 def test_chunks_do_not_change_the_result(arrays, monkeypatch):
     whole = compare(*arrays)
-    monkeypatch.setattr(metrics, "CHUNK", 40)
+    monkeypatch.setattr(metrics, "_CHUNK", 40)
     pieces = compare(*arrays)
     for name in ("cosine", "relative_l2", "max_abs", "worst_channel", "delta_cosine", "delta_relative_l2"):
         assert getattr(pieces, name) == pytest.approx(getattr(whole, name), rel=1e-13), name
@@ -134,7 +134,7 @@ def test_memory_stays_bounded():
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     # The base made here is 25 MB; in float64 the three arrays would be 150 MB.
-    assert peak < 25e6 + 9 * 8 * metrics.CHUNK
+    assert peak < 25e6 + 9 * 8 * metrics._CHUNK
 
 
 def test_images(pictures):

@@ -11,7 +11,7 @@ import torch
 
 from fluxkiln.errors import CheckpointError, IntegrityError, PatchError, ResourceError, UsageError
 from fluxkiln.export.checkpoint import TensorReader, open_checkpoint
-from fluxkiln.patches.flux1.host import host_constants, pooled_row
+from fluxkiln.patches.flux1.host import make_constants, pooled_row
 from fluxkiln.patches.flux1.inputs import part_inputs
 from fluxkiln.patches.flux1.kinds import list_parts
 from fluxkiln.patches.pipeline import PROMPT, Sampling
@@ -97,7 +97,7 @@ def test_every_part_changes_what_it_is_given(case):
 
 def test_host_constants_are_what_the_reference_computes(case):
     checkpoint, _, recording = case
-    constants = host_constants(checkpoint.configs, recording.shapes, TensorReader(checkpoint), split=False)
+    constants = make_constants(checkpoint.configs, recording.shapes, TensorReader(checkpoint), split=False)
     for name in ("rotary_cos", "rotary_sin"):
         np.testing.assert_array_equal(recording.inputs("double.01", 1)[name], constants[name])
         np.testing.assert_array_equal(recording.inputs("single.02", 0)[name], constants[name])

@@ -18,7 +18,7 @@ from typing import TypeAlias, TypeVar
 from fluxkiln.errors import UsageError
 
 LAYOUT_PREFIX, HUB_PREFIX = "oci-layout:", "hf://"
-FORMS = "oci-layout:PATH:TAG, HOST/REPO:TAG or hf://ORG/REPO@REV"
+_FORMS = "oci-layout:PATH:TAG, HOST/REPO:TAG or hf://ORG/REPO@REV"
 MAX_REPOSITORY = 255
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
@@ -168,12 +168,12 @@ def _parse_registry(text: str) -> RegistryReference:
     if "://" in text:
         scheme = text.split("://")[0]
         raise UsageError(f"reference {text!r} begins with {scheme}://; leave it out: TLS is the rule, --plain-http the "
-                         f"exception. The forms are {FORMS}")  # fmt: skip
+                         f"exception. The forms are {_FORMS}")  # fmt: skip
     host, slash, rest = text.partition("/")
     if not slash or not _HOST.fullmatch(host):
         raise UsageError(
             f"reference {text!r} begins with no host ({host!r}); a host has a dot, a port, or is localhost. The forms "
-            f"are {FORMS}"
+            f"are {_FORMS}"
         )
     rest, at, digest = rest.partition("@")
     if at and not _DIGEST.fullmatch(digest):

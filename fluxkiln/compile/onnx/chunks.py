@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from onnx import NodeProto, TensorProto
 
 RANGE_BYTES = 6 << 20  # of float32
-ROWS = 64  # ranges are multiples of it, so that the product's kernels have no remainder in between
+_ROWS = 64  # ranges are multiples of it, so that the product's kernels have no remainder in between
 # rows of activations, in input channels of the weight: from here on the results to join are larger than what is saved
 MOST_TOKENS = 0.5
 
@@ -138,7 +138,7 @@ def _is_plain(node: NodeProto) -> bool:
 
 def _worthwhile(product: _Product, activations: tuple[int, ...] | None, range_bytes: int) -> bool:
     rows = product.rows[1] - product.rows[0]
-    if rows <= ROWS or 4 * rows * product.width <= range_bytes or not activations or 0 in activations:
+    if rows <= _ROWS or 4 * rows * product.width <= range_bytes or not activations or 0 in activations:
         return False
     return math.prod(activations[:-1]) <= MOST_TOKENS * product.width
 
@@ -149,7 +149,7 @@ def _ranges(node: NodeProto, product: _Product, range_bytes: int, made: dict[str
 
     start, stop = product.rows
     count = -(-4 * (stop - start) * product.width // range_bytes)
-    step = -(-(stop - start) // (count * ROWS)) * ROWS
+    step = -(-(stop - start) // (count * _ROWS)) * _ROWS
     x, output = node.input[0], node.output[0]
     bias = node.input[2] if len(node.input) > 2 else ""
     nodes, results = [], []

@@ -32,7 +32,7 @@ from fluxkiln.progress import Progress
 from fluxkiln.quantize.schemes import Scheme, parse_scheme
 from fluxkiln.types import Binding, GraphFormat, Part, Shapes, Template, TensorRef
 
-GRAPHS = "onnx"
+_GRAPHS = "onnx"
 WEIGHTS = "weights"
 LINKED_FORMATS: tuple[GraphFormat, ...] = ("onnx23", "onnx17")
 Placing = Literal["in place", "clone", "hard link", "copy"]

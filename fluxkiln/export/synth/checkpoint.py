@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,8 @@ from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.export.folders import check_destination, whole_or_nothing
 from fluxkiln.patches.model import Model, Preset
 from fluxkiln.patches.registry import all_presets
+from fluxkiln.progress import OnBytes
 from fluxkiln.types import TensorRef
-
-Progress = Callable[[int, int], None]
 
 # As many files as FLUX.1 has; one for the others.
 _SHARDS = {"text_encoder_2": 2, "transformer": 3}
@@ -84,7 +83,7 @@ def synthesize(
     destination: Path,
     components: Collection[str] | None = None,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: OnBytes | None = None,
 ) -> Path:
     """Write a checkpoint of random bfloat16 weights in the diffusers layout.
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 T5_BIAS_TABLE = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
 
 
-def host_constants(configs: Configs, shapes: Shapes, read: ReadTensor, split: bool) -> dict[str, NDArray[Any]]:
+def make_constants(configs: Configs, shapes: Shapes, read: ReadTensor, split: bool) -> dict[str, NDArray[Any]]:
     """What the host hands to the parts of the components that are there, by name.
 
     `rotary_cos`, `rotary_sin` [J, K] float32; of T5 `position_bias` [1, H, T, T] float32, or where the model is cut

@@ -7,9 +7,9 @@ Names are those of FLUX.1's own files: CLIP's carry the prefix `text_model.`, wh
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
-Config = Mapping[str, Any]
+from fluxkiln.patches.model import Config
+
 Entry = tuple[str, tuple[int, ...]]
 
 

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch.nn import Module
 
-Values = Mapping[str, "NDArray[Any]"]
+_Values = Mapping[str, "NDArray[Any]"]
 # a part -> its wrapper module with the checkpoint's weights, float32
 Load = Callable[[Part], "Module"]
 
 
 def see_split_leaves(
-    part: Part, configs: Configs, inputs: Values, state: Values, load: Load
+    part: Part, configs: Configs, inputs: _Values, state: _Values, load: Load
 ) -> tuple[Leaf, ...] | None:
     """What diffusers' and transformers' own leaf modules make, in call order, float32; None for a part that is whole.
 
@@ -37,7 +37,7 @@ def see_split_leaves(
     return _see_block(part, inputs, load) if part.traits.cut in ("double", "single") else None
 
 
-def _see_t5(configs: Configs, inputs: Values, state: Values) -> tuple[Leaf, ...]:
+def _see_t5(configs: Configs, inputs: _Values, state: _Values) -> tuple[Leaf, ...]:
     import torch
     from transformers import T5Config, T5EncoderModel
 
@@ -52,7 +52,7 @@ def _see_t5(configs: Configs, inputs: Values, state: Values) -> tuple[Leaf, ...]
     return tuple(replace(leaf, name="shared" if leaf.name == "encoder.embed_tokens" else leaf.name) for leaf in seen)
 
 
-def _see_head(configs: Configs, inputs: Values, load: Load) -> tuple[Leaf, ...]:
+def _see_head(configs: Configs, inputs: _Values, load: Load) -> tuple[Leaf, ...]:
     """The whole model's head, and the AdaLN linears of its blocks and of its tail."""
     import torch
 
@@ -74,7 +74,7 @@ def _see_head(configs: Configs, inputs: Values, load: Load) -> tuple[Leaf, ...]:
     return tuple(seen)
 
 
-def _see_block(part: Part, inputs: Values, load: Load) -> tuple[Leaf, ...]:
+def _see_block(part: Part, inputs: _Values, load: Load) -> tuple[Leaf, ...]:
     """diffusers' own block, its AdaLN linears replaced by the rows that they would give."""
     import torch
     from torch import nn

@@ -173,9 +173,9 @@ class Flux1:
         return (*upstream, *parallel_transformer.PATCHES, *parallel_text.PATCHES)
 
     def host_constants(self, configs: Configs, shapes: Shapes, read: ReadTensor, split: bool) -> dict[str, Any]:
-        from fluxkiln.patches.flux1.host import host_constants
+        from fluxkiln.patches.flux1.host import make_constants
 
-        return host_constants(configs, shapes, read, split)
+        return make_constants(configs, shapes, read, split)
 
     def weight_uses(self, shapes: Shapes) -> dict[str, WeightUse]:
         decoded = DECODED * shapes.latent_hw[0] * shapes.latent_hw[1]

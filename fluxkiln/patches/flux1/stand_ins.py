@@ -22,7 +22,7 @@ from fluxkiln.patches.flux1.kinds import MODULATION_CHUNKS, modulation_name
 from fluxkiln.patches.pipeline import PartChain, PipelineFiles
 from fluxkiln.types import Part
 
-AnyArray = NDArray[Any]
+_Array = NDArray[Any]
 
 
 class _StandIn(nn.Module):
@@ -40,7 +40,7 @@ class _StandIn(nn.Module):
     def parts_of_kind(self, kind: str) -> tuple[Part, ...]:
         return tuple(part for part in self.parts if part.kind == kind)
 
-    def run_kind(self, kind: str, **inputs: AnyArray) -> dict[str, AnyArray]:
+    def run_kind(self, kind: str, **inputs: _Array) -> dict[str, _Array]:
         """Run the only part of `kind`."""
         (part,) = self.parts_of_kind(kind)
         return self.chain.run(part, inputs)
@@ -51,7 +51,7 @@ class TextEncoder(_StandIn):
 
     def __init__(self, chain: PartChain, config: Mapping[str, Any]) -> None:
         super().__init__("text_encoder", chain, config)
-        self.pooled_row: Callable[[AnyArray], int] = lambda input_ids: pooled_row(input_ids, config)
+        self.pooled_row: Callable[[_Array], int] = lambda input_ids: pooled_row(input_ids, config)
 
     def forward(self, input_ids: Tensor, **_: Any) -> SimpleNamespace:
         ids = input_ids.numpy()
@@ -62,7 +62,7 @@ class TextEncoder(_StandIn):
 class TextEncoder2(_StandIn):
     """T5: embedding, blocks, final norm."""
 
-    def __init__(self, chain: PartChain, config: Mapping[str, Any], constants: Mapping[str, AnyArray]) -> None:
+    def __init__(self, chain: PartChain, config: Mapping[str, Any], constants: Mapping[str, _Array]) -> None:
         super().__init__("text_encoder_2", chain, config)
         self.constants = constants
 
@@ -81,7 +81,7 @@ class TextEncoder2(_StandIn):
 class Transformer(_StandIn):
     """The inline form: head, double blocks, single blocks on the joint sequence, tail on the image tokens."""
 
-    def __init__(self, chain: PartChain, config: Mapping[str, Any], rotary: Mapping[str, AnyArray]) -> None:
+    def __init__(self, chain: PartChain, config: Mapping[str, Any], rotary: Mapping[str, _Array]) -> None:
         defaults = {"guidance_embeds": False}
         super().__init__("transformer", chain, {**defaults, **config})
         self.rotary = dict(rotary)
@@ -109,18 +109,16 @@ class Transformer(_StandIn):
         }
         return (_tensor(self.denoise(tokens, times)),)
 
-    def denoise(self, tokens: Mapping[str, AnyArray], times: Mapping[str, AnyArray]) -> AnyArray:
+    def denoise(self, tokens: Mapping[str, _Array], times: Mapping[str, _Array]) -> _Array:
         """One step: the velocity [1, S, 4C] of what `head` takes."""
         head = self.run_kind("head", **tokens, **times)
         temb = head["temb"]
         return self.run_blocks(head["hidden_states_out"], head["encoder_hidden_states_out"], lambda _: {"temb": temb})
 
-    def run_blocks(
-        self, image: AnyArray, text: AnyArray, condition: Callable[[Part], Mapping[str, AnyArray]]
-    ) -> AnyArray:
+    def run_blocks(self, image: _Array, text: _Array, condition: Callable[[Part], Mapping[str, _Array]]) -> _Array:
         """Blocks in the order of the parts and the tail, each with what `condition` has for it."""
         (tail,) = (part for part in self.parts if part.traits.family == "tail")
-        joint: AnyArray | None = None  # text and image as single blocks pass them on
+        joint: _Array | None = None  # text and image as single blocks pass them on
         for part in (part for part in self.parts if part.traits.is_block):
             given = {**condition(part), **self.rotary}
             if part.traits.family == "single":
@@ -143,14 +141,14 @@ class HoistedTransformer(Transformer):
     """
 
     def __init__(
-        self, chain: PartChain, config: Mapping[str, Any], rotary: Mapping[str, AnyArray], scheduler: Any
+        self, chain: PartChain, config: Mapping[str, Any], rotary: Mapping[str, _Array], scheduler: Any
     ) -> None:
         super().__init__(chain, config, rotary)
         self.scheduler = scheduler
-        self.timesteps: AnyArray = np.empty(0, np.float32)
-        self.modulation: dict[str, AnyArray] = {}
+        self.timesteps: _Array = np.empty(0, np.float32)
+        self.modulation: dict[str, _Array] = {}
 
-    def denoise(self, tokens: Mapping[str, AnyArray], times: Mapping[str, AnyArray]) -> AnyArray:
+    def denoise(self, tokens: Mapping[str, _Array], times: Mapping[str, _Array]) -> _Array:
         step = self.scheduler.step_index or 0  # None until its first step is done
         if step == 0:
             self._modulate(times)
@@ -162,12 +160,12 @@ class HoistedTransformer(Transformer):
             )
         made = self.run_kind("token_embed", **tokens)
 
-        def condition(part: Part) -> dict[str, AnyArray]:
+        def condition(part: Part) -> dict[str, _Array]:
             return {"modulation": self.modulation[modulation_name(part)][step : step + 1]}
 
         return self.run_blocks(made["hidden_states_out"], made["encoder_hidden_states_out"], condition)
 
-    def _modulate(self, times: Mapping[str, AnyArray]) -> None:
+    def _modulate(self, times: Mapping[str, _Array]) -> None:
         """Run what depends on the time alone, one row a step."""
         # as the pipeline hands them to the model
         self.timesteps = (self.scheduler.timesteps / 1000).numpy()
@@ -185,7 +183,7 @@ class HoistedTransformer(Transformer):
 class SplitTransformer(Transformer):
     """The form of a split model: a head with all modulation of the step, parts of one or several blocks, tail."""
 
-    def denoise(self, tokens: Mapping[str, AnyArray], times: Mapping[str, AnyArray]) -> AnyArray:
+    def denoise(self, tokens: Mapping[str, _Array], times: Mapping[str, _Array]) -> _Array:
         if self.parts_of_kind("transformer"):
             return self.run_kind("transformer", **tokens, **times, **self.rotary)["sample"]
         head = self.run_kind("modulated_head", **tokens, **times)
@@ -202,7 +200,7 @@ class SplitTransformer(Transformer):
         )
 
 
-def _apart(joint: AnyArray, text: AnyArray) -> tuple[AnyArray, AnyArray]:
+def _apart(joint: _Array, text: _Array) -> tuple[_Array, _Array]:
     """The joint sequence as text of the length of `text`, and image."""
     first, second = np.split(joint, [text.shape[1]], axis=1)
     return np.ascontiguousarray(first), np.ascontiguousarray(second)
@@ -260,6 +258,6 @@ def build_pipeline(files: PipelineFiles, chain: PartChain, pipeline_class: Any =
     )
 
 
-def _tensor(array: AnyArray) -> Tensor:
+def _tensor(array: _Array) -> Tensor:
     # a copy: a runner's array may be read-only or not aligned
     return torch.from_numpy(np.array(array, dtype=np.float32))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from fluxkiln.quantize.statistics import Statistics
 
-EXPONENTS = tuple(step / 12 for step in range(12))
+_EXPONENTS = tuple(step / 12 for step in range(12))
 
 
 def side_tensors(
@@ -61,7 +61,7 @@ def find_divisors(weight_OI: NDArray[Any], group_size: int, statistics: Statisti
     importance = statistics.diagonal
     peaks = np.maximum(statistics.peaks, max(float(statistics.peaks.max()) * 1e-4, 1e-12))
     best, found = np.inf, None
-    for exponent in EXPONENTS:
+    for exponent in _EXPONENTS:
         scales = peaks**exponent
         scales /= np.sqrt(scales.max() * scales.min())
         divisors: NDArray[Any] = np.reciprocal(bf16_to_float32(to_bf16_bits(1 / scales)))

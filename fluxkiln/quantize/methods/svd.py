@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fluxkiln.quantize.statistics import Statistics
 
 # of a matrix that are in float64 at a time
-ROWS = 512
+_ROWS = 512
 
 
 def side_tensors(
@@ -87,7 +87,7 @@ def _transposed_product(matrix: NDArray[Any], left: NDArray[Any]) -> NDArray[Any
 
 
 def _row_blocks(matrix: NDArray[Any]) -> list[NDArray[Any]]:
-    return [matrix[start : start + ROWS] for start in range(0, len(matrix), ROWS)]
+    return [matrix[start : start + _ROWS] for start in range(0, len(matrix), _ROWS)]
 
 
 METHOD = Method(ls.rounder, calibrated=True, roles=(DOWN, UP), default_rank=32, side_tensors=side_tensors)

@@ -18,7 +18,7 @@ from fluxkiln.verify.report.plot import Plot, Point, cross, decades, marker, svg
 
 Measure = Literal["delta", "whole", "added"]
 ReportRow = Mapping[str, Any]
-Rungs = Mapping[str, Rung]
+_Rungs = Mapping[str, Rung]
 
 BINS = 17  # half decades from 1e-8: the first bin holds everything below, the last everything from 1 up
 COLUMNS = 24  # a panel wraps after this many parts, so that it still fits a telephone
@@ -54,7 +54,7 @@ def at_build_shapes(rows: Iterable[ReportRow]) -> list[ReportRow]:
     return [row for row in rows if not split_name(row["part"])[1]]
 
 
-def ladder_panels(rows: Sequence[ReportRow], measure: Measure, known: Rungs) -> list[tuple[str, str]]:
+def ladder_panels(rows: Sequence[ReportRow], measure: Measure, known: _Rungs) -> list[tuple[str, str]]:
     """Heat maps rung x part, one (title, svg) per kind.
 
     Kinds that exist once share the first panel; parts executed at other shapes than the rest share one with numbers.
@@ -88,13 +88,13 @@ def ladder_panels(rows: Sequence[ReportRow], measure: Measure, known: Rungs) -> 
     return panels
 
 
-def _rungs_of(cells: Mapping[tuple[str, str], Cell], parts: Sequence[str], known: Rungs) -> list[str]:
+def _rungs_of(cells: Mapping[tuple[str, str], Cell], parts: Sequence[str], known: _Rungs) -> list[str]:
     """The rungs that any of `parts` climbed, the highest first."""
     chosen = set(parts)
     return sorted({rung for part, rung in cells if part in chosen}, key=lambda rung: -known[rung].order)
 
 
-def depth_chart(rows: Sequence[ReportRow], kinds: Mapping[str, str], measure: Measure, known: Rungs) -> str:
+def depth_chart(rows: Sequence[ReportRow], kinds: Mapping[str, str], measure: Measure, known: _Rungs) -> str:
     """Error over depth: a line per rung, a point per block, logarithmic; empty when there are no such rows.
 
     A dashed line marks the delta cosine bound as the error it allows when only the direction is wrong,
@@ -127,7 +127,7 @@ def depth_chart(rows: Sequence[ReportRow], kinds: Mapping[str, str], measure: Me
     return svg(plot.width, plot.height, label, out, css="depth")
 
 
-def step_chart(rows: Sequence[ReportRow], kinds: Mapping[str, str], measure: Measure, known: Rungs) -> str:
+def step_chart(rows: Sequence[ReportRow], kinds: Mapping[str, str], measure: Measure, known: _Rungs) -> str:
     """Error over denoising steps: per rung a line of the worst block and a dotted one of the middle block.
 
     Empty where fewer than two steps were recorded.
@@ -158,7 +158,7 @@ def step_chart(rows: Sequence[ReportRow], kinds: Mapping[str, str], measure: Mea
     return svg(plot.width, plot.height, label, out, css="depth")
 
 
-def rungs_drawn(rows: Sequence[ReportRow], kinds: Mapping[str, str], known: Rungs) -> list[Rung]:
+def rungs_drawn(rows: Sequence[ReportRow], kinds: Mapping[str, str], known: _Rungs) -> list[Rung]:
     """The rungs that the charts of these kinds have a line for, the lowest first."""
     return sorted({known[row["rung"]] for row in _drawn(rows, kinds, known)}, key=lambda rung: rung.order)
 
@@ -172,7 +172,7 @@ def rung_keys(rungs: Sequence[Rung]) -> str:
     )
 
 
-def _drawn(rows: Sequence[ReportRow], kinds: Mapping[str, str], known: Rungs) -> list[ReportRow]:
+def _drawn(rows: Sequence[ReportRow], kinds: Mapping[str, str], known: _Rungs) -> list[ReportRow]:
     return [row for row in at_build_shapes(rows) if row["kind"] in kinds and not known[row["rung"]].exact]
 
 
@@ -278,7 +278,7 @@ def shade_of(value: float) -> int:
     return 0 if value <= 0.0 else min(BINS - 1, max(0, math.floor(2.0 * (math.log10(value) + 8.0))))
 
 
-def _delta_bounds(rows: Iterable[ReportRow], measure: Measure, known: Rungs) -> dict[float, list[str]]:
+def _delta_bounds(rows: Iterable[ReportRow], measure: Measure, known: _Rungs) -> dict[float, list[str]]:
     """Delta cosine bounds that apply on the side `measure` shows, and the rungs each applies to."""
     side = "previous" if measure == "added" else "reference"
     bounds: dict[float, set[str]] = {}

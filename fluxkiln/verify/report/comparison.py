@@ -12,7 +12,7 @@ from fluxkiln.verify.report.charts import at_build_shapes, shade_of, value_of
 from fluxkiln.verify.report.document import FACTS, page_environment, plain, read_rungs
 from fluxkiln.verify.report.page import compact_json, embed_document
 
-Document = Mapping[str, Any]
+_Document = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class ErrorCell:
     passed: bool
 
 
-def render_comparison(documents: Sequence[Document]) -> str:
+def render_comparison(documents: Sequence[_Document]) -> str:
     """One HTML page that holds the reports against one another.
 
     Args:
@@ -72,7 +72,7 @@ def render_comparison(documents: Sequence[Document]) -> str:
     return page
 
 
-def short_names(documents: Sequence[Document]) -> list[str]:
+def short_names(documents: Sequence[_Document]) -> list[str]:
     """What each bundle is called in a column: its title, with its target where titles are the same."""
     titles = [str(document["title"]) for document in documents]
     named = [
@@ -85,21 +85,21 @@ def short_names(documents: Sequence[Document]) -> list[str]:
     ]
 
 
-def fact_lines(documents: Sequence[Document]) -> list[Line]:
+def fact_lines(documents: Sequence[_Document]) -> list[Line]:
     """Target, model, shapes, schemes and what was compared."""
 
-    def shapes(document: Document) -> str:
+    def shapes(document: _Document) -> str:
         found = document.get("shapes") or {}
         size = f"{found['width']} x {found['height']}" if "width" in found else ""
         return ", ".join([size] * bool(size) + [f"{found[key]} {key}" for key in ("tokens", "steps") if key in found])
 
-    def schemes(document: Document) -> str:
+    def schemes(document: _Document) -> str:
         by_scheme: dict[str, list[str]] = {}
         for kind, scheme in (document.get("schemes") or {}).items():
             by_scheme.setdefault(str(scheme), []).append(str(kind))
         return "; ".join(f"{scheme}: {', '.join(kinds)}" for scheme, kinds in by_scheme.items())
 
-    def images(document: Document) -> str:
+    def images(document: _Document) -> str:
         found = document.get("runs") or {}
         psnr = next((line for line in found.get("statistics") or () if line["unit"] == "dB"), None)
         if psnr is None:
@@ -107,7 +107,7 @@ def fact_lines(documents: Sequence[Document]) -> list[Line]:
         mean, worst = float(psnr["mean"]), float(psnr["worst"])
         return f"{len(found['entries'])}, {mean:.1f} dB in the mean, {worst:.1f} dB at worst"
 
-    asked: tuple[tuple[str, Callable[[Document], str]], ...] = (
+    asked: tuple[tuple[str, Callable[[_Document], str]], ...] = (
         ("target", lambda document: str(document["target"])),
         ("model", lambda document: str((document.get("model") or {}).get("name", ""))),
         ("shapes", shapes),
@@ -118,7 +118,7 @@ def fact_lines(documents: Sequence[Document]) -> list[Line]:
     return [Line(name, tuple(ask(document) for document in documents)) for name, ask in asked]
 
 
-def rung_lines(documents: Sequence[Document]) -> list[Line]:
+def rung_lines(documents: Sequence[_Document]) -> list[Line]:
     """Per rung the row that came closest to its gate; None where a bundle did not climb it."""
     summaries = [{rung["rung"]: rung for rung in document["summary"]["rungs"]} for document in documents]
     known = {name: rung for document in documents for name, rung in read_rungs(document).items()}
@@ -126,7 +126,7 @@ def rung_lines(documents: Sequence[Document]) -> list[Line]:
     return [Line(name, tuple(summary.get(name) for summary in summaries)) for name in names]
 
 
-def kind_lines(documents: Sequence[Document]) -> list[Line]:
+def kind_lines(documents: Sequence[_Document]) -> list[Line]:
     """Per kind of part its worst error at the highest rung that computes; None where a bundle has no such kind.
 
     Forms of one kind that take their modulation in other ways share a line.
@@ -136,19 +136,19 @@ def kind_lines(documents: Sequence[Document]) -> list[Line]:
     return [Line(kind, tuple(table.get(kind) for table in tables)) for kind in kinds]
 
 
-def cost_lines(documents: Sequence[Document]) -> list[Line]:
+def cost_lines(documents: Sequence[_Document]) -> list[Line]:
     """Bytes, memory on a device, the estimate and the times of the builds; (kind of number, value) or None."""
 
-    def ask(what: str, get: Callable[[Document], Any]) -> Line:
+    def ask(what: str, get: Callable[[_Document], Any]) -> Line:
         found = [get(document) for document in documents]
         return Line(what, tuple(None if value in (None, 0) else value for value in found))
 
-    def peak(document: Document) -> Any:
+    def peak(document: _Document) -> Any:
         devices = document.get("devices") or {}
         peaks = (devices.get("peaks") or {}).get(devices.get("load")) or ()
         return ("size", max(peaks)) if peaks else None
 
-    def stored(document: Document) -> Any:
+    def stored(document: _Document) -> Any:
         total = sum(float(part["bytes"]) for part in document.get("parts") or ())
         return ("size", total) if total else None
 
@@ -164,7 +164,7 @@ def cost_lines(documents: Sequence[Document]) -> list[Line]:
     return [line for line in lines if any(cell is not None for cell in line.cells)]
 
 
-def provenance_lines(documents: Sequence[Document]) -> list[Line]:
+def provenance_lines(documents: Sequence[_Document]) -> list[Line]:
     """Tools, machine and provenance, by name."""
     lines = []
     for section in ("tools", "machine", "provenance"):
@@ -174,7 +174,7 @@ def provenance_lines(documents: Sequence[Document]) -> list[Line]:
     return lines
 
 
-def _worst_by_kind(document: Document) -> dict[str, ErrorCell]:
+def _worst_by_kind(document: _Document) -> dict[str, ErrorCell]:
     rungs, kinds = read_rungs(document), document["kinds"]
     computing = [
         (kinds[row["kind"]]["base"] if row["kind"] in kinds else str(row["kind"]), rungs[row["rung"]].order, row)

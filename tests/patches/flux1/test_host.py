@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fluxkiln.export.checkpoint import TensorReader
-from fluxkiln.patches.flux1.host import host_constants, pooled_row, position_bias, rotary_embedding
+from fluxkiln.patches.flux1.host import make_constants, pooled_row, position_bias, rotary_embedding
 from fluxkiln.types import Shapes
 
 SMALLEST = Shapes(height=32, width=32, tokens=16)
@@ -15,7 +15,7 @@ SMALLEST = Shapes(height=32, width=32, tokens=16)
 @pytest.mark.parametrize("part", ["double.00", "single.02"])
 def test_rotary_embedding_is_the_references(tiny_checkpoint, tiny_recording, part):
     checkpoint, recording = tiny_checkpoint(), tiny_recording("tiny-dev", "kl", SMALLEST)
-    made = host_constants(checkpoint.configs, SMALLEST, TensorReader(checkpoint), split=False)
+    made = make_constants(checkpoint.configs, SMALLEST, TensorReader(checkpoint), split=False)
     for name in ("rotary_cos", "rotary_sin"):
         recorded = recording.inputs(part)[name]
         assert made[name].dtype == np.float32

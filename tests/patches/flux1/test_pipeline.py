@@ -11,7 +11,7 @@ import pytest
 from fluxkiln.errors import ParityError, PatchError, ShapeError, UsageError
 from fluxkiln.export.checkpoint import TensorReader
 from fluxkiln.export.eager import PatchedRunner
-from fluxkiln.patches.flux1.host import host_constants
+from fluxkiln.patches.flux1.host import make_constants
 from fluxkiln.patches.flux1.kinds import KINDS, MODULATION_ROWS, list_parts
 from fluxkiln.patches.flux1.model import MODEL
 from fluxkiln.patches.flux1.pipeline import render
@@ -86,7 +86,7 @@ def tiny(tiny_checkpoint, tiny_recording):
 
 
 def files_of(checkpoint, shapes, root=None):
-    constants = host_constants(checkpoint.configs, shapes, TensorReader(checkpoint), split=False)
+    constants = make_constants(checkpoint.configs, shapes, TensorReader(checkpoint), split=False)
     return PipelineFiles(root or checkpoint.root, checkpoint.configs, constants)
 
 

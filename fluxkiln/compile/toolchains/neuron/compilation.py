@@ -19,9 +19,9 @@ from fluxkiln.compile.target import Target
 from fluxkiln.compile.toolchains.neuron.neff import (
     COMMAND,
     SCRIPT,
-    CompileJob,
+    FlagPreset,
+    ModuleJob,
     Neff,
-    Preset,
     check_modules,
     check_versions,
     compile_flags,
@@ -42,7 +42,7 @@ from fluxkiln.progress import FROM_STORE, Progress, Silent
 _RECIPE = "neuronx-cc compile/1"
 
 
-def neff_action(job: CompileJob, target: Target, preset: Preset, version: str) -> Action:
+def neff_action(job: ModuleJob, target: Target, preset: FlagPreset, version: str) -> Action:
     """The key of a compiled module; names and paths are not in it, so equal modules are compiled once."""
     return Action(
         stage="neff",
@@ -56,12 +56,12 @@ def neff_action(job: CompileJob, target: Target, preset: Preset, version: str) -
 
 def compile_kinds(
     pool: JobPool[Neff],
-    jobs: Sequence[CompileJob],
+    jobs: Sequence[ModuleJob],
     compiler: NeuronxCc,
     target: Target,
     cache: ActionCache,
     folder: Path,
-    preset: Preset = "default",
+    preset: FlagPreset = "default",
     progress: Progress | None = None,
 ) -> tuple[Neff, ...]:
     """Compile every module, or take it from the store, into `folder/neff/<name>.neff`, each with its record.
@@ -98,10 +98,10 @@ def compile_kinds(
 
 
 def _compile(
-    job: CompileJob,
+    job: ModuleJob,
     compiler: NeuronxCc,
     target: Target,
-    preset: Preset,
+    preset: FlagPreset,
     cache: ActionCache,
     folder: Path,
     progress: Progress,
@@ -129,7 +129,7 @@ def _compile(
     return neff
 
 
-def take_finished(folder: Path, jobs: Sequence[CompileJob], target: Target, flags: Any) -> tuple[Neff, ...] | None:
+def take_finished(folder: Path, jobs: Sequence[ModuleJob], target: Target, flags: Any) -> tuple[Neff, ...] | None:
     """The compiled modules in `folder` if none is missing and they are of one compiler; None otherwise."""
     found = read_neffs(folder, jobs, target, flags)
     if len(found) != len(jobs):
@@ -138,7 +138,9 @@ def take_finished(folder: Path, jobs: Sequence[CompileJob], target: Target, flag
     return tuple(found[job.name] for job in jobs)
 
 
-def write_compile_script(folder: Path, jobs: Sequence[CompileJob], target: Target, preset: Preset = "default") -> Path:
+def write_compile_script(
+    folder: Path, jobs: Sequence[ModuleJob], target: Target, preset: FlagPreset = "default"
+) -> Path:
     """Write `folder/compile_neff.sh`, which compiles the modules in `folder/hlo` to `folder/neff`; returns its path.
 
     Raises:
@@ -156,7 +158,7 @@ def write_compile_script(folder: Path, jobs: Sequence[CompileJob], target: Targe
     return path
 
 
-def _check_names(jobs: Sequence[CompileJob]) -> None:
+def _check_names(jobs: Sequence[ModuleJob]) -> None:
     names = [job.name for job in jobs]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:

@@ -34,7 +34,7 @@ _AXIS = "ranks"
 _one_at_a_time = threading.Lock()
 
 
-class Collectives(Protocol):
+class _Collectives(Protocol):
     """What a module is given to speak with the other ranks; the same as in `fluxkiln.patches.collectives`."""
 
     @property
@@ -55,7 +55,7 @@ class Lowered:
 
 
 def lower_module(
-    make_module: Callable[[Collectives], Module], inputs: Sequence[TensorSpec], ranks: int, dtype: RunDtype
+    make_module: Callable[[_Collectives], Module], inputs: Sequence[TensorSpec], ranks: int, dtype: RunDtype
 ) -> Lowered:
     """Trace a module and lower it; nothing is computed and no weight exists.
 
@@ -81,7 +81,7 @@ def lower_module(
 
 def _lower(
     torchax: Any,
-    make_module: Callable[[Collectives], Module],
+    make_module: Callable[[_Collectives], Module],
     inputs: Sequence[TensorSpec],
     ranks: int,
     dtype: RunDtype,

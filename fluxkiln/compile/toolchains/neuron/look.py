@@ -126,7 +126,7 @@ def look(
     inputs = {**host_constants(checkpoint, alone), **call.inputs}
     (weights,) = bound_weights(checkpoint, part, whole, "float32")
     state = dict(zip((spec.name for spec in whole.slots), weights, strict=True))
-    leaves = see_split_leaves(part, checkpoint, inputs, state)
+    leaves = see_rank_leaves(part, checkpoint, inputs, state)
     progress.stage(STAGE, 4)
     rungs: list[RungFindings] = []
 
@@ -144,7 +144,7 @@ def look(
         shards = read_shards(checkpoint, alone, cache, part, call.bundle, progress)
         shipped = opened(module)
         add(check_ranks(shipped, shards, "replicas"))
-        add(check_shards(shipped, shards))
+        add(check_rank_shards(shipped, shards))
     return PartFindings(tuple(rungs), {"executed on": "XLA CPU replicas", "ranks": str(module.ranks)})
 
 
@@ -163,7 +163,7 @@ def check_size(checkpoint: Checkpoint, part: Part) -> None:
         )
 
 
-def see_split_leaves(part: Part, checkpoint: Checkpoint, inputs: Values, state: Values) -> tuple[Leaf, ...]:
+def see_rank_leaves(part: Part, checkpoint: Checkpoint, inputs: Values, state: Values) -> tuple[Leaf, ...]:
     """What upstream's own leaf modules make in the place of a split part, in call order, float32."""
     load = partial(load_whole, checkpoint=checkpoint)
     seen = checkpoint.model.see_split_leaves(part, checkpoint.configs, inputs, state, load)
@@ -237,7 +237,7 @@ def check_ranks(opened: OpenRanks, shards: Weights | None, rung: str) -> RungFin
     return _with_culprit(RungFindings(rung, "float32", findings), opened, seen, differing_shares(opened, weights))
 
 
-def check_shards(opened: OpenRanks, weights: Weights) -> RungFindings:
+def check_rank_shards(opened: OpenRanks, weights: Weights) -> RungFindings:
     """The shards' elements against those of the checkpoint, cut anew."""
     return judgement.judge_stored("checkpoint", opened.operations, differing_shares(opened, weights), _tell_wrong)
 

@@ -16,8 +16,8 @@ from fluxkiln.artifacts.store import Blob
 from fluxkiln.compile.jobs import JobPool
 from fluxkiln.compile.plan import Binary, BundleFile, Made, Plan
 from fluxkiln.compile.toolchains.neuron.compilation import compile_kinds, take_finished, write_compile_script
-from fluxkiln.compile.toolchains.neuron.modules import Module, compile_jobs, lower_modules, module_name
-from fluxkiln.compile.toolchains.neuron.neff import SCRIPT, CompileJob, Neff, hlo_file, neff_path, record_path
+from fluxkiln.compile.toolchains.neuron.modules import Module, lay_out_jobs, lower_modules, module_name
+from fluxkiln.compile.toolchains.neuron.neff import SCRIPT, ModuleJob, Neff, hlo_file, neff_path, record_path
 from fluxkiln.compile.toolchains.neuron.split import shard_file, shard_weights
 from fluxkiln.compile.toolchains.neuron.split_bundle import DESCRIPTION, describe
 from fluxkiln.digests import digest_json
@@ -47,7 +47,7 @@ def make(
     shards = shard_weights(checkpoint, plan, cache, progress, settings.jobs)
     laps.lap("shard")
     shutil.rmtree(work, ignore_errors=True)
-    jobs = compile_jobs(cache, modules, work)
+    jobs = lay_out_jobs(cache, modules, work)
     script = write_compile_script(work, jobs, plan.target, settings.flags)
     neffs = _compile(plan, cache, settings, jobs, work, progress)
     laps.lap("compile")
@@ -68,7 +68,7 @@ def make(
 
 
 def _compile(
-    plan: Plan, cache: ActionCache, settings: Settings, jobs: Sequence[CompileJob], work: Path, progress: Progress
+    plan: Plan, cache: ActionCache, settings: Settings, jobs: Sequence[ModuleJob], work: Path, progress: Progress
 ) -> tuple[Neff, ...]:
     """The compiled modules; none where there is no compiler and not all were compiled elsewhere."""
     compiler = plan.layout.compiler

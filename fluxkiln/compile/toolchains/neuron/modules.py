@@ -16,7 +16,7 @@ from fluxkiln.compile.plan import Job, Plan
 from fluxkiln.compile.templates import EXPORT_TOOLS, specs_from_json, specs_to_json
 from fluxkiln.compile.toolchain import TRACE_MEMORY
 from fluxkiln.compile.toolchains.neuron.frontend import VERSIONS
-from fluxkiln.compile.toolchains.neuron.neff import CompileJob, Form, hlo_path
+from fluxkiln.compile.toolchains.neuron.neff import ModuleForm, ModuleJob, hlo_path
 from fluxkiln.digests import digest_json
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.progress import FROM_STORE, Progress
@@ -49,7 +49,7 @@ class Module:
     hit: bool = False
 
     @property
-    def form(self) -> Form:
+    def form(self) -> ModuleForm:
         """How the compiler is to take it, by its inputs."""
         if any("int" in spec.dtype for spec in self.inputs):
             return "text"
@@ -129,7 +129,7 @@ def lower_modules(
     return made
 
 
-def compile_jobs(cache: ActionCache, modules: Mapping[str, Module], folder: Path) -> tuple[CompileJob, ...]:
+def lay_out_jobs(cache: ActionCache, modules: Mapping[str, Module], folder: Path) -> tuple[ModuleJob, ...]:
     """The modules as files of `folder/hlo`, and the compiler's jobs for them."""
     jobs = []
     for name, module in modules.items():
@@ -137,7 +137,7 @@ def compile_jobs(cache: ActionCache, modules: Mapping[str, Module], folder: Path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
         cache.store.export(module.digest, target)
-        jobs.append(CompileJob(name, module.form, target, module.digest))
+        jobs.append(ModuleJob(name, module.form, target, module.digest))
     return tuple(jobs)
 
 

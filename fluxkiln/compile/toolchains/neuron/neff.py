@@ -21,11 +21,11 @@ COMMAND = "neuronx-cc"
 SCRIPT = "compile_neff.sh"
 HLO_SUFFIX = ".hlo_module.pb"
 RECORD_SCHEMA = "fluxkiln.neff/1"
-Preset = Literal["default", "published"]
-PRESETS: tuple[Preset, ...] = ("default", "published")
+FlagPreset = Literal["default", "published"]
+FLAG_PRESETS: tuple[FlagPreset, ...] = ("default", "published")
 # what a module takes: token ids, an image or its latents [1, C, H, W], or neither
-Form = Literal["text", "image", "blocks"]
-FORMS: tuple[Form, ...] = ("text", "image", "blocks")
+ModuleForm = Literal["text", "image", "blocks"]
+FORMS: tuple[ModuleForm, ...] = ("text", "image", "blocks")
 # A guess to admit jobs by: how much memory the compiler takes is published nowhere.
 COMPILE_MEMORY = 8 << 30
 
@@ -33,7 +33,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 
 
 @dataclass(frozen=True, slots=True)
-class CompileJob:
+class ModuleJob:
     """One module to compile.
 
     Attributes:
@@ -45,7 +45,7 @@ class CompileJob:
     """
 
     name: str
-    form: Form
+    form: ModuleForm
     hlo: Path
     digest: str
     memory: int = COMPILE_MEMORY
@@ -78,7 +78,7 @@ class Neff:
         }
 
 
-def compile_flags(form: Form, target: Target, preset: Preset = "default") -> tuple[str, ...]:
+def compile_flags(form: ModuleForm, target: Target, preset: FlagPreset = "default") -> tuple[str, ...]:
     """The flags that decide what the compiler makes of a module.
 
     `default`: no casts, the core optimisations (`-O1`), tuned for transformers, or for U-Nets where images are.
@@ -93,8 +93,8 @@ def compile_flags(form: Form, target: Target, preset: Preset = "default") -> tup
     """
     if form not in FORMS:
         raise UsageError(f"no form of module is called {form!r}; there are {', '.join(FORMS)}")
-    if preset not in PRESETS:
-        raise UsageError(f"no preset of compiler flags is called {preset!r}; there are {', '.join(PRESETS)}")
+    if preset not in FLAG_PRESETS:
+        raise UsageError(f"no preset of compiler flags is called {preset!r}; there are {', '.join(FLAG_PRESETS)}")
     chip = f"--target={target.chip}"
     if preset == "published":
         published = "--enable-fast-loading-neuron-binaries" if form == "text" else "--model-type=unet-inference"
@@ -104,7 +104,7 @@ def compile_flags(form: Form, target: Target, preset: Preset = "default") -> tup
     return chip, "--auto-cast=none", f"--model-type={model_type}", *lnc, "-O1"
 
 
-def check_modules(jobs: Sequence[CompileJob]) -> None:
+def check_modules(jobs: Sequence[ModuleJob]) -> None:
     """Raise IntegrityError when a module is missing or is not the one that was lowered."""
     for job in jobs:
         check_module(job, job.hlo)
@@ -130,7 +130,7 @@ def record_path(folder: Path, name: str) -> Path:
     return folder / "neff" / f"{name}.json"
 
 
-def read_neffs(folder: Path, jobs: Sequence[CompileJob], target: Target, preset: Preset) -> dict[str, Neff]:
+def read_neffs(folder: Path, jobs: Sequence[ModuleJob], target: Target, preset: FlagPreset) -> dict[str, Neff]:
     """The compiled modules in `folder`, whoever compiled them: name -> what its record says, checked.
 
     Raises:
@@ -176,7 +176,7 @@ def check_versions(neffs: Mapping[str, Neff], version: str | None = None) -> str
     )
 
 
-def check_module(job: CompileJob, path: Path) -> None:
+def check_module(job: ModuleJob, path: Path) -> None:
     """Raise IntegrityError unless `path`, the module of `job` or a copy of it, has the digest it was lowered with."""
     try:
         found = digest_file(path)[0]
@@ -189,7 +189,7 @@ def check_module(job: CompileJob, path: Path) -> None:
         )
 
 
-def finished_neff(job: CompileJob, flags: tuple[str, ...], folder: Path) -> Neff | None:
+def finished_neff(job: ModuleJob, flags: tuple[str, ...], folder: Path) -> Neff | None:
     """The compiled module in `folder` and what is recorded of it, when that is just what `job` asks for."""
     neff = _read_record(folder, job.name)
     if neff is None or (neff.hlo, neff.flags) != (job.digest, flags):

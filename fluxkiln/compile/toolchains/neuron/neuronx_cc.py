@@ -24,9 +24,9 @@ from fluxkiln.compile.toolchains.neuron.neff import (
     COMMAND,
     HLO_SUFFIX,
     SCRIPT,
-    CompileJob,
-    Form,
-    Preset,
+    FlagPreset,
+    ModuleForm,
+    ModuleJob,
     check_module,
     compile_flags,
 )
@@ -83,7 +83,12 @@ def _placeholder() -> str:
 
 
 def compile_argv(
-    form: Form, target: Target, preset: Preset, model: Path | str, output: Path | str, command: Path | str = COMMAND
+    form: ModuleForm,
+    target: Target,
+    preset: FlagPreset,
+    model: Path | str,
+    output: Path | str,
+    command: Path | str = COMMAND,
 ) -> list[str]:
     """The command line that compiles the HLO module proto `model` to `output`.
 
@@ -94,7 +99,9 @@ def compile_argv(
     return [str(command), "compile", "--framework=XLA", str(model), "--output", str(output), *flags]
 
 
-def compile_module(job: CompileJob, compiler: NeuronxCc, target: Target, preset: Preset, work: Path, log: Path) -> Path:
+def compile_module(
+    job: ModuleJob, compiler: NeuronxCc, target: Target, preset: FlagPreset, work: Path, log: Path
+) -> Path:
     """Compile one module in the folder `work`, from a copy of it; returns the output.
 
     Raises:

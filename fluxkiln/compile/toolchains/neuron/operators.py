@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import torch
 from jax import lax
 
-Array = Any  # jax.Array
+_Array = Any  # jax._Array
 _WIDE = jnp.dtype("float32")
 _EPSILON = 2.0**-23
 
@@ -53,7 +53,7 @@ def replacements() -> Mapping[Any, Callable[..., Any]]:
     }
 
 
-def linear(input: Array, weight: Array, bias: Array | None = None) -> Array:
+def linear(input: _Array, weight: _Array, bias: _Array | None = None) -> _Array:
     """[..., in] times weight [out, in]; a bias is added before the one rounding, as torch's own kernels do."""
     contract = (((input.ndim - 1,), (1,)), ((), ()))
     if bias is None:
@@ -62,14 +62,14 @@ def linear(input: Array, weight: Array, bias: Array | None = None) -> Array:
 
 
 def conv2d(
-    input: Array,
-    weight: Array,
-    bias: Array | None = None,
+    input: _Array,
+    weight: _Array,
+    bias: _Array | None = None,
     stride: int | Sequence[int] = 1,
     padding: int | Sequence[int] | str = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
-) -> Array:
+) -> _Array:
     """[batch, in, height, width] with weight [out, in / groups, height, width]; bias as in `linear`."""
     if isinstance(padding, str):
         raise NotImplementedError(f"conv2d with padding {padding!r}")
@@ -91,15 +91,15 @@ def _pair(value: int | Sequence[int]) -> tuple[int, int]:
 
 
 def attention(
-    query: Array,
-    key: Array,
-    value: Array,
-    attn_mask: Array | None = None,
+    query: _Array,
+    key: _Array,
+    value: _Array,
+    attn_mask: _Array | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Array:
+) -> _Array:
     """softmax(Q K^T * scale + mask) V over [..., tokens, head_dim]; scores, softmax and sums in float32.
 
     The division by the softmax's sum comes last, where it is on [tokens, head_dim] instead of [tokens, tokens].
@@ -124,19 +124,19 @@ def attention(
 
 
 def layer_norm(
-    input: Array,
+    input: _Array,
     normalized_shape: Sequence[int],
-    weight: Array | None = None,
-    bias: Array | None = None,
+    weight: _Array | None = None,
+    bias: _Array | None = None,
     eps: float = 1e-5,
-) -> Array:
+) -> _Array:
     axes = tuple(range(input.ndim - len(normalized_shape), input.ndim))
     return _affine(_standardised(input, axes, eps), weight, bias, input.dtype)
 
 
 def rms_norm(
-    input: Array, normalized_shape: Sequence[int], weight: Array | None = None, eps: float | None = None
-) -> Array:
+    input: _Array, normalized_shape: Sequence[int], weight: _Array | None = None, eps: float | None = None
+) -> _Array:
     axes = tuple(range(input.ndim - len(normalized_shape), input.ndim))
     wide = input.astype(_WIDE)
     mean = jnp.mean(wide * wide, axes, keepdims=True)
@@ -144,8 +144,8 @@ def rms_norm(
 
 
 def group_norm(
-    input: Array, num_groups: int, weight: Array | None = None, bias: Array | None = None, eps: float = 1e-5
-) -> Array:
+    input: _Array, num_groups: int, weight: _Array | None = None, bias: _Array | None = None, eps: float = 1e-5
+) -> _Array:
     """Over [batch, channels, ...]."""
     grouped = input.reshape(input.shape[0], num_groups, -1)
     normal = _standardised(grouped, (2,), eps).reshape(input.shape)
@@ -155,7 +155,7 @@ def group_norm(
     return _affine(normal, weight, bias, input.dtype)
 
 
-def _standardised(input: Array, axes: tuple[int, ...], eps: float) -> Array:
+def _standardised(input: _Array, axes: tuple[int, ...], eps: float) -> _Array:
     """Mean zero and variance one over `axes`, float32."""
     wide = input.astype(_WIDE)
     centred = wide - jnp.mean(wide, axes, keepdims=True)
@@ -163,7 +163,7 @@ def _standardised(input: Array, axes: tuple[int, ...], eps: float) -> Array:
     return centred * lax.rsqrt(variance + eps)
 
 
-def _affine(input: Array, weight: Array | None, bias: Array | None, dtype: Any) -> Array:
+def _affine(input: _Array, weight: _Array | None, bias: _Array | None, dtype: Any) -> _Array:
     if weight is not None:
         input = input * weight.astype(input.dtype)
     if bias is not None:
@@ -171,35 +171,35 @@ def _affine(input: Array, weight: Array | None, bias: Array | None, dtype: Any) 
     return input.astype(dtype)
 
 
-def embedding(input: Array, weight: Array, padding_idx: int | None = None, *_: Any, **__: Any) -> Array:
+def embedding(input: _Array, weight: _Array, padding_idx: int | None = None, *_: Any, **__: Any) -> _Array:
     """Rows of `weight`; ids out of range, which torch refuses, take the nearest row."""
     return jnp.take(weight, input, axis=0, mode="clip")
 
 
-def gelu(input: Array, approximate: str = "none") -> Array:
+def gelu(input: _Array, approximate: str = "none") -> _Array:
     return jax.nn.gelu(input.astype(_WIDE), approximate == "tanh").astype(input.dtype)
 
 
-def silu(input: Array, inplace: bool = False) -> Array:
+def silu(input: _Array, inplace: bool = False) -> _Array:
     wide = input.astype(_WIDE)
     return (wide * lax.logistic(wide)).astype(input.dtype)
 
 
-def softmax(input: Array, dim: int, _stacklevel: int = 3, dtype: Any = None) -> Array:
+def softmax(input: _Array, dim: int, _stacklevel: int = 3, dtype: Any = None) -> _Array:
     """In float32; the result has `dtype`, or that of `input`."""
     result = input.dtype if dtype is None else str(dtype).removeprefix("torch.")
     return jax.nn.softmax(input.astype(_WIDE), dim).astype(result)
 
 
-def power(x: Any, y: Any) -> Array:
+def power(x: Any, y: Any) -> _Array:
     if isinstance(y, int | float) and y == int(y) and 0 <= y <= 4:
         return lax.integer_pow(x, int(y))
     return jnp.power(x, y)
 
 
-def add(x: Any, y: Any, alpha: Any = 1) -> Array:
+def add(x: Any, y: Any, alpha: Any = 1) -> _Array:
     return jnp.add(x, y if alpha == 1 else y * alpha)
 
 
-def subtract(x: Any, y: Any, alpha: Any = 1) -> Array:
+def subtract(x: Any, y: Any, alpha: Any = 1) -> _Array:
     return jnp.subtract(x, y if alpha == 1 else y * alpha)

@@ -12,7 +12,7 @@ from fluxkiln.errors import ResourceError, UsageError
 DEFAULT_DEGREE = 8
 # Of each core: 96 MB are the runtime's micro-code (AWS Neuron documentation, "Neuron device memory"). Programs,
 # DMA rings, scratchpads and buffers of collectives have no published size; the rest is for them, by our judgement.
-RESERVED_BYTES = 1 << 30
+RUNTIME_BYTES = 1 << 30
 # Of all heads that are computed: 24 heads on 16 or 32 ranks are 32 with the padding.
 _MOST_PADDING = 1 / 4
 
@@ -34,7 +34,7 @@ class CoreMemory:
     @property
     def needed(self) -> int:
         """Weights, activations and what the runtime takes."""
-        return self.weight_bytes + self.activations + RESERVED_BYTES
+        return self.weight_bytes + self.activations + RUNTIME_BYTES
 
     @property
     def fits(self) -> bool:
@@ -48,7 +48,7 @@ class CoreMemory:
             *self.weights.items(),
             ("weights", self.weight_bytes),
             ("activations", self.activations),
-            ("runtime, programs, DMA rings", RESERVED_BYTES),
+            ("runtime, programs, DMA rings", RUNTIME_BYTES),
             ("needed on each core", self.needed),
             (f"a core has ({has / (1 << 30):.0f} GiB)", has),
             ("free", has - self.needed) if self.fits else ("too much", self.needed - has),
@@ -140,7 +140,7 @@ def check_memory(
         return memory
     error = ResourceError(
         f"{instance.name} with tp {degree} needs {memory.needed / 1e9:.2f} GB on each core ("
-        f"{memory.weight_bytes / 1e9:.2f} weights + {activations / 1e9:.2f} activations + {RESERVED_BYTES / 1e9:.2f} "
+        f"{memory.weight_bytes / 1e9:.2f} weights + {activations / 1e9:.2f} activations + {RUNTIME_BYTES / 1e9:.2f} "
         f"runtime), a core has {instance.core_bytes / 1e9:.2f} GB; {_what_fits(weights, activations)}"
     )
     error.details = memory.table()

@@ -27,8 +27,8 @@ from jaxlib import _jax, xla_client
 from jaxlib.mlir import ir
 from numpy.typing import NDArray
 
-Request = dict[str, Any]
-Entry = list[Any]
+_Request = dict[str, Any]
+_Entry = list[Any]
 
 _numbers = itertools.count()
 _programs: dict[int, Any] = {}
@@ -38,7 +38,12 @@ _kept: dict[int, list[list[Any]]] = {}
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    actions: dict[str, Callable[[Request], dict[str, Any]]] = {"load": load, "keep": keep, "forget": forget, "run": run}
+    actions: dict[str, Callable[[_Request], dict[str, Any]]] = {
+        "load": load,
+        "keep": keep,
+        "forget": forget,
+        "run": run,
+    }
     for line in sys.stdin:
         request = json.loads(line)
         try:
@@ -49,7 +54,7 @@ def main() -> None:
         answers.flush()
 
 
-def load(request: Request) -> dict[str, Any]:
+def load(request: _Request) -> dict[str, Any]:
     """Compile a proto for as many replicas as there are devices."""
     devices = jax.devices()
     with open(request["file"], "rb") as file:
@@ -67,18 +72,18 @@ def load(request: Request) -> dict[str, Any]:
     return {"program": number}
 
 
-def keep(request: Request) -> dict[str, Any]:
+def keep(request: _Request) -> dict[str, Any]:
     number = next(_numbers)
     _kept[number] = placed(request)
     return {"kept": number}
 
 
-def forget(request: Request) -> dict[str, Any]:
+def forget(request: _Request) -> dict[str, Any]:
     del _kept[request["kept"]]
     return {}
 
 
-def run(request: Request) -> dict[str, Any]:
+def run(request: _Request) -> dict[str, Any]:
     kept = _kept[request["kept"]] if request["kept"] is not None else [[] for _ in jax.devices()]
     ranks = [first + then for first, then in zip(placed(request), kept, strict=True)]
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("replicas",))
@@ -89,7 +94,7 @@ def run(request: Request) -> dict[str, Any]:
         for arrays in zip(*ranks, strict=True)
     ]
     results = _programs[request["program"]].execute_sharded(arguments).disassemble_into_single_device_arrays()
-    entries: list[list[Entry]] = [[] for _ in ranks]
+    entries: list[list[_Entry]] = [[] for _ in ranks]
     with open(request["results"], "wb") as file:
         for output in results:
             for rank, array in enumerate(output):
@@ -99,7 +104,7 @@ def run(request: Request) -> dict[str, Any]:
     return {"ranks": entries}
 
 
-def placed(request: Request) -> list[list[Any]]:
+def placed(request: _Request) -> list[list[Any]]:
     """The arrays of a request, each rank's on its device; what ranks share in the file is read once."""
     return [
         [jax.device_put(read(request["file"], entry), device) for entry in entries]
@@ -107,7 +112,7 @@ def placed(request: Request) -> list[list[Any]]:
     ]
 
 
-def read(file: str, entry: Entry) -> NDArray[Any]:
+def read(file: str, entry: _Entry) -> NDArray[Any]:
     name, shape, offset = entry
     dtype = np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name)
     count = int(np.prod(shape, dtype=np.int64))

@@ -24,7 +24,7 @@ from fluxkiln.compile.toolchains.neuron.neff import (
     record_path,
 )
 from fluxkiln.compile.toolchains.neuron.neuronx_cc import compiler_missing, find_neuronx_cc
-from fluxkiln.compile.toolchains.neuron.split_bundle import DESCRIPTION, compile_jobs, read_split_bundle
+from fluxkiln.compile.toolchains.neuron.split_bundle import DESCRIPTION, bundle_jobs, read_split_bundle
 from fluxkiln.errors import IntegrityError, ToolchainError
 from fluxkiln.files import digest_file, write_durably
 from fluxkiln.progress import Progress
@@ -45,7 +45,7 @@ def resume_compile(bundle: Path, store: Store, progress: Progress, jobs: int | N
         _check_files(bundle, manifest)
         split = read_split_bundle(bundle)
         target, modules = find_target(split.target), split.modules
-        wanted = compile_jobs(split)
+        wanted = bundle_jobs(split)
         found = read_neffs(bundle, wanted, target, split.flags)
         if found.keys() != modules.keys():
             try:

@@ -11,7 +11,7 @@ from fluxkiln.compile.toolchains.neuron.split import plan_memory
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.verify.report.wording import size
 
-LABEL = (
+_LABEL = (
     "Counted in the modules that the compiler is given. The roofline is the least that arithmetic, reading the weights "
     "and moving the collectives' bytes can take at the published peaks of the instance, each part's largest of the "
     "three; no accelerator ran."
@@ -53,7 +53,7 @@ def report(checkpoint: Checkpoint, plan: Plan, made: Made) -> dict[str, Any]:
         "NEFF": f"{len(neffs)} compiled" if neffs else "not compiled here",
     }
     return {
-        "lowering": {"label": LABEL, "entries": entries, "values": values},
+        "lowering": {"label": _LABEL, "entries": entries, "values": values},
         "memory": {"each core": dict(memory.weights)},
     }
 

@@ -10,8 +10,8 @@ from fluxkiln.compile.target import Target
 from fluxkiln.compile.toolchains.neuron.neff import (
     HLO_SUFFIX,
     RECORD_SCHEMA,
-    CompileJob,
-    Preset,
+    FlagPreset,
+    ModuleJob,
     compile_flags,
 )
 
@@ -163,7 +163,7 @@ say "Finished: $made compiled, $kept from before, in $here/neff. Go on with: flu
 """
 
 
-def compile_script(jobs: Sequence[CompileJob], target: Target, preset: Preset = "default") -> str:
+def compile_script(jobs: Sequence[ModuleJob], target: Target, preset: FlagPreset = "default") -> str:
     """The script for a folder with the modules in `hlo/`, which compiles them to `neff/`.
 
     It checks every module's sha256 first, keeps what this compiler version made of the same module with the same flags,
@@ -183,7 +183,7 @@ def compile_script(jobs: Sequence[CompileJob], target: Target, preset: Preset = 
     return text
 
 
-def _compile_line(job: CompileJob, flags: Sequence[str]) -> str:
+def _compile_line(job: ModuleJob, flags: Sequence[str]) -> str:
     as_json = json.dumps(flags, separators=(",", ":"))
     return _line("compile_module", job.name, _file(job), _hex(job), as_json, *flags)
 
@@ -192,9 +192,9 @@ def _line(*words: str) -> str:
     return " ".join(map(shlex.quote, words))
 
 
-def _file(job: CompileJob) -> str:
+def _file(job: ModuleJob) -> str:
     return f"hlo/{job.name}{HLO_SUFFIX}"
 
 
-def _hex(job: CompileJob) -> str:
+def _hex(job: ModuleJob) -> str:
     return job.digest.removeprefix("sha256:")

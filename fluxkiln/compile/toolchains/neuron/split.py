@@ -57,7 +57,7 @@ class Split:
         return part.ranks(self.degree)
 
 
-def lay_out(settings: Settings, target: Target, checkpoint: Checkpoint) -> Split:
+def plan_split(settings: Settings, target: Target, checkpoint: Checkpoint) -> Split:
     """How the model is cut for the instance that the settings name; no weight is read.
 
     Raises:

@@ -17,7 +17,7 @@ from fluxkiln.compile.plan import Plan
 from fluxkiln.compile.targets import find_target
 from fluxkiln.compile.templates import host_constants, specs_from_json
 from fluxkiln.compile.toolchains.neuron.modules import Module, module_name
-from fluxkiln.compile.toolchains.neuron.neff import CompileJob, Preset, hlo_file, neff_path, read_neffs
+from fluxkiln.compile.toolchains.neuron.neff import FlagPreset, ModuleJob, hlo_file, neff_path, read_neffs
 from fluxkiln.compile.toolchains.neuron.split import facts, shard_file
 from fluxkiln.errors import IntegrityError, ToolchainError, UsageError
 from fluxkiln.export.checkpoint import Checkpoint
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 DESCRIPTION = "neuron.json"
-SCHEMA = "fluxkiln.neuron/1"
+_SCHEMA = "fluxkiln.neuron/1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class SplitBundle:
     target: str
     instance: str
     tp_degree: int
-    flags: Preset
+    flags: FlagPreset
     modules: Mapping[str, Module]
     part_modules: Mapping[str, str]
     shards: Mapping[str, tuple[ShardRef, ...]]
@@ -71,7 +71,7 @@ def describe(
     module with the tensors of `shards[r]`, which lie there in the order of `slots`.
     """
     described = {
-        "schema": SCHEMA,
+        "schema": _SCHEMA,
         **facts(settings, plan),
         "target": plan.target.name,
         "modules": {
@@ -121,9 +121,9 @@ def read_split_bundle(folder: Path) -> SplitBundle:
         raise UsageError(f"{folder} has no {DESCRIPTION}, so it is no bundle for trn1 or inf2; give one") from error
     except ValueError as error:
         raise IntegrityError(f"{path} is no JSON ({error}); build or fetch the bundle again") from error
-    if not isinstance(described, dict) or described.get("schema") != SCHEMA:
+    if not isinstance(described, dict) or described.get("schema") != _SCHEMA:
         found = described.get("schema") if isinstance(described, dict) else described
-        raise UsageError(f"{path} has the schema {found!r}, this fluxkiln reads {SCHEMA}; build it again")
+        raise UsageError(f"{path} has the schema {found!r}, this fluxkiln reads {_SCHEMA}; build it again")
     try:
         bundle = _parse(folder, described)
     except (KeyError, TypeError, ValueError) as error:
@@ -153,9 +153,9 @@ def read_weights(bundle: SplitBundle) -> Callable[[str], list[list[NDArray[Any]]
     return lambda part: [list(read_shard(shard.path).values()) for shard in bundle.shards[part]]
 
 
-def compile_jobs(bundle: SplitBundle) -> list[CompileJob]:
+def bundle_jobs(bundle: SplitBundle) -> list[ModuleJob]:
     """What the compiler is to do for a bundle."""
-    return [CompileJob(name, module.form, module.hlo, module.digest) for name, module in bundle.modules.items()]
+    return [ModuleJob(name, module.form, module.hlo, module.digest) for name, module in bundle.modules.items()]
 
 
 def find_compiled(bundle: SplitBundle) -> dict[str, Path]:
@@ -164,7 +164,7 @@ def find_compiled(bundle: SplitBundle) -> dict[str, Path]:
     Raises:
         ToolchainError: not all modules are compiled. IntegrityError: as `read_neffs`.
     """
-    found = read_neffs(bundle.folder, compile_jobs(bundle), find_target(bundle.target), bundle.flags)
+    found = read_neffs(bundle.folder, bundle_jobs(bundle), find_target(bundle.target), bundle.flags)
     if missing := [name for name in bundle.modules if name not in found]:
         raise ToolchainError(
             f"{bundle.folder} has no NEFF of {', '.join(missing)}: the bundle was made without neuronx-cc; run its "

@@ -34,7 +34,7 @@ class Neuron(Toolchain):
     any_shapes = True
     resumable = True
 
-    lay_out = staticmethod(split.lay_out)
+    lay_out = staticmethod(split.plan_split)
     label = staticmethod(split.label)
     facts = staticmethod(split.facts)
     tools = staticmethod(modules.tools)

@@ -22,7 +22,7 @@ from fluxkiln.settings import Settings
 from fluxkiln.types import Part
 from fluxkiln.verify.findings import PartFindings, Record
 
-GRAPHS = "onnx"
+_GRAPHS = "onnx"
 # of the largest weight that is stored transposed, in float32
 LINK_MEMORY = 256 << 20
 
@@ -56,7 +56,7 @@ class OnnxRuntime(Toolchain):
     ) -> Made:
         from fluxkiln.compile.onnx.linked import link_parts
 
-        context, folder = (checkpoint, plan, cache), plan.folder / "work" / GRAPHS
+        context, folder = (checkpoint, plan, cache), plan.folder / "work" / _GRAPHS
         progress.stage("template", len(plan.kinds()))
         for kind in plan.kinds():
             tell_template(*context, kind, plan.target.graph_format, progress, "template")
@@ -77,7 +77,7 @@ class OnnxRuntime(Toolchain):
         names = {path: part for part, path in graphs.items()}
         files = tuple(
             BundleFile(
-                f"{GRAPHS}/{path.relative_to(folder)}",
+                f"{_GRAPHS}/{path.relative_to(folder)}",
                 cache.store.add_file(path),
                 (names[path],) if path in names else (),
             )

@@ -56,7 +56,7 @@ class NetTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class _Entry:
     """One coefficient range inside the coefficient region; `size` is padded to the region's alignment."""
 
     name: str
@@ -65,7 +65,7 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class Net:
+class BmodelNet:
     """One net of a bmodel. Spans are absolute file positions; at `coefficients_field` the file says where those are."""
 
     name: str
@@ -75,7 +75,7 @@ class Net:
     coefficients: Span
     coefficients_field: int
     check_code: Span
-    entries: tuple[Entry, ...]
+    entries: tuple[_Entry, ...]
     instruction_bytes: int
     runtime_bytes: int
 
@@ -87,7 +87,7 @@ class BModel:
     path: Path
     chip: str
     time_span: Span
-    nets: tuple[Net, ...]
+    nets: tuple[BmodelNet, ...]
     binary: Span
 
 
@@ -177,14 +177,14 @@ def _parse(path: Path, buffer: bytes, shift: int, binary: Span) -> BModel:
             entries = []
             for location in coeff.tables(_COEFF["location"]) if coeff else ():
                 entries.append(
-                    Entry(
+                    _Entry(
                         location.text(_LOCATION["name"])[0],
                         location.scalar(_LOCATION["offset"], "<Q"),
                         location.scalar(_LOCATION["size"], "<Q"),
                     )
                 )
             nets.append(
-                Net(
+                BmodelNet(
                     name=name,
                     name_span=Span(name_span.start + shift, name_span.size),
                     inputs=tuple(map(_tensor, parameter.tables(_PARAMETER["input"]))),

@@ -39,7 +39,7 @@ def open_cmodel(bundle: Bundle) -> CmodelExecutor:
     schemes = {entry.kind: parse_scheme(entry.scheme) for entry in bundle.manifest.parts}
     shapes = bundle.manifest.shapes
     nets = bundle.nets
-    work = count_work(nets, bundle.model.weight_uses(shapes), schemes)
+    work = count_costliest(nets, bundle.model.weight_uses(shapes), schemes)
     if work > MOST_MULTIPLICATIONS:
         raise UsageError(
             f"the simulator makes about {SPEED:.0e} multiplications a second, and the costliest component of this "
@@ -60,7 +60,7 @@ class CmodelExecutor:
     """Runs nets in one simulator process; nothing stays on the simulated device between files.
 
     Args:
-        work: of an image step, as `count_work`.
+        work: of an image step, as `count_costliest`.
         log: where what the simulator prints is kept.
     """
 
@@ -116,7 +116,7 @@ class CmodelExecutor:
         return self._simulator
 
 
-def count_work(nets: Mapping[str, Net], uses: Mapping[str, WeightUse], schemes: Mapping[str, Scheme]) -> float:
+def count_costliest(nets: Mapping[str, Net], uses: Mapping[str, WeightUse], schemes: Mapping[str, Scheme]) -> float:
     """About how many multiplications the costliest component takes, of the transformer one step.
 
     Every stored weight is used as often as the model says.

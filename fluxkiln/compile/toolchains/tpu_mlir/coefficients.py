@@ -21,14 +21,14 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from fluxkiln.compile.toolchains.tpu_mlir.bmodel import Net, read_bmodel
+from fluxkiln.compile.toolchains.tpu_mlir.bmodel import BmodelNet, read_bmodel
 from fluxkiln.compile.toolchains.tpu_mlir.forms import Form, FormMaker, SlotRows, candidates, form_bytes
 from fluxkiln.errors import CompileError
 from fluxkiln.types import TRANSPOSED, TensorSpec, WeightReader
 
-ALIGNMENT = 4096
+_ALIGNMENT = 4096
 # of all constants of a kind, compressed: tables and masks shrink, a weight that was taken for one would not
-MAX_CONSTANT_BYTES = 1 << 20
+_MAX_CONSTANT_BYTES = 1 << 20
 HEAD_BYTES = 4096
 _NOT_CASTABLE = "so nothing can be cast into it; its parts are compiled one by one"
 
@@ -221,7 +221,7 @@ class _Stored:
         return self.form
 
 
-def _ranges(bmodel: Path, net: Net) -> Iterator[_Stored]:
+def _ranges(bmodel: Path, net: BmodelNet) -> Iterator[_Stored]:
     covered = 0
     for entry in sorted(net.entries, key=lambda entry: entry.offset):
         if entry.offset != covered:
@@ -258,7 +258,7 @@ def _as_bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
 
 
 def _padded(size: int) -> int:
-    return size + -size % ALIGNMENT
+    return size + -size % _ALIGNMENT
 
 
 def _matching(form: Form, places: list[_Stored], maker: FormMaker, rows: SlotRows) -> Iterable[_Stored]:
@@ -290,7 +290,7 @@ def _claim(one: _Stored, form: Form, size: int) -> None:
         one.rival = form.slot
 
 
-def _constants(net: Net, stored: list[_Stored], twins: Mapping[tuple[int, str], _Stored]) -> dict[str, bytes]:
+def _constants(net: BmodelNet, stored: list[_Stored], twins: Mapping[tuple[int, str], _Stored]) -> dict[str, bytes]:
     """Make what matches no weight and is equal in a second compile constants.
 
     Raises:
@@ -310,16 +310,16 @@ def _constants(net: Net, stored: list[_Stored], twins: Mapping[tuple[int, str], 
         key = hashlib.sha256(kept).hexdigest()[:16]
         constants[key], one.form = kept, Form(key, "constant")
     total = sum(len(bz2.compress(data)) for data in constants.values())
-    if total > MAX_CONSTANT_BYTES:
+    if total > _MAX_CONSTANT_BYTES:
         raise CompileError(
             f"mould {net.name}: {total} bytes of its weights, compressed, are equal for all probe weights, more than "
-            f"{MAX_CONSTANT_BYTES} are no constants, {_NOT_CASTABLE}"
+            f"{_MAX_CONSTANT_BYTES} are no constants, {_NOT_CASTABLE}"
         )
     return constants
 
 
 def _verify(
-    net: Net,
+    net: BmodelNet,
     stored: list[_Stored],
     twins: Mapping[tuple[int, str], _Stored],
     maker: FormMaker,

@@ -44,7 +44,7 @@ _CHECK_CHIP = "bm1684x"
 _LAYOUT = 2  # raised when what is done to the environment after the install changes
 _CHECK_REL_L2 = 1e-5
 
-Progress = Callable[[str], None]
+_Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,7 @@ def find_tpu_mlir(root: Path) -> TpuMlirEnv | None:
     return _describe(root, check_rel_l2)
 
 
-def ensure_tpu_mlir(root: Path, progress: Progress) -> TpuMlirEnv:
+def ensure_tpu_mlir(root: Path, progress: _Tell) -> TpuMlirEnv:
     """The environment in `root`, made first when it is missing, unfinished or of another version.
 
     Raises:
@@ -203,7 +203,7 @@ def remove_bundled_glibc(package_root: Path, host: str) -> tuple[str, ...]:
     return tuple(removed)
 
 
-def _make(root: Path, python310: Path, progress: Progress) -> TpuMlirEnv:
+def _make(root: Path, python310: Path, progress: _Tell) -> TpuMlirEnv:
     free = shutil.disk_usage(root).free
     if free < _NEEDED_BYTES:
         raise ResourceError(
@@ -321,7 +321,7 @@ def _last_lines(log: Path) -> str:
 
 
 @contextmanager
-def _locked(root: Path, progress: Progress) -> Iterator[None]:
+def _locked(root: Path, progress: _Tell) -> Iterator[None]:
     """Hold `root` for this process; the lock goes with the process, however that ends."""
     try:
         root.mkdir(parents=True, exist_ok=True)

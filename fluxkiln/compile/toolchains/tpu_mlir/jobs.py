@@ -29,7 +29,7 @@ from fluxkiln.settings import Settings
 from fluxkiln.types import Part, Template
 
 
-def list_jobs(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, settings: Settings) -> list[Job]:
+def plan_jobs(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, settings: Settings) -> list[Job]:
     """Templates, moulds, proofs, parts without a mould, combined shells, casts."""
     templates, made, cast = [], [], []
     known: dict[Part, Binary] = {}

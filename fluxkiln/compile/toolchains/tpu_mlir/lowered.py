@@ -13,10 +13,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from fluxkiln.compile.onnx.runner import MOST_SCORES
 from fluxkiln.errors import CompileError
-
-# elements of the scores held at once, and as many after the softmax: one head of FLUX.1 at 1024x1024
-MOST_SCORES = 25_000_000
 
 _OPERATION = re.compile(
     r'\s*(?P<result>%\w+) = "(?P<name>[\w.]+)"\((?P<operands>.*?)\) (?P<attributes>\{.*\} )?'

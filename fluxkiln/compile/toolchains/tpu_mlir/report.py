@@ -11,7 +11,7 @@ from fluxkiln.compile.toolchains.tpu_mlir.estimate import estimate_pipeline
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.types import Part
 
-LABEL = (
+_LABEL = (
     "Summed from the schedules that the compiler makes of its own code, net after net; no board ran. It ranks "
     "formulations, it does not measure them."
 )
@@ -50,7 +50,7 @@ def report_estimate(checkpoint: Checkpoint, binaries: Sequence[Binary]) -> dict[
         "image_ms": found.image_ms,
         "by_kind": {kind: {"parts": count, "ms": spent} for kind, (count, spent) in found.by_kind.items()},
     }
-    return {"label": LABEL, "entries": entries, "values": values}
+    return {"label": _LABEL, "entries": entries, "values": values}
 
 
 def _duration(ms: float | None) -> str:

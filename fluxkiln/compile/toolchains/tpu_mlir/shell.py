@@ -19,7 +19,7 @@ from pathlib import Path
 from fluxkiln.compile.toolchains.tpu_mlir.bmodel import (
     HEADER,
     HEADER_BYTES,
-    Net,
+    BmodelNet,
     Span,
     Table,
     normalise_time,
@@ -99,7 +99,7 @@ def lay_out(combined: Path, sizes: Mapping[str, int], target: Path) -> dict[str,
         sizes: net -> bytes of its coefficients.
 
     Returns:
-        Net -> its region of `target`, in absolute positions.
+        BmodelNet -> its region of `target`, in absolute positions.
 
     Raises:
         CompileError: the nets are not those of `sizes`, or a net's coefficients do not fit its size.
@@ -176,7 +176,7 @@ def write_check_code(target: Path, net: str, code: bytes) -> None:
         file.write(code)
 
 
-def _rename(buffer: bytearray, net: Net, name: str) -> None:
+def _rename(buffer: bytearray, net: BmodelNet, name: str) -> None:
     """Another name over the old one if it is as long, else as a new string at the end, to which the field is led."""
     text = name.encode()
     if len(text) == net.name_span.size:

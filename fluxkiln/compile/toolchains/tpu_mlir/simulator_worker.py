@@ -58,7 +58,7 @@ def run_bmodel(file: str, name: str, inputs: Arrays) -> Arrays:
             raise ValueError(f"input {tensor.name} has shape {data.shape}, not {tensor.data.shape}")
         tensor.data[:] = narrow(data, tensor.dtype)
     net.forward()
-    return {tensor.name: widen(tensor.data, tensor.dtype) for tensor in net.outputs}
+    return {tensor.name: _widen(tensor.data, tensor.dtype) for tensor in net.outputs}
 
 
 def run_lowered(file: str, values: list[str], inputs: Arrays) -> Arrays:
@@ -100,7 +100,7 @@ def narrow(data: NDArray[Any], dtype: str) -> NDArray[Any]:
     return data.astype({"f32": np.float32, "i32": np.int32, "si32": np.int32, "ui32": np.uint32}[dtype])
 
 
-def widen(data: NDArray[Any], dtype: str) -> NDArray[Any]:
+def _widen(data: NDArray[Any], dtype: str) -> NDArray[Any]:
     if dtype == "bf16":
         return (np.array(data).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     return np.array(data).astype(np.float32)

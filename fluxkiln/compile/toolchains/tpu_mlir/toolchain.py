@@ -54,9 +54,9 @@ class TpuMlir(Toolchain):
         plan_devices(plan, group_parts(plan, planned_binaries(checkpoint, plan, cache)))
 
     def jobs(self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, settings: Settings) -> list[Job]:
-        from fluxkiln.compile.toolchains.tpu_mlir.jobs import list_jobs
+        from fluxkiln.compile.toolchains.tpu_mlir.jobs import plan_jobs
 
-        return list_jobs(checkpoint, plan, cache, settings)
+        return plan_jobs(checkpoint, plan, cache, settings)
 
     def devices(self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> dict[str, Any]:
         from fluxkiln.compile.toolchains.tpu_mlir.devices import group_parts, lay_files

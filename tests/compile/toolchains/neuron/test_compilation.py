@@ -21,7 +21,7 @@ from fluxkiln.compile.jobs import JobPool
 from fluxkiln.compile.targets import find_target
 from fluxkiln.compile.toolchains.neuron.compilation import compile_kinds, neff_action
 from fluxkiln.compile.toolchains.neuron.neff import (
-    CompileJob,
+    ModuleJob,
     check_versions,
     neff_path,
     read_neffs,
@@ -52,7 +52,7 @@ def jobs(tmp_path):
             path = folder / f"{name}.hlo_module.pb"
             path.write_bytes(f"module {name}\n".encode())
             digest = "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()
-            made.append(CompileJob(name, "blocks", path, digest, memory))
+            made.append(ModuleJob(name, "blocks", path, digest, memory))
         return made
 
     return make
@@ -132,7 +132,7 @@ def test_equal_modules_are_compiled_once(run, jobs, calls, tmp_path):
     (double,) = jobs("double")
     copy = tmp_path / "build" / "hlo" / "other.hlo_module.pb"
     shutil.copy(double.hlo, copy)
-    made = run([double, CompileJob("other", "blocks", copy, double.digest, 1)], workers=2)
+    made = run([double, ModuleJob("other", "blocks", copy, double.digest, 1)], workers=2)
     assert len(called(calls)) == 1
     assert made[0].digest == made[1].digest
     assert {each.hit for each in made} == {False, True}
@@ -145,7 +145,7 @@ def test_anything_else_is_another_key(run, jobs, calls, monkeypatch, change):
     options = {}
     if change == "module":
         job.hlo.write_bytes(b"another module")
-        job = CompileJob("double", "blocks", job.hlo, "sha256:" + hashlib.sha256(b"another module").hexdigest(), 1)
+        job = ModuleJob("double", "blocks", job.hlo, "sha256:" + hashlib.sha256(b"another module").hexdigest(), 1)
     elif change == "flags":
         options["preset"] = "published"
     elif change == "target":
@@ -160,10 +160,10 @@ def test_anything_else_is_another_key(run, jobs, calls, monkeypatch, change):
 
 def test_the_key_has_no_names_and_no_paths(jobs, tmp_path):
     (job,) = jobs("double")
-    moved = CompileJob("x", "blocks", tmp_path / "y", job.digest)
+    moved = ModuleJob("x", "blocks", tmp_path / "y", job.digest)
     key = neff_action(job, TRN1, "default", "1").key
     assert key == neff_action(moved, TRN1, "default", "1").key
-    assert key != neff_action(CompileJob("x", "image", tmp_path / "y", job.digest), TRN1, "default", "1").key
+    assert key != neff_action(ModuleJob("x", "image", tmp_path / "y", job.digest), TRN1, "default", "1").key
 
 
 def test_compilers_run_beside_one_another(run, jobs, monkeypatch):
@@ -284,14 +284,14 @@ def test_goes_on_after_a_kill(jobs, run, calls, tmp_path, monkeypatch):
         "import sys; from pathlib import Path\n"
         "from fluxkiln.artifacts.actions import ActionCache\n"
         "from fluxkiln.artifacts.store import open_store\n"
-        "from fluxkiln.compile.toolchains.neuron.neff import CompileJob\n"
+        "from fluxkiln.compile.toolchains.neuron.neff import ModuleJob\n"
         "from fluxkiln.compile.toolchains.neuron.neuronx_cc import find_neuronx_cc\n"
         "from fluxkiln.compile.targets import find_target\n"
         "from fluxkiln.compile.toolchains.neuron.compilation import compile_kinds\n"
         "root = Path(sys.argv[1])\n"
         "named = zip(sys.argv[2::2], sys.argv[3::2])\n"
         "hlo = root / 'build/hlo'\n"
-        "jobs = [CompileJob(n, 'blocks', hlo / f'{n}.hlo_module.pb', digest, 1) for n, digest in named]\n"
+        "jobs = [ModuleJob(n, 'blocks', hlo / f'{n}.hlo_module.pb', digest, 1) for n, digest in named]\n"
         "cache = ActionCache(open_store(root / 'store'))\n"
         "from fluxkiln.compile.jobs import JobPool\n"
         "with JobPool(1) as pool:\n"
@@ -327,7 +327,7 @@ def test_records_are_read_and_checked(run, jobs, tmp_path):
 
     with pytest.raises(IntegrityError, match=r"was compiled with --target=trn1 .* not --target=inf2"):
         read_neffs(folder, made, INF2, "default")
-    other = CompileJob("double", "blocks", made[1].hlo, made[1].digest)
+    other = ModuleJob("double", "blocks", made[1].hlo, made[1].digest)
     with pytest.raises(IntegrityError, match=f"was compiled from the module {made[0].digest}, this one is"):
         read_neffs(folder, [other], TRN1, "default")
     path = neff_path(folder, "double")

@@ -16,13 +16,13 @@ from fluxkiln.build.verification import record
 from fluxkiln.compile.templates import host_constants
 from fluxkiln.compile.toolchains.neuron.look import (
     adds_bias,
+    check_rank_shards,
     check_ranks,
-    check_shards,
     check_size,
     check_split,
     is_partial,
     open_ranks,
-    see_split_leaves,
+    see_rank_leaves,
 )
 from fluxkiln.compile.toolchains.neuron.modules import lower_modules
 from fluxkiln.compile.toolchains.neuron.rungs import bound_weights
@@ -72,7 +72,7 @@ def looked(prepared):
         opened = open_ranks(checkpoint, cache, part, inputs, workers, modules["replicas"])
         exact = open_ranks(checkpoint, cache, part, inputs, workers, modules["split"], "float32")
         outputs = recording.outputs(PART, 0)
-        leaves = see_split_leaves(part, checkpoint, inputs, state)
+        leaves = see_rank_leaves(part, checkpoint, inputs, state)
         yield SimpleNamespace(opened=opened, exact=exact, leaves=leaves, state=state, plan=plan, outputs=outputs)
 
 
@@ -111,7 +111,7 @@ def test_a_sound_block_has_no_culprit(looked):
     assert len(replicas.findings) > 60
     assert {finding.rank for finding in replicas.findings} == {0, 1}
     assert 1e-3 < replicas.noisiest.own < 5e-3, "bfloat16 rounds, and not by more"
-    assert not any(finding.own for finding in check_shards(looked.opened, looked.opened.weights).findings)
+    assert not any(finding.own for finding in check_rank_shards(looked.opened, looked.opened.weights).findings)
 
 
 def shards_of(looked):
@@ -164,7 +164,7 @@ def test_a_fault_in_a_shard_is_found_at_its_operation(looked, spoil, operation, 
     assert f"{slot} on rank {', '.join(map(str, sorted(ranks)))}:" in culprit.remedy.cause
     assert culprit.inputs
     assert all(range_.rms > 0 for range_ in culprit.inputs.values())
-    stored = check_shards(looked.opened, weights).culprit
+    stored = check_rank_shards(looked.opened, weights).culprit
     assert (stored.rung, stored.finding.value) == ("stored", culprit.finding.value)
 
 
@@ -173,7 +173,7 @@ def test_one_bit_of_a_shard_is_seen_where_no_value_shows_it(looked):
     spoilt[0]["proj_mlp.weight"].view(np.uint16)[3, 4] ^= 1
     weights = [list(rank.values()) for rank in spoilt]
     assert check_ranks(looked.opened, weights, "replicas").culprit is None
-    culprit = check_shards(looked.opened, weights).culprit
+    culprit = check_rank_shards(looked.opened, weights).culprit
     assert culprit.slots == ("proj_mlp.weight",)
     assert "proj_mlp.weight on rank 0" in culprit.remedy.cause
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fluxkiln.compile.targets import find_target
-from fluxkiln.compile.toolchains.neuron.neff import FORMS, CompileJob, compile_flags
+from fluxkiln.compile.toolchains.neuron.neff import FORMS, ModuleJob, compile_flags
 from fluxkiln.compile.toolchains.neuron.neuronx_cc import (
     compile_argv,
     compile_module,
@@ -59,7 +59,7 @@ def test_forms_and_presets_that_do_not_exist():
         compile_flags("blocks", TRN1, "fast")
     for name in ("", "../x", "a b", "a'b", "-x", "A"):
         with pytest.raises(UsageError, match="files are named by it"):
-            CompileJob(name, "blocks", Path("x"), "sha256:0")
+            ModuleJob(name, "blocks", Path("x"), "sha256:0")
 
 
 # The command
@@ -152,7 +152,7 @@ def compile_one(tmp_path, calls):
     (tmp_path / "work").mkdir()
 
     def run(digest=digest, target=TRN1, preset="default"):
-        job = CompileJob("tail", "blocks", hlo, digest)
+        job = ModuleJob("tail", "blocks", hlo, digest)
         return compile_module(job, find_neuronx_cc(), target, preset, tmp_path / "work", tmp_path / "logs" / "tail.log")
 
     return run

@@ -6,7 +6,7 @@ import pytest
 
 from fluxkiln.compile.targets import find_target
 from fluxkiln.compile.toolchains.neuron.profile import (
-    RESERVED_BYTES,
+    RUNTIME_BYTES,
     CoreMemory,
     all_instances,
     check_degree,
@@ -138,7 +138,7 @@ def test_the_default_holds_it_with_room():
     memory = check_memory(instance("trn1.32xlarge"), 8, FLUX, 2_000_000_000)
     assert memory.fits
     assert memory.weight_bytes == pytest.approx(4.51e9, rel=1e-2)
-    assert memory.needed == memory.weight_bytes + 2_000_000_000 + RESERVED_BYTES
+    assert memory.needed == memory.weight_bytes + 2_000_000_000 + RUNTIME_BYTES
     assert "free" in memory.table()
     with pytest.raises(ResourceError, match="fits no instance; use a smaller SIZE"):
         check_memory(instance("trn1.32xlarge"), 8, FLUX, 17_000_000_000)
@@ -146,7 +146,7 @@ def test_the_default_holds_it_with_room():
 
 def test_memory_is_refused_by_one_byte():
     core = instance("trn1.2xlarge")
-    room = core.core_bytes - RESERVED_BYTES
+    room = core.core_bytes - RUNTIME_BYTES
     assert CoreMemory(core, 2, {"transformer": room - 7}, 7).fits
     assert not CoreMemory(core, 2, {"transformer": room - 7}, 8).fits
     with pytest.raises(ResourceError):

@@ -21,7 +21,7 @@ from fluxkiln.artifacts.store import open_store
 from fluxkiln.compile.jobs import JobPool
 from fluxkiln.compile.targets import find_target
 from fluxkiln.compile.toolchains.neuron.compilation import compile_kinds, write_compile_script
-from fluxkiln.compile.toolchains.neuron.neff import CompileJob, neff_path, read_neffs, record_path
+from fluxkiln.compile.toolchains.neuron.neff import ModuleJob, neff_path, read_neffs, record_path
 from fluxkiln.compile.toolchains.neuron.neuronx_cc import compile_argv, find_neuronx_cc
 from fluxkiln.errors import UsageError
 
@@ -43,7 +43,7 @@ class Place:
         for name in names:
             path = self.folder / "hlo" / f"{name}.hlo_module.pb"
             path.write_bytes(f"module {name}\n".encode())
-            self.jobs.append(CompileJob(name, "blocks", path, digest(path)))
+            self.jobs.append(ModuleJob(name, "blocks", path, digest(path)))
         shutil.copy(STUB, root / "bin" / "neuronx-cc")
         self.environ = {"PATH": f"{root / 'bin'}:{os.environ['PATH']}", "STUB_CALLS": str(self.calls)}
         self.script = write_compile_script(self.folder, self.jobs, TRN1)
@@ -139,7 +139,7 @@ def test_anything_else_is_compiled_again(place, change):
     elif change == "module":
         job = place.jobs[0]
         job.hlo.write_bytes(b"another module")
-        place.jobs[0] = CompileJob("double", "blocks", job.hlo, digest(job.hlo))
+        place.jobs[0] = ModuleJob("double", "blocks", job.hlo, digest(job.hlo))
         write_compile_script(place.folder, place.jobs, TRN1)
     else:
         write_compile_script(place.folder, place.jobs, TRN1, "published")

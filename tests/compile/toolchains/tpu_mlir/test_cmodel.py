@@ -10,7 +10,7 @@ import pytest
 from fluxkiln.compile.executor import Net
 from fluxkiln.compile.toolchains.tpu_mlir import cmodel
 from fluxkiln.compile.toolchains.tpu_mlir import environment as tpu_mlir_env
-from fluxkiln.compile.toolchains.tpu_mlir.cmodel import NET_SECONDS, count_work
+from fluxkiln.compile.toolchains.tpu_mlir.cmodel import NET_SECONDS, count_costliest
 from fluxkiln.compile.toolchains.tpu_mlir.toolchain import TOOLCHAIN
 from fluxkiln.errors import CompileError, ToolchainError, UsageError
 from fluxkiln.patches.flux1.kinds import KINDS
@@ -35,7 +35,7 @@ SCHEMES = {"single_modulated": "W4BF16", "single_modulation": "BF16"}
 
 
 def work_of(nets, **others):
-    return count_work(
+    return count_costliest(
         nets, MODEL.weight_uses(SHAPES), {kind: parse_scheme(name) for kind, name in {**SCHEMES, **others}.items()}
     )
 

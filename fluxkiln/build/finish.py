@@ -18,6 +18,7 @@ from fluxkiln.artifacts.modelpack import store_bundle
 from fluxkiln.artifacts.store import Blob
 from fluxkiln.build.prepared import lora_facts
 from fluxkiln.compile.bundle import CONFIGS, HOST_CONSTANTS
+from fluxkiln.compile.executor import bind_net
 from fluxkiln.compile.plan import Binary, Made
 from fluxkiln.compile.templates import host_constants
 from fluxkiln.compile.toolchain import toolchain_of
@@ -289,25 +290,19 @@ def _manifest(prepared: Prepared, made: Made, summary: Mapping[str, Any]) -> dic
 
 
 def _part_entry(binary: Binary, file: str) -> dict[str, Any]:
-    kind = binary.part.traits
-    sides = {}
-    for side, names in (("inputs", kind.inputs), ("outputs", kind.outputs)):
-        tensors: Any = binary.facts[side]
-        if {name for name, _, _ in tensors} <= set(names):  # an input that a model lacks is not the last one then
-            names = tuple(name for name, _, _ in tensors)
-        sides[side] = [
-            {"name": name, "dtype": dtype, "shape": shape}
-            for name, (_, dtype, shape) in zip(names, tensors, strict=False)
-        ]
+    net = bind_net(binary, Path(file))
     return {
-        "name": binary.part.name,
-        "kind": binary.part.kind,
+        "name": net.part,
+        "kind": net.kind.name,
         "scheme": binary.scheme.name,
         "file": file,
-        "net": binary.net,
+        "net": net.name,
         "digest": binary.digest,
-        "size": binary.size,
-        **sides,
+        "size": net.size,
+        **{
+            side: [{"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)} for spec in specs]
+            for side, specs in (("inputs", net.inputs), ("outputs", net.outputs))
+        },
     }
 
 

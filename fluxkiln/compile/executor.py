@@ -37,12 +37,15 @@ class Net:
 
 def bind_net(binary: Binary, file: Path) -> Net:
     """The net of a part in a file of the bundle, its inputs and outputs by its kind's names."""
-    kind, facts = binary.part.traits, binary.facts
-    inputs, outputs = (
-        tuple(TensorSpec(name, tuple(shape), dtype) for name, (_, dtype, shape) in zip(names, tensors, strict=False))
-        for names, tensors in ((kind.inputs, facts["inputs"]), (kind.outputs, facts["outputs"]))
-    )
+    kind = binary.part.traits
+    inputs, outputs = (_name(binary.facts[side], getattr(kind, side)) for side in ("inputs", "outputs"))
     return Net(binary.part.name, kind, file, binary.net, inputs, outputs, binary.size)
+
+
+def _name(tensors: Any, names: tuple[str, ...]) -> tuple[TensorSpec, ...]:
+    if {name for name, _, _ in tensors} <= set(names):  # an input that a model lacks is not the last one then
+        names = tuple(name for name, _, _ in tensors)
+    return tuple(TensorSpec(name, tuple(shape), dtype) for name, (_, dtype, shape) in zip(names, tensors, strict=False))
 
 
 class Executor(Protocol):

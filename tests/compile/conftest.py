@@ -101,6 +101,8 @@ def compile_kind(tpu_mlir, tiny_checkpoint, tiny_template, tiny_parts, tmp_path_
         from fluxkiln.compile.targets.bm1684x import TARGET
         from fluxkiln.compile.toolchains.tpu_mlir.coefficients import probe_reader
         from fluxkiln.compile.toolchains.tpu_mlir.compiler import CompileJob, compile_graph
+        from fluxkiln.compile.toolchains.tpu_mlir.gelu import fuse_tanh_gelu
+        from fluxkiln.compile.toolchains.tpu_mlir.order import small_work_first
 
         folder, template = tmp_path_factory.mktemp(f"{kind}-{scheme}"), tiny_template(kind, "onnx17")
         if seed is None:
@@ -109,11 +111,12 @@ def compile_kind(tpu_mlir, tiny_checkpoint, tiny_template, tiny_parts, tmp_path_
         else:
             read = probe_reader(template.slots, seed)
         activations = frozenset(spec.name for spec in template.inputs)
-        fill(template.path, set(activations), read, folder / "filled.onnx")
+        rewrites = (fuse_tanh_gelu, small_work_first)
+        fill(template.path, set(activations), read, folder / "filled.onnx", rewrites)
         (folder / "work").mkdir()
         job = CompileJob(
             f"{kind}_00", folder / "filled.onnx", template.path, activations, parse_scheme(scheme), TARGET.chip,
-            kind in TARGET.narrow_inputs, kind in TARGET.narrow_outputs,
+            *TARGET.narrows(MODEL.kinds[kind]),
         )  # fmt: skip
         return compile_graph(tpu_mlir, job, folder / "work", folder / "log"), read
 

@@ -69,7 +69,7 @@ def test_cast_equals_direct_compile(kiln, cast_and_direct, tmp_path, name, schem
     make_shell(kiln.cache.path(direct.blobs["bmodel"]), cast.net, tmp_path / "direct")
     assert (tmp_path / "renamed").read_bytes() == (tmp_path / "direct").read_bytes()
     assert CANONICAL_TIME in kiln.cache.path(direct.blobs["bmodel"]).read_bytes()
-    assert (direct.facts["quantized_matmuls"] > 0) == bool(kiln.scheme(cast.part).weight_bits)
+    assert (direct.facts["quantized_matmuls"] > 0) == bool(kiln.plan.scheme(cast.part).weight_bits)
     # what the interpreter reads as well
     cast_weight_file(coefficients_of(kiln, mould), reader_of(kiln, name), tmp_path / "w.npz")
     with np.load(tmp_path / "w.npz") as made, np.load(kiln.cache.path(direct.blobs["weights"])) as compiled:
@@ -294,7 +294,7 @@ def test_second_checkpoint_needs_no_compiler(kiln, cast_and_direct, cast_alone, 
             mould = make_mould(*second, template)
             assert mould.result.hit
             made = cast_alone(second, part.name)
-            check_codes(second.path(made.bmodel))
+            check_codes(second.cache.path(made.blobs["bmodel"]))
             dev = cast_alone(first, part.name)
             assert dev.size == made.size
             assert dev.digest != made.digest

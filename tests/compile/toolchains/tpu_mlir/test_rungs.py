@@ -7,23 +7,24 @@ import json
 from dataclasses import replace
 
 import pytest
-from fluxkiln.build.parity import climb_stored
 
-from fluxkiln.compile.plan import BundleFile
-from fluxkiln.compile.rungs import bm1684x_rungs
+from fluxkiln.compile.plan import BundleFile, Made
+from fluxkiln.compile.rungs import onnxruntime_rung
 from fluxkiln.compile.templates import make_template
 from fluxkiln.compile.toolchains.tpu_mlir.bmodel import check_codes, read_bmodel
 from fluxkiln.compile.toolchains.tpu_mlir.cast import cast_region
 from fluxkiln.compile.toolchains.tpu_mlir.coefficients import CoefficientMap
 from fluxkiln.compile.toolchains.tpu_mlir.moulds import make_mould
 from fluxkiln.compile.toolchains.tpu_mlir.proof import prove_cast
+from fluxkiln.compile.toolchains.tpu_mlir.rungs import read_back
 from fluxkiln.compile.toolchains.tpu_mlir.shell import write_check_code
 from fluxkiln.errors import CompileError, IntegrityError
 from fluxkiln.export.bindings import bind_part, weight_reader
+from fluxkiln.patches.flux1.kinds import KINDS
 from fluxkiln.types import Shapes, find_part
 from fluxkiln.verify.gates import first_bad_rung
-from fluxkiln.verify.ladder import Ladder
-from tests.builds import altered
+from tests.builds import altered, chip_ladder
+from tests.builds import climbed as climbed_parts
 
 pytestmark = pytest.mark.tpu_mlir
 
@@ -67,12 +68,11 @@ def climbed(kiln, cast_and_direct, cast_alone, tiny_checkpoint, tiny_recording, 
         files = (BundleFile(f"{what}.bmodel", cast.blobs["bmodel"], (NAME,)),)
         only = altered(kiln, parts=kiln.parts[:1])
         binary = replace(cast, part=kiln.parts[0], net=read_bmodel(kiln.cache.path(cast.blobs["bmodel"])).nets[0].name)
-        with bm1684x_rungs(*only, (binary,), files, folder / what) as rungs:
+        with climbed_parts(only, (binary,), files, folder / what) as rungs:
             names = rungs if what == "sound" else ("simulator",)
             made[what] = {rung: rungs[rung](NAME, inputs)[OUTPUT] for rung in names}
     other = altered(kiln, parts=(replace(kiln.parts[1], name=NAME),))  # called after the one, weights of the other
-    with bm1684x_rungs(*other, (casts[0],), files, folder / "other") as rungs:
-        made["onnxruntime swapped"] = {"onnxruntime": rungs["onnxruntime"](NAME, inputs)[OUTPUT]}
+    made["onnxruntime swapped"] = {"onnxruntime": onnxruntime_rung(*other)(NAME, inputs)[OUTPUT]}
     return recording, made, caught
 
 
@@ -93,8 +93,8 @@ def test_stored_weights_are_the_checkpoints(kiln, cast_alone, what, slot):
             cast_alone(altered(base, parts=(replace(find_part(base.parts, "single.01"), name=NAME),)), NAME), part=part
         ),
     }[what]()
-    ladder = Ladder()
-    climb_stored(ladder, *only, (spoilt,), (BundleFile("x.bmodel", spoilt.bmodel, (NAME,)),))
+    ladder = chip_ladder()
+    read_back(ladder, *only, Made((spoilt,), (BundleFile("x.bmodel", spoilt.blobs["bmodel"], (NAME,)),)))
     if what == "sound":
         assert ladder.rows
         assert all(row.passed for row in ladder.rows)
@@ -107,10 +107,10 @@ def climb(climbed, **instead):
     """The ladder of the sound block, with some rungs replaced."""
     recording, made, _ = climbed
     rungs = [(rung, instead.get(rung, array)) for rung, array in made["sound"].items()]
-    ladder = Ladder()
+    ladder = chip_ladder()
     reference, base = recording.outputs(NAME, 0)[OUTPUT], recording.inputs(NAME, 0)["hidden_states"]
     shaped = [(rung, array.reshape(reference.shape)) for rung, array in rungs]
-    ladder.climb(NAME, "single", OUTPUT, 0, reference, base, shaped, "W4BF16")
+    ladder.climb(NAME, KINDS["single"], OUTPUT, 0, reference, base, shaped, "W4BF16")
     return ladder
 
 
@@ -139,7 +139,7 @@ def cast_from_wrong_slot(kiln, cast, mould, template):
     placements[index] = replace(placements[index], form=replace(form, slot=form.slot.replace("to_v", "to_k")))
     reader = weight_reader(bind_part(cast.part, template.slots, kiln.checkpoint), kiln.checkpoint)
     target = kiln.cache.store.root / "wrong.bmodel"
-    kiln.cache.store.export(cast.bmodel.digest, target)
+    kiln.cache.store.export(cast.blobs["bmodel"].digest, target)
     (net,) = read_bmodel(target).nets
     code = cast_region(target, net.coefficients, replace(found, binary=tuple(placements)), reader)
     write_check_code(target, net.name, code)

@@ -8,7 +8,6 @@ from math import inf
 import pytest
 
 from fluxkiln.build.budget import (
-    LIMITS,
     Limits,
     count_work,
     executed_parts,
@@ -18,6 +17,8 @@ from fluxkiln.build.budget import (
     replayed_shapes,
 )
 from fluxkiln.compile.templates import make_template
+from fluxkiln.compile.toolchains.tpu_mlir import toolchain as tpu_mlir
+from fluxkiln.compile.toolchains.tpu_mlir.cmodel import MOST_MULTIPLICATIONS
 from fluxkiln.patches.flux1.kinds import KINDS, list_parts
 from fluxkiln.types import Shapes
 from tests.builds import altered
@@ -30,19 +31,15 @@ def cpu(kiln):
 
 
 def test_a_small_model_is_replayed_at_its_own_shapes(cpu):
-    assert replayed_shapes(cpu.checkpoint, cpu.plan) == cpu.shapes
-    assert multiplications(cpu.checkpoint, cpu.plan) < LIMITS.simulated
+    assert replayed_shapes(cpu.checkpoint, cpu.plan) == cpu.plan.shapes
+    assert multiplications(cpu.checkpoint, cpu.plan.shapes) < MOST_MULTIPLICATIONS
 
 
 @pytest.mark.parametrize(("halvings", "expected"), [(1, (64, 96, 32)), (2, (32, 48, 16)), (9, (16, 16, 8))])
 def test_shapes_are_halved_until_a_step_is_within_the_limit(cpu, halvings, expected):
     model = altered(cpu, shapes=Shapes(height=128, width=192, tokens=64))
     wanted = Shapes(*expected)
-    most = (
-        multiplications(altered(model, shapes=wanted).checkpoint, altered(model, shapes=wanted).plan)
-        if halvings < 9
-        else 1.0
-    )
+    most = multiplications(model.checkpoint, wanted) if halvings < 9 else 1.0
     assert replayed_shapes(model.checkpoint, model.plan, Limits(replayed=most)) == wanted
 
 
@@ -51,22 +48,22 @@ def test_the_whole_flux_is_replayed_at_128x128(cpu):
     shapes = Shapes(height=1024, width=1024, tokens=512)
     refs = cpu.checkpoint.tensors["transformer"]
     weight = replace(refs["proj_out.weight"], shape=(11_900, 1_000_000))
-    model = altered(cpu, shapes=shapes, checkpoint=replace(cpu.checkpoint, tensors={"transformer": {"w": weight}}))
-    assert replayed_shapes(model.checkpoint, model.plan) == Shapes(height=128, width=128, tokens=64)
+    checkpoint = replace(cpu.checkpoint, tensors={"transformer": {"w": weight}})
+    assert replayed_shapes(checkpoint, altered(cpu, shapes=shapes).plan) == Shapes(height=128, width=128, tokens=64)
 
 
 def test_the_costliest_component_counts(cpu):
     """The decoder's is right for FLUX.1's own; all levels of this one are equally wide, so more of it is at the end."""
 
     def alone(component):
-        return replace(cpu, checkpoint=replace(cpu.checkpoint, tensors={component: cpu.checkpoint.tensors[component]}))
+        return replace(cpu.checkpoint, tensors={component: cpu.checkpoint.tensors[component]})
 
     counts = {
-        name: multiplications(alone(name).checkpoint, alone(name).plan)
+        name: multiplications(alone(name), cpu.plan.shapes)
         for name in ("text_encoder", "text_encoder_2", "transformer", "vae")
     }
     assert counts["text_encoder"] == 0
-    assert multiplications(cpu.checkpoint, cpu.plan) == max(counts.values())
+    assert multiplications(cpu.checkpoint, cpu.plan.shapes) == max(counts.values())
     blocks = [ref for name, ref in cpu.checkpoint.tensors["text_encoder_2"].items() if ".layer." in name]
     matrices = sum(ref.shape[0] * ref.shape[1] for ref in blocks if len(ref.shape) == 2)
     assert counts["text_encoder_2"] == 16 * matrices
@@ -102,13 +99,14 @@ def test_what_is_too_large_is_not_executed(cpu):
     assert {part.kind for part in executed_parts(*cpu, 0, Limits(executed=0))} == {"t5_embed", "t5_final"}
 
 
-def test_the_interpreter_is_given_no_wide_convolution(cpu):
+def test_the_interpreter_is_given_no_wide_convolution(cpu, monkeypatch):
     widest = count_work(make_template(*cpu, "vae_decoder", "onnx23").path).widest_convolution
     assert widest == 32 * 32 * 32
     assert count_work(make_template(*cpu, "tail", "onnx23").path).widest_convolution == 0
     chip = altered(cpu, target=replace(cpu.target, toolchain="tpu_mlir"))
     for model, most, expected in ((cpu, 0, True), (chip, widest, True), (chip, widest - 1, False)):
-        kinds = {part.kind for part in executed_parts(*model, 0, Limits(convolved=most))}
+        monkeypatch.setattr(tpu_mlir, "MOST_CONVOLVED", most)
+        kinds = {part.kind for part in executed_parts(*model, 0, Limits())}
         assert ("vae_decoder" in kinds) == expected
         assert "double" in kinds
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 TOLERANCES = {"F32": F32, "F16": F16, "*": BF16}
 _FORGET = "forget the mould (`fluxkiln cache gc --results`)"
-_ADVICE = Advice(
+ADVICE = Advice(
     keep_sinusoids="keep Sin, Cos and all that feeds them in F32 through the quantize table (f32_table, "
     "CompileJob.keep_f32), or ",
     keep="keep it and what feeds it in F32 through the quantize table, or ",
@@ -76,7 +76,8 @@ def open_stored(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Pa
     rung = dequantized_rung(checkpoint, plan, cache)
     assert isinstance(rung, TemplateRunner)
     template = make_template(checkpoint, plan, cache, part.kind, "onnx17")
-    return open_part(checkpoint, plan, part, template, inputs, rung.fill(part.name).read_weight, _ADVICE)
+    opened = open_part(checkpoint, plan, part, template, inputs, rung.fill(part.name).read_weight)
+    return replace(opened, advice=ADVICE)
 
 
 def _lay_out(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, folder: Path) -> Path:

@@ -15,7 +15,8 @@ from pathlib import Path
 from fluxkiln.types import Shapes
 from fluxkiln.patches.flux1.model import MODEL
 from fluxkiln.export.trace import export_template
-folder, graph_format, kinds = Path(sys.argv[1]), sys.argv[2], sys.argv[3].split(",") if sys.argv[3] else list(MODEL.kinds)
+folder, graph_format = Path(sys.argv[1]), sys.argv[2]
+kinds = sys.argv[3].split(",") if sys.argv[3] else list(MODEL.kinds)
 import torch, diffusers, transformers, onnxscript, onnx_ir
 started = time.perf_counter()
 for kind in kinds:

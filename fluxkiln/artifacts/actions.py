@@ -19,7 +19,7 @@ from fluxkiln.digests import Json, digest_json, plain_json
 from fluxkiln.errors import FluxkilnError, IntegrityError
 from fluxkiln.files import disk_full_named
 
-SCHEMA = "fluxkiln.action/1"
+ACTION_SCHEMA = "fluxkiln.action/1"
 # Somebody may be about to record or tag a blob that was just written.
 KEEP_SECONDS = 3600.0
 _INGREDIENTS = ("stage", "what", "code_version", "inputs", "settings", "tools")
@@ -50,7 +50,7 @@ class Action:
     def ingredients(self) -> dict[str, Json]:
         """What the key is made of."""
         return {
-            "schema": SCHEMA,
+            "schema": ACTION_SCHEMA,
             "stage": self.stage,
             "code_version": self.code_version,
             "inputs": self.inputs,

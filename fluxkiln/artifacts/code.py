@@ -74,7 +74,7 @@ _CLASS = re.compile(r"(?:@.*\n(?:[ \t)].*\n)*)*class (\w+)[\s\S]*?:\n")
 _ALWAYS = ""
 
 # a module, and the name in it that is meant, or None for all of it
-Target = tuple[str, str | None]
+Reached = tuple[str, str | None]
 Definition = tuple[str, str]
 
 
@@ -132,10 +132,10 @@ def reached_sources(
         {PACKAGE.name: root, **{top: _home(top) for top in tops}},
         read,
     )
-    pending: list[Target] = list(starts)
+    pending: list[Reached] = list(starts)
     for receiver, module, name in classes:
         walk.open_class(receiver, module, name)
-    seen: set[Target] = set()
+    seen: set[Reached] = set()
     while pending:
         target = pending.pop()
         if target not in seen:
@@ -154,7 +154,7 @@ class _Uses:
     """
 
     names: frozenset[str]
-    imports: frozenset[Target]
+    imports: frozenset[Reached]
     strings: frozenset[str]
     packages: frozenset[tuple[str, str]]
     members: frozenset[tuple[str, str]]
@@ -176,7 +176,7 @@ class _Module:
     source: bytes
     has_stages: bool
     defined: Mapping[str, Sequence[str]]
-    imported: Mapping[str, Sequence[Target]]
+    imported: Mapping[str, Sequence[Reached]]
     beside: frozenset[str]
 
 
@@ -202,7 +202,7 @@ class _Walk:
     members: dict[tuple[str, str], list[tuple[str, str]]] = field(default_factory=dict)
     used: set[tuple[str, str]] = field(default_factory=set)
 
-    def enter(self, name: str, wanted: str | None) -> Iterator[Target]:
+    def enter(self, name: str, wanted: str | None) -> Iterator[Reached]:
         """Count what is wanted of a module; what that refers to."""
         module, is_start = self.module(name), (name, wanted) in self.starts
         if is_start and (module is None or wanted not in module.defined):
@@ -228,7 +228,7 @@ class _Walk:
                     self.members.setdefault((receiver, member), []).extend((name, part) for part in parts)
                     self.used |= {(receiver, member)} if member == _ALWAYS or member.startswith("__") else set()
 
-    def enter_members(self) -> Iterator[Target]:
+    def enter_members(self) -> Iterator[Reached]:
         """What those members of objects refer to that have been used by now."""
         while keys := self.used & self.members.keys():
             key = keys.pop()
@@ -245,7 +245,7 @@ class _Walk:
         else:
             self.whole[module.path] = module.source
 
-    def follow(self, name: str, module: _Module, statement: str) -> Iterator[Target]:
+    def follow(self, name: str, module: _Module, statement: str) -> Iterator[Reached]:
         """What a statement refers to; files of its module's folder that it names are counted."""
         uses = _uses(statement)
         self.used |= uses.members
@@ -266,7 +266,7 @@ class _Walk:
             if place := self.place(base):
                 yield from ((f"{base}.{entry.stem}{rest}", None) for entry in Path(*place).parent.iterdir())
 
-    def resolve(self, module: _Module, target: Target) -> Target:
+    def resolve(self, module: _Module, target: Reached) -> Reached:
         """What an import in a module stands for: a module of that name, or a name in a module."""
         base, name = resolve_name(target[0], module.package), target[1]
         return (f"{base}.{name}", None) if name and self.place(f"{base}.{name}") else (base, name)
@@ -324,12 +324,12 @@ def _files(base: Path) -> Iterator[Path]:
 
 
 @cache
-def _top_level(text: str) -> tuple[Mapping[str, list[str]], Mapping[str, list[Target]]]:
+def _top_level(text: str) -> tuple[Mapping[str, list[str]], Mapping[str, list[Reached]]]:
     """A module's statements by the names that they define, and what it imports by the name that it has here."""
     starts = [found.start() for found in _START.finditer(text) if found.start() == found.end()]
     starts = starts[:1] + [start for last, start in pairwise(starts) if text[last] != "@"]  # decorators come before
     defined: dict[str, list[str]] = {}
-    imported: dict[str, list[Target]] = {}
+    imported: dict[str, list[Reached]] = {}
     for start, end in pairwise([*starts, len(text)]):
         statement = text[start:end].rstrip() + "\n"
         if statement.startswith(("from ", "import ")):
@@ -365,7 +365,7 @@ def _without_text(source: str) -> str:
     return _TEXT.sub(evaluated, source)
 
 
-def _imports(code: str) -> Iterator[tuple[str, Target]]:
+def _imports(code: str) -> Iterator[tuple[str, Reached]]:
     """What imports in a piece of code bind: a name, and the module, with its leading dots, and the name in it."""
     for base, listed in _IMPORT.findall(code) if "import" in code else ():
         for name, alias in _IMPORTED.findall(listed):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @settings_options
 @json_option
 @click.pass_obj
-def build(output: Output, settings_for: SettingsFor, target: str) -> None:
+def build_command(output: Output, settings_for: SettingsFor, target: str) -> None:
     """Build a verified bundle for TARGET, from checkpoint to report.
 
     Without --model the build uses a small synthetic checkpoint, made in seconds without a network. What is in the store
@@ -41,7 +41,7 @@ def build(output: Output, settings_for: SettingsFor, target: str) -> None:
 @settings_options
 @json_option
 @click.pass_obj
-def plan(output: Output, settings_for: SettingsFor, target: str) -> None:
+def plan_command(output: Output, settings_for: SettingsFor, target: str) -> None:
     """Show the jobs of a build and their memory; build nothing.
 
     What the store holds already is marked. With --json, the list can feed another scheduler.

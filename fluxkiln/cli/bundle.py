@@ -28,7 +28,7 @@ _path = click.Path(path_type=Path)
 @transfer_options
 @json_option
 @click.pass_obj
-def inspect(output: Output, transfers: Transfers, bundle: str, all_parts: bool, all_files: bool) -> None:
+def inspect_command(output: Output, transfers: Transfers, bundle: str, all_parts: bool, all_files: bool) -> None:
     """Show what a bundle is made of, in a folder or in a registry.
 
     BUNDLE is the folder that a build wrote, or a reference to a published one (oci-layout:PATH:TAG, HOST/REPO:TAG,
@@ -71,7 +71,7 @@ def inspect(output: Output, transfers: Transfers, bundle: str, all_parts: bool, 
 @click.argument("bundle", type=_path)
 @json_option
 @click.pass_obj
-def verify(output: Output, bundle: Path) -> None:
+def verify_command(output: Output, bundle: Path) -> None:
     """Compare every file of a bundle with the digest its manifest gives.
 
     This is integrity: the bytes are those that the build wrote. That they compute what diffusers computes is what the

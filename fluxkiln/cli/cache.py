@@ -13,15 +13,15 @@ from fluxkiln.verify.report.wording import size as size_text
 
 
 @click.group(cls=NamedCommands)
-def cache() -> None:
+def cache_command() -> None:
     """Look into the store that builds share, and tidy it."""
 
 
-@cache.command(name="ls")
+@cache_command.command(name="ls")
 @store_options
 @json_option
 @click.pass_obj
-def list_store(output: Output, build_dir: Path, store: Path | None) -> None:
+def list_store_command(output: Output, build_dir: Path, store: Path | None) -> None:
     """Show results per stage, tags and blobs."""
     from fluxkiln.artifacts.actions import ActionCache
 
@@ -49,11 +49,11 @@ def list_store(output: Output, build_dir: Path, store: Path | None) -> None:
         output.table(("tag", "manifest"), sorted(tags.items()))
 
 
-@cache.command(name="verify")
+@cache_command.command(name="verify")
 @store_options
 @json_option
 @click.pass_obj
-def verify_store(output: Output, build_dir: Path, store: Path | None) -> None:
+def verify_store_command(output: Output, build_dir: Path, store: Path | None) -> None:
     """Compare every blob with its digest.
 
     Damaged ones are put aside, so that the next build makes them again.
@@ -75,7 +75,7 @@ def verify_store(output: Output, build_dir: Path, store: Path | None) -> None:
     output.line(f"{found.root}: {count_text(len(blobs), 'blob')}, {size_text(sum(b.size for b in blobs))}, all intact")
 
 
-@cache.command(name="gc")
+@cache_command.command(name="gc")
 @store_options
 @click.option("--results", is_flag=True, help="Forget what builds recorded too: only what a tag reaches stays.")
 @click.option(
@@ -85,7 +85,9 @@ def verify_store(output: Output, build_dir: Path, store: Path | None) -> None:
 @click.option("--dry-run", is_flag=True, help="Say what would go, and remove nothing.")
 @json_option
 @click.pass_obj
-def collect(output: Output, build_dir: Path, store: Path | None, results: bool, hours: float, dry_run: bool) -> None:
+def collect_command(
+    output: Output, build_dir: Path, store: Path | None, results: bool, hours: float, dry_run: bool
+) -> None:
     """Remove blobs that no tag and no recorded result reaches.
 
     What a tag reaches always stays. If the index or a manifest is damaged nothing is removed.

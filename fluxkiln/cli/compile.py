@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @store_options
 @json_option
 @click.pass_obj
-def compile(
+def compile_command(
     output: Output, bundle: Path | None, resume: bool, jobs: int | None, build_dir: Path, store: Path | None
 ) -> None:
     """Complete a bundle for trn1 or inf2 where the compiler is.

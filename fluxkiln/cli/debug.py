@@ -25,7 +25,7 @@ DEFAULT_TARGET = "bm1684x"
 @settings_options
 @json_option
 @click.pass_obj
-def debug(output: Output, settings_for: SettingsFor, part: str, target: str, step: int, every: bool) -> None:
+def debug_command(output: Output, settings_for: SettingsFor, part: str, target: str, step: int, every: bool) -> None:
     """Find the first operation inside a part that leaves its tolerance.
 
     PART is a part's name, double.07 or time_embed; the options are those of the build it belongs to. The part's values

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 @click.argument("target", required=False)
 @json_option
 @click.pass_obj
-def doctor(output: Output, target: str | None) -> None:
+def doctor_command(output: Output, target: str | None) -> None:
     """Show every tool, its version, and what is missing for which target.
 
     With TARGET, exit with 5 when something that building for it needs is missing. What is optional runs the images of

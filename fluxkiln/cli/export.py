@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from fluxkiln.cli.options import build_dir_option, check_size, size_option, tokens_option, vae_option
+from fluxkiln.cli.options import build_dir_option, read_size, size_option, tokens_option, vae_option
 from fluxkiln.cli.output import Output, count_text, json_option, open_progress, seconds_text
 from fluxkiln.errors import UsageError
 from fluxkiln.patches.model import Model
@@ -26,10 +26,10 @@ from fluxkiln.verify.report.wording import size as size_text
 if TYPE_CHECKING:
     from fluxkiln.export.checkpoint import Checkpoint
 
-PARTS_SCHEMA = "fluxkiln.export.graphs/1"
+GRAPHS_SCHEMA = "fluxkiln.export.graphs/1"
 FORMATS: tuple[GraphFormat, ...] = get_args(GraphFormat)
-SCHEMA = "fluxkiln.export/1"
-INDEX = "export.json"
+EXPORT_SCHEMA = "fluxkiln.export/1"
+EXPORT_INDEX = "export.json"
 
 
 @click.command()
@@ -68,7 +68,7 @@ INDEX = "export.json"
 @build_dir_option
 @json_option
 @click.pass_obj
-def export(
+def export_command(
     output: Output,
     /,
     model: str,
@@ -103,12 +103,12 @@ def export(
     chosen_formats = parse_formats(formats)
     # of a checkpoint that has not all of them, those that are asked for as a whole
     whole = components if components and not names else None
-    settings = Settings("", model, size=check_size(size), components=whole, **common)
+    settings = Settings("", model, size=read_size(size), components=whole, **common)
     known_model = model_of(settings)
-    check_kinds(known_model, kinds, settings.vae, settings.modulation)
+    check_kind_names(known_model, kinds, settings.vae, settings.modulation)
     linked = bool(components or names)
     if linked:
-        check_linked(known_model, components, kinds, chosen_formats)
+        check_graph_options(known_model, components, kinds, chosen_formats)
     elif copy:
         raise UsageError("--copy is for the weights of --whole and --part; templates have none")
     else:
@@ -145,9 +145,8 @@ def export(
             for template in index["templates"]
         ],
     )
-    output.line(
-        f"\n{directory}: {count_text(len(index['templates']), 'template')} and {INDEX} in {seconds_text(seconds)}"
-    )
+    written = f"{count_text(len(index['templates']), 'template')} and {EXPORT_INDEX}"
+    output.line(f"\n{directory}: {written} in {seconds_text(seconds)}")
 
 
 def _show_graphs(output: Output, document: dict[str, Any], directory: Path, seconds: float) -> None:
@@ -185,7 +184,7 @@ def parse_formats(names: Sequence[str]) -> tuple[GraphFormat, ...]:
     return tuple(one for name in dict.fromkeys(names or ("onnx23",)) for one in FORMATS if one == name)
 
 
-def check_kinds(model: Model, names: Sequence[str], vae: Any, modulation: Any = "inline") -> None:
+def check_kind_names(model: Model, names: Sequence[str], vae: Any, modulation: Any = "inline") -> None:
     """Raise UsageError for a kind that does not exist, or not with this VAE or form of the transformer."""
     least = {component: dict.fromkeys(keys, 1) for component, keys in model.whole_numbers.items()}
     there = {part.kind for part in model.list_parts(least, vae, modulation)}
@@ -202,7 +201,9 @@ def check_kinds(model: Model, names: Sequence[str], vae: Any, modulation: Any = 
             raise UsageError(f"kind {name} is not there with {option} {given}; use {option} {other}")
 
 
-def check_linked(model: Model, components: Sequence[str], kinds: Sequence[str], formats: Sequence[GraphFormat]) -> None:
+def check_graph_options(
+    model: Model, components: Sequence[str], kinds: Sequence[str], formats: Sequence[GraphFormat]
+) -> None:
     """Raise UsageError for a component that does not exist, or options that do not go with --whole and --part."""
     from fluxkiln.compile.onnx.linked import LINKED_FORMATS
     from fluxkiln.export.whole import component_graphs
@@ -255,7 +256,7 @@ def write_graphs(
 
     made = export_graphs(checkpoint, files, shapes, directory, progress, graph_format=graph_format, copy=copy)
     return {
-        "schema": PARTS_SCHEMA,
+        "schema": GRAPHS_SCHEMA,
         "model": checkpoint.name,
         "variant": checkpoint.variant,
         "shapes": asdict(shapes),
@@ -315,7 +316,7 @@ def write_export(
                     bindings[part.name][graph_format] = [asdict(slot) for slot in slots]
                 progress.done(graph_format, kind, f"traced in {time.perf_counter() - started:.1f} s")
         index = {
-            "schema": SCHEMA,
+            "schema": EXPORT_SCHEMA,
             "model": checkpoint.name,
             "variant": checkpoint.variant,
             "shapes": asdict(shapes),
@@ -325,7 +326,7 @@ def write_export(
                 for part in parts
             ],
         }
-        (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+        (folder / EXPORT_INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
         os.rename(folder, destination)
     return index
 

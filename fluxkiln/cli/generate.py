@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fluxkiln.cli.bundle import bundle_folder
-from fluxkiln.cli.options import BundleCommand, check_size
+from fluxkiln.cli.options import BundleCommand, read_size
 from fluxkiln.cli.output import Output, count_text, json_option, open_progress, path_text, seconds_text
 from fluxkiln.errors import ResourceError, ToolchainError, UsageError
 from fluxkiln.settings import read_prompts
@@ -69,7 +69,7 @@ class Saved:
 @click.option("--save-latents", is_flag=True, help="Write each image's packed latents beside it, as .npy.")
 @json_option
 @click.pass_obj
-def generate(
+def generate_command(
     output: Output,
     /,
     prompts: tuple[str, ...],
@@ -101,7 +101,7 @@ def generate(
     if rows is not None and not 1 <= rows <= count:
         raise UsageError(f"--rows {rows}: there will be {count_text(count, 'image')}; give from 1 to {count}")
     saved = _place(out, count)
-    checked = check_size(size)
+    checked = read_size(size)
     from fluxkiln.compile.bundle import open_bundle
     from fluxkiln.compile.toolchain import open_executor
     from fluxkiln.generate.painter import Painter, Request, check_request
@@ -213,7 +213,9 @@ def _show(output: Output, bundle: Bundle, facts: Mapping[str, str], document: Ma
 @click.option("--threads", type=int, metavar="N", default=0, help="Threads of one operation. Default: all cores.")
 @json_option
 @click.pass_obj
-def serve(output: Output, bundle: Path, host: str, port: int, executor: str | None, device: int, threads: int) -> None:
+def serve_command(
+    output: Output, bundle: Path, host: str, port: int, executor: str | None, device: int, threads: int
+) -> None:
     """Open a local page to type a prompt and watch the steps.
 
     One image is made at a time, the others wait in a queue. With the reference's settings an image is compared with

@@ -65,7 +65,7 @@ class Commands(NamedCommands):
         if cmd_name not in COMMANDS:
             return None
         module = importlib.import_module(f"fluxkiln.cli.{COMMANDS[cmd_name][0]}")
-        command = getattr(module, cmd_name)
+        command = getattr(module, f"{cmd_name}_command")
         assert isinstance(command, click.Command)
         return command
 

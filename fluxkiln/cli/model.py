@@ -21,7 +21,7 @@ from fluxkiln.verify.report.wording import size as size_text
 @click.option("--seed", type=int, default=0, help="Another seed gives other weights.")
 @json_option
 @click.pass_obj
-def synth(output: Output, preset: str, directory: Path, components: str | None, seed: int) -> None:
+def synth_command(output: Output, preset: str, directory: Path, components: str | None, seed: int) -> None:
     """Write a synthetic checkpoint: FLUX.1's architecture, random weights.
 
     PRESET is tiny-dev, tiny-schnell, wide-dev (true width, two blocks) or full-dev (all blocks, 34 GB). DIR must be
@@ -56,7 +56,7 @@ def synth(output: Output, preset: str, directory: Path, components: str | None, 
 @build_dir_option
 @json_option
 @click.pass_obj
-def fuse(output: Output, model: str, directory: Path, loras: tuple[str, ...], build_dir: Path) -> None:
+def fuse_command(output: Output, model: str, directory: Path, loras: tuple[str, ...], build_dir: Path) -> None:
     """Write a checkpoint with LoRAs fused into its transformer.
 
     MODEL is a synthetic preset, a folder or a Hugging Face id. DIR must be empty or not exist yet; it is there whole at
@@ -90,7 +90,7 @@ def fuse(output: Output, model: str, directory: Path, loras: tuple[str, ...], bu
 @click.command()
 @json_option
 @click.pass_obj
-def patches(output: Output) -> None:
+def patches_command(output: Output) -> None:
     """List what is rewritten in diffusers and transformers, and whether it still fits.
 
     A patch is `ok` while the source of every function that it stands for is one that it was checked with. A build

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @click.group(cls=NamedCommands)
-def mould() -> None:
+def mould_command() -> None:
     """Make moulds, and carry them to machines without the compiler.
 
     A mould is a kind of part compiled once, for given shapes, scheme and chip. No checkpoint is in it: every part of
@@ -32,12 +32,12 @@ def mould() -> None:
     """
 
 
-@mould.command(cls=TargetCommand)
+@mould_command.command(name="build", cls=TargetCommand)
 @click.argument("target")
 @settings_options
 @json_option
 @click.pass_obj
-def build(output: Output, settings_for: SettingsFor, target: str) -> None:
+def build_moulds_command(output: Output, settings_for: SettingsFor, target: str) -> None:
     """Compile the moulds that a build for TARGET needs, and prove each with other weights.
 
     Only the model's configs are read: --model full-dev writes no checkpoint, and a folder needs none of its weights.
@@ -50,11 +50,11 @@ def build(output: Output, settings_for: SettingsFor, target: str) -> None:
     _show(output, entries, settings.store_path)
 
 
-@mould.command(name="list")
+@mould_command.command(name="list")
 @store_options
 @json_option
 @click.pass_obj
-def list_command(output: Output, build_dir: Path, store: Path | None) -> None:
+def list_moulds_command(output: Output, build_dir: Path, store: Path | None) -> None:
     """Show the moulds of a store."""
     from fluxkiln.build.mould_archive import list_moulds
 
@@ -62,13 +62,13 @@ def list_command(output: Output, build_dir: Path, store: Path | None) -> None:
     _show(output, list_moulds(found), found.root)
 
 
-@mould.command(name="export")
+@mould_command.command(name="export")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--chip", metavar="NAME", help="Only moulds for this chip. Default: all.")
 @store_options
 @json_option
 @click.pass_obj
-def export_command(output: Output, file: Path, chip: str | None, build_dir: Path, store: Path | None) -> None:
+def export_moulds_command(output: Output, file: Path, chip: str | None, build_dir: Path, store: Path | None) -> None:
     """Write the moulds of a store to FILE, with all that a build needs of them.
 
     They are found again by the same version of fluxkiln, torch and diffusers.
@@ -80,12 +80,12 @@ def export_command(output: Output, file: Path, chip: str | None, build_dir: Path
     _tell(output, entries, file, f"written to {file}")
 
 
-@mould.command(name="import")
+@mould_command.command(name="import")
 @click.argument("file", type=click.Path(path_type=Path))
 @store_options
 @json_option
 @click.pass_obj
-def import_command(output: Output, file: Path, build_dir: Path, store: Path | None) -> None:
+def import_moulds_command(output: Output, file: Path, build_dir: Path, store: Path | None) -> None:
     """Take over the moulds of FILE; every digest in it is checked."""
     from fluxkiln.artifacts.store import open_store
     from fluxkiln.build.mould_archive import import_moulds

@@ -69,7 +69,7 @@ def store_options(command: _F) -> _F:
     return build_dir_option(store_option(command))
 
 
-def check_size(text: str | None) -> tuple[int, int] | None:
+def read_size(text: str | None) -> tuple[int, int] | None:
     """Width and height of `--size`; ShapeError at once when the model cannot take them."""
     return None if text is None else parse_size(text)
 

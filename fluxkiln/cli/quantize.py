@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from fluxkiln.cli.options import build_dir_option, check_size, size_option, store_option, tokens_option
+from fluxkiln.cli.options import build_dir_option, read_size, size_option, store_option, tokens_option
 from fluxkiln.cli.output import Output, count_text, json_option, open_progress, seconds_text
 from fluxkiln.errors import UsageError
 from fluxkiln.settings import Settings, read_prompts
@@ -32,7 +32,7 @@ _COMPONENTS = "text_encoder,text_encoder_2,transformer"
 @store_option
 @json_option
 @click.pass_obj
-def calibrate(
+def calibrate_command(
     output: Output,
     /,
     model: str,
@@ -75,7 +75,7 @@ def _settings(model: str, components: str, *, size: str | None, **others: Any) -
     chosen = tuple(components.replace(",", " ").split())
     if not chosen:
         raise UsageError(f"no component was asked for; the default is {_COMPONENTS}")
-    return Settings("cpu", model, size=check_size(size), components=chosen, **others)
+    return Settings("cpu", model, size=read_size(size), components=chosen, **others)
 
 
 @click.command()
@@ -95,7 +95,7 @@ def _settings(model: str, components: str, *, size: str | None, **others: Any) -
 @store_option
 @json_option
 @click.pass_obj
-def quantize(
+def quantize_command(
     output: Output,
     /,
     model: str,

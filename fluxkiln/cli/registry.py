@@ -65,7 +65,7 @@ def transfer_options(command: _F) -> _F:
 @settings_options
 @json_option
 @click.pass_obj
-def publish(
+def publish_command(
     output: Output,
     settings_for: SettingsFor,
     transfers: Transfers,
@@ -122,7 +122,7 @@ def publish(
 @transfer_options
 @json_option
 @click.pass_obj
-def pull(
+def pull_command(
     output: Output,
     transfers: Transfers,
     reference: str,
@@ -176,7 +176,7 @@ def pull(
 @transfer_options
 @json_option
 @click.pass_obj
-def tag(output: Output, transfers: Transfers, reference: str, tag: str) -> None:
+def tag_command(output: Output, transfers: Transfers, reference: str, tag: str) -> None:
     """Give a published bundle another tag.
 
     TAG is the new one, in the same repository; nothing but the manifest is sent.
@@ -188,12 +188,12 @@ def tag(output: Output, transfers: Transfers, reference: str, tag: str) -> None:
     output.line(f"{target}: {document.digest}")
 
 
-@click.command(name="ls")
+@click.command()
 @click.argument("repository", metavar="REPO")
 @transfer_options
 @json_option
 @click.pass_obj
-def ls(output: Output, transfers: Transfers, repository: str) -> None:
+def ls_command(output: Output, transfers: Transfers, repository: str) -> None:
     """List the bundles of a repository by their tags.
 
     REPO is a reference without a tag: oci-layout:PATH, HOST/REPO or hf://ORG/REPO.
@@ -240,7 +240,7 @@ def ls(output: Output, transfers: Transfers, repository: str) -> None:
 @transfer_options
 @json_option
 @click.pass_obj
-def diff(output: Output, transfers: Transfers, one: str, other: str) -> None:
+def diff_command(output: Output, transfers: Transfers, one: str, other: str) -> None:
     """Show what changed from one bundle to another.
 
     That is parts, schemes, tools, parity. Each REF is a reference or a bundle's folder. Only manifests are read.

@@ -24,7 +24,7 @@ _path = click.Path(path_type=Path)
 @settings_options
 @json_option
 @click.pass_obj
-def report(output: Output, settings_for: SettingsFor, where: tuple[Path, ...], out: Path | None) -> None:
+def report_command(output: Output, settings_for: SettingsFor, where: tuple[Path, ...], out: Path | None) -> None:
     """Write a build's report.html again, or a page that compares several builds.
 
     It is made from their report.json; nothing is run. BUILD is a bundle, the folder around it, a report.json, or a

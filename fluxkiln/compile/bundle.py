@@ -21,7 +21,7 @@ from fluxkiln.files import digest_file
 from fluxkiln.patches.model import Model
 from fluxkiln.patches.registry import model_of_configs
 from fluxkiln.progress import Progress, Silent
-from fluxkiln.types import Kind, Part
+from fluxkiln.types import Part
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -86,7 +86,7 @@ def open_bundle(folder: Path, progress: Progress | None = None) -> Bundle:
     check_files(folder, manifest, digest, progress or Silent())
     configs = json.loads((folder / CONFIGS).read_bytes())
     model = model_of_configs(configs)
-    check_kinds(manifest, model.kinds, folder)
+    check_kinds(manifest, model, folder)
     built = {model.kinds[entry.kind].component for entry in manifest.parts}
     if missing := [component for component in model.components if component not in built]:
         raise UsageError(
@@ -98,13 +98,15 @@ def open_bundle(folder: Path, progress: Progress | None = None) -> Bundle:
     )
 
 
-def check_kinds(manifest: Manifest, kinds: Mapping[str, Kind], folder: Path) -> None:
-    """Raise IntegrityError when a part is of a kind that the model has not."""
-    for entry in manifest.parts:
-        if entry.kind not in kinds:
+def check_kinds(manifest: Manifest, model: Model, folder: Path) -> None:
+    """Raise IntegrityError when the variant or a part's kind is one that the model has not."""
+    said = [("the model", "variant", manifest.variant, tuple(model.steps))]
+    said += [(f"part {entry.name}", "kind", entry.kind, tuple(model.kinds)) for entry in manifest.parts]
+    for what, key, value, known in said:
+        if value not in known:
             raise IntegrityError(
-                f"{folder / MANIFEST_FILE}: part {entry.name} is of the kind {entry.kind!r}; the kinds are "
-                f"{', '.join(kinds)}: build or fetch the bundle again"
+                f"{folder / MANIFEST_FILE}: {what} is of the {key} {value!r}; {model.title} has the {key}s "
+                f"{', '.join(known)}: build or fetch the bundle again"
             )
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxkiln.errors import FluxkilnError, ResourceError, ToolchainError, UsageError
 from fluxkiln.generate.painter import default_steps, png_bytes
-from fluxkiln.generate.server import Job, Studio, parse_request
+from fluxkiln.generate.server import ImageJob, Studio, parse_request
 from fluxkiln.patches.pipeline import GUIDANCE_SCALE
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def make_app(studio: Studio, hosts: Sequence[str] = LOOPBACK) -> Starlette:
             f"fluxkiln serve needs starlette and uvicorn ({error}); install them: pip install 'fluxkiln[serve]'"
         ) from error
 
-    facts = describe(studio)
+    facts = describe_studio(studio)
     names = {"": ("serve.html.j2", "text/html"), "serve.css": ("serve.css.j2", "text/css"),
              "serve.js": ("serve.js.j2", "text/javascript")}  # fmt: skip
     texts = {name: (_render(file, facts), kind) for name, (file, kind) in names.items()}
@@ -88,7 +88,7 @@ def make_app(studio: Studio, hosts: Sequence[str] = LOOPBACK) -> Starlette:
             return refuse(error, 400)
         return JSONResponse({"id": job.id}, 202, headers=_HEADERS)
 
-    def known(request: HttpRequest) -> Job | None:
+    def known(request: HttpRequest) -> ImageJob | None:
         return studio.find(request.path_params["id"])
 
     def gone(request: HttpRequest) -> Response:
@@ -137,7 +137,7 @@ def make_app(studio: Studio, hosts: Sequence[str] = LOOPBACK) -> Starlette:
     )
 
 
-def describe(studio: Studio) -> dict[str, Any]:
+def describe_studio(studio: Studio) -> dict[str, Any]:
     """What the page has to know of the bundle, as plain JSON."""
     manifest, reference = studio.bundle.manifest, studio.reference
     return {
@@ -163,7 +163,7 @@ def describe(studio: Studio) -> dict[str, Any]:
     }
 
 
-async def _stream(job: Job, start: int) -> AsyncIterator[str]:
+async def _stream(job: ImageJob, start: int) -> AsyncIterator[str]:
     """A job's events from number `start` on, as server-sent events, up to its last one."""
     seen, quiet = start, 0.0
     while True:

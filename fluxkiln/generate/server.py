@@ -42,7 +42,7 @@ class CancelledError(Exception):
 
 
 @dataclass(slots=True)
-class Job:
+class ImageJob:
     """An image that was asked for. `events` only grows; the last one has a state of `ENDED`."""
 
     id: str
@@ -73,13 +73,13 @@ class Studio:
         self.bundle: Bundle = painter.bundle
         self.reference = reference
         self.most_waiting = most_waiting
-        self._jobs: dict[str, Job] = {}
-        self._waiting: list[Job] = []
+        self._jobs: dict[str, ImageJob] = {}
+        self._waiting: list[ImageJob] = []
         self._lock = threading.Lock()
         self._count = 0
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="studio")
 
-    def submit(self, request: Request) -> Job:
+    def submit(self, request: Request) -> ImageJob:
         """Put an image into the queue.
 
         Raises:
@@ -93,7 +93,7 @@ class Studio:
                     "when one is finished"
                 )
             self._count += 1
-            job = Job(f"{self._count}", request)
+            job = ImageJob(f"{self._count}", request)
             self._jobs[job.id] = job
             for old in [one for one in self._jobs.values() if one.ended][: max(0, len(self._jobs) - KEPT_JOBS)]:
                 del self._jobs[old.id]
@@ -102,12 +102,12 @@ class Studio:
             self._pool.submit(self._work, job)
         return job
 
-    def find(self, job: str) -> Job | None:
+    def find(self, job: str) -> ImageJob | None:
         """The job with an id, if it is still known."""
         with self._lock:
             return self._jobs.get(job)
 
-    def cancel(self, job: Job) -> None:
+    def cancel(self, job: ImageJob) -> None:
         """Take a job out of the queue, or stop it after its current step."""
         with self._lock:
             job.cancelled = True
@@ -138,7 +138,7 @@ class Studio:
         for place, job in enumerate(self._waiting):
             job.events.append({"state": "waiting", "ahead": place + busy})
 
-    def _work(self, job: Job) -> None:
+    def _work(self, job: ImageJob) -> None:
         with self._lock:
             if job not in self._waiting:
                 return
@@ -147,7 +147,7 @@ class Studio:
             self._show_places()
         job.events.append(self._make(job))
 
-    def _make(self, job: Job) -> dict[str, Any]:
+    def _make(self, job: ImageJob) -> dict[str, Any]:
         """Run a job; its last event."""
         began, shapes = time.perf_counter(), self.bundle.manifest.shapes
         show = Preview(shapes)

@@ -63,5 +63,6 @@ def title_of(variant: str) -> str:
 
 
 def component_of(kind: str) -> str:
-    """The component of a kind of any model; empty for one that nobody knows."""
-    return next((model.kinds[kind].component for model in all_models() if kind in model.kinds), "")
+    """The component of a kind of any model, by its name or that of its cut; empty for one that nobody knows."""
+    every = (one for model in all_models() for one in model.kinds.values())
+    return next((one.component for one in every if kind in (one.name, one.cut)), "")

@@ -177,7 +177,7 @@ def test_report(fluxkiln, built):
         ("not json", 4, "is no JSON"),
         ("[]", 2, "has the schema None"),
         ('{"schema": "other/1"}', 2, "has the schema 'other/1'"),
-        ('{"schema": "fluxkiln.report/1"}', 4, "is not complete"),
+        ('{"schema": "fluxkiln.report/2"}', 4, "is not complete"),
     ],
 )
 def test_report_of_something_else(fluxkiln, built, text, code, sentence):

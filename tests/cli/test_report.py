@@ -46,7 +46,7 @@ def test_bad_input(fluxkiln, built, other, tmp_path):
         run = fluxkiln("report", *arguments)
         assert run.code == 2, (arguments, run.err)
         assert sentence.lower() in run.err.lower()
-    (other / "report.json").write_text('{"schema": "fluxkiln.report/1"}')
+    (other / "report.json").write_text('{"schema": "fluxkiln.report/2"}')
     run = fluxkiln("report", built, other)
     assert run.code == 4
     assert "is not complete" in run.err

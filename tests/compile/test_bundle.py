@@ -112,6 +112,22 @@ def test_bundles_that_cannot_be_run(folder, tmp_path):
         open_bundle(folder)
 
 
+@pytest.mark.parametrize(
+    ("key", "old", "new", "clue"),
+    [
+        ("kind", "double_modulated", "triple", "part double.00 is of the kind 'triple'; FLUX.1 has the kinds clip,"),
+        ("variant", "dev", "pro", "the model is of the variant 'pro'; FLUX.1 has the variants dev, schnell: build or"),
+    ],
+)
+def test_what_the_model_has_not_is_refused(folder, key, old, new, clue):
+    path = folder / "manifest.json"
+    assert f'"{key}": "{old}"' in path.read_text()
+    path.write_text(path.read_text().replace(f'"{key}": "{old}"', f'"{key}": "{new}"'))
+    with pytest.raises(IntegrityError) as caught:
+        open_bundle(folder)
+    assert str(caught.value).startswith(f"{path}: {clue}")
+
+
 def retarget(folder: Path, target: str) -> Path:
     path = folder / "manifest.json"
     path.write_text(path.read_text().replace('"target": "cpu"', f'"target": "{target}"'))

@@ -126,7 +126,7 @@ def test_output_channels_that_no_lanes_take_are_refused_with_what_helps(scheme):
 def test_lanes_are_the_chips():
     kiln = build_of("bm1688", "W4BF16-g32")
     check(narrowed(kiln))
-    with pytest.raises(SchemeError, match="has 48 output channels; bm1688 takes codes .* a multiple of 32, whatever"):
+    with pytest.raises(SchemeError, match=r"has 48 output channels; bm1688 takes codes .* a multiple of 32, whatever"):
         check(narrowed(kiln, width=48))
     with pytest.raises(SchemeError, match="has 16 output channels; bm1688"):
         check(narrowed(kiln, width=16))

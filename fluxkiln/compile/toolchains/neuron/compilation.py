@@ -49,7 +49,7 @@ def neff_action(job: CompileJob, target: Target, preset: Preset, version: str) -
         what=f"{job.name} {target.chip}",
         code_version=_RECIPE,
         inputs={"hlo": job.digest},
-        settings={"target": target.chip, "flags": compile_flags(job.kind, target, preset)},
+        settings={"target": target.chip, "flags": compile_flags(job.form, target, preset)},
         tools={COMMAND: version},
     )
 
@@ -107,7 +107,7 @@ def _compile(
     progress: Progress,
 ) -> Neff:
     started, logs = time.perf_counter(), folder.parent / "logs"
-    flags = compile_flags(job.kind, target, preset)
+    flags = compile_flags(job.form, target, preset)
     how = "compiled"
 
     def produce(work: Path) -> tuple[Mapping[str, Path | Blob], dict[str, Any]]:

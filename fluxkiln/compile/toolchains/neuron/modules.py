@@ -16,7 +16,7 @@ from fluxkiln.compile.plan import Job, Plan
 from fluxkiln.compile.templates import EXPORT_TOOLS, specs_from_json, specs_to_json
 from fluxkiln.compile.toolchain import TRACE_MEMORY
 from fluxkiln.compile.toolchains.neuron.frontend import VERSIONS
-from fluxkiln.compile.toolchains.neuron.neff import CompileJob, hlo_path
+from fluxkiln.compile.toolchains.neuron.neff import CompileJob, Form, hlo_path
 from fluxkiln.digests import digest_json
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.progress import FROM_STORE, Progress
@@ -47,6 +47,13 @@ class Module:
     outputs: tuple[TensorSpec, ...]
     facts: Mapping[str, Any] = field(default_factory=dict)
     hit: bool = False
+
+    @property
+    def form(self) -> Form:
+        """How the compiler is to take it, by its inputs."""
+        if any("int" in spec.dtype for spec in self.inputs):
+            return "text"
+        return "image" if any(len(spec.shape) == 4 for spec in self.inputs) else "blocks"
 
     @property
     def blob(self) -> Blob:
@@ -130,13 +137,8 @@ def compile_jobs(cache: ActionCache, modules: Mapping[str, Module], folder: Path
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
         cache.store.export(module.digest, target)
-        jobs.append(CompileJob(name, neff_kind(name, module.kind), target, module.digest))
+        jobs.append(CompileJob(name, module.form, target, module.digest))
     return tuple(jobs)
-
-
-def neff_kind(name: str, kind: str) -> str:
-    """What the compile stage calls the kind of the module `name`: one for the whole of a component is a kind alone."""
-    return "whole" if kind == "transformer" else "group" if name != kind else kind
 
 
 def _lower(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, dtype: Dtype, ranks: int) -> Module:

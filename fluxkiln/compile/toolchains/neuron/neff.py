@@ -23,10 +23,9 @@ HLO_SUFFIX = ".hlo_module.pb"
 RECORD_SCHEMA = "fluxkiln.neff/1"
 Preset = Literal["default", "published"]
 PRESETS: tuple[Preset, ...] = ("default", "published")
-TEXT_KINDS = ("clip", "t5")
-VAE_KINDS = ("vae_decoder", "tiny_vae_decoder")
-# `whole` and `group` are modules of several transformer parts.
-NEFF_KINDS = (*TEXT_KINDS, "head", "double", "single", "tail", "group", "whole", *VAE_KINDS)
+# what a module takes: token ids, an image or its latents [1, C, H, W], or neither
+Form = Literal["text", "image", "blocks"]
+FORMS: tuple[Form, ...] = ("text", "image", "blocks")
 # A guess to admit jobs by: how much memory the compiler takes is published nowhere.
 COMPILE_MEMORY = 8 << 30
 
@@ -39,14 +38,14 @@ class CompileJob:
 
     Attributes:
         name: of its files; `double`, or `double.4x` for a group.
-        kind: one of NEFF_KINDS; decides the flags.
+        form: decides the flags.
         hlo: its canonical HLO module proto.
         digest: `sha256:<hex>` that `hlo` must have.
         memory: bytes that the compiler may take for it.
     """
 
     name: str
-    kind: str
+    form: Form
     hlo: Path
     digest: str
     memory: int = COMPILE_MEMORY
@@ -54,8 +53,6 @@ class CompileJob:
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
             raise UsageError(f"module name {self.name!r}: files are named by it; use a-z, 0-9, '_', '.' and '-'")
-        if self.kind not in NEFF_KINDS:
-            raise UsageError(f"no kind of module is called {self.kind!r}; there are {', '.join(NEFF_KINDS)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,10 +78,10 @@ class Neff:
         }
 
 
-def compile_flags(kind: str, target: Target, preset: Preset = "default") -> tuple[str, ...]:
-    """The flags that decide what the compiler makes of a module of `kind`.
+def compile_flags(form: Form, target: Target, preset: Preset = "default") -> tuple[str, ...]:
+    """The flags that decide what the compiler makes of a module.
 
-    `default`: no casts, the core optimisations (`-O1`), tuned for transformers, or for U-Nets where the VAE is.
+    `default`: no casts, the core optimisations (`-O1`), tuned for transformers, or for U-Nets where images are.
     `published`: what the published FLUX.1 sample for trn1 passes, the rest left to the compiler.
 
     `--lnc=1` is given for trn1 only. The CLI reference offers `--logical-nc-config` for trn2; logs of compiles for trn1
@@ -92,17 +89,17 @@ def compile_flags(kind: str, target: Target, preset: Preset = "default") -> tupl
     anything, and it is the default.
 
     Raises:
-        UsageError: no such kind or preset.
+        UsageError: no such form or preset.
     """
-    if kind not in NEFF_KINDS:
-        raise UsageError(f"no kind of module is called {kind!r}; there are {', '.join(NEFF_KINDS)}")
+    if form not in FORMS:
+        raise UsageError(f"no form of module is called {form!r}; there are {', '.join(FORMS)}")
     if preset not in PRESETS:
         raise UsageError(f"no preset of compiler flags is called {preset!r}; there are {', '.join(PRESETS)}")
     chip = f"--target={target.chip}"
     if preset == "published":
-        published = "--enable-fast-loading-neuron-binaries" if kind in TEXT_KINDS else "--model-type=unet-inference"
+        published = "--enable-fast-loading-neuron-binaries" if form == "text" else "--model-type=unet-inference"
         return chip, published
-    model_type = "unet-inference" if kind in VAE_KINDS else "transformer"
+    model_type = "unet-inference" if form == "image" else "transformer"
     lnc = ("--lnc=1",) if target.chip == "trn1" else ()
     return chip, "--auto-cast=none", f"--model-type={model_type}", *lnc, "-O1"
 
@@ -145,7 +142,7 @@ def read_neffs(folder: Path, jobs: Sequence[CompileJob], target: Target, preset:
         if not path.is_file() or path.is_symlink():
             continue
         neff = _read_record(folder, job.name)
-        flags = compile_flags(job.kind, target, preset)
+        flags = compile_flags(job.form, target, preset)
         again = f"remove it and compile {job.name} again"
         if neff is None:
             raise IntegrityError(f"{path} has no record of what it was compiled from beside it; {again}")

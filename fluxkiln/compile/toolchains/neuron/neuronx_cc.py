@@ -25,6 +25,7 @@ from fluxkiln.compile.toolchains.neuron.neff import (
     HLO_SUFFIX,
     SCRIPT,
     CompileJob,
+    Form,
     Preset,
     check_module,
     compile_flags,
@@ -82,14 +83,14 @@ def _placeholder() -> str:
 
 
 def compile_argv(
-    kind: str, target: Target, preset: Preset, model: Path | str, output: Path | str, command: Path | str = COMMAND
+    form: Form, target: Target, preset: Preset, model: Path | str, output: Path | str, command: Path | str = COMMAND
 ) -> list[str]:
     """The command line that compiles the HLO module proto `model` to `output`.
 
     Source: AWS Neuron documentation, "Neuron Compiler CLI Reference Guide (neuronx-cc)", 'compile' command; the order
     is that of compile logs in published compiler caches.
     """
-    flags = compile_flags(kind, target, preset)
+    flags = compile_flags(form, target, preset)
     return [str(command), "compile", "--framework=XLA", str(model), "--output", str(output), *flags]
 
 
@@ -106,7 +107,7 @@ def compile_module(job: CompileJob, compiler: NeuronxCc, target: Target, preset:
     check_module(job, model)
     output = work / f"{job.name}.neff"
     what = f"{job.name} for {target.chip}"
-    _run(compile_argv(job.kind, target, preset, model.name, output.name, compiler.path), work, log, what)
+    _run(compile_argv(job.form, target, preset, model.name, output.name, compiler.path), work, log, what)
     if not output.is_file() or not output.stat().st_size:
         raise CompileError(f"{what}: {COMMAND} ended well but wrote no output; whole log: {log}")
     return output

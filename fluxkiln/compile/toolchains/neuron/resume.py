@@ -15,10 +15,8 @@ from fluxkiln.compile.jobs import JobPool
 from fluxkiln.compile.targets import find_target
 from fluxkiln.compile.toolchain import Resumed
 from fluxkiln.compile.toolchains.neuron.compilation import compile_kinds
-from fluxkiln.compile.toolchains.neuron.modules import neff_kind
 from fluxkiln.compile.toolchains.neuron.neff import (
     COMMAND,
-    CompileJob,
     Neff,
     check_versions,
     neff_path,
@@ -26,7 +24,7 @@ from fluxkiln.compile.toolchains.neuron.neff import (
     record_path,
 )
 from fluxkiln.compile.toolchains.neuron.neuronx_cc import compiler_missing, find_neuronx_cc
-from fluxkiln.compile.toolchains.neuron.split_bundle import DESCRIPTION, read_split_bundle
+from fluxkiln.compile.toolchains.neuron.split_bundle import DESCRIPTION, compile_jobs, read_split_bundle
 from fluxkiln.errors import IntegrityError, ToolchainError
 from fluxkiln.files import digest_file, write_durably
 from fluxkiln.progress import Progress
@@ -47,10 +45,7 @@ def resume_compile(bundle: Path, store: Store, progress: Progress, jobs: int | N
         _check_files(bundle, manifest)
         split = read_split_bundle(bundle)
         target, modules = find_target(split.target), split.modules
-        wanted = [
-            CompileJob(name, neff_kind(name, module.kind), module.hlo, module.digest)
-            for name, module in modules.items()
-        ]
+        wanted = compile_jobs(split)
         found = read_neffs(bundle, wanted, target, split.flags)
         if found.keys() != modules.keys():
             try:

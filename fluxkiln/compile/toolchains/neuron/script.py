@@ -175,7 +175,7 @@ def compile_script(jobs: Sequence[CompileJob], target: Target, preset: Preset = 
         "@COUNT@": str(len(jobs)),
         "@SCHEMA@": RECORD_SCHEMA,
         "@CHECKS@": "\n".join(_line("check_module", _file(job), _hex(job)) for job in jobs),
-        "@COMPILES@": "\n".join(_compile_line(job, compile_flags(job.kind, target, preset)) for job in jobs),
+        "@COMPILES@": "\n".join(_compile_line(job, compile_flags(job.form, target, preset)) for job in jobs),
     }
     text = _TEMPLATE
     for mark, value in filled.items():

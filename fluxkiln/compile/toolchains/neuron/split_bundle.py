@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 from fluxkiln.artifacts.store import Blob
 from fluxkiln.compile.bundle import HOST_CONSTANTS
 from fluxkiln.compile.plan import Plan
+from fluxkiln.compile.targets import find_target
 from fluxkiln.compile.templates import host_constants, specs_from_json
 from fluxkiln.compile.toolchains.neuron.modules import Module, module_name
-from fluxkiln.compile.toolchains.neuron.neff import Preset, hlo_file, neff_path, record_path
+from fluxkiln.compile.toolchains.neuron.neff import CompileJob, Preset, hlo_file, neff_path, read_neffs
 from fluxkiln.compile.toolchains.neuron.split import facts, shard_file
 from fluxkiln.errors import IntegrityError, ToolchainError, UsageError
 from fluxkiln.export.checkpoint import Checkpoint
-from fluxkiln.files import digest_file
 from fluxkiln.settings import Settings
 
 if TYPE_CHECKING:
@@ -153,34 +153,25 @@ def read_weights(bundle: SplitBundle) -> Callable[[str], list[list[NDArray[Any]]
     return lambda part: [list(read_shard(shard.path).values()) for shard in bundle.shards[part]]
 
 
+def compile_jobs(bundle: SplitBundle) -> list[CompileJob]:
+    """What the compiler is to do for a bundle."""
+    return [CompileJob(name, module.form, module.hlo, module.digest) for name, module in bundle.modules.items()]
+
+
 def find_compiled(bundle: SplitBundle) -> dict[str, Path]:
     """Module -> its NEFF, every one compiled from the module of this bundle.
 
     Raises:
-        ToolchainError: not all modules are compiled.
-        IntegrityError: a NEFF is not what its record says, or was compiled from another module.
+        ToolchainError: not all modules are compiled. IntegrityError: as `read_neffs`.
     """
-    missing = [name for name in bundle.modules if not neff_path(bundle.folder, name).is_file()]
-    if missing:
+    found = read_neffs(bundle.folder, compile_jobs(bundle), find_target(bundle.target), bundle.flags)
+    if missing := [name for name in bundle.modules if name not in found]:
         raise ToolchainError(
             f"{bundle.folder} has no NEFF of {', '.join(missing)}: the bundle was made without neuronx-cc; run its "
             "compile_neff.sh or `fluxkiln compile --resume` on a machine with the Neuron SDK, or use --executor "
             "replicas, which runs the modules on XLA's CPU"
         )
-    found = {}
-    for name, module in bundle.modules.items():
-        path = neff_path(bundle.folder, name)
-        try:
-            record = json.loads(record_path(bundle.folder, name).read_bytes())
-            source, digest = record["hlo"], record["neff"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise IntegrityError(f"{path} has no readable record beside it ({error}); compile it again") from error
-        own = digest_file(path)[0]
-        if own != digest or source != module.digest:
-            what = f"has the digest {own}, its record says {digest}" if own != digest else f"was compiled from {source}"
-            raise IntegrityError(f"{path} {what}, this bundle's module is {module.digest}; compile it again")
-        found[name] = path
-    return found
+    return {name: neff_path(bundle.folder, name) for name in bundle.modules}
 
 
 def _parse(folder: Path, described: Mapping[str, Any]) -> SplitBundle:

@@ -52,7 +52,7 @@ def jobs(tmp_path):
             path = folder / f"{name}.hlo_module.pb"
             path.write_bytes(f"module {name}\n".encode())
             digest = "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()
-            made.append(CompileJob(name, name, path, digest, memory))
+            made.append(CompileJob(name, "blocks", path, digest, memory))
         return made
 
     return make
@@ -87,7 +87,7 @@ def test_every_module_is_compiled_with_its_flags(run, jobs, calls, tmp_path, mon
     for each in made:
         (call,) = called(calls, each.name)
         assert call.read_text().split("\n")[:-1] == compile_argv(
-            each.name, TRN1, "default", f"{each.name}.hlo_module.pb", f"{each.name}.neff"
+            "blocks", TRN1, "default", f"{each.name}.hlo_module.pb", f"{each.name}.neff"
         )[1:]  # fmt: skip
         written = neff_path(tmp_path / "build", each.name).read_text()
         assert written.startswith("This is output of stub-neuronx-cc")
@@ -132,7 +132,7 @@ def test_equal_modules_are_compiled_once(run, jobs, calls, tmp_path):
     (double,) = jobs("double")
     copy = tmp_path / "build" / "hlo" / "other.hlo_module.pb"
     shutil.copy(double.hlo, copy)
-    made = run([double, CompileJob("other", "single", copy, double.digest, 1)], workers=2)
+    made = run([double, CompileJob("other", "blocks", copy, double.digest, 1)], workers=2)
     assert len(called(calls)) == 1
     assert made[0].digest == made[1].digest
     assert {each.hit for each in made} == {False, True}
@@ -145,7 +145,7 @@ def test_anything_else_is_another_key(run, jobs, calls, monkeypatch, change):
     options = {}
     if change == "module":
         job.hlo.write_bytes(b"another module")
-        job = CompileJob("double", "double", job.hlo, "sha256:" + hashlib.sha256(b"another module").hexdigest(), 1)
+        job = CompileJob("double", "blocks", job.hlo, "sha256:" + hashlib.sha256(b"another module").hexdigest(), 1)
     elif change == "flags":
         options["preset"] = "published"
     elif change == "target":
@@ -160,10 +160,10 @@ def test_anything_else_is_another_key(run, jobs, calls, monkeypatch, change):
 
 def test_the_key_has_no_names_and_no_paths(jobs, tmp_path):
     (job,) = jobs("double")
-    moved = CompileJob("x", "single", tmp_path / "y", job.digest)
+    moved = CompileJob("x", "blocks", tmp_path / "y", job.digest)
     key = neff_action(job, TRN1, "default", "1").key
     assert key == neff_action(moved, TRN1, "default", "1").key
-    assert key != neff_action(CompileJob("x", "vae_decoder", tmp_path / "y", job.digest), TRN1, "default", "1").key
+    assert key != neff_action(CompileJob("x", "image", tmp_path / "y", job.digest), TRN1, "default", "1").key
 
 
 def test_compilers_run_beside_one_another(run, jobs, monkeypatch):
@@ -290,7 +290,8 @@ def test_goes_on_after_a_kill(jobs, run, calls, tmp_path, monkeypatch):
         "from fluxkiln.compile.toolchains.neuron.compilation import compile_kinds\n"
         "root = Path(sys.argv[1])\n"
         "named = zip(sys.argv[2::2], sys.argv[3::2])\n"
-        "jobs = [CompileJob(n, n, root / 'build/hlo' / f'{n}.hlo_module.pb', digest, 1) for n, digest in named]\n"
+        "hlo = root / 'build/hlo'\n"
+        "jobs = [CompileJob(n, 'blocks', hlo / f'{n}.hlo_module.pb', digest, 1) for n, digest in named]\n"
         "cache = ActionCache(open_store(root / 'store'))\n"
         "from fluxkiln.compile.jobs import JobPool\n"
         "with JobPool(1) as pool:\n"
@@ -326,7 +327,7 @@ def test_records_are_read_and_checked(run, jobs, tmp_path):
 
     with pytest.raises(IntegrityError, match=r"was compiled with --target=trn1 .* not --target=inf2"):
         read_neffs(folder, made, INF2, "default")
-    other = CompileJob("double", "double", made[1].hlo, made[1].digest)
+    other = CompileJob("double", "blocks", made[1].hlo, made[1].digest)
     with pytest.raises(IntegrityError, match=f"was compiled from the module {made[0].digest}, this one is"):
         read_neffs(folder, [other], TRN1, "default")
     path = neff_path(folder, "double")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from fluxkiln.compile.targets import find_target
-from fluxkiln.compile.toolchains.neuron.neff import NEFF_KINDS, CompileJob, compile_flags
+from fluxkiln.compile.toolchains.neuron.neff import FORMS, CompileJob, compile_flags
 from fluxkiln.compile.toolchains.neuron.neuronx_cc import (
     compile_argv,
     compile_module,
@@ -32,36 +32,34 @@ def calls(tmp_path, monkeypatch):
 # Flags
 
 
-@pytest.mark.parametrize("kind", NEFF_KINDS)
-def test_argv_is_exact(kind):
-    model_type = "unet-inference" if "vae" in kind else "transformer"
-    assert " ".join(compile_argv(kind, TRN1, "default", "model.hlo_module.pb", "model.neff")) == (
+@pytest.mark.parametrize("form", FORMS)
+def test_argv_is_exact(form):
+    model_type = "unet-inference" if form == "image" else "transformer"
+    assert " ".join(compile_argv(form, TRN1, "default", "model.hlo_module.pb", "model.neff")) == (
         "neuronx-cc compile --framework=XLA model.hlo_module.pb --output model.neff --target=trn1 --auto-cast=none "
         f"--model-type={model_type} --lnc=1 -O1"
     )
-    assert compile_argv(kind, INF2, "default", "a", "b")[6:] == [
+    assert compile_argv(form, INF2, "default", "a", "b")[6:] == [
         "--target=inf2", "--auto-cast=none", f"--model-type={model_type}", "-O1",
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", NEFF_KINDS)
-def test_flags_of_the_published_sample(kind):
-    flag = "--enable-fast-loading-neuron-binaries" if kind in ("clip", "t5") else "--model-type=unet-inference"
-    assert compile_argv(kind, TRN1, "published", "m", "n", "/opt/neuronx-cc") == [
+@pytest.mark.parametrize("form", FORMS)
+def test_flags_of_the_published_sample(form):
+    flag = "--enable-fast-loading-neuron-binaries" if form == "text" else "--model-type=unet-inference"
+    assert compile_argv(form, TRN1, "published", "m", "n", "/opt/neuronx-cc") == [
         "/opt/neuronx-cc", "compile", "--framework=XLA", "m", "--output", "n", "--target=trn1", flag,
     ]  # fmt: skip
 
 
-def test_kinds_and_presets_that_do_not_exist():
-    with pytest.raises(UsageError, match="'t5_block'; there are clip, t5, head"):
+def test_forms_and_presets_that_do_not_exist():
+    with pytest.raises(UsageError, match="'t5_block'; there are text, image, blocks"):
         compile_flags("t5_block", TRN1)
     with pytest.raises(UsageError, match="'fast'; there are default, published"):
-        compile_flags("double", TRN1, "fast")
+        compile_flags("blocks", TRN1, "fast")
     for name in ("", "../x", "a b", "a'b", "-x", "A"):
         with pytest.raises(UsageError, match="files are named by it"):
-            CompileJob(name, "double", Path("x"), "sha256:0")
-    with pytest.raises(UsageError, match="there are clip"):
-        CompileJob("double", "single_modulated", Path("x"), "sha256:0")
+            CompileJob(name, "blocks", Path("x"), "sha256:0")
 
 
 # The command
@@ -154,7 +152,7 @@ def compile_one(tmp_path, calls):
     (tmp_path / "work").mkdir()
 
     def run(digest=digest, target=TRN1, preset="default"):
-        job = CompileJob("tail", "tail", hlo, digest)
+        job = CompileJob("tail", "blocks", hlo, digest)
         return compile_module(job, find_neuronx_cc(), target, preset, tmp_path / "work", tmp_path / "logs" / "tail.log")
 
     return run
@@ -165,7 +163,7 @@ def test_one_module_is_compiled_from_a_copy(compile_one, calls, tmp_path):
     assert stub_output == tmp_path / "work" / "tail.neff"
     assert stub_output.read_text().startswith("This is output of stub-neuronx-cc")
     (call,) = calls.iterdir()
-    argv = compile_argv("tail", INF2, "published", "tail.hlo_module.pb", "tail.neff")
+    argv = compile_argv("blocks", INF2, "published", "tail.hlo_module.pb", "tail.neff")
     assert call.read_text().splitlines() == argv[1:]
     log = (tmp_path / "logs" / "tail.log").read_text()
     assert log.startswith(f"$ {tmp_path / 'bin' / 'neuronx-cc'} compile --framework=XLA tail.hlo_module.pb")

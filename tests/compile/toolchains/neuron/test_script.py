@@ -43,7 +43,7 @@ class Place:
         for name in names:
             path = self.folder / "hlo" / f"{name}.hlo_module.pb"
             path.write_bytes(f"module {name}\n".encode())
-            self.jobs.append(CompileJob(name, name, path, digest(path)))
+            self.jobs.append(CompileJob(name, "blocks", path, digest(path)))
         shutil.copy(STUB, root / "bin" / "neuronx-cc")
         self.environ = {"PATH": f"{root / 'bin'}:{os.environ['PATH']}", "STUB_CALLS": str(self.calls)}
         self.script = write_compile_script(self.folder, self.jobs, TRN1)
@@ -89,7 +89,7 @@ def test_compiles_everything(place, shell):
         (call,) = place.called(job.name)
         model = f"../../hlo/{job.name}.hlo_module.pb"
         assert call.read_text().split("\n")[:-1] == compile_argv(
-            job.kind, TRN1, "default", model, f"{job.name}.neff"
+            job.form, TRN1, "default", model, f"{job.name}.neff"
         )[1:]  # fmt: skip
         written = neff_path(place.folder, job.name).read_text()
         assert written.startswith("This is output of stub-neuronx-cc")
@@ -139,7 +139,7 @@ def test_anything_else_is_compiled_again(place, change):
     elif change == "module":
         job = place.jobs[0]
         job.hlo.write_bytes(b"another module")
-        place.jobs[0] = CompileJob("double", "double", job.hlo, digest(job.hlo))
+        place.jobs[0] = CompileJob("double", "blocks", job.hlo, digest(job.hlo))
         write_compile_script(place.folder, place.jobs, TRN1)
     else:
         write_compile_script(place.folder, place.jobs, TRN1, "published")

@@ -60,7 +60,7 @@ def test_output_channels_that_a_target_takes_are_the_compilers(compile_matmul, c
     if find_target(chip).takes_codes(rows):
         assert compile_matmul(128, scheme, rows, chip)[1].facts["quantized_weights"] == 128 * rows
         return
-    with pytest.raises(CompileError, match="matmul deploy: the compiler failed|left some rows or a matmul"):
+    with pytest.raises(CompileError, match=r"matmul deploy: the compiler failed|left some rows or a matmul"):
         compile_matmul(128, scheme, rows, chip)
 
 

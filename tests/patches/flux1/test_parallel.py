@@ -17,7 +17,6 @@ from fluxkiln.export.bindings import apply_transforms
 from fluxkiln.export.checkpoint import Checkpoint, read_tensor
 from fluxkiln.export.split import bind_shard, split_slots
 from fluxkiln.patches.collectives import OneRank, ThreadRanks
-from fluxkiln.patches.cut import load_parallel_part
 from fluxkiln.patches.flux1 import parallel
 from fluxkiln.patches.flux1.host import rotary_embedding
 from fluxkiln.patches.flux1.kinds import list_split_parts
@@ -355,6 +354,7 @@ def test_parts_are_structure_only_and_hold_the_checkpoint_once(tiny, kind):
 
 def test_full_size_parts_have_the_shapes_of_one_of_eight_ranks():
     from fluxkiln.patches.flux1.presets import PRESETS
+from tests.ranks import load_parallel_part
 
     configs = PRESETS["full-dev"].configs
     sizes = {}

@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -22,6 +21,7 @@ from fluxkiln.errors import CheckpointError, IntegrityError, ResourceError
 from fluxkiln.export.checkpoint import Checkpoint, read_tensor
 from fluxkiln.export.safetensors_header import ITEM_BYTES, read_header
 from fluxkiln.export.split import Window, bind_shard, split_slots, window_of
+from fluxkiln.progress import byte_counter
 from fluxkiln.types import Binding, Part, TensorRef, TensorSpec
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def write_shards(
         slots = known[alike]
         jobs.append((slots, [bind_shard(part, slots, checkpoint, ranks, rank) for rank in range(ranks)]))
     total = sum(2 * math.prod(spec.shape) * len(bindings) for slots, bindings in jobs for spec in slots)
-    count = _counter(total, progress)
+    count = byte_counter(total, progress)
     with ThreadPoolExecutor(workers, "shard") as pool:
         writing = [pool.submit(_write_part, *job, checkpoint.tensors, folder, count) for job in jobs]
         try:
@@ -100,7 +100,7 @@ def write_part(
     Args:
         slots: with the shapes of a rank. bindings: of each rank, see `sharding.bind_shard`.
     """
-    return tuple(_write_part(slots, bindings, checkpoint.tensors, folder, _counter(0, None)))
+    return tuple(_write_part(slots, bindings, checkpoint.tensors, folder, byte_counter(0, None)))
 
 
 def read_shard(path: Path, sha256: str | None = None) -> dict[str, NDArray[Any]]:
@@ -115,20 +115,6 @@ def read_shard(path: Path, sha256: str | None = None) -> dict[str, NDArray[Any]]
         if found != sha256:
             raise IntegrityError(f"{path} has the sha256 {found}, expected is {sha256}; shard the checkpoint again")
     return {name: read_tensor(ref) for name, ref in read_header(path).items()}
-
-
-def _counter(total: int, progress: Progress | None) -> Callable[[int], None]:
-    """A function to tell that bytes were written, from any thread."""
-    done, lock = 0, threading.Lock()
-
-    def count(nbytes: int) -> None:
-        nonlocal done
-        with lock:
-            done += nbytes
-            if progress is not None:
-                progress(done, total)
-
-    return count
 
 
 def _write_part(

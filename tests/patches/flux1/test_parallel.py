@@ -23,6 +23,7 @@ from fluxkiln.patches.flux1.kinds import list_split_parts
 from fluxkiln.patches.flux1.model import MODEL
 from fluxkiln.patches.flux1.parallel import build_parallel_part, modulation_rows
 from fluxkiln.types import Shapes, TensorRef
+from tests.ranks import load_parallel_part
 
 BOUND = 5e-6
 SHAPES = Shapes(height=64, width=64, tokens=32)
@@ -354,7 +355,6 @@ def test_parts_are_structure_only_and_hold_the_checkpoint_once(tiny, kind):
 
 def test_full_size_parts_have_the_shapes_of_one_of_eight_ranks():
     from fluxkiln.patches.flux1.presets import PRESETS
-from tests.ranks import load_parallel_part
 
     configs = PRESETS["full-dev"].configs
     sizes = {}

@@ -58,11 +58,7 @@ class Fused:
 
 
 def fuse_lora(
-    checkpoint: Path,
-    loras: Sequence[Lora],
-    destination: Path,
-    progress: Progress | None = None,
-    links: Links = "hard",
+    checkpoint: Path, loras: Sequence[Lora], destination: Path, progress: Progress | None = None, links: Links = "hard"
 ) -> Fused:
     """Write `checkpoint` with the LoRAs in its transformer to `destination`, which is there whole or not at all.
 

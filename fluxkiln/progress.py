@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -73,3 +74,17 @@ def count_bytes(progress: Progress, stage: str, verb: str) -> Callable[[int, int
             progress.done(stage, size, verb if done == total else f"of {total / 1e9:.1f} GB")
 
     return report
+
+
+def byte_counter(total: int, report: Callable[[int, int], None] | None) -> Callable[[int], None]:
+    """A function to tell that bytes were written, from any thread; `report` is told of bytes done and bytes in all."""
+    done, lock = 0, threading.Lock()
+
+    def count(nbytes: int) -> None:
+        nonlocal done
+        with lock:
+            done += nbytes
+            if report is not None:
+                report(done, total)
+
+    return count

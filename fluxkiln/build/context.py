@@ -29,7 +29,7 @@ from fluxkiln.compile.targets import find_target
 from fluxkiln.compile.toolchain import toolchain_of
 from fluxkiln.errors import CheckpointError, ShapeError
 from fluxkiln.export.checkpoint import Checkpoint, open_checkpoint
-from fluxkiln.export.fingerprint import DigestMemo, checkpoint_states, digest_tensors, fingerprint, scan_finite
+from fluxkiln.export.fingerprint import DigestMemo, digest_tensors, file_states, fingerprint, scan_finite
 from fluxkiln.export.lora import fuse_once, fused_folder
 from fluxkiln.export.lora_file import digest_lora
 from fluxkiln.export.source import resolve_model
@@ -56,7 +56,7 @@ def prepare(settings: Settings, progress: Progress | None = None) -> Prepared:
     checkpoint = open_checkpoint(root, chosen)
     prepared = _prepared(settings, checkpoint)
     toolchain_of(prepared.plan.target).check(checkpoint, prepared.plan, prepared.cache)
-    states = checkpoint_states(checkpoint)
+    states = file_states(checkpoint)
     print_ = fingerprint(checkpoint, memo, _read_progress(progress))
     digests = {name: digest_tensors(refs.values(), memo) for name, refs in checkpoint.tensors.items()}
     memo.save()

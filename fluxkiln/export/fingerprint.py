@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -116,7 +116,7 @@ def scan_finite(refs: Iterable[TensorRef], memo: DigestMemo | None = None, progr
             )
 
 
-def checkpoint_states(checkpoint: Checkpoint) -> dict[Path, tuple[int, ...]]:
+def file_states(checkpoint: Checkpoint) -> dict[Path, tuple[int, ...]]:
     """Size, times and inode of every weight file of a checkpoint.
 
     Raises:
@@ -126,10 +126,10 @@ def checkpoint_states(checkpoint: Checkpoint) -> dict[Path, tuple[int, ...]]:
     return {file: tuple(_file_state(_stat(file))) for file in sorted(files)}
 
 
-def check_shards(checkpoint: Checkpoint, states: Mapping[Path, tuple[int, ...]]) -> None:
-    """Raise CheckpointError when a weight file is not what it was when `states` was taken."""
-    for file, state in checkpoint_states(checkpoint).items():
-        if states.get(file) != state:
+def check_states(checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError when a weight file is not what it was when the checkpoint's bytes were read."""
+    for file, state in file_states(checkpoint).items():
+        if checkpoint.states.get(file) != state:
             raise CheckpointError(
                 f"{file} changed while the build read it, and a build is of one checkpoint; start again when nothing "
                 "writes to it"

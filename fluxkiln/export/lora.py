@@ -26,7 +26,7 @@ from fluxkiln.export.fingerprint import DigestMemo, digest_tensors
 from fluxkiln.export.folders import check_destination, whole_or_nothing
 from fluxkiln.export.lora_file import LoraFile, Piece, digest_lora, read_lora
 from fluxkiln.export.weight_files import check_unchanged, shard_states
-from fluxkiln.progress import OnBytes
+from fluxkiln.progress import OnBytes, byte_counter
 from fluxkiln.types import TensorRef
 
 if TYPE_CHECKING:
@@ -56,11 +56,7 @@ class Fused:
 
 
 def fuse_lora(
-    checkpoint: Path,
-    loras: Sequence[Lora],
-    destination: Path,
-    progress: OnBytes | None = None,
-    links: Links = "hard",
+    checkpoint: Path, loras: Sequence[Lora], destination: Path, progress: OnBytes | None = None, links: Links = "hard"
 ) -> Fused:
     """Write `checkpoint` with the LoRAs in its transformer to `destination`, which is there whole or not at all.
 
@@ -95,7 +91,7 @@ def fuse_lora(
     apart = [path for path in linked.values() if links == "hard" and path.stat().st_dev != parent.stat().st_dev]
     written = sum(states[file].size for file in touched)
     total = written + sum(path.stat().st_size for path in apart)
-    count = _counter(total, progress)
+    count = byte_counter(total, progress)
     with whole_or_nothing(destination, total, "choose another folder") as folder:
         for name, path in linked.items():
             if _link(path, folder / name, links):
@@ -329,15 +325,3 @@ def _existing(folder: Path) -> Path:
     while not folder.exists():
         folder = folder.parent
     return folder
-
-
-def _counter(total: int, progress: OnBytes | None) -> Callable[[int], None]:
-    done = 0
-
-    def count(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        if progress:
-            progress(done, total)
-
-    return count

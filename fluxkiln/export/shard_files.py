@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -19,11 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.errors import CheckpointError, IntegrityError, ResourceError
-from fluxkiln.export.bindings import apply_transforms
 from fluxkiln.export.checkpoint import Checkpoint, read_tensor
 from fluxkiln.export.safetensors_header import ITEM_BYTES, read_header
 from fluxkiln.export.split import Window, bind_shard, split_slots, window_of
-from fluxkiln.progress import OnBytes
+from fluxkiln.progress import OnBytes, byte_counter
 from fluxkiln.types import Binding, Part, TensorRef, TensorSpec
 
 if TYPE_CHECKING:
@@ -82,7 +80,7 @@ def write_shards(
         slots = known[alike]
         jobs.append((slots, [bind_shard(part, slots, checkpoint, ranks, rank) for rank in range(ranks)]))
     total = sum(2 * math.prod(spec.shape) * len(bindings) for slots, bindings in jobs for spec in slots)
-    count = _counter(total, progress)
+    count = byte_counter(total, progress)
     with ThreadPoolExecutor(workers, "shard") as pool:
         writing = [pool.submit(_write_part, *job, checkpoint.tensors, folder, count) for job in jobs]
         try:
@@ -100,7 +98,7 @@ def write_part(
     Args:
         slots: with the shapes of a rank. bindings: of each rank, see `sharding.bind_shard`.
     """
-    return tuple(_write_part(slots, bindings, checkpoint.tensors, folder, _counter(0, None)))
+    return tuple(_write_part(slots, bindings, checkpoint.tensors, folder, byte_counter(0, None)))
 
 
 def read_shard(path: Path, sha256: str | None = None) -> dict[str, NDArray[Any]]:
@@ -115,59 +113,6 @@ def read_shard(path: Path, sha256: str | None = None) -> dict[str, NDArray[Any]]
         if found != sha256:
             raise IntegrityError(f"{path} has the sha256 {found}, expected is {sha256}; shard the checkpoint again")
     return {name: read_tensor(ref) for name, ref in read_header(path).items()}
-
-
-def join_shards(
-    part: Part, checkpoint: Checkpoint, shards: Sequence[Mapping[str, NDArray[Any]]]
-) -> dict[str, NDArray[Any]]:
-    """What the shards of all ranks of a part, in rank order, say about the checkpoint's tensors, padding left out.
-
-    Args:
-        checkpoint: for names and shapes; no tensor is read.
-
-    Returns:
-        The tensors of the part by their names in the checkpoint, whole.
-
-    Raises:
-        IntegrityError: ranks have different values where all have the same, or padding that is not zero.
-    """
-    import numpy as np
-
-    ranks = len(shards)
-    slots = split_slots(checkpoint.model, part, checkpoint.configs, ranks)
-    placed = [
-        (slot, checkpoint.tensors[part.component][slot.sources[0]], shard[slot.slot], rank)
-        for rank, shard in enumerate(shards)
-        for slot in bind_shard(part, slots, checkpoint, ranks, rank).slots
-    ]
-    tensors: dict[str, NDArray[Any]] = {}
-    for slot, ref, piece, _ in placed:
-        target = tensors.setdefault(ref.name, np.zeros(ref.shape, piece.dtype))
-        window = window_of(ref.shape, slot.transforms)
-        spans = (window.rows, window.columns)[: len(ref.shape)]
-        inside = tuple(slice(0, stop - start) for start, stop in spans)
-        target[tuple(slice(*span) for span in spans)] = piece[inside]
-    for slot, ref, piece, rank in placed:
-        if apply_transforms(tensors[ref.name], slot.transforms).tobytes() != piece.tobytes():
-            raise IntegrityError(
-                f"{slot.slot} of rank {rank} is not what the other ranks have, or not zero where it is padded: "
-                "they are of different checkpoints; shard the checkpoint again"
-            )
-    return tensors
-
-
-def _counter(total: int, progress: OnBytes | None) -> Callable[[int], None]:
-    """A function to tell that bytes were written, from any thread."""
-    done, lock = 0, threading.Lock()
-
-    def count(nbytes: int) -> None:
-        nonlocal done
-        with lock:
-            done += nbytes
-            if progress is not None:
-                progress(done, total)
-
-    return count
 
 
 def _write_part(

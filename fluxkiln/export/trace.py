@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -63,11 +62,6 @@ def export_template(
                 _write_torchscript(module, arguments, path)
     digest = "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()
     return Template(kind, graph_format, path, digest, inputs, outputs, slots)
-
-
-def configs_digest(configs: Configs) -> str:
-    """sha256 over the configs in canonical JSON: what a template depends on besides shapes and code."""
-    return "sha256:" + hashlib.sha256(json.dumps(configs, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _slots_as_inputs(module: Module, activations: int) -> Any:

@@ -10,15 +10,14 @@ attends to everything, gives zeros, and meets zero columns in the projection beh
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from fluxkiln.errors import CheckpointError, PatchError, UsageError
+from fluxkiln.errors import PatchError, UsageError
 from fluxkiln.types import TensorSpec
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 Way = Literal["column", "row", "whole"]
 
@@ -132,25 +131,3 @@ class ParallelPart:
         return tuple(
             replace(spec, dtype=dtype) if change else spec for spec, change in zip(self.inputs, rounded, strict=True)
         )
-
-
-def load_parallel_part(part: ParallelPart, weights: Mapping[str, Tensor]) -> nn.Module:
-    """The part's module with real weights, for eager execution; the part is not to be used for another rank then.
-
-    Args:
-        weights: one rank's, by slot.
-
-    Raises:
-        CheckpointError: a weight is missing, one too many, or of another shape than the slot.
-    """
-    shapes = {spec.name: spec.shape for spec in part.slots}
-    for name in sorted(shapes.keys() ^ weights.keys()):
-        raise CheckpointError(f"weight {name} is missing or unexpected; shard the checkpoint again")
-    for name, shape in shapes.items():
-        if tuple(weights[name].shape) != shape:
-            raise CheckpointError(
-                f"weight {name} has shape {list(weights[name].shape)}, this rank's is {list(shape)}; shard the "
-                "checkpoint again for this number of ranks"
-            )
-    part.module.load_state_dict(dict(weights), assign=True)
-    return part.module.requires_grad_(False)

@@ -233,7 +233,7 @@ class Model(Protocol):
 
     def denoise(
         self, pipe: Any, encoded: Mapping[str, Any], shapes: Shapes, after_step: Callable[..., Any], **sampling: Any
-    ) -> Any:
+    ) -> None:
         """Run the loop: `steps`, `guidance`, `random`, `latents`."""
 
     def decode(self, pipe: Any, shapes: Shapes, latents: NDArray[Any]) -> NDArray[Any]:

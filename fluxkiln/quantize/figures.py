@@ -61,10 +61,7 @@ def stored_size(shape: tuple[int, ...], scheme: Scheme) -> int:
 
 
 def measure(
-    read_rows: ReadRows,
-    shape: tuple[int, int],
-    scheme: Scheme,
-    statistics: Statistics | None = None,
+    read_rows: ReadRows, shape: tuple[int, int], scheme: Scheme, statistics: Statistics | None = None
 ) -> Figures:
     """Pack a matrix as the scheme says and compare.
 

@@ -107,11 +107,7 @@ class WorstMaps:
 
 
 def error_map(
-    place: tuple[str, str, int, str],
-    severity: float,
-    actual: _Array,
-    below: _Array,
-    base: _Array | None,
+    place: tuple[str, str, int, str], severity: float, actual: _Array, below: _Array, base: _Array | None
 ) -> ErrorMap | None:
     """The map of one output; None for what has no two axes to speak of."""
     channels = actual.shape[-1] if actual.ndim else 1

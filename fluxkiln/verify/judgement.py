@@ -68,11 +68,7 @@ def judge_values(
 
 
 def judge_ranks(
-    order: Sequence[str],
-    seen: Sequence[Values],
-    below: Sequence[Values],
-    local: Sequence[Values],
-    tolerance: Tolerance,
+    order: Sequence[str], seen: Sequence[Values], below: Sequence[Values], local: Sequence[Values], tolerance: Tolerance
 ) -> tuple[Finding, ...]:
     """As `judge_values`, of each rank; a value's finding is that of the rank where it is worst.
 

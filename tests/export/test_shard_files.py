@@ -18,11 +18,12 @@ from fluxkiln.errors import CheckpointError, IntegrityError, ResourceError, Usag
 from fluxkiln.export import shard_files
 from fluxkiln.export.bindings import apply_transforms
 from fluxkiln.export.checkpoint import open_checkpoint, read_tensor
-from fluxkiln.export.shard_files import join_shards, read_shard, write_shards
+from fluxkiln.export.shard_files import read_shard, write_shards
 from fluxkiln.export.split import bind_shard, split_slots
 from fluxkiln.patches.flux1.kinds import list_split_parts
 from fluxkiln.patches.flux1.model import MODEL
 from fluxkiln.types import Binding, SlotBinding, TensorRef, TensorSpec, Transform
+from tests.ranks import join_shards
 
 
 def parts_of(checkpoint, *names, granularity="block", vae="kl"):

@@ -11,7 +11,7 @@ import torch
 from fluxkiln.compile.onnx.filled import fill
 from fluxkiln.errors import UsageError
 from fluxkiln.export.bindings import bind_part, weight_reader
-from fluxkiln.export.trace import configs_digest, export_template
+from fluxkiln.export.trace import export_template
 from fluxkiln.patches.flux1.inputs import part_inputs
 from fluxkiln.patches.flux1.kinds import KINDS, MODULATION_ROWS
 from fluxkiln.patches.flux1.model import MODEL
@@ -122,9 +122,3 @@ def test_unknown_kinds_and_formats_are_refused(tiny_checkpoint, tmp_path):
     with pytest.raises(UsageError, match=r"no graph format is called 'onnx18'; there are onnx17, onnx23, pt2"):
         export_template(MODEL, "tail", configs, SMALLEST, "onnx18", tmp_path)
     assert not list(tmp_path.iterdir())
-
-
-def test_configs_digest_follows_values_not_order():
-    one = {"a": {"x": 1, "y": 2}, "b": {}}
-    assert configs_digest(one) == configs_digest({"b": {}, "a": {"y": 2, "x": 1}})
-    assert configs_digest(one) != configs_digest({"a": {"x": 1, "y": 3}, "b": {}})

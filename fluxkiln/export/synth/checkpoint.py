@@ -14,7 +14,7 @@ from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.export.folders import check_destination, whole_or_nothing
 from fluxkiln.patches.model import Model, Preset
 from fluxkiln.patches.registry import all_presets
-from fluxkiln.progress import OnBytes
+from fluxkiln.progress import OnBytes, byte_counter
 from fluxkiln.types import TensorRef
 
 # As many files as FLUX.1 has; one for the others.
@@ -109,14 +109,7 @@ def synthesize(
     names = parse_components(model, components)
     total = synthesized_bytes(preset, names)
     check_destination(destination)
-    written = 0
-
-    def count(nbytes: int) -> None:
-        nonlocal written
-        written += nbytes
-        if progress:
-            progress(written, total)
-
+    count = byte_counter(total, progress)
     with whole_or_nothing(destination, total, _SMALLER) as folder:
         _write_small_files(folder, model, chosen, names)
         for name in names:

@@ -79,12 +79,7 @@ def _round_to_bf16(values: np.ndarray[Any, np.dtype[np.float32]]) -> Bits:
 
 
 def write_component(
-    folder: Path,
-    stem: str,
-    layout: Mapping[str, tuple[int, ...]],
-    shards: int,
-    draw: Draw,
-    count: Count,
+    folder: Path, stem: str, layout: Mapping[str, tuple[int, ...]], shards: int, draw: Draw, count: Count
 ) -> None:
     """Write one component's weights as `stem.safetensors`, or as about equal `shards` with an index.
 

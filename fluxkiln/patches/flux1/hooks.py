@@ -24,7 +24,7 @@ def observe_part(pipe: Any, part: Part, put: Put) -> None:
     Raises, while `pipe` runs:
         PatchError: upstream gives its modules other arguments than this was written for.
     """
-    _OBSERVERS[part.kind](pipe, part, put)
+    _OBSERVERS[part.traits.family](pipe, part, put)
 
 
 def _watch(module: Any, see: See) -> None:
@@ -111,7 +111,7 @@ def _keep_modulation(pipe: Any, part: Part) -> Callable[[], Any]:
     """Keeps what the AdaLN linears of a block or of the tail make; returns what joins and forgets it."""
     import torch
 
-    names, owner = _NORMS[part.kind.partition("_")[0]], _module_of(pipe, part)
+    names, owner = _NORMS[part.traits.block], _module_of(pipe, part)
     rows: dict[str, Any] = {}
     for name in names:
         owner.get_submodule(f"{name}.linear").register_forward_hook(partial(_keep, rows, name))
@@ -121,14 +121,14 @@ def _keep_modulation(pipe: Any, part: Part) -> Callable[[], Any]:
 
 def _observe_modulation(pipe: Any, part: Part, put: Put) -> None:
     modulation, owner = _keep_modulation(pipe, part), _module_of(pipe, part)
-    last = _NORMS[part.kind.partition("_")[0]][-1]
+    last = _NORMS[part.traits.block][-1]
     temb = "conditioning_embedding" if last == "norm_out" else "emb"
     _watch(owner.get_submodule(last), lambda call, _: put(part, {"temb": call[temb]}, {"modulation": modulation()}))
 
 
 def _condition(pipe: Any, part: Part) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
     """What a block or the tail is told about the step: temb, or in the hoisted form the modulation made of it."""
-    if part.kind.endswith("_modulated"):
+    if "modulation" in part.traits.inputs:
         modulation = _keep_modulation(pipe, part)
         return lambda call: {"modulation": modulation()}
     return lambda call: {"temb": call["conditioning_embedding" if part.kind == "tail" else "temb"]}
@@ -184,23 +184,17 @@ def _observe_vae(pipe: Any, part: Part, put: Put) -> None:
     _watch(decoder, lambda call, output: put(part, {"latents": call[first]}, {"image": output}))
 
 
+# by the family of the kind
 _OBSERVERS: Mapping[str, Callable[[Any, Part, Put], None]] = {
     "clip": _observe_clip,
     "t5_embed": _observe_t5_embed,
     "t5_block": _observe_t5_block,
     "t5_final": _observe_t5_final,
     "head": _observe_embedders,
+    "modulation": _observe_modulation,
     "double": _observe_double,
     "single": _observe_single,
     "tail": _observe_tail,
-    "time_embed": _observe_embedders,
-    "double_modulation": _observe_modulation,
-    "single_modulation": _observe_modulation,
-    "tail_modulation": _observe_modulation,
-    "token_embed": _observe_embedders,
-    "double_modulated": _observe_double,
-    "single_modulated": _observe_single,
-    "tail_modulated": _observe_tail,
     "vae_decoder": _observe_vae,
     "tiny_vae_decoder": _observe_vae,
 }

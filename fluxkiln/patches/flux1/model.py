@@ -248,10 +248,10 @@ class Flux1:
 
     def denoise(
         self, pipe: Any, encoded: Mapping[str, Any], shapes: Shapes, after_step: Callable[..., Any], **sampling: Any
-    ) -> Any:
+    ) -> None:
         from fluxkiln.patches.flux1.pipeline import denoise
 
-        return denoise(pipe, encoded, shapes, after_step, **sampling)
+        denoise(pipe, encoded, shapes, after_step, **sampling)
 
     def decode(self, pipe: Any, shapes: Shapes, latents: NDArray[Any]) -> NDArray[Any]:
         from fluxkiln.patches.flux1.pipeline import decode

@@ -26,35 +26,22 @@ def build_part(kind: str, configs: Configs, transformer: Any = None) -> Module:
     """
     import torch
 
-    builders: dict[str, Callable[[str, Any], Module]] = {
-        "clip": _clip,
-        "t5_embed": _t5,
-        "t5_block": _t5,
-        "t5_final": _t5,
-        "head": _transformer,
-        "double": _transformer,
-        "single": _transformer,
-        "tail": _transformer,
-        "time_embed": _hoisted,
-        "double_modulation": _hoisted,
-        "single_modulation": _hoisted,
-        "tail_modulation": _hoisted,
-        "token_embed": _hoisted,
-        "double_modulated": _hoisted,
-        "single_modulated": _hoisted,
-        "tail_modulated": _hoisted,
-        "vae_decoder": _vae,
-        "tiny_vae_decoder": _tiny_vae,
-    }
-    if kind not in builders:
-        raise UsageError(f"no kind of part is called {kind!r}; there are {', '.join(builders)}")
+    if kind not in KINDS:
+        raise UsageError(f"no kind of part is called {kind!r}; there are {', '.join(KINDS)}")
     with torch.device("meta"):
-        of_transformer = KINDS[kind].component == "transformer"
-        module = builders[kind](kind, _one_of_each(configs, transformer) if of_transformer else configs)
+        match KINDS[kind].component:
+            case "text_encoder":
+                module = _clip(configs)
+            case "text_encoder_2":
+                module = _t5(kind, configs)
+            case "transformer":
+                module = _transformer(kind, _one_of_each(configs, transformer))
+            case _:
+                module = _vae(configs) if kind == "vae_decoder" else _tiny_vae(configs)
     return module.eval().requires_grad_(False)
 
 
-def _clip(kind: str, configs: Configs) -> Module:
+def _clip(configs: Configs) -> Module:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     from fluxkiln.patches.flux1.text import ClipPart
@@ -90,22 +77,14 @@ def _one_of_each(configs: Configs, transformer: Any) -> Any:
 
 
 def _transformer(kind: str, model: Any) -> Module:
-    from fluxkiln.patches.flux1.transformer import DoublePart, HeadPart, SinglePart, TailPart
-
-    if kind == "head":
-        return HeadPart(model)
-    if kind == "double":
-        return DoublePart(model.transformer_blocks[0])
-    if kind == "single":
-        return SinglePart(model.single_transformer_blocks[0])
-    return TailPart(model)
-
-
-def _hoisted(kind: str, model: Any) -> Module:
-    from fluxkiln.patches.flux1 import modulation
+    from fluxkiln.patches.flux1 import modulation, transformer
 
     double, single = model.transformer_blocks[0], model.single_transformer_blocks[0]
     wrappers: dict[str, Callable[[], Module]] = {
+        "head": lambda: transformer.HeadPart(model),
+        "double": lambda: transformer.DoublePart(double),
+        "single": lambda: transformer.SinglePart(single),
+        "tail": lambda: transformer.TailPart(model),
         "time_embed": lambda: modulation.TimeEmbedPart(model),
         "token_embed": lambda: modulation.TokenEmbedPart(model),
         "double_modulation": lambda: modulation.ModulationPart(double, "norm1", "norm1_context"),
@@ -118,7 +97,7 @@ def _hoisted(kind: str, model: Any) -> Module:
     return wrappers[kind]()
 
 
-def _vae(kind: str, configs: Configs) -> Module:
+def _vae(configs: Configs) -> Module:
     from diffusers import AutoencoderKL
 
     from fluxkiln.patches.flux1.vae import VaeDecoderPart
@@ -132,7 +111,7 @@ def _vae(kind: str, configs: Configs) -> Module:
     return VaeDecoderPart(model.decoder)
 
 
-def _tiny_vae(kind: str, configs: Configs) -> Module:
+def _tiny_vae(configs: Configs) -> Module:
     from diffusers import AutoencoderTiny
 
     from fluxkiln.patches.flux1.vae import VaeDecoderPart

@@ -53,11 +53,11 @@ def render(pipe: Any, shapes: Shapes, sampling: Sampling, on_latents: OnLatents 
             pooled = torch.randn(1, pipe.transformer.config.pooled_projection_dim, generator=random)
         if pipe.transformer is not None:
             encoded = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
-            made = denoise(
-                pipe, encoded, shapes, after_step, steps=sampling.steps, guidance=sampling.guidance_scale,
-                random=random, output_type="latent" if pipe.vae is None else "np",
-            )  # fmt: skip
-            image = image if pipe.vae is None else made[0]
+            denoise(
+                pipe, encoded, shapes, after_step, steps=sampling.steps, guidance=sampling.guidance_scale, random=random
+            )
+            if pipe.vae is not None:
+                image = decode(pipe, shapes, latents.numpy())
         elif pipe.vae is not None:
             config = pipe.vae.config
             latents = torch.randn(1, config.latent_channels, *shapes.latent_hw, generator=random)
@@ -69,20 +69,20 @@ def render(pipe: Any, shapes: Shapes, sampling: Sampling, on_latents: OnLatents 
 
 def denoise(
     pipe: Any, encoded: Mapping[str, Any], shapes: Shapes, after_step: Callable[..., dict[str, Any]], *,
-    steps: int, guidance: float, random: Any, **others: Any,
-) -> Any:  # fmt: skip
-    """Run the loop of `pipe` on encoded prompts; its images.
+    steps: int, guidance: float, random: Any, latents: Any = None,
+) -> None:  # fmt: skip
+    """Run the loop of `pipe` on encoded prompts.
 
     Args:
         encoded: by diffusers' argument names. after_step: diffusers' `callback_on_step_end`, given the latents.
-        random: a torch.Generator. others: diffusers' own: `latents` to begin with, `output_type` `np` for images.
+        random: a torch.Generator.
     """
     pipe.set_progress_bar_config(disable=True)
-    return pipe(
+    pipe(
         **encoded, height=shapes.height, width=shapes.width, num_inference_steps=steps, guidance_scale=guidance,
-        generator=random, callback_on_step_end=after_step, callback_on_step_end_tensor_inputs=["latents"],
-        **{"output_type": "latent", **others},
-    ).images  # fmt: skip
+        generator=random, latents=latents, output_type="latent", callback_on_step_end=after_step,
+        callback_on_step_end_tensor_inputs=["latents"],
+    )  # fmt: skip
 
 
 def encode(

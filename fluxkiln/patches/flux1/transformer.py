@@ -164,12 +164,7 @@ class DoublePart(nn.Module):
         self.block = block
 
     def forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        temb: Tensor,
-        rotary_cos: Tensor,
-        rotary_sin: Tensor,
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_cos: Tensor, rotary_sin: Tensor
     ) -> tuple[Tensor, Tensor]:
         block = self.block
         norms = block.norm1.norm, block.norm1_context.norm

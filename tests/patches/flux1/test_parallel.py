@@ -17,13 +17,13 @@ from fluxkiln.export.bindings import apply_transforms
 from fluxkiln.export.checkpoint import Checkpoint, read_tensor
 from fluxkiln.export.split import bind_shard, split_slots
 from fluxkiln.patches.collectives import OneRank, ThreadRanks
-from fluxkiln.patches.cut import load_parallel_part
 from fluxkiln.patches.flux1 import parallel
 from fluxkiln.patches.flux1.host import rotary_embedding
 from fluxkiln.patches.flux1.kinds import list_split_parts
 from fluxkiln.patches.flux1.model import MODEL
 from fluxkiln.patches.flux1.parallel import build_parallel_part, modulation_rows
 from fluxkiln.types import Shapes, TensorRef
+from tests.ranks import load_parallel_part
 
 BOUND = 5e-6
 SHAPES = Shapes(height=64, width=64, tokens=32)

@@ -14,12 +14,12 @@ from fluxkiln.export.bindings import apply_transforms
 from fluxkiln.export.checkpoint import read_tensor
 from fluxkiln.export.split import bind_shard, split_slots
 from fluxkiln.patches.collectives import ThreadRanks
-from fluxkiln.patches.cut import load_parallel_part
 from fluxkiln.patches.flux1.kinds import list_split_parts
 from fluxkiln.patches.flux1.model import MODEL
 from fluxkiln.patches.flux1.parallel import build_parallel_part
 from fluxkiln.patches.flux1.parallel_text import position_buckets
 from fluxkiln.types import Shapes, TensorRef
+from tests.ranks import load_parallel_part
 
 BOUND = 5e-6
 # longer than the 128 positions beyond which all fall into the last bucket

@@ -27,7 +27,7 @@ from fluxkiln.compile.toolchains.neuron.profile import (
 )
 from fluxkiln.errors import ToolchainError, UsageError
 from fluxkiln.export.checkpoint import Checkpoint
-from fluxkiln.export.fingerprint import check_shards
+from fluxkiln.export.fingerprint import check_states
 from fluxkiln.export.shard_files import WORKERS, write_part
 from fluxkiln.export.split import bind_shard, holds_tensor, split_slots
 from fluxkiln.patches.cut import WHOLE, columns_of, share_of
@@ -149,7 +149,7 @@ def _shard_part(
 
     def produce(folder: Path) -> tuple[dict[str, Path | Blob], dict[str, Any]]:
         files = write_part(slots, bindings, checkpoint, folder)
-        check_shards(checkpoint, checkpoint.states)
+        check_states(checkpoint)
         store = cache.store
         return {
             str(file.rank): store.add_file(file.path, move=True, known="sha256:" + file.sha256) for file in files

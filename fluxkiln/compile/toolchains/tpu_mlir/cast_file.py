@@ -29,7 +29,7 @@ from fluxkiln.compile.toolchains.tpu_mlir.moulds import require_compiler
 from fluxkiln.compile.weights import part_rounders
 from fluxkiln.export.bindings import bind_part, binding_refs
 from fluxkiln.export.checkpoint import Checkpoint, expect_tensors
-from fluxkiln.export.fingerprint import check_shards
+from fluxkiln.export.fingerprint import check_states
 from fluxkiln.files import disk_full_named
 from fluxkiln.progress import FROM_STORE, Progress
 
@@ -100,7 +100,7 @@ def cast_file(
     def produce(folder: Path) -> tuple[dict[str, Path | Blob], dict[str, Any]]:
         place = plan.logs.parent / "casting" / name
         made = _fill((checkpoint, plan, cache), shell, binaries, keys, place, action.key, progress, jobs)
-        check_shards(checkpoint, checkpoint.states)
+        check_states(checkpoint)
         nets = {net.name: net.coefficients for net in read_bmodel(place).nets}
         blob = cache.store.add_file(place, move=True)
         facts = {net: [made[net], nets[net].start, nets[net].size] for net in made}

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 TOLERANCES = {"F32": F32, "F16": F16, "*": BF16}
 _FORGET = "forget the mould (`fluxkiln cache gc --results`)"
-ADVICE = Advice(
+_ADVICE = Advice(
     keep_sinusoids="keep Sin, Cos and all that feeds them in F32 through the quantize table (f32_table, "
     "CompileJob.keep_f32), or ",
     keep="keep it and what feeds it in F32 through the quantize table, or ",
@@ -77,7 +77,7 @@ def open_stored(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Pa
     assert isinstance(rung, TemplateRunner)
     template = make_template(checkpoint, plan, cache, part.kind, "onnx17")
     opened = open_part(checkpoint, plan, part, template, inputs, rung.fill(part.name).read_weight)
-    return replace(opened, advice=ADVICE)
+    return replace(opened, advice=_ADVICE)
 
 
 def _lay_out(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, folder: Path) -> Path:

@@ -22,9 +22,10 @@ from fluxkiln.compile.toolchains.neuron.modules import lower_modules, module_nam
 from fluxkiln.compile.toolchains.neuron.resume import resume_compile
 from fluxkiln.compile.toolchains.neuron.split import shard_weights
 from fluxkiln.errors import IntegrityError, ParityError, ResourceError, ToolchainError, UsageError
-from fluxkiln.export.shard_files import join_shards, read_shard
+from fluxkiln.export.shard_files import read_shard
 from fluxkiln.progress import Silent
 from fluxkiln.settings import Settings
+from tests.ranks import join_shards
 
 STUB = Path(__file__).with_name("stub-neuronx-cc")
 

@@ -15,11 +15,15 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+# dtypes whose values `to_bits16` makes
+BITS16 = ("bfloat16", "float16")
+
+
 @dataclass(frozen=True, slots=True)
 class Net:
     """One compiled part: the file that it is in, its name there, and what it takes and gives, in the net's order.
 
-    dtypes are the runtime's own words: `float32` and `int64` of ONNX, `bf16` and `f32` of a bmodel.
+    dtypes are the manifest's words: `float32`, `bfloat16`, `float16`, `int32`, `int64`.
     """
 
     part: str
@@ -117,7 +121,7 @@ def to_bits16(array: NDArray[Any], dtype: str) -> NDArray[Any]:
     """An array as a 16-bit runtime takes it, the bits as uint16: bfloat16 to nearest, ties to even, or float16."""
     import numpy as np
 
-    if dtype == "bf16":
+    if dtype == "bfloat16":
         bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
         rounded: NDArray[Any] = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
         return rounded
@@ -128,6 +132,6 @@ def from_bits16(bits: NDArray[Any], dtype: str) -> NDArray[Any]:
     """float32 of what `to_bits16` makes."""
     import numpy as np
 
-    if dtype == "bf16":
+    if dtype == "bfloat16":
         return (np.ascontiguousarray(bits).view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     return np.ascontiguousarray(bits).view(np.float16).astype(np.float32)

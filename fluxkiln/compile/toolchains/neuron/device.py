@@ -177,7 +177,7 @@ def _as_float32(array: NDArray[Any], spec: TensorSpec) -> NDArray[Any]:
 
     flat = np.ascontiguousarray(array).reshape(-1)
     if spec.dtype in ("bfloat16", "float16"):
-        wide = from_bits16(flat.view(np.uint16), "bf16" if spec.dtype == "bfloat16" else "f16")
+        wide = from_bits16(flat.view(np.uint16), spec.dtype)
     else:
         wide = flat.view(np.dtype(spec.dtype)).astype(np.float32)
     return wide.reshape(spec.shape)

@@ -17,22 +17,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fluxkiln.compile.executor import Net, check_inputs, find_net, from_bits16, require_file, to_bits16
+from fluxkiln.compile.executor import BITS16, Net, check_inputs, find_net, from_bits16, require_file, to_bits16
 from fluxkiln.errors import CompileError, ResourceError, ToolchainError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # the manifest's word for a dtype -> sail.Dtype's name, and numpy's
-_DTYPES: Mapping[str, tuple[str, str]] = {
-    "f32": ("BM_FLOAT32", "float32"),
+DTYPES: Mapping[str, tuple[str, str]] = {
     "float32": ("BM_FLOAT32", "float32"),
-    "bf16": ("BM_BFLOAT16", "uint16"),
-    "f16": ("BM_FLOAT16", "uint16"),
-    "i32": ("BM_INT32", "int32"),
-    "si32": ("BM_INT32", "int32"),
+    "bfloat16": ("BM_BFLOAT16", "uint16"),
+    "float16": ("BM_FLOAT16", "uint16"),
     "int32": ("BM_INT32", "int32"),
-    "ui32": ("BM_UINT32", "uint32"),
 }
 
 
@@ -82,7 +78,7 @@ class SailExecutor:
         for spec in net.outputs:
             made[spec.name].sync_d2s()
             values = made[spec.name].asnumpy()
-            wide = from_bits16(values, spec.dtype) if spec.dtype in ("bf16", "f16") else values.astype("float32")
+            wide = from_bits16(values, spec.dtype) if spec.dtype in BITS16 else values.astype("float32")
             results[spec.name] = wide.reshape(spec.shape)
         return results
 
@@ -129,13 +125,13 @@ class SailExecutor:
         import numpy as np
 
         tensor = self._tensor(shape, dtype)
-        bits = to_bits16(array, dtype) if dtype in ("bf16", "f16") else np.ascontiguousarray(array, _DTYPES[dtype][1])
+        bits = to_bits16(array, dtype) if dtype in BITS16 else np.ascontiguousarray(array, DTYPES[dtype][1])
         tensor.update_data(bits)
         tensor.sync_s2d()
         return tensor
 
     def _tensor(self, shape: tuple[int, ...], dtype: str) -> Any:
-        return self._sail.Tensor(self._handle, list(shape), getattr(self._sail.Dtype, _DTYPES[dtype][0]), True, True)
+        return self._sail.Tensor(self._handle, list(shape), getattr(self._sail.Dtype, DTYPES[dtype][0]), True, True)
 
 
 def _import_sail() -> Any:

@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 
 from fluxkiln.compile.executor import Net
-from fluxkiln.compile.toolchains.tpu_mlir.sail import SailExecutor
+from fluxkiln.compile.templates import make_template
+from fluxkiln.compile.toolchains.tpu_mlir.moulds import cast_part, make_mould
+from fluxkiln.compile.toolchains.tpu_mlir.sail import DTYPES, SailExecutor
 from fluxkiln.errors import CompileError, ResourceError, ToolchainError, UsageError
 from fluxkiln.patches.flux1.kinds import KINDS
 from fluxkiln.types import TensorSpec
 from tests.compile.boards import sail
 
-IN = (TensorSpec("hidden_states", (1, 4), "bf16"), TensorSpec("position_bias", (2,), "f32"))
-OUT = (TensorSpec("hidden_states_out", (1, 4), "bf16"),)
+IN = (TensorSpec("hidden_states", (1, 4), "bfloat16"), TensorSpec("position_bias", (2,), "float32"))
+OUT = (TensorSpec("hidden_states_out", (1, 4), "bfloat16"),)
 
 
 def widened(bits):
@@ -38,7 +40,7 @@ GRAPHS = {
 def nets(tmp_path):
     for name in GRAPHS:
         (tmp_path / name).write_bytes(b"bmodel")
-    vae = (TensorSpec("latents", (1, 2), "f32"),), (TensorSpec("image", (1, 2), "f32"),)
+    vae = (TensorSpec("latents", (1, 2), "float32"),), (TensorSpec("image", (1, 2), "float32"),)
     return {
         "t5_block.00": Net(
             "t5_block.00", KINDS["t5_block"], tmp_path / "text_encoder_2.bmodel", "t5_block_00", IN, OUT
@@ -68,6 +70,15 @@ def test_values_pass_as_their_bits(nets, library):
     assert np.abs(made["hidden_states_out"] - hidden).min() > 0.5
     assert module.loaded == ["text_encoder_2.bmodel"]
     assert executor.facts["device"] == "BM1684X 0"
+
+
+@pytest.mark.tpu_mlir
+def test_the_words_of_compiled_nets_are_known(kiln):
+    made = kiln()
+    part = next(part for part in made.parts if part.traits.is_block and part.component == "transformer")
+    binary = cast_part(made.plan, part, make_mould(*made, make_template(*made, part.kind, "onnx17")))
+    words = {dtype for side in ("inputs", "outputs") for _, dtype, _ in binary.facts[side]}
+    assert {"bfloat16"} <= words <= DTYPES.keys()
 
 
 def test_files_are_loaded_once_and_released(nets, library):

@@ -45,7 +45,7 @@ def compiled(kiln, tpu_mlir, tmp_path_factory):
             fill(template.path, set(activations), reader, folder / "filled.onnx")
             (folder / "work").mkdir()
             job = CompileJob(
-                name, part.kind, folder / "filled.onnx", template.path, activations, parse_scheme(scheme), "bm1684x",
+                name, folder / "filled.onnx", template.path, activations, parse_scheme(scheme), "bm1684x",
                 keep_f32=keep_f32,
             )  # fmt: skip
             known[name, scheme, keep_f32] = compile_graph(tpu_mlir, job, folder / "work", folder / "log")

@@ -17,7 +17,7 @@ from fluxkiln.progress import Progress
 from fluxkiln.types import Part, Template, WeightReader
 from fluxkiln.verify.findings import Finding, Operation, Remedy, RungFindings, Tolerance, Values
 from fluxkiln.verify.judgement import DEQUANTIZED, REORDERED, epsilons_differ, judge_values, tolerance_of, with_culprit
-from fluxkiln.verify.remedies import Advice, find_remedy
+from fluxkiln.verify.remedies import COMMON_ADVICE, Advice, find_remedy
 
 # of the progress
 STAGE = "look"
@@ -44,7 +44,7 @@ class OpenPart:
     weights: Values
     stored: Values
     scheme: str
-    advice: Advice
+    advice: Advice = COMMON_ADVICE
 
     @property
     def order(self) -> tuple[str, ...]:
@@ -52,13 +52,7 @@ class OpenPart:
 
 
 def open_part(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    part: Part,
-    template: Template,
-    inputs: Values,
-    stored: WeightReader | None,
-    advice: Advice,
+    checkpoint: Checkpoint, plan: Plan, part: Part, template: Template, inputs: Values, stored: WeightReader | None
 ) -> OpenPart:
     """The part's template with its weights, the checkpoint's and the stored ones; None: these are the same."""
     from fluxkiln.compile.onnx.values import SlotWeights, list_operations
@@ -69,7 +63,7 @@ def open_part(
     if stored is not None and plan.scheme(part).weight_bits:  # rounding takes longer than reading
         held = dict(held)
     operations = list_operations(template.path, slots)
-    return OpenPart(part, template.path, operations, inputs, weights, held, plan.scheme(part).base_name, advice)
+    return OpenPart(part, template.path, operations, inputs, weights, held, plan.scheme(part).base_name)
 
 
 def look_below(opened: OpenPart, checkpoint: Checkpoint, progress: Progress) -> list[RungFindings]:

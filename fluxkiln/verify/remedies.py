@@ -30,6 +30,9 @@ class Advice:
     recompile: str = "compile it again"
 
 
+COMMON_ADVICE = Advice()
+
+
 def find_remedy(
     rung: str,
     finding: Finding,

@@ -56,18 +56,22 @@ class OpenRanks:
     """A part on the ranks of one module, whose values can be looked at.
 
     Attributes:
-        proto: its canonical HLO. inputs: all activations of one recorded call, the host's constants included.
-        weights: the checkpoint's, cut for each rank, in the module's dtype.
-        worker: as many virtual devices as the module has ranks.
+        inputs: all activations of one recorded call, the host's constants included.
+        workers: ranks -> as many virtual devices. proto: the module's canonical HLO; dtype: what it was lowered in.
     """
 
     checkpoint: Checkpoint
     part: Part
+    inputs: Values
+    workers: Mapping[int, Replicas]
     module: Module
     proto: bytes
-    inputs: Values
-    weights: Weights
-    worker: Replicas
+    dtype: str = "bfloat16"
+
+    @cached_property
+    def weights(self) -> Weights:
+        """The checkpoint's, cut for each rank, in the module's dtype."""
+        return bound_weights(self.checkpoint, self.part, self.module, self.dtype)
 
     @cached_property
     def operations(self) -> tuple[Operation, ...]:
@@ -106,7 +110,8 @@ class OpenRanks:
     def _run(
         self, show: Callable[[bytes, list[str]], bytes], proto: bytes, arguments: list[list[NDArray[Any]]]
     ) -> list[Values]:
-        ranks = self.worker.run(self.worker.load(show(proto, self.order)), arguments)
+        worker = self.workers[self.module.ranks]
+        ranks = worker.run(worker.load(show(proto, self.order)), arguments)
         return [dict(zip(self.order, map(_wide, arrays), strict=True)) for arrays in ranks]
 
 
@@ -137,7 +142,11 @@ def look(
     with ExitStack() as stack:
         counts = sorted({module.ranks, 1})
         workers = {n: stack.enter_context(Replicas(n, plan.logs / f"debug.{n}.log")) for n in counts}
-        opened = partial(open_ranks, checkpoint, cache, part, inputs, workers)
+
+        def opened(module: Module, dtype: str = "bfloat16") -> OpenRanks:
+            proto = cache.path(module.blob).read_bytes()
+            return OpenRanks(checkpoint, part, inputs, workers, module, proto, dtype)
+
         add(check_split(opened(exact, "float32"), leaves, state, call.outputs))
         if module.ranks > 1:  # of what is not cut it would be the next rung again
             add(check_ranks(opened(whole), None, "unsplit"))
@@ -168,21 +177,6 @@ def see_rank_leaves(part: Part, checkpoint: Checkpoint, inputs: Values, state: V
     load = partial(load_whole, checkpoint=checkpoint)
     seen = checkpoint.model.see_split_leaves(part, checkpoint.configs, inputs, state, load)
     return see_leaves(part, checkpoint, inputs) if seen is None else tuple(seen)
-
-
-def open_ranks(
-    checkpoint: Checkpoint,
-    cache: ActionCache,
-    part: Part,
-    inputs: Values,
-    workers: Mapping[int, Replicas],
-    module: Module,
-    dtype: str = "bfloat16",
-) -> OpenRanks:
-    """The part on the ranks of `module`, which was lowered in `dtype`, with the checkpoint's weights."""
-    weights = bound_weights(checkpoint, part, module, dtype)
-    proto = cache.path(module.blob).read_bytes()
-    return OpenRanks(checkpoint, part, module, proto, inputs, weights, workers[module.ranks])
 
 
 def read_shards(
@@ -299,16 +293,10 @@ def _remedy(opened: OpenRanks, rung: str, finding: Finding, operation: Operation
             f"compare the model's table of cuts and the module ({home}) with upstream: `fluxkiln patches`; lower it "
             "again with the pinned jax (`fluxkiln doctor`)",
         )
-    found = find_loss(
-        finding, place, "bfloat16", f"compute it in float32 in {home}",
-        f"compute what feeds it in float32, as norms and softmax are, or add to its `float32_inputs`: {home}",
-    )  # fmt: skip
-    if found is not None:
-        return found
-    if rung == "unsplit":
-        return Remedy(
-            f"bfloat16 is too coarse for it{place}", f"compute it in float32, or add to its `float32_inputs`: {home}"
-        )
+    widen = f"compute it in float32, or add to its `float32_inputs`: {home}"
+    found = find_loss(finding, place, "bfloat16", widen, f"compute what feeds it in float32, as norms are: {home}")
+    if found is not None or rung == "unsplit":
+        return found or Remedy(f"bfloat16 is too coarse for it{place}", widen)
     return Remedy(
         f"with the checkpoint's weights the ranks make something else of these operands than float32 does{place}",
         f"compare the collectives of the module with the part's ({home}), and the rung unsplit",

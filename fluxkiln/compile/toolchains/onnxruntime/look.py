@@ -20,7 +20,6 @@ from fluxkiln.progress import Progress
 from fluxkiln.types import Part, Template, WeightReader
 from fluxkiln.verify.findings import PartFindings, Record, RungFindings, Values
 from fluxkiln.verify.judgement import F32
-from fluxkiln.verify.remedies import Advice
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -48,7 +47,7 @@ def open_linked(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Pa
     """The part with every weight as a linked graph holds it."""
     template = make_template(checkpoint, plan, cache, part.kind, "onnx23")
     stored = _stored(checkpoint, plan, cache, part, template) if plan.scheme(part).weight_bits else None
-    return open_part(checkpoint, plan, part, template, inputs, stored, Advice())
+    return open_part(checkpoint, plan, part, template, inputs, stored)
 
 
 def _stored(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, template: Template) -> WeightReader:

@@ -76,7 +76,8 @@ def open_stored(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Pa
     rung = dequantized_rung(checkpoint, plan, cache)
     assert isinstance(rung, TemplateRunner)
     template = make_template(checkpoint, plan, cache, part.kind, "onnx17")
-    return open_part(checkpoint, plan, part, template, inputs, rung.fill(part.name).read_weight, _ADVICE)
+    opened = open_part(checkpoint, plan, part, template, inputs, rung.fill(part.name).read_weight)
+    return replace(opened, advice=_ADVICE)
 
 
 def _lay_out(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, folder: Path) -> Path:

@@ -15,13 +15,13 @@ from fluxkiln.build.context import prepare
 from fluxkiln.build.verification import record
 from fluxkiln.compile.templates import host_constants
 from fluxkiln.compile.toolchains.neuron.look import (
+    OpenRanks,
     adds_bias,
     check_rank_shards,
     check_ranks,
     check_size,
     check_split,
     is_partial,
-    open_ranks,
     see_rank_leaves,
 )
 from fluxkiln.compile.toolchains.neuron.modules import lower_modules
@@ -69,8 +69,9 @@ def looked(prepared):
     state = {spec.name: weight for spec, weight in zip(modules["whole"].slots, weights, strict=True)}
     with ExitStack() as stack:
         workers = {2: stack.enter_context(Replicas(2))}
-        opened = open_ranks(checkpoint, cache, part, inputs, workers, modules["replicas"])
-        exact = open_ranks(checkpoint, cache, part, inputs, workers, modules["split"], "float32")
+        protos = {name: cache.path(module.blob).read_bytes() for name, module in modules.items()}
+        opened = OpenRanks(checkpoint, part, inputs, workers, modules["replicas"], protos["replicas"])
+        exact = OpenRanks(checkpoint, part, inputs, workers, modules["split"], protos["split"], "float32")
         outputs = recording.outputs(PART, 0)
         leaves = see_rank_leaves(part, checkpoint, inputs, state)
         yield SimpleNamespace(opened=opened, exact=exact, leaves=leaves, state=state, plan=plan, outputs=outputs)

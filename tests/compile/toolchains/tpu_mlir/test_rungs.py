@@ -126,7 +126,7 @@ def double_one_scale(kiln, cast, mould, slot):
     code = hashlib.sha256(data[net.coefficients.start : net.coefficients.stop])
     data[net.check_code.start : net.check_code.stop] = code.digest()
     digest = f"sha256:{code.hexdigest()}"
-    return replace(cast, bmodel=kiln.cache.store.add_bytes(bytes(data)), digest=digest)
+    return replace(cast, blobs={**cast.blobs, "bmodel": kiln.cache.store.add_bytes(bytes(data))}, digest=digest)
 
 
 def cast_from_wrong_slot(kiln, cast, mould, template):
@@ -143,7 +143,7 @@ def cast_from_wrong_slot(kiln, cast, mould, template):
     (net,) = read_bmodel(target).nets
     code = cast_region(target, net.coefficients, replace(found, binary=tuple(placements)), reader)
     write_check_code(target, net.name, code)
-    return replace(cast, bmodel=kiln.cache.store.add_file(target, move=True))
+    return replace(cast, blobs={**cast.blobs, "bmodel": kiln.cache.store.add_file(target, move=True)})
 
 
 def test_a_sound_block_passes_every_rung(climbed):

@@ -7,23 +7,25 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
-from fluxkiln.build.blockwise import verify_blockwise
-from fluxkiln.build.parity import record, verify_build
 
-from fluxkiln.build import blockwise
-from fluxkiln.build.budget import Limits, executed_parts, multiplications
+from fluxkiln.build import verification
+from fluxkiln.build.budget import Limits, executed_parts
+from fluxkiln.build.prepared import Prepared
+from fluxkiln.build.verification import record, verify
 from fluxkiln.compile import rungs
-from fluxkiln.compile.onnx.linked import link_components
+from fluxkiln.compile.plan import Made
 from fluxkiln.compile.templates import make_template
+from fluxkiln.compile.tensors import multiplications
+from fluxkiln.compile.toolchain import toolchain_of
+from fluxkiln.compile.toolchains.tpu_mlir import rungs as chip_rungs
 from fluxkiln.compile.toolchains.tpu_mlir.moulds import cast_part, make_mould
 from fluxkiln.errors import CheckpointError, CompileError
 from fluxkiln.patches.flux1.kinds import list_parts
-from fluxkiln.progress import Silent
+from fluxkiln.progress import Laps, Silent
 from fluxkiln.settings import Settings
 from fluxkiln.types import Shapes, find_part
 from fluxkiln.verify.gates import first_bad_rung
 from fluxkiln.verify.ladder import explain_failure
-from tests.builds import altered
 
 SMALL = Shapes(height=16, width=16, tokens=8)
 AT = " at 32x32"
@@ -42,37 +44,47 @@ class Told(Silent):
         self.lines.append((stage, what, how))
 
 
+def prepared_of(build, folder, settings):
+    plan = replace(build.plan, folder=folder)
+    return Prepared(settings, build.checkpoint, plan, build.cache, "tiny", "tiny", folder)
+
+
+def made_of(prepared):
+    context = prepared.checkpoint, prepared.plan, prepared.cache
+    return toolchain_of(prepared.plan.target).make(*context, prepared.settings, Silent(), Laps())
+
+
 class Large:
     """tiny-dev with limits so low that it counts as large."""
 
-    def __init__(self, kiln, folder, scheme="W4BF16", target="cpu", component=None):
-        self.kiln, self.folder = kiln(scheme=scheme, target=target), folder
+    def __init__(self, build, folder, scheme="W4BF16", component=None, parts=None):
+        checkpoint, plan, cache = build(scheme=scheme, target="cpu") if callable(build) else build
         if component is not None:
-            parts = tuple(part for part in self.kiln.parts if part.component == component)
-            tensors = {component: self.kiln.checkpoint.tensors[component]}
-            self.kiln = replace(self.kiln, parts=parts, checkpoint=replace(self.kiln.checkpoint, tensors=tensors))
-        self.settings = Settings(target, str(self.kiln.checkpoint.root), scheme=scheme)
-        most = multiplications(replace(self.kiln, shapes=SMALL).checkpoint, replace(self.kiln, shapes=SMALL).plan)
-        self.limits = Limits(replayed=most, executed=1e9, blocks=1)
-        self.graphs = {}
-        if target == "cpu":
-            _, _, self.graphs = link_components(
-                self.kiln.checkpoint, self.kiln.plan, self.kiln.cache, folder / "linked", Silent()
-            )
-        self.recording = record(
-            self.kiln.checkpoint,
-            self.kiln.plan,
-            self.kiln.cache,
-            self.settings,
-            "tiny",
-            folder / "recording",
-            self.limits,
-        )
+            parts = tuple(part for part in plan.parts if part.component == component)
+            checkpoint = replace(checkpoint, tensors={component: checkpoint.tensors[component]})
+        self.settings = Settings(plan.target.name, str(checkpoint.root), scheme=scheme)
+        plan = replace(plan, folder=folder, parts=parts or plan.parts)
+        self.prepared = Prepared(self.settings, checkpoint, plan, cache, "tiny", "tiny", folder)
+        self.limits = Limits(replayed=multiplications(checkpoint, SMALL), executed=1e9, blocks=1)
+        self.made = made_of(self.prepared) if plan.target.name == "cpu" else Made((), ())
+        self.recording = record(self.prepared, self.limits)
 
-    def verify(self, kiln=None, graphs=None, binaries=(), progress=None):
-        parity = verify_blockwise(
-            kiln or self.kiln, self.settings, "tiny", binaries, graphs or self.graphs, self.recording,
-            self.folder / "work", progress or Silent(), self.limits,
+    @property
+    def parts(self):
+        return self.prepared.plan.parts
+
+    @property
+    def chosen(self):
+        """The parts that are executed at the shapes of the build."""
+        one = self.prepared
+        return [part.name for part in executed_parts(one.checkpoint, one.plan, one.cache, 0, self.limits)]
+
+    def verify(self, parts=None, made=None, progress=None, limits=None, **settings):
+        plan = replace(self.prepared.plan, parts=parts or self.parts)
+        prepared = replace(self.prepared, plan=plan, settings=replace(self.settings, **settings))
+        parity = verification._verify_large(
+            prepared, made or self.made, self.recording, prepared.folder / "work", progress or Silent(),
+            limits or self.limits,
         )  # fmt: skip
         return parity, first_bad_rung(parity.ladder.rows)
 
@@ -89,17 +101,13 @@ def sound(large):
 
 
 def chosen_block(large, kind):
-    return next(
-        part.name
-        for part in executed_parts(large.kiln.checkpoint, large.kiln.plan, large.kiln.cache, 0, large.limits)
-        if part.kind == kind
-    )
+    return next(name for name in large.chosen if find_part(large.parts, name).kind == kind)
 
 
 def test_one_step_at_smaller_shapes_is_recorded(large):
     assert large.recording.shapes == SMALL
     assert large.recording.steps == 1
-    assert tuple(large.recording.calls) == tuple(part.name for part in large.kiln.parts)
+    assert tuple(large.recording.calls) == tuple(part.name for part in large.parts)
     assert {len(calls) for calls in large.recording.calls.values()} == {1}
 
 
@@ -117,11 +125,9 @@ def test_every_part_is_replayed_and_some_are_executed_at_the_shapes_of_the_build
     rungs_of = {}
     for row in parity.ladder.rows:
         rungs_of.setdefault(row.part, []).append(row.rung)
-    chosen = [
-        part.name for part in executed_parts(large.kiln.checkpoint, large.kiln.plan, large.kiln.cache, 0, large.limits)
-    ]
+    chosen = large.chosen
     assert list(rungs_of) == [
-        *(part.name for part in large.kiln.parts), *(f"{name}{AT}" for name in chosen), "pipeline",
+        *(part.name for part in large.parts), *(f"{name}{AT}" for name in chosen), "pipeline",
     ]  # fmt: skip
     assert {"double", "single", "t5_block", "vae_decoder"} <= {name.split(".")[0] for name in chosen}
     for part, made in rungs_of.items():
@@ -143,40 +149,14 @@ def test_the_report_is_told_what_ran_where(large, sound):
 
 
 def test_what_is_too_large_is_left_out_and_said(large):
-    limits = replace(large.limits, executed=1e6)
-    parity = verify_blockwise(
-        large.kiln.checkpoint,
-        large.kiln.plan,
-        large.kiln.cache,
-        large.settings,
-        "tiny",
-        (),
-        large.graphs,
-        large.recording,
-        large.folder / "work",
-        Silent(),
-        limits,
-    )
+    parity, _ = large.verify(limits=replace(large.limits, executed=1e6))
     assert parity.facts["compiled form not executed, too large"].split(", ")[-1] == "vae_decoder"
     assert "vae_decoder" in {row.part for row in parity.ladder.rows}, "at the smaller shapes it is replayed"
     assert f"vae_decoder{AT}" not in {row.part for row in parity.ladder.rows}
 
 
 def test_further_images_are_made_at_the_smaller_shapes(large):
-    settings = replace(large.settings, seeds=(1, 2), steps=3)
-    parity = verify_blockwise(
-        large.kiln.checkpoint,
-        large.kiln.plan,
-        large.kiln.cache,
-        settings,
-        "tiny",
-        (),
-        large.graphs,
-        large.recording,
-        large.folder / "work",
-        Silent(),
-        large.limits,
-    )
+    parity, _ = large.verify(seeds=(1, 2), steps=3)
     runs = parity.runs
     assert (runs["rung"], runs["shapes"], runs["steps"]) == ("onnxruntime", "16x16, 8 tokens", 3)
     assert [entry["seed"] for entry in runs["entries"]] == [1, 2]
@@ -185,18 +165,18 @@ def test_further_images_are_made_at_the_smaller_shapes(large):
     assert all(row.passed for row in rows)
 
 
-def swap(kiln, one, other):
-    """A kiln in which two parts have the weights of one another."""
-    prefixes = {part.name: part.prefix for part in kiln.parts}
+def swap(parts, one, other):
+    """The parts, two of which have the weights of one another."""
+    prefixes = {part.name: part.prefix for part in parts}
     prefixes[one], prefixes[other] = prefixes[other], prefixes[one]
-    return altered(kiln, parts=tuple(replace(part, prefix=prefixes[part.name]) for part in kiln.parts))
+    return tuple(replace(part, prefix=prefixes[part.name]) for part in parts)
 
 
 @pytest.mark.parametrize(
     ("one", "other"), [("double.00", "double.01"), ("single.01", "single.02"), ("t5_block.00", "t5_block.01")]
 )
 def test_swapped_blocks_are_found(large, one, other):
-    _, bad = large.verify(swap(large.kiln, one, other))
+    _, bad = large.verify(swap(large.parts, one, other))
     assert {name: rung for name, rung in bad.items() if AT not in name} == {
         one: "patched", other: "patched", "pipeline": "onnxruntime",
     }  # fmt: skip
@@ -206,8 +186,8 @@ def test_swapped_blocks_are_found(large, one, other):
 def test_weights_of_another_block_at_one_rung_are_found(large, monkeypatch):
     fill = rungs._fill
 
-    def wrong(kiln, name):
-        return fill(kiln, "single.02" if name == "single.01" else name)
+    def wrong(checkpoint, plan, cache, name):
+        return fill(checkpoint, plan, cache, "single.02" if name == "single.01" else name)
 
     monkeypatch.setattr(rungs, "_fill", wrong)
     _, bad = large.verify()
@@ -216,17 +196,18 @@ def test_weights_of_another_block_at_one_rung_are_found(large, monkeypatch):
 
 def test_blocks_in_the_wrong_order_are_found(large):
     """Each has its own weights and is sound; only the whole pipeline shows it."""
-    parts = list(large.kiln.parts)
+    parts = list(large.parts)
     places = [index for index, part in enumerate(parts) if part.kind == "double"]
     parts[places[0]], parts[places[1]] = parts[places[1]], parts[places[0]]
-    _, bad = large.verify(replace(large.kiln, parts=tuple(parts)))
+    _, bad = large.verify(tuple(parts))
     assert bad == {"pipeline": "onnxruntime"}
 
 
 def test_a_bundle_with_the_graph_of_another_block_is_found(large):
     chosen = chosen_block(large, "single")
-    other = next(name for name in large.graphs if name.startswith("single.") and name != chosen)
-    _, bad = large.verify(graphs={**large.graphs, chosen: large.graphs[other]})
+    graphs = large.made.own
+    other = next(name for name in graphs if name.startswith("single.") and name != chosen)
+    _, bad = large.verify(made=replace(large.made, own={**graphs, chosen: graphs[other]}))
     assert bad == {f"{chosen}{AT}": "executed"}
 
 
@@ -243,7 +224,7 @@ def test_both_forms_of_the_transformer_are_verified(kiln, tmp_path):
     model = kiln(scheme="W4BF16", target="cpu")
     other = "hoisted" if any(part.kind == "head" for part in model.parts) else "inline"
     parts = list_parts(model.checkpoint.configs, modulation=other)
-    both = Large(lambda **_: altered(model, parts=parts), tmp_path)
+    both = Large(model, tmp_path, parts=parts)
     parity, bad = both.verify()
     assert bad == {}
     kinds = {row.kind for row in parity.ladder.rows if AT in row.part}
@@ -258,27 +239,25 @@ def test_a_component_is_verified_alone(kiln, tmp_path, component):
     parity, bad = alone.verify(progress=told)
     assert bad == {}
     assert parity.pipeline is None
-    chosen = executed_parts(alone.kiln.checkpoint, alone.kiln.plan, alone.kiln.cache, 0, alone.limits)
     assert {row.part for row in parity.ladder.rows} == {
-        *(part.name for part in alone.kiln.parts), *(f"{part.name}{AT}" for part in chosen)
+        *(part.name for part in alone.parts), *(f"{name}{AT}" for name in alone.chosen)
     }  # fmt: skip
     assert len(told.lines) == told.announced["verify"]
     if component == "transformer":
-        _, bad = alone.verify(swap(alone.kiln, "single.00", "single.01"))
+        _, bad = alone.verify(swap(alone.parts, "single.00", "single.01"))
         assert bad.keys() >= {"single.00", "single.01"}
         assert bad["single.00"] == "patched"
 
 
 def test_a_small_models_component_is_replayed_alone(kiln, tmp_path):
     model = kiln(scheme="BF16", target="cpu")
-    model = altered(model, parts=tuple(part for part in model.parts if part.component == "text_encoder_2"))
-    settings = Settings("cpu", str(model.checkpoint.root), scheme="BF16")
-    _, files, graphs = link_components(*model, tmp_path / "linked", Silent())
-    recording = record(*model, settings, "tiny", tmp_path / "recording")
-    parity = verify_build(*model, settings, "tiny", (), files, graphs, recording, tmp_path / "work", Silent())
+    parts = tuple(part for part in model.parts if part.component == "text_encoder_2")
+    small = prepared_of(model, tmp_path, Settings("cpu", str(model.checkpoint.root), scheme="BF16"))
+    small = replace(small, plan=replace(small.plan, parts=parts))
+    parity = verify(small, made_of(small), record(small), tmp_path / "work", Silent())
     assert explain_failure(parity.ladder.rows) == ""
     assert parity.pipeline is None
-    assert {row.part for row in parity.ladder.rows} == {part.name for part in model.parts}
+    assert {row.part for row in parity.ladder.rows} == {part.name for part in parts}
 
 
 def test_a_failure_does_not_wait_for_what_is_executed(large, monkeypatch):
@@ -301,8 +280,8 @@ def test_a_failure_does_not_wait_for_what_is_executed(large, monkeypatch):
         assert begun.wait(20)
         raise CheckpointError("a shard has gone")
 
-    monkeypatch.setattr(blockwise, "executed_rung", process)
-    monkeypatch.setattr(blockwise, "_replay_all", fail)
+    monkeypatch.setattr(type(toolchain_of(large.prepared.plan.target)), "execute", process)
+    monkeypatch.setattr(verification, "_replay_small", fail)
     with pytest.raises(CheckpointError, match="a shard has gone"):
         large.verify()
     assert saw_it_go == [True]
@@ -312,19 +291,22 @@ def test_a_failure_does_not_wait_for_what_is_executed(large, monkeypatch):
 @pytest.mark.parametrize("spoilt", [False, True])
 def test_compiled_blocks_are_interpreted(kiln, tmp_path, monkeypatch, spoilt):
     """A block cast from the weights of another is found at the interpreter, which no other rung has to do with."""
-    compiled = Large(kiln, tmp_path, target="bm1684x")
+    build = kiln(scheme="W4BF16", target="bm1684x")
+    compiled = Large(build, tmp_path)
     name, source = "single.01", "single.02" if spoilt else "single.01"
-    template = make_template(compiled.kiln.checkpoint, compiled.kiln.plan, compiled.kiln.cache, "single", "onnx17")
-    mould = make_mould(compiled.kiln.checkpoint, compiled.kiln.plan, compiled.kiln.cache, template)
-    binary = cast_part(compiled.kiln.plan, find_part(compiled.kiln.parts, source), mould)
-    part = find_part(compiled.kiln.parts, name)
+    mould = make_mould(*build, make_template(*build, "single", "onnx17"))
+    binary, part = cast_part(build.plan, find_part(build.parts, source), mould), find_part(build.parts, name)
     if spoilt:  # what was cast for the one is taken for the other
-        cast = rungs.lay_out_lowered
-        monkeypatch.setattr(rungs, "lay_out_lowered", lambda k, b, f: cast(k, replace(b, part=binary.part), f))
-    monkeypatch.setattr(blockwise, "executed_parts", lambda *_: (part,))
-    parity, bad = compiled.verify(binaries=(replace(binary, part=part),))
+        lay_out = chip_rungs.lay_out_lowered
+
+        def lay_out_other(checkpoint, plan, cache, given, folder):
+            lay_out(checkpoint, plan, cache, replace(given, part=binary.part), folder)
+
+        monkeypatch.setattr(chip_rungs, "lay_out_lowered", lay_out_other)
+    monkeypatch.setattr(verification, "executed_parts", lambda *_: (part,))
+    parity, bad = compiled.verify(made=Made((replace(binary, part=part),), ()))
     assert bad == ({f"{name}{AT}": "interpreter"} if spoilt else {})
     rows = [row for row in parity.ladder.rows if AT in row.part]
     assert [row.rung for row in rows] == ["dequantized", "interpreter"]
     assert parity.facts["compiled form not executed, too large"].split(", ")[:2] == ["clip", "t5_embed"]
-    assert not (compiled.folder / "work" / "lowered").exists(), "a part's files go when it is done"
+    assert not (tmp_path / "work" / "lowered").exists(), "a part's files go when it is done"

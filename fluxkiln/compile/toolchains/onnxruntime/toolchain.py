@@ -11,7 +11,6 @@ from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.compile.bundle import Bundle
 from fluxkiln.compile.executor import Executor
 from fluxkiln.compile.plan import Binary, BundleFile, Job, Made, Plan
-from fluxkiln.compile.rungs import rungs_below
 from fluxkiln.compile.templates import count_elements, find_template, make_template, tell_template
 from fluxkiln.compile.tensors import part_refs, search_memory
 from fluxkiln.compile.toolchain import API, TRACE_MEMORY, Climb, Rungs, Toolchain
@@ -90,6 +89,8 @@ class OnnxRuntime(Toolchain):
     def climb(
         self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, made: Made, folder: Path, progress: Progress
     ) -> Iterator[Climb]:
+        from fluxkiln.compile.rungs import rungs_below
+
         with self.execute(checkpoint, plan, cache, made, folder, most_open=4) as own:
             yield Climb({**rungs_below(checkpoint, plan, cache), **own}, plan.parts)
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from fluxkiln.errors import SchemeError
 from fluxkiln.quantize.pack import bf16_to_float32, dequantize, pack_by, to_bf16_bits
 from fluxkiln.quantize.rounding import inspect_groups, make_rounder, pack_sided
-from fluxkiln.quantize.schemes import Scheme
+from fluxkiln.quantize.schemes import Scheme, stored_size
 from fluxkiln.quantize.statistics import Statistics, output_error
 
 # elements that are in float32 at a time
@@ -52,12 +52,6 @@ class Figures:
     def error(self) -> float:
         """The output's where it is known, else the weight's."""
         return self.weight_error if math.isnan(self.output_error) else self.output_error
-
-
-def stored_size(shape: tuple[int, ...], scheme: Scheme) -> int:
-    """Bytes of a matrix, with what stands beside its codes in bfloat16."""
-    beside = 2 * sum(map(math.prod, scheme.side_shapes(shape).values()))
-    return int(math.prod(shape) * scheme.bytes_per_weight) + beside
 
 
 def measure(

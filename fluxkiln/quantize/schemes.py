@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -282,3 +283,9 @@ def check_groups(scheme: Scheme, slot: str, in_features: int) -> None:
         raise SchemeError(
             f"group size {scheme.group_size} does not divide the {in_features} input channels of {slot}; {remedy}"
         )
+
+
+def stored_size(shape: tuple[int, ...], scheme: Scheme) -> int:
+    """Bytes of a matrix, with what stands beside its codes in bfloat16."""
+    beside = 2 * sum(map(math.prod, scheme.side_shapes(shape).values()))
+    return int(math.prod(shape) * scheme.bytes_per_weight) + beside

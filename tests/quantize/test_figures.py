@@ -9,8 +9,8 @@ import pytest
 
 from fluxkiln.errors import SchemeError
 from fluxkiln.quantize import figures
-from fluxkiln.quantize.figures import measure, stored_size
-from fluxkiln.quantize.schemes import parse_scheme
+from fluxkiln.quantize.figures import measure
+from fluxkiln.quantize.schemes import parse_scheme, stored_size
 from fluxkiln.quantize.statistics import gather
 from tests.quantize.weights import make_inputs, make_weight, relative_error
 

@@ -19,7 +19,9 @@ def test_list_names_every_figure_and_measures_nothing(repository):
         [sys.executable, "-m", "bench", "--list"], cwd=repository, capture_output=True, text=True, check=True
     )
     assert tuple(line.split()[0] for line in done.stdout.splitlines()) == NAMES
-    assert {path.stem for path in (repository / "bench").glob("[a-z]*.py")} == {*NAMES, "figure", "reference_sample"}
+    assert {path.stem for path in (repository / "bench").glob("[a-z]*.py")} == {
+        *NAMES, "figure", "reference_sample", "against", "bundles"
+    }  # fmt: skip
 
 
 def test_unknown_figure_is_refused(capsys):

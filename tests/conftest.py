@@ -9,6 +9,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -67,6 +68,29 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def repository() -> Path:
     """The source checkout."""
     return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def start_python():
+    """Start a script in another Python; whatever still runs at the end of the test is killed."""
+    started = []
+
+    def start(script: str, *args: object) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, *map(str, args)],
+            cwd=Path(__file__).parents[1],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
 
 
 @pytest.fixture(scope="session")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -75,29 +73,6 @@ def manifest_parts() -> dict:
 @pytest.fixture
 def blobs(store: Store, bundle_bytes: dict[str, bytes]) -> dict:
     return {path: store.add_bytes(data) for path, data in bundle_bytes.items()}
-
-
-@pytest.fixture
-def start_python():
-    """Start a script in another Python; whatever still runs at the end of the test is killed."""
-    started = []
-
-    def start(script: str, *args: object) -> subprocess.Popen:
-        process = subprocess.Popen(
-            [sys.executable, "-c", script, *map(str, args)],
-            cwd=REPOSITORY,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        if process.poll() is None:
-            process.kill()
-        process.communicate()
 
 
 @pytest.fixture

@@ -69,5 +69,3 @@ def test_a_bundle_without_its_graphs_is_refused(tmp_path):
     bundle = SimpleNamespace(nets={"tail": net}, manifest=SimpleNamespace(parts=[SimpleNamespace(scheme="BF16")]))
     with pytest.raises(UsageError, match="without the executor's binaries"):
         TOOLCHAIN.open_executor(bundle, "ort", {})
-    with pytest.raises(UsageError, match="no packed weights"):
-        TOOLCHAIN.open_executor(bundle, "ort", {"fast": True})

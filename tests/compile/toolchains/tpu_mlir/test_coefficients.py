@@ -128,7 +128,7 @@ def test_what_changes_with_the_weights_is_no_constant(learn_head, monkeypatch):
     # compiled twice with the same weights, everything would look like one
     with pytest.raises(CompileError, match="compiled twice with the same probe weights; give them two seeds"):
         learn_head(seed=0, without=["x_embedder.bias"])
-    monkeypatch.setattr(mould_module, "MAX_CONSTANT_BYTES", 100)
+    monkeypatch.setattr(mould_module, "_MAX_CONSTANT_BYTES", 100)
     with pytest.raises(CompileError, match=r"\d+ bytes of its weights, compressed, are equal for all probe weights"):
         learn_head()
 

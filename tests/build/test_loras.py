@@ -120,4 +120,4 @@ def test_label(settings, with_lora, tmp_path):
 
 def test_lora_without_the_transformer(with_lora):
     with pytest.raises(UsageError, match="LoRAs go into the transformer, and only vae is built"):
-        replace(with_lora, components=("vae",))
+        plan(replace(with_lora, components=("vae",)))

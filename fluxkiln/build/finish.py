@@ -22,15 +22,26 @@ from fluxkiln.compile.executor import bind_net
 from fluxkiln.compile.plan import Binary, Made
 from fluxkiln.compile.templates import host_constants
 from fluxkiln.compile.toolchain import toolchain_of
-from fluxkiln.compile.weights import used_calibrations
 from fluxkiln.errors import ParityError
 from fluxkiln.files import digest_file
 from fluxkiln.progress import FROM_STORE, Laps, Progress
 
 if TYPE_CHECKING:
+    from fluxkiln.artifacts.actions import ActionCache
     from fluxkiln.build.prepared import BuildResult, Prepared
     from fluxkiln.build.verification import Parity
+    from fluxkiln.compile.plan import Plan
+    from fluxkiln.export.checkpoint import Checkpoint
     from fluxkiln.verify.reference import Recording
+
+
+def _calibrations(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> dict[str, str]:
+    """As `compile.weights.used_calibrations`, which is not imported where no scheme is calibrated."""
+    if not any(plan.schemes[kind].calibrated for kind in plan.kinds()):
+        return {}
+    from fluxkiln.compile.weights import used_calibrations
+
+    return used_calibrations(checkpoint, plan, cache)
 
 
 def build_action(prepared: Prepared) -> Action:
@@ -48,7 +59,7 @@ def build_action(prepared: Prepared) -> Action:
             "checkpoint": f"sha256:{prepared.fingerprint}",
             **{
                 f"calibration of {component}": digest
-                for component, digest in used_calibrations(checkpoint, plan, cache).items()
+                for component, digest in _calibrations(checkpoint, plan, cache).items()
             },
         },
         settings={
@@ -235,7 +246,7 @@ def _write_report(prepared: Prepared, made: Made, parity: Parity, laps: Laps) ->
             **{f"LoRA {lora['file']}": f"sha256:{lora['sha256']} x {lora['strength']}" for lora in loras},
             **{
                 f"calibration of {component}": digest
-                for component, digest in used_calibrations(checkpoint, plan, cache).items()
+                for component, digest in _calibrations(checkpoint, plan, cache).items()
             },
             **parity.facts,
         },
@@ -281,7 +292,7 @@ def _manifest(prepared: Prepared, made: Made, summary: Mapping[str, Any]) -> dic
             "steps": settings.steps,
             **toolchain_of(plan.target).facts(settings, plan),
             **lora_facts(checkpoint),
-            **({"calibrations": calibrations} if (calibrations := used_calibrations(checkpoint, plan, cache)) else {}),
+            **({"calibrations": calibrations} if (calibrations := _calibrations(checkpoint, plan, cache)) else {}),
         },
         "parity": dict(summary),
         "tools": dict(build_action(prepared).tools),

@@ -242,7 +242,7 @@ def test_a_component_is_verified_alone(kiln, tmp_path, component):
     assert {row.part for row in parity.ladder.rows} == {
         *(part.name for part in alone.parts), *(f"{name}{AT}" for name in alone.chosen)
     }  # fmt: skip
-    assert len(told.lines) == told.announced["verify"]
+    assert sum(stage == "verify" for stage, *_ in told.lines) == told.announced["verify"]
     if component == "transformer":
         _, bad = alone.verify(swap(alone.parts, "single.00", "single.01"))
         assert bad.keys() >= {"single.00", "single.01"}

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from fluxkiln.errors import ShapeError, UsageError
-from fluxkiln.types import Shapes
 
 DEFAULT_MODEL = "tiny-dev"
 DEFAULT_PROMPT = "a small kiln by a river at night"
@@ -38,6 +37,8 @@ def parse_size(text: str) -> tuple[int, int]:
     if match is None:
         raise ShapeError(f"size {text!r} is not WIDTHxHEIGHT in pixels; 1024x1024 is FLUX.1's own")
     width, height = int(match.group(1)), int(match.group(2) or match.group(1))
+    from fluxkiln.types import Shapes  # not for `--help`
+
     Shapes(height, width, tokens=1)
     return width, height
 

@@ -22,9 +22,13 @@ def example(name: str) -> str:
 
 
 def not_in(page: Path, source: str) -> list[str]:
-    """Blocks of code of a page that do not stand in a source as they are."""
-    shown = [*code_blocks(page, "python"), *code_blocks(page, "toml")]
-    return [block for block in shown if any(piece not in source for piece in block.split("\n\n"))]
+    """Blocks of code of a page that do not stand in a source as they are, but for how far they are indented."""
+    shown, bare = [*code_blocks(page, "python"), *code_blocks(page, "toml")], unindented(source)
+    return [block for block in shown if any(unindented(piece) not in bare for piece in block.split("\n\n"))]
+
+
+def unindented(text: str) -> str:
+    return "\n".join(line.strip() for line in text.splitlines())
 
 
 @pytest.mark.parametrize("page", PAGES)

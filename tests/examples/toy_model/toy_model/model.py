@@ -69,10 +69,9 @@ class Toy(Flux1):
     def list_parts(self, configs: Configs, vae: Any, modulation: Any) -> tuple[Part, ...]:
         """FLUX.1's, single blocks before double ones."""
         parts = super().list_parts(configs, vae, modulation)
-        blocks = iter(
-            sorted((part for part in parts if part.traits.is_block), key=lambda part: part.traits.family == "double")
-        )
-        return tuple(next(blocks) if part.traits.is_block else part for part in parts)
+        blocks = [part for part in parts if part.traits.is_block]
+        ordered = iter(sorted(blocks, key=lambda part: part.traits.family == "double"))
+        return tuple(next(ordered) if part.traits.is_block else part for part in parts)
 
     def list_split_parts(self, configs: Configs, granularity: str, vae: Any) -> tuple[Part, ...]:
         raise UsageError("nobody has cut the toy model over ranks; choose a target that holds whole parts")

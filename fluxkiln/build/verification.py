@@ -130,6 +130,8 @@ def verify(
     """
     checkpoint, plan, cache = prepared.checkpoint, prepared.plan, prepared.cache
     toolchain = toolchain_of(plan.target)
+    # now: two threads that import from a lazy package for the first time find it half there
+    checkpoint.model.load_pipeline_class()
     if recording.shapes == plan.shapes or toolchain.any_shapes:
         small = replace(plan, shapes=recording.shapes)
         trace_templates(prepared, small, progress)

@@ -68,11 +68,12 @@ def check_weights(checkpoint: Checkpoint, plan: Plan) -> None:
     Its groups do not divide its input channels, or the target's compiler does not take its output channels.
     """
     refused: dict[str, tuple[TensorRef, str]] = {}
+    grouped: list[tuple[Scheme, TensorRef]] = []
     for part in plan.parts:
         scheme = plan.scheme(part)
         for name, ref in quantizable(checkpoint, plan, part).items() if scheme.weight_bits else ():
             if not scheme.keeps(name):
-                check_groups(scheme, ref.name, ref.shape[1])
+                grouped.append((scheme, ref))
                 if not plan.target.takes_codes(ref.shape[0]):
                     refused.setdefault(f"{part.traits.block}.{weight_name(name)}", (ref, scheme.arithmetic))
     if refused:
@@ -83,6 +84,9 @@ def check_weights(checkpoint: Checkpoint, plan: Plan) -> None:
             f"multiple of {lanes}{fewer}, whatever its groups: ask for {plain}, or leave such weights out of the "
             f"codes, --scheme '{with_exceptions('SCHEME', refused, plain)}'"
         )
+    # last: no other group size helps where the output channels do not fit
+    for scheme, ref in grouped:
+        check_groups(scheme, ref.name, ref.shape[1])
 
 
 def part_bytes(checkpoint: Checkpoint, plan: Plan, part: Part) -> int:

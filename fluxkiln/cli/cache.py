@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from fluxkiln.cli.options import NamedCommands, open_existing, store_options
+from fluxkiln.cli.main import NamedCommands
+from fluxkiln.cli.options import open_existing, store_options
 from fluxkiln.cli.output import Output, count_text, json_option
 from fluxkiln.errors import IntegrityError, UsageError
 from fluxkiln.verify.report.wording import size as size_text

@@ -7,15 +7,12 @@ import importlib
 import os
 import signal
 import sys
-import tempfile
-import traceback
 import warnings
 from collections.abc import Mapping, Sequence
 
 import click
 
 import fluxkiln
-from fluxkiln.cli.options import NamedCommands, explain_usage
 from fluxkiln.cli.output import Output
 from fluxkiln.errors import FluxkilnError, ParityError, ResourceError, UsageError
 
@@ -53,6 +50,18 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "diff": ("registry", "Show what changed from one bundle to another."),
     "cache": ("cache", "Look into the store that builds share, and tidy it."),
 }
+
+
+class NamedCommands(click.Group):
+    """A group that names its commands when it is given another one."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        names = self.list_commands(ctx)
+        if args and args[0] not in names and not args[0].startswith("-"):
+            raise UsageError(f"{ctx.command_path} has no command {args[0]!r}; there are {', '.join(names)}")
+        return super().resolve_command(ctx, args)
 
 
 class Commands(NamedCommands):
@@ -115,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         error.show()
         return error.exit_code
     except click.ClickException as error:
-        return _fail(output, "UsageError", explain_usage(error), UsageError.exit_code)
+        return _fail(output, "UsageError", _explain_usage(error), UsageError.exit_code)
     except (KeyboardInterrupt, click.Abort):
         return _fail(output, "Interrupted", INTERRUPTED, INTERRUPTED_CODE)
     except BrokenPipeError:
@@ -154,6 +163,34 @@ def _fail(output: Output, kind: str, message: str, code: int) -> int:
     return code
 
 
+def _explain_usage(error: click.ClickException) -> str:
+    """One sentence for an error that click found while it read the command line."""
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context else "fluxkiln"
+    reads = " ".join([path, *context.command.collect_usage_pieces(context)]) if context else path
+    if isinstance(error, click.NoSuchOption):
+        near = f"did you mean {' or '.join(error.possibilities)}? " if error.possibilities else ""
+        return f"{path} has no option {error.option_name}; {near}`{path} --help` lists them all"
+    if isinstance(error, click.MissingParameter) and error.param is not None:
+        return f"{_name(error.param, context)} is missing; the command reads: {reads}"
+    if isinstance(error, click.BadParameter) and error.param is not None:
+        rule = "give a whole number" if isinstance(error.param.type, click.types.IntParamType) else f"see {path} --help"
+        return f"{_name(error.param, context)}: {_plain(error.message)}; {rule}"
+    if isinstance(error, click.BadOptionUsage):
+        return f"{_plain(error.message)}: write {error.option_name} VALUE"
+    return f"{_plain(error.format_message())}; the command reads: {reads}"
+
+
+def _name(parameter: click.Parameter, context: click.Context | None) -> str:
+    if isinstance(parameter, click.Argument):
+        return parameter.make_metavar(context or click.Context(click.Command("fluxkiln"))).strip("[]")
+    return max(parameter.opts, key=len)
+
+
+def _plain(sentence: str) -> str:
+    return sentence[:1].lower() + sentence[1:].rstrip(".")
+
+
 def _disk_full(error: OSError) -> str:
     where = f" ({error.filename})" if error.filename else ""
     return (
@@ -174,6 +211,9 @@ def _explain_file(error: OSError) -> str:
 
 def _bug(output: Output, error: BaseException) -> int:
     """Not the user's doing: one sentence, and the traceback where it can be fetched from."""
+    import tempfile  # not for `--help`
+    import traceback
+
     text = "".join(traceback.format_exception(error))
     if os.environ.get(TRACEBACK_VARIABLE):
         click.echo(text, err=True, nl=False)

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
+from fluxkiln.cli.main import NamedCommands
 from fluxkiln.cli.options import (
-    NamedCommands,
     SettingsFor,
     TargetCommand,
     open_existing,

@@ -1,4 +1,4 @@
-"""What several commands share: options, made from `fluxkiln.settings`, endings of their help, and usage errors."""
+"""What several commands share: options, made from `fluxkiln.settings`, and endings of their help."""
 
 from __future__ import annotations
 
@@ -87,18 +87,6 @@ def open_existing(build_dir: Path, store: Path | None) -> Store:
     return Store(root)
 
 
-class NamedCommands(click.Group):
-    """A group that names its commands when it is given another one."""
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        names = self.list_commands(ctx)
-        if args and args[0] not in names and not args[0].startswith("-"):
-            raise UsageError(f"{ctx.command_path} has no command {args[0]!r}; there are {', '.join(names)}")
-        return super().resolve_command(ctx, args)
-
-
 class TargetCommand(click.Command):
     """A command whose help ends with the names of all targets; they are looked for when it is asked for."""
 
@@ -125,31 +113,3 @@ class BundleCommand(click.Command):
                     if target.toolchain in known
                 ]
             )
-
-
-def explain_usage(error: click.ClickException) -> str:
-    """One sentence for an error that click found while it read the command line."""
-    context = getattr(error, "ctx", None)
-    path = context.command_path if context else "fluxkiln"
-    reads = " ".join([path, *context.command.collect_usage_pieces(context)]) if context else path
-    if isinstance(error, click.NoSuchOption):
-        near = f"did you mean {' or '.join(error.possibilities)}? " if error.possibilities else ""
-        return f"{path} has no option {error.option_name}; {near}`{path} --help` lists them all"
-    if isinstance(error, click.MissingParameter) and error.param is not None:
-        return f"{_name(error.param, context)} is missing; the command reads: {reads}"
-    if isinstance(error, click.BadParameter) and error.param is not None:
-        rule = "give a whole number" if isinstance(error.param.type, click.types.IntParamType) else f"see {path} --help"
-        return f"{_name(error.param, context)}: {_plain(error.message)}; {rule}"
-    if isinstance(error, click.BadOptionUsage):
-        return f"{_plain(error.message)}: write {error.option_name} VALUE"
-    return f"{_plain(error.format_message())}; the command reads: {reads}"
-
-
-def _name(parameter: click.Parameter, context: click.Context | None) -> str:
-    if isinstance(parameter, click.Argument):
-        return parameter.make_metavar(context or click.Context(click.Command("fluxkiln"))).strip("[]")
-    return max(parameter.opts, key=len)
-
-
-def _plain(sentence: str) -> str:
-    return sentence[:1].lower() + sentence[1:].rstrip(".")

@@ -63,7 +63,8 @@ def folder(tmp_path):
         }  # fmt: skip
 
     described = {
-        "schema": "fluxkiln.neuron/1", "target": "trn1", "instance": "trn1.32xlarge", "tp_degree": RANKS, "flags": "default",
+        "schema": "fluxkiln.neuron/1", "target": "trn1", "instance": "trn1.32xlarge", "tp_degree": RANKS,
+        "flags": "default",
         "modules": {
             "clip": module("clip", 1, [["input_ids", [1, 3], "int32"]], [], [["last_hidden_state", [1, 3], "float32"]]),
             "single": module(

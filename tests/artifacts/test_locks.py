@@ -23,10 +23,13 @@ from fluxkiln.artifacts.locks import build_lock
 with build_lock(Path(sys.argv[1]), "tiny-dev for bm1684x"):
     child = 0
     if len(sys.argv) > 2:
+        running, tell = os.pipe()
         child = os.fork()
         if child == 0:
+            os.write(tell, b".")
             time.sleep(60)
             os._exit(0)
+        os.read(running, 1)
     print(child, flush=True)
     sys.stdin.read()
 """

@@ -1,6 +1,7 @@
-"""This checkout beside another one in one run: start, no-op and cold build, as ratios.
+"""This checkout beside another one in one run: start, no-op and cold build, full-size cast, as ratios.
 
     python -m bench.against ../other-checkout --target bm1684x --times 5
+    python -m bench.against ../other-checkout --cast transformer
 
 Each figure alternates between the two, so that what else the machine does meets both.
 """
@@ -11,11 +12,12 @@ import argparse
 import statistics
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from bench.figure import WORK, fluxkiln, run
-
-ROOT = Path(__file__).resolve().parent.parent
+from bench.figure import ROOT, WORK, Run, fluxkiln, run
+from bench.full import MODEL, build_cold, build_from_moulds
+from fluxkiln.export.source import resolve_model
 
 
 def main(arguments: list[str]) -> int:
@@ -23,33 +25,57 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("tree", type=Path, help="the other checkout")
     parser.add_argument("--target", default="bm1684x")
     parser.add_argument("--times", type=int, default=5, help="runs of what takes less than a second")
+    parser.add_argument("--cast", metavar="COMPONENT", help=f"cast this component of {MODEL} from moulds; nothing else")
     options = parser.parse_args(arguments)
     trees = {"this": ROOT, "other": options.tree.resolve()}
     WORK.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=WORK) as folder:
-        builds = {name: ["build", options.target, "--build-dir", str(Path(folder) / name), "--json"] for name in trees}
-        cases = {
-            "--help": (options.times, {name: ["--help"] for name in trees}),
-            f"{options.target}, cold": (1, builds),
-            f"{options.target}, no-op": (options.times, builds),
-        }
-        for what, (times, commands) in cases.items():
-            seconds: dict[str, list[float]] = {name: [] for name in trees}
-            peaks = dict.fromkeys(trees, 0)
-            for _ in range(times):
-                for name, tree in trees.items():
-                    made = run(fluxkiln(*commands[name]), folder=tree)
-                    seconds[name].append(made.seconds)
-                    peaks[name] = max(peaks[name], made.peak_bytes)
-            this, other = (statistics.median(seconds[name]) for name in trees)
-            shown = ", ".join(
-                f"{name} {statistics.median(each):.2f} s, {peaks[name] / 1e9:.2f} GB" for name, each in seconds.items()
-            )
-            print(
-                f"{what}: {this / other:.3f} of the time, {peaks['this'] / peaks['other']:.3f} of the memory ({shown})",
-                flush=True,
-            )
+        if options.cast:
+            compare_casts(options.cast, trees, Path(folder))
+        else:
+            compare_builds(options.target, options.times, trees, Path(folder))
     return 0
+
+
+def compare_builds(target: str, times: int, trees: Mapping[str, Path], folder: Path) -> None:
+    builds = {name: ["build", target, "--build-dir", str(folder / name), "--json"] for name in trees}
+    cases = {
+        "--help": (times, {name: ["--help"] for name in trees}),
+        f"{target}, cold": (1, builds),
+        f"{target}, no-op": (times, builds),
+    }
+    for what, (repeats, commands) in cases.items():
+        runs: dict[str, list[Run]] = {name: [] for name in trees}
+        for _ in range(repeats):
+            for name, tree in trees.items():
+                runs[name].append(run(fluxkiln(*commands[name]), folder=tree))
+        show(what, runs)
+
+
+def compare_casts(component: str, trees: Mapping[str, Path], folder: Path) -> None:
+    """The files of a component written from the moulds that each checkout has compiled before, twice."""
+    resolve_model(MODEL, WORK / "models", components=(component,))
+    for name, tree in trees.items():
+        (folder / name).mkdir()
+        build_cold(component, folder / name, folder / name / "moulds.tar", tree)
+    runs: dict[str, list[Run]] = {name: [] for name in trees}
+    for _ in range(2):
+        for name, tree in trees.items():
+            runs[name].append(build_from_moulds(component, folder / name, folder / name / "moulds.tar", tree))
+    show(f"{MODEL}, {component} from moulds", runs)
+    casts = {name: min(float(one.document()["timings"]["cast"]) for one in each) for name, each in runs.items()}
+    print(f"of which cast: {casts['this'] / casts['other']:.3f} of the time ({casts})", flush=True)
+
+
+def show(what: str, runs: Mapping[str, Sequence[Run]]) -> None:
+    seconds = {name: statistics.median(one.seconds for one in each) for name, each in runs.items()}
+    peaks = {name: max(one.peak_bytes for one in each) for name, each in runs.items()}
+    shown = ", ".join(f"{name} {seconds[name]:.2f} s, {peaks[name] / 1e9:.2f} GB" for name in runs)
+    print(
+        f"{what}: {seconds['this'] / seconds['other']:.3f} of the time, {peaks['this'] / peaks['other']:.3f} of the "
+        f"memory ({shown})",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":

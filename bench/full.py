@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from bench.figure import WORK, Figure, Run, fluxkiln, gigabytes, ratio, run
+from bench.figure import ROOT, WORK, Figure, Run, fluxkiln, gigabytes, ratio, run
 from fluxkiln.export.checkpoint import open_checkpoint
 from fluxkiln.export.source import resolve_model
 from fluxkiln.patches.flux1.model import MODEL as FLUX1
@@ -28,7 +28,8 @@ def measure() -> Figure:
         with tempfile.TemporaryDirectory(dir=WORK) as folder:
             place = Path(folder)
             refs = open_checkpoint(root, (component,)).tensors[component].values()
-            cold, warm, written = build_twice(component, place)
+            cold, written = build_cold(component, place, place / "moulds.tar")
+            warm = build_from_moulds(component, place, place / "moulds.tar")
             plain = copy_plainly(refs, written, place / "plain")
         shutil.rmtree(root)
         rows.append(row(component, sum(ref.nbytes for ref in refs), written, cold, warm, plain))
@@ -50,29 +51,33 @@ def measure() -> Figure:
     )  # fmt: skip
 
 
-def build_twice(component: str, folder: Path) -> tuple[Run, Run, int]:
-    """A component built cold, then with its moulds but no compiler; and how many bytes its bmodels have."""
-    moulds = folder / "moulds.tar"
-    cold = build(component, folder / "cold")
-    run(fluxkiln("mould", "export", str(moulds), "--store", str(folder / "cold" / "store"), "--json"))
+def build_cold(component: str, folder: Path, moulds: Path, tree: Path = ROOT) -> tuple[Run, int]:
+    """A component built from nothing with the package in `tree`, its moulds exported; and its bmodels' bytes."""
+    cold = build(component, folder / "cold", tree=tree)
+    run(fluxkiln("mould", "export", str(moulds), "--store", str(folder / "cold" / "store"), "--json"), folder=tree)
     written = sum(path.stat().st_size for path in Path(cold.document()["bundle"]).glob("*.bmodel"))
     shutil.rmtree(folder / "cold")
-    run(fluxkiln("mould", "import", str(moulds), "--store", str(folder / "warm" / "store"), "--json"))
-    warm = build(component, folder / "warm", NO_COMPILER)
+    return cold, written
+
+
+def build_from_moulds(component: str, folder: Path, moulds: Path, tree: Path = ROOT) -> Run:
+    """The same with its moulds in a new store, and no compiler."""
+    run(fluxkiln("mould", "import", str(moulds), "--store", str(folder / "warm" / "store"), "--json"), folder=tree)
+    warm = build(component, folder / "warm", NO_COMPILER, tree)
     shutil.rmtree(folder / "warm")
     if warm.document()["compiler_runs"]:
         raise RuntimeError(f"{component}: the compiler ran although there were moulds")
-    return cold, warm, written
+    return warm
 
 
-def build(component: str, folder: Path, environ: dict[str, str] | None = None) -> Run:
+def build(component: str, folder: Path, environ: dict[str, str] | None = None, tree: Path = ROOT) -> Run:
     """One build of one component in a folder of its own."""
     arguments = ["--model", MODEL, "--scheme", SCHEME, "--size", SIZE, "--tokens", TOKENS, "--components", component]
     # the checkpoint is shared, the store is not
     folder.mkdir(exist_ok=True)
     (folder / "models").symlink_to(WORK / "models")
     folders = ["--build-dir", str(folder), "--store", str(folder / "store")]
-    return run(fluxkiln("build", "bm1684x", *arguments, "--no-verify", *folders, "--json"), environ)
+    return run(fluxkiln("build", "bm1684x", *arguments, "--no-verify", *folders, "--json"), environ, tree)
 
 
 def copy_plainly(refs: Iterable[TensorRef], written: int, target: Path) -> float:

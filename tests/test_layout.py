@@ -110,8 +110,8 @@ def test_every_module_has_a_place():
         ("fluxkiln.export.trace", "fluxkiln.cli.main"),
         ("fluxkiln.compile.jobs", "fluxkiln.compile.toolchains.neuron.make"),
         ("fluxkiln.compile.toolchains.neuron.make", "fluxkiln.compile.toolchains.tpu_mlir.cast"),
-        ("fluxkiln.build.make", "fluxkiln.verify.debug.diagnosis"),
-        ("fluxkiln.generate.painter", "fluxkiln.verify.debug.diagnosis"),
+        ("fluxkiln.build.make", "fluxkiln.verify.debug"),
+        ("fluxkiln.generate.painter", "fluxkiln.verify.debug"),
         ("fluxkiln.settings", "fluxkiln.build.make"),
     ],
 )

@@ -13,11 +13,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from fluxkiln.artifacts.locks import waiting_lock
 from fluxkiln.artifacts.store import Blob, Store, read_object
 from fluxkiln.digests import Json, digest_json, plain_json
 from fluxkiln.errors import FluxkilnError, IntegrityError
-from fluxkiln.files import disk_full_named
+from fluxkiln.files import disk_full_named, waiting_lock
 
 ACTION_SCHEMA = "fluxkiln.action/1"
 # Somebody may be about to record or tag a blob that was just written.

@@ -17,7 +17,6 @@ import stat
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
-from fluxkiln.artifacts.locks import waiting_lock
 from fluxkiln.artifacts.manifest import (
     BUILD_FILE,
     MANIFEST_FILE,
@@ -44,6 +43,7 @@ from fluxkiln.files import (
     remove_unheld,
     reserve,
     sync_directory,
+    waiting_lock,
     write_durably,
 )
 

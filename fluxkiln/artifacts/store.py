@@ -22,7 +22,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fluxkiln.artifacts.locks import waiting_lock
 from fluxkiln.digests import Json, canonical_json, parse_json
 from fluxkiln.errors import IntegrityError, UsageError
 from fluxkiln.files import (
@@ -38,6 +37,7 @@ from fluxkiln.files import (
     reserve,
     same_file_system,
     sync_directory,
+    waiting_lock,
     write_durably,
 )
 

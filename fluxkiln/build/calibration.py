@@ -1,6 +1,6 @@
 """Calibration: what goes into every linear layer while diffusers' own pipeline runs over some prompts and timesteps.
 
-The pipeline holds the weights of one block at a time (`fluxkiln.verify.streaming`), and the sums of one input are in
+The pipeline holds the weights of one block at a time (`fluxkiln.verify.pipeline`), and the sums of one input are in
 memory at a time: they lie in the file that is being made and are read, added to and written back. Layers that are given
 the same tensor (query, key and value) share one entry.
 """
@@ -170,7 +170,7 @@ def _record(
 ) -> None:
     from torch import nn
 
-    from fluxkiln.verify.streaming import open_pipeline, weights_in_place
+    from fluxkiln.verify.pipeline import open_pipeline, weights_in_place
 
     checkpoint, plan, settings = prepared.checkpoint, prepared.plan, prepared.settings
     # an image is not needed; what makes the transformer's inputs is run where it is there

@@ -11,10 +11,10 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from fluxkiln.artifacts.bundle import heal_bundle
-from fluxkiln.artifacts.locks import build_lock
 from fluxkiln.build.context import outline, prepare
 from fluxkiln.build.prepared import BuildResult, Prepared, unwritten_bytes
 from fluxkiln.compile.toolchain import toolchain_of
+from fluxkiln.files import build_lock
 from fluxkiln.progress import Laps, Progress, Silent
 from fluxkiln.settings import Settings
 

@@ -29,11 +29,25 @@ from fluxkiln.artifacts.modelpack import (
     pulled_path,
     write_document,
 )
+from fluxkiln.artifacts.registry.distribution import (
+    Found,
+    Pushed,
+    check_replaceable,
+    look_up,
+    pull,
+    push,
+    receive_small,
+)
 from fluxkiln.artifacts.registry.papers import check_licence, model_card, provenance_statement, sign, verify_signature
-from fluxkiln.artifacts.registry.place import Place, open_layout
-from fluxkiln.artifacts.registry.pull import Found, check_replaceable, look_up, pull, receive_small
-from fluxkiln.artifacts.registry.push import Pushed, push
-from fluxkiln.artifacts.registry.reference import HubReference, LayoutReference, Reference, parse_reference, with_tag
+from fluxkiln.artifacts.registry.place import (
+    HubReference,
+    LayoutReference,
+    Place,
+    Reference,
+    open_layout,
+    parse_reference,
+    with_tag,
+)
 from fluxkiln.artifacts.registry.transfer import TRANSFERS, Patience, Stop
 from fluxkiln.artifacts.store import Blob
 from fluxkiln.digests import Json

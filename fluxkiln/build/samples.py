@@ -111,13 +111,13 @@ def _reference_action(prepared: Prepared, shapes: Shapes, prompt: str, seed: int
 
 def _open_reference(checkpoint: Checkpoint, plan: Plan) -> Any:
     with quiet():
-        from fluxkiln.verify.streaming import open_pipeline
+        from fluxkiln.verify.pipeline import open_pipeline
 
         return open_pipeline(checkpoint, {part.component: part.folder for part in plan.parts})
 
 
 def _render(pipe: Any, checkpoint: Checkpoint, shapes: Shapes, sampling: Sampling) -> Sampled:
-    from fluxkiln.verify.streaming import weights_in_place
+    from fluxkiln.verify.pipeline import weights_in_place
 
     latents: list[NDArray[Any]] = []
     with weights_in_place():

@@ -32,7 +32,7 @@ from fluxkiln.progress import Progress
 from fluxkiln.quantize.schemes import Scheme
 from fluxkiln.settings import Settings
 from fluxkiln.types import GraphFormat, Part, PartRunner, Shapes, find_part
-from fluxkiln.verify.replay import climb_part, climb_pipeline, let_go, replay_part
+from fluxkiln.verify.ladder import climb_part, climb_pipeline, let_go, replay_part
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -10,7 +10,7 @@ import click
 from fluxkiln.cli.options import SettingsFor, TargetCommand, settings_options
 from fluxkiln.cli.output import Output, count_text, json_option, open_progress, parity_text, path_text, seconds_text
 from fluxkiln.errors import ResourceError
-from fluxkiln.verify.report.wording import size as size_text
+from fluxkiln.verify.report.page import size as size_text
 
 if TYPE_CHECKING:
     from fluxkiln.build.prepared import BuildResult

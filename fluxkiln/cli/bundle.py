@@ -10,7 +10,7 @@ import click
 
 from fluxkiln.cli.output import Output, count_text, json_option, parity_text
 from fluxkiln.cli.registry import inspect_published, transfer_options
-from fluxkiln.verify.report.wording import size as size_text
+from fluxkiln.verify.report.page import size as size_text
 
 if TYPE_CHECKING:
     from fluxkiln.artifacts.manifest import Manifest
@@ -36,7 +36,7 @@ def inspect_command(output: Output, transfers: Transfers, bundle: str, all_parts
     """
     from fluxkiln.artifacts.bundle import read_manifest
     from fluxkiln.artifacts.manifest import describe_manifest
-    from fluxkiln.artifacts.registry.reference import looks_like_reference
+    from fluxkiln.artifacts.registry.place import looks_like_reference
     from fluxkiln.patches.registry import component_of, title_of
 
     published: dict[str, Any] = {}

@@ -10,7 +10,7 @@ from fluxkiln.cli.main import NamedCommands
 from fluxkiln.cli.options import open_existing, store_options
 from fluxkiln.cli.output import Output, count_text, json_option
 from fluxkiln.errors import IntegrityError, UsageError
-from fluxkiln.verify.report.wording import size as size_text
+from fluxkiln.verify.report.page import size as size_text
 
 
 @click.group(cls=NamedCommands)

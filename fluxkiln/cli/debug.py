@@ -11,7 +11,7 @@ from fluxkiln.cli.output import Output, json_option, open_progress
 from fluxkiln.errors import ParityError
 
 if TYPE_CHECKING:
-    from fluxkiln.verify.debug.diagnosis import Diagnosis
+    from fluxkiln.verify.debug import Diagnosis
     from fluxkiln.verify.findings import Culprit, Range, RungFindings
 
 DEFAULT_TARGET = "bm1684x"
@@ -34,7 +34,7 @@ def debug_command(output: Output, settings_for: SettingsFor, part: str, target: 
     found.
     """
     from fluxkiln.build.context import prepare
-    from fluxkiln.verify.debug.diagnosis import debug_part
+    from fluxkiln.verify.debug import debug_part
 
     settings = settings_for(target)
     with open_progress() as progress:

@@ -21,7 +21,7 @@ from fluxkiln.patches.model import Model
 from fluxkiln.progress import Progress, count_bytes
 from fluxkiln.settings import Settings
 from fluxkiln.types import GraphFormat, Part, Shapes, Template, find_part
-from fluxkiln.verify.report.wording import size as size_text
+from fluxkiln.verify.report.page import size as size_text
 
 if TYPE_CHECKING:
     from fluxkiln.export.checkpoint import Checkpoint

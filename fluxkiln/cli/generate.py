@@ -16,7 +16,7 @@ from fluxkiln.cli.options import BundleCommand, read_size
 from fluxkiln.cli.output import Output, count_text, json_option, open_progress, path_text, seconds_text
 from fluxkiln.errors import ResourceError, ToolchainError, UsageError
 from fluxkiln.settings import read_prompts
-from fluxkiln.verify.report.wording import size as size_text
+from fluxkiln.verify.report.page import size as size_text
 
 if TYPE_CHECKING:
     from fluxkiln.compile.bundle import Bundle
@@ -222,7 +222,7 @@ def serve_command(
     it. Ctrl-C ends the page.
     """
     with listen(host, port) as listening:
-        from fluxkiln.artifacts.registry.reference import is_loopback
+        from fluxkiln.artifacts.registry.place import is_loopback
         from fluxkiln.compile.bundle import open_bundle
         from fluxkiln.compile.toolchain import open_executor
         from fluxkiln.generate.page import LOOPBACK, make_app

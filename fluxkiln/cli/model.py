@@ -11,7 +11,7 @@ from fluxkiln.cli.options import build_dir_option, lora_option
 from fluxkiln.cli.output import Output, count_text, json_option, open_progress, seconds_text
 from fluxkiln.progress import count_bytes
 from fluxkiln.settings import parse_loras
-from fluxkiln.verify.report.wording import size as size_text
+from fluxkiln.verify.report.page import size as size_text
 
 
 @click.command()

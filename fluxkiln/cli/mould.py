@@ -17,7 +17,7 @@ from fluxkiln.cli.options import (
 )
 from fluxkiln.cli.output import Output, count_text, json_option, open_progress
 from fluxkiln.settings import Settings
-from fluxkiln.verify.report.wording import size as size_text
+from fluxkiln.verify.report.page import size as size_text
 
 if TYPE_CHECKING:
     from fluxkiln.build.mould_archive import MouldEntry

@@ -12,7 +12,7 @@ from fluxkiln.cli.options import build_dir_option, read_size, size_option, store
 from fluxkiln.cli.output import Output, count_text, json_option, open_progress, seconds_text
 from fluxkiln.errors import UsageError
 from fluxkiln.settings import Settings, read_prompts
-from fluxkiln.verify.report.wording import size as size_text
+from fluxkiln.verify.report.page import size as size_text
 
 _COMPONENTS = "text_encoder,text_encoder_2,transformer"
 

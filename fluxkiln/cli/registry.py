@@ -13,7 +13,7 @@ import click
 from fluxkiln.cli.options import SettingsFor, TargetCommand, settings_options
 from fluxkiln.cli.output import Output, count_text, json_option, open_progress
 from fluxkiln.errors import UsageError
-from fluxkiln.verify.report.wording import size as size_text
+from fluxkiln.verify.report.page import size as size_text
 
 if TYPE_CHECKING:
     from fluxkiln.build.publish import Transfers
@@ -303,7 +303,7 @@ def _folder(given: str, settings_for: SettingsFor) -> Path:
 
 def _tagged(reference: str, folder: Path) -> str:
     """The reference, with the target's name as the tag where it has none."""
-    from fluxkiln.artifacts.registry.reference import parse_reference, with_tag
+    from fluxkiln.artifacts.registry.place import parse_reference, with_tag
     from fluxkiln.build.publish import read_described
 
     parsed = parse_reference(reference, tagged=False)

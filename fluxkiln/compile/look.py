@@ -15,9 +15,19 @@ from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.progress import Progress
 from fluxkiln.types import Part, Template, WeightReader
-from fluxkiln.verify.findings import Finding, Operation, Remedy, RungFindings, Tolerance, Values
-from fluxkiln.verify.judgement import DEQUANTIZED, REORDERED, epsilons_differ, judge_values, tolerance_of, with_culprit
-from fluxkiln.verify.remedies import COMMON_ADVICE, Advice, find_remedy
+from fluxkiln.verify.findings import (
+    COMMON_ADVICE,
+    Advice,
+    Finding,
+    Operation,
+    Remedy,
+    RungFindings,
+    Tolerance,
+    Values,
+    epsilons_differ,
+    find_remedy,
+)
+from fluxkiln.verify.judgement import DEQUANTIZED, REORDERED, judge_values, tolerance_of, with_culprit
 
 # of the progress
 STAGE = "look"
@@ -88,7 +98,7 @@ def compare_template(opened: OpenPart, checkpoint: Checkpoint) -> RungFindings:
     """
     from fluxkiln.compile.onnx.values import template_values
     from fluxkiln.export.leaves import see_leaves
-    from fluxkiln.verify.match import match_leaves
+    from fluxkiln.verify.judgement import match_leaves
 
     leaves = see_leaves(opened.part, checkpoint, opened.inputs)
     seen = template_values(opened.template, opened.inputs, opened.weights, opened.order)

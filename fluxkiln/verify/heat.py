@@ -66,12 +66,7 @@ class WorstMaps:
         self.by_rung: dict[str, list[ErrorMap]] = {}
 
     def offer(
-        self,
-        place: tuple[str, str, int, str],
-        severity: float,
-        actual: _Array,
-        below: _Array,
-        base: _Array | None,
+        self, place: tuple[str, str, int, str], severity: float, actual: _Array, below: _Array, base: _Array | None
     ) -> None:
         """Keep the map of an output if it is among the worst; it is only made then.
 

@@ -12,18 +12,32 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fluxkiln.errors import SchemeError
-from fluxkiln.verify.findings import Culprit, Finding, Operation, Range, Remedy, RungFindings, Tolerance, Values
+from fluxkiln.export.graph import SEPARATOR, slot_transforms
+from fluxkiln.verify.findings import (
+    BUILD_AGAIN,
+    Culprit,
+    Finding,
+    Operation,
+    Range,
+    Remedy,
+    RungFindings,
+    Tolerance,
+    Values,
+    epsilons_differ,
+)
 from fluxkiln.verify.metrics import compare, explain_mismatch
+
+if TYPE_CHECKING:
+    from fluxkiln.patches.leaves import Leaf
 
 # channels named in a finding
 MOST_NAMED = 8
-BUILD_AGAIN = "check the bundle (`fluxkiln verify`), then build it again"
 
 # healthy parts of all kinds stay below half of them
 F32 = Tolerance(1e-5, 1e-4, 1e-4)
@@ -165,11 +179,6 @@ def find_operation(operations: Sequence[Operation], value: str) -> Operation:
     return next(operation for operation in operations if operation.output == value)
 
 
-def epsilons_differ(has: float | None, wanted: float | None) -> bool:
-    """Whether a norm's epsilon is not the one it should be; what is not known does not differ."""
-    return has is not None and wanted is not None and abs(has - wanted) > 1e-3 * wanted
-
-
 def first_missed(findings: Sequence[Finding]) -> Finding | None:
     """The first value that leaves its tolerance, in the order of the graph."""
     return next((finding for finding in findings if finding.missed), None)
@@ -209,3 +218,106 @@ def _bad_channels(seen: NDArray[Any], local: NDArray[Any], bound: float) -> tupl
     bad = np.flatnonzero(shares > bound)
     named = bad[np.argsort(-shares[bad], kind="stable")][:MOST_NAMED]
     return tuple(int(channel) for channel in named), len(bad)
+
+
+# beyond this it is another value, not the same one with an error
+_SAME = 0.5
+IsPartial = Callable[[Operation], bool]
+
+
+def match_leaves(
+    leaves: Sequence[Leaf],
+    operations: Sequence[Operation],
+    seen: Sequence[Values],
+    tolerance: Tolerance,
+    is_partial: IsPartial = lambda _: False,
+) -> list[Finding]:
+    """A finding for every module whose output the graph has as one value, in the order the modules ran.
+
+    With weights of its own a module is the last operation that reads them; without any, the nearest value of its size.
+    A factor that the graph has in a weight instead of among its operations is put on the module's output.
+
+    Args:
+        seen: of each rank the graph's values; one of a graph that is not cut.
+        is_partial: whether an operation makes one of partial sums, which the ranks have not added up yet.
+    """
+    findings = []
+    for leaf in leaves:
+        own = [one for one in operations if any(_module(slot) == leaf.name for slot in one.slots)]
+        if own:
+            value, found = own[-1].output, module_output(own[-1], leaf, seen, is_partial)
+        else:
+            value, found = _nearest(leaf, seen)
+        if found is not None:
+            operation = find_operation(operations, value)
+            output = leaf.output * _factor(leaf.name, operation)
+            epsilon = epsilons_differ(operation.epsilon, leaf.epsilon)
+            findings.append(judge_output(value, found, output, tolerance, "epsilon" * epsilon))
+    return findings
+
+
+def judge_output(
+    value: str, found: NDArray[Any], expected: NDArray[Any], tolerance: Tolerance, missed: str = ""
+) -> Finding:
+    """The finding of a value that is all of what upstream makes; `missed`: what else is wrong with it."""
+    metrics = compare(found.reshape(expected.shape), expected)
+    size, last = metrics.relative_l2, int(expected.shape[-1])
+    out = "" if size <= tolerance.own else "own" if metrics.finite else "finite"
+    return Finding(value, size, metrics.worst_channel, size, out or missed, (), last * bool(out), last)
+
+
+def module_output(
+    operation: Operation, leaf: Leaf, seen: Sequence[Values], is_partial: IsPartial
+) -> NDArray[Any] | None:
+    """The module's output as the ranks together have it where `operation` is done; None if that is not all of it.
+
+    Columns side by side, partial sums added, what is whole from rank 0.
+    """
+    value, wanted = operation.output, leaf.output.shape
+    if value not in seen[0] or any(step.op == "slice" for slot in operation.slots for step in slot_transforms(slot)[1]):
+        return None
+    if seen[0][value].size != leaf.output.size:
+        return _side_by_side(value, wanted, seen)
+    if not is_partial(operation):
+        return seen[0][value]
+    total: NDArray[Any] = np.sum([rank[value] for rank in seen], axis=0)
+    return total
+
+
+def _module(slot: str) -> str:
+    """`attn.to_q.weight__t` -> `attn.to_q`."""
+    return slot.split(SEPARATOR)[0].rpartition(".")[0]
+
+
+def _side_by_side(value: str, wanted: tuple[int, ...], seen: Sequence[Values]) -> NDArray[Any] | None:
+    shape = seen[0][value].shape
+    axes = [axis for axis, (own, whole) in enumerate(zip(shape, wanted, strict=False)) if own != whole]
+    if len(shape) != len(wanted) or len(axes) != 1:
+        return None
+    (axis,) = axes
+    if not shape[axis] < wanted[axis] <= shape[axis] * len(seen):
+        return None
+    joined: NDArray[Any] = np.concatenate([rank[value] for rank in seen], axis=axis)
+    return np.take(joined, range(wanted[axis]), axis=axis)  # heads beyond are padding
+
+
+def _nearest(leaf: Leaf, seen: Sequence[Values]) -> tuple[str, NDArray[Any] | None]:
+    """The value nearest to what a module without weights made, if any comes near at all."""
+    best: tuple[float, str, NDArray[Any] | None] = (_SAME, "", None)
+    for name, own in seen[0].items():
+        found = own if own.size == leaf.output.size else _side_by_side(name, leaf.output.shape, seen)
+        if found is not None:
+            distance = compare(found.reshape(leaf.output.shape), leaf.output).relative_l2
+            if distance < best[0]:
+                best = (distance, name, found)
+    return best[1:]
+
+
+def _factor(module: str, operation: Operation) -> float:
+    """What the graph multiplied the module's weight with."""
+    factor = 1.0
+    for slot in operation.slots:
+        if _module(slot) == module:
+            for step in slot_transforms(slot)[1]:
+                factor *= step.factor if step.op == "scale" else 1.0
+    return factor

@@ -1,10 +1,28 @@
-"""A whole pipeline on parts: diffusers' own loop and scheduler, with a part runner in place of the models."""
+"""diffusers' own pipeline, on parts in place of its models, or with the weights of one unit in memory at a time.
+
+Streamed models are the published classes, built from their configs without memory for their parameters. A unit (a
+block; or what is not inside one: an embedder, a norm, CLIP, a decoder) gets its weights right before its forward and
+loses them right after, by forward hooks: nothing upstream is replaced. Checked with diffusers 0.42.1 and transformers
+5.23.0.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from fluxkiln.errors import CheckpointError, PatchError
+from fluxkiln.export.checkpoint import Checkpoint, TensorReader
 from fluxkiln.patches.model import Model
 from fluxkiln.patches.pipeline import OnLatents, PartChain, PipelineFiles, Rendering, Sampling, quiet
 from fluxkiln.types import Part, PartRunner, Shapes, check_steps
@@ -48,3 +66,166 @@ def run_with_parts(
     made = model.render(pipe, shapes, sampling, on_latents)
     fields = (made.latents, made.image, made.prompt_embeds, made.pooled_prompt_embeds, made.seconds)
     return PipelineResult(*fields, dict(chain.seconds), dict(chain.calls))
+
+
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    """A module that is given its weights as a whole: owner, name in the owner, name in the state dict."""
+
+    component: str
+    module: nn.Module
+    weights: tuple[tuple[nn.Module, str, str], ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for _, _, name in self.weights)
+
+
+def open_pipeline(checkpoint: Checkpoint, folders: Mapping[str, str]) -> Any:
+    """diffusers' pipeline of a checkpoint in float32 on the CPU, whose weights are read while it runs.
+
+    What it computes equals, bit for bit, what its `from_pretrained(root, dtype=torch.float32)` computes.
+
+    Args:
+        folders: the components that it has -> where their weights are, `vae_tiny` for the tiny VAE say; the others are
+            None, and need not be in the checkpoint.
+
+    Raises:
+        CheckpointError: a folder is not there.
+        PatchError: a model has a buffer whose values are unknown; upstream changed.
+    """
+    model, root = checkpoint.model, checkpoint.root
+    for folder in folders.values():
+        if not (root / folder).is_dir():
+            raise CheckpointError(
+                f"{root} has no folder {folder}: put {model.classes[folder]} there, or build without it (VAE=kl)"
+            )
+    with _ParametersOnMeta():
+        made = {name: _make(model, root, folder) for name, folder in folders.items()}
+    for name, module in made.items():
+        stacks = model.stacks.get(name)
+        _stream(module.eval().requires_grad_(False), stacks, folders[name], TensorReader(checkpoint))
+    absent = {name: None for name in model.components if name not in made}
+    missing = {tokenizer: None for name, tokenizer in model.tokenizers.items() if name in absent}
+    return model.load_pipeline_class().from_pretrained(root, **made, **absent, **missing)
+
+
+def shorten(pipe: Any, model: Model, prefixes: Collection[str]) -> None:
+    """Leave every block out of a streamed pipeline but those that `prefixes` names (`transformer_blocks.3.`).
+
+    The blocks left are chained in their order. Where the first block makes what the others need it stays as well. Call
+    it after the observers have found their modules.
+    """
+    for component, stacks in model.stacks.items():
+        module = getattr(pipe, component)
+        for stack in stacks if module is not None else ():
+            blocks = [
+                block
+                for index, block in enumerate(module.get_submodule(stack))
+                if f"{stack}.{index}." in prefixes or (index == 0 and stack in model.first_is_needed)
+            ]
+            module.set_submodule(stack, nn.ModuleList(blocks))
+
+
+@contextmanager
+def weights_in_place() -> Iterator[None]:
+    """Run a streamed pipeline in this block: PatchError where torch finds a module without its weights."""
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        if "meta" not in str(error):
+            raise
+        raise PatchError(
+            f"a module ran without its weights ({str(error).splitlines()[0]}): upstream no longer calls it as a "
+            "module; install the versions pinned in constraints.txt"
+        ) from error
+
+
+class _ParametersOnMeta(TorchFunctionMode):
+    """What is made by `torch.empty`, as parameters are, gets no memory; buffers have values and are made as ever."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is torch.empty:
+            kwargs = {**kwargs, "device": "meta"}
+        return function(*args, **kwargs)
+
+
+def _make(model: Model, root: Path, folder: str) -> Any:
+    """The model of a folder by its config alone."""
+    made = model.load_class(folder)
+    if hasattr(made, "load_config"):  # diffusers'
+        return made.from_config(made.load_config(root / folder))
+    return made(made.config_class.from_pretrained(root / folder))
+
+
+def _stream(model: nn.Module, stacks: Collection[str] | None, component: str, read: TensorReader) -> None:
+    """Put hooks on the units of `model`, its parameters on the meta device, and nothing else."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}  # a tied one has its first name
+    units = [unit for module in _units(model, stacks) if (unit := _unit(component, module, names)).weights]
+    for unit in units:
+        for owner, leaf, _ in unit.weights:
+            parameter = owner._parameters[leaf]
+            assert parameter is not None
+            if parameter.device.type != "meta":  # norms are made of ones
+                owner._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+    for name, buffer in model.named_buffers():
+        if buffer.device.type == "meta":
+            raise PatchError(f"{type(model).__name__} has a buffer {name} without values; install the pinned versions")
+    for index, unit in enumerate(units):
+        then = units[index + 1].names if index + 1 < len(units) else ()
+        unit.module.register_forward_pre_hook(partial(_load, unit, then, read))
+        unit.module.register_forward_hook(partial(_unload, unit), always_call=True)
+    # what diffusers asks where a model computes whose parameters are elsewhere
+    model._hf_hook = SimpleNamespace(execution_device="cpu")  # type: ignore[assignment]
+
+
+def _units(model: nn.Module, stacks: Collection[str] | None) -> Iterator[nn.Module]:
+    if stacks is None:
+        yield model
+        return
+
+    def below(module: nn.Module, path: str) -> Iterator[nn.Module]:
+        for name, child in module.named_children():
+            place = f"{path}{name}"
+            if place in stacks:
+                yield from child.children()
+            elif any(stack.startswith(f"{place}.") for stack in stacks):
+                yield from below(child, f"{place}.")
+            else:
+                yield child
+
+    yield from below(model, "")
+
+
+def _unit(component: str, module: nn.Module, names: Mapping[int, str]) -> _Unit:
+    weights = []
+    for owner in module.modules():
+        for leaf, parameter in owner._parameters.items():
+            if parameter is not None:
+                weights.append((owner, leaf, names[id(parameter)]))
+    return _Unit(component, module, tuple(weights))
+
+
+def _load(unit: _Unit, then: tuple[str, ...], read: TensorReader, *_: Any) -> None:
+    for owner, leaf, name in unit.weights:
+        values = torch.from_numpy(read(unit.component, name).astype(np.float32))
+        expected = owner._parameters[leaf]
+        assert expected is not None
+        if values.shape != expected.shape:
+            raise CheckpointError(
+                f"tensor {name} of {unit.component} has shape {list(values.shape)}, its config.json asks for "
+                f"{list(expected.shape)}; they belong to different checkpoints"
+            )
+        owner._parameters[leaf] = nn.Parameter(values, requires_grad=False)
+    if then:
+        read.expect(unit.component, then)
+
+
+def _unload(unit: _Unit, *_: Any) -> None:
+    for owner, leaf, _name in unit.weights:
+        parameter = owner._parameters[leaf]
+        assert parameter is not None
+        owner._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)

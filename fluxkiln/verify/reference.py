@@ -105,7 +105,7 @@ def record_reference(
 ) -> Recording:
     """Run diffusers' pipeline as published, in float32, and keep what goes in and out of every part.
 
-    Weights are in memory one block at a time (`fluxkiln.verify.streaming`), and are read anew at every step. Arrays are
+    Weights are in memory one block at a time (`fluxkiln.verify.pipeline`), and are read anew at every step. Arrays are
     written as they appear, none is kept.
 
     Args:
@@ -122,7 +122,7 @@ def record_reference(
     start, model, sampling = time.perf_counter(), checkpoint.model, sampling or Sampling()
     _make_room(destination)
     with quiet():
-        from fluxkiln.verify.streaming import open_pipeline, shorten, weights_in_place
+        from fluxkiln.verify.pipeline import open_pipeline, shorten, weights_in_place
 
         pipe = open_pipeline(checkpoint, {part.component: part.folder for part in parts})
     recorder = _Recorder(destination)

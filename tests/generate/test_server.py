@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fluxkiln.artifacts.registry.reference import is_loopback
+from fluxkiln.artifacts.registry.place import is_loopback
 from fluxkiln.cli.generate import listen
 from fluxkiln.errors import CompileError, ResourceError, UsageError
 from fluxkiln.generate.painter import Painter, Request

@@ -7,7 +7,7 @@ import pytest
 
 from fluxkiln.patches.leaves import Leaf
 from fluxkiln.verify.findings import Operation, Tolerance
-from fluxkiln.verify.match import judge_output, match_leaves
+from fluxkiln.verify.judgement import judge_output, match_leaves
 
 RANKS = 2
 BOUNDS = Tolerance(1e-5, 1e-4, 1e-5)

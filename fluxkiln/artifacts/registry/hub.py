@@ -15,8 +15,7 @@ from typing import Any
 
 from fluxkiln.artifacts.modelpack import CARD, Document, Layer, digest_bytes
 from fluxkiln.artifacts.registry.oci import fetch
-from fluxkiln.artifacts.registry.place import check_departure
-from fluxkiln.artifacts.registry.reference import HubReference
+from fluxkiln.artifacts.registry.place import HubReference, check_departure
 from fluxkiln.artifacts.registry.session import AuthorizationError, Session
 from fluxkiln.artifacts.registry.transfer import Arrival, Departure, Patience, Stop
 from fluxkiln.errors import IntegrityError, RegistryError, UsageError

@@ -20,8 +20,14 @@ from urllib.parse import quote
 import httpx2
 
 from fluxkiln.artifacts.modelpack import MAX_DOCUMENT_BYTES, Document, Layer, digest_bytes
-from fluxkiln.artifacts.registry.place import BlobMissingError, changed, check_departure
-from fluxkiln.artifacts.registry.reference import RegistryReference, is_loopback, is_repository
+from fluxkiln.artifacts.registry.place import (
+    BlobMissingError,
+    RegistryReference,
+    changed,
+    check_departure,
+    is_loopback,
+    is_repository,
+)
 from fluxkiln.artifacts.registry.session import Answer, AuthorizationError, Session, follow, read_answer, refused
 from fluxkiln.artifacts.registry.transfer import Arrival, Departure, Patience, Stop, TransientError, retrying
 from fluxkiln.artifacts.store import MANIFEST_TYPE

@@ -1,22 +1,29 @@
 """HTTP to one registry: authorization, redirects, time-outs. Authorization goes to the registry's own origin only.
 
-Sources: OCI distribution-spec v1.1; docs.docker.com, "Token authentication specification"; RFC 9110.
+Who we are comes from Docker's configuration and its credential helpers, never from the command line.
+Sources: OCI distribution-spec v1.1; docs.docker.com, "Token authentication specification" and `docker login`
+(config.json, credential stores); containers-auth.json(5); RFC 9110.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
+import json
+import os
 import re
+import subprocess
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx2
 
 from fluxkiln import __version__
-from fluxkiln.artifacts.registry.credentials import Credential, find_credential
-from fluxkiln.artifacts.registry.reference import is_loopback
+from fluxkiln.artifacts.registry.place import is_loopback
 from fluxkiln.artifacts.registry.transfer import Patience, Stop, TransientError, retrying
 from fluxkiln.errors import FluxkilnError, RegistryError
 
@@ -81,7 +88,6 @@ class Session:
         )
 
     def close(self) -> None:
-        """Close all connections."""
         self._client.close()
 
     def ask(
@@ -140,9 +146,7 @@ class Session:
                 sent["Authorization"] = authorization
             if pieces is not None:
                 sent["Content-Length"] = str(length)
-            request = self._client.build_request(
-                method, target, headers=sent, content=pieces if pieces is not None else body or None
-            )
+            request = self._client.build_request(method, target, headers=sent, content=pieces or body or None)
             try:
                 response = self._client.send(request, stream=True)
             except httpx2.TransportError as error:
@@ -163,11 +167,10 @@ class Session:
                     after = response.headers.get("Retry-After", "")
                     wait = float(after) if re.fullmatch(r"[0-9]{1,6}", after) else 0.0
                     raise TransientError(f"{target.host} answers {_status(response.status_code)}", wait=wait)
-                try:
-                    yield response
-                except httpx2.TransportError as error:
-                    raise TransientError(_describe(error, target)) from error
+                yield response
                 return
+            except httpx2.TransportError as error:
+                raise TransientError(_describe(error, target)) from error
             finally:
                 response.close()
         raise RegistryError(
@@ -290,3 +293,107 @@ def _describe(error: httpx2.TransportError, target: httpx2.URL) -> str:
     if isinstance(error, httpx2.ConnectError) and target.scheme == "https" and "SSL" in str(error).upper():
         hint = " (TLS failed; a registry without TLS needs --plain-http)"
     return f"{target.netloc.decode()} {kind}{hint}"
+
+
+HELPER_SECONDS = 30
+# What Docker calls its own registry in that file.
+_DOCKER_HUB = ("docker.io", "index.docker.io", "registry-1.docker.io")
+_HELPER = re.compile(r"[A-Za-z0-9._-]+")
+_TOKEN_USER = "<token>"
+
+
+@dataclass(frozen=True, slots=True)
+class Credential:
+    """User and password, or an identity token to be exchanged; nothing of it is ever shown."""
+
+    user: str = ""
+    password: str = field(default="", repr=False)
+    identity_token: str = field(default="", repr=False)
+
+    def basic(self) -> str:
+        """As an Authorization header has it."""
+        return "Basic " + base64.b64encode(f"{self.user}:{self.password}".encode()).decode()
+
+
+def find_credential(host: str) -> Credential | None:
+    """The credential for a registry, or None when the user has logged in nowhere like it.
+
+    Looked for in `$DOCKER_CONFIG/config.json` or `~/.docker/config.json`: the host's own helper, the store, then the
+    file itself; then in the file that skopeo and podman write.
+
+    Raises:
+        RegistryError: a file that cannot be read, or a helper that fails.
+    """
+    names = (host, f"https://{host}", f"https://{host}/v2/", f"http://{host}")
+    if host in _DOCKER_HUB:
+        names = ("https://index.docker.io/v1/", *_DOCKER_HUB)
+    files = [Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker", "config.json")]
+    if auth_file := os.environ.get("REGISTRY_AUTH_FILE"):
+        files.append(Path(auth_file))
+    elif runtime := os.environ.get("XDG_RUNTIME_DIR"):
+        files.append(Path(runtime, "containers", "auth.json"))
+    for path in files:
+        if not path.is_file():
+            continue
+        try:
+            config = json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise RegistryError(
+                f"{path} cannot be read ({type(error).__name__}); put it right or log in again"
+            ) from None
+        if not isinstance(config, dict):
+            raise RegistryError(f"{path} is no JSON object; put it right or log in again")
+        helpers, auths = (config.get(key) or {} for key in ("credHelpers", "auths"))
+        asked = [(helpers.get(name), name) for name in names] if isinstance(helpers, Mapping) else []
+        for helper, name in [*asked, *((config.get("credsStore"), name) for name in names)]:
+            if isinstance(helper, str) and (found := _ask(helper, name)) is not None:
+                return found
+        for name in names if isinstance(auths, Mapping) else ():
+            if isinstance(entry := auths.get(name), Mapping) and (found := _entry(entry, path, name)) is not None:
+                return found
+    return None
+
+
+def _entry(entry: Mapping[str, Any], path: Path, name: str) -> Credential | None:
+    token = entry.get("identitytoken")
+    if isinstance(token, str) and token:
+        return Credential(identity_token=token)
+    auth = entry.get("auth")
+    if not isinstance(auth, str) or not auth:
+        return None
+    try:
+        user, colon, password = base64.b64decode(auth, validate=True).decode().partition(":")
+    except (binascii.Error, UnicodeDecodeError):
+        colon = ""
+    if not colon:
+        raise RegistryError(f"{path} has no usable entry for {name}; log in again: docker login {name}")
+    return Credential(user, password)
+
+
+def _ask(helper: str, name: str) -> Credential | None:
+    """What a helper knows; its protocol is the host on stdin and JSON on stdout."""
+    if not _HELPER.fullmatch(helper):
+        raise RegistryError(f"the credential helper {helper!r} has no legal name; put Docker's config.json right")
+    program = f"docker-credential-{helper}"
+    try:
+        done = subprocess.run(
+            [program, "get"], input=name, capture_output=True, text=True, timeout=HELPER_SECONDS, check=False
+        )
+    except FileNotFoundError:
+        raise RegistryError(f"{program} is not installed, Docker's config.json names it; install it or log in "
+                            "without it") from None  # fmt: skip
+    except subprocess.TimeoutExpired:
+        raise RegistryError(
+            f"{program} did not answer for {name} in {HELPER_SECONDS} s; unlock it and try again"
+        ) from None
+    if done.returncode:
+        # Its way to say that it has nothing; the sentence goes to stdout.
+        if "not found" in done.stdout.lower() or "no credentials" in done.stdout.lower():
+            return None
+        raise RegistryError(f"{program} failed for {name} (exit code {done.returncode}); unlock it or log in again")
+    try:
+        answer = json.loads(done.stdout)
+        user, secret = str(answer["Username"]), str(answer["Secret"])
+    except (ValueError, KeyError, TypeError):
+        raise RegistryError(f"{program} answered no credential for {name}; log in again") from None
+    return Credential(identity_token=secret) if user == _TOKEN_USER else Credential(user, secret)

@@ -32,14 +32,20 @@ import numpy as np
 
 from fluxkiln.errors import UsageError
 from fluxkiln.types import Kind
-from fluxkiln.verify.drift import drift_chart
 from fluxkiln.verify.gates import GROUP_NAMES, Gate, Row, Rung, first_bad_rung
 from fluxkiln.verify.heat import map_picture
 from fluxkiln.verify.ladder import Ladder, name_culprit, row_to_dict, verdict_to_dict
 from fluxkiln.verify.metrics import AnyArray, gain_of
-from fluxkiln.verify.report import wording
-from fluxkiln.verify.report.charts import Measure, depth_chart, ladder_panels, rung_keys, rungs_drawn, step_chart
-from fluxkiln.verify.report.page import compact_json, embed_document, static_rows
+from fluxkiln.verify.report.charts import (
+    Measure,
+    depth_chart,
+    drift_chart,
+    ladder_panels,
+    rung_keys,
+    rungs_drawn,
+    step_chart,
+)
+from fluxkiln.verify.report.page import FILTERS, compact_json, embed_document, static_rows, word
 
 SCHEMA = "fluxkiln.report/2"
 SIGNIFICANT_DIGITS = 6
@@ -159,7 +165,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         },
         "depth": [
             (
-                f"{wording.word(component).capitalize()} blocks",
+                f"{word(component).capitalize()} blocks",
                 Markup(rung_keys(rungs_drawn(rows, kinds, rungs))),
                 [(measure, Markup(depth_chart(rows, kinds, measure, rungs))) for measure in ("added", "delta")],
                 [(measure, Markup(step_chart(rows, kinds, measure, rungs))) for measure in ("added", "delta")],
@@ -196,7 +202,7 @@ def page_environment() -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(wording.FILTERS)
+    environment.filters.update(FILTERS)
     return environment
 
 

@@ -6,7 +6,7 @@ import stat
 
 import pytest
 
-from fluxkiln.artifacts.registry.credentials import Credential, find_credential
+from fluxkiln.artifacts.registry.session import Credential, find_credential
 from fluxkiln.errors import RegistryError
 
 

@@ -12,10 +12,9 @@ import pytest
 
 from fluxkiln.artifacts.bundle import verify_bundle
 from fluxkiln.artifacts.registry import oci
+from fluxkiln.artifacts.registry.distribution import look_up, push, quarantine_of
 from fluxkiln.artifacts.registry.oci import add_hints, open_registry
-from fluxkiln.artifacts.registry.pull import look_up, quarantine_of
-from fluxkiln.artifacts.registry.push import push
-from fluxkiln.artifacts.registry.reference import parse_reference
+from fluxkiln.artifacts.registry.place import parse_reference
 from fluxkiln.artifacts.registry.session import AuthorizationError
 from fluxkiln.artifacts.registry.transfer import Patience, Stop
 from fluxkiln.artifacts.store import open_store

@@ -14,9 +14,9 @@ import pytest
 
 from fluxkiln.artifacts.bundle import verify_bundle
 from fluxkiln.artifacts.modelpack import Layer
-from fluxkiln.artifacts.registry import pull as pulling
+from fluxkiln.artifacts.registry import distribution
+from fluxkiln.artifacts.registry.distribution import quarantine_of
 from fluxkiln.artifacts.registry.place import LayoutPlace
-from fluxkiln.artifacts.registry.pull import quarantine_of
 from fluxkiln.artifacts.registry.transfer import Arrival
 from fluxkiln.artifacts.store import Store
 from fluxkiln.build.publish import (
@@ -288,7 +288,7 @@ def test_a_disk_that_is_full_is_said_before_and_during_and_nothing_is_left(build
     out = tmp_path / "far" / "out"
     usage = namedtuple("usage", "f_bavail f_frsize")
     with monkeypatch.context() as patch:
-        patch.setattr(pulling.os, "statvfs", lambda path: usage(1, 4096))
+        patch.setattr(distribution.os, "statvfs", lambda path: usage(1, 4096))
         with pytest.raises(ResourceError, match="4096 are free"):
             pull_bundle(f"{layout}:v1", out)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxkiln.artifacts.registry.reference import (
+from fluxkiln.artifacts.registry.place import (
     HubReference,
     LayoutReference,
     RegistryReference,

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from fluxkiln.verify.report.wording import bound, cosine, number, seconds, size, word
+from fluxkiln.verify.report.page import bound, cosine, number, seconds, size, word
 
 
 @pytest.mark.parametrize(

@@ -36,11 +36,19 @@ from fluxkiln.patches.leaves import Leaf
 from fluxkiln.progress import Progress
 from fluxkiln.types import Part
 from fluxkiln.verify import judgement
-from fluxkiln.verify.findings import Finding, Operation, PartFindings, Record, Remedy, RungFindings, Values
-from fluxkiln.verify.judgement import BF16, REORDERED, Shares, first_missed
-from fluxkiln.verify.match import judge_output, match_leaves, module_output
+from fluxkiln.verify.findings import (
+    BUILD_AGAIN,
+    Finding,
+    Operation,
+    PartFindings,
+    Record,
+    Remedy,
+    RungFindings,
+    Values,
+    find_loss,
+)
+from fluxkiln.verify.judgement import BF16, REORDERED, Shares, first_missed, judge_output, match_leaves, module_output
 from fluxkiln.verify.metrics import compare
-from fluxkiln.verify.remedies import find_loss
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -260,7 +268,7 @@ def _with_culprit(
     def remedy_of(finding: Finding, operation: Operation) -> Remedy:
         wrong = judgement.wrong_slots(operation, shares)
         if wrong:
-            return Remedy(_tell_wrong(wrong), judgement.BUILD_AGAIN)
+            return Remedy(_tell_wrong(wrong), BUILD_AGAIN)
         return _remedy(opened, made.rung, finding, operation, doubled(finding, operation))
 
     first = first_missed(made.findings)

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.artifacts.bundle import read_manifest, role_of, verify_bundle
-from fluxkiln.artifacts.locks import build_lock
 from fluxkiln.artifacts.manifest import MANIFEST_FILE, FileEntry, Manifest, resolve_inside
 from fluxkiln.artifacts.store import Store
 from fluxkiln.compile.jobs import JobPool
@@ -26,7 +25,7 @@ from fluxkiln.compile.toolchains.neuron.neff import (
 from fluxkiln.compile.toolchains.neuron.neuronx_cc import compiler_missing, find_neuronx_cc
 from fluxkiln.compile.toolchains.neuron.split_bundle import DESCRIPTION, bundle_jobs, read_split_bundle
 from fluxkiln.errors import IntegrityError, ToolchainError
-from fluxkiln.files import digest_file, write_durably
+from fluxkiln.files import build_lock, digest_file, write_durably
 from fluxkiln.progress import Progress
 
 

@@ -9,7 +9,7 @@ from fluxkiln.compile.toolchains.neuron.make import SplitModel
 from fluxkiln.compile.toolchains.neuron.modules import Module, module_name
 from fluxkiln.compile.toolchains.neuron.split import plan_memory
 from fluxkiln.export.checkpoint import Checkpoint
-from fluxkiln.verify.report.wording import size
+from fluxkiln.verify.report.page import size
 
 _LABEL = (
     "Counted in the modules that the compiler is given. The roofline is the least that arithmetic, reading the weights "

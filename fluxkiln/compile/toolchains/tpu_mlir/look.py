@@ -25,9 +25,8 @@ from fluxkiln.compile.toolchains.tpu_mlir.simulator import Simulator
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.progress import Progress
 from fluxkiln.types import Part
-from fluxkiln.verify.findings import Operation, PartFindings, Record, RungFindings, Values
+from fluxkiln.verify.findings import Advice, Operation, PartFindings, Record, RungFindings, Values
 from fluxkiln.verify.judgement import BF16, F16, F32, Shares, judge_stored, tolerance_of
-from fluxkiln.verify.remedies import Advice
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -21,8 +21,7 @@ from fluxkiln.compile.toolchains.tpu_mlir import environment
 from fluxkiln.compile.toolchains.tpu_mlir.cmodel import MOST_MULTIPLICATIONS, CmodelExecutor
 from fluxkiln.compile.weights import part_rounders
 from fluxkiln.export.checkpoint import Checkpoint
-from fluxkiln.verify.ladder import Ladder
-from fluxkiln.verify.replay import gate_scheme
+from fluxkiln.verify.ladder import Ladder, gate_scheme
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

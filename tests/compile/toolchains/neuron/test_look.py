@@ -34,9 +34,9 @@ from fluxkiln.patches.leaves import Leaf
 from fluxkiln.progress import Silent
 from fluxkiln.settings import Settings
 from fluxkiln.types import find_part
-from fluxkiln.verify.debug.diagnosis import debug_part
+from fluxkiln.verify.debug import debug_part
 from fluxkiln.verify.findings import Operation, Tolerance
-from fluxkiln.verify.match import match_leaves
+from fluxkiln.verify.judgement import match_leaves
 
 pytest.importorskip("jax")
 

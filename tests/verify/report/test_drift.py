@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import xml.etree.ElementTree as ElementTree
 
-from fluxkiln.verify.drift import drift_chart
+from fluxkiln.verify.report.charts import drift_chart
 
 
 def entry(drift, seed=0, prompt="a kiln"):

@@ -17,7 +17,8 @@ from fluxkiln.patches.flux1.kinds import list_parts
 from fluxkiln.patches.flux1.pipeline import render
 from fluxkiln.patches.pipeline import Sampling
 from fluxkiln.types import Shapes
-from fluxkiln.verify import streaming
+from fluxkiln.verify import pipeline as streamed_pipeline
+from fluxkiln.verify.pipeline import open_pipeline
 from fluxkiln.verify.reference import record_reference
 
 SHAPES = Shapes(height=64, width=64, tokens=32)
@@ -72,14 +73,14 @@ def watch(monkeypatch):
 
     def make(checkpoint):
         reader = Watching(checkpoint)
-        monkeypatch.setattr(streaming, "TensorReader", lambda _: reader)
+        monkeypatch.setattr(streamed_pipeline, "TensorReader", lambda _: reader)
         return reader
 
     return make
 
 
 def run(checkpoint, reader, steps=2):
-    pipe = streaming.open_pipeline(checkpoint, WHOLE)
+    pipe = open_pipeline(checkpoint, WHOLE)
     reader.pipe = pipe
     return pipe, render(pipe, SHAPES, Sampling(steps=steps))
 
@@ -93,14 +94,14 @@ def test_recording_equals_that_of_the_loaded_pipeline(tiny_checkpoint, tmp_path,
     reader.expect = lambda *_: None
     streamed = record_reference(checkpoint, parts, SHAPES, tmp_path / "streamed")
     assert reader.reads
-    monkeypatch.setattr(streaming, "open_pipeline", load_pipeline)
+    monkeypatch.setattr(streamed_pipeline, "open_pipeline", load_pipeline)
     loaded = record_reference(checkpoint, parts, SHAPES, tmp_path / "loaded")
     assert (streamed.calls, streamed.rendered) == (loaded.calls, loaded.rendered)
 
 
 def test_buffers_have_the_loaded_models_values(tiny_checkpoint):
     checkpoint = tiny_checkpoint()
-    streamed = streaming.open_pipeline(checkpoint, WHOLE)
+    streamed = open_pipeline(checkpoint, WHOLE)
     loaded = load_pipeline(checkpoint)
     found = 0
     for name in MODELS:
@@ -195,7 +196,7 @@ def test_a_buffer_without_values_is_refused(tiny_checkpoint, monkeypatch):
 
     monkeypatch.setattr(FluxTransformer2DModel, "__init__", with_buffer)
     with pytest.raises(PatchError, match="FluxTransformer2DModel has a buffer table without values"):
-        streaming.open_pipeline(tiny_checkpoint(), WHOLE)
+        open_pipeline(tiny_checkpoint(), WHOLE)
 
 
 @pytest.mark.parametrize("names", [("double.01", "single.02", "t5_block.01"), ("single.00",)])

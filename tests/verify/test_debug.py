@@ -11,7 +11,7 @@ from fluxkiln.build.make import build
 from fluxkiln.compile.toolchains.tpu_mlir.bmodel import read_bmodel
 from fluxkiln.errors import UsageError
 from fluxkiln.settings import Settings
-from fluxkiln.verify.debug.diagnosis import debug_part
+from fluxkiln.verify.debug import debug_part
 
 
 @pytest.fixture(scope="module")

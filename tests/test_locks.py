@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from fluxkiln.artifacts.locks import build_lock, waiting_lock
 from fluxkiln.errors import ResourceError
+from fluxkiln.files import build_lock, waiting_lock
 
 
 def take(path, what="tiny-dev for bm1684x"):
@@ -19,7 +19,7 @@ def take(path, what="tiny-dev for bm1684x"):
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from fluxkiln.artifacts.locks import build_lock
+from fluxkiln.files import build_lock
 with build_lock(Path(sys.argv[1]), "tiny-dev for bm1684x"):
     child = 0
     if len(sys.argv) > 2:

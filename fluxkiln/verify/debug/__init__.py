@@ -1,1 +1,0 @@
-"""Where inside a part an error starts."""

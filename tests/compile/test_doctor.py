@@ -11,6 +11,7 @@ import pytest
 from fluxkiln.compile import doctor
 from fluxkiln.compile.doctor import KEY_PACKAGES, Tool, examine, missing_for
 from fluxkiln.compile.targets import target_names
+from fluxkiln.compile.toolchains.neuron import neuronx_cc
 from fluxkiln.compile.toolchains.tpu_mlir.environment import TPU_MLIR_ROOT_VARIABLE, TPU_MLIR_VERSION
 from fluxkiln.compile.toolchains.tpu_mlir.python310 import PYTHON310_VARIABLE
 
@@ -92,7 +93,7 @@ def test_command_that_is_no_neuron_compiler_is_refused(commands, body):
 
 
 def test_placeholder_package_is_no_compiler(commands, monkeypatch):
-    monkeypatch.setattr("fluxkiln.compile.toolchains.neuron.doctor.installed_version", lambda package: "1.0.0.post1")
+    monkeypatch.setattr(neuronx_cc, "installed_version", lambda package: "1.0.0.post1")
     row = status("neuronx-cc")
     assert not row.found
     assert "neuronx-cc 1.0.0.post1 is PyPI's placeholder" in row.remedy

@@ -3,9 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from fluxkiln.compile.toolchains.neuron import gates as neuron
-from fluxkiln.compile.toolchains.onnxruntime import gates as onnxruntime
-from fluxkiln.compile.toolchains.tpu_mlir import gates as tpu_mlir
+from fluxkiln.compile.toolchain import find_toolchain
 from fluxkiln.patches.flux1.kinds import KINDS, SPLIT_KINDS
 from fluxkiln.verify.gates import (
     HIGHER_IS_BETTER,
@@ -22,18 +20,18 @@ from fluxkiln.verify.gates import (
 from fluxkiln.verify.metrics import Metrics
 
 GOOD = Metrics(1.0, 0.0, 0.0, 0.0, True, 1.0, 0.0, math.inf, 1.0, 1.0)
-TOOLCHAINS = (tpu_mlir, neuron, onnxruntime)
+TOOLCHAINS = TPU_MLIR, NEURON, ONNXRUNTIME = tuple(map(find_toolchain, ("tpu_mlir", "neuron", "onnxruntime")))
 # of a model that is cut over cores, which is stored in bfloat16
-SPLIT_RUNGS = tuple(rung.name for rung in neuron.RUNGS)
-EVERY_GATE = {gate for toolchain in TOOLCHAINS for gate in gate_table(toolchain.GATES)}
+SPLIT_RUNGS = tuple(rung.name for rung in NEURON.rungs)
+EVERY_GATE = {gate for toolchain in TOOLCHAINS for gate in gate_table(toolchain.gates)}
 
 
 def row(kind, rung, scheme, output="hidden_states_out", vs_reference=GOOD, vs_previous=GOOD, gates=None):
     """A row of the first toolchain that has the rung."""
-    toolchain = next(one for one in TOOLCHAINS if rung in rung_table(one.RUNGS))
-    at, traits = rung_table(toolchain.RUNGS)[rung], {**KINDS, **SPLIT_KINDS, PIPELINE: None}[kind]
+    toolchain = next(one for one in TOOLCHAINS if rung in rung_table(one.rungs))
+    at, traits = rung_table(toolchain.rungs)[rung], {**KINDS, **SPLIT_KINDS, PIPELINE: None}[kind]
     made = Row(f"{kind}.00", traits, output, 0, at, scheme, vs_reference, "patched", vs_previous)
-    return replace(made, verdicts=judge_row(made, gates or gate_table(toolchain.GATES)))
+    return replace(made, verdicts=judge_row(made, gates or gate_table(toolchain.gates)))
 
 
 def missed(judged):
@@ -89,7 +87,7 @@ def test_every_part_is_covered_at_every_rung():
     for kind in KINDS.values():
         for output in kind.outputs:
             for scheme in ("F32", "F16", "BF16", "W8BF16", "W4BF16"):
-                for rung in list(rung_table((*tpu_mlir.RUNGS, *onnxruntime.RUNGS)))[1:]:
+                for rung in list(rung_table((*TPU_MLIR.rungs, *ONNXRUNTIME.rungs)))[1:]:
                     judged = row(kind.name, rung, scheme, output)
                     assert judged.passed, (kind.name, rung, scheme, output, missed(judged))
 
@@ -127,7 +125,7 @@ def test_a_row_without_a_gate_fails(at, scheme):
     judged = row("double", "simulator", scheme)
     if isinstance(at, Rung):
         judged = replace(judged, at=at)
-        judged = replace(judged, verdicts=judge_row(judged, gate_table(tpu_mlir.GATES)))
+        judged = replace(judged, verdicts=judge_row(judged, gate_table(TPU_MLIR.gates)))
     assert not judged.passed
     assert judged.worst.gate is UNCOVERED
 
@@ -174,7 +172,7 @@ def test_excess_is_one_at_the_bound_and_grows_beyond():
 
 
 def test_every_gate_has_a_reason_and_a_known_metric():
-    rungs = [rung for toolchain in TOOLCHAINS for rung in rung_table(toolchain.RUNGS).values()]
+    rungs = [rung for toolchain in TOOLCHAINS for rung in rung_table(toolchain.rungs).values()]
     for gate in EVERY_GATE:
         assert len(gate.reason) > 10
         assert gate.metric in Metrics.__dataclass_fields__

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from fluxkiln.compile.toolchains.neuron.gates import RUNGS as SPLIT
+from fluxkiln.compile.toolchains.neuron.toolchain import TOOLCHAIN
 from fluxkiln.compile.toolchains.onnxruntime.gates import RUNGS as LINKED
 from fluxkiln.compile.toolchains.tpu_mlir.gates import RUNGS as COMPILED
 from fluxkiln.verify.gates import RUNGS
@@ -68,7 +68,7 @@ def test_rungs_that_can_stand_in_one_chart_have_marks_of_their_own():
     for rungs in (
         [rung for rung in (*RUNGS[1:], *COMPILED) if not rung.exact],
         (*RUNGS[1:], *LINKED),
-        SPLIT,
+        TOOLCHAIN.rungs,
     ):
         plot = Plot(-3, 0, 1)
         groups = parse(plot.names(dict.fromkeys(rungs, 0.1))).findall("g")

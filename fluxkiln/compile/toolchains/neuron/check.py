@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fluxkiln.compile.toolchains.neuron.canonical import listed_groups
-from fluxkiln.compile.toolchains.neuron.hlo_proto import ELEMENTS, parse_module
+from fluxkiln.compile.toolchains.neuron.hlo_module import ELEMENTS, entry_computation, listed_groups, parse_module
 from fluxkiln.errors import CompileError
 
 LARGEST_LITERAL = 64 * 1024
@@ -58,13 +57,12 @@ def check_hlo(proto: bytes, *, all_reduces: int, all_gathers: int, ranks: int) -
     module = parse_module(proto)
     _check_ids(module)
     _check_shape(module.host_program_shape.result, "the result")
-    entry = next(c for c in module.computations if c.id == module.entry_computation_id)
+    entry = entry_computation(module)
     for computation in module.computations:
         for instruction in computation.instructions:
             _check_instruction(instruction)
         for shape in (*computation.program_shape.parameters, computation.program_shape.result):
             _check_shape(shape, f"computation {computation.name}")
-    for computation in module.computations:
         inner = [i.opcode for i in computation.instructions if i.opcode in (*COLLECTIVES, "dot", "convolution")]
         if computation is not entry and inner:
             raise CompileError(f"{inner[0]} in {computation.name}: only the entry computation has those; inline calls")
@@ -75,23 +73,22 @@ def check_hlo(proto: bytes, *, all_reduces: int, all_gathers: int, ranks: int) -
                 f"the module has {operations[opcode]} {opcode} operations, its parts have {wanted}; lower them again "
                 "and look where one is left out or doubled"
             )
-    everyone = (tuple(range(ranks)),)
-    for instruction in _collectives(entry):
-        _check_collective(instruction, everyone)
     by_id = {instruction.id: instruction for instruction in entry.instructions}
+    sizes: dict[str, list[int]] = {opcode: [] for opcode in (*COLLECTIVES, "parameter")}
     for instruction in entry.instructions:
-        _check_precision(instruction, by_id)
+        if instruction.opcode in COLLECTIVES:
+            _check_collective(instruction, ranks)
+        if instruction.opcode in ("dot", "convolution"):
+            _check_precision(instruction, by_id)
+        if instruction.opcode in sizes:
+            sizes[instruction.opcode].append(_bytes(instruction.shape))
     return HloFacts(
         operations=dict(operations),
-        all_reduce_bytes=tuple(_bytes(i.shape) for i in _collectives(entry) if i.opcode == "all-reduce"),
-        all_gather_bytes=tuple(_bytes(i.shape) for i in _collectives(entry) if i.opcode == "all-gather"),
-        parameter_bytes=sum(_bytes(i.shape) for i in entry.instructions if i.opcode == "parameter"),
+        all_reduce_bytes=tuple(sizes["all-reduce"]),
+        all_gather_bytes=tuple(sizes["all-gather"]),
+        parameter_bytes=sum(sizes["parameter"]),
         flops=sum(_flops(i, by_id) for i in entry.instructions),
     )
-
-
-def _collectives(computation: Any) -> Iterator[Any]:
-    return (instruction for instruction in computation.instructions if instruction.opcode in COLLECTIVES)
 
 
 def _check_ids(module: Any) -> None:
@@ -159,8 +156,8 @@ def _check_shape(shape: Any, what: str) -> None:
         )
 
 
-def _check_collective(instruction: Any, everyone: tuple[tuple[int, ...], ...]) -> None:
-    groups = listed_groups(instruction)
+def _check_collective(instruction: Any, ranks: int) -> None:
+    groups, everyone = listed_groups(instruction), (tuple(range(ranks)),)
     if groups != everyone:
         raise CompileError(
             f"{instruction.name} has replica groups {_braces(groups)}, they must be {_braces(everyone)}: all ranks in "
@@ -177,8 +174,6 @@ def _check_collective(instruction: Any, everyone: tuple[tuple[int, ...], ...]) -
 
 def _check_precision(instruction: Any, by_id: Mapping[int, Any]) -> None:
     """Products of float32 are computed in float32, whatever the device would do for speed."""
-    if instruction.opcode not in ("dot", "convolution"):
-        return
     asked = instruction.precision_config
     wide = any(ELEMENTS[by_id[i].shape.element_type][0] == "f32" for i in instruction.operand_ids)
     if asked.algorithm or (wide and list(asked.operand_precision) != [_HIGHEST, _HIGHEST]):
@@ -202,9 +197,8 @@ def _flops(instruction: Any, by_id: Mapping[int, Any]) -> int:
     result = int(math.prod(instruction.shape.dimensions))
     if instruction.opcode == "dot":
         left = by_id[instruction.operand_ids[0]].shape.dimensions
-        return (
-            2 * result * int(math.prod(left[i] for i in instruction.dot_dimension_numbers.lhs_contracting_dimensions))
-        )
+        summed = instruction.dot_dimension_numbers.lhs_contracting_dimensions
+        return 2 * result * int(math.prod(left[i] for i in summed))
     if instruction.opcode == "convolution":
         kernel = by_id[instruction.operand_ids[1]].shape.dimensions
         outputs = kernel[instruction.convolution_dimension_numbers.kernel_output_feature_dimension]

@@ -1,4 +1,5 @@
-"""The Neuron compile stage: modules to NEFFs, several at once, through the store; or a script that does it elsewhere.
+"""The Neuron compile stage: modules to NEFFs, several at once, through the store; or a script that does it where there
+is the Neuron SDK and no fluxkiln.
 
 What decides a NEFF is the module, the flags and the compiler's version, and these are the key under which it is stored:
 one of another version is never found.
@@ -6,6 +7,8 @@ one of another version is never found.
 
 from __future__ import annotations
 
+import json
+import shlex
 import time
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -18,21 +21,21 @@ from fluxkiln.compile.jobs import JobPool
 from fluxkiln.compile.target import Target
 from fluxkiln.compile.toolchains.neuron.neff import (
     COMMAND,
+    RECORD_SCHEMA,
     SCRIPT,
     FlagPreset,
     ModuleJob,
     Neff,
-    check_modules,
+    check_module,
     check_versions,
     compile_flags,
     finished_neff,
-    hlo_path,
+    hlo_file,
     neff_path,
     read_neffs,
     record_path,
 )
 from fluxkiln.compile.toolchains.neuron.neuronx_cc import NeuronxCc, compile_module
-from fluxkiln.compile.toolchains.neuron.script import compile_script
 from fluxkiln.digests import canonical_json
 from fluxkiln.errors import UsageError
 from fluxkiln.files import disk_full_named, partial_file, publish, remove_unheld, write_durably
@@ -80,7 +83,8 @@ def compile_kinds(
     """
     progress, logs = progress or Silent(), folder.parent / "logs"
     _check_names(jobs)
-    check_modules(jobs)
+    for job in jobs:
+        check_module(job, job.hlo)
     logs.mkdir(parents=True, exist_ok=True)
     (folder / "neff").mkdir(parents=True, exist_ok=True)
     remove_unheld(folder / "neff")
@@ -143,18 +147,37 @@ def write_compile_script(
 ) -> Path:
     """Write `folder/compile_neff.sh`, which compiles the modules in `folder/hlo` to `folder/neff`; returns its path.
 
+    It checks every module's sha256 first, keeps what this compiler version made of the same module with the same flags,
+    and puts each finished file in its place by renaming, with the record that `read_neffs` reads.
+
     Raises:
         UsageError: a module lies elsewhere than in `folder/hlo`, or two have one name.
         ResourceError: the disk is full.
     """
     _check_names(jobs)
+    checks, compiles = [], []
     for job in jobs:
-        if job.hlo.absolute() != hlo_path(folder, job.name).absolute():
-            raise UsageError(f"the module {job.hlo} must be {hlo_path(folder, job.name)} to be compiled by {SCRIPT}")
+        file, digest = hlo_file(job.name), job.digest.removeprefix("sha256:")
+        if job.hlo.absolute() != (folder / file).absolute():
+            raise UsageError(f"the module {job.hlo} must be {folder / file} to be compiled by {SCRIPT}")
+        flags = compile_flags(job.form, target, preset)
+        as_json = json.dumps(flags, separators=(",", ":"))
+        checks.append(shlex.join(["check_module", file, digest]))
+        compiles.append(shlex.join(["compile_module", job.name, file, digest, as_json, *flags]))
+    text = Path(__file__).with_name(SCRIPT).read_text("utf-8")
+    for mark, value in {
+        "@TARGET@": target.chip,
+        "@NAMES@": " ".join(job.name for job in jobs),
+        "@COUNT@": str(len(jobs)),
+        "@SCHEMA@": RECORD_SCHEMA,
+        "@CHECKS@": "\n".join(checks),
+        "@COMPILES@": "\n".join(compiles),
+    }.items():
+        text = text.replace(mark, value)
     path = folder / SCRIPT
-    with disk_full_named(folder), partial_file(folder, f".{SCRIPT}") as (unfinished, file):
-        file.write(compile_script(jobs, target, preset).encode())
-        publish(file, unfinished, path, mode=0o755)
+    with disk_full_named(folder), partial_file(folder, f".{SCRIPT}") as (unfinished, stream):
+        stream.write(text.encode())
+        publish(stream, unfinished, path, mode=0o755)
     return path
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fluxkiln.compile.executor import from_bits16
 from fluxkiln.compile.toolchains.neuron.modules import Module
-from fluxkiln.compile.toolchains.neuron.replica_executor import ReadWeights, module_arguments
+from fluxkiln.compile.toolchains.neuron.replicas import ReadWeights, module_arguments
 from fluxkiln.compile.toolchains.neuron.split_bundle import SplitBundle, find_compiled
 from fluxkiln.errors import CompileError, IntegrityError, ToolchainError
 from fluxkiln.types import TensorSpec

@@ -67,7 +67,7 @@ def lower_module(
         dtype: what floating-point parameters are cast to.
 
     Returns:
-        The proto as the frontend made it, see `canonical.canonicalise`. Its parameters are `inputs`, then the module's
+        The proto as the frontend made it, see `hlo_module.canonicalise`. Its parameters are `inputs`, then the module's
         `named_parameters()`; its root is a tuple of the outputs, whatever their number.
 
     Raises:

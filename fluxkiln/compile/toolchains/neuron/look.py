@@ -24,7 +24,7 @@ from fluxkiln.compile.look import STAGE, tell_rung
 from fluxkiln.compile.plan import Plan
 from fluxkiln.compile.templates import host_constants
 from fluxkiln.compile.toolchains.neuron.modules import Module, lower_modules, module_name
-from fluxkiln.compile.toolchains.neuron.replica_executor import dtype_of
+from fluxkiln.compile.toolchains.neuron.replicas import dtype_of
 from fluxkiln.compile.toolchains.neuron.rungs import bound_weights, shard_arrays
 from fluxkiln.compile.toolchains.neuron.split import LARGEST_PART, held_elements, shard_file, shard_weights
 from fluxkiln.compile.toolchains.neuron.values import list_values, recompute_values, result_values, show_values, widen
@@ -193,7 +193,7 @@ def read_shards(
     """Each rank's weights as they are shipped; the bundle's may be damaged, that is for the rungs to say."""
     from fluxkiln.export.shard_files import read_shard
 
-    files = [bundle / shard_file(part.name, rank) for rank in range(plan.layout.ranks(part))]
+    files = [bundle / shard_file(part.name, rank) for rank in range(part.ranks(plan.layout.degree))]
     if all(file.is_file() for file in files):
         return [list(read_shard(file).values()) for file in files]
     return shard_arrays(cache, shard_weights(checkpoint, plan, cache, progress)[part.name])

@@ -16,7 +16,7 @@ from fluxkiln.compile.plan import Job, Plan
 from fluxkiln.compile.templates import EXPORT_TOOLS, specs_from_json, specs_to_json
 from fluxkiln.compile.toolchain import TRACE_MEMORY
 from fluxkiln.compile.toolchains.neuron.frontend import VERSIONS
-from fluxkiln.compile.toolchains.neuron.neff import ModuleForm, ModuleJob, hlo_path
+from fluxkiln.compile.toolchains.neuron.neff import ModuleForm, ModuleJob, hlo_file
 from fluxkiln.digests import digest_json
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.progress import FROM_STORE, Progress
@@ -133,7 +133,7 @@ def lay_out_jobs(cache: ActionCache, modules: Mapping[str, Module], folder: Path
     """The modules as files of `folder/hlo`, and the compiler's jobs for them."""
     jobs = []
     for name, module in modules.items():
-        target = hlo_path(folder, name)
+        target = folder / hlo_file(name)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)
         cache.store.export(module.digest, target)
@@ -143,9 +143,9 @@ def lay_out_jobs(cache: ActionCache, modules: Mapping[str, Module], folder: Path
 
 def _lower(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, dtype: Dtype, ranks: int) -> Module:
     def produce(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
-        from fluxkiln.compile.toolchains.neuron.canonical import canonicalise
         from fluxkiln.compile.toolchains.neuron.check import check_hlo
         from fluxkiln.compile.toolchains.neuron.frontend import lower_module
+        from fluxkiln.compile.toolchains.neuron.hlo_module import canonicalise
 
         source = (
             _split_part(checkpoint, plan, part, dtype, ranks)

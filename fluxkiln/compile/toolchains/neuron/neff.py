@@ -104,20 +104,9 @@ def compile_flags(form: ModuleForm, target: Target, preset: FlagPreset = "defaul
     return chip, "--auto-cast=none", f"--model-type={model_type}", *lnc, "-O1"
 
 
-def check_modules(jobs: Sequence[ModuleJob]) -> None:
-    """Raise IntegrityError when a module is missing or is not the one that was lowered."""
-    for job in jobs:
-        check_module(job, job.hlo)
-
-
 def hlo_file(name: str) -> str:
     """The path of the module `name` in a bundle."""
     return f"hlo/{name}{HLO_SUFFIX}"
-
-
-def hlo_path(folder: Path, name: str) -> Path:
-    """Where the module `name` lies in a build's folder."""
-    return folder / hlo_file(name)
 
 
 def neff_path(folder: Path, name: str) -> Path:

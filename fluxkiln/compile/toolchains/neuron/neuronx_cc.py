@@ -1,25 +1,24 @@
-"""The Neuron compiler, a command that lives elsewhere: found, told from PyPI's placeholder, called with exact flags.
-
-Nothing here needs a Neuron device: the compiler runs on any host.
-
-Sources (AWS Neuron documentation): "Neuron Compiler CLI Reference Guide (neuronx-cc)" and "How to generate a NEFF file"
-for the command line, "NCC_EARG001" for `--lnc`.
+"""The Neuron compiler, a command that lives elsewhere: found, told from PyPI's placeholder, called with exact flags,
+and what to do about its error codes. It runs on any host, no Neuron device is needed.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import re
 import shutil
 import subprocess
+import tomllib
+from collections.abc import Mapping
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from fluxkiln.compile.installed import installed_version, version_line
 from fluxkiln.compile.process import run_tool
 from fluxkiln.compile.target import Target
-from fluxkiln.compile.toolchains.neuron.advice import ADVICE, KILLED, advise, find_codes
+from fluxkiln.compile.toolchain import ToolStatus
 from fluxkiln.compile.toolchains.neuron.neff import (
     COMMAND,
     HLO_SUFFIX,
@@ -37,6 +36,10 @@ _VERSION = re.compile(r"NeuronX Compiler version ([0-9][0-9A-Za-z.+_-]*)")
 # Flags for the compiler come from here alone; frameworks read these from the environment.
 _FRAMEWORK_FLAGS = "NEURON_CC_FLAGS"
 _SOURCE = "install the Neuron SDK's from the AWS Neuron package index"
+# Errors of the user (E) and of the compiler (I), older codes, and those of the command itself.
+_CODE = re.compile(r"\bNCC_([A-Z]{4}\d{3})\b|\b(E[A-Z]{3}\d{3}|LUR015)\b|\[(F1\d\d)\]")
+_KILLED, _BUG = "F137", "F134"
+_PAGE = "the page 'Neuron Compiler Error Codes' of the AWS Neuron documentation"
 
 
 class NeuronxCc(NamedTuple):
@@ -54,7 +57,9 @@ def find_neuronx_cc() -> NeuronxCc:
     """
     command = shutil.which(COMMAND)
     if command is None:
-        raise ToolchainError(f"{COMMAND} is not on PATH{_placeholder()}; {_SOURCE}")
+        placeholder = installed_version(COMMAND)
+        why = f" (the installed package {COMMAND} {placeholder} is PyPI's placeholder, without the command)"
+        raise ToolchainError(f"{COMMAND} is not on PATH{why * bool(placeholder)}; {_SOURCE}")
     try:
         done = subprocess.run(
             [command, "--version"], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False
@@ -74,12 +79,17 @@ def find_neuronx_cc() -> NeuronxCc:
     return NeuronxCc(Path(command).absolute(), version[1])  # PATH may be relative, compiles run elsewhere
 
 
-def _placeholder() -> str:
-    try:
-        version = importlib.metadata.version(COMMAND)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-    return f" (the installed package {COMMAND} {version} is PyPI's placeholder, without the command)"
+def compiler_status() -> ToolStatus:
+    """The compiler's row of `fluxkiln doctor`; nothing but its `--version` is started."""
+    source = "install it from the AWS Neuron package index, not from PyPI; all up to its call works without it"
+    command = shutil.which(COMMAND)
+    if command is None:
+        placeholder = installed_version(COMMAND)
+        why = f"the package {COMMAND} {placeholder} is PyPI's placeholder, without a compiler: " if placeholder else ""
+        return ToolStatus(COMMAND, False, "", "", why + source)
+    version = version_line(command)
+    remedy = "" if version else f"{command} --version names no version, so it is no compiler: {source}"
+    return ToolStatus(COMMAND, bool(version), version, command, remedy)
 
 
 def compile_argv(
@@ -129,13 +139,33 @@ def _run(argv: list[str], work: Path, log: Path, what: str) -> None:
     except CompileError as error:
         with log.open("ab") as file, suppress(FileNotFoundError):
             file.write(b"\n--- " + _COMPILER_LOG.encode() + b"\n" + (work / _COMPILER_LOG).read_bytes())
-        with log.open("rb") as file:
-            file.seek(start)
-            said = file.read().decode(errors="replace")
-        if KILLED in find_codes(said):
-            raise ResourceError(f"{what}: {ADVICE[KILLED]}; whole log: {log}") from error
+        said = log.read_bytes()[start:].decode(errors="replace")
+        if _KILLED in find_codes(said):
+            raise ResourceError(f"{what}: {known_advice()[_KILLED]}; whole log: {log}") from error
         advice = advise(said)
         raise CompileError(f"{error}{'. ' if advice else ''}{advice}") from error
+
+
+@cache
+def known_advice() -> Mapping[str, str]:
+    """Error code, without the prefix NCC_ -> one sentence."""
+    table = tomllib.loads(Path(__file__).with_name("error_codes.toml").read_text("utf-8"))
+    return {code: sentence for codes, sentence in table.items() for code in codes.split()}
+
+
+def find_codes(text: str) -> tuple[str, ...]:
+    """The error codes in a compiler's output, without the prefix NCC_, each once, in order."""
+    return tuple(dict.fromkeys(next(filter(None, match.groups())) for match in _CODE.finditer(text)))
+
+
+def advise(text: str) -> str:
+    """One sentence for each error code in a compiler's output; empty when there is none."""
+    known, sentences = known_advice(), []
+    for code in find_codes(text):
+        label = code if code.startswith(("F1", "LUR")) else f"NCC_{code}"
+        unknown = known[_BUG] if code.startswith("I") else f"no advice is known here; see {_PAGE}"
+        sentences.append(f"{label}: {known.get(code, unknown)}")
+    return "; ".join(sentences)
 
 
 def compiler_missing(why: str, folder: Path) -> ToolchainError:

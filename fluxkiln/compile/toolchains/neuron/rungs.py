@@ -15,7 +15,7 @@ from fluxkiln.compile.templates import host_constants
 from fluxkiln.compile.toolchain import Climb
 from fluxkiln.compile.toolchains.neuron.make import SplitModel
 from fluxkiln.compile.toolchains.neuron.modules import Module, lower_modules, module_name
-from fluxkiln.compile.toolchains.neuron.replica_executor import ReplicaExecutor, dtype_of
+from fluxkiln.compile.toolchains.neuron.replicas import ReplicaExecutor, dtype_of
 from fluxkiln.compile.toolchains.neuron.split import LARGEST_PART, held_elements
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.progress import Progress

@@ -11,14 +11,18 @@ from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.artifacts.store import Store
 from fluxkiln.compile.bundle import Bundle
 from fluxkiln.compile.executor import Executor
+from fluxkiln.compile.installed import package_status, runtime_status
 from fluxkiln.compile.plan import Job, Made, Plan
 from fluxkiln.compile.toolchain import API, Climb, Resumed, Toolchain, ToolStatus
-from fluxkiln.compile.toolchains.neuron import gates, modules, split
+from fluxkiln.compile.toolchains.neuron import modules, split
+from fluxkiln.compile.toolchains.neuron.frontend import VERSIONS
+from fluxkiln.compile.toolchains.neuron.neuronx_cc import compiler_missing, compiler_status
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.progress import Laps, Progress
 from fluxkiln.settings import Settings
 from fluxkiln.types import Part
 from fluxkiln.verify.findings import PartFindings, Record
+from fluxkiln.verify.gates import PIPELINE, Gate, Rung
 
 
 class Neuron(Toolchain):
@@ -26,13 +30,38 @@ class Neuron(Toolchain):
 
     api = API
     name = "neuron"
-    rungs, gates = gates.RUNGS, gates.GATES
     executors = ("neuron", "replicas")
     compiler_stages = ("neff",)
-    travelling = ()
     largest_part = split.LARGEST_PART
     any_shapes = True
     resumable = True
+    rungs = (
+        Rung("split", 5, "the lowered modules of all ranks in float32, executed by XLA on the CPU",
+             "splitting or lowering: a weight cut or bound wrongly, a reduction, a gather, or one operator", series=3),
+        Rung("unsplit", 6, "the lowered modules on one rank in bfloat16, executed by XLA on the CPU",
+             "what bfloat16 costs this model, split or not", series=4),
+        Rung("replicas", 7, "the bundle's modules and shards, all ranks executed by XLA on the CPU",
+             "a shard, or what bfloat16 loses between the ranks", series=5),
+    )  # fmt: skip
+    gates = (
+        Gate("split|replicas", "*", "*", "ranks", "max_abs", 0.0, "reference",
+             "every rank holds the same activations after a reduction, to the bit, or they would drift apart"),
+        Gate("split", "*", "part", "*", "relative_l2", 5e-6, "reference",
+             "float32 on every rank; partial sums are added in another order than one rank adds them in"),
+        Gate("unsplit", "BF16", "part", "*", "relative_l2", 5e-2, "reference",
+             "eager PyTorch in bfloat16 leaves 1e-2 behind T5's and the VAE's many layers; a wrong operator leaves 1",
+             proposed=True),
+        Gate("replicas", "BF16", "part", "*", "noise_ratio", 1.25, "previous",
+             "two ways to round the same sums lie as far apart as either from the exact sum (8e-3 of 9e-3 was "
+             "measured), so what counts is that splitting does not add to it: 1.0 to 1.15 was measured", proposed=True),
+        Gate("split", "*", PIPELINE, "latents", "relative_l2", 5e-5, "reference",
+             "the per-part 5e-6 adds up over blocks and steps", proposed=True),
+        Gate("replicas", "BF16", PIPELINE, "latents", "relative_l2", 6e-2, "reference",
+             "ten times what bfloat16 costs one block", proposed=True),
+        Gate("replicas", "BF16", PIPELINE, "image", "psnr", 25.0, "reference",
+             "the usual limit of a visible difference is about 30 dB; random weights amplify more than trained ones",
+             proposed=True),
+    )  # fmt: skip
 
     lay_out = staticmethod(split.plan_split)
     label = staticmethod(split.label)
@@ -53,8 +82,6 @@ class Neuron(Toolchain):
         return make(checkpoint, plan, cache, settings, progress, laps)
 
     def refuse_incomplete(self, missing: str, bundle: Path) -> None:
-        from fluxkiln.compile.toolchains.neuron.neuronx_cc import compiler_missing
-
         raise compiler_missing(missing, bundle)
 
     def climb(
@@ -72,14 +99,14 @@ class Neuron(Toolchain):
         return look(checkpoint, plan, cache, part, record, progress)
 
     def report(self, checkpoint: Checkpoint, plan: Plan, made: Made) -> dict[str, Any]:
-        from fluxkiln.compile.toolchains.neuron.roofline import report
+        from fluxkiln.compile.toolchains.neuron.make import report
 
         return report(checkpoint, plan, made)
 
     def open_executor(self, bundle: Bundle, name: str | None, options: Mapping[str, Any]) -> Executor:
         """`neuron` where the modules are compiled, else `replicas`."""
         from fluxkiln.compile.toolchains.neuron.device import NeuronExecutor
-        from fluxkiln.compile.toolchains.neuron.replica_executor import ReplicaExecutor
+        from fluxkiln.compile.toolchains.neuron.replicas import ReplicaExecutor
         from fluxkiln.compile.toolchains.neuron.split_bundle import read_split_bundle, read_weights
 
         chosen = name or self.executors[not (bundle.folder / "neff").is_dir()]
@@ -91,14 +118,20 @@ class Neuron(Toolchain):
         return ReplicaExecutor(components, described.module_of, weights)
 
     def resume(self, bundle: Path, store: Store, jobs: int | None, progress: Progress) -> Resumed:
-        from fluxkiln.compile.toolchains.neuron.resume import resume_compile
+        from fluxkiln.compile.toolchains.neuron.make import resume_compile
 
         return resume_compile(bundle, store, progress, jobs)
 
     def doctor(self) -> Sequence[ToolStatus]:
-        from fluxkiln.compile.toolchains.neuron.doctor import doctor
-
-        return doctor()
+        remedy = (
+            "the executor neuron needs it, on a Trainium or Inferentia instance: install nrtpy and "
+            "aws-neuronx-runtime-lib from the AWS Neuron package index"
+        )
+        return [
+            *(package_status(name, "`make env`, or `pip install 'fluxkiln[trn1]'`") for name in sorted(VERSIONS)),
+            compiler_status(),
+            runtime_status("nrtpy", "nrtpy", ("nrtpy",), remedy),
+        ]
 
 
 TOOLCHAIN = Neuron()

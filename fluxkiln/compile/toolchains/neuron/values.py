@@ -6,10 +6,11 @@ process, and `widen` and `show_values` keep them.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from fluxkiln.compile.toolchains.neuron.hlo_proto import ELEMENTS, parse_module
+from fluxkiln.compile.toolchains.neuron.hlo_module import ELEMENTS, entry_computation, parse_module, write_module
 from fluxkiln.verify.findings import Operation
 
 # what moves numbers and computes none; a `convert` computes where it narrows
@@ -33,7 +34,7 @@ def list_values(proto: bytes, inputs: Sequence[str], slots: Sequence[str]) -> tu
     Raises:
         CompileError: the bytes are no HLO module.
     """
-    entry = _entry(parse_module(proto))
+    entry = entry_computation(parse_module(proto))
     names = (*inputs, *slots)
     by_id = {instruction.id: instruction for instruction in entry.instructions}
     sources: dict[int, tuple[str, ...]] = {}
@@ -58,23 +59,32 @@ def list_values(proto: bytes, inputs: Sequence[str], slots: Sequence[str]) -> tu
 
 def result_values(proto: bytes) -> tuple[str, ...]:
     """The values that the module returns, in order."""
-    entry = _entry(parse_module(proto))
-    names = {instruction.id: instruction.name for instruction in entry.instructions}
-    root = next(instruction for instruction in entry.instructions if instruction.id == entry.root_id)
-    return tuple(names[i] for i in root.operand_ids) if root.opcode == "tuple" else (root.name,)
+    entry = entry_computation(parse_module(proto))
+    by_id = {instruction.id: instruction for instruction in entry.instructions}
+    return tuple(by_id[number].name for number in by_id[entry.root_id].operand_ids)
 
 
 def show_values(proto: bytes, names: Sequence[str]) -> bytes:
     """The module with the values `names` as its outputs, in this order, in place of its own."""
     module = parse_module(proto)
-    _give(module, names)
-    return _written(module)
+    entry = entry_computation(module)
+    by_name = {instruction.name: instruction for instruction in entry.instructions}
+    fresh = 1 + _last_id(module)
+    root = entry.instructions.add(name=f"tuple.{fresh}", opcode="tuple", id=fresh)
+    root.shape.element_type = _TUPLE
+    for name in names:
+        root.operand_ids.append(by_name[name].id)
+        root.shape.tuple_shapes.add().CopyFrom(by_name[name].shape)
+    entry.root_id = root.id
+    for program in (entry.program_shape, module.host_program_shape):
+        program.result.CopyFrom(root.shape)
+    return write_module(module)
 
 
 def widen(proto: bytes) -> bytes:
     """The module with float32 wherever it has bfloat16, weights and activations included: nothing is rounded then."""
     module = parse_module(proto)
-    fresh = max(i.id for computation in module.computations for i in computation.instructions)
+    fresh = _last_id(module)
     for computation in module.computations:
         instructions = []
         for instruction in computation.instructions:
@@ -91,9 +101,10 @@ def widen(proto: bytes) -> bytes:
                 _widen_shape(instruction.shape)
                 instructions.append(instruction)
         _replace_all(computation.instructions, instructions)
-        _widen_program(computation.program_shape)
-    _widen_program(module.host_program_shape)
-    return _written(module)
+    programs = [module.host_program_shape, *(computation.program_shape for computation in module.computations)]
+    for shape in (shape for program in programs for shape in (*program.parameters, program.result)):
+        _widen_shape(shape)
+    return write_module(module)
 
 
 def recompute_values(proto: bytes, names: Sequence[str]) -> bytes:
@@ -104,16 +115,14 @@ def recompute_values(proto: bytes, names: Sequence[str]) -> bytes:
     Returns:
         A module whose parameters are those of `proto` and then the values; its outputs are the values anew.
     """
-    module = parse_module(proto)
-    entry = _entry(module)
-    _give(module, names)
+    module = parse_module(show_values(proto, names))
+    entry = entry_computation(module)
     by_name = {instruction.name: instruction for instruction in entry.instructions}
-    fresh = max(i.id for computation in module.computations for i in computation.instructions)
-    count = len(module.host_program_shape.parameters)
+    fresh, count = 1 + _last_id(module), len(module.host_program_shape.parameters)
     given, made = {}, []
     for number, name in enumerate(names):
         parameter = type(entry.instructions[0])(
-            name=f"given.{name}", opcode="parameter", id=fresh + 1 + number, parameter_number=count + number
+            name=f"given.{name}", opcode="parameter", id=fresh + number, parameter_number=count + number
         )
         parameter.shape.CopyFrom(by_name[name].shape)
         given[by_name[name].id] = parameter.id
@@ -125,7 +134,7 @@ def recompute_values(proto: bytes, names: Sequence[str]) -> bytes:
         if instruction.id != entry.root_id:
             instruction.operand_ids[:] = [given.get(i, i) for i in instruction.operand_ids]
     _replace_all(entry.instructions, [*made, *entry.instructions])
-    return _written(module)
+    return write_module(module)
 
 
 def _computes(instruction: Any, by_id: Mapping[int, Any]) -> bool:
@@ -136,24 +145,8 @@ def _computes(instruction: Any, by_id: Mapping[int, Any]) -> bool:
     return bool(instruction.opcode != "convert" or narrows)
 
 
-def _give(module: Any, names: Sequence[str]) -> None:
-    """A tuple of the values becomes the root."""
-    entry = _entry(module)
-    by_name = {instruction.name: instruction for instruction in entry.instructions}
-    fresh = 1 + max(i.id for computation in module.computations for i in computation.instructions)
-    root = entry.instructions.add(name=f"tuple.{fresh}", opcode="tuple", id=fresh)
-    root.shape.element_type = _TUPLE
-    for name in names:
-        root.operand_ids.append(by_name[name].id)
-        root.shape.tuple_shapes.add().CopyFrom(by_name[name].shape)
-    entry.root_id = root.id
-    for program in (entry.program_shape, module.host_program_shape):
-        program.result.CopyFrom(root.shape)
-
-
-def _widen_program(program: Any) -> None:
-    for shape in (*program.parameters, program.result):
-        _widen_shape(shape)
+def _last_id(module: Any) -> int:
+    return int(max(i.id for computation in module.computations for i in computation.instructions))
 
 
 def _widen_shape(shape: Any) -> None:
@@ -164,19 +157,6 @@ def _widen_shape(shape: Any) -> None:
 
 
 def _replace_all(instructions: Any, wanted: Iterable[Any]) -> None:
-    copies = []
-    for instruction in wanted:
-        copy = type(instruction)()
-        copy.CopyFrom(instruction)
-        copies.append(copy)
+    copies = [copy.deepcopy(instruction) for instruction in wanted]
     del instructions[:]
     instructions.extend(copies)
-
-
-def _entry(module: Any) -> Any:
-    return next(one for one in module.computations if one.id == module.entry_computation_id)
-
-
-def _written(module: Any) -> bytes:
-    proto: bytes = module.SerializeToString(deterministic=True)
-    return proto

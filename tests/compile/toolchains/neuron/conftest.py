@@ -7,8 +7,8 @@ from contextlib import ExitStack
 
 import pytest
 
-from fluxkiln.compile.toolchains.neuron.canonical import canonicalise
 from fluxkiln.compile.toolchains.neuron.frontend import lower_module
+from fluxkiln.compile.toolchains.neuron.hlo_module import canonicalise
 from fluxkiln.compile.toolchains.neuron.replicas import Replicas
 from fluxkiln.types import TensorSpec
 

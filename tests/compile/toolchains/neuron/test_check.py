@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fluxkiln.compile.toolchains.neuron.canonical import canonicalise
 from fluxkiln.compile.toolchains.neuron.check import check_hlo
 from fluxkiln.compile.toolchains.neuron.frontend import lower_module
-from fluxkiln.compile.toolchains.neuron.hlo_proto import parse_module
+from fluxkiln.compile.toolchains.neuron.hlo_module import canonicalise, parse_module
 from fluxkiln.errors import CompileError
 from fluxkiln.types import TensorSpec
 

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 from fluxkiln.compile.toolchains.neuron import frontend
-from fluxkiln.compile.toolchains.neuron.canonical import canonicalise
 from fluxkiln.compile.toolchains.neuron.check import check_hlo
 from fluxkiln.compile.toolchains.neuron.frontend import load_frontend, lower_module
-from fluxkiln.compile.toolchains.neuron.hlo_proto import parse_module
+from fluxkiln.compile.toolchains.neuron.hlo_module import canonicalise, parse_module
 from fluxkiln.compile.toolchains.neuron.replicas import Replicas
 from fluxkiln.errors import CompileError, ToolchainError
 from fluxkiln.patches.flux1.model import MODEL

@@ -181,8 +181,8 @@ def test_one_bit_of_a_shard_is_seen_where_no_value_shows_it(looked):
 
 def lowered(looked, spoil):
     """The part's rung `split` with a module that `spoil` changed."""
-    from fluxkiln.compile.toolchains.neuron.canonical import canonicalise
     from fluxkiln.compile.toolchains.neuron.frontend import lower_module
+    from fluxkiln.compile.toolchains.neuron.hlo_module import canonicalise
     from fluxkiln.patches.collectives import ThreadRanks
 
     def build(collectives):

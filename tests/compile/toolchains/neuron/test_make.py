@@ -17,9 +17,8 @@ from fluxkiln.build.verification import record, verify
 from fluxkiln.cli.main import main
 from fluxkiln.compile.plan import Made
 from fluxkiln.compile.toolchains.neuron import rungs as replicating
-from fluxkiln.compile.toolchains.neuron.make import SplitModel
+from fluxkiln.compile.toolchains.neuron.make import SplitModel, resume_compile
 from fluxkiln.compile.toolchains.neuron.modules import lower_modules, module_name
-from fluxkiln.compile.toolchains.neuron.resume import resume_compile
 from fluxkiln.compile.toolchains.neuron.split import shard_weights
 from fluxkiln.errors import IntegrityError, ParityError, ResourceError, ToolchainError, UsageError
 from fluxkiln.export.shard_files import read_shard

@@ -8,8 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fluxkiln.compile.toolchains.neuron.hlo_proto import parse_module
-from fluxkiln.compile.toolchains.neuron.replicas import Replicas, run_replicas
+from fluxkiln.compile.toolchains.neuron.hlo_module import parse_module
+from fluxkiln.compile.toolchains.neuron.replicas import Replicas
 from fluxkiln.errors import CompileError, ResourceError
 
 pytest.importorskip("jax")
@@ -88,7 +88,8 @@ def test_wrong_arguments_are_named(replicas, lower_block, block_arguments):
 
 
 def test_one_call_runs_once_and_leaves_nothing(lower_block, block_arguments, tmp_path):
-    found = run_replicas(lower_block(2)[1], block_arguments(2), 2)
+    with Replicas(2) as process:
+        found = process.run(process.load(lower_block(2)[1]), block_arguments(2))
     assert [[array.shape for array in rank] for rank in found] == [[(1, 6, 32), (1, 6, 32)]] * 2
     with Replicas(1, tmp_path / "logs" / "xla.log") as process:
         scratch, worker = process._scratch.name, process._process

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fluxkiln.compile.toolchains.neuron.hlo_proto import ELEMENTS, parse_module
+from fluxkiln.compile.toolchains.neuron.hlo_module import ELEMENTS, parse_module
 from fluxkiln.compile.toolchains.neuron.values import list_values, recompute_values, show_values, widen
 from fluxkiln.errors import CompileError
 

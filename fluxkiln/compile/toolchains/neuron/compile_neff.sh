@@ -1,22 +1,4 @@
-"""`compile_neff.sh`: the compile stage as a shell script, for a machine that has the Neuron SDK and no fluxkiln."""
-
-from __future__ import annotations
-
-import json
-import shlex
-from collections.abc import Sequence
-
-from fluxkiln.compile.target import Target
-from fluxkiln.compile.toolchains.neuron.neff import (
-    HLO_SUFFIX,
-    RECORD_SCHEMA,
-    FlagPreset,
-    ModuleJob,
-    compile_flags,
-)
-
-# Filled in: @TARGET@, @NAMES@, @CHECKS@, @COMPILES@, @SCHEMA@, @COUNT@.
-_TEMPLATE = r"""#!/bin/sh
+#!/bin/sh
 # Compiles the HLO modules of this folder for --target=@TARGET@ with the Neuron SDK's neuronx-cc. Runs anywhere, no
 # device is needed. Written by fluxkiln; it can be stopped and started again at any time.
 #
@@ -160,41 +142,3 @@ if [ -n "$failed" ]; then
     exit 1
 fi
 say "Finished: $made compiled, $kept from before, in $here/neff. Go on with: fluxkiln compile --resume"
-"""
-
-
-def compile_script(jobs: Sequence[ModuleJob], target: Target, preset: FlagPreset = "default") -> str:
-    """The script for a folder with the modules in `hlo/`, which compiles them to `neff/`.
-
-    It checks every module's sha256 first, keeps what this compiler version made of the same module with the same flags,
-    and puts each finished file in its place by renaming, with the record that `read_neffs` reads.
-    """
-    filled = {
-        "@TARGET@": target.chip,
-        "@NAMES@": " ".join(job.name for job in jobs),
-        "@COUNT@": str(len(jobs)),
-        "@SCHEMA@": RECORD_SCHEMA,
-        "@CHECKS@": "\n".join(_line("check_module", _file(job), _hex(job)) for job in jobs),
-        "@COMPILES@": "\n".join(_compile_line(job, compile_flags(job.form, target, preset)) for job in jobs),
-    }
-    text = _TEMPLATE
-    for mark, value in filled.items():
-        text = text.replace(mark, value)
-    return text
-
-
-def _compile_line(job: ModuleJob, flags: Sequence[str]) -> str:
-    as_json = json.dumps(flags, separators=(",", ":"))
-    return _line("compile_module", job.name, _file(job), _hex(job), as_json, *flags)
-
-
-def _line(*words: str) -> str:
-    return " ".join(map(shlex.quote, words))
-
-
-def _file(job: ModuleJob) -> str:
-    return f"hlo/{job.name}{HLO_SUFFIX}"
-
-
-def _hex(job: ModuleJob) -> str:
-    return job.digest.removeprefix("sha256:")

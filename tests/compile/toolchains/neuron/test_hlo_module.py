@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fluxkiln.compile.toolchains.neuron.canonical import canonicalise, listed_groups
-from fluxkiln.compile.toolchains.neuron.hlo_proto import entry_parameters, parse_module
+from fluxkiln.compile.toolchains.neuron.hlo_module import canonicalise, entry_parameters, listed_groups, parse_module
 from fluxkiln.errors import CompileError
 
 pytest.importorskip("jax")
@@ -20,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[4]
 ELSEWHERE = """
 import sys, torch
 from fluxkiln.types import TensorSpec
-from fluxkiln.compile.toolchains.neuron.canonical import canonicalise
+from fluxkiln.compile.toolchains.neuron.hlo_module import canonicalise
 from fluxkiln.compile.toolchains.neuron.frontend import lower_module
 
 class Another(torch.nn.Module):

@@ -1,4 +1,5 @@
-"""One form for equal HLO modules, which older readers of the proto take too.
+"""HLO module protos: read by descriptors of our own, without TensorFlow or a generated file, and in one form for equal
+modules, which older readers of the proto take too.
 
 jaxlib numbers instructions beyond 32 bits, on which a Neuron compiler was seen to end, names them after Python
 functions, records source files, and writes replica groups into a field that older readers do not know.
@@ -6,20 +7,98 @@ functions, records source files, and writes replica groups into a field that old
 
 from __future__ import annotations
 
+import functools
+import tomllib
+from pathlib import Path
 from typing import Any
 
-from fluxkiln.compile.toolchains.neuron.hlo_proto import parse_module
 from fluxkiln.errors import CompileError
+from fluxkiln.types import TensorSpec
 
-_MODULE_NAME = "module"
+# PrimitiveType -> name as XLA's text form has it, bytes of an element
+ELEMENTS = {
+    1: ("pred", 1), 2: ("s8", 1), 3: ("s16", 2), 4: ("s32", 4), 5: ("s64", 8), 6: ("u8", 1), 7: ("u16", 2),
+    8: ("u32", 4), 9: ("u64", 8), 10: ("f16", 2), 11: ("f32", 4), 12: ("f64", 8), 13: ("tuple", 0), 15: ("c64", 8),
+    16: ("bf16", 2), 17: ("token", 0), 18: ("c128", 16),
+}  # fmt: skip
+_NUMPY_NAMES = {"pred": "bool", "s32": "int32", "f32": "float32", "bf16": "bfloat16", "s64": "int64", "f64": "float64"}
+
 _ALIASES = ("input_output_alias", "buffer_donor")
 # what it would mean is not known; it never was anything yet
 _EMPTY = ("newer_98", "result_accuracy")
 # where it came from, and what only a profiler or a partitioner reads
-_STRIPPED = {
-    "module": ("stack_frame_index", "frontend_attributes", "original_value_recovery_table", "id", *_ALIASES),
-    "instruction": ("metadata", "frontend_attributes", "statistics_viz", "original_value", *_EMPTY),
-}
+_STRIPPED_OF_MODULE = ("stack_frame_index", "frontend_attributes", "original_value_recovery_table", "id", *_ALIASES)
+_STRIPPED_OF_INSTRUCTION = ("metadata", "frontend_attributes", "statistics_viz", "original_value", *_EMPTY)
+
+
+def parse_module(proto: bytes) -> Any:
+    """An HloModuleProto, fields as in `hlo_fields.toml`.
+
+    Raises:
+        CompileError: the bytes are no HLO module, or hold a field that is not described, which might be an id or a path
+            that the canonical form has to know of.
+    """
+    from google.protobuf.message import DecodeError
+
+    module = _module_class()()
+    try:
+        module.ParseFromString(proto)
+    except DecodeError as error:
+        raise CompileError(
+            f"{len(proto)} bytes that are no HLO module proto ({error}); lower the module again"
+        ) from error
+    known = module.ByteSize()
+    module.DiscardUnknownFields()
+    if module.ByteSize() != known or not module.computations:
+        raise CompileError(
+            f"the HLO module {module.name!r} has {known - module.ByteSize()} bytes in fields that are not known here "
+            f"and {len(module.computations)} computations; lower it with the pinned jaxlib, or describe the field in "
+            "fluxkiln/compile/toolchains/neuron/hlo_fields.toml"
+        )
+    return module
+
+
+@functools.cache
+def _module_class() -> Any:
+    from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+    field_type: Any = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(name="fluxkiln/hlo.proto", package="fluxkiln.hlo", syntax="proto3")
+    messages = tomllib.loads(Path(__file__).with_name("hlo_fields.toml").read_text("utf-8"))
+    for message, fields in messages.items():
+        described = file.message_type.add(name=message)
+        for field in fields.split(","):
+            name, number, kind = field.split()
+            label = field_type.LABEL_REPEATED if kind.endswith("*") else field_type.LABEL_OPTIONAL
+            added = described.field.add(name=name, number=int(number), label=label)
+            kind = kind.removesuffix("*")
+            if kind in messages:
+                added.type, added.type_name = field_type.TYPE_MESSAGE, f".fluxkiln.hlo.{kind}"
+            else:
+                added.type = getattr(field_type, f"TYPE_{kind.upper()}")
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("fluxkiln.hlo.Module"))
+
+
+def write_module(module: Any) -> bytes:
+    """The bytes of a parsed module: of equal ones the same."""
+    proto: bytes = module.SerializeToString(deterministic=True)
+    return proto
+
+
+def entry_computation(module: Any) -> Any:
+    """What the module runs; its other computations are called from there."""
+    return next(one for one in module.computations if one.id == module.entry_computation_id)
+
+
+def entry_parameters(proto: bytes) -> tuple[TensorSpec, ...]:
+    """What a module takes, in order, named after their number; errors as `parse_module`."""
+    shapes = parse_module(proto).host_program_shape.parameters
+    return tuple(
+        TensorSpec(f"p{index}", tuple(shape.dimensions), _NUMPY_NAMES.get(ELEMENTS[shape.element_type][0], "unknown"))
+        for index, shape in enumerate(shapes)
+    )
 
 
 def canonicalise(proto: bytes) -> bytes:
@@ -38,8 +117,8 @@ def canonicalise(proto: bytes) -> bytes:
             raise CompileError(
                 f"the module gives its inputs away ({field}), weights must outlive a run; lower it without donation"
             )
-    _strip(module, "module")
-    module.name = _MODULE_NAME
+    _strip(module, _STRIPPED_OF_MODULE)
+    module.name = "module"
     computations: dict[int, int] = {}
     count = 0
     for number, computation in enumerate(module.computations, start=1):
@@ -58,8 +137,7 @@ def canonicalise(proto: bytes) -> bytes:
         computation.name = "main" if computation.id == entry else f"region_{computation.id}"
     module.entry_computation_name = "main"
     _name_parameters(module.host_program_shape)
-    canonical: bytes = module.SerializeToString(deterministic=True)
-    return canonical
+    return write_module(module)
 
 
 def listed_groups(instruction: Any) -> tuple[tuple[int, ...], ...]:
@@ -96,7 +174,7 @@ def _renumber(instruction: Any, number: int, instructions: dict[int, int], compu
                 f"{instruction.name} has {field} {getattr(instruction, field)!r}, which can only be dropped when it "
                 "is empty; lower it with the pinned jaxlib"
             )
-    _strip(instruction, "instruction")
+    _strip(instruction, _STRIPPED_OF_INSTRUCTION)
     what = f"instruction {number} ({instruction.opcode})"
     groups = listed_groups(instruction)
     instruction.ClearField("collective_device_list")
@@ -111,8 +189,8 @@ def _renumber(instruction: Any, number: int, instructions: dict[int, int], compu
     instruction.name = f"{instruction.opcode}.{number}"
 
 
-def _strip(message: Any, kind: str) -> None:
-    for field in _STRIPPED[kind]:
+def _strip(message: Any, fields: tuple[str, ...]) -> None:
+    for field in fields:
         message.ClearField(field)
 
 

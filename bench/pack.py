@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from bench.figure import Figure, one_core, ratio, repeat
-from fluxkiln.quantize.pack import pack_int4, pack_int8
+from tests.quantize.weights import pack_int4, pack_int8
 
 ROWS, COLUMNS, GROUP = 12288, 3072, 64
 TIMES = 5
@@ -24,9 +24,9 @@ def measure() -> Figure:
     theirs: Any = DefaultWeightOnlyQuantizer(DefaultWeightOnlyQuantConfig(block_size=GROUP, is_symmetric=False, bits=4))
     transposed = np.ascontiguousarray(wide_OI.T)
     works: dict[str, Callable[[], Any]] = {
-        "fluxkiln `pack_int4`, bfloat16 in": lambda: pack_int4(narrow_OI, GROUP),
-        "fluxkiln `pack_int4`, float32 in": lambda: pack_int4(wide_OI, GROUP),
-        "fluxkiln `pack_int8`, bfloat16 in": lambda: pack_int8(narrow_OI, GROUP),
+        "fluxkiln, 4 bits, bfloat16 in": lambda: pack_int4(narrow_OI, GROUP),
+        "fluxkiln, 4 bits, float32 in": lambda: pack_int4(wide_OI, GROUP),
+        "fluxkiln, 8 bits, bfloat16 in": lambda: pack_int8(narrow_OI, GROUP),
         "ONNX Runtime MatMulNBits quantizer, float32 in, already transposed": lambda: theirs.qbits_block_quant(
             transposed
         ),

@@ -8,11 +8,11 @@ import ml_dtypes
 import numpy as np
 
 from bench.figure import Figure, cpu_seconds, one_core, ratio
-from fluxkiln.quantize.calibration import DEFAULT_BLOCK
+from fluxkiln.quantize.calibration import DEFAULT_BLOCK, Statistics
 from fluxkiln.quantize.pack import dequantize
-from fluxkiln.quantize.rounding import pack_matrix, pack_sided
+from fluxkiln.quantize.rounders import pack_sided
 from fluxkiln.quantize.schemes import parse_scheme
-from fluxkiln.quantize.statistics import Statistics, gather
+from tests.quantize.weights import gather, pack_matrix
 
 WIDTH, GROUP, BLOCK = 3072, 64, DEFAULT_BLOCK
 ROWS_SEEN, ROWS_UNSEEN = 4096, 512

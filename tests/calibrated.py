@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from fluxkiln.compile.weights import calibration_action, component_digest
-from fluxkiln.quantize.calibration import open_calibration
-from fluxkiln.quantize.sums import Sums
+from fluxkiln.quantize.calibration import Sums, open_calibration
 from fluxkiln.types import find_part
 from tests.builds import altered
 

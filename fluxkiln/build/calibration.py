@@ -25,8 +25,7 @@ from fluxkiln.errors import UsageError
 from fluxkiln.files import digest_file, disk_full_named
 from fluxkiln.patches.pipeline import Sampling, quiet
 from fluxkiln.progress import FROM_STORE, Progress, Silent
-from fluxkiln.quantize.calibration import DEFAULT_BLOCK, Calibration, open_calibration
-from fluxkiln.quantize.sums import Sums
+from fluxkiln.quantize.calibration import DEFAULT_BLOCK, Calibration, Sums, open_calibration
 from fluxkiln.settings import Settings
 
 DEFAULT_PROMPTS = Path(__file__).parents[1] / "quantize" / "prompts.txt"

@@ -260,7 +260,7 @@ def write_packed(
     import numpy as np
 
     from fluxkiln.quantize.pack import pack_by, to_bf16_bits
-    from fluxkiln.quantize.rounding import make_rounder
+    from fluxkiln.quantize.rounders import make_rounder
 
     header: dict[str, Any] = {}
     position = 0

@@ -26,7 +26,7 @@ from fluxkiln.compile.weights import CalibratedSlots, part_calibration, part_rou
 from fluxkiln.export.bindings import BoundWeights, bind_part, weight_reader
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.quantize.methods import Source, find_method
-from fluxkiln.quantize.rounding import pack_sided
+from fluxkiln.quantize.rounders import pack_sided
 from fluxkiln.quantize.schemes import Scheme
 from fluxkiln.quantize.side_tensors import PackerOf, SidedWeight, SideTensors, split_slot
 from fluxkiln.types import Part, Template, WeightReader

@@ -17,7 +17,7 @@ from fluxkiln.compile.weights import part_rounders
 from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.quantize.pack import RounderOf
-from fluxkiln.quantize.rounding import as_compiler
+from fluxkiln.quantize.rounders import as_compiler
 from fluxkiln.quantize.schemes import Scheme
 from fluxkiln.types import PartRunner, WeightReader, find_part
 
@@ -109,7 +109,7 @@ def _sided(reader: WeightReader, scheme: Scheme, quantized: set[str], packer_of:
 def _stored(
     reader: WeightReader, scheme: Scheme, quantized: set[str], rounder_of: RounderOf, slot: str
 ) -> NDArray[Any]:
-    from fluxkiln.quantize.stored import stored_weight
+    from fluxkiln.quantize.rounders import stored_weight
 
     rounder = rounder_of(slot, None) if slot in quantized and scheme.weight_bits else None
     return stored_weight(reader(slot), scheme, slot in quantized, rounder)

@@ -17,11 +17,10 @@ from fluxkiln.digests import digest_json
 from fluxkiln.errors import SchemeError
 from fluxkiln.export.bindings import bind_part
 from fluxkiln.export.checkpoint import Checkpoint
-from fluxkiln.quantize.calibration import Calibration, open_calibration
+from fluxkiln.quantize.calibration import Calibration, Statistics, open_calibration
 from fluxkiln.quantize.pack import Rounder, RounderOf
-from fluxkiln.quantize.rounding import as_compiler, make_rounder
+from fluxkiln.quantize.rounders import as_compiler, make_rounder
 from fluxkiln.quantize.schemes import Scheme
-from fluxkiln.quantize.statistics import Statistics
 from fluxkiln.types import Part, SlotBinding, TensorRef
 
 

@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fluxkiln.errors import SchemeError
+from fluxkiln.quantize.calibration import Statistics
 from fluxkiln.quantize.pack import bf16_to_float32
 from fluxkiln.quantize.search import SHRINKS, fit_group
-from fluxkiln.quantize.statistics import Statistics
 
 # of the mean diagonal of H, added to it: what few samples say of channels that hardly move is not believed
 DAMPING = 0.02

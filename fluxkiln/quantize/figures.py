@@ -8,14 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from fluxkiln.errors import SchemeError
-from fluxkiln.quantize.pack import bf16_to_float32, dequantize, pack_by, to_bf16_bits
-from fluxkiln.quantize.rounding import inspect_groups, make_rounder, pack_sided
+from fluxkiln.quantize.calibration import Statistics, output_error
+from fluxkiln.quantize.pack import dequantize, pack_by, to_bf16_bits
+from fluxkiln.quantize.rounders import make_rounder, pack_sided, stored_weight
 from fluxkiln.quantize.schemes import Scheme, stored_size
-from fluxkiln.quantize.statistics import Statistics, output_error
 
 # elements that are in float32 at a time
 _BLOCK = 1 << 21
@@ -32,7 +33,7 @@ class Figures:
         output_error: relative L2 of what it makes of the inputs that were calibrated on; NaN without calibration.
         size: bytes as the chip stores them.
         seconds: of one core, to find the codes.
-        one_signed, empty: groups, see `rounding.GroupCounts`.
+        one_signed, empty: groups, see `count_groups`.
     """
 
     scheme: str
@@ -76,10 +77,10 @@ def measure(
         rows = read_rows(start, stop)
         exact = rows.astype(np.float32)
         if scheme.weight_bits:
-            counts = inspect_groups(rows, scheme.group_size, scheme.weight_bits)
-            one_signed, empty = one_signed + counts.one_signed, empty + counts.empty
-            if not counts.finite:
+            if not np.isfinite(exact).all():
                 raise SchemeError("the weight has NaN or infinite values, which have no code; fetch it again")
+            counts = count_groups(rows, scheme.group_size, scheme.weight_bits)
+            one_signed, empty = one_signed + counts[0], empty + counts[1]
         if sided_matrix is not None:
             stored = sided_matrix[start:stop]
         elif rounder is not None:
@@ -88,7 +89,7 @@ def measure(
             taken += time.thread_time() - started
             stored = dequantize(packed, scheme.group_size)
         else:
-            stored = _unquantized(exact, scheme)
+            stored = stored_weight(exact, scheme, False)
         error = stored - exact
         wrong += float(np.vdot(error, error))
         whole += float(np.vdot(exact, exact))
@@ -101,7 +102,34 @@ def measure(
     return Figures(scheme.name, weight_error, output, size, math.prod(shape), taken, one_signed, empty)
 
 
-def _unquantized(values: NDArray[np.float32], scheme: Scheme) -> NDArray[np.float32]:
-    if scheme.arithmetic == "BF16":
-        return bf16_to_float32(to_bf16_bits(values))
-    return values.astype(np.float16).astype(np.float32) if scheme.arithmetic == "F16" else values
+def count_groups(weight_OI: NDArray[Any], group_size: int, bits: int = 4) -> tuple[int, int]:
+    """How many groups of a weight deserve a look.
+
+    Returns:
+        one_signed: without a value of the other sign, and further from 0 than half a step of the compiler's: it clips
+        their zero point, and what is left of them is no longer where they were.
+        empty: nothing but zeros; they are stored as such.
+    """
+    one_signed, empty = _count(to_bf16_bits(weight_OI), group_size, np.float32((1 << bits) - 1))
+    return int(one_signed), int(empty)
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _count(words: Any, group_size: Any, top: Any) -> Any:
+    wide = np.empty(group_size, np.uint32)
+    values = wide.view(np.float32)
+    clipped = empty = 0
+    for row in range(words.shape[0]):
+        for start in range(0, words.shape[1], group_size):
+            for i in range(group_size):
+                wide[i] = np.uint32(words[row, start + i]) << np.uint32(16)
+            low = values[0]
+            high = values[0]
+            for i in range(group_size):
+                low, high = min(low, values[i]), max(high, values[i])
+            step = max(high - low, np.float32(1e-5)) / top
+            if low == 0 and high == 0:
+                empty += 1
+            elif low > np.float32(0.5) * step or high < np.float32(-0.5) * step:
+                clipped += 1
+    return clipped, empty

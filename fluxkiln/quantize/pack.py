@@ -42,26 +42,6 @@ class PackedWeight:
     bits: Literal[4, 8] = 4
 
 
-def pack_int4(weight_OI: NDArray[Any], group_size: int) -> PackedWeight:
-    """Pack a linear weight into 4-bit groups along the input axis.
-
-    Args:
-        weight_OI: [out_features, in_features], float32 or bfloat16 (ml_dtypes).
-        group_size: input channels that share one scale.
-
-    Raises:
-        SchemeError: in_features is not a multiple of group_size.
-
-    Source: the module docstring.
-    """
-    return pack_by(pack_into, weight_OI, group_size, 4)
-
-
-def pack_int8(weight_OI: NDArray[Any], group_size: int) -> PackedWeight:
-    """`pack_int4` with 8-bit codes, one a byte."""
-    return pack_by(pack_into, weight_OI, group_size, 8)
-
-
 def pack_by(rounder: Rounder, weight_OI: NDArray[Any], group_size: int, bits: int) -> PackedWeight:
     """A whole weight as a rounder packs it; SchemeError where in_features is not a multiple of the group size."""
     packed = empty_packed(weight_OI.shape, group_size, bits)

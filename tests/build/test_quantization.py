@@ -20,9 +20,9 @@ from fluxkiln.patches.flux1.model import MODEL
 from fluxkiln.patches.model import block_kinds
 from fluxkiln.quantize.pack import PackedWeight, bf16_to_float32, dequantize
 from fluxkiln.quantize.recipes import Stacks, parse_rules
-from fluxkiln.quantize.rounding import pack_matrix
 from fluxkiln.quantize.schemes import parse_scheme
 from fluxkiln.settings import Settings
+from tests.quantize.weights import pack_matrix
 
 CALIBRATED = ("text_encoder_2", "transformer")
 STACKS = Stacks(block_kinds(MODEL), MODEL.kinds)

@@ -33,16 +33,16 @@ from fluxkiln.compile.weights import (
 from fluxkiln.errors import CheckpointError, SchemeError
 from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.progress import Silent
-from fluxkiln.quantize.calibration import open_calibration
-from fluxkiln.quantize.rounding import as_compiler, pack_matrix
+from fluxkiln.quantize.calibration import Sums, open_calibration
+from fluxkiln.quantize.rounders import as_compiler
 from fluxkiln.quantize.schemes import parse_scheme
-from fluxkiln.quantize.sums import Sums
 from fluxkiln.settings import Settings
 from fluxkiln.types import Shapes
 from fluxkiln.verify.gates import first_bad_rung
 from fluxkiln.verify.metrics import compare
 from tests.builds import chip_ladder, climbed
 from tests.calibrated import COMPONENT, NAME, one_part
+from tests.quantize.weights import pack_matrix
 
 SLOT = "attn.to_q.weight__t"
 

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 
 from fluxkiln.errors import SchemeError
+from fluxkiln.quantize.calibration import Statistics
 from fluxkiln.quantize.columns import BELIEF, DAMPING, ColumnRounder
 from fluxkiln.quantize.pack import bf16_to_float32, dequantize, empty_packed
-from fluxkiln.quantize.rounding import pack_matrix
 from fluxkiln.quantize.schemes import parse_scheme
-from fluxkiln.quantize.statistics import Statistics, gather
-from tests.quantize.weights import make_inputs, make_weight, relative_error
+from tests.quantize.weights import gather, make_inputs, make_weight, pack_matrix, relative_error
 
 WIDTH = 256
 SEEN, UNSEEN = make_inputs(2048, WIDTH, 1), make_inputs(512, WIDTH, 2)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 
+import ml_dtypes
 import numpy as np
 import pytest
 
 from fluxkiln.errors import SchemeError
 from fluxkiln.quantize import figures
-from fluxkiln.quantize.figures import measure
+from fluxkiln.quantize.figures import count_groups, measure
+from fluxkiln.quantize.pack import dequantize
 from fluxkiln.quantize.schemes import parse_scheme, stored_size
-from fluxkiln.quantize.statistics import gather
-from tests.quantize.weights import make_inputs, make_weight, relative_error
+from tests.quantize.weights import gather, make_inputs, make_weight, pack_int4, relative_error
 
 SHAPE = (320, 256)
 INPUTS = make_inputs(512, 256, 1)
@@ -68,11 +69,30 @@ def test_unquantized_weights_have_no_error_of_their_own():
     assert 0 < of(make_weight("gaussian", SHAPE) * np.float32(1.1), "BF16").weight_error < 3e-3
 
 
-def test_what_cannot_be_measured_is_refused():
-    weight = make_weight("gaussian", SHAPE)
-    weight[200, 3] = np.nan
-    with pytest.raises(SchemeError, match="NaN"):
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_what_is_not_finite_is_refused(value, dtype):
+    weight = make_weight("gaussian", SHAPE).astype(dtype)
+    weight[200, 3] = value
+    with pytest.raises(SchemeError, match="NaN or infinite"):
         of(weight, "W4BF16")
+
+
+def test_a_method_without_its_calibration_is_refused():
     for name in ("W4BF16-gptq", "W4BF16-awq"):
         with pytest.raises(SchemeError, match="needs calibration"):
             of(make_weight("gaussian", SHAPE), name)
+
+
+def test_groups_of_one_sign_are_counted():
+    weight = make_weight("gaussian", (4, 256)).astype(np.float32)
+    weight[0, :64] = 0.5 + 0.1 * np.random.default_rng(0).random(64)  # the compiler destroys this one
+    weight[1, 64:128] = -weight[0, :64]
+    weight[2, 128:192] = 0
+    weight[3, 192:] = np.abs(weight[3, 192:])  # one sign, but it begins at 0
+    weight[3, 192] = 0
+    for given in (weight.astype(ml_dtypes.bfloat16), weight.astype(ml_dtypes.bfloat16).astype(np.float32)):
+        assert count_groups(given, 64) == (2, 1)
+    # exactly those are far off when they are packed as the compiler does
+    off = np.abs(dequantize(pack_int4(weight, 64), 64) - weight).reshape(4, -1, 64).max(-1) > 0.2
+    assert off.sum() == 2

@@ -13,9 +13,9 @@ import fluxkiln
 from fluxkiln.errors import SchemeError
 from fluxkiln.quantize import methods
 from fluxkiln.quantize.methods import Method, find_method, method_names
-from fluxkiln.quantize.rounding import make_rounder, pack_matrix
+from fluxkiln.quantize.rounders import make_rounder
 from fluxkiln.quantize.schemes import parse_scheme
-from tests.quantize.weights import make_weight
+from tests.quantize.weights import make_weight, pack_matrix
 
 PACKAGE = Path(fluxkiln.__file__).parent
 

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from fluxkiln.quantize.pack import bf16_to_float32, dequantize
-from fluxkiln.quantize.rounding import pack_matrix
 from fluxkiln.quantize.schemes import parse_scheme
-from tests.quantize.weights import make_weight, relative_error
+from tests.quantize.weights import make_weight, pack_matrix, relative_error
 
 SHAPE = (64, 1024)
 DISTRIBUTIONS = ("gaussian", "uniform", "student", "cauchy", "channels")

@@ -12,11 +12,10 @@ import pytest
 from fluxkiln.errors import SchemeError
 from fluxkiln.quantize.methods.svd import find_branch
 from fluxkiln.quantize.pack import bf16_to_float32, dequantize
-from fluxkiln.quantize.rounding import pack_sided
+from fluxkiln.quantize.rounders import pack_sided
 from fluxkiln.quantize.schemes import parse_scheme
 from fluxkiln.quantize.side_tensors import DOWN, RECIPROCALS, ROLES, UP, SideTensors, side_slot, split_slot
-from fluxkiln.quantize.statistics import gather
-from tests.quantize.weights import make_inputs, make_weight, relative, relative_error
+from tests.quantize.weights import gather, make_inputs, make_weight, relative, relative_error
 
 WIDTH = 256
 SEEN, UNSEEN = make_inputs(2048, WIDTH, 1), make_inputs(512, WIDTH, 2)
@@ -90,7 +89,7 @@ def test_shuffled_calibration_shows():
 
 THREADS = """
 import hashlib, sys
-from fluxkiln.quantize.rounding import pack_sided
+from fluxkiln.quantize.rounders import pack_sided
 from fluxkiln.quantize.schemes import parse_scheme
 from tests.quantize.weights import make_weight
 made = pack_sided(make_weight("student", (700, 1024)), parse_scheme("W4BF16-svd-r24"))

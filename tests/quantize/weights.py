@@ -5,9 +5,21 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
+from fluxkiln.quantize.calibration import Statistics
 from fluxkiln.quantize.pack import dequantize, pack_by, pack_into
-from fluxkiln.quantize.rounding import pack_matrix
+from fluxkiln.quantize.rounders import make_rounder
 from fluxkiln.quantize.schemes import parse_scheme
+
+
+def gather(inputs_NI, block):
+    """Statistics of inputs that are all in memory; `block` channels in each block, 0 for all of them in one."""
+    count, width = inputs_NI.shape
+    side = block or width
+    blocks = []
+    for start in range(0, width, side):
+        some = inputs_NI[:, start : start + side]
+        blocks.append((some.T @ some / np.float32(count)).astype(np.float32))
+    return Statistics(tuple(blocks), np.abs(inputs_NI).mean(0, dtype=np.float64).astype(np.float32), count)
 
 
 def pack_int4(weight, group_size):
@@ -16,6 +28,10 @@ def pack_int4(weight, group_size):
 
 def pack_int8(weight, group_size):
     return pack_by(pack_into, weight, group_size, 8)
+
+
+def pack_matrix(weight, scheme, statistics=None):
+    return pack_by(make_rounder(scheme, statistics), weight, scheme.group_size, scheme.weight_bits)
 
 
 def make_weight(kind, shape, seed=0):

@@ -297,7 +297,7 @@ def _quantized(
 ) -> dict[str, list[NodeProto]]:
     """MatMulNBits for every product, by the name of its output; each slot is read once."""
     from fluxkiln.quantize.pack import pack_by
-    from fluxkiln.quantize.rounding import make_rounder
+    from fluxkiln.quantize.rounders import make_rounder
 
     by_slot: dict[str, dict[str, _MatMul]] = defaultdict(dict)
     for output, matmul in matmuls.items():

@@ -18,8 +18,8 @@ from fluxkiln.quantize.side_tensors import RECIPROCALS, SideTensors
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from fluxkiln.quantize.calibration import Statistics
     from fluxkiln.quantize.pack import Rounder
-    from fluxkiln.quantize.statistics import Statistics
 
 
 @dataclass(frozen=True, slots=True)

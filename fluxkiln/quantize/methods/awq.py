@@ -17,7 +17,7 @@ from fluxkiln.quantize.side_tensors import RECIPROCALS, SideTensors
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from fluxkiln.quantize.statistics import Statistics
+    from fluxkiln.quantize.calibration import Statistics
 
 _EXPONENTS = tuple(step / 12 for step in range(12))
 
@@ -32,7 +32,7 @@ def side_tensors(
     """
     import numpy as np
 
-    from fluxkiln.quantize.statistics import mean_statistics
+    from fluxkiln.quantize.calibration import mean_statistics
 
     known = [source.statistics for source in sources if source.statistics is not None]
     if not known:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from fluxkiln.quantize.methods import Method
 
 if TYPE_CHECKING:
+    from fluxkiln.quantize.calibration import Statistics
     from fluxkiln.quantize.pack import Rounder
-    from fluxkiln.quantize.statistics import Statistics
 
 
 def rounder(statistics: Statistics | None, symmetric: bool) -> Rounder:

@@ -15,7 +15,7 @@ from fluxkiln.quantize.side_tensors import DOWN, UP, SideTensors, check_rank
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from fluxkiln.quantize.statistics import Statistics
+    from fluxkiln.quantize.calibration import Statistics
 
 # of a matrix that are in float64 at a time
 _ROWS = 512

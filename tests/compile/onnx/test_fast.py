@@ -12,7 +12,7 @@ from fluxkiln.compile.onnx.fast import quantize_activations
 from fluxkiln.compile.onnx.packed import CONTRIB, packed_matmul
 from fluxkiln.compile.onnx.session import make_session, open_session
 from fluxkiln.quantize.pack import empty_packed
-from fluxkiln.quantize.rounding import make_rounder
+from fluxkiln.quantize.rounders import make_rounder
 from fluxkiln.quantize.schemes import parse_scheme
 
 RNG = np.random.default_rng(7)

@@ -21,8 +21,8 @@ from fluxkiln.export.eager import PatchedRunner, run_module
 from fluxkiln.patches.flux1.model import MODEL
 from fluxkiln.patches.parts import load_part, part_slots
 from fluxkiln.patches.patch import patches_for
+from fluxkiln.quantize.rounders import stored_weight
 from fluxkiln.quantize.schemes import parse_scheme
-from fluxkiln.quantize.stored import stored_weight
 from fluxkiln.types import Binding, SlotBinding, Template, TensorRef, TensorSpec, Transform
 
 PARTS = (

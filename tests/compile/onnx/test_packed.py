@@ -13,10 +13,9 @@ from fluxkiln.compile.onnx.external_data import Sidecar
 from fluxkiln.compile.onnx.packed import CONTRIB, packed_matmul, sided_matmul
 from fluxkiln.compile.onnx.session import make_session
 from fluxkiln.quantize.pack import dequantize
-from fluxkiln.quantize.rounding import pack_matrix, pack_sided
+from fluxkiln.quantize.rounders import pack_sided
 from fluxkiln.quantize.schemes import parse_scheme
-from fluxkiln.quantize.statistics import gather
-from tests.quantize.weights import make_inputs, make_weight
+from tests.quantize.weights import gather, make_inputs, make_weight, pack_matrix
 
 SHAPE = (96, 320)
 X = make_inputs(16, 320, 3) / 8

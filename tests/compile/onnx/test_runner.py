@@ -16,8 +16,8 @@ from fluxkiln.compile.onnx.session import open_session, run_session
 from fluxkiln.errors import CheckpointError, CompileError
 from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.patches.flux1.kinds import KINDS
+from fluxkiln.quantize.rounders import stored_weight
 from fluxkiln.quantize.schemes import parse_scheme
-from fluxkiln.quantize.stored import stored_weight
 
 PARITY = 5e-6
 KINDS_OF_ONE_FORM = [kind for kind in KINDS if not kind.endswith(("_modulation", "_modulated", "_embed"))] + [

@@ -55,7 +55,7 @@ def _stored(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, 
     import numpy as np
 
     from fluxkiln.compile.onnx.values import quantized_regions
-    from fluxkiln.quantize.stored import stored_weight
+    from fluxkiln.quantize.rounders import stored_weight
 
     scheme = plan.scheme(part)
     reader = weight_reader(bind_part(part, template.slots, checkpoint), checkpoint)

@@ -20,7 +20,7 @@ from fluxkiln.compile.toolchains.tpu_mlir.coefficients import CoefficientMap, Pl
 from fluxkiln.compile.toolchains.tpu_mlir.forms import FormMaker, SlotRows
 from fluxkiln.errors import CompileError
 from fluxkiln.quantize.pack import RounderOf
-from fluxkiln.quantize.rounding import as_compiler
+from fluxkiln.quantize.rounders import as_compiler
 from fluxkiln.types import WeightReader
 
 Blocks = Iterator[NDArray[np.uint8]]

@@ -37,7 +37,7 @@ from fluxkiln.compile.toolchains.tpu_mlir.reorder import (
     store_as,
 )
 from fluxkiln.quantize.pack import RounderOf
-from fluxkiln.quantize.rounding import as_compiler
+from fluxkiln.quantize.rounders import as_compiler
 
 # how many equal slices the compiler has been seen to cut a weight into
 CHUNKS = (1, 2, 3, 4, 6)

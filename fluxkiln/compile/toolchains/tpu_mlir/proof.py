@@ -18,7 +18,7 @@ from fluxkiln.errors import CompileError
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.files import digest_file
 from fluxkiln.quantize.pack import RounderOf
-from fluxkiln.quantize.rounding import as_compiler
+from fluxkiln.quantize.rounders import as_compiler
 from fluxkiln.types import Part, Template
 
 

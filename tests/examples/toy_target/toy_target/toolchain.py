@@ -150,7 +150,7 @@ def store_weights(
         import numpy as np
         from safetensors.numpy import save_file
 
-        from fluxkiln.quantize.stored import stored_weight
+        from fluxkiln.quantize.rounders import stored_weight
 
         read = weight_reader(bind_part(part, template.slots, checkpoint), checkpoint)
         weights = {}

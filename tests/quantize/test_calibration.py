@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from fluxkiln.errors import SchemeError
-from fluxkiln.quantize.statistics import Statistics, gather, output_error
-from tests.quantize.weights import make_inputs
+from fluxkiln.quantize.calibration import Statistics, output_error
+from tests.quantize.weights import gather, make_inputs
 
 INPUTS = make_inputs(500, 192, 1)
 

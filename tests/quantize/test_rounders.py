@@ -1,4 +1,4 @@
-"""What a scheme stores: each arithmetic's own rounding, and dequantized codes where a slot is quantized."""
+"""Rounders by name and what they refuse; what a scheme stores of a matrix: its arithmetic's own rounding, or codes."""
 
 from __future__ import annotations
 
@@ -7,13 +7,35 @@ import numpy as np
 import pytest
 
 from fluxkiln.errors import SchemeError
-from fluxkiln.quantize.pack import dequantize
-from fluxkiln.quantize.rounding import as_compiler, pack_matrix
+from fluxkiln.quantize.pack import dequantize, empty_packed
+from fluxkiln.quantize.rounders import as_compiler, make_rounder, stored_weight
 from fluxkiln.quantize.schemes import SCHEME_NAMES, parse_scheme
-from fluxkiln.quantize.stored import stored_weight
-from tests.quantize.weights import pack_int4, pack_int8
+from tests.quantize.weights import make_weight, pack_int4, pack_int8, pack_matrix
 
 WEIGHT = np.random.default_rng(0).standard_normal((32, 256)).astype(np.float32)
+
+
+@pytest.mark.parametrize(("name", "pack"), [("W4BF16-rtn", pack_int4), ("W8BF16", pack_int8)])
+def test_rtn_is_the_compilers(name, pack):
+    weight = make_weight("student", (8, 256))
+    ours, theirs = pack_matrix(weight, parse_scheme(name)), pack(weight, 64)
+    assert ours.codes_OI.tobytes() == theirs.codes_OI.tobytes()
+    assert ours.scales_OG.tobytes() == theirs.scales_OG.tobytes()
+    assert ours.zeros_OG.tobytes() == theirs.zeros_OG.tobytes()
+    packed = empty_packed(weight.shape, 64, theirs.bits)
+    as_compiler("any slot", (0, 256))(weight, theirs.bits, packed.codes_OI, packed.scales_OG, packed.zeros_OG)
+    assert packed.codes_OI.tobytes() == theirs.codes_OI.tobytes()
+
+
+def test_what_cannot_be_had_is_refused():
+    weight = make_weight("gaussian", (4, 96))
+    with pytest.raises(SchemeError, match="group size 64 does not divide 96"):
+        pack_matrix(weight, parse_scheme("W4BF16"))
+    with pytest.raises(SchemeError, match="W4BF16-gptq needs calibration"):
+        make_rounder(parse_scheme("W4BF16-gptq"))
+    for method in ("awq", "svd"):
+        with pytest.raises(SchemeError, match="cannot be put into its codes; use gptq, ls, mse, rtn, rtn0"):
+            make_rounder(parse_scheme(f"W4BF16-{method}"))
 
 
 @pytest.mark.parametrize("name", SCHEME_NAMES)

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fluxkiln.quantize.exceptions import with_exceptions
 from fluxkiln.quantize.figures import Figures
 from fluxkiln.quantize.recipes import Stacks, choose_exactly
+from fluxkiln.quantize.schemes import with_exceptions
 
 
 @dataclass(frozen=True, slots=True)

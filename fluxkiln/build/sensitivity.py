@@ -22,9 +22,8 @@ from fluxkiln.compile.templates import make_template
 from fluxkiln.errors import ParityError
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.progress import Progress
-from fluxkiln.quantize.exceptions import weight_name
 from fluxkiln.quantize.recipes import Stacks
-from fluxkiln.quantize.schemes import Scheme, parse_scheme
+from fluxkiln.quantize.schemes import Scheme, parse_scheme, weight_name
 from fluxkiln.types import Part
 
 if TYPE_CHECKING:

@@ -9,8 +9,15 @@ from fluxkiln.compile.plan import Plan
 from fluxkiln.errors import SchemeError
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.export.split import holds_tensor
-from fluxkiln.quantize.exceptions import weight_name, with_exceptions
-from fluxkiln.quantize.schemes import Scheme, check_groups, form_group, parse_scheme, stored_size
+from fluxkiln.quantize.schemes import (
+    Scheme,
+    check_groups,
+    form_group,
+    parse_scheme,
+    stored_size,
+    weight_name,
+    with_exceptions,
+)
 from fluxkiln.types import Part, Shapes, TensorRef
 
 

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fluxkiln.errors import SchemeError
-from fluxkiln.quantize.exceptions import matches, parse_exception, weight_name
 from fluxkiln.quantize.figures import Figures
-from fluxkiln.quantize.schemes import Scheme, parse_scheme
+from fluxkiln.quantize.schemes import Scheme, matches, parse_exception, parse_scheme, weight_name
 from fluxkiln.types import Kind
 
 # places that are in every model: the first and the last block of each of its stacks

@@ -1,26 +1,31 @@
-"""Schemes as data: how the weights of a part are stored and what its arithmetic runs in."""
+"""Schemes as data: how the weights of a part are stored and what its arithmetic runs in.
+
+What is stored otherwise than the rest is said as text, `PLACE=SCHEME`, for builds and layer by layer alike. A place is
+a kind of part (`head`), some weights of one by a shell pattern (`single.proj_out`), or, where every layer may have a
+scheme of its own, a pattern on names of layers. Weights that a scheme leaves in its own arithmetic are in its name:
+`W4BF16-bf16:proj_out+attn.*`.
+"""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from fluxkiln.errors import SchemeError
-from fluxkiln.quantize.exceptions import check_pattern, kept_text, matches, parse_exception, parse_kept
 from fluxkiln.quantize.methods import Method, Source, find_method, method_names
 from fluxkiln.quantize.side_tensors import SideTensors, side_shape, split_slot
 from fluxkiln.types import Kind
 
 Arithmetic = Literal["F32", "F16", "BF16"]
-
-
 # what a scheme without a method means: of the methods without calibration the one that leaves least, where that shows
 DEFAULT_METHODS: Mapping[int, str] = {0: "rtn", 4: "ls", 8: "rtn"}
 GROUP_SIZES = (32, 64, 128)
 DEFAULT_GROUP_SIZE = 64
+_KEPT = "bf16:"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +71,13 @@ class Scheme:
                 f"{self.arithmetic} does not quantize, so no weight ({self.kept[0]}) can be left out of it"
             )
         for pattern in self.kept:
-            check_pattern(pattern)
+            if not re.fullmatch(r"[\w.*?\[\]!]+", pattern):
+                raise SchemeError(
+                    f"{pattern!r} is no pattern of weights; letters, digits and _ . * ? [ ] ! may be in it"
+                )
 
     def keeps(self, slot: str) -> bool:
-        """Whether a slot stays in the scheme's arithmetic though the others of its part are quantized.
-
-        Patterns are compared with the name of the checkpoint's tensor within its part, with and without `.weight`; what
-        a template does to a tensor (`__s1.0.3072__t`) does not count.
-        """
+        """Whether a slot stays in the scheme's arithmetic though the others of its part are quantized."""
         return any(matches(pattern, slot) for pattern in self.kept)
 
     def in_codes(self, slot: str) -> bool:
@@ -147,7 +151,7 @@ class Scheme:
 
     @property
     def _kept(self) -> str:
-        return f"-{kept_text(self.kept)}" if self.kept else ""
+        return f"-{_KEPT}{'+'.join(self.kept)}" if self.kept else ""
 
     @property
     def rounds_as_compiler(self) -> bool:
@@ -163,8 +167,6 @@ _NAMED: Mapping[str, Scheme] = {
     "W4BF16": Scheme("BF16", 4, DEFAULT_GROUP_SIZE, DEFAULT_METHODS[4]),
 }
 SCHEME_NAMES = (*_NAMED, *(f"W4BF16-g{size}" for size in GROUP_SIZES if size != DEFAULT_GROUP_SIZE))
-
-
 _LEGAL = f"there are {', '.join(SCHEME_NAMES)}; quantized ones may name a method: -{', -'.join(method_names())}"
 
 
@@ -177,9 +179,9 @@ def parse_scheme(text: str) -> Scheme:
     chosen: dict[str, Any] = {}
     value: int | str | bool | tuple[str, ...]
     for written in pieces:
-        piece, kept = written.lower(), parse_kept(written)
-        if kept is not None:
-            key, value = "kept", kept
+        piece = written.lower()
+        if piece.startswith(_KEPT):
+            key, value = "kept", tuple(written[len(_KEPT) :].split("+"))
         elif re.fullmatch(r"g\d+", piece):
             key, value = "group_size", int(piece[1:])
             if scheme.weight_bits != 4:
@@ -197,6 +199,33 @@ def parse_scheme(text: str) -> Scheme:
         chosen[key] = value
     rank = find_method(chosen.get("method", scheme.method)).default_rank
     return replace(scheme, **{"rank": rank, **chosen})
+
+
+def parse_exception(text: str, places: str) -> tuple[str, str]:
+    """`single.proj_out=BF16` -> place and scheme.
+
+    Args:
+        places: what may be one, for the error.
+    """
+    place, sign, scheme = (piece.strip() for piece in text.partition("="))
+    if not sign or not place:
+        raise SchemeError(f"exception {text!r} is not PLACE=SCHEME; a place is {places}")
+    return place, scheme
+
+
+def with_exceptions(scheme: str, places: Iterable[str], other: str) -> str:
+    """`W4BF16,single.proj_out=BF16`: what a build takes, with all these places in another scheme."""
+    return ",".join([scheme, *(f"{place}={other}" for place in places)])
+
+
+def weight_name(slot: str) -> str:
+    """A slot by the checkpoint's name, without `.weight` and what a template does to it (`__s1.0.3072__t`)."""
+    return slot.split("__")[0].removesuffix(".weight")
+
+
+def matches(pattern: str, slot: str) -> bool:
+    """Whether a pattern is for a weight: with its name with or without `.weight`."""
+    return any(fnmatchcase(name, pattern) for name in (slot.split("__")[0], weight_name(slot)))
 
 
 def form_group(kinds: Mapping[str, Kind], kind: str) -> tuple[str, ...]:
@@ -252,27 +281,21 @@ def parse_schemes(text: str | None, default: str, kinds: Mapping[str, Kind]) -> 
         if dot:
             block = families.get(kind, (kind,))[0]
             group = form_group(kinds, block) if kind == kinds[block].block else families.get(kind, (kind,))
-            schemes.update(_keeping(f"scheme {text!r}: {kind}", schemes, group, pattern, name))
+            quantized = [one for one in group if schemes[one].weight_bits]
+            if not quantized:
+                raise SchemeError(
+                    f"scheme {text!r}: {kind} is not quantized, it is {schemes[group[0]].name} as a whole; leave it out"
+                )
+            arithmetic = schemes[quantized[0]].arithmetic
+            if parse_scheme(name).name != arithmetic:
+                raise SchemeError(
+                    f"scheme {text!r}: {place} cannot be {name}: single weights of a quantized kind are {arithmetic} "
+                    f"or as the others; write {place}={arithmetic}"
+                )
+            schemes |= {one: replace(schemes[one], kept=(*schemes[one].kept, pattern)) for one in quantized}
         else:
-            schemes.update(dict.fromkeys(families.get(kind, (kind,)), parse_scheme(name)))
+            schemes |= dict.fromkeys(families.get(kind, (kind,)), parse_scheme(name))
     return blocks, schemes
-
-
-def _keeping(
-    what: str, schemes: Mapping[str, Scheme], kinds: tuple[str, ...], pattern: str, name: str
-) -> Iterator[tuple[str, Scheme]]:
-    """Kinds with their schemes, of which the weights of `pattern` are left out now."""
-    quantized = [one for one in kinds if schemes[one].weight_bits]
-    if not quantized:
-        raise SchemeError(f"{what} is not quantized, it is {schemes[kinds[0]].name} as a whole; leave it out")
-    arithmetic = schemes[quantized[0]].arithmetic
-    if parse_scheme(name).name != arithmetic:
-        place = f"{what.rpartition(' ')[2]}.{pattern}"
-        raise SchemeError(
-            f"{what}.{pattern} cannot be {name}: single weights of a quantized kind are {arithmetic} or as the others; "
-            f"write {place}={arithmetic}"
-        )
-    return ((one, replace(schemes[one], kept=(*schemes[one].kept, pattern))) for one in quantized)
 
 
 def check_groups(scheme: Scheme, slot: str, in_features: int) -> None:

@@ -6,8 +6,14 @@ import pytest
 
 from fluxkiln.errors import SchemeError
 from fluxkiln.patches.flux1.model import MODEL
-from fluxkiln.quantize.exceptions import kept_text, matches, parse_exception, parse_kept, weight_name, with_exceptions
-from fluxkiln.quantize.schemes import parse_schemes
+from fluxkiln.quantize.schemes import (
+    matches,
+    parse_exception,
+    parse_scheme,
+    parse_schemes,
+    weight_name,
+    with_exceptions,
+)
 
 
 def test_exceptions_there_and_back():
@@ -29,9 +35,10 @@ def test_what_is_no_exception_is_refused(text):
 
 
 def test_patterns_in_a_name():
-    assert parse_kept(kept_text(("A.b", "c*"))) == ("A.b", "c*")
-    assert parse_kept("BF16:a") == ("a",)
-    assert parse_kept("ls") is parse_kept("g32") is None
+    assert parse_scheme("W4BF16-bf16:A.b+c*").kept == ("A.b", "c*")
+    assert parse_scheme("W4BF16-bf16:A.b+c*").name == "W4BF16-bf16:A.b+c*"
+    assert parse_scheme("w4bf16-BF16:a").kept == ("a",)
+    assert parse_scheme("W4BF16-g32-ls").kept == ()
 
 
 def test_a_weight_is_matched_by_its_name_in_the_checkpoint():

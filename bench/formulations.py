@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from bench.figure import WORK, Figure
 from fluxkiln.compile.onnx.filled import fill
-from fluxkiln.compile.target import Target
+from fluxkiln.compile.targets import Target
 from fluxkiln.compile.targets.bm1684x import TARGET
 from fluxkiln.compile.toolchains.tpu_mlir import compiler as tpu_mlir
 from fluxkiln.compile.toolchains.tpu_mlir import gelu

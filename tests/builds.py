@@ -10,7 +10,7 @@ from typing import Any
 
 from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.compile.plan import Binary, BundleFile, Made, Plan
-from fluxkiln.compile.target import Target
+from fluxkiln.compile.targets import Target
 from fluxkiln.compile.toolchain import Rungs, toolchain_of
 from fluxkiln.compile.toolchains.tpu_mlir import gates
 from fluxkiln.export.checkpoint import Checkpoint

@@ -106,9 +106,9 @@ def test_every_module_has_a_place():
     [
         ("fluxkiln.errors", "fluxkiln.artifacts.store"),
         ("fluxkiln.quantize.pack", "fluxkiln.patches.patch"),
-        ("fluxkiln.verify.ladder", "fluxkiln.compile.jobs"),
+        ("fluxkiln.verify.ladder", "fluxkiln.compile.process"),
         ("fluxkiln.export.trace", "fluxkiln.cli.main"),
-        ("fluxkiln.compile.jobs", "fluxkiln.compile.toolchains.neuron.make"),
+        ("fluxkiln.compile.process", "fluxkiln.compile.toolchains.neuron.make"),
         ("fluxkiln.compile.toolchains.neuron.make", "fluxkiln.compile.toolchains.tpu_mlir.cast"),
         ("fluxkiln.build.make", "fluxkiln.verify.debug"),
         ("fluxkiln.generate.painter", "fluxkiln.verify.debug"),

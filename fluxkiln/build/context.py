@@ -24,8 +24,7 @@ from fluxkiln.build.prepared import (
     unwritten_bytes,
 )
 from fluxkiln.compile.plan import Plan
-from fluxkiln.compile.target import Target
-from fluxkiln.compile.targets import find_target
+from fluxkiln.compile.targets import Target, find_target
 from fluxkiln.compile.toolchain import toolchain_of
 from fluxkiln.errors import CheckpointError, ShapeError
 from fluxkiln.export.checkpoint import Checkpoint, open_checkpoint

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.build.budget import replayed_shapes
-from fluxkiln.compile.jobs import available_memory
 from fluxkiln.compile.plan import Job, Plan
+from fluxkiln.compile.process import available_memory
 from fluxkiln.compile.templates import count_elements
 from fluxkiln.compile.tensors import part_bytes, part_refs, stored_bytes
 from fluxkiln.compile.toolchain import TRACE_MEMORY, toolchain_of

@@ -18,14 +18,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.build.context import prepare
 from fluxkiln.build.mixture import Mix, choose_slots
 from fluxkiln.build.prepared import Prepared
 from fluxkiln.build.sensitivity import block_errors, open_trials, slot_errors
 from fluxkiln.build.verification import is_complete, run_pipeline
 from fluxkiln.compile.rungs import dequantized_rung
-from fluxkiln.compile.weights import check_methods, component_digest, find_calibration
+from fluxkiln.compile.weights import check_methods, find_calibration
 from fluxkiln.errors import SchemeError, UsageError
 from fluxkiln.export.checkpoint import Checkpoint, read_rows
 from fluxkiln.files import disk_full_named
@@ -161,7 +160,7 @@ def quantize_model(
     checkpoint, cache = prepared.checkpoint, prepared.cache
     layers = tuple(find_layers(checkpoint))
     calibrations = {
-        name: _calibration(checkpoint, cache, name) for name in dict.fromkeys(layer.component for layer in layers)
+        name: find_calibration(checkpoint, cache, name) for name in dict.fromkeys(layer.component for layer in layers)
     }
     compared = [parse_scheme(name) for name in schemes or ("W4BF16",)]
     if per_kind:
@@ -306,10 +305,6 @@ def _tensors(layer: Matrix, scheme: Scheme) -> list[tuple[str, str, tuple[int, i
         (".scales", "BF16", groups),
         (".zeros", "U8", groups),
     ]
-
-
-def _calibration(checkpoint: Checkpoint, cache: ActionCache, component: str) -> Calibration | None:
-    return find_calibration(cache, component, component_digest(checkpoint.digests, component))
 
 
 def _summary(found: Sequence[Figures]) -> tuple[float, float, int]:

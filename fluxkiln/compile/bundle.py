@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fluxkiln.artifacts.bundle import read_manifest
 from fluxkiln.artifacts.manifest import MANIFEST_FILE, FileEntry, Manifest, resolve_inside
 from fluxkiln.compile.executor import Net
-from fluxkiln.compile.target import Target
-from fluxkiln.compile.targets import find_target
+from fluxkiln.compile.targets import Target, find_target
 from fluxkiln.errors import IntegrityError, UsageError
 from fluxkiln.files import digest_file
 from fluxkiln.patches.model import Model

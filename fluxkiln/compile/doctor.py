@@ -1,15 +1,17 @@
-"""What is installed and what is missing, without importing or starting anything heavy."""
+"""What is installed and what is missing, looked up and not imported: `fluxkiln doctor`."""
 
 from __future__ import annotations
 
-import os
+import importlib.metadata
+import importlib.util
 import re
 import shutil
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from fluxkiln.compile.installed import package_status
+from fluxkiln.compile.process import available_memory
 from fluxkiln.compile.targets import all_targets
 from fluxkiln.compile.toolchain import ToolStatus, all_toolchains
 
@@ -19,8 +21,13 @@ KEY_PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onn
 SERVE_PACKAGES = ("starlette", "uvicorn")
 
 ENVIRONMENT = "`make env`, or `pip install fluxkiln`"
-_BUILD_DISK_GB = 5.0
-_BUILD_MEMORY_GB = 6.0
+# optional programs, and what needs them
+_PROGRAMS = {
+    "docker-registry": "the tests that push to a registry",
+    "skopeo": "the tests that read the store with another client",
+    "chromium": "only pictures of a report",
+}
+_BUILD_DISK_GB, _BUILD_MEMORY_GB = 5, 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,27 +48,33 @@ class Tool:
     optional_for: tuple[str, ...] = ()
 
 
-def examine(work: Path | None = None) -> list[Tool]:
-    """The main environment, what every toolchain says of itself, optional tools, disk and memory.
-
-    Args:
-        work: where builds go; its disk is looked at. The current folder by default.
-    """
+def examine() -> list[Tool]:
+    """The main environment, what every toolchain says of itself, optional tools, disk and memory."""
     every = tuple(all_targets())
-    serve = [package_status(name, "`fluxkiln serve` needs it: pip install 'fluxkiln[serve]'", needed=False)
-             for name in SERVE_PACKAGES]  # fmt: skip
-    rows = [(status, every) for status in (_python(), *(package_status(name, ENVIRONMENT) for name in KEY_PACKAGES))]
+    version = ".".join(map(str, sys.version_info[:3]))
+    python = ToolStatus("python", sys.version_info >= (3, 11), version, sys.executable, "use Python 3.11 or later")
+    rows = [(status, every) for status in (python, *(package_status(name, ENVIRONMENT) for name in KEY_PACKAGES))]
     for toolchain in all_toolchains().values():
         targets = tuple(name for name, target in all_targets().items() if target.toolchain == toolchain.name)
         rows += [(status, targets) for status in toolchain.doctor()]
+    serve = "`fluxkiln serve` needs it: pip install 'fluxkiln[serve]'"
+    rows += [(package_status(name, serve, needed=False), every) for name in SERVE_PACKAGES]
+    # looked up, not started: a browser's version takes a second
+    for command, use in _PROGRAMS.items():
+        path = shutil.which(command)
+        rows.append((ToolStatus(command, bool(path), "", path or "", f"{use} need it: apt install {command}"), ()))
+    free, available = shutil.disk_usage(Path.cwd()).free / 1e9, available_memory() / 1e9
+    remedy = f"a small build with its environments needs {_BUILD_DISK_GB} GB: free some"
+    rows.append((ToolStatus("disk", free >= _BUILD_DISK_GB, f"{free:.1f} GB free", str(Path.cwd()), remedy), every))
+    remedy = f"compiling a full-size block needs {_BUILD_MEMORY_GB} GB: stop other work"
+    rows.append((ToolStatus("memory", available >= _BUILD_MEMORY_GB, f"{available:.1f} GB available", "", remedy), ()))
     return [
-        *(_row(status, targets) for status, targets in (*rows, *((status, every) for status in serve))),
-        _command("docker-registry", "the tests that push to a registry need it: apt install docker-registry"),
-        _command("skopeo", "the tests that read the store with another client need it: apt install skopeo"),
-        _command("chromium", "only pictures of a report need it: apt install chromium"),
-        _row(_disk((work or Path.cwd()).absolute()), every),
-        _memory(),
-    ]
+        Tool(
+            status.name, status.found, status.version, status.path, targets if status.needed else (),
+            "" if status.found else status.remedy, () if status.needed else targets,
+        )
+        for status, targets in rows
+    ]  # fmt: skip
 
 
 def missing_for(target: str, statuses: list[Tool]) -> list[Tool]:
@@ -69,41 +82,45 @@ def missing_for(target: str, statuses: list[Tool]) -> list[Tool]:
     return [status for status in statuses if target in status.needed_for and not status.found]
 
 
-def _row(status: ToolStatus, targets: tuple[str, ...]) -> Tool:
-    needed_for, optional_for = (targets, ()) if status.needed else ((), targets)
-    return Tool(status.name, status.found, status.version, status.path, needed_for, status.remedy, optional_for)
-
-
-def _python() -> ToolStatus:
-    found = sys.version_info >= (3, 11)
-    version = ".".join(map(str, sys.version_info[:3]))
-    return ToolStatus("python", found, version, sys.executable, "" if found else "use Python 3.11 or later")
-
-
-def _command(name: str, remedy: str) -> Tool:
-    """An optional command: looked up, not started (a browser's version takes a second)."""
-    path = shutil.which(name)
-    return Tool(name, path is not None, "", path or "", (), "" if path else remedy)
-
-
-def _disk(folder: Path) -> ToolStatus:
-    free = shutil.disk_usage(folder).free / 1e9
-    found = free >= _BUILD_DISK_GB
-    remedy = "" if found else f"a small build with its environments needs {_BUILD_DISK_GB:.0f} GB: free some"
-    return ToolStatus("disk", found, f"{free:.1f} GB free", str(folder), remedy)
-
-
-def _memory() -> Tool:
-    available = _available_memory_bytes() / 1e9
-    found = available >= _BUILD_MEMORY_GB
-    remedy = "" if found else f"compiling a full-size block needs {_BUILD_MEMORY_GB:.0f} GB: stop other work"
-    return Tool("memory", found, f"{available:.1f} GB available", "", (), remedy)
-
-
-def _available_memory_bytes() -> int:
-    """What the kernel would hand out without swapping, or all there is where it does not say."""
+def package_status(name: str, remedy: str, needed: bool = True) -> ToolStatus:
+    """A Python package of this environment."""
     try:
-        match = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"), re.MULTILINE)
-    except OSError:
-        match = None
-    return int(match[1]) * 1024 if match else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        distribution = importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ToolStatus(name, False, "", "", remedy, needed)
+    return ToolStatus(name, True, distribution.version, str(distribution.locate_file("")), "", needed)
+
+
+def runtime_status(
+    name: str, module: str, distributions: tuple[str, ...], remedy: str, holding: str = ""
+) -> ToolStatus:
+    """A vendor's runtime library, which runs bundles; imported it would start its driver.
+
+    Args:
+        module: its package; `holding`: what must lie in it, as others have a package of the same name.
+        distributions: the names under which it is installed, any of them.
+    """
+    spec = importlib.util.find_spec(module)
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()] if spec is not None else []
+    if spec is None or (holding and not any(any(folder.glob(f"{holding}*")) for folder in folders)):
+        return ToolStatus(name, False, "", "", remedy, needed=False)
+    version = next((found for one in distributions if (found := installed_version(one))), "")
+    return ToolStatus(name, True, version, str(folders[0] if folders else spec.origin or ""), "", needed=False)
+
+
+def installed_version(package: str) -> str:
+    """The version of an installed package; empty where it is not."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def version_line(command: str) -> str:
+    """The version in what `command --version` prints; empty where it names none."""
+    try:
+        done = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    match = re.search(r"\d+\.\d+(?:\.\d+)+\S*", done.stdout + done.stderr)
+    return match[0] if match else ""

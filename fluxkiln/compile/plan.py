@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxkiln.artifacts.store import Blob
-from fluxkiln.compile.target import Target
+from fluxkiln.compile.targets import Target
 from fluxkiln.quantize.schemes import Scheme
 from fluxkiln.types import Part, Shapes, list_kinds
 

@@ -22,7 +22,7 @@ from fluxkiln.compile import toolchains
 from fluxkiln.compile.bundle import Bundle
 from fluxkiln.compile.executor import Executor
 from fluxkiln.compile.plan import Job, Made, Plan
-from fluxkiln.compile.target import Target
+from fluxkiln.compile.targets import Target
 from fluxkiln.errors import UsageError
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.plugins import find_plugins

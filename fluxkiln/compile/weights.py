@@ -1,27 +1,41 @@
-"""Which rounder each slot of a part gets: the scheme's method, with the checkpoint's calibration where it takes one.
+"""What a part's slots are filled with, and what packs them: the scheme's method, calibrated where it takes that.
 
-A mould does not depend on it: all methods write codes, scales and zero points of one format to the same places. For
-methods that need more than codes see `fluxkiln.compile.corrections`.
+A mould does not depend on the method: all write codes, scales and zero points of one format to the same places. What a
+method needs beside the codes is found once and kept in the store: its search takes seconds a matrix, and the cast, the
+comparison with what was cast and the interpreter all ask for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from fluxkiln.artifacts.actions import Action, ActionCache
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from fluxkiln.artifacts.actions import Action, ActionCache, run_action
+from fluxkiln.artifacts.code import code_version
+from fluxkiln.compile.onnx.filled import weight_matmuls
 from fluxkiln.compile.plan import Plan
-from fluxkiln.compile.templates import make_template
+from fluxkiln.compile.templates import make_template, weights_digest
 from fluxkiln.digests import digest_json
 from fluxkiln.errors import SchemeError
-from fluxkiln.export.bindings import bind_part
+from fluxkiln.export.bindings import BoundWeights, bind_part, weight_reader
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.quantize.calibration import Calibration, Statistics, open_calibration
+from fluxkiln.quantize.methods import Source, find_method
 from fluxkiln.quantize.pack import Rounder, RounderOf
-from fluxkiln.quantize.rounders import as_compiler, make_rounder
+from fluxkiln.quantize.rounders import as_compiler, make_rounder, pack_sided, plain_packer
 from fluxkiln.quantize.schemes import Scheme
-from fluxkiln.types import Part, SlotBinding, TensorRef
+from fluxkiln.quantize.side_tensors import PackerOf, SidedWeight, SideTensors, split_slot
+from fluxkiln.types import Part, SlotBinding, Template, TensorRef, WeightReader
+
+# rows of the weights of one input that what stands beside their codes may be chosen by
+MOST_ROWS = 4096
 
 
 def calibration_action(component: str, digest: str) -> Action:
@@ -34,12 +48,13 @@ def component_digest(digests: Mapping[str, Mapping[str, str]], component: str) -
     return digest_json(dict(digests[component]))
 
 
-def find_calibration(cache: ActionCache, component: str, digest: str) -> Calibration | None:
+def find_calibration(checkpoint: Checkpoint, cache: ActionCache, component: str) -> Calibration | None:
     """The calibration of a component's weights, if the store has one.
 
     Raises:
         SchemeError: it was made with other weights. IntegrityError: it is damaged.
     """
+    digest = component_digest(checkpoint.digests, component)
     found = cache.lookup(calibration_action(component, digest).key)
     if found is None:
         return None
@@ -58,12 +73,11 @@ def part_calibration(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, par
     scheme = plan.scheme(part)
     if not scheme.calibrated:
         return None
-    component = part.folder
-    found = find_calibration(cache, component, component_digest(checkpoint.digests, component))
+    found = find_calibration(checkpoint, cache, part.folder)
     if found is None:
         raise SchemeError(
             f"{part.name} is to be stored as {scheme.name}, which needs calibration, and the store has none for the "
-            f"{component} of {checkpoint.name}; run fluxkiln calibrate on this model first"
+            f"{part.folder} of {checkpoint.name}; run fluxkiln calibrate on this model first"
         )
     return found
 
@@ -73,7 +87,7 @@ def used_calibrations(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) ->
     found: dict[str, str] = {}
     for component in dict.fromkeys(part.folder for part in plan.parts if plan.scheme(part).calibrated):
         if component in checkpoint.digests:
-            calibration = find_calibration(cache, component, component_digest(checkpoint.digests, component))
+            calibration = find_calibration(checkpoint, cache, component)
             found |= {component: calibration.digest} if calibration else {}
     return found
 
@@ -157,3 +171,139 @@ class CalibratedSlots:
         if columns is not None:
             start, stop = start + columns[0], start + columns[1]
         return name, start, stop
+
+
+@dataclass(frozen=True, slots=True)
+class SidedWeights:
+    """The weights of a part by slot, those in codes as they are packed.
+
+    Attributes:
+        plain: the checkpoint's.
+        beside: slot of `quantize.side_tensors` -> its array, bfloat16, in torch's layout.
+    """
+
+    plain: BoundWeights
+    beside: Mapping[str, NDArray[Any]]
+
+    def __call__(self, slot: str) -> NDArray[Any]:
+        """The whole weight."""
+        return self.beside[slot] if slot in self.beside else self._rest(slot, self.plain(slot), 0)
+
+    def read_rows(self, slot: str, start: int, stop: int) -> NDArray[Any]:
+        """Rows `start` to `stop` of the weight: the same numbers as in the whole."""
+        if slot in self.beside:
+            return self.beside[slot][start:stop]
+        return self._rest(slot, self.plain.read_rows(slot, start, stop), start)
+
+    def _rest(self, slot: str, rows: NDArray[Any], start: int) -> NDArray[Any]:
+        found = SideTensors.of_slot(self.beside, slot)
+        return found.rest(rows, start) if found else rows
+
+
+def part_weights(
+    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, template: Template
+) -> WeightReader:
+    """Slot of a part's compiled form -> what it is filled with, in torch's layout; it has a method `read_rows`.
+
+    Args:
+        template: of format `onnx17`, as it was traced.
+
+    Raises:
+        SchemeError: the method has no calibration, or a rank that a weight does not have.
+    """
+    plain = weight_reader(bind_part(part, template.slots, checkpoint), checkpoint)
+    if plan.scheme(part).codes_only:
+        return plain
+    return SidedWeights(plain, _stored_beside(checkpoint, plan, cache, part, template))
+
+
+def part_packers(
+    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, graph_format: Any = "onnx17"
+) -> PackerOf:
+    """Slot of a part's template -> what packs it.
+
+    What stands beside the codes is what was cast, not what is searched again.
+
+    Raises:
+        SchemeError: there is no calibration, or it is not of this checkpoint.
+    """
+    scheme = plan.scheme(part)
+    if scheme.codes_only:
+        return plain_packer(scheme, part_rounders(checkpoint, plan, cache, part, graph_format))
+    known = part_statistics(checkpoint, plan, cache, part, graph_format)
+    beside: dict[Any, SideTensors] = {}
+    if scheme.how.of_input or graph_format == "onnx17":
+        arrays = _stored_beside(
+            checkpoint, plan, cache, part, make_template(checkpoint, plan, cache, part.kind, "onnx17")
+        )
+        slots = dict.fromkeys(split_slot(name)[0] for name in arrays)
+        beside = {slot: found for slot in slots if (found := SideTensors.of_slot(arrays, slot)) is not None}
+    if scheme.how.of_input:
+        compiled = known if graph_format == "onnx17" else part_statistics(checkpoint, plan, cache, part)
+        beside = {compiled.channels(slot, None): found for slot, found in beside.items()}
+
+    def packer_of(slot: str, columns: tuple[int, int] | None) -> Callable[[NDArray[Any]], SidedWeight]:
+        found = beside.get(known.channels(slot, columns) if scheme.how.of_input else slot if columns is None else None)
+        statistics = known.statistics(slot, columns) if found is None else None
+        return partial(pack_sided, scheme=scheme, statistics=statistics, beside=found)
+
+    return packer_of
+
+
+def rounding_key(
+    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Settings and inputs that a part's method adds to the key of its weights; nothing for the compiler's own."""
+    scheme = plan.scheme(part)
+    if scheme.rounds_as_compiler:
+        return {}, {}
+    calibration = part_calibration(checkpoint, plan, cache, part)
+    settings = {
+        "method": scheme.method,
+        "symmetric": scheme.symmetric,
+        "rank": scheme.rank,
+        "code": code_version(part_rounders, _stored_beside, find_method),
+    }
+    return settings, {} if calibration is None else {"calibration": calibration.digest}
+
+
+def _stored_beside(
+    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, template: Template
+) -> Mapping[str, NDArray[Any]]:
+    """What stands beside the codes of a part's weights, from the store or found now."""
+    settings, calibration = rounding_key(checkpoint, plan, cache, part)
+    binding = bind_part(part, template.slots, checkpoint)
+    action = Action(
+        stage="correct",
+        what=f"{part.name} {plan.scheme(part).name}",
+        code_version=str(settings["code"]),
+        inputs={"weights": weights_digest(checkpoint, binding), "template": template.digest, **calibration},
+        settings={"scheme": plan.scheme(part).name},
+    )
+
+    def produce(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
+        known, plain = part_statistics(checkpoint, plan, cache, part), weight_reader(binding, checkpoint)
+        found: dict[str, Any] = {
+            slot: array.view(np.uint16) for slot, array in _find_beside(plan.scheme(part), template, plain, known)
+        }
+        with (folder / "beside.npz").open("wb") as file:
+            np.savez(file, **found)
+        return {"beside": folder / "beside.npz"}, {}
+
+    blob = run_action(cache, action, produce).outputs["beside"]
+    with np.load(cache.path(blob)) as arrays:
+        return {slot: arrays[slot].view(ml_dtypes.bfloat16) for slot in arrays.files}
+
+
+def _find_beside(
+    scheme: Scheme, template: Template, plain: BoundWeights, known: CalibratedSlots
+) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Slot beside a weight's -> its array, input by input."""
+    inputs: dict[str, list[str]] = {}
+    for one in weight_matmuls(template.path, {spec.name for spec in template.inputs}):
+        if scheme.in_codes(one.slot):
+            inputs.setdefault(one.source, []).append(one.slot)
+    for slots in inputs.values():
+        sources = [Source(partial(plain, slot), known.statistics(slot, None)) for slot in slots]
+        for slot, beside in zip(slots, scheme.find_beside(sources, MOST_ROWS), strict=True):
+            yield from beside.arrays(slot).items()

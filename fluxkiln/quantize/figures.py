@@ -89,7 +89,7 @@ def measure(
             taken += time.thread_time() - started
             stored = dequantize(packed, scheme.group_size)
         else:
-            stored = stored_weight(exact, scheme, False)
+            stored = stored_weight(exact, scheme)
         error = stored - exact
         wrong += float(np.vdot(error, error))
         whole += float(np.vdot(exact, exact))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,9 @@ from numpy.typing import NDArray
 from fluxkiln.errors import SchemeError
 from fluxkiln.quantize.calibration import Statistics
 from fluxkiln.quantize.methods import Source, find_method, method_names
-from fluxkiln.quantize.pack import Rounder, bf16_to_float32, dequantize, pack_by, pack_into, to_bf16_bits
+from fluxkiln.quantize.pack import Rounder, RounderOf, bf16_to_float32, pack_by, pack_into, to_bf16_bits
 from fluxkiln.quantize.schemes import Scheme
-from fluxkiln.quantize.side_tensors import SidedWeight, SideTensors
+from fluxkiln.quantize.side_tensors import PackerOf, SidedWeight, SideTensors
 
 
 def as_compiler(slot: str = "", columns: tuple[int, int] | None = None) -> Rounder:
@@ -56,23 +57,22 @@ def pack_sided(
     return SidedWeight(beside.pack(weight_OI, scheme.group_size, scheme.weight_bits), beside)
 
 
-def stored_weight(
-    weight: NDArray[Any], scheme: Scheme, quantized: bool, rounder: Rounder | None = None
-) -> NDArray[np.float32]:
-    """The numbers that are multiplied with when `weight` is stored under `scheme`.
+def plain_packer(scheme: Scheme, rounder_of: RounderOf | None = None) -> PackerOf:
+    """What packs the slots of a part by a method that needs codes alone.
 
     Args:
-        weight: in torch's layout, [out_features, in_features] where it is quantized; float32, float16 or bfloat16.
-        quantized: whether the slot is one of the matmul weights that the scheme quantizes; all others are stored in
-            its arithmetic.
-        rounder: what makes the codes; the scheme's own by default, which has no calibration.
-
-    Raises:
-        SchemeError: the group size does not divide the input channels.
+        rounder_of: what makes their codes; the scheme's own by default, which has no calibration.
     """
-    if quantized and scheme.weight_bits:
-        packed = pack_by(rounder or make_rounder(scheme), weight, scheme.group_size, scheme.weight_bits)
-        return dequantize(packed, scheme.group_size)
+
+    def packer_of(slot: str, columns: tuple[int, int] | None) -> Callable[[NDArray[Any]], SidedWeight]:
+        rounder = make_rounder(scheme) if rounder_of is None else rounder_of(slot, columns)
+        return lambda weight: SidedWeight(pack_by(rounder, weight, scheme.group_size, scheme.weight_bits))
+
+    return packer_of
+
+
+def stored_weight(weight: NDArray[Any], scheme: Scheme) -> NDArray[np.float32]:
+    """The numbers that are multiplied with when a weight, of any float, is stored in the scheme's arithmetic."""
     if scheme.arithmetic == "BF16":
         return bf16_to_float32(to_bf16_bits(weight))
     values = weight.astype(np.float16) if scheme.arithmetic == "F16" else weight

@@ -114,10 +114,10 @@ class SideTensors:
 
 @dataclass(frozen=True, slots=True)
 class SidedWeight:
-    """A packed weight with what stands beside its codes."""
+    """A packed weight with what stands beside its codes, if anything does."""
 
     packed: PackedWeight
-    beside: SideTensors
+    beside: SideTensors = SideTensors()
 
     def dequantize(self, group_size: int) -> NDArray[Any]:
         """The matrix that x is multiplied with in all, float32 [O, I]."""

@@ -29,10 +29,10 @@ def test_a_sound_part_is_said_to_be(fluxkiln, shared):
 
 
 def test_a_culprit_ends_with_3_and_a_sentence(fluxkiln, shared, monkeypatch):
-    from fluxkiln.compile import look
+    from fluxkiln.compile import rungs
     from fluxkiln.verify.findings import Tolerance
 
-    monkeypatch.setattr(look, "REORDERED", Tolerance(0.0, 0.0, 0.0))
+    monkeypatch.setattr(rungs, "REORDERED", Tolerance(0.0, 0.0, 0.0))
     run = fluxkiln("debug", "tail", *shared)
     assert run.code == 3
     assert "tail, rung onnxruntime: the first operation out of tolerance is" in run.err

@@ -10,7 +10,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fluxkiln.compile.corrections import part_packers, part_weights
 from fluxkiln.compile.plan import BundleFile, Made
 from fluxkiln.compile.rungs import dequantized_rung
 from fluxkiln.compile.templates import make_template
@@ -23,7 +22,7 @@ from fluxkiln.compile.toolchains.tpu_mlir.look import check_binary, open_stored
 from fluxkiln.compile.toolchains.tpu_mlir.moulds import make_mould
 from fluxkiln.compile.toolchains.tpu_mlir.proof import prove_cast, prove_mould
 from fluxkiln.compile.toolchains.tpu_mlir.toolchain import TOOLCHAIN
-from fluxkiln.compile.weights import part_rounders
+from fluxkiln.compile.weights import part_packers, part_rounders, part_weights
 from fluxkiln.errors import CompileError, SchemeError
 from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.quantize.methods import svd

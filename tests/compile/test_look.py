@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from fluxkiln.compile.look import check_stored, compare_template
+from fluxkiln.compile.rungs import check_stored, compare_template
 
 
 @pytest.mark.parametrize("target", ["bm1684x", "cpu"])

@@ -12,7 +12,6 @@ import pytest
 from fluxkiln.build.calibration import calibrate
 from fluxkiln.build.context import prepare
 from fluxkiln.build.finish import build_action
-from fluxkiln.compile.corrections import rounding_key
 from fluxkiln.compile.onnx.linked import link_parts
 from fluxkiln.compile.plan import BundleFile, Made
 from fluxkiln.compile.rungs import dequantized_rung
@@ -26,9 +25,9 @@ from fluxkiln.compile.toolchains.tpu_mlir.moulds import make_mould, mould_action
 from fluxkiln.compile.toolchains.tpu_mlir.toolchain import TOOLCHAIN
 from fluxkiln.compile.weights import (
     check_methods,
-    component_digest,
     find_calibration,
     part_rounders,
+    rounding_key,
 )
 from fluxkiln.errors import CheckpointError, SchemeError
 from fluxkiln.export.bindings import bind_part, weight_reader
@@ -139,7 +138,7 @@ def test_what_cannot_be_had_is_refused_before_anything_is_compiled(kiln, calibra
     with pytest.raises(SchemeError, match=r"was made with weights .* of transformer, this checkpoint's are"):
         calibrated.check_checkpoint(COMPONENT, "sha256:" + "0" * 64)
     made = one_part(kiln, "W4BF16-gptq")
-    assert find_calibration(made.cache, COMPONENT, component_digest(made.checkpoint.digests, COMPONENT)) == calibrated
+    assert find_calibration(made.checkpoint, made.cache, COMPONENT) == calibrated
 
 
 def test_sums_are_means_and_layers_share_inputs(tmp_path):
@@ -239,7 +238,7 @@ def test_onnx_runtime_runs_what_is_dequantized(kiln, calibrated, tiny_recording,
     made = one_part(kiln, f"W4BF16-{method}")
     recording = tiny_recording("tiny-dev", "kl", Shapes(height=32, width=32, tokens=16))
     inputs = recording.inputs(NAME, 0)
-    linked = Made((), (), own=link_parts(*made, made.plan.schemes, tmp_path / "onnx"))
+    linked = Made((), (), own=link_parts(*made, tmp_path / "onnx"))
     with toolchain_of(made.target).climb(*made, linked, tmp_path, Silent()) as climb:
         rungs = climb.rungs
         out = {

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from fluxkiln.compile.worker import Worker
+from fluxkiln.compile.process import Worker
 
 ECHO = """
 import json, os, sys

@@ -7,7 +7,7 @@ import numpy as np
 
 from fluxkiln.quantize.calibration import Statistics
 from fluxkiln.quantize.pack import dequantize, pack_by, pack_into
-from fluxkiln.quantize.rounders import make_rounder
+from fluxkiln.quantize.rounders import make_rounder, stored_weight
 from fluxkiln.quantize.schemes import parse_scheme
 
 
@@ -32,6 +32,13 @@ def pack_int8(weight, group_size):
 
 def pack_matrix(weight, scheme, statistics=None):
     return pack_by(make_rounder(scheme, statistics), weight, scheme.group_size, scheme.weight_bits)
+
+
+def stored_as(scheme, weight, quantized=True):
+    """The numbers that are multiplied with where a weight is stored under `scheme`, as a matmul's or any other."""
+    if not (quantized and scheme.weight_bits):
+        return stored_weight(weight, scheme)
+    return dequantize(pack_matrix(weight, scheme), scheme.group_size)
 
 
 def make_weight(kind, shape, seed=0):

@@ -17,7 +17,7 @@ and `SessionOptions.add_external_initializers_from_files_in_memory` takes a memo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,8 @@ def in_place_tensor(name: str, ref: TensorRef, folder: Path) -> TensorProto:
     Raises:
         CompileError: the file is not in or below `folder`, or ONNX Runtime does not know its dtype.
     """
+    import onnx
+
     if ref.dtype not in READABLE:
         raise CompileError(
             f"tensor {ref.name} is stored as {ref.dtype}, {', '.join(READABLE)} can be read in place; "
@@ -60,14 +62,17 @@ def in_place_tensor(name: str, ref: TensorRef, folder: Path) -> TensorProto:
             f"tensor {ref.name} lies in {ref.file}, ONNX Runtime opens files below {folder} only; put the file or a "
             "hard link to it there"
         ) from None
-    return _external(name, READABLE[ref.dtype], ref.shape, location.as_posix(), ref.offset, ref.nbytes)
+    dtype = onnx.TensorProto.DataType.Value(READABLE[ref.dtype])
+    return external_tensor(name, dtype, ref.shape, location.as_posix(), ref.offset, ref.nbytes)
 
 
-def _external(name: str, dtype: str, shape: tuple[int, ...], location: str, offset: int, length: int) -> TensorProto:
+def external_tensor(
+    name: str, data_type: int, shape: Sequence[int], location: str, offset: int, length: int
+) -> TensorProto:
+    """An initializer that is a range of bytes of the file `location`, named from the graph's folder."""
     import onnx
 
-    tensor = onnx.TensorProto(name=name, data_type=onnx.TensorProto.DataType.Value(dtype), dims=shape)
-    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor = onnx.TensorProto(name=name, data_type=data_type, dims=shape, data_location=onnx.TensorProto.EXTERNAL)
     for key, value in (("location", location), ("offset", str(offset)), ("length", str(length))):
         tensor.external_data.add(key=key, value=value)
     return tensor
@@ -83,15 +88,16 @@ class Sidecar:
 
     def append(self, name: str, array: NDArray[Any]) -> None:
         """Write `array` and remember where it lies as initializer `name`."""
+        import onnx
+
         stored = np.ascontiguousarray(array if array.dtype in _STORABLE else array.astype(np.float32))
         with self.path.open("ab" if self.size else "wb") as file:
             file.write(bytes(-self.size % ALIGNMENT))
             offset = file.tell()
             file.write(stored.view(np.uint8).data)
             self.size = file.tell()
-        self._tensors[name] = _external(
-            name, _STORABLE[stored.dtype], stored.shape, self.path.name, offset, stored.nbytes
-        )
+        dtype = onnx.TensorProto.DataType.Value(_STORABLE[stored.dtype])
+        self._tensors[name] = external_tensor(name, dtype, stored.shape, self.path.name, offset, stored.nbytes)
 
     def take(self) -> dict[str, TensorProto]:
         """The initializers appended since the last call, by name."""

@@ -110,11 +110,6 @@ def weight_matmuls(template: Path, activations: set[str]) -> list[WeightMatMul]:
     ]
 
 
-def quantized_matmuls(template: Path, activations: set[str]) -> list[tuple[str, int]]:
-    """Slot and input width of the matmuls with a weight: those that a scheme quantizes, but for what it keeps."""
-    return [(one.slot, one.in_features) for one in weight_matmuls(template, activations)]
-
-
 def _in_features(node: ir.Node) -> int:
     weight = node.inputs[1]
     if weight is None or weight.shape is None:

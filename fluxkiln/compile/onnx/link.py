@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fluxkiln.compile.onnx.external_data import Sidecar, external_range, in_place_tensor
-from fluxkiln.compile.onnx.packed import CONTRIB, packed_matmul, sided_matmul
+from fluxkiln.compile.onnx.products import CONTRIB, packed_matmul, replace_nodes
 from fluxkiln.errors import CompileError, IntegrityError
 from fluxkiln.quantize.schemes import Scheme, check_groups
 from fluxkiln.types import Binding, SlotBinding, Template, TensorRef
@@ -25,7 +25,6 @@ from fluxkiln.types import Binding, SlotBinding, Template, TensorRef
 if TYPE_CHECKING:
     from onnx import NodeProto, TensorProto
 
-    from fluxkiln.quantize.pack import RounderOf
     from fluxkiln.quantize.side_tensors import PackerOf
     from fluxkiln.types import WeightReader
 
@@ -57,7 +56,6 @@ def link_weights(
     read_weight: WeightReader,
     scheme: Scheme,
     target: Path,
-    rounder_of: RounderOf | None = None,
     packer_of: PackerOf | None = None,
 ) -> Path:
     """Write `target`: the template with every slot turned into an initializer that lies in another file.
@@ -66,7 +64,7 @@ def link_weights(
     Arguments and errors as `link_graph`.
     """
     sidecar = Sidecar(sidecar_path(target, scheme))
-    model = link_graph(template, binding, refs, read_weight, scheme, sidecar, rounder_of, packer_of).model
+    model = link_graph(template, binding, refs, read_weight, scheme, sidecar, packer_of).model
     target.write_bytes(model.SerializeToString(deterministic=True))
     return target
 
@@ -78,7 +76,6 @@ def link_graph(
     read_weight: WeightReader,
     scheme: Scheme,
     sidecar: Sidecar,
-    rounder_of: RounderOf | None = None,
     packer_of: PackerOf | None = None,
 ) -> LinkedGraph:
     """The template with every slot turned into an initializer that lies in another file.
@@ -91,9 +88,8 @@ def link_graph(
         scheme: its weight bits and group size; the arithmetic is float32 in any case.
         sidecar: takes the weights that the checkpoint has not got in the graph's form; the graph is meant for its
             folder.
-        rounder_of: slot and input channels -> what makes their codes; the scheme's own by default, which has no
+        packer_of: slot and input channels -> what packs them; by default by the scheme's own method without
             calibration.
-        packer_of: the same for a method that needs more than codes; then it is what is asked.
 
     Raises:
         CompileError: no such template can be linked, the binding is for another kind, or a weight cannot be read in
@@ -113,10 +109,9 @@ def link_graph(
     replaced = {output: [_fused(matmul)] for output, matmul in matmuls.items()}
     if scheme.weight_bits:
         coded = {output: matmul for output, matmul in matmuls.items() if not scheme.keeps(matmul.slot)}
-        replaced |= _quantized(coded, scheme, read_weight, sidecar, rounder_of, packer_of)
-    nodes = [new for node in graph.node for new in replaced.get(node.output[0], [node])]
-    nodes = _without_unused(nodes, {value.name for value in graph.output})
-    used = {name for node in nodes for name in node.input}
+        replaced |= _quantized(coded, scheme, read_weight, sidecar, packer_of)
+    replace_nodes(graph, [new for node in graph.node for new in replaced.get(node.output[0], [node])])
+    used = {name for node in graph.node for name in node.input}
     in_place = {name: source for name, source in stored.items() if name in used}
     tensors = {name: in_place_tensor(name, refs[source], sidecar.path.parent) for name, source in in_place.items()}
     for name in (name for name in shapes if name in used and name not in tensors):
@@ -129,15 +124,9 @@ def link_graph(
                 f"slot {name} of part {binding.part} has shape {list(shapes[name])}, the weight bound to it has "
                 f"{list(tensors[name].dims)}; bind the part again"
             )
-    nodes = list(_with_casts(nodes, tensors))
-    graph.ClearField("node")
-    graph.node.extend(nodes)
+    replace_nodes(graph, _with_casts(graph.node, tensors), tensors.values())
     graph.ClearField("input")
     graph.input.extend(activations)
-    used = {name for node in nodes for name in node.input}
-    constants = [tensor for tensor in graph.initializer if tensor.name in used]
-    graph.ClearField("initializer")
-    graph.initializer.extend([*constants, *tensors.values()])
     model.opset_import.append(onnx.helper.make_opsetid(CONTRIB, 1))
     for item in (*graph.node, *graph.value_info, *graph.input, *graph.output):
         item.ClearField("metadata_props")  # the exporter's notes, source paths of this machine among them
@@ -292,13 +281,12 @@ def _quantized(
     scheme: Scheme,
     read_weight: WeightReader,
     sidecar: Sidecar,
-    rounder_of: RounderOf | None,
     packer_of: PackerOf | None,
 ) -> dict[str, list[NodeProto]]:
     """MatMulNBits for every product, by the name of its output; each slot is read once."""
-    from fluxkiln.quantize.pack import pack_by
-    from fluxkiln.quantize.rounders import make_rounder
+    from fluxkiln.quantize.rounders import plain_packer
 
+    packer_of = packer_of or plain_packer(scheme)
     by_slot: dict[str, dict[str, _MatMul]] = defaultdict(dict)
     for output, matmul in matmuls.items():
         by_slot[matmul.slot][output] = matmul
@@ -309,28 +297,12 @@ def _quantized(
             part = weight[matmul.region]
             check_groups(scheme, slot, part.shape[1])
             start, stop, _ = matmul.region[1].indices(weight.shape[1])
-            name = f"{slot}__{index}"
-            if packer_of is not None:
-                nodes[output] = sided_matmul(matmul.node, packer_of(slot, (start, stop))(part), scheme, sidecar, name)
-                continue
-            rounder = make_rounder(scheme) if rounder_of is None else rounder_of(slot, (start, stop))
-            packed = pack_by(rounder, part, scheme.group_size, scheme.weight_bits)
-            nodes[output] = packed_matmul(matmul.node, packed, scheme, sidecar, name)
+            packed = packer_of(slot, (start, stop))(part)
+            nodes[output] = packed_matmul(matmul.node, packed, scheme, sidecar, f"{slot}__{index}")
     return nodes
 
 
-def _without_unused(nodes: list[NodeProto], outputs: set[str]) -> list[NodeProto]:
-    """Without nodes whose results nobody reads any more: transposes and slices of weights."""
-    kept = []
-    needed = set(outputs)
-    for node in reversed(nodes):
-        if needed & set(node.output):
-            kept.append(node)
-            needed |= set(node.input)
-    return kept[::-1]
-
-
-def _with_casts(nodes: list[NodeProto], tensors: Mapping[str, TensorProto]) -> Iterator[NodeProto]:
+def _with_casts(nodes: Iterable[NodeProto], tensors: Mapping[str, TensorProto]) -> Iterator[NodeProto]:
     """The nodes with every 16-bit weight cast to float32 just before its first use, or after it was moved."""
     import onnx
 

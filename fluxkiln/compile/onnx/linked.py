@@ -18,10 +18,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fluxkiln.artifacts.actions import ActionCache
-from fluxkiln.compile.corrections import part_packers
 from fluxkiln.compile.plan import Plan
 from fluxkiln.compile.templates import make_template
-from fluxkiln.compile.weights import part_rounders
+from fluxkiln.compile.weights import part_packers
 from fluxkiln.errors import ResourceError, UsageError
 from fluxkiln.export.bindings import bind_part, binding_refs, weight_reader
 from fluxkiln.export.checkpoint import Checkpoint
@@ -29,7 +28,7 @@ from fluxkiln.export.safetensors_header import copy_tensors
 from fluxkiln.export.weight_files import check_unchanged, shard_states
 from fluxkiln.files import clone, disk_full_named, partial_directory, write_durably
 from fluxkiln.progress import Progress
-from fluxkiln.quantize.schemes import Scheme, parse_scheme
+from fluxkiln.quantize.schemes import parse_scheme
 from fluxkiln.types import Binding, GraphFormat, Part, Shapes, Template, TensorRef
 
 _GRAPHS = "onnx"
@@ -118,22 +117,17 @@ def export_graphs(
     return LinkedExport(destination, tuple(graphs), how, copied + sum(sum(one.copied.values()) for one in graphs))
 
 
-def link_parts(
-    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, schemes: Mapping[str, Scheme], folder: Path
-) -> dict[str, Path]:
+def link_parts(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, folder: Path) -> dict[str, Path]:
     """Part -> an ONNX file in `folder`, its weights in files below `folder`.
 
     Without quantization the checkpoint's own shards are put there whole. With it a shard would come along for the few
-    parts that stay as they are, so those get files with just their own tensors.
-
-    Args:
-        schemes: kind -> scheme; only its weight bits count, the arithmetic is float32.
+    parts that stay as they are, so those get files with just their own tensors. The arithmetic is float32 in any case.
     """
     from fluxkiln.compile.onnx.link import link_weights
 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    whole_shards = not any(scheme.weight_bits for scheme in schemes.values())
+    whole_shards = not any(scheme.weight_bits for scheme in plan.schemes.values())
     linked = {}
     for part in plan.parts:
         template = make_template(checkpoint, plan, cache, part.kind, "onnx23")
@@ -141,15 +135,12 @@ def link_parts(
         refs = {ref.name: ref for ref in binding_refs(binding, checkpoint)}
         if whole_shards:
             refs = {name: replace(ref, file=_beside(ref.file, checkpoint, folder)) for name, ref in refs.items()}
-        elif not schemes[part.kind].weight_bits:
+        elif not plan.scheme(part).weight_bits:
             refs = copy_tensors(refs.values(), folder / WEIGHTS / f"{part.name}.safetensors")
         reader = weight_reader(binding, checkpoint)
         target = folder / f"{part.name}.onnx"
-        scheme, rounder_of, packer_of = schemes[part.kind], None, None
-        if scheme.weight_bits:
-            packer_of = part_packers(checkpoint, plan, cache, part, "onnx23")
-            rounder_of = None if packer_of else part_rounders(checkpoint, plan, cache, part, "onnx23")
-        linked[part.name] = link_weights(template, binding, refs, reader, scheme, target, rounder_of, packer_of)
+        packer_of = part_packers(checkpoint, plan, cache, part, "onnx23")
+        linked[part.name] = link_weights(template, binding, refs, reader, plan.scheme(part), target, packer_of)
     return linked
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fluxkiln.compile.onnx.products import CONTRIB, replace_nodes
 from fluxkiln.compile.onnx.session import make_session, run_session
 from fluxkiln.errors import CompileError
 from fluxkiln.types import TRANSPOSED, Template, WeightReader
@@ -115,8 +116,6 @@ def weights_as_inputs(template: Path) -> FedGraph:
     import onnx
     from onnx.helper import make_node, make_opsetid
 
-    from fluxkiln.compile.onnx.packed import CONTRIB
-
     model = onnx.load(template)
     graph = model.graph
     makers = {output: node for node in graph.node for output in node.output}
@@ -141,13 +140,7 @@ def weights_as_inputs(template: Path) -> FedGraph:
         nodes.append(
             make_node("FusedMatMul", [node.input[0], source], node.output, node.name, domain=CONTRIB, transB=1)
         )
-    kept, needed = [], {value.name for value in graph.output}
-    for node in reversed(nodes):
-        if needed & set(node.output):
-            kept.append(node)
-            needed |= set(node.input)
-    graph.ClearField("node")
-    graph.node.extend(kept[::-1])
+    replace_nodes(graph, nodes)
     for value in graph.input:
         if value.name in turned:
             rows, columns = value.type.tensor_type.shape.dim
@@ -205,7 +198,4 @@ def attention_by_heads(model: ModelProto, most_scores: int = MOST_SCORES) -> Non
         made.append(make_node("Concat", outputs, attended.output, axis=1))
         place = nodes.index(attended)
         nodes[place : place + 1] = made
-        nodes.remove(softmax)
-        nodes.remove(scores)
-    graph.ClearField("node")
-    graph.node.extend(nodes)
+    replace_nodes(graph, nodes)

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fluxkiln.compile.onnx.chunks import split_products
-from fluxkiln.compile.onnx.fast import quantize_activations
 from fluxkiln.compile.onnx.link import external_files
+from fluxkiln.compile.onnx.products import quantize_activations, split_products
 from fluxkiln.errors import CompileError, IntegrityError
 
 _DTYPES: Mapping[str, Any] = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(int32)": np.int32}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fluxkiln.compile.onnx.products import replace_nodes
 from fluxkiln.compile.onnx.session import make_session
 from fluxkiln.types import TRANSPOSED, WeightReader
 from fluxkiln.verify.findings import Operation, Values
@@ -106,7 +107,6 @@ def local_values(
     if not wanted:
         return {}
     outputs = {_own(name): types[name] for name in wanted}
-    _keep_makers(model, outputs)
     results = _run(model, _both(seen, weights), list(outputs), f"template {template}", renamed=outputs)
     return {name: results[_own(name)] for name in wanted}
 
@@ -153,29 +153,6 @@ def _both(given: Values, weights: Values) -> Values:
     return ChainMap(dict(given), behind)
 
 
-def _keep_makers(model: ModelProto, names: Iterable[str]) -> None:
-    """Leave out what the values `names` are not made of, inputs included."""
-    nodes = list(model.graph.node)
-    makers = {output: place for place, node in enumerate(nodes) for output in node.output}
-    pending, kept = list(names), set()
-    while pending:
-        place = makers.get(pending.pop())
-        if place is not None and place not in kept:
-            kept.add(place)
-            pending += nodes[place].input
-    read = {name for place in kept for name in nodes[place].input}
-    for field, wanted in (
-        (model.graph.node, [nodes[place] for place in sorted(kept)]),
-        (model.graph.input, [value for value in model.graph.input if value.name in read]),
-        (model.graph.initializer, [value for value in model.graph.initializer if value.name in read]),
-    ):
-        copies = [type(one)() for one in wanted]
-        for copy, one in zip(copies, wanted, strict=True):
-            copy.CopyFrom(one)
-        del field[:]
-        field.extend(copies)
-
-
 def _own(name: str) -> str:
     return f"{name}/own"
 
@@ -186,15 +163,22 @@ def _run(
     """The values `names`, made outputs of `model`; `renamed`: their types where they are called otherwise."""
     import onnx
 
-    types: dict[str, Any] = {value.name: value for value in [*model.graph.value_info, *model.graph.output]}
+    graph = model.graph
+    types: dict[str, Any] = {value.name: value for value in [*graph.value_info, *graph.output]}
     types |= renamed or {}
-    model.graph.ClearField("output")
+    outputs = []
     for name in names:
-        value = onnx.ValueInfoProto()
-        value.CopyFrom(types[name])
-        value.name = name
-        model.graph.output.append(value)
-    del model.graph.value_info[:]
+        outputs.append(onnx.ValueInfoProto())
+        outputs[-1].CopyFrom(types[name])
+        outputs[-1].name = name
+    graph.ClearField("output")
+    graph.output.extend(outputs)
+    graph.ClearField("value_info")
+    replace_nodes(graph, graph.node)
+    read = {name for node in graph.node for name in node.input}
+    inputs = [value for value in graph.input if value.name in read]
+    graph.ClearField("input")
+    graph.input.extend(inputs)
     session = make_session(model.SerializeToString(), what)
     wanted = {spec.name: np.int64 if "int64" in spec.type else np.float32 for spec in session.get_inputs()}
     fed = {name: np.ascontiguousarray(given[name], dtype) for name, dtype in wanted.items()}

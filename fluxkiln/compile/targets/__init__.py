@@ -1,4 +1,4 @@
-"""Targets as data, one file per chip: each module of this folder has a `TARGET`.
+"""What a target is, and all of them as data, one file per chip: each module of this folder has a `TARGET`.
 
 Other distributions add theirs through the entry-point group `fluxkiln.targets`.
 """
@@ -7,24 +7,104 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
 
-from fluxkiln.errors import UsageError
+from fluxkiln.errors import SchemeError, UsageError
 from fluxkiln.plugins import find_plugins
-
-if TYPE_CHECKING:
-    from fluxkiln.compile.target import Target
-
+from fluxkiln.quantize.schemes import Scheme, parse_schemes
+from fluxkiln.types import GraphFormat, Kind
 
 GROUP = "fluxkiln.targets"
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """A machine of a target whose cores share one model, tensor-parallel.
+
+    Attributes:
+        cores: NeuronCores, each a rank of its own.
+        core_bytes: device memory of one core.
+        core_flops: peak bfloat16 operations of one core per second.
+        core_bandwidth: bytes per second between one core and its memory.
+        link_bandwidth: bytes per second between one chip (two cores) and the others; 0 where there is one chip.
+        vcpus, host_bytes: of the machine around them.
+        degrees: tensor-parallel degrees that its topology has collectives for.
+    """
+
+    name: str
+    cores: int
+    core_bytes: int
+    core_flops: float
+    core_bandwidth: float
+    link_bandwidth: float
+    vcpus: int
+    host_bytes: int
+    degrees: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A chip and how to build for it.
+
+    Attributes:
+        toolchain: the adapter that compiles for it.
+        chip: what the toolchain calls it.
+        graph_format: the templates the toolchain reads.
+        schemes: legal block schemes, the default first.
+        narrow: what passes between blocks comes and goes in 16 bits (`Kind.narrow_inputs`, `narrow_outputs`).
+        float_norms: its norms and SiLU take float32, so what they alone read does not come in 16 bits.
+        device_bytes: memory that a device gives to models.
+        instances: machines that a model is split for, the default first; none where a device holds whole parts.
+        uniform: all kinds are stored in one scheme, without exceptions.
+        lanes: weights in codes have a multiple of so many output channels; 0 where any number will do.
+        partial_lanes: or fewer than that.
+    """
+
+    name: str
+    toolchain: str
+    chip: str
+    graph_format: GraphFormat
+    schemes: tuple[str, ...]
+    narrow: bool = False
+    float_norms: bool = False
+    device_bytes: int = 0
+    instances: tuple[Instance, ...] = ()
+    uniform: bool = False
+    lanes: int = 0
+    partial_lanes: bool = False
+
+    def takes_codes(self, out_features: int) -> bool:
+        """Whether its compiler multiplies with codes of a weight with so many output channels."""
+        return not self.lanes or out_features % self.lanes == 0 or (self.partial_lanes and out_features < self.lanes)
+
+    def narrows(self, kind: Kind) -> tuple[bool, bool]:
+        """Whether a kind's activations come, and whether they go, in 16 bits."""
+        comes = kind.narrow_inputs == "all" or (kind.narrow_inputs == "norms" and not self.float_norms)
+        return self.narrow and comes, self.narrow and kind.narrow_outputs
+
+    def parse_schemes(self, text: str | None, kinds: Mapping[str, Kind]) -> tuple[Scheme, dict[str, Scheme]]:
+        """The block scheme and every kind's scheme (see `quantize.schemes.parse_schemes`).
+
+        Raises:
+            SchemeError: one does not exist, or this target cannot store it.
+        """
+        blocks, schemes = parse_schemes(text, self.schemes[0], kinds)
+        if self.uniform:
+            if text not in (None, *self.schemes):
+                legal = " or ".join(self.schemes)
+                raise SchemeError(f"scheme {text!r}: target {self.name} stores all kinds alike; use {legal}")
+            schemes = dict.fromkeys(schemes, blocks)
+        for scheme in (blocks, *schemes.values()):
+            if scheme.name.split("-")[0] not in self.schemes:
+                raise SchemeError(f"target {self.name} cannot store {scheme.name}; it has {', '.join(self.schemes)}")
+        return blocks, schemes
 
 
 @cache
 def all_targets() -> dict[str, Target]:
     """Those of this package and those that are registered, by name."""
-    from fluxkiln.compile.target import Target
-
     own = {name: _own_target(name) for name in _own_names()}
     found = own | {target.name: target for target in find_plugins(GROUP, Target, None, own)}
     return dict(sorted(found.items()))

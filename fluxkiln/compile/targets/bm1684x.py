@@ -1,6 +1,6 @@
 """Sophgo BM1684X, through TPU-MLIR."""
 
-from fluxkiln.compile.target import Target
+from fluxkiln.compile.targets import Target
 
 TARGET = Target(
     name="bm1684x",

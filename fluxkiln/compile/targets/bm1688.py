@@ -1,6 +1,6 @@
 """Sophgo BM1688, through TPU-MLIR."""
 
-from fluxkiln.compile.target import Target
+from fluxkiln.compile.targets import Target
 
 TARGET = Target(
     name="bm1688",

@@ -1,6 +1,6 @@
 """Any CPU, through ONNX Runtime: weights mapped from the checkpoint's own files, arithmetic in float32."""
 
-from fluxkiln.compile.target import Target
+from fluxkiln.compile.targets import Target
 
 TARGET = Target(
     name="cpu",

@@ -6,7 +6,7 @@ which is taken), NeuronLink-v2 192 GiB/s per chip. Degrees: the "NxD Inference F
 "Inf2: 1, 2, 4, 8, and 24"; 6 and 12, half an instance's cores, are not in that list and were not run on a device.
 """
 
-from fluxkiln.compile.target import Target
+from fluxkiln.compile.targets import Target
 from fluxkiln.compile.targets.trn1 import instance
 
 _DEGREES = (1, 2, 4, 6, 8, 12, 24)

@@ -6,7 +6,7 @@ Architecture" (trn1-arch): 820 GiB/s of device memory and 190 bfloat16 TFLOPS pe
 Configuration Guide", tensor-parallelism support: "Trn1: 1, 2, 8, 16, and 32".
 """
 
-from fluxkiln.compile.target import Instance, Target
+from fluxkiln.compile.targets import Instance, Target
 
 _DEGREES = (1, 2, 8, 16, 32)
 

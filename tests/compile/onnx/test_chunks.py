@@ -11,9 +11,8 @@ import pytest
 from onnx import TensorProto, helper
 from onnx.numpy_helper import from_array
 
-from fluxkiln.compile.onnx.chunks import RANGE_BYTES, split_products
 from fluxkiln.compile.onnx.external_data import Sidecar, external_range
-from fluxkiln.compile.onnx.packed import CONTRIB
+from fluxkiln.compile.onnx.products import CONTRIB, RANGE_BYTES, split_products
 from fluxkiln.compile.onnx.session import make_session, open_session
 from fluxkiln.errors import IntegrityError
 

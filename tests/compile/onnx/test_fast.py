@@ -8,12 +8,12 @@ import pytest
 from onnx import TensorProto, helper
 
 from fluxkiln.compile.onnx.external_data import Sidecar
-from fluxkiln.compile.onnx.fast import quantize_activations
-from fluxkiln.compile.onnx.packed import CONTRIB, packed_matmul
+from fluxkiln.compile.onnx.products import CONTRIB, packed_matmul, quantize_activations
 from fluxkiln.compile.onnx.session import make_session, open_session
 from fluxkiln.quantize.pack import empty_packed
 from fluxkiln.quantize.rounders import make_rounder
 from fluxkiln.quantize.schemes import parse_scheme
+from fluxkiln.quantize.side_tensors import SidedWeight
 
 RNG = np.random.default_rng(7)
 ROWS, WIDTH = 96, 256
@@ -31,7 +31,7 @@ def graph(tmp_path):
         make_rounder(scheme)(WEIGHT, scheme.weight_bits, packed.codes_OI, packed.scales_OG, packed.zeros_OG)
         sidecar = Sidecar(tmp_path / f"{name}.bin")
         node = helper.make_node("MatMul", ["x", "w"], ["y"])
-        nodes = packed_matmul(node, packed, scheme, sidecar, "w")
+        nodes = packed_matmul(node, SidedWeight(packed), scheme, sidecar, "w")
         values = [helper.make_tensor_value_info("x", TensorProto.FLOAT, X.shape)]
         results = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [8, ROWS])]
         made = helper.make_graph(nodes, "packed", values, results, list(sidecar.take().values()))

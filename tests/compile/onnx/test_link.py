@@ -12,7 +12,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from fluxkiln.compile.onnx.filled import quantized_matmuls
+from fluxkiln.compile.onnx.filled import weight_matmuls
 from fluxkiln.compile.onnx.link import external_files, link_weights, sidecar_path
 from fluxkiln.compile.onnx.session import open_session, run_session
 from fluxkiln.errors import CompileError, SchemeError
@@ -21,9 +21,9 @@ from fluxkiln.export.eager import PatchedRunner, run_module
 from fluxkiln.patches.flux1.model import MODEL
 from fluxkiln.patches.parts import load_part, part_slots
 from fluxkiln.patches.patch import patches_for
-from fluxkiln.quantize.rounders import stored_weight
 from fluxkiln.quantize.schemes import parse_scheme
 from fluxkiln.types import Binding, SlotBinding, Template, TensorRef, TensorSpec, Transform
+from tests.quantize.weights import stored_as
 
 PARTS = (
     "clip", "t5_embed", "t5_block.01", "t5_final", "head", "double.01", "single.02", "tail", "vae_decoder",
@@ -123,7 +123,7 @@ def test_quantized_parts_equal_the_dequantized(name, scheme, link, tiny_checkpoi
     inputs = tiny_recording().inputs(name)
     weights = part_state(part, part_slots(MODEL, part.kind, checkpoint.configs), checkpoint)
     for slot, weight in weights.items():
-        weights[slot] = stored_weight(weight, parse_scheme(scheme), weight.ndim == 2)
+        weights[slot] = stored_as(parse_scheme(scheme), weight, weight.ndim == 2)
     module = load_part(MODEL, part.kind, checkpoint.configs, {slot: torch.from_numpy(w) for slot, w in weights.items()})
     patches = patches_for(MODEL.patches(), part.kind, "onnx23")
     assert worst(run(graph, inputs), run_module(part.traits, module, inputs, patches)) <= PARITY
@@ -132,12 +132,12 @@ def test_quantized_parts_equal_the_dequantized(name, scheme, link, tiny_checkpoi
 @pytest.mark.parametrize("name", ["double.00", "single.00", "t5_block.00", "tail", "clip"])
 def test_as_many_products_are_quantized_as_on_the_chip(name, link, tiny_template, tiny_parts):
     template = tiny_template(tiny_parts(name).kind, "onnx17")
-    expected = quantized_matmuls(template.path, {spec.name for spec in template.inputs})
+    expected = weight_matmuls(template.path, {spec.name for spec in template.inputs})
     nodes = onnx.load(link(name, "W4BF16-g32"), load_external_data=False).graph.node
     found = [node for node in nodes if node.op_type == "MatMulNBits"]
     assert len(found) == len(expected) > 0
     widths = sorted(next(a.i for a in node.attribute if a.name == "K") for node in found)
-    assert widths == sorted(width for _, width in expected)
+    assert widths == sorted(one.in_features for one in expected)
 
 
 def test_quantized_parts_need_no_checkpoint(link, tiny_recording):
@@ -241,7 +241,7 @@ def products(weights, scheme, inputs):
     """What the graph made by hand computes, in float64."""
     results = {}
     for name, region in FORMS.items():
-        stored = stored_weight(weights[name], scheme, True)[region].astype(np.float64)
+        stored = stored_as(scheme, weights[name])[region].astype(np.float64)
         results[f"{name}_out"] = inputs["v" if name == "gemm" else "x"].astype(np.float64) @ stored.T
     results["gemm_out"] += weights[BIAS].astype(np.float64)
     return results
@@ -291,7 +291,7 @@ def link_narrow(folder):
     binding = Binding("narrow", "transformer", (SlotBinding("w", ("w",)),))
     scheme = parse_scheme("W4BF16-g32")
     path = link_weights(template, binding, {}, lambda slot: weight, scheme, folder / "narrow.onnx")
-    return path, {"x": x}, x.astype(np.float64) @ stored_weight(weight, scheme, True).T
+    return path, {"x": x}, x.astype(np.float64) @ stored_as(scheme, weight).T
 
 
 def test_what_is_done_to_a_weight_is_done_in_the_graph(tmp_path):

@@ -10,11 +10,12 @@ import pytest
 from onnx import helper
 
 from fluxkiln.compile.onnx.external_data import Sidecar
-from fluxkiln.compile.onnx.packed import CONTRIB, packed_matmul, sided_matmul
+from fluxkiln.compile.onnx.products import CONTRIB, packed_matmul
 from fluxkiln.compile.onnx.session import make_session
 from fluxkiln.quantize.pack import dequantize
 from fluxkiln.quantize.rounders import pack_sided
 from fluxkiln.quantize.schemes import parse_scheme
+from fluxkiln.quantize.side_tensors import SidedWeight
 from tests.quantize.weights import gather, make_inputs, make_weight, pack_matrix
 
 SHAPE = (96, 320)
@@ -50,7 +51,7 @@ def test_equals_the_dequantized_product(tmp_path, name):
     packed = pack_matrix(make_weight("student", SHAPE), scheme)
     exact = X.astype(np.float64) @ dequantize(packed, scheme.group_size).T.astype(np.float64)
     for b in (None, bias):
-        made = run(tmp_path, lambda node, sidecar: packed_matmul(node, packed, scheme, sidecar, "w"), b)
+        made = run(tmp_path, lambda node, sidecar: packed_matmul(node, SidedWeight(packed), scheme, sidecar, "w"), b)
         assert off(made, exact if b is None else exact + b) <= 2e-6
 
 
@@ -71,7 +72,7 @@ def test_wrong_packing_shows(tmp_path, what):
     weight, scheme = make_weight("channels", SHAPE), parse_scheme("W4BF16")
     packed = pack_matrix(weight, scheme)
     exact = X @ dequantize(packed, 64).T
-    wrong = spoilt(packed)[what]
+    wrong = SidedWeight(spoilt(packed)[what])
     assert off(run(tmp_path, lambda node, sidecar: packed_matmul(node, wrong, scheme, sidecar, "w")), exact) > 2e-3
 
 
@@ -82,7 +83,7 @@ def test_products_with_side_tensors(tmp_path, method):
     made = pack_sided(weight, scheme, statistics)
     exact = X.astype(np.float64) @ made.dequantize(64).T.astype(np.float64)
     for b in (None, bias):
-        got = run(tmp_path, lambda node, sidecar: sided_matmul(node, made, scheme, sidecar, "w"), b)
+        got = run(tmp_path, lambda node, sidecar: packed_matmul(node, made, scheme, sidecar, "w"), b)
         assert off(got, exact if b is None else exact + b) <= 2e-6
-    without = run(tmp_path, lambda node, sidecar: packed_matmul(node, made.packed, scheme, sidecar, "w"))
+    without = run(tmp_path, lambda node, sidecar: packed_matmul(node, SidedWeight(made.packed), scheme, sidecar, "w"))
     assert off(without, exact) > 0.05

@@ -10,14 +10,14 @@ import numpy as np
 import onnx
 import pytest
 
-from fluxkiln.compile.onnx.filled import quantized_matmuls
+from fluxkiln.compile.onnx.filled import weight_matmuls
 from fluxkiln.compile.onnx.runner import Filling, TemplateRunner, attention_by_heads, weights_as_inputs
 from fluxkiln.compile.onnx.session import open_session, run_session
 from fluxkiln.errors import CheckpointError, CompileError
 from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.patches.flux1.kinds import KINDS
-from fluxkiln.quantize.rounders import stored_weight
 from fluxkiln.quantize.schemes import parse_scheme
+from tests.quantize.weights import stored_as
 
 PARITY = 5e-6
 KINDS_OF_ONE_FORM = [kind for kind in KINDS if not kind.endswith(("_modulation", "_modulated", "_embed"))] + [
@@ -70,14 +70,14 @@ def test_dequantized_weights_equal_the_quantized_graph(fill, link, tiny_recordin
     def stored(untouched=()):
         def filling(name):
             made = fill()(name)
-            slots = quantized_matmuls(made.template.path, {spec.name for spec in made.template.inputs})
-            quantized = {slot for slot, _ in slots}
+            matmuls = weight_matmuls(made.template.path, {spec.name for spec in made.template.inputs})
+            quantized = {one.slot for one in matmuls}
 
             def read(slot):
                 weight = made.read_weight(slot)
                 if slot.startswith(untouched):
                     return weight
-                return stored_weight(weight, parse_scheme(scheme), slot in quantized)
+                return stored_as(parse_scheme(scheme), weight, slot in quantized)
 
             return Filling(made.template, read)
 

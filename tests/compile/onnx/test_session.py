@@ -9,7 +9,7 @@ import pytest
 
 from fluxkiln.compile.onnx.link import external_files
 from fluxkiln.compile.onnx.session import open_session
-from fluxkiln.compile.toolchains.onnxruntime.executor import OrtExecutor
+from fluxkiln.compile.toolchains.onnxruntime.toolchain import OrtExecutor
 from fluxkiln.errors import CompileError, IntegrityError
 
 PARITY = 5e-6

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 
 from fluxkiln.compile.toolchains.neuron.toolchain import TOOLCHAIN
-from fluxkiln.compile.toolchains.onnxruntime.gates import RUNGS as LINKED
+from fluxkiln.compile.toolchains.onnxruntime.toolchain import RUNGS as LINKED
 from fluxkiln.compile.toolchains.tpu_mlir.gates import RUNGS as COMPILED
 from fluxkiln.verify.gates import RUNGS
 from fluxkiln.verify.report.plot import FLOOR, Plot, Point, decades, marker

@@ -17,8 +17,8 @@ from typing import Any
 
 from fluxkiln.artifacts.actions import Action, ActionCache, run_action
 from fluxkiln.artifacts.store import Blob
-from fluxkiln.compile.jobs import JobPool
-from fluxkiln.compile.target import Target
+from fluxkiln.compile.process import JobPool
+from fluxkiln.compile.targets import Target
 from fluxkiln.compile.toolchains.neuron.neff import (
     COMMAND,
     RECORD_SCHEMA,
@@ -92,7 +92,7 @@ def compile_kinds(
     futures = [
         pool.submit(
             f"the compile of {job.name}",
-            min(job.memory, pool.admission.budget),
+            min(job.memory, pool.budget),
             partial(_compile, job, compiler, target, preset, cache, folder, progress),
         )
         for job in jobs

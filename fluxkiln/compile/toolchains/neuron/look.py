@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fluxkiln.artifacts.actions import ActionCache
-from fluxkiln.compile.look import STAGE, tell_rung
 from fluxkiln.compile.plan import Plan
+from fluxkiln.compile.rungs import STAGE, tell_rung
 from fluxkiln.compile.templates import host_constants
 from fluxkiln.compile.toolchains.neuron.modules import Module, lower_modules, module_name
 from fluxkiln.compile.toolchains.neuron.replicas import dtype_of

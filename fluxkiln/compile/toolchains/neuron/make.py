@@ -16,8 +16,8 @@ from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.artifacts.bundle import read_manifest, role_of, verify_bundle
 from fluxkiln.artifacts.manifest import MANIFEST_FILE, FileEntry, Manifest, resolve_inside
 from fluxkiln.artifacts.store import Blob, Store
-from fluxkiln.compile.jobs import JobPool
 from fluxkiln.compile.plan import Binary, BundleFile, Made, Plan
+from fluxkiln.compile.process import JobPool
 from fluxkiln.compile.targets import find_target
 from fluxkiln.compile.toolchain import Resumed
 from fluxkiln.compile.toolchains.neuron.compilation import compile_kinds, take_finished, write_compile_script

@@ -15,9 +15,9 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from fluxkiln.compile.installed import installed_version, version_line
+from fluxkiln.compile.doctor import installed_version, version_line
 from fluxkiln.compile.process import run_tool
-from fluxkiln.compile.target import Target
+from fluxkiln.compile.targets import Target
 from fluxkiln.compile.toolchain import ToolStatus
 from fluxkiln.compile.toolchains.neuron.neff import (
     COMMAND,

@@ -18,11 +18,11 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from fluxkiln.compile.process import Worker
 from fluxkiln.compile.toolchains.neuron.frontend import require_versions
 from fluxkiln.compile.toolchains.neuron.hlo_module import entry_parameters
 from fluxkiln.compile.toolchains.neuron.modules import Module
 from fluxkiln.compile.toolchains.neuron.split_bundle import read_module
-from fluxkiln.compile.worker import Worker
 from fluxkiln.errors import CompileError, ResourceError
 from fluxkiln.types import TensorSpec
 

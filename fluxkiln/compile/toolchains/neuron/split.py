@@ -17,8 +17,7 @@ from fluxkiln.artifacts.actions import Action, ActionCache, run_action
 from fluxkiln.artifacts.code import code_version
 from fluxkiln.artifacts.store import Blob
 from fluxkiln.compile.plan import Job, Plan
-from fluxkiln.compile.target import Instance, Target
-from fluxkiln.compile.targets import find_target, target_names
+from fluxkiln.compile.targets import Instance, Target, find_target, target_names
 from fluxkiln.compile.toolchains.neuron.neuronx_cc import NeuronxCc, find_neuronx_cc
 from fluxkiln.errors import ResourceError, ToolchainError, UsageError
 from fluxkiln.export.checkpoint import Checkpoint

@@ -10,8 +10,8 @@ from typing import Any
 from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.artifacts.store import Store
 from fluxkiln.compile.bundle import Bundle
+from fluxkiln.compile.doctor import package_status, runtime_status
 from fluxkiln.compile.executor import Executor
-from fluxkiln.compile.installed import package_status, runtime_status
 from fluxkiln.compile.plan import Job, Made, Plan
 from fluxkiln.compile.toolchain import API, Climb, Resumed, Toolchain, ToolStatus
 from fluxkiln.compile.toolchains.neuron import modules, split

@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.artifacts.actions import ActionCache
-from fluxkiln.compile.corrections import part_packers
-from fluxkiln.compile.look import STAGE, OpenPart, check_form, look_below, open_part, tell_rung
 from fluxkiln.compile.plan import Plan
+from fluxkiln.compile.rungs import STAGE, OpenPart, check_form, look_below, open_part, tell_rung
 from fluxkiln.compile.templates import make_template
-from fluxkiln.compile.weights import part_rounders
+from fluxkiln.compile.weights import part_packers
 from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.progress import Progress
@@ -37,7 +36,7 @@ def look(
     opened = open_linked(checkpoint, alone, cache, part, call.inputs)
     rungs = look_below(opened, checkpoint, progress)
     with tempfile.TemporaryDirectory(prefix="fluxkiln-look-") as scratch:
-        (graph,) = link_parts(checkpoint, alone, cache, plan.schemes, Path(scratch) / "graphs").values()
+        (graph,) = link_parts(checkpoint, alone, cache, Path(scratch) / "graphs").values()
         rungs.append(check_linked(opened, graph))
     tell_rung(rungs[-1], progress)
     return PartFindings(tuple(rungs))
@@ -55,24 +54,17 @@ def _stored(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, 
     import numpy as np
 
     from fluxkiln.compile.onnx.values import quantized_regions
-    from fluxkiln.quantize.rounders import stored_weight
 
     scheme = plan.scheme(part)
     reader = weight_reader(bind_part(part, template.slots, checkpoint), checkpoint)
     regions = quantized_regions(template.path, [spec.name for spec in template.slots])
     packer_of = part_packers(checkpoint, plan, cache, part, "onnx23")
-    rounder_of = None if packer_of is not None else part_rounders(checkpoint, plan, cache, part, "onnx23")
 
     def stored(slot: str) -> NDArray[Any]:
         weight = np.array(reader(slot), np.float32)
-        if scheme.keeps(slot):
-            return weight
-        for region in regions.get(slot, ()):
+        for region in () if scheme.keeps(slot) else regions.get(slot, ()):
             start, stop, _ = region[1].indices(weight.shape[1])
-            if packer_of is not None:
-                weight[region] = packer_of(slot, (start, stop))(weight[region]).dequantize(scheme.group_size)
-            elif rounder_of is not None:
-                weight[region] = stored_weight(weight[region], scheme, True, rounder_of(slot, (start, stop)))
+            weight[region] = packer_of(slot, (start, stop))(weight[region]).dequantize(scheme.group_size)
         return weight
 
     return stored

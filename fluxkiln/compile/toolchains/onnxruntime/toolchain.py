@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.compile.bundle import Bundle
@@ -14,16 +15,36 @@ from fluxkiln.compile.plan import Binary, BundleFile, Job, Made, Plan
 from fluxkiln.compile.templates import count_elements, find_template, make_template, tell_template
 from fluxkiln.compile.tensors import part_refs, search_memory
 from fluxkiln.compile.toolchain import API, TRACE_MEMORY, Climb, Rungs, Toolchain
-from fluxkiln.compile.toolchains.onnxruntime.gates import GATES, RUNGS
+from fluxkiln.errors import CompileError
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.progress import Laps, Progress
 from fluxkiln.settings import Settings
 from fluxkiln.types import Part
 from fluxkiln.verify.findings import PartFindings, Record
+from fluxkiln.verify.gates import STORED, Gate, Rung
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _GRAPHS = "onnx"
 # of the largest weight that is stored transposed, in float32
 LINK_MEMORY = 256 << 20
+# of all sessions together; those that do not work sleep, but systems limit their number
+MOST_THREADS = 4000
+
+
+RUNGS: tuple[Rung, ...] = (
+    Rung("executed", 4, "the bundle's own graphs, run by the target's runtime",
+         "linking: a quantized weight, scale or zero point in the wrong place of the bundle", STORED, series=4),
+)  # fmt: skip
+
+GATES: tuple[Gate, ...] = (
+    Gate("executed", "F32", "part", "*", "relative_l2", 5e-6, "reference",
+         "float32 by ONNX Runtime's kernels, as at its own rung"),
+    Gate("executed", "*", "part", "*", "relative_l2", 2e-3, "previous",
+         "the same codes in float32 on both sides; norm weights are rounded to 16 bits before or after the softmax "
+         "factor is in them: 5e-4 was measured"),
+)  # fmt: skip
 
 
 class OnnxRuntime(Toolchain):
@@ -60,7 +81,7 @@ class OnnxRuntime(Toolchain):
         for kind in plan.kinds():
             tell_template(*context, kind, plan.target.graph_format, progress, "template")
         progress.stage("link", len(plan.parts))
-        graphs = link_parts(*context, plan.schemes, folder)
+        graphs = link_parts(*context, folder)
         binaries = []
         for part in plan.parts:
             template = make_template(*context, part.kind, plan.target.graph_format)
@@ -98,8 +119,6 @@ class OnnxRuntime(Toolchain):
     def execute(
         self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, made: Made, folder: Path, most_open: int = 1
     ) -> Iterator[Rungs]:
-        from fluxkiln.compile.toolchains.onnxruntime.executor import OrtExecutor
-
         components = {part.name: part.component for part in plan.parts}
         # without quantization the bundle's own graphs are the exported templates
         rung = "executed" if plan.quantized else "onnxruntime"
@@ -114,7 +133,6 @@ class OnnxRuntime(Toolchain):
 
     def open_executor(self, bundle: Bundle, name: str | None, options: Mapping[str, Any]) -> Executor:
         from fluxkiln.compile.executor import require_file
-        from fluxkiln.compile.toolchains.onnxruntime.executor import OrtExecutor
 
         nets = bundle.nets
         for net in nets.values():
@@ -122,6 +140,92 @@ class OnnxRuntime(Toolchain):
         graphs = {part: net.file for part, net in nets.items()}
         components = {part: net.component for part, net in nets.items()}
         return OrtExecutor(graphs, components, threads=int(options.get("threads") or 0), fast=bool(options.get("fast")))
+
+
+class OrtExecutor:
+    """Runs parts by name. A session is opened at its first use and stays until it, or its component, is let go.
+
+    Args:
+        graphs: part -> graph; components: part -> component.
+        threads: for one operation; 0 for one on each core.
+        most_open: sessions kept open, beyond which the least recently used goes; 0 for all.
+        spin: threads that wait for work keep their core busy: faster for one session, slower for many in turn.
+        lean: memory goes back to the system as soon as it is free, instead of being kept for the next call: a block
+            of FLUX.1's width takes 0.4 GB less and 8 to 18 % longer.
+        fast: products with packed weights round their activations to 8 bits (see `onnx.products`); its name says so.
+    """
+
+    def __init__(
+        self,
+        graphs: Mapping[str, Path],
+        components: Mapping[str, str],
+        *,
+        threads: int = 0,
+        most_open: int = 0,
+        spin: bool = False,
+        lean: bool = True,
+        fast: bool = False,
+    ) -> None:
+        self.graphs, self.components, self.most_open = dict(graphs), dict(components), most_open
+        self.threads = threads or _threads(most_open or len(graphs))
+        self.options = {"spin": spin, "lean": lean, "fast": fast}
+        self.name = "ort, fast" if fast else "ort"
+        self.sessions: dict[str, Any] = {}  # the least recently used first
+
+    def __call__(self, part: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """The part's outputs by name, float32.
+
+        Args:
+            inputs: by the names and with the shapes of the part's kind.
+
+        Raises:
+            CompileError: no graph for the part, an input is missing, unknown or of another shape, or the run failed.
+            IntegrityError: a file with weights is missing or too short.
+        """
+        from fluxkiln.compile.onnx.session import run_session
+
+        return run_session(self._session(part), part, inputs)
+
+    def load(self, component: str) -> None:
+        for part in self.graphs:
+            if self.components[part] == component:
+                self._session(part)
+
+    def release(self, component: str) -> None:
+        for part in [part for part in self.sessions if self.components[part] == component]:
+            del self.sessions[part]
+
+    def drop(self, part: str) -> None:
+        self.sessions.pop(part, None)
+
+    def close(self) -> None:
+        """Close all sessions; the executor can be used again."""
+        self.sessions.clear()
+
+    @property
+    def facts(self) -> Mapping[str, str]:
+        import onnxruntime
+
+        fast = self.options["fast"]
+        arithmetic = "8-bit products of packed weights, float32 otherwise" if fast else "float32 arithmetic"
+        return {"runtime": f"ONNX Runtime {onnxruntime.__version__}", "device": f"CPU, {arithmetic}"}
+
+    def _session(self, part: str) -> Any:
+        from fluxkiln.compile.onnx.session import open_session
+
+        if part not in self.graphs:
+            raise CompileError(f"there is no part {part!r}; there are {', '.join(self.graphs)}")
+        session = self.sessions.pop(part, None)
+        while session is None and self.most_open and len(self.sessions) >= self.most_open:
+            del self.sessions[next(iter(self.sessions))]
+        self.sessions[part] = session or open_session(self.graphs[part], threads=self.threads, **self.options)
+        return self.sessions[part]
+
+
+def _threads(sessions: int) -> int:
+    """0, which lets ONNX Runtime take all cores, unless that many sessions would have too many threads."""
+    most = max(1, MOST_THREADS // max(1, sessions))
+    return 0 if (os.cpu_count() or 1) <= most else most
 
 
 TOOLCHAIN = OnnxRuntime()

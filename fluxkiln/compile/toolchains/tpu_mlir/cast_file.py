@@ -21,12 +21,11 @@ from typing import Any
 from fluxkiln.artifacts.actions import Action, ActionCache, run_action
 from fluxkiln.artifacts.code import code_version
 from fluxkiln.artifacts.store import Blob
-from fluxkiln.compile.corrections import part_weights, rounding_key
 from fluxkiln.compile.plan import Binary, BundleFile, Plan
 from fluxkiln.compile.templates import make_template, weights_digest
 from fluxkiln.compile.toolchains.tpu_mlir.environment import TPU_MLIR_VERSION
 from fluxkiln.compile.toolchains.tpu_mlir.moulds import require_compiler
-from fluxkiln.compile.weights import part_rounders
+from fluxkiln.compile.weights import part_rounders, part_weights, rounding_key
 from fluxkiln.export.bindings import bind_part, binding_refs
 from fluxkiln.export.checkpoint import Checkpoint, expect_tensors
 from fluxkiln.export.fingerprint import check_states

@@ -8,8 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from fluxkiln.artifacts.actions import Action, ActionCache
-from fluxkiln.compile.jobs import JobPool
 from fluxkiln.compile.plan import Binary, Made, Plan
+from fluxkiln.compile.process import JobPool
 from fluxkiln.compile.templates import count_elements, tell_template
 from fluxkiln.compile.tensors import part_refs
 from fluxkiln.compile.toolchains.tpu_mlir.cast_file import cast_file, combine_shells

@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.artifacts.actions import ActionCache
-from fluxkiln.compile.look import STAGE, OpenPart, check_form, look_below, open_part, tell_rung
 from fluxkiln.compile.plan import Binary, Plan
-from fluxkiln.compile.rungs import dequantized_rung
+from fluxkiln.compile.rungs import STAGE, OpenPart, check_form, dequantized_rung, look_below, open_part, tell_rung
 from fluxkiln.compile.templates import find_template, make_template
 from fluxkiln.compile.toolchains.tpu_mlir.environment import installed
 from fluxkiln.compile.toolchains.tpu_mlir.moulds import cast_part, compile_part, find_mould, make_mould

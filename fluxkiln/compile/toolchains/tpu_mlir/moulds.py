@@ -16,11 +16,11 @@ from typing import Any
 
 from fluxkiln.artifacts.actions import Action, ActionCache, ActionResult, run_action
 from fluxkiln.artifacts.code import code_version
-from fluxkiln.compile.corrections import part_weights, rounding_key
 from fluxkiln.compile.plan import Binary, Plan
 from fluxkiln.compile.templates import mould_net, net_name, weights_digest
 from fluxkiln.compile.toolchains.tpu_mlir import environment
 from fluxkiln.compile.toolchains.tpu_mlir.environment import TPU_MLIR_VERSION, TpuMlirEnv
+from fluxkiln.compile.weights import part_weights, rounding_key
 from fluxkiln.digests import digest_json
 from fluxkiln.errors import CompileError, ToolchainError
 from fluxkiln.export.bindings import bind_part

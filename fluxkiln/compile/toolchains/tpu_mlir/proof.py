@@ -9,11 +9,10 @@ from pathlib import Path
 
 from fluxkiln.artifacts.actions import Action, ActionCache
 from fluxkiln.artifacts.code import code_version
-from fluxkiln.compile.corrections import part_weights
 from fluxkiln.compile.plan import Binary, Plan
 from fluxkiln.compile.templates import make_template, mould_net
 from fluxkiln.compile.toolchains.tpu_mlir.moulds import Mould, compile_weights, compiled_form
-from fluxkiln.compile.weights import part_rounders
+from fluxkiln.compile.weights import part_rounders, part_weights
 from fluxkiln.errors import CompileError
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.files import digest_file

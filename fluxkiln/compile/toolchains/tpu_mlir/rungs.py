@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.artifacts.actions import ActionCache
-from fluxkiln.compile.corrections import part_weights
 from fluxkiln.compile.executor import bind_net
 from fluxkiln.compile.plan import Binary, BundleFile, Made, Plan
 from fluxkiln.compile.rungs import rungs_below
@@ -19,7 +18,7 @@ from fluxkiln.compile.tensors import multiplications
 from fluxkiln.compile.toolchain import Climb, Rungs
 from fluxkiln.compile.toolchains.tpu_mlir import environment
 from fluxkiln.compile.toolchains.tpu_mlir.cmodel import MOST_MULTIPLICATIONS, CmodelExecutor
-from fluxkiln.compile.weights import part_rounders
+from fluxkiln.compile.weights import part_rounders, part_weights
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.verify.ladder import Ladder, gate_scheme
 

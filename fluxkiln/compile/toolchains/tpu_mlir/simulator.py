@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fluxkiln.compile.process import Worker
 from fluxkiln.compile.toolchains.tpu_mlir.environment import TpuMlirEnv, tpu_mlir_environ
-from fluxkiln.compile.worker import Worker
 from fluxkiln.errors import CompileError, ResourceError
 
 _WORKER = Path(__file__).with_name("simulator_worker.py")

@@ -122,7 +122,7 @@ class TpuMlir(Toolchain):
         return open_cmodel(bundle)
 
     def doctor(self) -> Sequence[ToolStatus]:
-        from fluxkiln.compile.installed import runtime_status
+        from fluxkiln.compile.doctor import runtime_status
 
         root, env = environment.default_tpu_mlir_root(), environment.installed()
         sail = runtime_status(

@@ -17,7 +17,7 @@ import pytest
 
 from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.artifacts.store import open_store
-from fluxkiln.compile.jobs import JobPool
+from fluxkiln.compile.process import JobPool
 from fluxkiln.compile.targets import find_target
 from fluxkiln.compile.toolchains.neuron.compilation import compile_kinds, neff_action
 from fluxkiln.compile.toolchains.neuron.neff import (
@@ -293,7 +293,7 @@ def test_goes_on_after_a_kill(jobs, run, calls, tmp_path, monkeypatch):
         "hlo = root / 'build/hlo'\n"
         "jobs = [ModuleJob(n, 'blocks', hlo / f'{n}.hlo_module.pb', digest, 1) for n, digest in named]\n"
         "cache = ActionCache(open_store(root / 'store'))\n"
-        "from fluxkiln.compile.jobs import JobPool\n"
+        "from fluxkiln.compile.process import JobPool\n"
         "with JobPool(1) as pool:\n"
         "    compile_kinds(pool, jobs, find_neuronx_cc(), find_target('trn1'), cache, root / 'build')\n"
     )

@@ -18,7 +18,7 @@ import pytest
 
 from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.artifacts.store import open_store
-from fluxkiln.compile.jobs import JobPool
+from fluxkiln.compile.process import JobPool
 from fluxkiln.compile.targets import find_target
 from fluxkiln.compile.toolchains.neuron.compilation import compile_kinds, write_compile_script
 from fluxkiln.compile.toolchains.neuron.neff import ModuleJob, neff_path, read_neffs, record_path

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from fluxkiln.compile.executor import Net
-from fluxkiln.compile.toolchains.onnxruntime.executor import OrtExecutor
-from fluxkiln.compile.toolchains.onnxruntime.toolchain import TOOLCHAIN
+from fluxkiln.compile.toolchains.onnxruntime.toolchain import TOOLCHAIN, OrtExecutor
 from fluxkiln.errors import CompileError, UsageError
 from fluxkiln.patches.flux1.kinds import KINDS
 

@@ -16,7 +16,7 @@ def test_a_fault_in_a_linked_graph_is_found(opened, tmp_path):
 
     part, made = opened("single.02", "W4BF16", "cpu")
     made = altered(made, parts=(part.part,))
-    (graph,) = link_parts(*made, made.plan.schemes, tmp_path / "graphs").values()
+    (graph,) = link_parts(*made, tmp_path / "graphs").values()
     assert check_linked(part, graph).culprit is None
     model = onnx.load(graph, load_external_data=False)
     products = [node for node in model.graph.node if node.op_type == "MatMulNBits"]

@@ -155,7 +155,7 @@ def store_weights(
         read = weight_reader(bind_part(part, template.slots, checkpoint), checkpoint)
         weights = {}
         for slot in (spec.name for spec in template.slots):
-            weight = stored_weight(read(slot), plan.scheme(part), quantized=False)
+            weight = stored_weight(read(slot), plan.scheme(part))
             weights[slot] = np.ascontiguousarray(weight.T if slot.endswith(TRANSPOSED) else weight)
         save_file(weights, folder / "weights.safetensors")
         return {"weights": folder / "weights.safetensors"}, {}

@@ -23,7 +23,16 @@ from fluxkiln.progress import Progress
 from fluxkiln.quantize.rounders import stored_weight
 from fluxkiln.types import Part, PartRunner, Template, WeightReader, find_part
 from fluxkiln.verify.findings import (
-    COMMON_ADVICE, Advice, Finding, Operation, Remedy, RungFindings, Tolerance, Values, epsilons_differ, find_remedy
+    COMMON_ADVICE,
+    Advice,
+    Finding,
+    Operation,
+    Remedy,
+    RungFindings,
+    Tolerance,
+    Values,
+    epsilons_differ,
+    find_remedy,
 )  # fmt: skip
 from fluxkiln.verify.judgement import DEQUANTIZED, REORDERED, judge_values, tolerance_of, with_culprit
 

@@ -126,6 +126,24 @@ class Part:
         return degree if self.traits.cut else 1
 
 
+@dataclass(frozen=True, slots=True)
+class BindingLicence:
+    """A licence that binds whoever passes on a variant of a model or what is made of it: its text must go with it.
+
+    Attributes:
+        accepted_as: what a publisher calls it who accepts it; card_name: what model cards call it.
+        model: what is under it, for people; title: its own; pattern: a regular expression for the title in its text.
+    """
+
+    spdx: str
+    variant: str
+    accepted_as: str
+    card_name: str
+    model: str
+    title: str
+    pattern: str
+
+
 def find_part(parts: tuple[Part, ...], name: str) -> Part:
     """The part called `name`; UsageError with the legal names otherwise."""
     for part in parts:

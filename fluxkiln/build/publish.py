@@ -38,7 +38,14 @@ from fluxkiln.artifacts.registry.distribution import (
     push,
     receive_small,
 )
-from fluxkiln.artifacts.registry.papers import check_licence, model_card, provenance_statement, sign, verify_signature
+from fluxkiln.artifacts.registry.papers import (
+    check_licence,
+    find_binding,
+    model_card,
+    provenance_statement,
+    sign,
+    verify_signature,
+)
 from fluxkiln.artifacts.registry.place import (
     HubReference,
     LayoutReference,
@@ -53,7 +60,7 @@ from fluxkiln.artifacts.store import Blob
 from fluxkiln.digests import Json
 from fluxkiln.errors import IntegrityError, ParityError, UsageError
 from fluxkiln.files import digest_file
-from fluxkiln.patches.registry import title_of
+from fluxkiln.patches.registry import binding_licences, hub_id_of, title_of
 from fluxkiln.progress import Progress
 
 PULLED_SCHEMA = "fluxkiln.pulled/1"
@@ -138,7 +145,7 @@ def publish_bundle(
     _check_files(folder, manifest)
     _check_parity(manifest, terms.allow_failed_parity)
     licence = resolve_inside(folder, manifest.licence.file).read_bytes()
-    check_licence(manifest, licence, terms.accepted)
+    check_licence(manifest, licence, terms.accepted, binding_licences())
     document, config, sources = _compose(folder, manifest, licence, terms)
     with _open(target, transfers, write=True) as (place, stop):
         pushed = push(place, document, config, sources, tag, stop=stop, jobs=transfers.jobs, progress=progress)
@@ -265,7 +272,10 @@ def _compose(
     report_digest = "" if report is None else add(REPORT, report)
     add(PROVENANCE, provenance_statement(manifest, layers[0].digest, report_digest))
     signed = terms.sign_key is not None
-    add(CARD, model_card(manifest, licence, title_of(manifest.variant), extra_licences=sorted(licences), signed=signed))
+    title, base = title_of(manifest.variant), hub_id_of(manifest.variant)
+    bound = find_binding(manifest, licence, binding_licences())
+    card = model_card(manifest, licence, title, base, bound, extra_licences=sorted(licences), signed=signed)
+    add(CARD, card)
     if terms.sign_key is not None:
         add(SIGNATURE, sign({pulled_path(layer.path): layer.digest for layer in layers}, terms.sign_key))
     config, data = write_document(manifest, layers)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fluxkiln.types import Configs, Kind, Part, Shapes, TensorSpec
+from fluxkiln.types import BindingLicence, Configs, Kind, Part, Shapes, TensorSpec
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -101,6 +101,7 @@ class Model(Protocol):
         weight_rules: folder with weights -> how those of a synthetic model are drawn; the first that matches counts.
         generator: raised when the same preset and seed give other bytes.
         constant_inputs: of parts, what the host gives.
+        hub_ids: variant -> where it is published. binding_licences: those that bind who passes it on.
         most_tokens: variant -> the most text tokens it takes. steps: variant -> denoising steps of an ordinary image.
     """
 
@@ -118,6 +119,8 @@ class Model(Protocol):
     calibrated: tuple[str, ...]
     adapted: str
     tied: Mapping[str, tuple[str, ...]]
+    hub_ids: Mapping[str, str]
+    binding_licences: tuple[BindingLicence, ...]
     most_tokens: Mapping[str, int]
     steps: Mapping[str, int]
     kinds: Mapping[str, Kind]

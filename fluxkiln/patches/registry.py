@@ -14,7 +14,7 @@ import fluxkiln.patches
 from fluxkiln.errors import CheckpointError, UsageError
 from fluxkiln.patches.model import API, Model, Preset
 from fluxkiln.plugins import find_plugins
-from fluxkiln.types import Configs
+from fluxkiln.types import BindingLicence, Configs
 
 GROUP = "fluxkiln.models"
 
@@ -60,6 +60,16 @@ def all_presets() -> dict[str, tuple[Model, Preset]]:
 def title_of(variant: str) -> str:
     """What people call the model whose variant a bundle is of: `FLUX.1-dev`; the variant where nobody knows it."""
     return next((f"{model.title}-{variant}" for model in all_models() if variant in model.steps), variant)
+
+
+def hub_id_of(variant: str) -> str:
+    """Where a variant of a model is published; empty where nobody knows."""
+    return next((model.hub_ids[variant] for model in all_models() if variant in model.hub_ids), "")
+
+
+def binding_licences() -> tuple[BindingLicence, ...]:
+    """Those of all models."""
+    return tuple(dict.fromkeys(one for model in all_models() for one in model.binding_licences))
 
 
 def component_of(kind: str) -> str:

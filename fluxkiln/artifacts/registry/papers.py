@@ -1,12 +1,11 @@
 """What goes with a published bundle: terms, model card, provenance, signature.
 
-FLUX.1-dev's licence asks everybody who passes on the model or a derivative of it to hand over the licence with it.
+Some licences ask everybody who passes on the model or a derivative of it to hand over the licence with it.
 What is signed are the digests of all files of a pulled folder, but for the signature and the record of the pull, so
 `model_signing verify key DIR --signature DIR/model.sig` agrees. The files are not read again: their digests are known.
 Provenance has no time and no host: the same bundle gives the same bytes.
 
-Sources: FLUX.1 [dev] Non-Commercial License, section 3 (FLUX.1-schnell is under Apache-2.0);
-huggingface.co/docs/hub/model-cards, "Model card metadata"; in-toto attestation framework v1, statement.md and
+Sources: huggingface.co/docs/hub/model-cards, "Model card metadata"; in-toto attestation framework v1, statement.md and
 resource_descriptor.md; slsa.dev/spec/v1.0/provenance; github.com/sigstore/model-transparency, manifest.py.
 """
 
@@ -16,7 +15,7 @@ import json
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -26,18 +25,15 @@ from fluxkiln.artifacts.manifest import Manifest
 from fluxkiln.artifacts.modelpack import RECORD, SIGNATURE, parity_word
 from fluxkiln.digests import Json, canonical_json
 from fluxkiln.errors import IntegrityError, ToolchainError, UsageError
+from fluxkiln.types import BindingLicence
 
-FLUX_DEV = "flux-1-dev"
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "https://slsa.dev/provenance/v1"
 BUILD_TYPE = "urn:fluxkiln:build:v1"
 BUILDER = "urn:fluxkiln:builder"
 
-_NON_COMMERCIAL = "LicenseRef-FLUX-1-dev-Non-Commercial"
-_BASE = {"dev": "black-forest-labs/FLUX.1-dev", "schnell": "black-forest-labs/FLUX.1-schnell"}
 # The first words of the licence of checkpoints that `fluxkiln synth` writes: random numbers, derived from nothing.
 _SYNTHETIC = b"This is a synthetic checkpoint, written by `fluxkiln synth`"
-_TITLE = re.compile(rb"flux[\s.\d]*\[?dev\]?\s+non-commercial\s+license", re.IGNORECASE)
 # Of the text itself, which is far longer; a title or a note is no licence.
 _LEAST_BYTES = 1000
 # Settings that are about the reference run and not about what is built.
@@ -45,132 +41,99 @@ _INTERNAL = ("seed", "steps", "prompt")
 _SIGNED_NAME = "bundle"
 
 
-def is_from_dev(manifest: Manifest, licence: bytes) -> bool:
-    """Whether a bundle is derived from FLUX.1-dev, and so under its terms."""
-    is_dev = manifest.variant == "dev" or manifest.licence.spdx == _NON_COMMERCIAL
-    return is_dev and not licence.startswith(_SYNTHETIC)
+def find_binding(manifest: Manifest, licence: bytes, known: Iterable[BindingLicence]) -> BindingLicence | None:
+    """The licence of `known` that a bundle with this licence text is under; random weights are under none."""
+    if licence.startswith(_SYNTHETIC):
+        return None
+    return next((one for one in known if one.spdx == manifest.licence.spdx or one.variant == manifest.variant), None)
 
 
-def check_licence(manifest: Manifest, licence: bytes, accepted: Collection[str]) -> None:
+def check_licence(
+    manifest: Manifest, licence: bytes, accepted: Collection[str], known: Collection[BindingLicence]
+) -> None:
     """Refuse to publish what may not be passed on like this.
 
     Args:
         licence: the text in the bundle.
-        accepted: names of licences that the publisher has accepted.
+        accepted: names of licences that the publisher has accepted. known: those that all models have.
 
     Raises:
-        UsageError: derived from FLUX.1-dev, and its licence text is missing or was not accepted; or an unknown name.
+        UsageError: derived from a model whose licence binds, and its text is missing or was not accepted; or an
+            unknown name.
     """
+    names = [one.accepted_as for one in known]
     for name in accepted:
-        if name != FLUX_DEV:
-            raise UsageError(f"no licence is called {name!r}; there is {FLUX_DEV} to accept")
-    if not is_from_dev(manifest, licence):
+        if name not in names:
+            raise UsageError(f"no licence is called {name!r}; there is {', '.join(names)} to accept")
+    found = find_binding(manifest, licence, known)
+    if found is None:
         return
-    if len(licence) < _LEAST_BYTES or not _TITLE.search(licence):
+    if len(licence) < _LEAST_BYTES or not re.search(found.pattern.encode(), licence, re.IGNORECASE):
         raise UsageError(
-            f"{manifest.name} is derived from FLUX.1-dev, and its {manifest.licence.file} is not the text of the "
-            "FLUX.1 [dev] Non-Commercial License, which must go with it; put LICENSE.md of the model's page into the "
-            "checkpoint's folder and build the bundle again"
+            f"{manifest.name} is derived from {found.model}, and its {manifest.licence.file} is not the text of the "
+            f"{found.title}, which must go with it; put LICENSE.md of the model's page into the checkpoint's folder "
+            "and build the bundle again"
         )
-    if FLUX_DEV not in accepted:
+    if found.accepted_as not in accepted:
         raise UsageError(
-            f"{manifest.name} is derived from FLUX.1-dev: who passes it on is bound by the FLUX.1 [dev] Non-Commercial "
-            f"License. Read the bundle's {manifest.licence.file}; if you may and will, add --accept-license {FLUX_DEV}"
+            f"{manifest.name} is derived from {found.model}: who passes it on is bound by the {found.title}. Read the "
+            f"bundle's {manifest.licence.file}; if you may and will, add --accept-license {found.accepted_as}"
         )
 
 
 def model_card(
-    manifest: Manifest, licence: bytes, title: str, *, extra_licences: Sequence[str] = (), signed: bool = False
+    manifest: Manifest,
+    licence: bytes,
+    title: str,
+    base: str,
+    bound: BindingLicence | None,
+    *,
+    extra_licences: Sequence[str] = (),
+    signed: bool = False,
 ) -> bytes:
     """README.md of a bundle.
 
     Args:
         licence: the text in the bundle; random weights of ours name no base model.
-        title: what people call the model, FLUX.1-dev say.
+        title, base: what people call the model, FLUX.1-dev say, and its id on the Hub.
+        bound: the licence that binds who passes it on, if one does.
         extra_licences: paths of licences of adapters, beside the bundle.
     """
-    synthetic, source = licence.startswith(_SYNTHETIC), manifest.checkpoint.source
-    tag = re.sub(r"\W+", "-", title.lower())
-    base = _BASE.get(manifest.variant, source)
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    environment.filters["cell"] = lambda text: " ".join(str(text).replace("|", "\\|").split())
+    source, spdx = manifest.checkpoint.source, manifest.licence.spdx
     counts = sorted(Counter(part.scheme for part in manifest.parts).items())
-    schemes = ", ".join(f"{scheme} ({count} parts)" for scheme, count in counts)
-    # What no hub has a field for, for programs that read cards. JSON in a line is YAML too.
-    facts = {
-        "target": manifest.target,
-        "schemes": [scheme for scheme, _ in counts],
-        "shapes": asdict(manifest.shapes),
-        "parity": parity_word(manifest.parity),
-        "checkpoint": manifest.checkpoint.fingerprint,
-    }
-    front = ["---", *_licence_lines(manifest, licence)]
-    if not synthetic:
+    card = environment.get_template("model_card.md.j2").render(
+        manifest=manifest,
+        title=title,
+        synthetic=licence.startswith(_SYNTHETIC),
         # A fine-tune that was built from its own hub id is the nearer ancestor.
-        nearest = source if source.count("/") == 1 and not source.startswith(("/", ".")) else base
-        front += [f"base_model: {nearest}", "base_model_relation: quantized"]
-    front += [
-        "library_name: fluxkiln",
-        "pipeline_tag: text-to-image",
-        f"tags: [fluxkiln, {json.dumps(manifest.target)}, {tag}]",
-        f"fluxkiln: {json.dumps(facts)}",
-        "---",
-    ]
-    shapes = manifest.shapes
-    size = sum(file.size for file in manifest.files)
-    kind = "Random weights in the architecture of" if synthetic else "Compiled from a checkpoint of"
-    body = [
-        "",
-        f"# {manifest.name} for {manifest.target}",
-        "",
-        f"{kind} {title}, by fluxkiln. It is a bundle: the folder that a runtime loads.",
-        "",
-        "| | |",
-        "|---|---|",
-        f"| checkpoint | {_cell(source)}, fingerprint `{manifest.checkpoint.fingerprint}` |",
-        f"| target | {_cell(manifest.target)} |",
-        f"| schemes | {_cell(schemes)} |",
-        f"| shapes | {shapes.width}x{shapes.height} pixels, {shapes.tokens} text tokens |",
-        f"| size | {size} bytes in {len(manifest.files)} files |",
-        f"| parity | {_parity(manifest)} |",
-        f"| licence | {_cell(manifest.licence.spdx)}, text in `{manifest.licence.file}` |",
-        f"| signature | {'`model.sig`' if signed else 'none'} |",
-        "",
-        "## Files beside the bundle",
-        "",
-        "- `manifest.json`: every file with its SHA-256, every part with its scheme.",
-        "- `provenance.json`: in-toto statement, SLSA v1: what it was made from, with which settings and tools.",
-        *([] if parity_word(manifest.parity) == "unverified" else ["- `report.json`: the parity report."]),
-        *(f"- `{path}`: licence of an adapter that is fused into the weights." for path in extra_licences),
-        "",
-        "Fetch it with `fluxkiln pull`, which checks every byte.",
-        "",
-    ]
-    return "\n".join([*front, *body]).encode()
-
-
-def _licence_lines(manifest: Manifest, licence: bytes) -> list[str]:
-    if is_from_dev(manifest, licence):
-        name = "flux-1-dev-non-commercial-license"
-    elif manifest.licence.spdx == "Apache-2.0":
-        return ["license: apache-2.0"]
-    else:
-        name = json.dumps(manifest.licence.spdx)
-    return ["license: other", f"license_name: {name}", f"license_link: {json.dumps(manifest.licence.file)}"]
-
-
-def _parity(manifest: Manifest) -> str:
-    parity = manifest.parity
-    rows = parity.get("rows", 0)
-    word = parity_word(parity)
-    if word == "unverified":
-        return "not verified"
-    if word == "passed":
-        return f"passed: {rows} comparisons with diffusers, all within their gates"
-    failed = parity.get("failed_rows", "some")
-    return f"**FAILED**: {failed} of {rows} comparisons. {_cell(str(parity.get('failure', '')))}"
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.replace("|", "\\|").split())
+        base=source if source.count("/") == 1 and not source.startswith(("/", ".")) else base or source,
+        licence_name=bound.card_name if bound else "" if spdx == "Apache-2.0" else json.dumps(spdx),
+        tag=re.sub(r"\W+", "-", title.lower()),
+        schemes=", ".join(f"{scheme} ({count} parts)" for scheme, count in counts),
+        # What no hub has a field for, for programs that read cards. JSON in a line is YAML too.
+        facts={
+            "target": manifest.target,
+            "schemes": [scheme for scheme, _ in counts],
+            "shapes": asdict(manifest.shapes),
+            "parity": parity_word(manifest.parity),
+            "checkpoint": manifest.checkpoint.fingerprint,
+        },
+        extra_licences=extra_licences,
+        signed=signed,
+        dumps=json.dumps,
+    )
+    return card.encode()
 
 
 def provenance_statement(manifest: Manifest, manifest_digest: str, report_digest: str = "") -> bytes:

@@ -11,7 +11,7 @@ from fluxkiln.patches.flux1 import kinds
 from fluxkiln.patches.flux1.presets import GENERATOR, PRESETS
 from fluxkiln.patches.flux1.weight_rules import RULES
 from fluxkiln.patches.model import API, Call, Config, Preset, Put, ReadTensor, Recorded, WeightRule, WeightUse
-from fluxkiln.types import Configs, Kind, Part, Shapes, TensorSpec
+from fluxkiln.types import BindingLicence, Configs, Kind, Part, Shapes, TensorSpec
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -64,6 +64,17 @@ class Flux1:
     calibrated: tuple[str, ...] = ("text_encoder_2", "transformer")
     adapted = "transformer"
     tied: Mapping[str, tuple[str, ...]] = {"text_encoder_2": ("encoder.embed_tokens.weight",)}
+    hub_ids: Mapping[str, str] = {
+        "dev": "black-forest-labs/FLUX.1-dev",
+        "schnell": "black-forest-labs/FLUX.1-schnell",
+    }
+    # Section 3 of it; schnell is under Apache-2.0.
+    binding_licences: tuple[BindingLicence, ...] = (
+        BindingLicence(
+            NON_COMMERCIAL, "dev", "flux-1-dev", "flux-1-dev-non-commercial-license", "FLUX.1-dev",
+            "FLUX.1 [dev] Non-Commercial License", r"flux[\s.\d]*\[?dev\]?\s+non-commercial\s+license",
+        ),
+    )  # fmt: skip
     most_tokens: Mapping[str, int] = {"dev": 512, "schnell": 256}
     # schnell is distilled to four steps; 28 is what diffusers' example for dev takes
     steps: Mapping[str, int] = {"dev": 28, "schnell": 4}

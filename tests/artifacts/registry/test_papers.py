@@ -13,12 +13,13 @@ import pytest
 
 from fluxkiln.artifacts.bundle import read_manifest
 from fluxkiln.artifacts.registry import papers
-from fluxkiln.artifacts.registry.papers import FLUX_DEV, check_licence, model_card
+from fluxkiln.artifacts.registry.papers import check_licence, find_binding, model_card
 from fluxkiln.artifacts.store import Store, open_store
 from fluxkiln.build.publish import Terms, inspect_reference, publish_bundle, pull_bundle
 from fluxkiln.errors import IntegrityError, ToolchainError, UsageError
+from fluxkiln.patches.registry import binding_licences, hub_id_of
 
-ACCEPTED = Terms(accepted=(FLUX_DEV,))
+ACCEPTED = Terms(accepted=("flux-1-dev",))
 SYNTHETIC = b"This is a synthetic checkpoint, written by `fluxkiln synth`.\nApache License\n"
 
 
@@ -75,7 +76,7 @@ def test_schnell_and_random_weights_need_nothing(build, dev_build, layout):
 def test_a_licence_nobody_knows_is_not_accepted(build):
     manifest = read_manifest(build() / "bundle")
     with pytest.raises(UsageError, match="no licence is called 'mit'; there is flux-1-dev"):
-        check_licence(manifest, b"", ["mit"])
+        check_licence(manifest, b"", ["mit"], binding_licences())
 
 
 def test_licences_of_adapters_are_carried(build, layout, tmp_path):
@@ -126,9 +127,15 @@ def front_matter(card: bytes) -> dict[str, str]:
     return dict(re.fullmatch(r"(\w+): (.*)", line).groups() for line in front.splitlines())
 
 
+def card_of(folder: Path, licence: bytes, title: str) -> bytes:
+    manifest = read_manifest(folder)
+    bound = find_binding(manifest, licence, binding_licences())
+    return model_card(manifest, licence, title, hub_id_of(manifest.variant), bound)
+
+
 def test_card_of_dev(dev_build):
     folder = dev_build(checkpoint={"source": "flux-dev", "fingerprint": "sha256:" + "ab" * 32}) / "bundle"
-    front = front_matter(model_card(read_manifest(folder), (folder / "LICENSE.md").read_bytes(), "FLUX.1-dev"))
+    front = front_matter(card_of(folder, (folder / "LICENSE.md").read_bytes(), "FLUX.1-dev"))
     facts = json.loads(front.pop("fluxkiln"))
     assert (facts["target"], facts["schemes"], facts["parity"]) == ("bm1684x", ["BF16", "F16", "W4BF16"], "passed")
     assert facts["shapes"] == {"height": 64, "width": 64, "tokens": 32}
@@ -146,11 +153,11 @@ def test_card_of_dev(dev_build):
 
 def test_card_of_schnell_of_a_fine_tune_and_of_random_weights(build):
     schnell = build("schnell") / "bundle"
-    front = front_matter(model_card(read_manifest(schnell), b"Apache", "FLUX.1-schnell"))
+    front = front_matter(card_of(schnell, b"Apache", "FLUX.1-schnell"))
     assert (front["license"], front["base_model"]) == ("apache-2.0", "black-forest-labs/FLUX.1-schnell")
     tuned = build("tuned", checkpoint={"source": "ann/flux-knitting", "fingerprint": "sha256:" + "ab" * 32}) / "bundle"
-    assert front_matter(model_card(read_manifest(tuned), b"Apache", "FLUX.1-dev"))["base_model"] == "ann/flux-knitting"
-    card = model_card(read_manifest(schnell), SYNTHETIC, "FLUX.1-schnell")
+    assert front_matter(card_of(tuned, b"Apache", "FLUX.1-dev"))["base_model"] == "ann/flux-knitting"
+    card = card_of(schnell, SYNTHETIC, "FLUX.1-schnell")
     assert "base_model" not in front_matter(card)
     assert b"Random weights" in card
 
@@ -162,7 +169,7 @@ def test_card_says_what_parity_was(build):
         ("b", failed, "**FAILED**: 2 of 9 comparisons. tail \\| missed"),
         ("c", {"verified": False}, "| parity | not verified |"),
     ):
-        card = model_card(read_manifest(build(name, parity=parity) / "bundle"), b"Apache", "FLUX.1-dev").decode()
+        card = card_of(build(name, parity=parity) / "bundle", b"Apache", "FLUX.1-dev").decode()
         assert words in card
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import NoReturn, TypeAlias
 
 from fluxkiln.errors import IntegrityError
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | tuple[Json, ...] | Mapping[str, Json] | None"
+
+DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
 
 def canonical_json(value: Json) -> bytes:
@@ -24,9 +27,14 @@ def canonical_json(value: Json) -> bytes:
     return json.dumps(plain, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
+def digest_bytes(data: bytes) -> str:
+    """`sha256:<hex>` of `data`."""
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
 def digest_json(value: Json) -> str:
     """`sha256:<hex>` of the canonical JSON of `value`."""
-    return "sha256:" + hashlib.sha256(canonical_json(value)).hexdigest()
+    return digest_bytes(canonical_json(value))
 
 
 def plain_json(value: Json, where: str = "value") -> Json:
@@ -46,8 +54,8 @@ def plain_json(value: Json, where: str = "value") -> Json:
     raise TypeError(f"{where} is a {type(value).__name__}; only JSON values are allowed")
 
 
-def parse_json(data: bytes, where: str) -> Json:
-    """Parse `data`; duplicate keys, NaN and anything that is not UTF-8 JSON raise IntegrityError.
+def read_object(data: bytes, where: str) -> dict[str, Json]:
+    """The JSON object in `data`; duplicate keys, NaN and anything that is no UTF-8 JSON object raise IntegrityError.
 
     Python's own parser takes the last of two equal keys, so two readers could see two different files.
     """
@@ -67,4 +75,6 @@ def parse_json(data: bytes, where: str) -> Json:
         parsed: Json = json.loads(data, object_pairs_hook=unique, parse_constant=no_constant)
     except (ValueError, RecursionError) as error:
         raise IntegrityError(f"{where} is not valid JSON ({error}); fetch or build it again") from error
+    if not isinstance(parsed, dict):
+        raise IntegrityError(f"{where} is no JSON object; fetch or build it again")
     return parsed

@@ -160,16 +160,15 @@ def write_durably(path: Path, data: bytes, partials: Path | None = None) -> None
     Args:
         partials: folder of the same file system for the file while it is incomplete; by default that of `path`.
 
-    Raises:
-        ResourceError: the disk is full.
+    Raises ResourceError: the disk is full.
     """
     folder = partials or path.parent
     with disk_full_named(folder, len(data)), partial_file(folder, "." + path.name) as (partial, file):
         file.write(data)
-        publish(file, partial, path)
+        rename_durably(file, partial, path)
 
 
-def publish(file: BinaryIO, partial: Path, final: Path, mode: int | None = None) -> None:
+def rename_durably(file: BinaryIO, partial: Path, final: Path, mode: int | None = None) -> None:
     """Flush `file`, sync it and rename it to `final`."""
     file.flush()
     if mode is not None:
@@ -276,8 +275,7 @@ def waiting_lock(path: Path) -> Iterator[None]:
 def build_lock(path: Path, what: str) -> Iterator[None]:
     """Hold the lock `path` while `what` is built.
 
-    Raises:
-        ResourceError: another process holds it; says which, since when, and what to do.
+    Raises ResourceError: another process holds it; says which, since when, and what to do.
     """
     try:
         fd = _take(path, wait=False)

@@ -169,11 +169,7 @@ def check_steps(parts: tuple[Part, ...], steps: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Shapes:
-    """Static shapes of a build.
-
-    Raises:
-        ShapeError: a side is no positive multiple of 16, or there are no tokens.
-    """
+    """Static shapes of a build. ShapeError: a side is no positive multiple of 16, or there are no tokens."""
 
     height: int
     width: int

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxkiln.digests import canonical_json, digest_json, parse_json
+from fluxkiln.digests import canonical_json, digest_json, read_object
 from fluxkiln.errors import IntegrityError
 
 
@@ -32,4 +32,4 @@ def test_what_is_not_finite_is_refused_with_its_place(value):
 @pytest.mark.parametrize("data", [b'{"a": 1, "a": 2}', b"NaN", b"{", b"\xff", b"[" * 100_000])
 def test_lenient_json_is_refused(data):
     with pytest.raises(IntegrityError, match="here"):
-        parse_json(data, "here")
+        read_object(data, "here")

@@ -6,15 +6,14 @@ process leaves the whole record or none, two processes cannot corrupt each other
 
 from __future__ import annotations
 
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from fluxkiln.artifacts.store import Blob, Store, read_object
-from fluxkiln.digests import Json, digest_json, plain_json
+from fluxkiln.artifacts.store import Blob, Store, read_blob
+from fluxkiln.digests import DIGEST, Json, digest_json, plain_json, read_object
 from fluxkiln.errors import FluxkilnError, IntegrityError
 from fluxkiln.files import disk_full_named, waiting_lock
 
@@ -31,8 +30,7 @@ class Action:
     """One step of a build and everything its result depends on.
 
     Args:
-        stage: `template`, `mould`, `cast`, ...
-        what: for people ("double.03 W4BF16"); not part of the key.
+        stage: `template`, `mould` or `cast`, say. what: for people ("double.03 W4BF16"); not part of the key.
         code_version: `fluxkiln.artifacts.code.code_version` of the function that runs it.
         inputs: name -> digest of what it reads.
         settings: normalised flags: defaults filled in, no paths, nothing that does not change the result.
@@ -95,11 +93,7 @@ class ActionCache:
         return ActionResult(key, outputs, facts, hit=True) if complete else None
 
     def record(self, action: Action, outputs: Mapping[str, Blob], facts: Mapping[str, Json]) -> ActionResult:
-        """Record the result of `action`; its blobs are in the store already.
-
-        Raises:
-            IntegrityError: one of them is not.
-        """
+        """Record the result of `action`; its blobs are in the store already. IntegrityError: one of them is not."""
         for name, blob in outputs.items():
             if not self.store.has(blob):
                 raise IntegrityError(f"{action.what}: output {name} ({blob.digest}) is not in the store; add it first")
@@ -119,8 +113,7 @@ class ActionCache:
     def adopt(self, record: Mapping[str, Json]) -> ActionResult:
         """Take over a record of another store whose blobs are in this one.
 
-        Raises:
-            IntegrityError: its key is not that of its ingredients, or a blob is missing.
+        Raises IntegrityError: its key is not that of its ingredients, or a blob is missing.
         """
         try:
             action = Action(*(record[name] for name in _INGREDIENTS))  # type: ignore[arg-type]
@@ -228,8 +221,7 @@ def collect_garbage(
     Args:
         results: forget recorded results of builds first, so that only what a tag reaches is kept; builds of what is
             not tagged start anew.
-        keep_seconds: unreachable blobs younger than this stay.
-        dry_run: remove nothing.
+        keep_seconds: unreachable blobs younger than this stay. dry_run: remove nothing.
 
     Raises:
         IntegrityError: the index, or a manifest that it names, is missing or damaged: nothing is removed then, since
@@ -279,8 +271,7 @@ def _parse_record(record: Mapping[str, Json], key: str) -> tuple[dict[str, Blob]
         raise IntegrityError(f"action {key} is damaged: its record does not have that key, outputs and facts")
     blobs = {}
     for name, entry in outputs.items():
-        digest, size = (entry.get("digest"), entry.get("size")) if isinstance(entry, dict) else (None, None)
-        if not (isinstance(digest, str) and re.fullmatch(r"sha256:[0-9a-f]{64}", digest) and isinstance(size, int)):
+        if (blob := read_blob(entry)) is None or not DIGEST.fullmatch(blob.digest):
             raise IntegrityError(f"action {key} is damaged: output {name} has no digest and size")
-        blobs[name] = Blob(digest, size)
+        blobs[name] = blob
     return blobs, facts

@@ -1,11 +1,7 @@
 """Bundles: the folder that a runtime loads, written whole or not at all, `manifest.json` last.
 
-A new bundle is assembled beside the old one; two renames swap them. States a `kill -9` can leave, and what the next
-`write_bundle` or `heal_bundle` makes of them:
-
-    NAME                    .NAME.*.partial   the old bundle counts; the new one is removed
-             .NAME.old      .NAME.*.partial   killed between the renames: the old bundle gets its name back
-    NAME     .NAME.old                        the new bundle counts; the old one is removed
+A new one is assembled as `.NAME.*.partial`; two renames, the old one's to `.NAME.old`, swap them. After a `kill -9` a
+`NAME` that is there counts, else `.NAME.old`: the next `write_bundle` or `heal_bundle` removes the others.
 """
 
 from __future__ import annotations
@@ -39,8 +35,8 @@ from fluxkiln.files import (
     fresh_name,
     partial_directory,
     partial_file,
-    publish,
     remove_unheld,
+    rename_durably,
     reserve,
     sync_directory,
     waiting_lock,
@@ -218,7 +214,7 @@ def _place(source: Blob | Path, target: Path, store: Store) -> Blob:
         with disk_full_named(target.parent, size), partial_file(target.parent, "." + target.name) as (partial, file):
             reserve(file, size)
             blob = Blob(*copy_hashing(reader, file))
-            publish(file, partial, target)
+            rename_durably(file, partial, target)
     return blob
 
 

@@ -1,18 +1,13 @@
-"""The code version of a stage: a digest over the sources that its function reaches.
+"""The code version of a stage: a digest over the sources that its function reaches, read and never imported.
 
-Sources are read and never imported, so a key costs no heavy library. From a function the walk goes to every definition
-that it names, in its own module and in others, and on from there; imports inside functions count, imports for type
-checkers alone do not. A module of which anything is reached counts whole. One that runs stages has several of them side
-by side, so that of it only the definitions count that are reached. Other stages are not entered: what they make is
-among the inputs of a key, by its digest.
+From a function the walk goes to every definition that it names, in its own module and in others, and on from there;
+imports inside functions count, imports for type checkers alone do not. A module of which anything is reached counts
+whole; of one that runs stages only the definitions that are reached. Other stages are not entered: what they make is
+among the inputs of a key, by its digest. Of an object that is handed in, a model say, the members count that are named.
 
-Of an object that is handed in, a model say, the members count that what is reached names: `model.render`.
-
-What runs in another interpreter or is found by name counts as well, where it is spelt out:
-
-- a file or folder beside a module that reads `__file__` and names it: `Path(__file__).with_name("worker.py")`;
-- a module whose dotted name is a string: `"fluxkiln.compile.worker"`;
-- all modules of a package, where one is found by name: `f"fluxkiln.methods.{name}"`, `f"{__name__}.{name}.model"`.
+What runs in another interpreter or is found by name counts as well, where it is spelt out: a file or folder beside a
+module that reads `__file__` and names it; a module whose dotted name is a string; all modules of a package, where one
+is found by name: `f"fluxkiln.methods.{name}"`, `f"{__name__}.{name}.model"`.
 """
 
 from __future__ import annotations
@@ -85,8 +80,7 @@ def code_version(*functions: Callable[..., object], **objects: type) -> str:
     Args:
         objects: classes of what they are handed and use members of, a `model` say, by its name in all that is reached.
 
-    Raises:
-        FluxkilnError: a function is not of the top level of a module, or has no source.
+    Raises FluxkilnError: a function is not of the top level of a module, or has no source.
     """
     classes = [(name, one.__module__, one.__qualname__) for name, last in objects.items() for one in last.__mro__]
     return digest_sources(reached_sources([(one.__module__, one.__qualname__) for one in functions], classes))
@@ -121,8 +115,7 @@ def reached_sources(
         root: the folder of the package; paths are relative to it, so that they do not tell where it is installed.
         read: the bytes of a file.
 
-    Raises:
-        FluxkilnError: there is no such function.
+    Raises FluxkilnError: there is no such function.
     """
     starts = frozenset(starts)
     tops = {module.partition(".")[0] for module in (*dict(starts), *(one for _, one, _ in classes))} - {PACKAGE.name}

@@ -1,8 +1,7 @@
 """`manifest.json`: what a bundle is made of. Strict in both directions, and the same bytes for the same contents.
 
-It holds no time, host or folder: an interrupted build that is run again must end with the digests of one that was
-not. Those facts go into `build.json`, which no digest covers. The paths that it names come from other machines and are
-joined to a folder of this one.
+It holds no time, host or folder, so that an interrupted build ends with the same digests; those facts go into
+`build.json`, which no digest covers. Its paths come from other machines and are joined to a folder of this one.
 """
 
 from __future__ import annotations
@@ -16,8 +15,7 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from fluxkiln.artifacts.store import read_object
-from fluxkiln.digests import Json, plain_json
+from fluxkiln.digests import DIGEST, Json, plain_json, read_object
 from fluxkiln.errors import IntegrityError, ShapeError, UsageError
 from fluxkiln.types import Shapes, TensorSpec
 
@@ -29,7 +27,7 @@ MAX_PATH_BYTES = 1024
 
 Role = Literal["binary", "weights", "tokenizer", "config", "constants", "licence", "doc"]
 
-_DIGEST = (re.compile(r"sha256:[0-9a-f]{64}"), "'sha256:' and 64 lower-case hex digits")
+_DIGEST = (DIGEST, "'sha256:' and 64 lower-case hex digits")
 # Fields whose texts have a form.
 _HEX = (re.compile(r"[0-9a-f]{64}"), "64 lower-case hex digits")
 _FORMS = {"digest": _DIGEST, "fingerprint": _DIGEST, "sha256": _HEX}
@@ -233,8 +231,7 @@ def validate_manifest_path(path: str) -> PurePosixPath:
 def validate_manifest_paths(paths: Iterable[str]) -> tuple[PurePosixPath, ...]:
     """All paths validated, and no two of them the same file on any file system.
 
-    Raises:
-        IntegrityError: a path is not legal, two differ in case or Unicode form only, or one is a folder of another.
+    Raises IntegrityError: a path is not legal, two differ in case or Unicode form only, or one is a folder of another.
     """
     seen: dict[str, str] = {}
     found = []

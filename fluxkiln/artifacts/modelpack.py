@@ -1,14 +1,11 @@
 """A bundle as an OCI artifact of the CNCF ModelPack kind: one raw layer per file, nothing in a tar.
 
-Manifests are written here and read from anyone. What is read came from another machine: everything that is later used
-as a path, a size or a number of things is checked before a byte is written.
-Sources: OCI image-spec v1.1, manifest.md; github.com/modelpack/model-spec, specs-go/v1/mediatype.go and
-schema/config-schema.json.
+What is read came from another machine: paths, sizes and numbers of things are checked before a byte is written.
+Sources: OCI image-spec v1.1, manifest.md; github.com/modelpack/model-spec, mediatype.go and config-schema.json.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,8 +14,8 @@ from pathlib import Path
 
 from fluxkiln.artifacts.bundle import read_manifest
 from fluxkiln.artifacts.manifest import MANIFEST_FILE, Manifest, Role, resolve_inside, validate_manifest_paths
-from fluxkiln.artifacts.store import MANIFEST_TYPE, Blob, Store, read_object
-from fluxkiln.digests import Json, canonical_json
+from fluxkiln.artifacts.store import MANIFEST_TYPE, Blob, Store
+from fluxkiln.digests import DIGEST, Json, canonical_json, digest_bytes, read_object
 from fluxkiln.errors import IntegrityError
 
 ARTIFACT_TYPE = "application/vnd.cncf.model.manifest.v1+json"
@@ -56,7 +53,6 @@ MAX_FILES = 10_000
 MAX_FILE_BYTES = 1 << 40
 MAX_TOTAL_BYTES = 4 << 40
 
-_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 _LAYER_TYPES = (WEIGHT_TYPE, WEIGHT_CONFIG_TYPE, DOC_TYPE, CODE_TYPE)
 
@@ -103,11 +99,6 @@ class Document:
         return next((layer for layer in self.layers if layer.path == path), None)
 
 
-def digest_bytes(data: bytes) -> str:
-    """`sha256:<hex>` of `data`."""
-    return "sha256:" + hashlib.sha256(data).hexdigest()
-
-
 def is_extra(path: str) -> bool:
     """Whether a layer of that path lies beside the bundle and not in it."""
     return path in EXTRAS or path.startswith(LICENCES + "/")
@@ -129,8 +120,7 @@ def store_bundle(store: Store, bundle: Path, tag: str) -> str:
 
     Raises:
         IntegrityError: a file of the bundle does not have the digest its manifest says; the tag is unchanged.
-        UsageError: `bundle` is no bundle, or `tag` no legal tag.
-        ResourceError: the disk is full.
+        UsageError: `bundle` is no bundle, or `tag` no legal tag. ResourceError: the disk is full.
     """
     manifest = read_manifest(bundle)
     first = store.add_file(bundle / MANIFEST_FILE)
@@ -206,8 +196,7 @@ def parse_document(data: bytes, where: str, digest: str = "") -> Document:
     """Check the bytes of an OCI manifest.
 
     Args:
-        where: what they are, for messages.
-        digest: what their digest must be; empty where nothing says so.
+        where: what they are, for messages. digest: what their digest must be; empty where nothing says so.
 
     Raises:
         IntegrityError: another digest, too large, no strict JSON, not a ModelPack manifest, an illegal path, size or
@@ -253,8 +242,7 @@ def check_config(document: Document, data: bytes, where: str) -> None:
 def check_bundle(document: Document, manifest: Manifest, where: str) -> None:
     """Compare the layers with the bundle's own `manifest.json`: the same files, digests and sizes, and nothing else.
 
-    Raises:
-        IntegrityError: names the first file that differs.
+    Raises IntegrityError: names the first file that differs.
     """
     _check_texts(manifest.to_json(), f"{where}: {MANIFEST_FILE}")
     layers = {layer.path: layer for layer in document.layers if layer.path != MANIFEST_FILE}
@@ -291,7 +279,7 @@ def _layer(
     media_type, digest, size = value.get("mediaType"), value.get("digest"), value.get("size")
     if not isinstance(media_type, str) or media_type not in types:
         raise _refuse(where, f"has the media type {media_type!r}; it may be {', '.join(types)}")
-    if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+    if not isinstance(digest, str) or not DIGEST.fullmatch(digest):
         raise _refuse(where, f"has the digest {digest!r}; it must be 'sha256:' and 64 lower-case hex digits")
     if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= most:
         raise _refuse(where, f"has the size {size!r}; it must be a whole number from 0 to {most}")

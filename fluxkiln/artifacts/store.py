@@ -1,9 +1,4 @@
-"""The store: content-addressed blobs in an OCI image layout, and tags.
-
-    root/oci-layout, index.json     the layout's version; tag -> manifest
-    root/blobs/sha256/<hex>         every blob, read-only
-    root/actions/<hex>.json         what was built from what (fluxkiln.artifacts.actions)
-    root/tmp, locks, quarantine     work in progress, locks, blobs that were found damaged
+"""The store: content-addressed blobs in an OCI image layout, and tags; docs/formats.md lists its files.
 
 A blob appears under its name only when it is whole and on disk, a tag only when everything it names is there.
 Source: OCI image-spec v1.1, image-layout.md.
@@ -22,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fluxkiln.digests import Json, canonical_json, parse_json
+from fluxkiln.digests import DIGEST, Json, canonical_json, digest_bytes, read_object
 from fluxkiln.errors import IntegrityError, UsageError
 from fluxkiln.files import (
     CopyMethod,
@@ -32,8 +27,8 @@ from fluxkiln.files import (
     disk_full_named,
     partial_directory,
     partial_file,
-    publish,
     remove_unheld,
+    rename_durably,
     reserve,
     same_file_system,
     sync_directory,
@@ -46,7 +41,6 @@ INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 TAG_ANNOTATION = "org.opencontainers.image.ref.name"
 
-_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 # image-spec, annotations.md: the grammar of org.opencontainers.image.ref.name.
 _TAG = re.compile(r"[A-Za-z0-9]+(?:(?:[-._:@+/]|--)[A-Za-z0-9]+)*")
 
@@ -74,8 +68,7 @@ class Store:
                 may write to it meanwhile.
             known: the digest that this process took while it wrote `source`: a moved file is not read again.
 
-        Raises:
-            ResourceError: the disk is full.
+        Raises ResourceError: the disk is full.
         """
         self.prepare()
         if move and (blob := self._adopt(source, known)) is not None:
@@ -93,7 +86,7 @@ class Store:
 
     def path(self, digest: str) -> Path:
         """Where the blob lies or would lie; IntegrityError when `digest` is no sha256 digest."""
-        if not _DIGEST.fullmatch(digest):
+        if not DIGEST.fullmatch(digest):
             raise IntegrityError(f"{digest!r} is no digest; a digest is 'sha256:' and 64 lower-case hex digits")
         return self.root / "blobs" / "sha256" / digest.removeprefix("sha256:")
 
@@ -119,14 +112,13 @@ class Store:
         """All bytes of a small blob, checked."""
         with self.open(digest) as file:
             data = file.read()
-        self._check(digest, "sha256:" + hashlib.sha256(data).hexdigest())
+        self._check(digest, digest_bytes(data))
         return data
 
     def verify(self, digest: str) -> Blob:
         """Read the blob and compare its digest.
 
-        Raises:
-            IntegrityError: not there, or damaged; a damaged blob is put into quarantine, so that it is built again.
+        Raises IntegrityError: not there, or damaged; a damaged blob is put into quarantine, so that it is built again.
         """
         with self.open(digest) as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -164,7 +156,7 @@ class Store:
                     reserve(file, size)
                     found, _ = copy_hashing(source, file)
                 self._check(digest, found)
-                publish(file, partial, destination)
+                rename_durably(file, partial, destination)
         return method
 
     def tag(self, name: str, digest: str) -> None:
@@ -203,8 +195,7 @@ class Store:
     def reachable(self) -> frozenset[str]:
         """Digests of all manifests that the index names, tagged or not, and of what they name in turn.
 
-        Raises:
-            IntegrityError: one of the manifests is missing or damaged.
+        Raises IntegrityError: one of the manifests is missing or damaged.
         """
         keep: set[str] = set()
         todo = [str(entry["digest"]) for entry in self._entries()]
@@ -232,7 +223,7 @@ class Store:
         folder = self.root / "blobs" / "sha256"
         if folder.is_dir():
             for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-                if _DIGEST.fullmatch("sha256:" + entry.name):
+                if DIGEST.fullmatch("sha256:" + entry.name):
                     yield Blob("sha256:" + entry.name, entry.stat().st_size)
 
     @contextmanager
@@ -293,7 +284,7 @@ class Store:
         with disk_full_named(self.root, expected), partial_file(folder, "blob") as (partial, file):
             reserve(file, expected)
             digest, size = copy_hashing(source, file)
-            publish(file, partial, self.path(digest), mode=0o444)
+            rename_durably(file, partial, self.path(digest), mode=0o444)
         return Blob(digest, size)
 
     def _check(self, digest: str, found: str) -> None:
@@ -339,24 +330,21 @@ def open_store(root: Path) -> Store:
     return store
 
 
-def read_object(data: bytes, where: str) -> dict[str, Json]:
-    """Parse a JSON object; IntegrityError when `data` is something else."""
-    parsed = parse_json(data, where)
-    if not isinstance(parsed, dict):
-        raise IntegrityError(f"{where} is no JSON object; fetch or build it again")
-    return parsed
-
-
 def manifest_blobs(manifest: Mapping[str, Json], where: str) -> tuple[Blob, ...]:
     """The config and the layers that an OCI manifest names, in that order."""
     layers = manifest.get("layers")
     blobs = []
     for entry in [manifest.get("config"), *(layers if isinstance(layers, list) else [None])]:
-        digest, size = (entry.get("digest"), entry.get("size")) if isinstance(entry, dict) else (None, None)
-        if not isinstance(digest, str) or not isinstance(size, int):
+        if (blob := read_blob(entry)) is None:
             raise IntegrityError(f"manifest {where} is no OCI image manifest: config and layers need digest and size")
-        blobs.append(Blob(digest, size))
+        blobs.append(blob)
     return tuple(blobs)
+
+
+def read_blob(entry: Json) -> Blob | None:
+    """The blob that a JSON object names by `digest` and `size`, if it does."""
+    digest, size = (entry.get("digest"), entry.get("size")) if isinstance(entry, dict) else (None, None)
+    return Blob(digest, size) if isinstance(digest, str) and isinstance(size, int) else None
 
 
 def _tag_of(entry: Mapping[str, Json]) -> str:

@@ -23,7 +23,7 @@ from fluxkiln.build.context import outline
 from fluxkiln.compile.toolchain import all_toolchains, toolchain_of
 from fluxkiln.digests import canonical_json
 from fluxkiln.errors import IntegrityError, UsageError
-from fluxkiln.files import disk_full_named, partial_file, publish
+from fluxkiln.files import disk_full_named, partial_file, rename_durably
 from fluxkiln.progress import Progress, Silent
 from fluxkiln.settings import Settings
 
@@ -121,7 +121,7 @@ def export_moulds(store: Store, target: Path, chip: str | None = None) -> list[M
                 store.verify(digest)
                 with store.open(digest) as source:
                     archive.addfile(_member(_path(digest), blobs[digest].size), source)
-        publish(file, partial, target)
+        rename_durably(file, partial, target)
     return moulds
 
 

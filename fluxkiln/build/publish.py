@@ -23,7 +23,6 @@ from fluxkiln.artifacts.modelpack import (
     Layer,
     bundle_layers,
     check_bundle,
-    digest_bytes,
     parity_word,
     parse_document,
     pulled_path,
@@ -57,7 +56,7 @@ from fluxkiln.artifacts.registry.place import (
 )
 from fluxkiln.artifacts.registry.transfer import TRANSFERS, Patience, Stop
 from fluxkiln.artifacts.store import Blob
-from fluxkiln.digests import Json
+from fluxkiln.digests import Json, digest_bytes
 from fluxkiln.errors import IntegrityError, ParityError, UsageError
 from fluxkiln.files import digest_file
 from fluxkiln.patches.registry import binding_licences, hub_id_of, title_of

@@ -40,14 +40,10 @@ class Diagnosis:
 
     def to_json(self) -> dict[str, Any]:
         """The diagnosis as plain JSON."""
-        found = self.culprit
         return {
-            "part": self.part,
-            "kind": self.kind,
-            "scheme": self.scheme,
-            "step": self.step,
+            **{name: getattr(self, name) for name in ("part", "kind", "scheme", "step")},
             **self.facts,
-            "culprit": None if found is None else asdict(found),
+            "culprit": asdict(self.culprit) if self.culprit else None,
             "rungs": [
                 {"rung": rung.rung, "against": rung.against, "values": [asdict(finding) for finding in rung.findings]}
                 for rung in self.rungs

@@ -107,8 +107,7 @@ class Culprit:
 
     Attributes:
         operation: its type in the template; lowered: what it became in the compiled form, '' elsewhere.
-        inputs: value -> its range at this rung.
-        output: the range of what it makes.
+        inputs: value -> its range at this rung. output: the range of what it makes.
     """
 
     rung: str
@@ -188,8 +187,7 @@ def find_remedy(
 
     Args:
         operation: that makes the first value out of tolerance, among the `operations` of the template.
-        form: what it became, in a compiled form.
-        scheme: without its group size.
+        form: what it became, in a compiled form. scheme: without its group size.
     """
     sinusoids = _sinusoids_after(operation, operations)
     if finding.missed == "drift" and sinusoids:

@@ -1,8 +1,7 @@
-"""The rows and gates of the parity ladder that every toolchain's rungs share, and how rows are judged.
+"""The rungs and gates of the parity ladder that every toolchain shares, and how rows are judged.
 
 A table is read from the top: for each metric and each side of the comparison the first gate that matches a row is the
-one that counts, so exceptions stand above the rule they except. Every other gate that matches counts as well. What a
-toolchain adds stands above the table here (`gate_table`).
+one that counts, so exceptions stand above the rule they except; what a toolchain adds stands above the table here.
 """
 
 from __future__ import annotations
@@ -118,14 +117,12 @@ class Gate:
 class Verdict:
     """One gate applied to one row."""
 
-    part: str
-    output: str
-    step: int
-    rung: str
-    scheme: str
     gate: Gate
     value: float
-    passed: bool
+
+    @property
+    def passed(self) -> bool:
+        return self.gate.holds(self.value)
 
     @property
     def excess(self) -> float:
@@ -198,9 +195,8 @@ GROUP_NAMES: Mapping[str, str] = {
     "time": "the embedding of the timestep",
     "*": "all",
 }
-FINITE = Gate(
-    "*", "*", "*", "*", "finite", 1.0, "reference", "NaN or infinity anywhere means that nothing was compared"
-)
+FINITE = Gate("*", "*", "*", "*", "finite", 1.0, "reference",
+              "NaN or infinity anywhere means that nothing was compared")  # fmt: skip
 GATES: tuple[Gate, ...] = (
     # Rungs that compute in float32 with the checkpoint's own weights.
     Gate("patched", "*", "part", "*", "relative_l2", 1e-6, "reference",
@@ -250,10 +246,9 @@ GATES: tuple[Gate, ...] = (
          "4-bit weights left 35 dB; two neighbouring blocks swapped reach 31.5 dB at best", proposed=True),
 )  # fmt: skip
 
-UNCOVERED = Gate(
-    "*", "*", "*", "*", "covered", 1.0, "reference",
-    "a row that no gate judges proves nothing: add a gate for this rung, scheme, kind and output",
-)  # fmt: skip
+UNCOVERED = Gate("*", "*", "*", "*", "covered", 1.0, "reference",
+                 "a row that no gate judges proves nothing: add a gate for this rung, scheme, kind and "
+                 "output")  # fmt: skip
 
 
 def gate_table(own: Iterable[Gate]) -> tuple[Gate, ...]:
@@ -276,10 +271,10 @@ def judge_row(row: Row, gates: Sequence[Gate]) -> tuple[Verdict, ...]:
         if row.rung == "reference" and gate.metric != "finite":
             continue
         seen.add((gate.metric, gate.against))
-        verdicts.append(_apply(gate, row))
-    covered = row.rung == "reference" or any(metric != "finite" for metric, _ in seen)
-    if not covered:
-        verdicts.append(_apply(UNCOVERED, row))
+        value = getattr(row.vs_reference if gate.against == "reference" else row.vs_previous, gate.metric)
+        verdicts.append(Verdict(gate, math.nan if value is None else float(value)))
+    if row.rung != "reference" and all(metric == "finite" for metric, _ in seen):
+        verdicts.append(Verdict(UNCOVERED, 0.0))
     return tuple(verdicts)
 
 
@@ -287,16 +282,3 @@ def first_bad_rung(rows: Iterable[Row]) -> dict[str, str]:
     """Part -> the lowest rung at which one of its rows missed a gate. Parts without a miss are left out."""
     lowest_last = sorted((row for row in rows if not row.passed), key=lambda row: -row.at.order)
     return {row.part: row.rung for row in lowest_last}
-
-
-def _apply(gate: Gate, row: Row) -> Verdict:
-    value = _value(gate, row)
-    return Verdict(row.part, row.output, row.step, row.rung, row.scheme, gate, value, gate.holds(value))
-
-
-def _value(gate: Gate, row: Row) -> float:
-    if gate is UNCOVERED:
-        return 0.0
-    metrics: Metrics = row.vs_reference if gate.against == "reference" else row.vs_previous
-    value = getattr(metrics, gate.metric)
-    return math.nan if value is None else float(value)

@@ -6,13 +6,14 @@ One wrong scale is a column, one wrong token a row, rounding is even noise; the 
 from __future__ import annotations
 
 import base64
-import io
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fluxkiln.verify.report.page import encode_picture
 
 _Array = NDArray[np.generic]
 
@@ -45,18 +46,9 @@ class ErrorMap:
 
     def to_json(self) -> dict[str, Any]:
         """As report.json holds it: `shades` as base64 of its bytes, row by row."""
-        return {
-            "part": self.part,
-            "output": self.output,
-            "step": self.step,
-            "rung": self.rung,
-            "rows": self.shades.shape[0],
-            "columns": self.shades.shape[1],
-            "tokens": self.tokens,
-            "channels": self.channels,
-            "peak": self.peak,
-            "shades": base64.b64encode(self.shades.tobytes()).decode(),
-        }
+        rows, columns = self.shades.shape
+        plain = {name: getattr(self, name) for name in ("part", "output", "step", "rung", "tokens", "channels", "peak")}
+        return {**plain, "rows": rows, "columns": columns, "shades": base64.b64encode(self.shades.tobytes()).decode()}
 
 
 class WorstMaps:
@@ -71,8 +63,7 @@ class WorstMaps:
         """Keep the map of an output if it is among the worst; it is only made then.
 
         Args:
-            place: part, output, step, rung.
-            below: the same output at the rung before.
+            place: part, output, step, rung. below: the same output at the rung before.
             base: the residual input that the output updates, if any.
         """
         part, _, _, rung = place
@@ -130,8 +121,7 @@ def error_map(
         shades = np.full(relative.shape, 255, np.uint8)
         shades[finite] = np.round(255.0 * relative[finite] / (peak or 1.0))
     peak = peak if finite.all() else math.nan
-    part, output, step, rung = place
-    return ErrorMap(part, output, step, rung, shades, tokens, channels, peak, severity)
+    return ErrorMap(*place, shades, tokens, channels, peak, severity)
 
 
 def map_picture(entry: dict[str, Any]) -> str:
@@ -143,6 +133,4 @@ def map_picture(entry: dict[str, Any]) -> str:
 
     shades = np.frombuffer(base64.b64decode(entry["shades"]), np.uint8).reshape(entry["rows"], entry["columns"])
     picture = Image.fromarray(np.stack([np.zeros_like(shades), shades], axis=-1), "LA")
-    buffer = io.BytesIO()
-    picture.save(buffer, "png", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return encode_picture(picture, "png", optimize=True)

@@ -1,10 +1,9 @@
-"""Which operation is the first to leave its tolerance: values of a part at one rung, judged one by one.
+"""Which operation is the first to leave its tolerance, and which value of a graph is the output of which module.
 
-Two questions are asked of every value. *own*: is it what the operation makes of the very operands it was given, by
-the arithmetic of the rung below? That finds a wrong weight, bias or attribute, however noisy the operands are.
-*drift*: how far is it from the value of the rung below, with all errors that led to it? That finds an operation that
-is right in itself and loses what it is given, as a subtraction of large numbers in 16 bits does. The first value of
-the graph that fails either is the answer; a search by halves would need errors that never heal, which they do.
+*own*: is a value what the operation makes of the very operands it was given, by the arithmetic of the rung below? That
+finds a wrong weight or attribute, however noisy the operands. *drift*: how far is it from the rung below's, with all
+errors that led to it? That finds what is right in itself and loses what it is given. The first value that fails either
+is the answer; a search by halves would need errors that never heal, which they do.
 """
 
 from __future__ import annotations

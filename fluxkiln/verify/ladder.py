@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,8 +66,7 @@ class Ladder:
             One judged row per rung. Arrays that cannot be compared, because of their shape or because of NaN, make
             rows that fail; a reference that is itself NaN makes a failing row of the rung `reference`.
 
-        Raises:
-            UsageError: an unknown rung, or rungs out of order.
+        Raises UsageError: an unknown rung, or rungs out of order.
         """
         return self._climb((part, kind, output, step, scheme), reference, base, rungs, compare)
 
@@ -129,7 +128,9 @@ class Ladder:
             vs_previous = vs_reference
             if below is not reference:
                 vs_previous = measure(actual, below, base)
-                vs_previous = replace(vs_previous, noise_ratio=_ratio(vs_reference.relative_l2, noise))
+                size = vs_reference.relative_l2
+                ratio = size / noise if noise else math.inf if size else 1.0
+                vs_previous = replace(vs_previous, noise_ratio=ratio)
             if key[1] is not None:
                 severity = math.inf if math.isnan(vs_previous.worst_channel) else vs_previous.worst_channel
                 self.maps.offer((key[0], key[2], key[3], rung), severity, actual, below, base)
@@ -167,7 +168,7 @@ def name_culprit(rows: Sequence[Row]) -> str:
     if not failed:
         return ""
     lowest = min((row.at for row in failed), key=lambda rung: rung.order)
-    row = max((row for row in failed if row.at == lowest), key=_severity)
+    row = max((row for row in failed if row.at == lowest), key=lambda row: row.worst.excess if row.worst else math.inf)
     worst = row.worst
     claim = f"{worst.claim} ({worst.gate.reason})" if worst else "it was never judged"
     where = row.output if row.step < 0 else f"{row.output}, step {row.step}"
@@ -180,19 +181,12 @@ def name_culprit(rows: Sequence[Row]) -> str:
 
 def row_to_dict(row: Row, gates: Sequence[Gate]) -> dict[str, Any]:
     """`row` as report.json holds it: metrics that do not apply are left out, verdicts name their gate by number."""
+    plain = ("part", "kind", "output", "step", "rung", "scheme", "passed", "previous", "note")
     return {
-        "part": row.part,
-        "kind": row.kind,
-        "output": row.output,
-        "step": row.step,
-        "rung": row.rung,
-        "scheme": row.scheme,
-        "passed": row.passed,
+        **{name: getattr(row, name) for name in plain},
         "vs_reference": _metrics_to_dict(row.vs_reference),
-        "previous": row.previous,
         "vs_previous": _metrics_to_dict(row.vs_previous),
         "verdicts": [verdict_to_dict(verdict, gates) for verdict in row.verdicts],
-        "note": row.note,
     }
 
 
@@ -201,26 +195,13 @@ def verdict_to_dict(verdict: Verdict, gates: Sequence[Gate]) -> dict[str, Any]:
     gate = verdict.gate
     return {
         "gate": gates.index(gate) if gate in gates else -1,
-        "metric": gate.metric,
-        "against": gate.against,
-        "value": verdict.value,
-        "bound": gate.bound,
-        "excess": verdict.excess,
-        "passed": verdict.passed,
+        **{name: getattr(gate, name) for name in ("metric", "against", "bound")},
+        **{name: getattr(verdict, name) for name in ("value", "excess", "passed")},
     }
 
 
 def _metrics_to_dict(metrics: Metrics) -> dict[str, Any]:
-    values = {name: getattr(metrics, name) for name in Metrics.__dataclass_fields__}
-    return {name: value for name, value in values.items() if value is not None}
-
-
-def _ratio(noise: float, before: float) -> float:
-    return noise / before if before else (math.inf if noise else 1.0)
-
-
-def _severity(row: Row) -> float:
-    return row.worst.excess if row.worst else float("inf")
+    return {name: value for name, value in asdict(metrics).items() if value is not None}
 
 
 def replay_part(
@@ -254,8 +235,7 @@ def climb_part(
     """Rows of every output of one call of `part`.
 
     Args:
-        made: rung -> outputs.
-        label: what the part is called in the rows; its name by default.
+        made: rung -> outputs. label: what the part is called in the rows; its name by default.
     """
     inputs, expected = recording.inputs(part.name, step), recording.outputs(part.name, step)
     residual = dict(part.traits.residual)

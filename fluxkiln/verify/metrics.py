@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,8 +74,7 @@ def compare(actual: AnyArray, expected: AnyArray, base: AnyArray | None = None) 
         actual, expected: any shape, any real dtype; memory-mapped arrays are read once, piece by piece.
         base: the residual input both outputs update, of the same shape, or None.
 
-    Raises:
-        ParityError: the shapes differ or the arrays are empty; the message names both shapes.
+    Raises ParityError: the shapes differ or the arrays are empty; the message names both shapes.
     """
     mismatch = explain_mismatch(actual, expected, base)
     if mismatch:
@@ -94,9 +93,8 @@ def compare(actual: AnyArray, expected: AnyArray, base: AnyArray | None = None) 
                 delta.add(a, e, difference)
             error_C += np.square(difference).sum(axis=0)
             size_C += np.square(e).sum(axis=0)
-    finite = whole.finite and (base is None or delta.finite)
-    if not finite:
-        return _not_finite(has_delta=base is not None)
+    if not (whole.finite and (base is None or delta.finite)):
+        return failed_metrics(has_delta=base is not None)
     return Metrics(
         cosine=whole.cosine,
         relative_l2=whole.relative_l2,
@@ -114,8 +112,7 @@ def compare_images(actual: AnyArray, expected: AnyArray) -> Metrics:
     Args:
         actual, expected: [height, width, channels], both uint8 in 0..255 or both float in 0..1, at least 7 x 7.
 
-    Raises:
-        ParityError: shapes or value ranges differ, or the image is too small for SSIM's 7 x 7 window.
+    Raises ParityError: shapes or value ranges differ, or the image is too small for SSIM's 7 x 7 window.
     """
     from skimage.metrics import structural_similarity
 
@@ -128,16 +125,12 @@ def compare_images(actual: AnyArray, expected: AnyArray) -> Metrics:
             "give both as uint8 or both as float in 0..1"
         )
     if not metrics.finite:
-        return _not_finite(has_delta=False, is_image=True)
+        return failed_metrics(has_delta=False, is_image=True)
     peak = 255.0 if expected.dtype == np.uint8 else 1.0
     a, e = actual.astype(np.float64), expected.astype(np.float64)
     mean_square = float(np.square(a - e).mean())
-    return Metrics(
-        cosine=metrics.cosine,
-        relative_l2=metrics.relative_l2,
-        max_abs=metrics.max_abs,
-        worst_channel=metrics.worst_channel,
-        finite=True,
+    return replace(
+        metrics,
         # scikit-image's own PSNR divides by zero for identical images.
         psnr=math.inf if mean_square == 0.0 else 10.0 * math.log10(peak**2 / mean_square),
         ssim=float(structural_similarity(e, a, data_range=peak, channel_axis=-1)),
@@ -158,9 +151,10 @@ def gain_of(difference: AnyArray) -> int:
     return int(2 ** max(0, math.floor(math.log2(255.0 / high)))) if high else 1
 
 
-def failed_metrics(has_delta: bool) -> Metrics:
+def failed_metrics(has_delta: bool, is_image: bool = False) -> Metrics:
     """The metrics of a comparison that could not be made: NaN everywhere, passes no gate."""
-    return _not_finite(has_delta)
+    delta, image = (math.nan if has_delta else None), (math.nan if is_image else None)
+    return Metrics(math.nan, math.nan, math.nan, math.nan, False, delta, delta, image, image)
 
 
 @dataclass(slots=True)
@@ -209,23 +203,5 @@ def _chunks(
     step = max(1, _CHUNK // channels)
     for start in range(0, len(expected_RC), step):
         piece = slice(start, start + step)
-        yield (
-            actual_RC[piece].astype(np.float64),
-            expected_RC[piece].astype(np.float64),
-            None if base_RC is None else base_RC[piece].astype(np.float64),
-        )
-
-
-def _not_finite(has_delta: bool, is_image: bool = False) -> Metrics:
-    delta, image = (math.nan if has_delta else None), (math.nan if is_image else None)
-    return Metrics(
-        math.nan,
-        math.nan,
-        math.nan,
-        math.nan,
-        False,
-        delta_cosine=delta,
-        delta_relative_l2=delta,
-        psnr=image,
-        ssim=image,
-    )
+        base_piece = None if base_RC is None else base_RC[piece].astype(np.float64)
+        yield actual_RC[piece].astype(np.float64), expected_RC[piece].astype(np.float64), base_piece

@@ -1,9 +1,8 @@
 """diffusers' own pipeline, on parts in place of its models, or with the weights of one unit in memory at a time.
 
-Streamed models are the published classes, built from their configs without memory for their parameters. A unit (a
-block; or what is not inside one: an embedder, a norm, CLIP, a decoder) gets its weights right before its forward and
-loses them right after, by forward hooks: nothing upstream is replaced. Checked with diffusers 0.42.1 and transformers
-5.23.0.
+Streamed models are the published classes, built from their configs. A unit (a block; or what is not inside one) gets
+its weights right before its forward and loses them right after, by forward hooks: nothing upstream is replaced.
+Checked with diffusers 0.42.1 and transformers 5.23.0.
 """
 
 from __future__ import annotations

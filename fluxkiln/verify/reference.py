@@ -18,11 +18,10 @@ from typing import TYPE_CHECKING, Any
 from fluxkiln.errors import IntegrityError, PatchError, ResourceError, UsageError
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.patches.model import Call, Model
-from fluxkiln.patches.pipeline import Rendering, Sampling, quiet
+from fluxkiln.patches.pipeline import Sampling, quiet
 from fluxkiln.types import Part, Shapes
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
 
@@ -60,31 +59,22 @@ class Recording:
     @property
     def latents(self) -> NDArray[Any]:
         """Packed latents after the last step, [1, S, 4C]; like all that was rendered, empty where nothing made it."""
-        return self._read(self.rendered["latents"])
+        return self.read(self.rendered["latents"])
 
     @property
     def image(self) -> NDArray[Any]:
         """The image, [height, width, 3] in 0..1."""
-        return self._read(self.rendered["image"])
-
-    @property
-    def prompt_embeds(self) -> NDArray[Any]:
-        """T5's output as the pipeline used it, [1, T, joint]."""
-        return self._read(self.rendered["prompt_embeds"])
-
-    @property
-    def pooled_prompt_embeds(self) -> NDArray[Any]:
-        """CLIP's pooled output, [1, pooled]."""
-        return self._read(self.rendered["pooled_prompt_embeds"])
+        return self.read(self.rendered["image"])
 
     def _read_all(self, part: str, step: int, side: str) -> dict[str, NDArray[Any]]:
         if part not in self.calls:
             raise UsageError(f"no part called {part!r} was recorded; there are {', '.join(self.calls)}")
         if not 0 <= step < len(self.calls[part]):
             raise UsageError(f"step {step} of {part} was not recorded; it ran {len(self.calls[part])} times")
-        return {name: self._read(file) for name, file in self.calls[part][step][side].items()}
+        return {name: self.read(file) for name, file in self.calls[part][step][side].items()}
 
-    def _read(self, file: str) -> NDArray[Any]:
+    def read(self, file: str) -> NDArray[Any]:
+        """One of its arrays; IntegrityError where it cannot be read."""
         import numpy as np
 
         try:
@@ -120,7 +110,11 @@ def record_reference(
         PatchError: a part was not called, or not in the way this was written for; diffusers changed.
     """
     start, model, sampling = time.perf_counter(), checkpoint.model, sampling or Sampling()
-    _make_room(destination)
+    # No recording.json while the folder fills.
+    if (destination / INDEX).exists():
+        (destination / INDEX).unlink()
+        shutil.rmtree(destination / "tensors", ignore_errors=True)
+    (destination / "tensors").mkdir(parents=True, exist_ok=True)
     with quiet():
         from fluxkiln.verify.pipeline import open_pipeline, shorten, weights_in_place
 
@@ -135,19 +129,19 @@ def record_reference(
         made = model.render(pipe, shapes, sampling)
     for part in parts:
         expected = sampling.steps if part.component == "transformer" else 1
-        if len(recorder.calls.get(part.name, ())) != expected:
+        if (count := len(recorder.calls.get(part.name, ()))) != expected:
             raise PatchError(
-                f"part {part.name} ran {len(recorder.calls.get(part.name, ()))} times in the reference, {expected} "
+                f"part {part.name} ran {count} times in the reference, {expected} "
                 "were expected; install the versions pinned in constraints.txt"
             )
     index = {
         "format": _FORMAT,
-        "shapes": {"height": shapes.height, "width": shapes.width, "tokens": shapes.tokens},
+        "shapes": asdict(shapes),
         **asdict(sampling),
         "seconds": {"load": loaded - start, "run": made.seconds},
         "kinds": {part.name: part.kind for part in parts},
         "calls": {part.name: recorder.calls[part.name] for part in parts},
-        "rendered": _write_rendering(made, recorder),
+        "rendered": {name: recorder.store(getattr(made, name)) for name in RENDERED},
     }
     unfinished = destination / f"{INDEX}.partial"
     unfinished.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
@@ -158,8 +152,7 @@ def record_reference(
 def view_recording(recording: Recording, model: Model, parts: tuple[Part, ...]) -> Recording:
     """A recording of `Model.recorded_parts` as if only `parts`, of one form or some of it, had been recorded.
 
-    Raises:
-        UsageError: a part was not recorded, or not in a form it can be made of.
+    Raises UsageError: a part was not recorded, or not in a form it can be made of.
     """
     return replace(
         recording,
@@ -169,11 +162,7 @@ def view_recording(recording: Recording, model: Model, parts: tuple[Part, ...]) 
 
 
 def read_recording(path: Path) -> Recording:
-    """Open the recording in the folder `path`.
-
-    Raises:
-        IntegrityError: there is none, or it was not finished.
-    """
+    """Open the recording in the folder `path`. IntegrityError: there is none, or it was not finished."""
     try:
         index = json.loads((path / INDEX).read_bytes())
         if index["format"] != _FORMAT:
@@ -181,14 +170,9 @@ def read_recording(path: Path) -> Recording:
         return Recording(
             root=path,
             shapes=Shapes(**index["shapes"]),
-            steps=index["steps"],
-            seed=index["seed"],
-            prompt=index["prompt"],
-            guidance_scale=index["guidance_scale"],
-            seconds=index["seconds"],
-            kinds=index["kinds"],
             calls={part: tuple(calls) for part, calls in index["calls"].items()},
             rendered={name: index["rendered"][name] for name in RENDERED},
+            **{name: index[name] for name in ("steps", "seed", "prompt", "guidance_scale", "seconds", "kinds")},
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise IntegrityError(f"{path} holds no finished recording ({error}); record the reference again") from error
@@ -219,7 +203,9 @@ class _Recorder:
         array = np.ascontiguousarray(tensor if isinstance(tensor, np.ndarray) else tensor.detach().cpu().numpy())
         if array.dtype != np.int64:
             array = array.astype(np.float32, copy=False)
-        file = f"tensors/{_digest(array)}.npy"
+        digest = hashlib.sha256(f"{array.dtype.str} {array.shape}\n".encode())
+        digest.update(array.reshape(-1).view("u1").data)
+        file = f"tensors/{digest.hexdigest()}.npy"
         path = self.root / file
         if path.exists():
             return file
@@ -235,22 +221,3 @@ class _Recorder:
                 "float32: free some space or choose another folder"
             ) from error
         return file
-
-
-def _make_room(destination: Path) -> None:
-    """An empty `tensors` folder, and no recording.json while it fills."""
-    index, tensors = destination / INDEX, destination / "tensors"
-    if index.exists():
-        index.unlink()
-        shutil.rmtree(tensors, ignore_errors=True)
-    tensors.mkdir(parents=True, exist_ok=True)
-
-
-def _digest(array: NDArray[np.generic]) -> str:
-    digest = hashlib.sha256(f"{array.dtype.str} {array.shape}\n".encode())
-    digest.update(array.reshape(-1).view("u1").data)
-    return digest.hexdigest()
-
-
-def _write_rendering(made: Rendering, recorder: _Recorder) -> dict[str, str]:
-    return {name: recorder.store(getattr(made, name)) for name in RENDERED}

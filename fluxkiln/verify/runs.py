@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxkiln.errors import UsageError
 from fluxkiln.verify.metrics import compare, compare_images
+from fluxkiln.verify.report.page import encode_picture
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,8 +35,7 @@ class Run:
 
     Attributes:
         drift: relative L2 of the latents after every step; the noise both start from is the same.
-        cosine: of the last latents.
-        psnr, ssim: of the image, in dB and 0..1.
+        cosine: of the last latents. psnr, ssim: of the image, in dB and 0..1.
     """
 
     prompt: str
@@ -54,8 +52,7 @@ def list_runs(prompts: Sequence[str], seeds: Sequence[int], prompt: str, seed: i
     Args:
         prompt, seed: stand in for the list that is empty.
 
-    Raises:
-        UsageError: too many.
+    Raises UsageError: too many.
     """
     if not prompts and not seeds:
         return ()
@@ -69,11 +66,7 @@ def list_runs(prompts: Sequence[str], seeds: Sequence[int], prompt: str, seed: i
 
 
 def measure_run(prompt: str, seed: int, reference: Sampled, actual: Sampled) -> Run:
-    """Compare a run with the reference's.
-
-    Raises:
-        ParityError: shapes differ.
-    """
+    """Compare a run with the reference's. ParityError: shapes differ."""
     steps = [compare(a, e) for a, e in zip(actual.latents, reference.latents, strict=True)]
     image = compare_images(actual.image, reference.image)
     assert image.psnr is not None
@@ -94,7 +87,9 @@ def summarise_runs(runs: Sequence[Run]) -> list[dict[str, Any]]:
     lines = []
     for name, unit, value_of, higher_is_better in measures:
         values = [value_of(run) for run in runs]
-        place = _worst(values, higher_is_better)
+        # NaN is worse than anything.
+        badness = [math.inf if math.isnan(one) else -one if higher_is_better else one for one in values]
+        place = badness.index(max(badness))
         lines.append(
             {
                 "name": name,
@@ -134,17 +129,6 @@ def thumbnail(image: NDArray[Any]) -> str:
     import numpy as np
     from PIL import Image
 
-    pixels = (np.nan_to_num(image).clip(0.0, 1.0) * 255.0).round().astype(np.uint8)
-    picture = Image.fromarray(pixels)
+    picture = Image.fromarray((np.nan_to_num(image).clip(0.0, 1.0) * 255.0).round().astype(np.uint8))
     picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    buffer = io.BytesIO()
-    picture.save(buffer, "webp", quality=70)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def _worst(values: Sequence[float], higher_is_better: bool) -> int:
-    def badness(index: int) -> float:
-        value = values[index]
-        return math.inf if math.isnan(value) else -value if higher_is_better else value
-
-    return max(range(len(values)), key=badness)
+    return encode_picture(picture, "webp", quality=70)

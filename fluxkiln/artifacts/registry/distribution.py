@@ -1,12 +1,7 @@
-"""A bundle sent and received.
+"""A bundle pushed: blobs in parallel, the manifest when all are there, the tag last; pulled: every byte checked.
 
-Push: blobs in parallel, each hashed as it is read; the manifest when all are there; the tag last.
-Pull: into a folder beside the destination, every byte checked, then two renames.
-States that a `kill -9` can leave, and what the next pull makes of them:
-
-    .NAME.pull-HEX           goes on in it when it is the same manifest, removes it otherwise
-    .NAME.old without NAME   killed between the renames: the old folder gets its name back
-    .NAME.old beside NAME    killed after them: the old folder is removed
+A pull fills `.NAME.pull-HEX`, then two renames swap it with an earlier one, for a while `.NAME.old`. After a `kill -9`
+the next pull goes on in it when it is for the same manifest, and heals the rest as `artifacts.bundle` does.
 """
 
 from __future__ import annotations
@@ -61,8 +56,7 @@ class Found:
 def look_up(place: Place, reference: str) -> Found:
     """Fetch and check the manifest, the config and `manifest.json` of a bundle.
 
-    Raises:
-        UsageError: no such tag. IntegrityError: anything about them is not as it must be.
+    Raises UsageError: no such tag. IntegrityError: anything about them is not as it must be.
     """
     where = f"manifest {reference} of {place.name}"
     data = place.manifest(reference)
@@ -110,16 +104,14 @@ def pull(
     """Fetch everything that `found` names into `destination`: `bundle/` and, beside it, card, provenance, report.
 
     Args:
-        destination: nothing, an empty folder, or an earlier pull, which is replaced.
-        record: written to `pulled.json`.
+        destination: nothing, an empty folder, or an earlier pull, which is replaced. record: written to `pulled.json`.
         check: called with the finished folder before it gets its name; what it raises ends the pull.
 
     Raises:
         IntegrityError: bytes that are not what the manifest says; they lie in quarantine beside `destination`, which
             is unchanged.
         RegistryError: the place failed for too long; the same pull goes on where this one ended.
-        ResourceError: the disk is full; nothing is left.
-        UsageError: `destination` is something else.
+        ResourceError: the disk is full; nothing is left. UsageError: `destination` is something else.
     """
     parent = destination.absolute().parent
     parent.mkdir(parents=True, exist_ok=True)
@@ -301,8 +293,7 @@ def push(
     """Send what is missing and publish the manifest under `tag`. Every byte of every source is read and hashed once.
 
     Args:
-        config: the bytes that `document.config` names.
-        sources: a layer's path -> its file or its bytes.
+        config: the bytes that `document.config` names. sources: a layer's path -> its file or its bytes.
 
     Raises:
         IntegrityError: a file does not have the digest its layer says; nothing was published.

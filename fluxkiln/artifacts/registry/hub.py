@@ -1,8 +1,7 @@
 """A model repository on the Hugging Face Hub.
 
-Files go to a branch of their own through huggingface_hub; when the Hub shows all of them with the right sizes and
-digests, the OCI manifest follows as `modelpack.json`, and only then a tag. What is fetched comes over our own session:
-resumed by Range, compared with the manifest, the token sent to the Hub and not to where it redirects.
+Files go to a branch of their own; when the Hub shows them with the right sizes and digests, the OCI manifest follows as
+`modelpack.json`, and only then a tag. Fetching is over our own session: resumed, compared with the manifest.
 """
 
 from __future__ import annotations
@@ -13,11 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fluxkiln.artifacts.modelpack import CARD, Document, Layer, digest_bytes
+from fluxkiln.artifacts.modelpack import CARD, Document, Layer
 from fluxkiln.artifacts.registry.oci import fetch
 from fluxkiln.artifacts.registry.place import HubReference, check_departure
 from fluxkiln.artifacts.registry.session import AuthorizationError, Session
 from fluxkiln.artifacts.registry.transfer import Arrival, Departure, Patience, Stop
+from fluxkiln.digests import digest_bytes
 from fluxkiln.errors import IntegrityError, RegistryError, UsageError
 
 MANIFEST_PATH, CONFIG_PATH = "modelpack.json", "modelpack-config.json"

@@ -1,8 +1,7 @@
 """A repository of an OCI registry. Source: OCI distribution-spec v1.1.
 
-In which repository of a registry a blob was seen is kept as a hint in `$XDG_CACHE_HOME/fluxkiln`, so that another
-repository takes it over and nothing is sent. A registry that does not have the blob there starts an upload as if
-nothing had been said; the folder may be removed at any time.
+Where a blob was seen is kept as a hint in `$XDG_CACHE_HOME/fluxkiln`, so that another repository of the registry takes
+it over; one that cannot starts an upload as if nothing had been said. The folder may be removed at any time.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from urllib.parse import quote
 
 import httpx2
 
-from fluxkiln.artifacts.modelpack import MAX_DOCUMENT_BYTES, Document, Layer, digest_bytes
+from fluxkiln.artifacts.modelpack import MAX_DOCUMENT_BYTES, Document, Layer
 from fluxkiln.artifacts.registry.place import (
     BlobMissingError,
     RegistryReference,
@@ -31,6 +30,7 @@ from fluxkiln.artifacts.registry.place import (
 from fluxkiln.artifacts.registry.session import Answer, AuthorizationError, Session, follow, read_answer, refused
 from fluxkiln.artifacts.registry.transfer import Arrival, Departure, Patience, Stop, TransientError, retrying
 from fluxkiln.artifacts.store import MANIFEST_TYPE
+from fluxkiln.digests import digest_bytes
 from fluxkiln.errors import FluxkilnError, IntegrityError, RegistryError, ResourceError, UsageError
 from fluxkiln.files import write_durably
 
@@ -251,8 +251,7 @@ class _Upload:
 def fetch(session: Session, url: str, arrival: Arrival, what: str) -> None:
     """Get a file from where `arrival` stands to its end, by Range, as often as it takes.
 
-    Raises:
-        RegistryError: no progress for too long. IntegrityError: it is not there, though a manifest names it.
+    Raises RegistryError: no progress for too long. IntegrityError: it is not there, though a manifest names it.
     """
     if not arrival.complete or not arrival.size:
         work = partial(_fetch_once, session, url, arrival, what)

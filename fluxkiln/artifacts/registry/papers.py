@@ -1,10 +1,7 @@
-"""What goes with a published bundle: terms, model card, provenance, signature.
+"""What goes with a published bundle: terms, model card, provenance, signature. The same bundle gives the same bytes.
 
-Some licences ask everybody who passes on the model or a derivative of it to hand over the licence with it.
 What is signed are the digests of all files of a pulled folder, but for the signature and the record of the pull, so
 `model_signing verify key DIR --signature DIR/model.sig` agrees. The files are not read again: their digests are known.
-Provenance has no time and no host: the same bundle gives the same bytes.
-
 Sources: huggingface.co/docs/hub/model-cards, "Model card metadata"; in-toto attestation framework v1, statement.md and
 resource_descriptor.md; slsa.dev/spec/v1.0/provenance; github.com/sigstore/model-transparency, manifest.py.
 """
@@ -190,11 +187,9 @@ def sign(digests: Mapping[str, str], key: Path) -> bytes:
     """The signature of files by their paths in a pulled folder.
 
     Args:
-        digests: path -> `sha256:<hex>`.
-        key: a private key in PEM: P-256, P-384 or P-521, without a password.
+        digests: path -> `sha256:<hex>`. key: a private key in PEM: P-256, P-384 or P-521, without a password.
 
-    Raises:
-        UsageError: no such key, or none that can be used. ToolchainError: model-signing is not installed.
+    Raises UsageError: no such key, or none that can be used. ToolchainError: model-signing is not installed.
     """
     signing, _ = _signing_library()
     _require_key(key, "--sign")

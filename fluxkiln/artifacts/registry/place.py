@@ -21,13 +21,13 @@ from typing import Protocol, TypeAlias, TypeVar
 from fluxkiln.artifacts.modelpack import MAX_DOCUMENT_BYTES, Document, Layer
 from fluxkiln.artifacts.registry.transfer import PIECE_BYTES, Arrival, Departure, Stop
 from fluxkiln.artifacts.store import Blob, Store, open_store
+from fluxkiln.digests import DIGEST
 from fluxkiln.errors import IntegrityError, RegistryError, UsageError
 
 LAYOUT_PREFIX, HUB_PREFIX = "oci-layout:", "hf://"
 _FORMS = "oci-layout:PATH:TAG, HOST/REPO:TAG or hf://ORG/REPO@REV"
 MAX_REPOSITORY = 255
 
-_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _HOST = re.compile(
     r"(?:localhost|[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)+|[A-Za-z0-9-]+(?=:)|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?"
 )
@@ -104,8 +104,7 @@ def parse_reference(text: str, *, tagged: bool = True) -> Reference:
     Args:
         tagged: a tag, digest or revision must be there; otherwise it may be left out, as for a list of tags.
 
-    Raises:
-        UsageError: none of the forms; names the rule that is broken.
+    Raises UsageError: none of the forms; names the rule that is broken.
     """
     if text.startswith(LAYOUT_PREFIX):
         found: Reference = _parse_layout(text)
@@ -150,7 +149,7 @@ def is_loopback(host: str) -> bool:
 def _parse_layout(text: str) -> LayoutReference:
     rest = text.removeprefix(LAYOUT_PREFIX)
     path, at, digest = rest.partition("@")
-    if at and _DIGEST.fullmatch(digest):
+    if at and DIGEST.fullmatch(digest):
         if not path:
             raise UsageError(f"reference {text!r} names no folder; write {LAYOUT_PREFIX}PATH@sha256:HEX")
         return LayoutReference(Path(path), digest=digest)
@@ -182,7 +181,7 @@ def _parse_registry(text: str) -> RegistryReference:
             f"are {_FORMS}"
         )
     rest, at, digest = rest.partition("@")
-    if at and not _DIGEST.fullmatch(digest):
+    if at and not DIGEST.fullmatch(digest):
         raise UsageError(f"reference {text!r} has the digest {digest!r}; a digest is 'sha256:' and 64 hex digits")
     repository, colon, tag = rest.partition(":")
     if not is_repository(repository):
@@ -210,8 +209,7 @@ class Place(Protocol):
     def manifest(self, reference: str) -> bytes:
         """The manifest of a tag or digest.
 
-        Raises:
-            UsageError: there is none. IntegrityError: its bytes are not those that the place itself announces.
+        Raises UsageError: there is none. IntegrityError: its bytes are not those that the place itself announces.
         """
 
     def has(self, layer: Layer) -> bool:
@@ -319,8 +317,7 @@ class LayoutPlace:
 def open_layout(path: Path, *, write: bool, stop: Stop) -> LayoutPlace:
     """The layout in `path`; with `write` it is made where there is none.
 
-    Raises:
-        UsageError: there is no layout and nothing to be written, or there is something else.
+    Raises UsageError: there is no layout and nothing to be written, or there is something else.
     """
     if not (path / "oci-layout").is_file():
         if path.exists() and (not path.is_dir() or any(path.iterdir())):

@@ -1,6 +1,5 @@
 """HTTP to one registry: authorization, redirects, time-outs. Authorization goes to the registry's own origin only.
 
-Who we are comes from Docker's configuration and its credential helpers, never from the command line.
 Sources: OCI distribution-spec v1.1; docs.docker.com, "Token authentication specification" and `docker login`
 (config.json, credential stores); containers-auth.json(5); RFC 9110.
 """
@@ -102,8 +101,7 @@ class Session:
     ) -> Answer:
         """A request whose answer is read whole, repeated while it fails in a way that may pass.
 
-        Raises:
-            AuthorizationError: not allowed. RegistryError: unreachable, or another status than those of `accept`.
+        Raises AuthorizationError: not allowed. RegistryError: unreachable, or another status than those of `accept`.
         """
 
         def once() -> Answer:
@@ -321,8 +319,7 @@ def find_credential(host: str) -> Credential | None:
     Looked for in `$DOCKER_CONFIG/config.json` or `~/.docker/config.json`: the host's own helper, the store, then the
     file itself; then in the file that skopeo and podman write.
 
-    Raises:
-        RegistryError: a file that cannot be read, or a helper that fails.
+    Raises RegistryError: a file that cannot be read, or a helper that fails.
     """
     names = (host, f"https://{host}", f"https://{host}/v2/", f"http://{host}")
     if host in _DOCKER_HUB:

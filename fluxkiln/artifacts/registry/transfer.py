@@ -83,8 +83,7 @@ def retrying(
     Args:
         standing: how many bytes have arrived; where they have become more, it is patient from the start again.
 
-    Raises:
-        RegistryError: it failed `patience.attempts` times without progress in between.
+    Raises RegistryError: it failed `patience.attempts` times without progress in between.
     """
     failures = 0
     while True:
@@ -103,11 +102,7 @@ def retrying(
 
 
 def each(items: Iterable[_T], work: Callable[[_T], None], stop: Stop, jobs: int) -> None:
-    """`work` on every item, `jobs` at a time.
-
-    Raises:
-        what `work` raised first, once all transfers have ended.
-    """
+    """`work` on every item, `jobs` at a time. Raises what `work` raised first, once all transfers have ended."""
     with ThreadPoolExecutor(jobs, thread_name_prefix="transfer") as pool:
         futures = [pool.submit(work, item) for item in items]
         try:

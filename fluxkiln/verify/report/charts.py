@@ -1,8 +1,7 @@
-"""The report's charts as inline SVG: heat maps of rungs and parts, and errors over depth and over steps.
+"""The report's charts as inline SVG: heat maps of rungs and parts, errors over depth and over steps, drift of latents.
 
-Every function takes rows as `report.json` holds them (see `ladder.row_to_dict`) and the rungs of their ladder by name,
-and returns markup whose variable text is escaped. What a chart shows stands in the report's table as well; the charts
-carry a one-line description.
+Functions take rows as `report.json` holds them (see `ladder.row_to_dict`) and the rungs of their ladder by name;
+variable text is escaped. What a chart shows stands in the report's table as well.
 """
 
 from __future__ import annotations

@@ -44,8 +44,7 @@ def render_comparison(documents: Sequence[_Document]) -> str:
     Args:
         documents: of `build_report`, as built or as read back; two or more.
 
-    Raises:
-        UsageError: fewer than two.
+    Raises UsageError: fewer than two.
     """
     if len(documents) < 2:
         raise UsageError(f"{len(documents)} report: two or more can be compared")

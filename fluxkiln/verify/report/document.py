@@ -1,10 +1,7 @@
 """The parity report: `report.json` for programs, `report.html` for people, both from one dict.
 
-`build_report` makes that dict from the ladder's rows and the facts of a build; `write_report` writes both files. The
-HTML is a pure function of the dict, so it can be made again from a stored `report.json`. It is one file: no network,
-no fonts, no libraries, readable without JavaScript.
-
-Keys of the dict, all but the first two optional (a section without facts is left out):
+The HTML is a pure function of the dict, so it can be made again from a stored `report.json`. It is one file: no
+network, no fonts, no libraries, readable without JavaScript. Keys of the dict, all but the first two optional:
     title, target: strings. reference: what the reference is, in words.
     model: name, fingerprint, variant. shapes: height, width, tokens, steps. schemes: part or kind -> scheme.
     parts: list of name, kind, scheme, bytes, device_memory, estimate_ms, made (`cast`, `compiled`, ...).
@@ -19,8 +16,6 @@ name in a comparison, what its blocks are called if it updates a residual stream
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -45,7 +40,7 @@ from fluxkiln.verify.report.charts import (
     rungs_drawn,
     step_chart,
 )
-from fluxkiln.verify.report.page import FILTERS, compact_json, embed_document, static_rows, word
+from fluxkiln.verify.report.page import FILTERS, compact_json, embed_document, encode_picture, static_rows, word
 
 SCHEMA = "fluxkiln.report/2"
 SIGNIFICANT_DIGITS = 6
@@ -67,8 +62,7 @@ MEASURES: tuple[tuple[Measure, str], ...] = (
 def build_report(ladder: Ladder, facts: Mapping[str, Any]) -> dict[str, Any]:
     """The report's dict: `facts` (see the module) plus a ladder's rows, gates, a summary and the verdict in words.
 
-    Raises:
-        UsageError: a fact the report has no place for, or no title or target.
+    Raises UsageError: a fact the report has no place for, or no title or target.
     """
     unknown, missing = set(facts) - FACTS, {"title", "target"} - set(facts)
     if unknown or missing:
@@ -232,7 +226,11 @@ def _summarise(rows: Sequence[Row], gates: Sequence[Gate]) -> dict[str, Any]:
                 "rows": len(here),
                 "parts": len({row.part for row in here}),
                 "failed": sum(not row.passed for row in here),
-                "worst": worst and _name_worst(*worst, gates),
+                "worst": worst
+                and {
+                    **{name: getattr(worst[0], name) for name in ("part", "output", "step", "scheme")},
+                    **verdict_to_dict(worst[1], gates),
+                },
             }
         )
     return {
@@ -243,11 +241,6 @@ def _summarise(rows: Sequence[Row], gates: Sequence[Gate]) -> dict[str, Any]:
         "rungs": rungs,
         "first_bad": first_bad_rung(rows),
     }
-
-
-def _name_worst(row: Row, verdict: Any, gates: Sequence[Gate]) -> dict[str, Any]:
-    named = {"part": row.part, "output": row.output, "step": row.step, "scheme": row.scheme}
-    return named | verdict_to_dict(verdict, gates)
 
 
 def _verdict(rows: Sequence[Row]) -> dict[str, Any]:
@@ -294,12 +287,9 @@ def _data_uri(image: np.ndarray[Any, np.dtype[np.uint8]]) -> str:
     from PIL import Image
 
     picture = Image.fromarray(image)
-    for kind, quality in (("png", 0), ("webp", 92), ("webp", 80), ("webp", 60), ("webp", 30)):
-        buffer = io.BytesIO()
-        picture.save(buffer, kind, **({"quality": quality} if quality else {"optimize": True}))
-        if buffer.tell() <= MAX_IMAGE_BYTES:
-            break
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    tries = (encode_picture(picture, "webp", MAX_IMAGE_BYTES, quality=quality) for quality in (92, 80, 60))
+    small = encode_picture(picture, "png", MAX_IMAGE_BYTES, optimize=True) or next(filter(None, tries), "")
+    return small or encode_picture(picture, "webp", quality=30)
 
 
 def _dump(document: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,13 @@ MOST_STATIC_ROWS = 1200
 MOST_PLAIN_BYTES = 700_000
 # in the page already
 _PICTURES = ("reference", "actual", "difference")
+
+
+def encode_picture(picture: Any, kind: str, most: float = math.inf, **options: Any) -> str:
+    """A PIL picture as a data URI of this kind; empty where it takes more than `most` bytes."""
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}" if buffer.tell() <= most else ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,13 +13,13 @@ from fluxkiln.artifacts.modelpack import (
     MAX_DOCUMENT_BYTES,
     MAX_FILES,
     check_config,
-    digest_bytes,
     parse_document,
 )
 from fluxkiln.artifacts.registry.place import open_layout
 from fluxkiln.artifacts.registry.transfer import Stop
 from fluxkiln.artifacts.store import open_store
 from fluxkiln.build.publish import inspect_reference, publish_bundle, pull_bundle
+from fluxkiln.digests import digest_bytes
 from fluxkiln.errors import IntegrityError
 
 PATH = "org.cncf.model.filepath"

@@ -62,14 +62,16 @@ def test_each_part_equals_the_patched_one(record, components):
 
 def test_a_transformer_alone_gets_embeddings_in_which_no_two_tokens_are_equal(record):
     _, _, recording = record(("transformer",))
-    assert recording.prompt_embeds.shape == (1, 24, 128)
-    assert recording.pooled_prompt_embeds.shape == (1, 64)
-    assert len(np.unique(recording.prompt_embeds[0], axis=0)) == 24
-    np.testing.assert_array_equal(recording.inputs("head")["encoder_hidden_states"], recording.prompt_embeds)
+    assert recording.read(recording.rendered["prompt_embeds"]).shape == (1, 24, 128)
+    assert recording.read(recording.rendered["pooled_prompt_embeds"]).shape == (1, 64)
+    assert len(np.unique(recording.read(recording.rendered["prompt_embeds"])[0], axis=0)) == 24
+    np.testing.assert_array_equal(
+        recording.inputs("head")["encoder_hidden_states"], recording.read(recording.rendered["prompt_embeds"])
+    )
     assert recording.latents.shape == (1, 24, 64)
     assert recording.image.size == 0
     _, _, other = record(("transformer",), seed=1)
-    assert not np.array_equal(other.prompt_embeds, recording.prompt_embeds)
+    assert not np.array_equal(other.prompt_embeds, recording.read(recording.rendered["prompt_embeds"]))
 
 
 def test_schnell_and_the_tiny_vae(record):
@@ -85,7 +87,11 @@ def test_a_decoder_alone_gets_latents_as_the_pipeline_scales_them(record):
     expected = recording.latents / np.float32(config["scaling_factor"]) + np.float32(config["shift_factor"])
     np.testing.assert_allclose(recording.inputs("vae_decoder")["latents"], expected, rtol=1e-6)
     assert recording.image.shape == (64, 96, 3)
-    assert recording.prompt_embeds.size == recording.pooled_prompt_embeds.size == 0
+    assert (
+        recording.read(recording.rendered["prompt_embeds"]).size
+        == recording.read(recording.rendered["pooled_prompt_embeds"]).size
+        == 0
+    )
 
 
 def test_encoders_alone_encode_the_prompt_as_the_pipeline_does(record, tiny_checkpoint, tmp_path):

@@ -38,7 +38,7 @@ from fluxkiln.compile.toolchains.neuron.neff import (
 from fluxkiln.compile.toolchains.neuron.neuronx_cc import NeuronxCc, compile_module
 from fluxkiln.digests import canonical_json
 from fluxkiln.errors import UsageError
-from fluxkiln.files import disk_full_named, partial_file, publish, remove_unheld, write_durably
+from fluxkiln.files import disk_full_named, partial_file, remove_unheld, rename_durably, write_durably
 from fluxkiln.progress import FROM_STORE, Progress, Silent
 
 # No code of ours is in the key: it cannot change what the compiler makes of a module.
@@ -177,7 +177,7 @@ def write_compile_script(
     path = folder / SCRIPT
     with disk_full_named(folder), partial_file(folder, f".{SCRIPT}") as (unfinished, stream):
         stream.write(text.encode())
-        publish(stream, unfinished, path, mode=0o755)
+        rename_durably(stream, unfinished, path, mode=0o755)
     return path
 
 

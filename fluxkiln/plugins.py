@@ -42,19 +42,14 @@ def _fault(made: Any, protocol: Any, api: int | None, taken: Collection[str]) ->
     if api is not None and getattr(made, "api", None) != api:
         found = getattr(made, "api", None)
         return f"it was written for version {found} of the interface, this has {api}; install versions of both that fit"
-    if lacking := [name for name in _members(protocol) if not _has(made, protocol, name)]:
+    members = {*(name for name in vars(protocol) if not name.startswith("_")), *protocol.__annotations__} - {"api"}
+    if lacking := [name for name in sorted(members) if not _has(made, protocol, name)]:
         return f"it lacks {', '.join(lacking)}; ask its makers for a version that has what the interface has"
     if not isinstance(made.name, str):
         return f"its name is {made.name!r}, not a word; ask its makers for a version with one"
     if made.name in taken:
         return f"there is a {made.name} already; uninstall one of them"
     return ""
-
-
-def _members(protocol: Any) -> list[str]:
-    """What a protocol asks for: its annotations and its methods."""
-    own = [name for name in vars(protocol) if not name.startswith("_")]
-    return sorted({*own, *protocol.__annotations__} - {"api"})
 
 
 def _has(made: Any, protocol: Any, name: str) -> bool:

@@ -46,14 +46,8 @@ class Action:
 
     def ingredients(self) -> dict[str, Json]:
         """What the key is made of."""
-        return {
-            "schema": ACTION_SCHEMA,
-            "stage": self.stage,
-            "code_version": self.code_version,
-            "inputs": self.inputs,
-            "settings": self.settings,
-            "tools": self.tools,
-        }
+        names = (name for name in _INGREDIENTS if name != "what")
+        return {"schema": ACTION_SCHEMA, **{name: getattr(self, name) for name in names}}
 
     @property
     def key(self) -> str:
@@ -250,18 +244,15 @@ def collect_garbage(
 def _produce(cache: ActionCache, action: Action, producer: Producer) -> ActionResult:
     with cache.store.workdir(action.what) as workdir:
         files, facts = producer(workdir)
+        outputs = {}
         for name, path in files.items():
             if isinstance(path, Path) and not path.is_file():
                 raise FluxkilnError(
                     f"{action.what}: the {action.stage} stage names {path.name} as its output {name} but wrote no such "
                     "file; see its log"
                 )
-        outputs = {
-            name: path
-            if isinstance(path, Blob)
-            else cache.store.add_file(path, move=path.resolve().is_relative_to(workdir.resolve()))
-            for name, path in files.items()
-        }
+            own = isinstance(path, Path) and path.resolve().is_relative_to(workdir.resolve())
+            outputs[name] = path if isinstance(path, Blob) else cache.store.add_file(path, move=own)
         return cache.record(action, outputs, facts)
 
 

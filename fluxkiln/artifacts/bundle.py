@@ -11,12 +11,14 @@ import os
 import shutil
 import stat
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 
 from fluxkiln.artifacts.manifest import (
     BUILD_FILE,
     MANIFEST_FILE,
     SCHEMA_VERSION,
+    FileEntry,
     Manifest,
     Role,
     manifest_from_json,
@@ -100,7 +102,8 @@ def write_bundle(
                 target = resolve_inside(folder, path)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 entries[path] = _place(source, target, store)
-                make_runnable(target)
+                if target.suffix == ".sh":
+                    target.chmod(0o755)  # stores and registries keep bytes and no modes
             complete = _complete(manifest, entries, roles or {})
             if build is not None:
                 data = json.dumps(plain_json(build), indent=1, ensure_ascii=False).encode() + b"\n"
@@ -173,12 +176,6 @@ def heal_bundle(destination: Path) -> None:
             heal_folder(destination)
 
 
-def make_runnable(path: Path) -> None:
-    """Let a script be run; stores and registries keep bytes and no modes."""
-    if path.suffix == ".sh":
-        path.chmod(0o755)
-
-
 def role_of(path: str) -> Role:
     """The role that a file's name and folder tell."""
     pure = PurePosixPath(path)
@@ -191,13 +188,8 @@ def role_of(path: str) -> Role:
 
 def _complete(manifest: Mapping[str, Json], entries: Mapping[str, Blob], roles: Mapping[str, Role]) -> Manifest:
     listed: list[Json] = [
-        {
-            "path": path,
-            "role": roles.get(path) or role_of(path),
-            "sha256": entries[path].digest.removeprefix("sha256:"),
-            "size": entries[path].size,
-        }
-        for path in sorted(entries)
+        asdict(FileEntry(path, roles.get(path) or role_of(path), blob.digest.removeprefix("sha256:"), blob.size))
+        for path, blob in sorted(entries.items())
     ]
     return manifest_from_json({**manifest, "schema_version": SCHEMA_VERSION, "files": listed}, "the new manifest")
 

@@ -314,9 +314,5 @@ def _nearest(leaf: Leaf, seen: Sequence[Values]) -> tuple[str, NDArray[Any] | No
 
 def _factor(module: str, operation: Operation) -> float:
     """What the graph multiplied the module's weight with."""
-    factor = 1.0
-    for slot in operation.slots:
-        if _module(slot) == module:
-            for step in slot_transforms(slot)[1]:
-                factor *= step.factor if step.op == "scale" else 1.0
-    return factor
+    steps = (step for slot in operation.slots if _module(slot) == module for step in slot_transforms(slot)[1])
+    return math.prod(step.factor for step in steps if step.op == "scale")

@@ -80,29 +80,30 @@ def compare(actual: AnyArray, expected: AnyArray, base: AnyArray | None = None) 
     if mismatch:
         raise ParityError(mismatch)
     channels = expected.shape[-1] if expected.ndim else 1
-    whole, delta = _Sums(), _Sums()
+    whole, delta = np.zeros(4), np.zeros(4)
     error_C, size_C = np.zeros(channels), np.zeros(channels)
     max_abs = 0.0
     with np.errstate(invalid="ignore", over="ignore"):
         for a, e, b in _chunks(actual, expected, base, channels):
             difference = a - e
-            whole.add(a, e, difference)
+            whole += _products(a, e, difference)
             max_abs = max(max_abs, float(np.abs(difference).max()))
             if b is not None:
                 a, e = a - b, e - b
-                delta.add(a, e, difference)
+                delta += _products(a, e, difference)
             error_C += np.square(difference).sum(axis=0)
             size_C += np.square(e).sum(axis=0)
-    if not (whole.finite and (base is None or delta.finite)):
+    # A NaN or infinity in any element makes one of the sums of squares NaN or infinite.
+    if not (np.isfinite(whole).all() and np.isfinite(delta).all()):
         return failed_metrics(has_delta=base is not None)
     return Metrics(
-        cosine=whole.cosine,
-        relative_l2=whole.relative_l2,
+        cosine=_cosine(whole),
+        relative_l2=_ratio(*np.sqrt(whole[2:])),
         max_abs=max_abs,
         worst_channel=_ratio(math.sqrt(error_C.max()), math.sqrt(size_C.mean())),
         finite=True,
-        delta_cosine=None if base is None else delta.cosine,
-        delta_relative_l2=None if base is None else delta.relative_l2,
+        delta_cosine=None if base is None else _cosine(delta),
+        delta_relative_l2=None if base is None else _ratio(*np.sqrt(delta[2:])),
     )
 
 
@@ -157,40 +158,22 @@ def failed_metrics(has_delta: bool, is_image: bool = False) -> Metrics:
     return Metrics(math.nan, math.nan, math.nan, math.nan, False, delta, delta, image, image)
 
 
-@dataclass(slots=True)
-class _Sums:
-    """Running sums over the pieces of one comparison."""
+def _products(actual: FloatArray, expected: FloatArray, difference: FloatArray) -> FloatArray:
+    """Of pieces: actual with expected, and each of the three with itself; the error's before the size's."""
+    pairs = ((actual, expected), (actual, actual), (difference, difference), (expected, expected))
+    return np.array([np.vdot(*pair) for pair in pairs])
 
-    dot: float = 0.0
-    actual: float = 0.0
-    expected: float = 0.0
-    error: float = 0.0
 
-    def add(self, actual: FloatArray, expected: FloatArray, difference: FloatArray) -> None:
-        self.dot += float(np.vdot(actual, expected))
-        self.actual += float(np.vdot(actual, actual))
-        self.expected += float(np.vdot(expected, expected))
-        self.error += float(np.vdot(difference, difference))
-
-    @property
-    def finite(self) -> bool:
-        # A NaN or infinity in any element makes one of the sums of squares NaN or infinite.
-        return math.isfinite(self.dot) and math.isfinite(self.actual + self.expected + self.error)
-
-    @property
-    def cosine(self) -> float:
-        if self.actual == 0.0 or self.expected == 0.0:
-            return 1.0 if self.actual == self.expected else 0.0
-        return max(-1.0, min(1.0, self.dot / (math.sqrt(self.actual) * math.sqrt(self.expected))))
-
-    @property
-    def relative_l2(self) -> float:
-        return _ratio(math.sqrt(self.error), math.sqrt(self.expected))
+def _cosine(sums: FloatArray) -> float:
+    dot, actual, _, expected = map(float, sums)
+    if actual == 0.0 or expected == 0.0:
+        return 1.0 if actual == expected else 0.0
+    return max(-1.0, min(1.0, dot / (math.sqrt(actual) * math.sqrt(expected))))
 
 
 def _ratio(error: float, size: float) -> float:
     if size > 0.0:
-        return error / size
+        return float(error / size)
     return 0.0 if error == 0.0 else math.inf
 
 

@@ -75,10 +75,6 @@ class _Unit:
     module: nn.Module
     weights: tuple[tuple[nn.Module, str, str], ...]
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(name for _, _, name in self.weights)
-
 
 def open_pipeline(checkpoint: Checkpoint, folders: Mapping[str, str]) -> Any:
     """diffusers' pipeline of a checkpoint in float32 on the CPU, whose weights are read while it runs.
@@ -163,52 +159,39 @@ def _make(model: Model, root: Path, folder: str) -> Any:
 def _stream(model: nn.Module, stacks: Collection[str] | None, component: str, read: TensorReader) -> None:
     """Put hooks on the units of `model`, its parameters on the meta device, and nothing else."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}  # a tied one has its first name
-    units = [unit for module in _units(model, stacks) if (unit := _unit(component, module, names)).weights]
+    units = []
+    for module in [model] if stacks is None else _units(model, stacks):
+        weights = [
+            (owner, leaf) for owner in module.modules() for leaf, one in owner._parameters.items() if one is not None
+        ]
+        named = tuple((owner, leaf, names[id(owner._parameters[leaf])]) for owner, leaf in weights)
+        units += [_Unit(component, module, named)] if named else []
     for unit in units:
-        for owner, leaf, _ in unit.weights:
-            parameter = owner._parameters[leaf]
-            assert parameter is not None
-            if parameter.device.type != "meta":  # norms are made of ones
-                owner._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)
+        _unload(unit)  # norms are made of ones
     for name, buffer in model.named_buffers():
         if buffer.device.type == "meta":
             raise PatchError(f"{type(model).__name__} has a buffer {name} without values; install the pinned versions")
     for index, unit in enumerate(units):
-        then = units[index + 1].names if index + 1 < len(units) else ()
+        then = [name for following in units[index + 1 : index + 2] for _, _, name in following.weights]
         unit.module.register_forward_pre_hook(partial(_load, unit, then, read))
         unit.module.register_forward_hook(partial(_unload, unit), always_call=True)
     # what diffusers asks where a model computes whose parameters are elsewhere
     model._hf_hook = SimpleNamespace(execution_device="cpu")  # type: ignore[assignment]
 
 
-def _units(model: nn.Module, stacks: Collection[str] | None) -> Iterator[nn.Module]:
-    if stacks is None:
-        yield model
-        return
-
-    def below(module: nn.Module, path: str) -> Iterator[nn.Module]:
-        for name, child in module.named_children():
-            place = f"{path}{name}"
-            if place in stacks:
-                yield from child.children()
-            elif any(stack.startswith(f"{place}.") for stack in stacks):
-                yield from below(child, f"{place}.")
-            else:
-                yield child
-
-    yield from below(model, "")
+def _units(module: nn.Module, stacks: Collection[str], path: str = "") -> Iterator[nn.Module]:
+    """The blocks of the stacks, and whole what has no stack inside."""
+    for name, child in module.named_children():
+        place = f"{path}{name}"
+        if place in stacks:
+            yield from child.children()
+        elif any(stack.startswith(f"{place}.") for stack in stacks):
+            yield from _units(child, stacks, f"{place}.")
+        else:
+            yield child
 
 
-def _unit(component: str, module: nn.Module, names: Mapping[int, str]) -> _Unit:
-    weights = []
-    for owner in module.modules():
-        for leaf, parameter in owner._parameters.items():
-            if parameter is not None:
-                weights.append((owner, leaf, names[id(parameter)]))
-    return _Unit(component, module, tuple(weights))
-
-
-def _load(unit: _Unit, then: tuple[str, ...], read: TensorReader, *_: Any) -> None:
+def _load(unit: _Unit, then: list[str], read: TensorReader, *_: Any) -> None:
     for owner, leaf, name in unit.weights:
         values = torch.from_numpy(read(unit.component, name).astype(np.float32))
         expected = owner._parameters[leaf]

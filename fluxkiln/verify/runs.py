@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.errors import UsageError
@@ -113,10 +113,7 @@ def describe_runs(
     shown = {(run.prompt, run.seed) for run in sorted(runs, key=lambda run: run.psnr)[:MOST_SHOWN]}
     entries = []
     for run in runs:
-        entry: dict[str, Any] = {
-            "prompt": run.prompt, "seed": run.seed, "psnr": run.psnr, "ssim": run.ssim, "cosine": run.cosine,
-            "drift": list(run.drift),
-        }  # fmt: skip
+        entry: dict[str, Any] = asdict(run)
         if (run.prompt, run.seed) in shown:
             reference, actual = pictures[run.prompt, run.seed]
             entry |= {"reference": thumbnail(reference), "actual": thumbnail(actual)}

@@ -97,7 +97,7 @@ def pull(
     *,
     record: Json,
     stop: Stop,
-    check: Callable[[Path, Document], None] | None = None,
+    check: Callable[[Path, Document], None] = lambda staging, document: None,
     jobs: int = TRANSFERS,
     progress: Progress | None = None,
 ) -> None:
@@ -126,13 +126,18 @@ def pull(
                 _receive_all(place, found.document, staging, stop, jobs, progress, _earlier_files(destination))
                 write_durably(staging / RECORD, canonical_json(record))
             except _DamagedError as error:
-                raise IntegrityError(f"{error}. What came lies in {_set_aside(destination, staging, error)}") from None
+                # Kept for those who want to look at it; the rest can be fetched again.
+                aside, name = quarantine_of(destination), error.layer.digest.removeprefix("sha256:")
+                with suppress(OSError):
+                    aside.mkdir(exist_ok=True)
+                    os.replace(staging / _PARTS / name, aside / name)
+                shutil.rmtree(staging, ignore_errors=True)
+                raise IntegrityError(f"{error}. What came lies in {aside / name}") from None
             except (ResourceError, IntegrityError, OSError):
                 shutil.rmtree(staging, ignore_errors=True)
                 raise
         try:
-            if check is not None:
-                check(staging, found.document)
+            check(staging, found.document)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
@@ -170,7 +175,12 @@ def _receive_all(
         stop.check()
         _receive_file(place, group[0], staging, meter, earlier.get(group[0].digest))
         for other in group[1:]:
-            _copy(staging / pulled_path(group[0].path), staging / pulled_path(other.path))
+            target = staging / pulled_path(other.path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.unlink(missing_ok=True)
+            shutil.copyfile(staging / pulled_path(group[0].path), target)
+            with target.open("rb") as file:
+                os.fsync(file.fileno())
 
     each(sorted(groups.values(), key=lambda group: -group[0].size), work, stop, jobs)
     shutil.rmtree(staging / _PARTS)
@@ -232,14 +242,6 @@ class _DamagedError(IntegrityError):
         )
 
 
-def _copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.unlink(missing_ok=True)
-    shutil.copyfile(source, target)
-    with target.open("rb") as file:
-        os.fsync(file.fileno())
-
-
 def _check_room(parent: Path, staging: Path, document: Document) -> None:
     there = sum(path.stat().st_size for path in staging.rglob("*") if path.is_file()) if staging.is_dir() else 0
     stat = os.statvfs(parent)
@@ -249,17 +251,6 @@ def _check_room(parent: Path, staging: Path, document: Document) -> None:
             f"{parent}: the bundle has {document.size} bytes, {free} are free, and {_SPARE_BYTES} are left to others; "
             "make room, or pull to a larger disk. Nothing was fetched"
         )
-
-
-def _set_aside(destination: Path, staging: Path, error: _DamagedError) -> Path:
-    """Keep a damaged file for those who want to look at it; the rest can be fetched again."""
-    aside = quarantine_of(destination)
-    name = error.layer.digest.removeprefix("sha256:")
-    with suppress(OSError):
-        aside.mkdir(exist_ok=True)
-        os.replace(staging / _PARTS / name, aside / name)
-    shutil.rmtree(staging, ignore_errors=True)
-    return aside / name
 
 
 def _heal(destination: Path, keep: Path | None = None) -> None:

@@ -13,7 +13,7 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -234,11 +234,11 @@ def verify_signature(digests: Mapping[str, str], signature: bytes, key: Path) ->
             ) from None
 
 
+@dataclass(frozen=True, slots=True)
 class _Known:
     """In place of model-signing's own reading of files: the digests that are known already."""
 
-    def __init__(self, digests: Mapping[str, str]) -> None:
-        self._digests = digests
+    digests: Mapping[str, str]
 
     def hash(self, model_path: Any, *, files_to_hash: Any = None) -> Any:
         from model_signing import manifest
@@ -251,7 +251,7 @@ class _Known:
             manifest.FileManifestItem(
                 path=PurePosixPath(path), digest=Digest("sha256", bytes.fromhex(digest.removeprefix("sha256:")))
             )
-            for path, digest in sorted(self._digests.items())
+            for path, digest in sorted(self.digests.items())
         ]
         return manifest.Manifest(_SIGNED_NAME, items, serialization)
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from fluxkiln.verify.gates import Rung
 from fluxkiln.verify.report.plot import Plot, Point, cross, decades, marker, svg, svg_text
@@ -33,6 +33,9 @@ class Cell:
     value: float
     passed: bool
     where: str
+
+
+_Key, _Cell = TypeVar("_Key"), TypeVar("_Cell", bound=Cell)
 
 
 def value_of(row: ReportRow, measure: Measure) -> float:
@@ -207,13 +210,15 @@ def _worst_cells(rows: Iterable[ReportRow], measure: Measure, name_part: bool = 
         value = value_of(row, measure)
         where = row["output"] if row["step"] < 0 else f"{row['output']}, step {row['step']}"
         where = f"{row['part']} {row['output']}" if name_part else where
-        old = cells.get(key)
-        passed = row["passed"] and (old is None or old.passed)
-        if old is None or math.isnan(value) or value > old.value:
-            cells[key] = Cell(value, passed, where)
-        elif passed != old.passed:
-            cells[key] = Cell(old.value, passed, old.where)
+        keep_worst(cells, key, Cell(value, row["passed"], where))
     return cells
+
+
+def keep_worst(cells: dict[_Key, _Cell], key: _Key, new: _Cell) -> None:
+    """Have the worse of a cell and a new one at its place; it has passed where both have."""
+    old = cells.get(key, new)
+    worst = new if math.isnan(new.value) or new.value > old.value else old
+    cells[key] = replace(worst, passed=new.passed and old.passed)
 
 
 def _dense_panel(name: str, parts: list[str], rungs: list[str], cells: Mapping[tuple[str, str], Cell]) -> str:

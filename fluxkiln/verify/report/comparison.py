@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from fluxkiln.errors import UsageError
-from fluxkiln.verify.report.charts import at_build_shapes, shade_of, value_of
+from fluxkiln.verify.report.charts import Cell, at_build_shapes, keep_worst, shade_of, value_of
 from fluxkiln.verify.report.document import FACTS, page_environment, plain, read_rungs
 from fluxkiln.verify.report.page import compact_json, embed_document
 
@@ -28,14 +27,14 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True)
-class ErrorCell:
-    """The worst error of a kind in one bundle: relative L2 against the reference, where, and at which rung."""
+class ErrorCell(Cell):
+    """The worst error of a kind in one bundle: relative L2 against the reference, in which part, and at which rung."""
 
-    value: float
-    shade: int
-    part: str
     rung: str
-    passed: bool
+
+    @property
+    def shade(self) -> int:
+        return shade_of(self.value)
 
 
 def render_comparison(documents: Sequence[_Document]) -> str:
@@ -185,13 +184,6 @@ def _worst_by_kind(document: _Document) -> dict[str, ErrorCell]:
         top[kind] = max(top.get(kind, 0), order)
     found: dict[str, ErrorCell] = {}
     for kind, order, row in computing:
-        if order != top[kind]:
-            continue
-        value = value_of(row, "delta")
-        old = found.get(kind)
-        passed = row["passed"] and (old is None or old.passed)
-        if old is None or math.isnan(value) or value > old.value:
-            found[kind] = ErrorCell(value, shade_of(value), row["part"], row["rung"], passed)
-        elif passed != old.passed:
-            found[kind] = ErrorCell(old.value, old.shade, old.part, old.rung, passed)
+        if order == top[kind]:
+            keep_worst(found, kind, ErrorCell(value_of(row, "delta"), row["passed"], row["part"], row["rung"]))
     return found

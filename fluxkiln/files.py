@@ -15,7 +15,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -233,8 +233,12 @@ def _close_in_child() -> None:
 os.register_at_fork(after_in_child=_close_in_child)
 
 
-def _take(path: Path, wait: bool) -> int:
-    """An open file that holds the lock; BlockingIOError when another holds it and `wait` is false."""
+@contextmanager
+def waiting_lock(path: Path, wait: bool = True) -> Iterator[int]:
+    """Hold the lock `path`, waiting for it; excludes threads as well as processes. Its file descriptor.
+
+    Raises BlockingIOError: another holds it, and `wait` is false.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
@@ -244,31 +248,20 @@ def _take(path: Path, wait: bool) -> int:
             os.close(fd)
             raise
         if same_inode(fd, path):
-            _held.add(fd)
-            return fd
+            break
         os.close(fd)  # its last holder removed the file between open and flock
-
-
-def _release(fd: int, path: Path) -> None:
-    if fd not in _held:  # a forked child left the block; the lock is the parent's
-        return
-    # Unlink while it is still held: whoever waits on this inode sees that the name is gone and tries again. Another
-    # process's lock may have that name by now, when someone removed the folder and built anew.
-    with suppress(FileNotFoundError):
-        if same_inode(fd, path):
-            os.unlink(path)
-    _held.discard(fd)
-    os.close(fd)
-
-
-@contextmanager
-def waiting_lock(path: Path) -> Iterator[None]:
-    """Hold the lock `path`, waiting for it; excludes threads as well as processes."""
-    fd = _take(path, wait=True)
+    _held.add(fd)
     try:
-        yield
+        yield fd
     finally:
-        _release(fd, path)
+        if fd in _held:  # else a forked child left the block; the lock is the parent's
+            # Unlink while it is still held: whoever waits on this inode sees that the name is gone and tries again.
+            # Another process's lock may have that name by now, when someone removed the folder and built anew.
+            with suppress(FileNotFoundError):
+                if same_inode(fd, path):
+                    os.unlink(path)
+            _held.discard(fd)
+            os.close(fd)
 
 
 @contextmanager
@@ -277,19 +270,17 @@ def build_lock(path: Path, what: str) -> Iterator[None]:
 
     Raises ResourceError: another process holds it; says which, since when, and what to do.
     """
-    try:
-        fd = _take(path, wait=False)
-    except BlockingIOError as error:
-        raise ResourceError(_describe_holder(path, what)) from error
-    try:
+    with ExitStack() as held:
+        try:
+            fd = held.enter_context(waiting_lock(path, wait=False))
+        except BlockingIOError as error:
+            raise ResourceError(_describe_holder(path, what)) from error
         record = {"pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S"), "what": what}
         data = json.dumps(record).encode()
         with disk_full_named(path.parent, len(data)):
             os.ftruncate(fd, 0)
             os.pwrite(fd, data, 0)
         yield
-    finally:
-        _release(fd, path)
 
 
 def _describe_holder(path: Path, what: str) -> str:

@@ -1,15 +1,18 @@
 """The rungs and gates of the parity ladder that every toolchain shares, and how rows are judged.
 
 A table is read from the top: for each metric and each side of the comparison the first gate that matches a row is the
-one that counts, so exceptions stand above the rule they except; what a toolchain adds stands above the table here.
+one that counts, so exceptions stand above the rule they except; what a toolchain adds stands above `gates.toml`.
 """
 
 from __future__ import annotations
 
 import math
+import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from fluxkiln.types import Kind
@@ -197,63 +200,20 @@ GROUP_NAMES: Mapping[str, str] = {
 }
 FINITE = Gate("*", "*", "*", "*", "finite", 1.0, "reference",
               "NaN or infinity anywhere means that nothing was compared")  # fmt: skip
-GATES: tuple[Gate, ...] = (
-    # Rungs that compute in float32 with the checkpoint's own weights.
-    Gate("patched", "*", "part", "*", "relative_l2", 1e-6, "reference",
-         "a patch may reorder float32 arithmetic (6e-8 an operation) but must compute the same function"),
-    Gate("onnxruntime", "*", "part", "*", "relative_l2", 5e-6, "reference",
-         "other kernels, same float32 arithmetic: fused attention and normalisation sum in another order"),
-    # Time embedding, before the BF16 rule that it is the exception to.
-    Gate(STORED, "BF16", "time", "*", "relative_l2", 1e-2, "reference",
-         "with its time projection in F32 the embedding keeps 5e-3; in BF16 sin and cos lose their argument: 0.43"),
-    # What the scheme does to the weights, and what the compiled arithmetic does on top, against the reference.
-    Gate("dequantized", "F32", "part", "*", "relative_l2", 5e-6, "reference",
-         "F32 stores the weights as they are, so this rung is no further away than ONNX Runtime is"),
-    Gate(STORED, "F16", "part", "*", "relative_l2", 2e-3, "reference",
-         "11 significant bits (4.9e-4 a rounding); 3e-4 was measured on a block"),
-    Gate(STORED, "BF16", "part", "*", "relative_l2", 6e-3, "reference",
-         "8 significant bits (3.9e-3 a rounding); 2.4e-3 on the simulator, 3.6e-3 to 4.2e-3 in eager PyTorch"),
-    Gate(STORED, "F32|F16|BF16", "residual", "*", "delta_cosine", 0.999, "reference",
-         "a block is what it adds; BF16 measured 0.9993, while the whole output flatters it as 0.999997"),
-    Gate(STORED, "W8BF16*", "residual", "*", "delta_cosine", 0.998, "reference",
-         "8-bit weights err by 1 %, which is below the BF16 noise they are computed in", proposed=True),
-    Gate(STORED, "W8BF16*", "whole", "*", "cosine", 0.998, "reference",
-         "without a residual stream the whole output is what the weights compute", proposed=True),
-    Gate(STORED, "W4BF16*", "residual", "*", "delta_cosine", 0.99, "reference",
-         "4-bit codes err by 9 % a weight (group 64, Gaussian): cosine 0.996 for one matmul, 0.992 for a whole block"),
-    Gate(STORED, "W4BF16*", "whole", "*", "cosine", 0.99, "reference",
-         "without a residual stream the whole output is what the weights compute, as the delta is for a block",
-         proposed=True),
-    # The whole pipeline: errors of all parts over all steps.
-    Gate("patched|onnxruntime", "*", PIPELINE, "latents", "relative_l2", 5e-5, "reference",
-         "the per-part 5e-6 adds up over blocks and steps", proposed=True),
-    Gate("patched|onnxruntime", "*", PIPELINE, "image", "psnr", 60.0, "reference",
-         "float32 noise ends below one step of an 8-bit image", proposed=True),
-    Gate(STORED, "F32", PIPELINE, "latents", "relative_l2", 5e-5, "reference",
-         "as for ONNX Runtime, the arithmetic is the same", proposed=True),
-    Gate(STORED, "F16", PIPELINE, "latents", "relative_l2", 2e-2, "reference",
-         "ten times the bound of one part", proposed=True),
-    Gate(STORED, "BF16", PIPELINE, "latents", "relative_l2", 6e-2, "reference",
-         "ten times the bound of one part", proposed=True),
-    Gate(STORED, "W8BF16*|W4BF16*", PIPELINE, "latents", "cosine", 0.99, "reference",
-         "4-bit weights left 0.9944 to 0.9962; two neighbouring blocks swapped reach 0.984 at best", proposed=True),
-    Gate(STORED, "F32", PIPELINE, "image", "psnr", 60.0, "reference",
-         "float32 noise ends below one step of an 8-bit image", proposed=True),
-    Gate(STORED, "F16|BF16", PIPELINE, "image", "psnr", 25.0, "reference",
-         "the usual limit of a visible difference is about 30 dB; random weights amplify more than trained ones",
-         proposed=True),
-    Gate(STORED, "W8BF16*|W4BF16*", PIPELINE, "image", "psnr", 33.0, "reference",
-         "4-bit weights left 35 dB; two neighbouring blocks swapped reach 31.5 dB at best", proposed=True),
-)  # fmt: skip
-
 UNCOVERED = Gate("*", "*", "*", "*", "covered", 1.0, "reference",
                  "a row that no gate judges proves nothing: add a gate for this rung, scheme, kind and "
                  "output")  # fmt: skip
 
 
 def gate_table(own: Iterable[Gate]) -> tuple[Gate, ...]:
-    """The gates of a ladder: a toolchain's own, which may except rules, and those above."""
-    return (FINITE, *own, *GATES)
+    """The gates of a ladder: a toolchain's own, which may except rules, and those of `gates.toml`."""
+    return (FINITE, *own, *_shared_gates())
+
+
+@cache
+def _shared_gates() -> tuple[Gate, ...]:
+    text = Path(__file__).with_name("gates.toml").read_text(encoding="utf-8")
+    return tuple(Gate(*fields) for fields in tomllib.loads(text)["gates"])
 
 
 def judge_row(row: Row, gates: Sequence[Gate]) -> tuple[Verdict, ...]:

@@ -116,9 +116,13 @@ class Ladder:
 
         if not np.isfinite(reference).all():
             add("reference", failed, "reference", failed, "NaN or infinity in the reference itself")
+        known = list(self.rungs)
         last, below_name, below, noise = "reference", "reference", reference, 0.0
         for rung, actual in rungs:
-            self._check_order(rung, last)
+            if rung not in known[1:]:
+                raise UsageError(f"no rung is called {rung!r}; above the reference there are {', '.join(known[1:])}")
+            if self.rungs[rung].order <= self.rungs[last].order:
+                raise UsageError(f"rung {rung} was given after {last}; the order is {', '.join(known)}")
             last = rung
             mismatch = explain_mismatch(actual, reference, base)
             if mismatch:
@@ -142,13 +146,6 @@ class Ladder:
                 add(rung, vs_reference, below_name, vs_previous, "NaN or infinity on one side")
         self.rows += made
         return tuple(made)
-
-    def _check_order(self, rung: str, below: str) -> None:
-        known = list(self.rungs)
-        if rung not in known[1:]:
-            raise UsageError(f"no rung is called {rung!r}; above the reference there are {', '.join(known[1:])}")
-        if self.rungs[rung].order <= self.rungs[below].order:
-            raise UsageError(f"rung {rung} was given after {below}; the order is {', '.join(known)}")
 
 
 def explain_failure(rows: Sequence[Row]) -> str:

@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
@@ -31,7 +30,7 @@ from fluxkiln.artifacts.registry.session import Answer, AuthorizationError, Sess
 from fluxkiln.artifacts.registry.transfer import Arrival, Departure, Patience, Stop, TransientError, retrying
 from fluxkiln.artifacts.store import MANIFEST_TYPE
 from fluxkiln.digests import digest_bytes
-from fluxkiln.errors import FluxkilnError, IntegrityError, RegistryError, ResourceError, UsageError
+from fluxkiln.errors import IntegrityError, RegistryError, ResourceError, UsageError
 from fluxkiln.files import write_durably
 
 # A chunk that fails is sent again from where the registry says it stands; smaller blobs go in one request.
@@ -217,29 +216,25 @@ class _Upload:
         headers = {"Content-Type": "application/octet-stream"}
         if method == "PATCH":
             headers["Content-Range"] = f"{self.offset}-{end - 1}"
-        pieces, length = self._counted(self.offset, end), end - self.offset
+        pieces, length = self._counted(end), end - self.offset
         with self._session.stream(method, location, headers=headers, pieces=pieces, length=length) as response:
             answer = read_answer(response, self._what)
-        if answer.status != accept:
-            raise self._lost(answer)
-        return answer
+        if answer.status == accept:
+            return answer
+        # The upload cannot go on; a few times it is begun anew, unless it is not allowed at all.
+        self._location, self.offset = httpx2.URL(""), 0
+        if self._departure.digest not in (None, self._layer.digest):
+            raise changed(self._departure.source, self._layer)
+        self._restarts += 1
+        if answer.status in (401, 403, 405, 413) or self._restarts > MAX_RESTARTS:
+            raise refused(answer, self._what)
+        raise TransientError(f"the registry answers {answer.status} to the upload, which is begun again")
 
-    def _counted(self, start: int, end: int) -> Iterator[bytes]:
-        for piece in self._departure.pieces(start, end):
+    def _counted(self, end: int) -> Iterator[bytes]:
+        for piece in self._departure.pieces(self.offset, end):
             self._session.stop.check()
             self.sent += len(piece)
             yield piece
-
-    def _lost(self, answer: Answer) -> FluxkilnError | TransientError:
-        """The upload cannot go on; a few times it is begun anew, unless it is not allowed at all."""
-        self._location, self.offset = httpx2.URL(""), 0
-        digest = self._departure.digest
-        if digest is not None and digest != self._layer.digest:
-            return changed(self._departure.source, self._layer)
-        self._restarts += 1
-        if answer.status in (401, 403, 405, 413) or self._restarts > MAX_RESTARTS:
-            return refused(answer, self._what)
-        return TransientError(f"the registry answers {answer.status} to the upload, which is begun again")
 
     def _next(self, answer: Answer) -> httpx2.URL:
         location = answer.headers.get("Location")
@@ -253,34 +248,33 @@ def fetch(session: Session, url: str, arrival: Arrival, what: str) -> None:
 
     Raises RegistryError: no progress for too long. IntegrityError: it is not there, though a manifest names it.
     """
+
+    def once() -> None:
+        headers = {"Range": f"bytes={arrival.received}-"} if arrival.received else {}
+        with session.stream("GET", url, headers=headers) as response:
+            if response.status_code == 206:
+                found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
+                if found is None or int(found.group(1)) != arrival.received:
+                    arrival.restart()
+                    raise TransientError("another range was sent than was asked for")
+            elif response.status_code == 200:
+                if arrival.received:
+                    arrival.restart()
+            elif response.status_code == 416:
+                arrival.restart()
+                raise TransientError("the file is shorter there than the manifest says")
+            elif response.status_code == 404:
+                raise IntegrityError(f"{what}: it is not there, though the manifest names it; have it published again")
+            else:
+                raise refused(read_answer(response, what), what)
+            for piece in response.iter_raw():
+                session.stop.check()
+                arrival.write(piece)
+        if not arrival.complete:
+            raise TransientError(f"{arrival.received} of {arrival.size} bytes were sent")
+
     if not arrival.complete or not arrival.size:
-        work = partial(_fetch_once, session, url, arrival, what)
-        retrying(session.patience, session.stop, what, work, lambda: arrival.received)
-
-
-def _fetch_once(session: Session, url: str, arrival: Arrival, what: str) -> None:
-    headers = {"Range": f"bytes={arrival.received}-"} if arrival.received else {}
-    with session.stream("GET", url, headers=headers) as response:
-        if response.status_code == 206:
-            found = _CONTENT_RANGE.fullmatch(response.headers.get("Content-Range", ""))
-            if found is None or int(found.group(1)) != arrival.received:
-                arrival.restart()
-                raise TransientError("another range was sent than was asked for")
-        elif response.status_code == 200:
-            if arrival.received:
-                arrival.restart()
-        elif response.status_code == 416:
-            arrival.restart()
-            raise TransientError("the file is shorter there than the manifest says")
-        elif response.status_code == 404:
-            raise IntegrityError(f"{what}: it is not there, though the manifest names it; have it published again")
-        else:
-            raise refused(read_answer(response, what), what)
-        for piece in response.iter_raw():
-            session.stop.check()
-            arrival.write(piece)
-    if not arrival.complete:
-        raise TransientError(f"{arrival.received} of {arrival.size} bytes were sent")
+        retrying(session.patience, session.stop, what, once, lambda: arrival.received)
 
 
 def _standing(answer: Answer, otherwise: int) -> int:

@@ -63,14 +63,13 @@ def static_rows(rows: Sequence[Mapping[str, Any]], most: int = MOST_STATIC_ROWS)
     """The rows that stand in the page without a script: all, or those that took most of their allowance, in order."""
     if len(rows) <= most:
         return list(rows)
-    worst = sorted(range(len(rows)), key=lambda index: (-_severity(rows[index]), index))[:most]
+
+    def severity(row: Mapping[str, Any]) -> float:
+        used = (float(v["excess"]) for v in row["verdicts"] if v["metric"] != "finite")
+        return max(used, default=0.0) if row["passed"] else math.inf
+
+    worst = sorted(range(len(rows)), key=lambda index: (-severity(rows[index]), index))[:most]
     return [rows[index] for index in sorted(worst)]
-
-
-def _severity(row: Mapping[str, Any]) -> float:
-    if not row["passed"]:
-        return math.inf
-    return max((float(v["excess"]) for v in row["verdicts"] if v["metric"] != "finite"), default=0.0)
 
 
 def _json_safe(value: Any) -> Any:

@@ -274,30 +274,20 @@ class _Walk:
 
     def module(self, name: str) -> _Module | None:
         """The module of this name; None for one of the ground or of another package."""
-        if name not in self.modules:
-            self.modules[name] = self.open(name)
-        return self.modules[name]
-
-    def open(self, name: str) -> _Module | None:
+        if name in self.modules:
+            return self.modules[name]
         package = name.rpartition(".")[0]
         started = {module for module, _ in self.starts}
         is_ground = started.isdisjoint((name, package)) and (name in GROUND or f"{package}.*" in GROUND)
-        place = None if is_ground else self.place(name)
-        if place is None:
-            return None
-        home, path = place
-        source = self.read(home / path)
-        text = source.decode()
-        defined, imported = _top_level(text)
-        return _Module(
-            path,
-            name if path.endswith("/__init__.py") else package,
-            source,
-            name in started | self.apart or _RUNS_STAGES.search(text) is not None,
-            defined,
-            imported,
-            frozenset(os.listdir((home / path).parent) if "__file__" in text else ()),
-        )
+        self.modules[name] = None
+        if not is_ground and (place := self.place(name)):
+            source = self.read(Path(*place))
+            text = source.decode()
+            has_stages = name in started | self.apart or _RUNS_STAGES.search(text) is not None
+            beside = frozenset(os.listdir(Path(*place).parent) if "__file__" in text else ())
+            owner = name if place[1].endswith("/__init__.py") else package
+            self.modules[name] = _Module(place[1], owner, source, has_stages, *_top_level(text), beside)
+        return self.modules[name]
 
 
 def _home(top: str) -> Path:

@@ -228,23 +228,21 @@ def validate_manifest_path(path: str) -> PurePosixPath:
     return PurePosixPath(path)
 
 
-def validate_manifest_paths(paths: Iterable[str]) -> tuple[PurePosixPath, ...]:
-    """All paths validated, and no two of them the same file on any file system.
+def validate_manifest_paths(paths: Iterable[str]) -> None:
+    """Validate all paths; no two of them may be the same file on any file system.
 
     Raises IntegrityError: a path is not legal, two differ in case or Unicode form only, or one is a folder of another.
     """
     seen: dict[str, str] = {}
-    found = []
     for path in paths:
-        found.append(validate_manifest_path(path))
-        other = seen.setdefault(_folded(path), path)
-        if len(seen) != len(found):
-            raise _illegal(path, f"is the same file as {other!r} where case or Unicode form does not count")
+        validate_manifest_path(path)
+        if (folded := _folded(path)) in seen:
+            raise _illegal(path, f"is the same file as {seen[folded]!r} where case or Unicode form does not count")
+        seen[folded] = path
     for path in seen.values():
         for parent in PurePosixPath(_folded(path)).parents:
             if str(parent) in seen:
                 raise _illegal(path, f"lies in {seen[str(parent)]!r}, which is a file")
-    return tuple(found)
 
 
 def resolve_inside(root: Path, path: str) -> Path:

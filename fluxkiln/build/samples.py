@@ -62,8 +62,10 @@ def sample_runs(
         runs.append(measure_run(prompt, seed, reference, Sampled(tuple(latents), made.image)))
         pictures[prompt, seed] = reference.image, made.image
         name = f"pipeline.{number:02d}"
-        ladder.climb_latents(len(latents) - 1, reference.latents[-1], [(rung, latents[-1])], scheme, name)
-        ladder.climb_image(-1, reference.image, [(rung, made.image)], scheme, name)
+        ladder.climb(
+            name, None, "latents", len(latents) - 1, reference.latents[-1], None, [(rung, latents[-1])], scheme
+        )
+        ladder.climb(name, None, "image", -1, reference.image, None, [(rung, made.image)], scheme)
         progress.done("sample", f"seed {seed}: {_shown(prompt)}", f"{runs[-1].psnr:.1f} dB, SSIM {runs[-1].ssim:.4f}")
     return {**describe_runs(runs, pictures, rung), "shapes": name_shapes(plan.shapes)}
 

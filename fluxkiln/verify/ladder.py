@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +46,7 @@ class Ladder:
     def climb(
         self,
         part: str,
-        kind: Kind,
+        kind: Kind | None,
         output: str,
         step: int,
         reference: AnyArray,
@@ -57,6 +57,8 @@ class Ladder:
         """Compare one output at every rung with the reference and with the rung before it.
 
         Args:
+            part, kind: what the run is called, and None, where it is the pipeline's final `latents`, or `image`
+                [height, width, 3], uint8 or float in 0..1.
             reference: what diffusers computed; every rung's array has its shape.
             base: the residual input this output updates (Kind.residual), None when there is none.
             rungs: (name, array), bottom to top; a generator keeps no more than two arrays alive.
@@ -68,50 +70,13 @@ class Ladder:
 
         Raises UsageError: an unknown rung, or rungs out of order.
         """
-        return self._climb((part, kind, output, step, scheme), reference, base, rungs, compare)
-
-    def climb_image(
-        self, step: int, reference: AnyArray, rungs: Iterable[tuple[str, AnyArray]], scheme: str, part: str = PIPELINE
-    ) -> tuple[Row, ...]:
-        """Compare the pipeline's final image, [height, width, 3], uint8 or float in 0..1, at every rung given.
-
-        Args:
-            part: what the run is called, where there are several.
-        """
-
-        def measure(actual: AnyArray, expected: AnyArray, base: AnyArray | None) -> Metrics:
-            return compare_images(actual, expected)
-
-        return self._climb((part, None, "image", step, scheme), reference, None, rungs, measure)
-
-    def climb_latents(
-        self, step: int, reference: AnyArray, rungs: Iterable[tuple[str, AnyArray]], scheme: str, part: str = PIPELINE
-    ) -> tuple[Row, ...]:
-        """Compare the pipeline's final latents at every rung given; arguments as `climb_image`."""
-        return self._climb((part, None, "latents", step, scheme), reference, None, rungs, compare)
-
-    def raise_if_failed(self, report: Path | str) -> None:
-        """Raise one ParityError that names the first bad rung and where the report lies, if any row failed.
-
-        Call it after the report has been written. A ladder without rows fails too: it has shown nothing.
-        """
-        message = explain_failure(self.rows)
-        if message:
-            raise ParityError(f"{message}; all rows: {report}")
-
-    def _climb(
-        self,
-        key: tuple[str, Kind | None, str, int, str],
-        reference: AnyArray,
-        base: AnyArray | None,
-        rungs: Iterable[tuple[str, AnyArray]],
-        measure: Callable[[AnyArray, AnyArray, AnyArray | None], Metrics],
-    ) -> tuple[Row, ...]:
         failed = failed_metrics(has_delta=base is not None)
         made: list[Row] = []
 
         def add(rung: str, vs_reference: Metrics, previous: str, vs_previous: Metrics, note: str) -> None:
-            row = Row(*key[:4], self.rungs[rung], key[4], vs_reference, previous, vs_previous, note=note)
+            row = Row(
+                part, kind, output, step, self.rungs[rung], scheme, vs_reference, previous, vs_previous, note=note
+            )
             made.append(replace(row, verdicts=judge_row(row, self.gates)))
 
         if not np.isfinite(reference).all():
@@ -128,16 +93,17 @@ class Ladder:
             if mismatch:
                 add(rung, failed, below_name, failed, mismatch)
                 continue
-            vs_reference = measure(actual, reference, base)
+            is_image = kind is None and output == "image"
+            vs_reference = compare_images(actual, reference) if is_image else compare(actual, reference, base)
             vs_previous = vs_reference
             if below is not reference:
-                vs_previous = measure(actual, below, base)
+                vs_previous = compare_images(actual, below) if is_image else compare(actual, below, base)
                 size = vs_reference.relative_l2
                 ratio = size / noise if noise else math.inf if size else 1.0
                 vs_previous = replace(vs_previous, noise_ratio=ratio)
-            if key[1] is not None:
+            if kind is not None:
                 severity = math.inf if math.isnan(vs_previous.worst_channel) else vs_previous.worst_channel
-                self.maps.offer((key[0], key[2], key[3], rung), severity, actual, below, base)
+                self.maps.offer((part, output, step, rung), severity, actual, below, base)
             if vs_reference.finite:
                 add(rung, vs_reference, below_name, vs_previous, "")
                 # a rung that cannot be compared is skipped, not inherited
@@ -146,6 +112,15 @@ class Ladder:
                 add(rung, vs_reference, below_name, vs_previous, "NaN or infinity on one side")
         self.rows += made
         return tuple(made)
+
+    def raise_if_failed(self, report: Path | str) -> None:
+        """Raise one ParityError that names the first bad rung and where the report lies, if any row failed.
+
+        Call it after the report has been written. A ladder without rows fails too: it has shown nothing.
+        """
+        message = explain_failure(self.rows)
+        if message:
+            raise ParityError(f"{message}; all rows: {report}")
 
 
 def explain_failure(rows: Sequence[Row]) -> str:
@@ -246,8 +221,10 @@ def climb_part(
 def climb_pipeline(ladder: Ladder, recording: Recording, scheme: Scheme, rung: str, pipeline: PipelineResult) -> None:
     """Rows of the final latents and the image; `scheme` is that of the blocks."""
     name = gate_scheme(scheme)
-    ladder.climb_latents(recording.steps - 1, recording.latents, [(rung, pipeline.latents)], name)
-    ladder.climb_image(-1, recording.image, [(rung, pipeline.image)], name)
+    ladder.climb(
+        PIPELINE, None, "latents", recording.steps - 1, recording.latents, None, [(rung, pipeline.latents)], name
+    )
+    ladder.climb(PIPELINE, None, "image", -1, recording.image, None, [(rung, pipeline.image)], name)
 
 
 def gate_scheme(scheme: Scheme) -> str:

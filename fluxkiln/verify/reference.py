@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxkiln.errors import IntegrityError, PatchError, ResourceError, UsageError
 from fluxkiln.export.checkpoint import Checkpoint
+from fluxkiln.files import write_durably
 from fluxkiln.patches.model import Call, Model
 from fluxkiln.patches.pipeline import Sampling, quiet
 from fluxkiln.types import Part, Shapes
@@ -143,9 +144,7 @@ def record_reference(
         "calls": {part.name: recorder.calls[part.name] for part in parts},
         "rendered": {name: recorder.store(getattr(made, name)) for name in RENDERED},
     }
-    unfinished = destination / f"{INDEX}.partial"
-    unfinished.write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(destination / INDEX)
+    write_durably(destination / INDEX, json.dumps(index, indent=1).encode() + b"\n")
     return read_recording(destination)
 
 

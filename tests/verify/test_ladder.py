@@ -162,12 +162,23 @@ def test_pipeline_rows(pictures):
     reference, actual = pictures
     latents = np.random.default_rng(0).standard_normal((1, 16, 64)).astype(np.float32)
     ladder = chip_ladder()
-    ladder.climb_latents(-1, latents, [("onnxruntime", latents), ("simulator", latents * 1.01)], "W4BF16")
-    ladder.climb_image(-1, reference, [("onnxruntime", reference), ("simulator", actual)], "W4BF16")
+    ladder.climb(
+        "pipeline",
+        None,
+        "latents",
+        -1,
+        latents,
+        None,
+        [("onnxruntime", latents), ("simulator", latents * 1.01)],
+        "W4BF16",
+    )
+    ladder.climb(
+        "pipeline", None, "image", -1, reference, None, [("onnxruntime", reference), ("simulator", actual)], "W4BF16"
+    )
     assert failed(ladder) == set()
     assert ladder.rows[-1].vs_reference.psnr == pytest.approx(34, abs=2)
-    ladder.climb_image(-1, reference, [("simulator", reference[::-1])], "W4BF16")
-    ladder.climb_latents(-1, latents, [("simulator", latents[:, ::-1])], "W4BF16")
+    ladder.climb("pipeline", None, "image", -1, reference, None, [("simulator", reference[::-1])], "W4BF16")
+    ladder.climb("pipeline", None, "latents", -1, latents, None, [("simulator", latents[:, ::-1])], "W4BF16")
     assert {(row.output, row.passed) for row in ladder.rows[-2:]} == {("image", False), ("latents", False)}
 
 

@@ -76,18 +76,16 @@ def receive_small(place: Place, layer: Layer) -> bytes:
             f"{layer.path} has {layer.size} bytes in {place.name}, {MAX_EXTRA_BYTES} are the most; have the bundle "
             "published again"
         )
-    for turn in range(_TRIES):
+    for _ in range(_TRIES):
         buffer = io.BytesIO()
         arrival = Arrival(buffer, layer.size)
         place.receive(layer, arrival)
         if arrival.digest == layer.digest:
             return buffer.getvalue()
-        if turn + 1 == _TRIES:
-            raise IntegrityError(
-                f"{layer.path or 'the config'} from {place.name} has the digest {arrival.digest}, its manifest says "
-                f"{layer.digest}; it is damaged there: have it published again"
-            )
-    raise AssertionError
+    raise IntegrityError(
+        f"{layer.path or 'the config'} from {place.name} has the digest {arrival.digest}, its manifest says "
+        f"{layer.digest}; it is damaged there: have it published again"
+    )
 
 
 def pull(

@@ -17,7 +17,6 @@ name in a comparison, what its blocks are called if it updates a residual stream
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from fluxkiln.errors import UsageError
+from fluxkiln.files import write_durably
 from fluxkiln.types import Kind
 from fluxkiln.verify.gates import GROUP_NAMES, Gate, Row, Rung, first_bad_rung
 from fluxkiln.verify.heat import map_picture
@@ -127,9 +127,7 @@ def write_report(destination: Path, report: Mapping[str, Any]) -> tuple[Path, Pa
     destination.mkdir(parents=True, exist_ok=True)
     paths = destination / "report.json", destination / "report.html"
     for path, text in zip(paths, (_dump(document), html), strict=True):
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        write_durably(path, text.encode())
     return paths
 
 

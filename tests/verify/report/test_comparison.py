@@ -29,7 +29,7 @@ RUNS = [
 def documents(recording, pictures):
     """A sound bundle for one target, and a bad one without a picture for another."""
     sound = recording.climb()
-    sound.climb_image(-1, pictures[0], [("simulator", pictures[1])], "W4BF16")
+    sound.climb("pipeline", None, "image", -1, pictures[0], None, [("simulator", pictures[1])], "W4BF16")
     first = {
         "title": "tiny-dev", "target": "bm1684x", "model": {"name": "tiny-dev"},
         "shapes": {"width": 64, "height": 64, "tokens": 16, "steps": 2}, "schemes": {"double": "W4BF16", "clip": "F16"},

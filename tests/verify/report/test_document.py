@@ -81,7 +81,7 @@ def facts(**more):
 @pytest.fixture
 def good(recording, pictures):
     ladder = recording.climb()
-    ladder.climb_image(-1, pictures[0], [("simulator", pictures[1])], "W4BF16")
+    ladder.climb("pipeline", None, "image", -1, pictures[0], None, [("simulator", pictures[1])], "W4BF16")
     return build_report(ladder, facts(images=compare_pictures(*pictures, "simulator")))
 
 

@@ -60,22 +60,25 @@ class Recording:
     @property
     def latents(self) -> NDArray[Any]:
         """Packed latents after the last step, [1, S, 4C]; like all that was rendered, empty where nothing made it."""
-        return self.read(self.rendered["latents"])
+        return self.rendering("latents")
 
     @property
     def image(self) -> NDArray[Any]:
         """The image, [height, width, 3] in 0..1."""
-        return self.read(self.rendered["image"])
+        return self.rendering("image")
+
+    def rendering(self, name: str) -> NDArray[Any]:
+        """One of RENDERED: also T5's output as the pipeline used it, [1, T, joint], and CLIP's pooled, [1, pooled]."""
+        return self._read(self.rendered[name])
 
     def _read_all(self, part: str, step: int, side: str) -> dict[str, NDArray[Any]]:
         if part not in self.calls:
             raise UsageError(f"no part called {part!r} was recorded; there are {', '.join(self.calls)}")
         if not 0 <= step < len(self.calls[part]):
             raise UsageError(f"step {step} of {part} was not recorded; it ran {len(self.calls[part])} times")
-        return {name: self.read(file) for name, file in self.calls[part][step][side].items()}
+        return {name: self._read(file) for name, file in self.calls[part][step][side].items()}
 
-    def read(self, file: str) -> NDArray[Any]:
-        """One of its arrays; IntegrityError where it cannot be read."""
+    def _read(self, file: str) -> NDArray[Any]:
         import numpy as np
 
         try:

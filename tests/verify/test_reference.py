@@ -79,11 +79,11 @@ def test_outputs_are_the_inputs_of_the_next_part(case):
         np.testing.assert_array_equal(image, recording.inputs("tail", step)["hidden_states"])
     embeds = recording.outputs("t5_final")["last_hidden_state"]
     np.testing.assert_array_equal(embeds, recording.inputs("head", 1)["encoder_hidden_states"])
-    np.testing.assert_array_equal(embeds, recording.read(recording.rendered["prompt_embeds"]))
+    np.testing.assert_array_equal(embeds, recording.rendering("prompt_embeds"))
     row = pooled_row(recording.inputs("clip")["input_ids"], checkpoint.configs["text_encoder"])
     pooled = recording.outputs("clip")["last_hidden_state"][:, row]
     np.testing.assert_array_equal(pooled, recording.inputs("head")["pooled_projections"])
-    np.testing.assert_array_equal(pooled, recording.read(recording.rendered["pooled_prompt_embeds"]))
+    np.testing.assert_array_equal(pooled, recording.rendering("pooled_prompt_embeds"))
 
 
 def test_every_part_changes_what_it_is_given(case):

@@ -54,6 +54,6 @@ def test_pooled_row_is_the_end_tokens(tiny_recording):
     row = pooled_row(ids, {"eos_token_id": 2})
     recording = tiny_recording("tiny-dev", "kl", SMALLEST)
     hidden = recording.outputs("clip")["last_hidden_state"]
-    assert np.array_equal(hidden[0, row], recording.read(recording.rendered["pooled_prompt_embeds"])[0])
+    assert np.array_equal(hidden[0, row], recording.rendering("pooled_prompt_embeds")[0])
     assert pooled_row(np.array([[7, 9, 5, 9]]), {"eos_token_id": 2}) == 1
     assert pooled_row(np.array([[7, 9, 5, 5]]), {"eos_token_id": 5}) == 2

@@ -62,16 +62,16 @@ def test_each_part_equals_the_patched_one(record, components):
 
 def test_a_transformer_alone_gets_embeddings_in_which_no_two_tokens_are_equal(record):
     _, _, recording = record(("transformer",))
-    assert recording.read(recording.rendered["prompt_embeds"]).shape == (1, 24, 128)
-    assert recording.read(recording.rendered["pooled_prompt_embeds"]).shape == (1, 64)
-    assert len(np.unique(recording.read(recording.rendered["prompt_embeds"])[0], axis=0)) == 24
+    assert recording.rendering("prompt_embeds").shape == (1, 24, 128)
+    assert recording.rendering("pooled_prompt_embeds").shape == (1, 64)
+    assert len(np.unique(recording.rendering("prompt_embeds")[0], axis=0)) == 24
     np.testing.assert_array_equal(
-        recording.inputs("head")["encoder_hidden_states"], recording.read(recording.rendered["prompt_embeds"])
+        recording.inputs("head")["encoder_hidden_states"], recording.rendering("prompt_embeds")
     )
     assert recording.latents.shape == (1, 24, 64)
     assert recording.image.size == 0
     _, _, other = record(("transformer",), seed=1)
-    assert not np.array_equal(other.prompt_embeds, recording.read(recording.rendered["prompt_embeds"]))
+    assert not np.array_equal(other.rendering("prompt_embeds"), recording.rendering("prompt_embeds"))
 
 
 def test_schnell_and_the_tiny_vae(record):
@@ -87,11 +87,7 @@ def test_a_decoder_alone_gets_latents_as_the_pipeline_scales_them(record):
     expected = recording.latents / np.float32(config["scaling_factor"]) + np.float32(config["shift_factor"])
     np.testing.assert_allclose(recording.inputs("vae_decoder")["latents"], expected, rtol=1e-6)
     assert recording.image.shape == (64, 96, 3)
-    assert (
-        recording.read(recording.rendered["prompt_embeds"]).size
-        == recording.read(recording.rendered["pooled_prompt_embeds"]).size
-        == 0
-    )
+    assert recording.rendering("prompt_embeds").size == recording.rendering("pooled_prompt_embeds").size == 0
 
 
 def test_encoders_alone_encode_the_prompt_as_the_pipeline_does(record, tiny_checkpoint, tmp_path):
@@ -99,5 +95,5 @@ def test_encoders_alone_encode_the_prompt_as_the_pipeline_does(record, tiny_chec
     everything = record_reference(whole, list_parts(whole.configs), SHAPES, tmp_path / "all")
     for component, name in (("text_encoder", "pooled_prompt_embeds"), ("text_encoder_2", "prompt_embeds")):
         _, _, alone = record((component,))
-        np.testing.assert_array_equal(getattr(alone, name), getattr(everything, name))
+        np.testing.assert_array_equal(alone.rendering(name), everything.rendering(name))
         assert alone.latents.size == 0

@@ -105,10 +105,8 @@ def test_what_lies_between_the_parts_is_bit_exact(case):
     assert replay.order == before + 2 * each_step + [parts[-1].name]
     np.testing.assert_array_equal(result.latents, recording.latents)
     np.testing.assert_array_equal(result.image, recording.image)
-    np.testing.assert_array_equal(result.prompt_embeds, recording.read(recording.rendered["prompt_embeds"]))
-    np.testing.assert_array_equal(
-        result.pooled_prompt_embeds, recording.read(recording.rendered["pooled_prompt_embeds"])
-    )
+    np.testing.assert_array_equal(result.prompt_embeds, recording.rendering("prompt_embeds"))
+    np.testing.assert_array_equal(result.pooled_prompt_embeds, recording.rendering("pooled_prompt_embeds"))
 
 
 def test_patched_parts_make_the_reference_image(case):
@@ -119,11 +117,8 @@ def test_patched_parts_make_the_reference_image(case):
     assert image.relative_l2 <= 1e-5
     assert image.psnr is not None
     assert image.psnr >= 90
-    assert compare(result.prompt_embeds, recording.read(recording.rendered["prompt_embeds"])).relative_l2 <= 1e-6
-    assert (
-        compare(result.pooled_prompt_embeds, recording.read(recording.rendered["pooled_prompt_embeds"])).relative_l2
-        <= 1e-6
-    )
+    assert compare(result.prompt_embeds, recording.rendering("prompt_embeds")).relative_l2 <= 1e-6
+    assert compare(result.pooled_prompt_embeds, recording.rendering("pooled_prompt_embeds")).relative_l2 <= 1e-6
 
 
 def test_result_says_what_ran(tiny):

@@ -18,7 +18,7 @@ from fluxkiln.compile.toolchain import toolchain_of
 from fluxkiln.errors import UsageError
 from fluxkiln.patches.pipeline import fill_rows
 from fluxkiln.progress import Progress, Silent
-from fluxkiln.types import Part, find_part
+from fluxkiln.types import find_part
 from fluxkiln.verify.findings import Culprit, RecordedCall, RungFindings
 
 
@@ -60,23 +60,22 @@ def debug_part(prepared: Prepared, name: str, step: int = 0, progress: Progress 
     progress = progress or Silent()
     plan = prepared.plan
     part = find_part(plan.parts, name)
-    recorded = cache(lambda: _record(prepared, part, step, progress))
+
+    @cache
+    def recorded() -> RecordedCall:
+        progress.stage("record", 1)
+        recording = record(prepared)
+        progress.done("record", "reference run", f"{recording.steps} step(s)")
+        if not 0 <= step < recording.steps:
+            raise UsageError(
+                f"step {step} was not recorded, there are 0 to {recording.steps - 1}; --steps gives the reference run "
+                "more of them"
+            )
+        place = step if part.traits.each_step else 0  # what runs once has one step
+        inputs, _ = fill_rows(part, recording.inputs(part.name, place))
+        return RecordedCall(inputs, recording.outputs(part.name, place), recording.shapes, prepared.bundle)
+
     found = toolchain_of(plan.target).look(prepared.checkpoint, plan, prepared.cache, part, recorded, progress)
     facts = {"shapes": name_shapes(recorded().shapes), **found.facts}
     shown = step if part.traits.each_step else -1
     return Diagnosis(part.name, part.kind, plan.scheme(part).name, shown, found.rungs, facts)
-
-
-def _record(prepared: Prepared, part: Part, step: int, progress: Progress) -> RecordedCall:
-    """What the part was given and made; what runs once has one step."""
-    progress.stage("record", 1)
-    recording = record(prepared)
-    progress.done("record", "reference run", f"{recording.steps} step(s)")
-    if not 0 <= step < recording.steps:
-        raise UsageError(
-            f"step {step} was not recorded, there are 0 to {recording.steps - 1}; --steps gives the reference run more "
-            "of them"
-        )
-    place = step if part.traits.each_step else 0
-    inputs, _ = fill_rows(part, recording.inputs(part.name, place))
-    return RecordedCall(inputs, recording.outputs(part.name, place), recording.shapes, prepared.bundle)

@@ -248,19 +248,15 @@ def read_answer(response: httpx2.Response, what: str) -> Answer:
 
 def refused(answer: Answer, what: str) -> FluxkilnError:
     """The error for a status that is not one of those that were expected."""
-    host = answer.url.netloc.decode()
+    answers = f"{what}: {answer.url.netloc.decode()} answers {_status(answer.status)}"
     detail = re.sub(r"[^\x20-\x7e]+", " ", answer.body[:300].decode(errors="replace").strip())
     if answer.status in (401, 403):
         return AuthorizationError(
-            f"{what}: {host} answers {_status(answer.status)}: the credential may not do that. Log in as somebody who "
-            "may (docker login, HF_TOKEN)"
+            f"{answers}: the credential may not do that. Log in as somebody who may (docker login, HF_TOKEN)"
         )
     if answer.status == 405:
-        return RegistryError(
-            f"{what}: {host} answers {_status(405)}: the registry, or this repository, is read-only; publish to another"
-        )
-    return RegistryError(f"{what}: {host} answers {_status(answer.status)}{': ' if detail else ''}{detail}; "
-                         "check the reference and the registry's log")  # fmt: skip
+        return RegistryError(f"{answers}: the registry, or this repository, is read-only; publish to another")
+    return RegistryError(f"{answers}{': ' if detail else ''}{detail}; check the reference and the registry's log")
 
 
 def follow(base: httpx2.URL, address: str | httpx2.URL) -> httpx2.URL:

@@ -140,11 +140,6 @@ def remove_unheld(directory: Path, prefix: str = "") -> tuple[str, ...]:
     return tuple(removed)
 
 
-def same_file_system(one: Path, other: Path) -> bool:
-    """Whether a hard link from one folder or file to the other is possible, as far as the system tells."""
-    return os.stat(one).st_dev == os.stat(other).st_dev
-
-
 def sync_directory(directory: Path) -> None:
     """Make renames in `directory` survive a power cut."""
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)

@@ -66,15 +66,6 @@ class Layer:
     size: int
     media_type: str = DOC_TYPE
 
-    def descriptor(self) -> dict[str, Json]:
-        """The OCI descriptor of the layer."""
-        return {
-            "mediaType": self.media_type,
-            "digest": self.digest,
-            "size": self.size,
-            "annotations": {FILEPATH_ANNOTATION: self.path},
-        }
-
 
 @dataclass(frozen=True, slots=True)
 class Document:
@@ -179,7 +170,15 @@ def write_document(manifest: Manifest, layers: Sequence[Layer]) -> tuple[bytes, 
         "mediaType": MANIFEST_TYPE,
         "artifactType": ARTIFACT_TYPE,
         "config": {"mediaType": CONFIG_TYPE, "digest": digest_bytes(config), "size": len(config)},
-        "layers": [layer.descriptor() for layer in layers],
+        "layers": [
+            {
+                "mediaType": layer.media_type,
+                "digest": layer.digest,
+                "size": layer.size,
+                "annotations": {FILEPATH_ANNOTATION: layer.path},
+            }
+            for layer in layers
+        ],
         "annotations": {
             "org.opencontainers.image.title": manifest.name,
             "org.opencontainers.image.licenses": manifest.licence.spdx,

@@ -30,7 +30,6 @@ from fluxkiln.files import (
     remove_unheld,
     rename_durably,
     reserve,
-    same_file_system,
     sync_directory,
     waiting_lock,
     write_durably,
@@ -143,7 +142,7 @@ class Store:
             size = os.fstat(source.fileno()).st_size
             with disk_full_named(directory, size), partial_file(directory, "." + destination.name) as (partial, file):
                 method: CopyMethod = "reflink" if clone(source, file) else "copy"
-                if method == "copy" and link and same_file_system(self.path(digest), directory):
+                if method == "copy" and link and os.stat(self.path(digest)).st_dev == os.stat(directory).st_dev:
                     self.verify(digest)
                     partial.unlink()
                     os.link(self.path(digest), partial)

@@ -35,7 +35,7 @@ class Cell:
     where: str
 
 
-_Key, _Cell = TypeVar("_Key"), TypeVar("_Cell", bound=Cell)
+_Cell = TypeVar("_Cell", bound=Cell)
 
 
 def value_of(row: ReportRow, measure: Measure) -> float:
@@ -214,7 +214,7 @@ def _worst_cells(rows: Iterable[ReportRow], measure: Measure, name_part: bool = 
     return cells
 
 
-def keep_worst(cells: dict[_Key, _Cell], key: _Key, new: _Cell) -> None:
+def keep_worst(cells: dict[Any, _Cell], key: Any, new: _Cell) -> None:
     """Have the worse of a cell and a new one at its place; it has passed where both have."""
     old = cells.get(key, new)
     worst = new if math.isnan(new.value) or new.value > old.value else old

@@ -21,7 +21,7 @@ from fluxkiln.compile.toolchains.tpu_mlir import gelu
 from fluxkiln.compile.toolchains.tpu_mlir.coefficients import probe_reader
 from fluxkiln.compile.toolchains.tpu_mlir.compiler import CompileJob, compile_graph
 from fluxkiln.compile.toolchains.tpu_mlir.environment import TpuMlirEnv, default_tpu_mlir_root, find_tpu_mlir
-from fluxkiln.compile.toolchains.tpu_mlir.order import small_work_first
+from fluxkiln.compile.toolchains.tpu_mlir.graphs import small_work_first
 from fluxkiln.export import trace
 from fluxkiln.patches.flux1 import transformer
 from fluxkiln.patches.flux1.model import MODEL

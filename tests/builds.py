@@ -12,7 +12,7 @@ from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.compile.plan import Binary, BundleFile, Made, Plan
 from fluxkiln.compile.targets import Target
 from fluxkiln.compile.toolchain import Rungs, toolchain_of
-from fluxkiln.compile.toolchains.tpu_mlir import gates
+from fluxkiln.compile.toolchains.tpu_mlir import toolchain as gates
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.progress import Silent
 from fluxkiln.types import Part

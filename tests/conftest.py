@@ -21,7 +21,7 @@ import pytest
 
 from fluxkiln.compile.plan import Binary
 from fluxkiln.compile.templates import make_template
-from fluxkiln.compile.toolchains.tpu_mlir.cast_file import cast_file
+from fluxkiln.compile.toolchains.tpu_mlir.cast import cast_file
 from fluxkiln.compile.toolchains.tpu_mlir.environment import TpuMlirEnv, default_tpu_mlir_root, find_tpu_mlir
 from fluxkiln.compile.toolchains.tpu_mlir.moulds import Mould, cast_part, compile_part, make_mould
 from fluxkiln.export.checkpoint import Checkpoint, open_checkpoint

@@ -18,7 +18,7 @@ from fluxkiln.build.budget import (
 )
 from fluxkiln.compile.templates import make_template
 from fluxkiln.compile.toolchains.tpu_mlir import toolchain as tpu_mlir
-from fluxkiln.compile.toolchains.tpu_mlir.cmodel import MOST_MULTIPLICATIONS
+from fluxkiln.compile.toolchains.tpu_mlir.executors import MOST_MULTIPLICATIONS
 from fluxkiln.patches.flux1.kinds import KINDS, list_parts
 from fluxkiln.types import Shapes
 from tests.builds import altered

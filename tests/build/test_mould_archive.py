@@ -15,7 +15,7 @@ from fluxkiln.artifacts.store import Store
 from fluxkiln.build.mould_archive import MOULDS_FILE, export_moulds, import_moulds, list_moulds
 from fluxkiln.compile.templates import make_template
 from fluxkiln.compile.toolchains.tpu_mlir import environment
-from fluxkiln.compile.toolchains.tpu_mlir.compilation import make_files
+from fluxkiln.compile.toolchains.tpu_mlir.jobs import make_files
 from fluxkiln.compile.toolchains.tpu_mlir.moulds import make_mould
 from fluxkiln.errors import IntegrityError, ToolchainError, UsageError
 from fluxkiln.progress import Laps, Silent

@@ -102,7 +102,7 @@ def compile_kind(tpu_mlir, tiny_checkpoint, tiny_template, tiny_parts, tmp_path_
         from fluxkiln.compile.toolchains.tpu_mlir.coefficients import probe_reader
         from fluxkiln.compile.toolchains.tpu_mlir.compiler import CompileJob, compile_graph
         from fluxkiln.compile.toolchains.tpu_mlir.gelu import fuse_tanh_gelu
-        from fluxkiln.compile.toolchains.tpu_mlir.order import small_work_first
+        from fluxkiln.compile.toolchains.tpu_mlir.graphs import small_work_first
 
         folder, template = tmp_path_factory.mktemp(f"{kind}-{scheme}"), tiny_template(kind, "onnx17")
         if seed is None:
@@ -137,7 +137,7 @@ def write_matmul(path, width, rows=64):
 def opened(kiln, tiny_recording):
     """(part, scheme, target) -> the part looked into as its toolchain does, on its second step, and its build."""
     from fluxkiln.compile.toolchains.onnxruntime.look import open_linked
-    from fluxkiln.compile.toolchains.tpu_mlir.look import open_stored
+    from fluxkiln.compile.toolchains.tpu_mlir.rungs import open_stored
 
     recording = tiny_recording("tiny-dev", "kl", SMALLEST)
 

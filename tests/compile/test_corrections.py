@@ -13,14 +13,12 @@ import pytest
 from fluxkiln.compile.plan import BundleFile, Made
 from fluxkiln.compile.rungs import dequantized_rung
 from fluxkiln.compile.templates import make_template
-from fluxkiln.compile.toolchains.tpu_mlir import rungs as own_rungs
-from fluxkiln.compile.toolchains.tpu_mlir.cast import compare_stored
-from fluxkiln.compile.toolchains.tpu_mlir.cast_file import CAST_MEMORY
+from fluxkiln.compile.toolchains.tpu_mlir import cast as own_cast
+from fluxkiln.compile.toolchains.tpu_mlir.cast import CAST_MEMORY, compare_stored
 from fluxkiln.compile.toolchains.tpu_mlir.coefficients import CoefficientMap
 from fluxkiln.compile.toolchains.tpu_mlir.forms import Form, FormMaker, SlotRows
-from fluxkiln.compile.toolchains.tpu_mlir.look import check_binary, open_stored
-from fluxkiln.compile.toolchains.tpu_mlir.moulds import make_mould
-from fluxkiln.compile.toolchains.tpu_mlir.proof import prove_cast, prove_mould
+from fluxkiln.compile.toolchains.tpu_mlir.moulds import make_mould, prove_cast, prove_mould
+from fluxkiln.compile.toolchains.tpu_mlir.rungs import check_binary, open_stored
 from fluxkiln.compile.toolchains.tpu_mlir.toolchain import TOOLCHAIN
 from fluxkiln.compile.weights import part_packers, part_rounders, part_weights
 from fluxkiln.errors import CompileError, SchemeError
@@ -141,7 +139,7 @@ def test_the_chip_computes_what_is_dequantized(
         # the control: what stands beside the codes is right in size and wrong in place
         sound = part_weights(*made, made.parts[0], template_of(made))
         spoilt = _Spoilt(sound)
-        monkeypatch.setattr(own_rungs, "part_weights", lambda *_: spoilt)
+        monkeypatch.setattr(own_cast, "part_weights", lambda *_: spoilt)
         rungs["interpreter"].close()
         wrong = rungs["interpreter"](NAME, inputs)["hidden_states_out"]
         assert compare(wrong, out["dequantized"], base).delta_cosine < 0.999

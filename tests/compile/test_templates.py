@@ -13,10 +13,9 @@ import pytest
 
 from fluxkiln.compile import templates
 from fluxkiln.compile.templates import make_template, net_name, template_action
-from fluxkiln.compile.toolchains.tpu_mlir.cast_file import cast_file
+from fluxkiln.compile.toolchains.tpu_mlir.cast import cast_file
 from fluxkiln.compile.toolchains.tpu_mlir.devices import split_devices
-from fluxkiln.compile.toolchains.tpu_mlir.moulds import cast_part, compile_memory, make_mould, mould_action
-from fluxkiln.compile.toolchains.tpu_mlir.proof import proof_part
+from fluxkiln.compile.toolchains.tpu_mlir.moulds import cast_part, compile_memory, make_mould, mould_action, proof_part
 from fluxkiln.patches.flux1.kinds import list_parts
 from fluxkiln.progress import Silent
 from fluxkiln.types import find_part

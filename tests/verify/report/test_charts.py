@@ -4,7 +4,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from fluxkiln.compile.toolchains.tpu_mlir.gates import RUNGS as OWN
+from fluxkiln.compile.toolchains.tpu_mlir.toolchain import RUNGS as OWN
 from fluxkiln.verify.gates import rung_table
 from fluxkiln.verify.ladder import row_to_dict
 from fluxkiln.verify.report.charts import BINS, depth_chart, ladder_panels, shade_of, step_chart, value_of

@@ -10,7 +10,7 @@ import pytest
 
 from fluxkiln.compile.toolchains.neuron.toolchain import TOOLCHAIN
 from fluxkiln.compile.toolchains.onnxruntime.toolchain import RUNGS as LINKED
-from fluxkiln.compile.toolchains.tpu_mlir.gates import RUNGS as COMPILED
+from fluxkiln.compile.toolchains.tpu_mlir.toolchain import RUNGS as COMPILED
 from fluxkiln.verify.gates import RUNGS
 from fluxkiln.verify.report.plot import FLOOR, Plot, Point, decades, marker
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fluxkiln.errors import IntegrityError
+from fluxkiln.errors import CompileError, IntegrityError
 
 MAGIC = 0xFF55AAEE
 HEADER = struct.Struct("<IIIQ")  # magic, header size, flatbuffer size, binary size
@@ -114,23 +114,12 @@ def read_bmodel(path: Path) -> BModel:
         raise IntegrityError(f"{path} has a damaged table of contents ({error}); build it again") from error
 
 
-def check_codes(path: Path) -> None:
-    """Hash every net's coefficients against the check code stored beside them.
-
-    The runtime shares coefficients between nets by this code: a stale one makes a net run with another's weights.
-
-    Raises:
-        IntegrityError: a code does not match; names the net.
-    """
-    model = read_bmodel(path)
-    with path.open("rb") as file:
-        for net in model.nets:
-            file.seek(net.check_code.start)
-            stored = file.read(net.check_code.size)
-            if hash_span(path, net.coefficients) != stored:
-                raise IntegrityError(
-                    f"{path}: the weights of net {net.name} do not have their check code; cast it again"
-                )
+def find_bmodel_net(path: Path, name: str) -> BmodelNet:
+    """The net of this name; CompileError when there is none."""
+    nets = {net.name: net for net in read_bmodel(path).nets}
+    if name not in nets:
+        raise CompileError(f"{path} has no net {name!r}; it has {', '.join(nets)}")
+    return nets[name]
 
 
 def hash_span(path: Path, span: Span) -> bytes:

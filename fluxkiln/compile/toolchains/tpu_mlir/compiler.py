@@ -5,33 +5,35 @@ Source of flags and file names: TPU-MLIR 1.30.2, `model_transform.py` and `model
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fluxkiln.compile.onnx.filled import WeightMatMul, weight_matmuls
 from fluxkiln.compile.process import run_tool
+from fluxkiln.compile.toolchains.tpu_mlir import environment
 from fluxkiln.compile.toolchains.tpu_mlir.bmodel import normalise_time, read_bmodel
 from fluxkiln.compile.toolchains.tpu_mlir.environment import TpuMlirEnv, tool_argv, tpu_mlir_environ
-from fluxkiln.compile.toolchains.tpu_mlir.estimate import read_estimate
 from fluxkiln.compile.toolchains.tpu_mlir.gelu import count_gelus
-from fluxkiln.errors import CompileError, SchemeError
+from fluxkiln.errors import CompileError, SchemeError, ToolchainError
 from fluxkiln.quantize.schemes import Scheme, check_groups
-
-if TYPE_CHECKING:
-    import onnx_ir as ir
 
 # sin and cos of large arguments lose them in 16 bits, so they and all that feeds them stay in F32
 F32_ANCESTORS_OF = ("Sin", "Cos")
-# Of kinds whose nodes stand in the order that the chip is to run them in (`order.py`). With it the most thorough
-# search for slices that fit into local memory costs 3 s a block and gains another per cent.
+# Of kinds whose nodes stand in the order that the chip is to run them in (`small_work_first`). With it the most
+# thorough search for slices that fit into local memory costs 3 s a block and gains another per cent.
 _ORDERED = ["--disable_topo_sort", "--shape_secs_search_strategy", "2"]
 _TRANSFORM = Path(__file__).with_name("transform.py")
 _DEPLOY = Path(__file__).with_name("deploy.py")
 _LOCATION = re.compile(r'loc\("([^"]+)"\)')
 _SHAPE = re.compile(r"tensor<([0-9x]+)x([a-z0-9]+)>")
+PROFILE = "compiler_profile_0.txt"
+# of the unit that the profile counts in: its own `runtime` is TCYC divided by this
+_CYCLES_PER_MS: Mapping[str, int] = {"bm1684x": 1_000_000, "bm1688": 900_000}
+_ESTIMATES = ("estimate_ms", "estimate_tensor_ms", "estimate_memory_ms")
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,19 @@ def compile_graph(env: TpuMlirEnv, job: CompileJob, folder: Path, log: Path) -> 
     return _check(job, matmuls, folder)
 
 
+def require_compiler(what: str) -> TpuMlirEnv:
+    """TPU-MLIR's environment; ToolchainError when it is not there and the store lacks `what`."""
+    env = environment.installed()
+    if env is None:
+        raise ToolchainError(
+            f"{what} is not in the store, and TPU-MLIR, which makes it, is not installed in "
+            f"{environment.default_tpu_mlir_root()}; run make env-tpu-mlir, name a finished environment with "
+            "FLUXKILN_TPU_MLIR, or bring moulds from a machine that has it (fluxkiln mould export there, fluxkiln "
+            "mould import here)"
+        )
+    return env
+
+
 def combine(env: TpuMlirEnv, chip: str, parts: list[Path], target: Path, log: Path) -> None:
     """Combine single-net bmodels into one file in the given order; net names must differ."""
     links = []
@@ -126,16 +141,16 @@ def f32_table(graph: Path) -> tuple[str, ...]:
     import onnx_ir as ir
 
     model = ir.load(graph)
-    names: dict[str, None] = {}
+    names: set[str] = set()
     pending = [node for node in model.graph if node.op_type in F32_ANCESTORS_OF]
     while pending:
         node = pending.pop()
-        if _operation_name(node) in names or node.op_type in ("Shape", "Constant"):
+        name = f"{node.outputs[0].name}_{node.op_type}"
+        if name in names or node.op_type in ("Shape", "Constant"):
             continue
-        names[_operation_name(node)] = None
-        pending += [
-            producer for value in node.inputs if value is not None and (producer := value.producer()) is not None
-        ]
+        names.add(name)
+        producers = (value.producer() for value in node.inputs if value is not None)
+        pending += [producer for producer in producers if producer is not None]
     return tuple(sorted(names))
 
 
@@ -150,19 +165,18 @@ def _lowered_names(matmuls: list[WeightMatMul], top: Path) -> Iterator[str]:
         yield found[0]
 
 
-def _operation_name(node: ir.Node) -> str:
-    return f"{node.outputs[0].name}_{node.op_type}"
-
-
 def _check(job: CompileJob, matmuls: list[WeightMatMul], folder: Path) -> Compiled:
-    lowered = _only(folder, "*_tpu.mlir", job)
-    text = lowered.read_text()
-    weights = folder / weight_file(text)
+    found = sorted(folder.glob("*_tpu.mlir"))
+    if len(found) != 1:
+        raise CompileError(
+            f"{job.net}: the compiler left {len(found)} files *_tpu.mlir, 1 is expected; pin TPU-MLIR 1.30.2"
+        )
+    text = found[0].read_text()
     bmodel = folder / "net.bmodel"
     if not bmodel.is_file():
         raise CompileError(f"{job.net}: the compiler succeeded but wrote no bmodel; pin TPU-MLIR 1.30.2")
     normalise_time(bmodel)
-    quantized = sum(_elements(shape) for shape in _quantized_shapes(text))
+    quantized = _quantized_weights(text)
     expected = _weight_elements(job.template, matmuls) if job.scheme.weight_bits else 0
     if quantized != expected:
         raise CompileError(
@@ -177,7 +191,6 @@ def _check(job: CompileJob, matmuls: list[WeightMatMul], folder: Path) -> Compil
     for asked, tensors, side in ((job.narrow_inputs, net.inputs, "input"), (job.narrow_outputs, net.outputs, "output")):
         if asked and narrow and not any(tensor.dtype == narrow for tensor in tensors):
             raise CompileError(f"{job.net}: no {side} is {narrow}, though the target passes {narrow} between blocks")
-    estimate = read_estimate(folder, job.chip)
     facts = {
         "net": net.name,
         "quantized_matmuls": text.count('"tpu.A16MatMul"'),
@@ -188,12 +201,40 @@ def _check(job: CompileJob, matmuls: list[WeightMatMul], folder: Path) -> Compil
         "weight_bytes": net.coefficients.size,
         "instruction_bytes": net.instruction_bytes,
         "runtime_bytes": net.runtime_bytes,
-        # None where the compiler leaves no estimate
-        "estimate_ms": None if estimate is None else estimate.ms,
-        "estimate_tensor_ms": None if estimate is None else estimate.tensor_ms,
-        "estimate_memory_ms": None if estimate is None else estimate.memory_ms,
+        **read_estimate(folder, job.chip),
     }
-    return Compiled(bmodel, lowered, weights, facts)
+    return Compiled(bmodel, found[0], folder / weight_file(text), facts)
+
+
+def read_estimate(folder: Path, chip: str) -> dict[str, float | None]:
+    """What the compiler itself thinks that one run of its code takes, by the schedule that a compile leaves here.
+
+    No board is involved. The figures rank formulations and show where a net waits; they are not times that were
+    measured. Never 0 but None where there is no schedule, or none in the form known here: another version of the
+    compiler may write another.
+
+    Returns:
+        `estimate_ms` from the first command to the last; `estimate_tensor_ms` and `estimate_memory_ms`: how long the
+        tensor unit computes and the memory unit moves data. They overlap: what the first is longer than the larger one
+        is waiting.
+
+    Source: TPU-MLIR 1.30.2, a line for each command, in a column for the tensor unit (`ENGINE_BD`) and one for the
+    memory unit (`ENGINE_GDMA`), `t` being cycles; then `TCYC`, the cycles until the last of both ends, and for a net
+    that computes anything the same as `runtime` in ms.
+    """
+    try:
+        text = (folder / PROFILE).read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        text = ""
+    totals, runtimes = re.findall(r"(?m)^TCYC : (\d+)\b", text), re.findall(r"\bruntime: ([0-9.]+)ms", text)
+    cycles = int(totals[0]) if len(totals) == 1 and chip in _CYCLES_PER_MS else 0
+    per_ms = _CYCLES_PER_MS.get(chip, 1)
+    if not cycles or (runtimes and not math.isclose(float(runtimes[-1]), cycles / per_ms, rel_tol=1e-4, abs_tol=1e-6)):
+        return dict.fromkeys(_ESTIMATES)
+    spent = [0, 0]
+    for count, memory in re.findall(r"\|e:\d+\|t:(\d+)(\|dr:)?", text):
+        spent[bool(memory)] += int(count)
+    return dict(zip(_ESTIMATES, (count / per_ms for count in (cycles, *spent)), strict=True))
 
 
 def weight_file(lowered: str) -> str:
@@ -224,17 +265,15 @@ def check_gelus(wanted: int, lowered: str, net: str) -> None:
         )
 
 
-def _quantized_shapes(text: str) -> list[tuple[int, ...]]:
-    """Shapes [N, K] of the weights of all A16MatMul operations; 4-bit codes are stored two a byte."""
-    shapes: list[tuple[int, ...]] = []
+def _quantized_weights(text: str) -> int:
+    """How many weights all A16MatMul operations have; 4-bit codes are stored two a byte."""
+    total = 0
     for line in text.splitlines():
-        if '"tpu.A16MatMul"' not in line:
-            continue
-        bits = int(re.search(r"weight_bits = (\d+)", line).group(1))  # type: ignore[union-attr]
-        dims, _ = _SHAPE.findall(line.split(" : (")[1])[1]
-        rows, columns = (int(size) for size in dims.split("x")[-2:])
-        shapes.append((rows, columns * 8 // bits))
-    return shapes
+        if '"tpu.A16MatMul"' in line:
+            bits = int(re.search(r"weight_bits = (\d+)", line).group(1))  # type: ignore[union-attr]
+            dims, _ = _SHAPE.findall(line.split(" : (")[1])[1]
+            total += math.prod(int(size) for size in dims.split("x")[-2:]) * 8 // bits
+    return total
 
 
 def _weight_elements(template: Path, matmuls: list[WeightMatMul]) -> int:
@@ -246,21 +285,5 @@ def _weight_elements(template: Path, matmuls: list[WeightMatMul]) -> int:
         shape = shapes[one.slot]
         if shape is None:
             raise SchemeError(f"slot {one.slot} has no shape")
-        total += _elements(tuple(int(size) for size in shape.numpy()))
+        total += math.prod(shape.numpy())
     return total
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
-
-
-def _only(folder: Path, pattern: str, job: CompileJob) -> Path:
-    found = sorted(folder.glob(pattern))
-    if len(found) != 1:
-        raise CompileError(
-            f"{job.net}: the compiler left {len(found)} files {pattern}, 1 is expected; pin TPU-MLIR 1.30.2"
-        )
-    return found[0]

@@ -1,4 +1,4 @@
-"""Which file goes to which device, what it takes there, and whether all of it fits.
+"""Which file goes to which device, what it takes there and whether all of it fits; how long an image would take.
 
 A file takes its weights, its instructions (of every net, the runtime loads them per net) and the run-time memory of its
 largest net, which its nets share. Files need not all be there at once: the text encoders have done their work before
@@ -8,11 +8,12 @@ the first step, and so have the parts that turn the timesteps into modulation.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from fluxkiln.compile.plan import Binary, Plan
 from fluxkiln.errors import ResourceError
+from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.types import Part
 
 # In the order in which an image needs them.
@@ -28,6 +29,10 @@ RESIDENT: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "text encoders and modulation released": (("encode",), ("modulate",), ("denoise", "decode")),
     "one phase at a time": tuple((phase,) for phase in PHASES),
 }
+_ESTIMATE_LABEL = (
+    "Summed from the schedules that the compiler makes of its own code, net after net; no board ran. It ranks "
+    "formulations, it does not measure them."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,26 +79,11 @@ class DevicePlan:
 
     def to_json(self) -> dict[str, Any]:
         """Files, and the peak of every device for each way to load."""
-        rows = [
-            {
-                "file": file.file,
-                "device": file.device,
-                "phase": file.phase,
-                "weights": file.weights,
-                "instructions": file.instructions,
-                "runtime": file.runtime,
-                "total": file.total,
-            }
-            for file in self.files
-        ]
+        rows = [{**asdict(file), "total": file.total} for file in self.files]
         peaks = {way: [self.peak(device, way) for device in range(self.devices)] for way in RESIDENT}
         denoising = [self.held(device, ("denoise",)) for device in range(self.devices)]
-        return {
-            "files": rows,
-            "budget": self.budget,
-            "peaks": {**peaks, "while denoising": denoising},
-            "load": self.best_way(),
-        }
+        peaks["while denoising"] = denoising
+        return {"files": rows, "budget": self.budget, "peaks": peaks, "load": self.best_way()}
 
     def table(self) -> str:
         """The plan as text, in GB."""
@@ -130,14 +120,9 @@ def group_parts(plan: Plan, binaries: Sequence[Binary]) -> dict[str, list[Binary
 
 def file_of(part: Part) -> str:
     """The file of the bundle that a part's net is in, when its component fits one device."""
-    if is_modulation(part):
+    if part.traits.rows:  # once per image, before the loop, for all steps
         return MODULATION_FILE
     return f"{part.component}{'_decoder' * part.traits.convolutional}.bmodel"
-
-
-def is_modulation(part: Part) -> bool:
-    """Whether a part runs once per image, before the loop, for all steps."""
-    return bool(part.traits.rows)
 
 
 def plan_devices(plan: Plan, groups: Mapping[str, Sequence[Binary]]) -> DevicePlan:
@@ -162,7 +147,7 @@ def lay_files(plan: Plan, groups: Mapping[str, Sequence[Binary]]) -> DevicePlan:
     """The plan, whether it fits or not."""
     files = []
     for name, members in groups.items():
-        phase = "modulate" if is_modulation(members[0].part) else _PHASES.get(members[0].part.component, "encode")
+        phase = "modulate" if name == MODULATION_FILE else _PHASES.get(members[0].part.component, "encode")
         stem = name.split(".")
         device = int(stem[1]) if stem[1].isdigit() else 0
         files.append(FileMemory(name, device, phase, *_memory(members)))
@@ -171,21 +156,33 @@ def lay_files(plan: Plan, groups: Mapping[str, Sequence[Binary]]) -> DevicePlan:
 
 def split_devices(parts: list[Binary], devices: int) -> list[list[Binary]]:
     """Cut a chain of parts into at most `devices` runs whose largest is as small as possible, by measured bytes."""
-    sizes = [int(part.facts["weight_bytes"]) + int(part.facts["instruction_bytes"]) for part in parts]
+    sizes = [sum(_memory([part])[:2]) for part in parts]
     low, high = max(sizes), sum(sizes)
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if len(_runs(sizes, middle)) <= devices else (middle + 1, high)
-    return [[parts[index] for index in run] for run in _runs(sizes, low)]
+        low, high = (low, middle) if len(_runs(parts, sizes, middle)) <= devices else (middle + 1, high)
+    return _runs(parts, sizes, low)
+
+
+def _runs(parts: list[Binary], sizes: list[int], limit: int) -> list[list[Binary]]:
+    runs: list[list[Binary]] = [[]]
+    used = 0
+    for part, size in zip(parts, sizes, strict=True):
+        if runs[-1] and used + size > limit:
+            runs.append([])
+            used = 0
+        runs[-1].append(part)
+        used += size
+    return runs
 
 
 def _memory(members: Sequence[Binary]) -> tuple[int, int, int]:
     """Weights, instructions, run-time memory of the nets of one file."""
-    return (
-        sum(int(binary.facts["weight_bytes"]) for binary in members),
-        sum(int(binary.facts["instruction_bytes"]) for binary in members),
-        max(int(binary.facts["runtime_bytes"]) for binary in members),
+    weights, instructions, runtime = (
+        [int(binary.facts[name]) for binary in members]
+        for name in ("weight_bytes", "instruction_bytes", "runtime_bytes")
     )
+    return sum(weights), sum(instructions), max(runtime)
 
 
 def _fewest_runs(plan: Plan, whole: list[Binary]) -> list[list[Binary]]:
@@ -193,22 +190,67 @@ def _fewest_runs(plan: Plan, whole: list[Binary]) -> list[list[Binary]]:
     runs = [whole]
     for devices in range(1, MAX_DEVICES + 1 if plan.target.device_bytes else 1):
         runs = split_devices(whole, devices)
-        if _fits(runs, plan):
+        if all(sum(_memory(run)) <= plan.target.device_bytes for run in runs):
             break
     return runs
 
 
-def _fits(runs: list[list[Binary]], plan: Plan) -> bool:
-    return all(sum(_memory(run)) <= plan.target.device_bytes for run in runs)
+def report_devices(checkpoint: Checkpoint, plan: Plan, binaries: Sequence[Binary]) -> dict[str, Any]:
+    """The report's facts `memory`, `devices` and `estimate`; nothing for a target without devices."""
+    if not plan.target.device_bytes:
+        return {}
+    laid = plan_devices(plan, group_parts(plan, binaries)).to_json()
+    memory = {
+        file["file"]: {what: file[what] for what in ("weights", "instructions", "runtime")} for file in laid["files"]
+    }
+    devices = {"budget": laid["budget"], "load": laid["load"], "peaks": laid["peaks"]}
+    parts = {binary.part: binary.facts.get("estimate_ms") for binary in binaries}
+    estimate = _report_estimate(*estimate_pipeline(parts, checkpoint.model.steps[checkpoint.variant]))
+    return {"memory": memory, "devices": devices, "estimate": estimate}
 
 
-def _runs(sizes: list[int], limit: int) -> list[list[int]]:
-    runs: list[list[int]] = [[]]
-    used = 0
-    for index, size in enumerate(sizes):
-        if runs[-1] and used + size > limit:
-            runs.append([])
-            used = 0
-        runs[-1].append(index)
-        used += size
-    return runs
+def estimate_pipeline(parts: Mapping[Part, float | None], steps: int) -> tuple[dict[str, Any], list[str]]:
+    """What an image takes when parts that depend on the step run once a step, and everything else once.
+
+    Args:
+        parts: part -> ms of one run; None where there is no estimate.
+        steps: denoising steps.
+
+    Returns:
+        `once_ms` of the parts that run once an image; `step_ms` and `image_ms`, None when a part of the step has no
+        estimate: the sum would be too small; `by_kind`: how many `parts` of it have an estimate, and their summed `ms`.
+        Then the names of the parts that have none.
+    """
+    spent = {False: 0.0, True: 0.0}
+    by_kind: dict[str, dict[str, Any]] = {}
+    for part, ms in parts.items():
+        if ms is not None:
+            spent[part.traits.each_step] += ms
+            known = by_kind.setdefault(part.kind, {"parts": 0, "ms": 0.0})
+            known["parts"] += 1
+            known["ms"] += ms
+    missing = [part for part, ms in parts.items() if ms is None]
+    step = None if any(part.traits.each_step for part in missing) else spent[True]
+    image = None if step is None else spent[False] + steps * step
+    values = {"steps": steps, "step_ms": step, "once_ms": spent[False], "image_ms": image, "by_kind": by_kind}
+    return values, [part.name for part in missing]
+
+
+def _report_estimate(values: Mapping[str, Any], missing: Sequence[str]) -> dict[str, Any]:
+    """The compiler's estimate per kind, per step and per image, as text for people and as numbers for programs."""
+    entries: dict[str, str] = {}
+    for kind, known in values["by_kind"].items():
+        count, each = known["parts"], f"{known['ms'] / known['parts']:.3f} ms"
+        entries |= {f"{count} x {kind}": f"{each} each"} if count > 1 else {kind: each}
+    entries["one step"] = _duration(values["step_ms"])
+    entries["once an image"] = _duration(values["once_ms"])
+    entries[f"an image of {values['steps']} steps"] = _duration(values["image_ms"])
+    if missing:
+        entries["without an estimate"] = ", ".join(missing)
+    return {"label": _ESTIMATE_LABEL, "entries": entries, "values": values}
+
+
+def _duration(ms: float | None) -> str:
+    if ms is None:
+        return "unknown"
+    return f"{ms / 1000:.3f} s" if ms >= 1000 else f"{ms:.3f} ms"

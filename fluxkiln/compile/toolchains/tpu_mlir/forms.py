@@ -5,8 +5,8 @@ little-endian:
 
 - `codes`, `scale`, `zero`: quantized, see `fluxkiln.quantize.pack`; `_lanes`: rows dealt out to the chip's lanes;
 - `bf16`, `f16`, `f32`: as it stands, biases and F32 convolutions; `_t`: [I, O], matrices;
-- `bf16_grouped`, `f16_grouped`: convolutions, input channels in groups, see `reorder.group_channels`; `_kh`, `_kw`,
-  `_khw`: with these sides of the kernel merged into few input channels;
+- `bf16_grouped`, `f16_grouped`: convolutions, input channels in groups, see `group_channels`; `_kh`, `_kw`, `_khw`:
+  with these sides of the kernel merged into few input channels;
 - `bf16_diagonal`, `f16_diagonal`: a scale per channel, as the 1 x 1 convolution of all channels that multiplies by it;
 - `constant`: bytes that no weight has a part in (tables, masks, the frequencies of a time embedding).
 
@@ -18,24 +18,17 @@ Source: found by matching the compiler's output byte for byte (`fluxkiln.compile
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
+import ml_dtypes
+import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from fluxkiln.compile.toolchains.tpu_mlir.reorder import (
-    GROUPED_CHANNELS,
-    TILE,
-    Merged,
-    Storage,
-    Transposed,
-    deal_lanes,
-    group_channels,
-    store_as,
-)
 from fluxkiln.quantize.pack import RounderOf
 from fluxkiln.quantize.rounders import as_compiler
 
@@ -46,16 +39,18 @@ FACTORS = (1.0, 2.0)
 # bytes of a weight that are read at once: what is made of them is still in the cache when it is written and hashed
 BLOCK_BYTES = 1 << 20
 
-FormName = Literal[
-    "codes", "scale", "zero", "scale_lanes", "zero_lanes",
-    "bf16", "f16", "f32", "bf16_t", "f16_t", "f32_t",
-    "bf16_grouped", "bf16_grouped_kh", "bf16_grouped_kw", "bf16_grouped_khw",
-    "f16_grouped", "f16_grouped_kh", "f16_grouped_kw", "f16_grouped_khw",
-    "bf16_diagonal", "f16_diagonal",
-    "constant",
-]  # fmt: skip
-_MERGED: tuple[Merged, ...] = ("", "kh", "kw", "khw")
-_ITEM_BYTES = {"bf16": 2, "f16": 2, "f32": 4}
+Storage = Literal["bf16", "f16", "f32"]
+# which sides of a convolution's kernel are counted as input channels, where these alone would not fill a group
+_MERGED = ("", "kh", "kw", "khw")
+# lanes of a BM1684X: scales and zero points are dealt out to them row by row
+LANES = 64
+# input channels of a 16-bit convolution that a lane multiplies at once: 64 bytes
+GROUPED_CHANNELS = 32
+# rows that are turned at once, and input channels of a strip: the first that divides the matrix, by bytes of a number
+TILE = 64
+_STRIPS: Mapping[int, tuple[int, ...]] = {2: (256, 128, 64), 4: (64,)}
+_WORDS = {2: np.uint16, 4: np.uint32}
+_DTYPES: Mapping[str, Any] = {"bf16": np.dtype(np.uint16), "f16": np.dtype(np.float16), "f32": np.dtype(np.float32)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +64,7 @@ class Form:
     """
 
     slot: str
-    name: FormName
+    name: str
     chunk: int = 0
     chunks: int = 1
     axis: int = 0
@@ -94,7 +89,7 @@ def candidates(slot: str, shape: tuple[int, ...], group_size: int) -> Iterator[F
     names: list[str] = []
     if matrix and group_size and shape[1] % group_size == 0:
         names += ["codes", "scale", "zero", "scale_lanes", "zero_lanes"]
-    names += [storage + suffix for storage in _ITEM_BYTES for suffix in (("_t", "") if matrix else ("",))]
+    names += [storage + suffix for storage in _DTYPES for suffix in (("_t", "") if matrix else ("",))]
     if len(shape) == 1 and shape[0] <= GROUPED_CHANNELS:
         names += ["bf16_diagonal", "f16_diagonal"]
     if len(shape) == 4:
@@ -106,7 +101,7 @@ def candidates(slot: str, shape: tuple[int, ...], group_size: int) -> Iterator[F
                     continue
                 for chunk in range(chunks):
                     for factor in (1.0,) if matrix else FACTORS:
-                        yield Form(slot, cast("FormName", name), chunk, chunks, axis, factor)
+                        yield Form(slot, name, chunk, chunks, axis, factor)
 
 
 def form_bytes(form: Form, shape: tuple[int, ...], group_size: int, bits: int) -> int:
@@ -120,11 +115,10 @@ def form_bytes(form: Form, shape: tuple[int, ...], group_size: int, bits: int) -
     if rest == ["diagonal"]:
         elements = shape[0] * GROUPED_CHANNELS
     if rest[:1] == ["grouped"]:
-        out_channels, channels, height, width = shape
-        inner = {"": height * width, "kh": width, "kw": height, "khw": 1}["".join(rest[1:])]
-        groups = -(-(channels * height * width // inner) // GROUPED_CHANNELS)
-        elements = out_channels * groups * GROUPED_CHANNELS * inner
-    return elements * _ITEM_BYTES[kind]
+        inner = _unmerged(shape, "".join(rest[1:]))
+        groups = -(-math.prod(shape[1:]) // inner // GROUPED_CHANNELS)
+        elements = shape[0] * groups * GROUPED_CHANNELS * inner
+    return elements * int(_DTYPES[kind].itemsize)
 
 
 class FormMaker:
@@ -138,18 +132,12 @@ class FormMaker:
     """
 
     def __init__(self, group_size: int, bits: int, rounder_of: RounderOf = as_compiler) -> None:
-        self.group_size = group_size
-        self.bits = bits
-        self.rounder_of = rounder_of
+        self.group_size, self.bits, self.rounder_of = group_size, bits, rounder_of
         self._sides: dict[tuple[str, int, int], tuple[NDArray[np.uint16], NDArray[np.uint8]]] = {}
         self._scratch = np.empty(0, np.uint8)
 
     def blocks(self, form: Form, rows: SlotRows) -> Iterator[NDArray[Any]]:
-        """The form as contiguous arrays; each is good until the next is asked for.
-
-        Raises:
-            ValueError: the rows do not divide into the lanes.
-        """
+        """The form as contiguous arrays, each good until the next is asked for; ValueError as `deal_lanes`."""
         kind, *rest = form.name.split("_")
         if kind == "codes":
             yield from self._codes(form, rows)
@@ -159,13 +147,14 @@ class FormMaker:
         elif rest == ["t"]:
             yield from self._transposed(form, rows)
         else:
-            storage = cast("Storage", kind)
             for start, stop in _row_blocks(form, rows):
-                stored = store_as(_multiplied(rows.read(start, stop), form.factor), storage)
+                weight = rows.read(start, stop)
+                weight = weight if form.factor == 1.0 else weight.astype(np.float32) * np.float32(form.factor)
+                stored = store_as(weight, cast("Storage", kind))
                 if rest == ["diagonal"]:
                     yield group_channels(np.diag(stored)[:, :, None, None])
                 elif rest:
-                    yield group_channels(stored, cast("Merged", "".join(rest[1:])))
+                    yield group_channels(stored, "".join(rest[1:]))
                 else:
                     yield stored
 
@@ -174,15 +163,14 @@ class FormMaker:
         return np.frombuffer(b"".join(block.tobytes() for block in self.blocks(form, rows)), np.uint8)
 
     def _codes(self, form: Form, rows: SlotRows) -> Iterator[NDArray[np.uint8]]:
-        count, columns = rows.shape[0] // form.chunks, rows.shape[1]
-        scales = np.empty((count, columns // self.group_size), np.uint16)
+        own, columns = _own_rows(form, rows), rows.shape[1]
+        scales = np.empty((len(own), columns // self.group_size), np.uint16)
         zeros = np.empty(scales.shape, np.uint8)
-        first = form.chunk * count
         pack_into = self.rounder_of(form.slot, None)
         for start, stop in _row_blocks(form, rows):
             codes = np.empty((stop - start, columns * self.bits // 8), np.uint8)
-            own = slice(start - first, stop - first)
-            pack_into(rows.read(start, stop), self.bits, codes, scales[own], zeros[own])
+            place = slice(start - own.start, stop - own.start)
+            pack_into(rows.read(start, stop), self.bits, codes, scales[place], zeros[place])
             yield codes
         self._sides[form.slot, form.chunk, form.chunks] = scales, zeros
 
@@ -195,13 +183,12 @@ class FormMaker:
 
     def _transposed(self, form: Form, rows: SlotRows) -> Iterator[NDArray[Any]]:
         storage = cast("Storage", form.name.removesuffix("_t"))
-        count, columns = (size // (form.chunks if form.axis == axis else 1) for axis, size in enumerate(rows.shape))
-        first = 0 if form.axis else form.chunk * count
+        dtype, own = _DTYPES[storage], _own_rows(form, rows)
+        columns = rows.shape[1] // (form.chunks if form.axis else 1)
         left = form.chunk * columns if form.axis else 0
-        dtype = np.dtype({"bf16": np.uint16, "f16": np.float16}.get(storage, np.float32))
-        whole = Transposed((columns, count), dtype, self._space(columns * count * dtype.itemsize))
+        whole = Transposed((columns, len(own)), dtype, self._space(columns * len(own) * dtype.itemsize))
         for start, stop in _row_blocks(form, rows):
-            whole.put(store_as(rows.read(start, stop)[:, left : left + columns], storage), start - first)
+            whole.put(store_as(rows.read(start, stop)[:, left : left + columns], storage), start - own.start)
         yield from whole.blocks(BLOCK_BYTES)
 
     def _space(self, size: int) -> NDArray[np.uint8]:
@@ -212,15 +199,194 @@ class FormMaker:
         return self._scratch[:size]
 
 
-def _row_blocks(form: Form, rows: SlotRows) -> Iterator[tuple[int, int]]:
-    """First and last row of each block of a form's rows; a convolution is one."""
+def _own_rows(form: Form, rows: SlotRows) -> range:
+    """The rows of the weight that are in the form."""
     count = rows.shape[0] if form.axis else rows.shape[0] // form.chunks
     first = 0 if form.axis else form.chunk * count
-    row_bytes = 2 * math.prod(rows.shape[1:])
-    step = count if len(rows.shape) == 4 else max(TILE, BLOCK_BYTES // row_bytes // TILE * TILE)
-    for start in range(first, first + count, step):
-        yield start, min(start + step, first + count)
+    return range(first, first + count)
 
 
-def _multiplied(weight: NDArray[Any], factor: float) -> NDArray[Any]:
-    return weight if factor == 1.0 else weight.astype(np.float32) * np.float32(factor)
+def _row_blocks(form: Form, rows: SlotRows) -> Iterator[tuple[int, int]]:
+    """First and last row of each block of a form's rows; a convolution is one."""
+    own, row_bytes = _own_rows(form, rows), 2 * math.prod(rows.shape[1:])
+    step = len(own) if len(rows.shape) == 4 else max(TILE, BLOCK_BYTES // row_bytes // TILE * TILE)
+    for start in own[::step]:
+        yield start, min(start + step, own.stop)
+
+
+def store_as(values: NDArray[Any], storage: Storage) -> NDArray[Any]:
+    """Weights in the format in which the compiler stores them, contiguous; bfloat16 as its bits.
+
+    bfloat16 and float16 are to nearest, ties to even. What would be subnormal in bfloat16 becomes a zero of its sign;
+    float16 keeps subnormals, and what lies beyond its range becomes infinite.
+
+    Args:
+        values: float32, float16 or bfloat16 (ml_dtypes).
+    """
+    values = np.ascontiguousarray(values)
+    if storage == "bf16":
+        bits = np.empty(values.shape, np.uint16)
+        _flush(values.astype(ml_dtypes.bfloat16, copy=False).view(np.uint16).reshape(-1), bits.reshape(-1))
+        return bits
+    dtype = _DTYPES[storage]
+    if values.dtype == ml_dtypes.bfloat16:
+        words = np.empty(values.shape, _WORDS[dtype.itemsize])
+        _look_up(values.view(np.uint16).reshape(-1), _bfloat16_as(dtype), words.reshape(-1))
+        return words.view(dtype)
+    with np.errstate(over="ignore"):
+        return values.astype(dtype, copy=False)
+
+
+@functools.cache
+def _bfloat16_as(dtype: np.dtype[Any]) -> NDArray[Any]:
+    """The bits in another format of each of the 65536 bfloat16 numbers."""
+    wide = (np.arange(1 << 16, dtype=np.uint32) << 16).view(np.float32)
+    with np.errstate(all="ignore"):
+        return wide.astype(dtype).view(_WORDS[dtype.itemsize])
+
+
+class Transposed:
+    """A matrix [I, O] of 16 or 32 bits, given as blocks of rows of [O, I] and taken as blocks of its own rows.
+
+    It goes through strips of some input channels: written and read in long runs, and turned in the cache. Straight from
+    rows to columns every store is to another page of memory.
+
+    Args:
+        shape: [I, O].
+        space: memory for the whole matrix.
+    """
+
+    def __init__(self, shape: tuple[int, int], dtype: np.dtype[Any], space: NDArray[np.uint8]) -> None:
+        self.shape, self.dtype = shape, dtype
+        columns, rows = shape
+        widths = () if rows % TILE else _STRIPS[dtype.itemsize]
+        self._width = next((width for width in widths if columns % width == 0), 0)
+        self._in_word = 8 // dtype.itemsize
+        strips = (columns // self._width, rows, self._width // self._in_word) if self._width else (1, columns, rows)
+        self._whole: NDArray[Any] = space.view(np.uint64 if self._width else _WORDS[dtype.itemsize]).reshape(strips)
+
+    def put(self, block_RI: NDArray[Any], row: int) -> None:
+        """Take a block of rows of [O, I], the first of which is `row`."""
+        if self._width:
+            _to_strips(np.ascontiguousarray(block_RI).view(np.uint64), self._whole, row)
+        else:
+            _to_columns(block_RI.view(self._whole.dtype), self._whole[0], row)
+
+    def blocks(self, most_bytes: int) -> Iterator[NDArray[Any]]:
+        """The rows of [I, O], some at a time; each block is good until the next."""
+        columns, rows = self.shape
+        if self._width:
+            turned = np.empty((self._width, rows // self._in_word), np.uint64)
+            tile = np.empty((self._width, TILE // self._in_word), np.uint64)
+            for strip in self._whole:
+                (_turn_fours if self._in_word == 4 else _turn_pairs)(strip, turned, tile)
+                yield turned.view(self.dtype)
+        else:
+            step = max(1, most_bytes // (rows * self.dtype.itemsize))
+            for start in range(0, columns, step):
+                yield self._whole[0, start : start + step].view(self.dtype)
+
+
+def deal_lanes(rows_OG: NDArray[Any]) -> NDArray[Any]:
+    """[O, G] to [lanes, O / lanes, G]: row r of lane l is row r * 64 + l; ValueError where the rows do not divide."""
+    return np.ascontiguousarray(rows_OG.reshape(-1, LANES, rows_OG.shape[1]).transpose(1, 0, 2))
+
+
+def group_channels(filter_OIHW: NDArray[Any], merged: str = "") -> NDArray[Any]:
+    """[O, I, H, W] to [O, groups, H * W, 32]: 32 input channels side by side, padded with zeros to whole groups.
+
+    Where a kernel's height, width or both are merged into the input channels, channel i at (h, w) becomes channel
+    i * H + h of a kernel of W, i * W + w of a kernel of H, or (i * H + h) * W + w of a kernel of 1.
+    """
+    out_channels, inner = filter_OIHW.shape[0], _unmerged(filter_OIHW.shape, merged)
+    if merged == "kw":
+        filter_OIHW = filter_OIHW.transpose(0, 1, 3, 2)
+    taps_OCK = filter_OIHW.reshape(out_channels, -1, inner)
+    groups = -(-taps_OCK.shape[1] // GROUPED_CHANNELS)
+    padded = np.zeros((out_channels, groups * GROUPED_CHANNELS, inner), filter_OIHW.dtype)
+    padded[:, : taps_OCK.shape[1]] = taps_OCK
+    return np.ascontiguousarray(padded.reshape(out_channels, groups, GROUPED_CHANNELS, inner).swapaxes(2, 3))
+
+
+def _unmerged(shape: tuple[int, ...], merged: str) -> int:
+    """How many taps of a kernel [O, I, H, W] are not merged into its input channels."""
+    return {"": shape[2] * shape[3], "kh": shape[3], "kw": shape[2], "khw": 1}[merged]
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _flush(source: Any, bits: Any) -> None:
+    for i in range(source.size):
+        word = source[i]
+        bits[i] = word if word & np.uint16(0x7F80) else word & np.uint16(0x8000)
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _look_up(source: Any, table: Any, found: Any) -> None:
+    for i in range(source.size):
+        found[i] = table[source[i]]
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _to_columns(block: Any, whole: Any, column: Any) -> None:
+    rows, columns = block.shape
+    for first in range(0, columns, 32):
+        for i in range(first, min(first + 32, columns)):
+            for row in range(rows):
+                whole[i, column + row] = block[row, i]
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _to_strips(block: Any, strips: Any, at: Any) -> None:
+    width = strips.shape[2]
+    for row in range(block.shape[0]):
+        for strip in range(strips.shape[0]):
+            for i in range(width):
+                strips[strip, at + row, i] = block[row, strip * width + i]
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _turn_fours(strip: Any, turned: Any, tile: Any) -> None:
+    """Transpose [rows, columns / 4] words of four 16-bit numbers to [columns, rows / 4], 64 rows at a time."""
+    low, high = np.uint64(0x0000FFFF0000FFFF), np.uint64(0xFFFF0000FFFF0000)
+    lower, upper = np.uint64(0x00000000FFFFFFFF), np.uint64(0xFFFFFFFF00000000)
+    one, two = np.uint64(16), np.uint64(32)
+    rows, words = strip.shape
+    quads = tile.shape[1]
+    for first in range(0, rows, 4 * quads):
+        for quad in range(quads):
+            row = first + 4 * quad
+            row0, row1, row2, row3 = strip[row], strip[row + 1], strip[row + 2], strip[row + 3]
+            for i in range(words):
+                a, b, c, d = row0[i], row1[i], row2[i], row3[i]
+                even01 = (a & low) | ((b & low) << one)
+                odd01 = ((a & high) >> one) | (b & high)
+                even23 = (c & low) | ((d & low) << one)
+                odd23 = ((c & high) >> one) | (d & high)
+                tile[4 * i, quad] = (even01 & lower) | (even23 << two)
+                tile[4 * i + 1, quad] = (odd01 & lower) | (odd23 << two)
+                tile[4 * i + 2, quad] = (even01 >> two) | (even23 & upper)
+                tile[4 * i + 3, quad] = (odd01 >> two) | (odd23 & upper)
+        for i in range(4 * words):
+            target, source = turned[i], tile[i]
+            for quad in range(quads):
+                target[first // 4 + quad] = source[quad]
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def _turn_pairs(strip: Any, turned: Any, tile: Any) -> None:
+    """Transpose [rows, columns / 2] words of two 32-bit numbers to [columns, rows / 2], 64 rows at a time."""
+    lower, upper = np.uint64(0x00000000FFFFFFFF), np.uint64(0xFFFFFFFF00000000)
+    one = np.uint64(32)
+    rows, words = strip.shape
+    pairs = tile.shape[1]
+    for first in range(0, rows, 2 * pairs):
+        for pair in range(pairs):
+            row0, row1 = strip[first + 2 * pair], strip[first + 2 * pair + 1]
+            for i in range(words):
+                a, b = row0[i], row1[i]
+                tile[2 * i, pair] = (a & lower) | (b << one)
+                tile[2 * i + 1, pair] = (a >> one) | (b & upper)
+        for i in range(2 * words):
+            target, source = turned[i], tile[i]
+            for pair in range(pairs):
+                target[first // 2 + pair] = source[pair]

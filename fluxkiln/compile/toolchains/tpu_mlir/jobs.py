@@ -1,20 +1,26 @@
-"""What a build will do, and what it will take on the devices, before anything is made.
+"""What a build has to do: as a list, before anything is made, and as jobs that share the cores and the memory.
 
-Nothing is traced. Where a template is in the store its keys are the build's own; where it is not, sizes come from the
-shapes of the checkpoint's tensors, and everything that follows from the template has yet to be made.
+For the list nothing is traced. Where a template is in the store its keys are the build's own; where it is not, sizes
+come from the shapes of the checkpoint's tensors, and everything that follows from the template has yet to be made.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
-from fluxkiln.artifacts.actions import ActionCache
-from fluxkiln.compile.plan import Binary, Job, Plan
-from fluxkiln.compile.templates import count_elements, find_template, net_name
+from fluxkiln.artifacts.actions import Action, ActionCache
+from fluxkiln.compile.plan import Binary, Job, Made, Plan
+from fluxkiln.compile.process import JobPool
+from fluxkiln.compile.templates import count_elements, find_template, net_name, tell_template
 from fluxkiln.compile.tensors import part_bytes, part_refs, search_memory
 from fluxkiln.compile.toolchain import TRACE_MEMORY
-from fluxkiln.compile.toolchains.tpu_mlir.cast_file import CAST_MEMORY, combine_action, part_action
-from fluxkiln.compile.toolchains.tpu_mlir.devices import file_of, group_parts
+from fluxkiln.compile.toolchains.tpu_mlir.cast import CAST_MEMORY, cast_file, part_action
+from fluxkiln.compile.toolchains.tpu_mlir.devices import file_of, group_parts, plan_devices
 from fluxkiln.compile.toolchains.tpu_mlir.moulds import (
     Mould,
     cast_part,
@@ -22,9 +28,18 @@ from fluxkiln.compile.toolchains.tpu_mlir.moulds import (
     compile_memory,
     compile_part,
     find_mould,
+    make_mould,
+    mould_action,
+    needs_proof,
+    proof_part,
+    prove_cast,
+    prove_mould,
 )
-from fluxkiln.compile.toolchains.tpu_mlir.proof import needs_proof, proof_part
+from fluxkiln.compile.toolchains.tpu_mlir.shell import combine_action, combine_shells
+from fluxkiln.compile.weights import check_methods
+from fluxkiln.errors import CompileError
 from fluxkiln.export.checkpoint import Checkpoint
+from fluxkiln.progress import FROM_STORE, Laps, Progress
 from fluxkiln.settings import Settings
 from fluxkiln.types import Part, Template
 
@@ -64,11 +79,8 @@ def planned_binaries(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> 
     planned = []
     for part in plan.parts:
         mould = moulds[part.kind]
-        facts = (
-            {"weight_bytes": part_bytes(checkpoint, plan, part), "instruction_bytes": 0, "runtime_bytes": 0}
-            if mould is None
-            else mould.result.facts
-        )
+        unknown = {"weight_bytes": part_bytes(checkpoint, plan, part), "instruction_bytes": 0, "runtime_bytes": 0}
+        facts = mould.result.facts if mould else unknown
         planned.append(Binary(part, net_name(part), plan.scheme(part), facts, "planned"))
     return planned
 
@@ -107,3 +119,154 @@ def _is_compiled(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: P
     if not checkpoint.digests:
         return False
     return cache.lookup(compile_action(checkpoint, plan, cache, part, template).key) is not None
+
+
+def make_files(
+    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, settings: Settings, progress: Progress, laps: Laps
+) -> Made:
+    """Every part's binary, in the files of the bundle.
+
+    Moulds first, and parts that cannot be cast compiled; then file by file the shells are combined and every part's
+    weights cast into it. One part of each cast kind, chosen by seed, is compiled as well and must come out identical.
+    That proves the mould, not the checkpoint: it is not repeated for a mould of the store, unless `settings.prove` asks
+    for it.
+    """
+    parts, proofs = compile_parts(checkpoint, plan, cache, settings, progress)
+    groups = group_parts(plan, parts)
+    plan_devices(plan, groups)
+    laps.lap("compile")
+    progress.stage("cast", len(parts))
+    binaries: dict[str, Binary] = {}
+    files = []
+    for name, members in groups.items():
+        file, finished = cast_file(checkpoint, plan, cache, name, members, progress, settings.jobs)
+        files.append(file)
+        binaries |= {binary.part.name: binary for binary in finished}
+    for direct, mould in proofs:
+        binaries[direct.part.name] = prove_cast(binaries[direct.part.name], direct, checkpoint, plan, cache, mould)
+    laps.lap("cast")
+    if not proofs and not any(binary.made == "compiled" for binary in parts):
+        progress.note("every part was cast from a mould of the store, without a compiler")
+    return Made(tuple(binaries[part.name] for part in plan.parts), tuple(files))
+
+
+def prove_moulds(
+    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, settings: Settings, progress: Progress
+) -> list[Mould]:
+    """The mould of every kind, each proven with other probe weights, and the combined shells of their files."""
+    with JobPool[Any](settings.jobs) as pool:
+        templates, futures = submit_moulds(pool, checkpoint, plan, cache, progress)
+        proofs: list[Future[Any]] = []
+        made: dict[str, Mould] = {}
+        progress.stage("compile", len(futures))
+        progress.stage("prove", len(futures))
+        for kind, future in futures.items():
+            made[kind] = mould = future.result()
+            if not settings.prove and not needs_proof(cache, mould):
+                progress.done("prove", kind, FROM_STORE if mould.castable else "nothing can be cast into it")
+                continue
+
+            def prove(kind: str = kind, mould: Mould = mould) -> None:
+                prove_mould(checkpoint, plan, cache, templates[kind], mould)
+                progress.done("prove", kind, "cast and compiled: identical")
+
+            memory = compile_memory(count_elements(templates[kind].slots))
+            proofs.append(pool.submit(f"proof of {kind}", memory, prove))
+        for proof in proofs:
+            proof.result()
+    if all(mould.castable for mould in made.values()):
+        groups = group_parts(plan, [cast_part(plan, part, made[part.kind]) for part in plan.parts])
+        plan_devices(plan, groups)
+        progress.stage("combine", len(groups))
+        for name, members in groups.items():
+            combine_shells(plan, cache, name, members)
+            progress.done("combine", name, f"{len(members)} nets")
+    return list(made.values())
+
+
+def compile_parts(
+    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, settings: Settings, progress: Progress
+) -> tuple[tuple[Binary, ...], list[tuple[Binary, Mould]]]:
+    """What the compiler has to do: moulds, the parts that have none, and proofs (a part with its mould)."""
+    check_methods(checkpoint, plan, cache)
+    by_kind = {kind: [part for part in plan.parts if part.kind == kind] for kind in plan.kinds()}
+    compiled: dict[str, Future[Any]] = {}
+    with JobPool[Any](settings.jobs) as pool:
+        templates, moulds = submit_moulds(pool, checkpoint, plan, cache, progress)
+        found = {kind: find_mould(checkpoint, plan, cache, template) for kind, template in templates.items()}
+        unproven = [kind for kind in templates if settings.prove or needs_proof(cache, found[kind])]
+        progress.stage("compile", len(by_kind) + len(unproven))
+
+        def submit_compile(part: Part) -> None:
+            template = templates[part.kind]
+            action = compile_action(checkpoint, plan, cache, part, template)
+            make = partial(compile_part, checkpoint, plan, cache, part, template)
+            compiled[part.name] = _submit(pool, plan, cache, progress, part.name, action, template, make)
+
+        # behind the moulds, so that the two compiles of the largest kind do not need their memory at once
+        for kind in unproven:
+            submit_compile(proof_part(by_kind[kind], settings.seed))
+        for kind, future in moulds.items():
+            mould: Mould = future.result()
+            if mould.castable:
+                continue
+            if not plan.schemes[kind].rounds_as_compiler:
+                raise CompileError(
+                    f"{kind}: {mould.why}, and the compiler rounds by itself alone; ask for "
+                    f"{kind}={replace(plan.schemes[kind], method='rtn', symmetric=False).name}"
+                )
+            progress.note(f"{kind}: {mould.why}")
+            for part in by_kind[kind]:
+                if part.name not in compiled:
+                    submit_compile(part)
+        made = {kind: future.result() for kind, future in moulds.items()}
+        direct = {name: future.result() for name, future in compiled.items()}
+    binaries = [
+        cast_part(plan, part, made[part.kind]) if made[part.kind].castable else direct[part.name] for part in plan.parts
+    ]
+    proofs = [(binary, made[binary.part.kind]) for binary in direct.values() if made[binary.part.kind].castable]
+    return tuple(binaries), proofs
+
+
+def submit_moulds(
+    pool: JobPool[Any], checkpoint: Checkpoint, plan: Plan, cache: ActionCache, progress: Progress
+) -> tuple[dict[str, Template], dict[str, Future[Any]]]:
+    """The template of every kind, traced one after the other, and its mould as a job of the pool."""
+    first = {part.kind: part for part in reversed(plan.parts)}
+    progress.stage("template", len(first))
+    templates: dict[str, Template] = {}
+    moulds: dict[str, Future[Any]] = {}
+    # the slowest first, so that the others fill the gaps
+    sizes = {kind: count_elements(part_refs(checkpoint, plan, part)) for kind, part in first.items()}
+    for kind in sorted(first, key=lambda kind: (not first[kind].traits.convolutional, -sizes[kind])):
+        graph_format = plan.target.graph_format
+        template = tell_template(checkpoint, plan, cache, kind, graph_format, progress, "template")
+        action, templates[kind] = mould_action(checkpoint, plan, template), template
+        make = partial(make_mould, checkpoint, plan, cache, template)
+        moulds[kind] = _submit(pool, plan, cache, progress, f"mould {kind}", action, template, make)
+        pool.check()
+    return templates, moulds
+
+
+def _submit(
+    pool: JobPool[Any],
+    plan: Plan,
+    cache: ActionCache,
+    progress: Progress,
+    what: str,
+    action: Action,
+    template: Template,
+    make: Callable[[], Mould | Binary],
+) -> Future[Any]:
+    """A compile as a job that tells what it did; what the store has claims no memory, so that it is never refused."""
+
+    def run() -> Mould | Binary:
+        started = time.perf_counter()
+        made = make()
+        hit, scheme = (made.result.hit, plan.schemes[made.kind].name) if isinstance(made, Mould) else (made.hit, "")
+        done = FROM_STORE if hit else f"compiled in {time.perf_counter() - started:.1f} s"
+        progress.done("compile", f"{what} {scheme}".rstrip(), done)
+        return made
+
+    claim = 0 if cache.lookup(action.key) else compile_memory(count_elements(template.slots))
+    return pool.submit(what, claim, run)

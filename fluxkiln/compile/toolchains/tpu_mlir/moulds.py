@@ -1,31 +1,44 @@
-"""The stages that need the compiler: moulds, and parts compiled with their own weights.
+"""The stages that need the compiler: moulds, the proof of each, and parts compiled with their own weights.
 
 A mould is a kind compiled once with random probe weights: its bmodel without them (the shell), the map that says which
 bytes of its weights come from which slot, and the lowered graph for the interpreter. No checkpoint is in its key, and
-no method of rounding, unless it needs more than codes: then the kind is compiled with that.
+no method of rounding, unless it needs more than codes: then the kind is compiled with that. Its proof is that what the
+compiler makes of other weights and what is cast of them are identical.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fluxkiln.artifacts.actions import Action, ActionCache, ActionResult, run_action
 from fluxkiln.artifacts.code import code_version
+from fluxkiln.compile.onnx.filled import fill
 from fluxkiln.compile.plan import Binary, Plan
 from fluxkiln.compile.templates import mould_net, net_name, weights_digest
-from fluxkiln.compile.toolchains.tpu_mlir import environment
-from fluxkiln.compile.toolchains.tpu_mlir.environment import TPU_MLIR_VERSION, TpuMlirEnv
+from fluxkiln.compile.toolchains.tpu_mlir.bmodel import hash_span, read_bmodel
+from fluxkiln.compile.toolchains.tpu_mlir.cast import cast_region, cast_source, read_map
+from fluxkiln.compile.toolchains.tpu_mlir.coefficients import Probe, learn_map, probe_reader
+from fluxkiln.compile.toolchains.tpu_mlir.compiler import Compiled, CompileJob, compile_graph, require_compiler
+from fluxkiln.compile.toolchains.tpu_mlir.environment import TPU_MLIR_VERSION
+from fluxkiln.compile.toolchains.tpu_mlir.gelu import fuse_tanh_gelu
+from fluxkiln.compile.toolchains.tpu_mlir.graphs import add_side_tensors, small_work_first
+from fluxkiln.compile.toolchains.tpu_mlir.shell import lay_out, make_shell
 from fluxkiln.compile.weights import part_weights, rounding_key
 from fluxkiln.digests import digest_json
-from fluxkiln.errors import CompileError, ToolchainError
+from fluxkiln.errors import CompileError
 from fluxkiln.export.bindings import bind_part
 from fluxkiln.export.checkpoint import Checkpoint
-from fluxkiln.types import Part, Template
+from fluxkiln.files import digest_file
+from fluxkiln.quantize.pack import RounderOf
+from fluxkiln.quantize.rounders import as_compiler
+from fluxkiln.types import Part, Template, WeightReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +47,10 @@ class Mould:
 
     kind: str
     result: ActionResult
-    why: str
+
+    @property
+    def why(self) -> str:
+        return str(self.result.facts["why"])
 
     @property
     def castable(self) -> bool:
@@ -43,18 +59,14 @@ class Mould:
 
 def make_mould(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, template: Template) -> Mould:
     """A kind compiled with probe weights, and the map of its bytes; or the reason why it has none."""
-    from fluxkiln.compile.toolchains.tpu_mlir.coefficients import Probe, learn_map, probe_reader
-    from fluxkiln.compile.toolchains.tpu_mlir.shell import make_shell
-
-    scheme = plan.schemes[template.kind]
-    net = mould_net(plan, template.kind)
+    scheme, net = plan.schemes[template.kind], mould_net(plan, template.kind)
 
     def produce(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
         import numpy as np
 
         form = compiled_form(plan, template, folder)
 
-        def compile_probe(seed: int) -> Any:
+        def compile_probe(seed: int) -> tuple[Compiled, WeightReader]:
             place = folder / f"probe-{seed}"
             place.mkdir()
             reader = probe_reader(form.slots, seed)
@@ -68,9 +80,8 @@ def make_mould(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, template:
         with ExitStack() as loaded:
             arrays = loaded.enter_context(np.load(compiled.weights))
             names = [spec.name for spec in form.slots]
-            bits, group = scheme.weight_bits, scheme.group_size
             try:
-                found = learn_map(compiled.bmodel, arrays, names, reader, group, bits, again)
+                found = learn_map(compiled.bmodel, arrays, names, reader, scheme.group_size, scheme.weight_bits, again)
             except CompileError as error:
                 if not scheme.codes_only:
                     raise  # compiled one by one, its parts would be rounded as the compiler does
@@ -80,18 +91,13 @@ def make_mould(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, template:
         outputs["map"].write_text(json.dumps(found.to_json()))
         return outputs, {**compiled.facts, "why": ""}
 
-    result = run_action(cache, mould_action(checkpoint, plan, template), produce)
-    return Mould(template.kind, result, str(result.facts["why"]))
+    return Mould(template.kind, run_action(cache, mould_action(checkpoint, plan, template), produce))
 
 
 def compiled_form(plan: Plan, template: Template, folder: Path) -> Template:
     """What is compiled of a kind: its template, or where the method needs more than codes, a graph with that."""
     scheme = plan.schemes[template.kind]
-    if scheme.codes_only:
-        return template
-    from fluxkiln.compile.toolchains.tpu_mlir.side_tensors import add_side_tensors
-
-    return add_side_tensors(template, scheme, folder / "sided.onnx")
+    return template if scheme.codes_only else add_side_tensors(template, scheme, folder / "sided.onnx")
 
 
 def mould_action(checkpoint: Checkpoint, plan: Plan, template: Template) -> Action:
@@ -104,37 +110,30 @@ def mould_action(checkpoint: Checkpoint, plan: Plan, template: Template) -> Acti
 def find_mould(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, template: Template) -> Mould | None:
     """The mould of a kind if it is in the store."""
     result = cache.lookup(mould_action(checkpoint, plan, template).key)
-    return None if result is None else Mould(template.kind, result, str(result.facts["why"]))
+    return None if result is None else Mould(template.kind, result)
 
 
 def cast_part(plan: Plan, part: Part, mould: Mould) -> Binary:
     """A part that is to be cast: its mould says what its binary is made of; no byte of it is written yet."""
-    blobs = mould.result.outputs
-    return Binary(
-        part, net_name(part), plan.scheme(part), mould.result.facts, "cast",
-        {name: blobs[name] for name in ("shell", "lowered", "map")},
-    )  # fmt: skip
+    blobs = {name: mould.result.outputs[name] for name in ("shell", "lowered", "map")}
+    return Binary(part, net_name(part), plan.scheme(part), mould.result.facts, "cast", blobs)
 
 
 def compile_part(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, template: Template) -> Binary:
     """A part compiled with its own weights."""
-    from fluxkiln.compile.toolchains.tpu_mlir.shell import make_shell
+    net = net_name(part)
 
     def produce(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
-        form, reader = (
-            compiled_form(plan, template, folder),
-            part_weights(checkpoint, plan, cache, part, template),
-        )
-        compiled = compile_weights(checkpoint, plan, form, net_name(part), reader, folder, part.name)
+        form = compiled_form(plan, template, folder)
+        reader = part_weights(checkpoint, plan, cache, part, template)
+        compiled = compile_weights(checkpoint, plan, form, net, reader, folder, part.name)
         shell = folder / "shell.bmodel"
-        make_shell(compiled.bmodel, net_name(part), shell)
+        make_shell(compiled.bmodel, net, shell)
         outputs = {"bmodel": compiled.bmodel, "lowered": compiled.lowered, "weights": compiled.weights}
         return {**outputs, "shell": shell}, dict(compiled.facts)
 
     result = run_action(cache, compile_action(checkpoint, plan, cache, part, template), produce)
-    return Binary(
-        part, net_name(part), plan.scheme(part), result.facts, "compiled", result.outputs, hit=result.hit
-    )  # fmt: skip
+    return Binary(part, net, plan.scheme(part), result.facts, "compiled", result.outputs, hit=result.hit)
 
 
 def compile_action(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, template: Template) -> Action:
@@ -154,19 +153,6 @@ def compile_memory(elements: int) -> int:
     Measured on a double block of FLUX.1's width: 2.5 GB with 1.36 GB of weights.
     """
     return (700 << 20) + int(1.4 * 4 * elements)
-
-
-def require_compiler(what: str) -> TpuMlirEnv:
-    """TPU-MLIR's environment; ToolchainError when it is not there and the store lacks `what`."""
-    env = environment.installed()
-    if env is None:
-        raise ToolchainError(
-            f"{what} is not in the store, and TPU-MLIR, which makes it, is not installed in "
-            f"{environment.default_tpu_mlir_root()}; run make env-tpu-mlir, name a finished environment with "
-            "FLUXKILN_TPU_MLIR, or bring moulds from a machine that has it (fluxkiln mould export there, fluxkiln "
-            "mould import here)"
-        )
-    return env
 
 
 def _compile_action(
@@ -200,21 +186,15 @@ def compile_weights(
     plan: Plan,
     template: Template,
     net: str,
-    read_weight: Any,
+    read_weight: WeightReader,
     folder: Path,
     log_name: str,
-) -> Any:
-    """Compile a template with the weights that `read_weight` gives, in `folder`; returns `tpu_mlir.Compiled`."""
-    from fluxkiln.compile.onnx.filled import fill
-    from fluxkiln.compile.toolchains.tpu_mlir.compiler import CompileJob, compile_graph
-    from fluxkiln.compile.toolchains.tpu_mlir.gelu import fuse_tanh_gelu
-    from fluxkiln.compile.toolchains.tpu_mlir.order import small_work_first
-
+) -> Compiled:
+    """Compile a template with the weights that `read_weight` gives, in `folder`."""
     env = require_compiler(f"{net} {plan.schemes[template.kind].name}")
     activations = {spec.name for spec in template.inputs}
-    graph = folder / f"{net}.onnx"
+    graph, work = folder / f"{net}.onnx", folder / "work"
     fill(template.path, activations, read_weight, graph, (fuse_tanh_gelu, small_work_first))
-    work = folder / "work"
     work.mkdir()
     kind = checkpoint.model.kinds[template.kind]
     narrow_inputs, narrow_outputs = plan.target.narrows(kind)
@@ -231,3 +211,98 @@ def compile_weights(
         ordered=kind.ordered,
     )
     return compile_graph(env, job, work, plan.logs / f"{log_name}.log")
+
+
+def proof_part(parts: list[Part], seed: int) -> Part:
+    """The part of a kind that is compiled as well as cast: any of them, but the same for the same seed."""
+    key = hashlib.sha256(f"{seed}/{parts[0].kind}".encode()).digest()
+    return parts[int.from_bytes(key[:4], "little") % len(parts)]
+
+
+def proof_action(mould: Mould) -> Action:
+    """The key of a mould's proof: its bytes, their map, and the code that compiles and casts probe weights.
+
+    No checkpoint is in it and no other method of rounding: that a cast has its weights in the right places is proven.
+    """
+    inputs = {name: mould.result.outputs[name].digest for name in ("shell", "map")}
+    return Action("proof", f"casts of {mould.kind}", code_version(prove_mould), inputs)
+
+
+def needs_proof(cache: ActionCache, mould: Mould | None) -> bool:
+    """Whether casts of this kind have yet to be proven: the mould is still to be made, or no proof was recorded."""
+    if mould is None:
+        return True
+    return mould.castable and cache.lookup(proof_action(mould).key) is None
+
+
+def prove_mould(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, template: Template, mould: Mould) -> None:
+    """Compile other probe weights and cast them into the mould: both must come out identical.
+
+    Raises:
+        CompileError: they differ.
+    """
+    net = mould_net(plan, mould.kind)
+    with cache.store.workdir(f"proof of {mould.kind}") as folder:
+        form = compiled_form(plan, template, folder)
+        reader = probe_reader(form.slots, seed=1)
+        compiled = compile_weights(checkpoint, plan, form, net, reader, folder, f"proof.{mould.kind}").bmodel
+        (direct,) = read_bmodel(compiled).nets
+        make_shell(compiled, net, folder / "shell.bmodel")
+        made = _cast_into(plan, cache, mould, direct.coefficients.size, folder / "cast.bmodel", reader)
+        same_shell = digest_file(folder / "shell.bmodel")[0] == mould.result.outputs["shell"].digest
+        _judge(mould.kind, made == hash_span(compiled, direct.coefficients), same_shell)
+    cache.record(proof_action(mould), {}, {"part": "", "weights": "probe weights of seed 1"})
+
+
+def prove_cast(
+    cast: Binary, direct: Binary, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, mould: Mould
+) -> Binary:
+    """The cast part, marked as proven; later builds find the proof recorded for `mould`.
+
+    Its stored weights must have the digest of those in the direct compile, and all else of the two must be the same
+    bytes but for the net's name. Where the scheme's method is not the compiler's, the part is cast once more as the
+    compiler rounds, which must be identical, and once more by its own method, which must be what was shipped: so the
+    shipped weights differ from the compiler's in their codes, scales and zero points, and in nothing else. By a method
+    that needs more than codes both round what is left of the weights, and what stands beside the codes is the same.
+
+    Raises:
+        CompileError: the cast differs from what the compiler itself makes of the same weights.
+    """
+    compiled = cache.path(direct.blobs["bmodel"])
+    (net,) = read_bmodel(compiled).nets
+    expected = hash_span(compiled, net.coefficients)
+    with cache.store.workdir(f"proof of {cast.part.name}") as folder:
+        if cast.scheme.rounds_as_compiler:
+            same = "sha256:" + expected.hex() == cast.digest
+        else:
+            reader, own = cast_source(checkpoint, plan, cache, cast.part)
+            cast_by = partial(_cast_into, plan, cache, mould, net.coefficients.size, folder / "cast.bmodel", reader)
+            same = cast_by(as_compiler) == expected and "sha256:" + cast_by(own).hex() == cast.digest
+        make_shell(cache.path(cast.blobs["shell"]), cast.net, folder / "shell.bmodel")
+        _judge(cast.part.name, same, digest_file(folder / "shell.bmodel")[0] == direct.blobs["shell"].digest)
+    cache.record(proof_action(mould), {}, {"part": cast.part.name, "weights": cast.digest})
+    return replace(cast, made="cast, compiled: identical")
+
+
+def _cast_into(
+    plan: Plan,
+    cache: ActionCache,
+    mould: Mould,
+    size: int,
+    target: Path,
+    read_weight: WeightReader,
+    rounder_of: RounderOf = as_compiler,
+) -> bytes:
+    """The digest of `size` bytes of weights, cast into the mould's own shell."""
+    blobs = mould.result.outputs
+    (region,) = lay_out(cache.path(blobs["shell"]), {mould_net(plan, mould.kind): size}, target).values()
+    return cast_region(target, region, read_map(cache, blobs["map"]), read_weight, rounder_of)
+
+
+def _judge(what: str, same_weights: bool, same_shell: bool) -> None:
+    differing = [name for name, same in (("weights", same_weights), ("instructions", same_shell)) if not same]
+    if differing:
+        raise CompileError(
+            f"{what}: its {' and '.join(differing)} differ from what the compiler makes of the same weights, and they "
+            "must be equal; the mould's map is wrong: this is a bug of fluxkiln, and nothing was written"
+        )

@@ -15,17 +15,24 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from fluxkiln.artifacts.actions import Action, ActionCache, run_action
+from fluxkiln.artifacts.code import code_version
+from fluxkiln.compile.plan import Binary, Plan
 from fluxkiln.compile.toolchains.tpu_mlir.bmodel import (
     HEADER,
     HEADER_BYTES,
     BmodelNet,
     Span,
     Table,
+    find_bmodel_net,
     normalise_time,
     read_bmodel,
     root_table,
 )
+from fluxkiln.compile.toolchains.tpu_mlir.compiler import combine, require_compiler
+from fluxkiln.compile.toolchains.tpu_mlir.environment import TPU_MLIR_VERSION
 from fluxkiln.errors import CompileError, IntegrityError
 
 PAGE = 4096
@@ -136,6 +143,35 @@ def lay_out(combined: Path, sizes: Mapping[str, int], target: Path) -> dict[str,
     return regions
 
 
+def combine_shells(plan: Plan, cache: ActionCache, name: str, binaries: list[Binary]) -> Path:
+    """One bmodel with every part's net in order, each with a page in place of its weights."""
+
+    def produce(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
+        env = require_compiler(f"the combined shell of {name}")
+        shells = []
+        for binary in binaries:
+            shells.append(folder / f"{binary.net}.bmodel")
+            make_shell(cache.path(binary.blobs["shell"]), binary.net, shells[-1])
+        target = folder / "combined" / name
+        target.parent.mkdir()
+        combine(env, plan.target.chip, shells, target, plan.logs / f"{name}.log")
+        return {"shell": target}, {}
+
+    return cache.path(run_action(cache, combine_action(plan, name, binaries), produce).outputs["shell"])
+
+
+def combine_action(plan: Plan, name: str, binaries: list[Binary]) -> Action:
+    """The key of a combined shell: its nets in order. No checkpoint is in it where all of them are cast."""
+    return Action(
+        stage="combine",
+        what=f"shell of {name}",
+        code_version=code_version(combine_shells),
+        inputs={binary.net: binary.blobs["shell"].digest for binary in binaries},
+        settings={"chip": plan.target.chip, "order": [binary.net for binary in binaries]},
+        tools={"tpu_mlir": TPU_MLIR_VERSION},
+    )
+
+
 def copy_region(bmodel: Path, target: Path, region: Span) -> bytes:
     """Copy the coefficients of a single-net bmodel to their region of a combined file.
 
@@ -148,27 +184,30 @@ def copy_region(bmodel: Path, target: Path, region: Span) -> bytes:
     (net,) = read_bmodel(bmodel).nets
     if net.coefficients.size != region.size:
         raise CompileError(f"{bmodel} has {net.coefficients.size} bytes of coefficients, the region {region.size}")
-    digest = hashlib.sha256()
-    with bmodel.open("rb", buffering=0) as source, target.open("r+b", buffering=0) as file:
+    with bmodel.open("rb") as source:
         source.seek(net.check_code.start)
         code = source.read(net.check_code.size)
-        source.seek(net.coefficients.start)
-        file.seek(region.start)
-        for start in range(0, region.size, _BLOCK):
-            block = source.read(min(_BLOCK, region.size - start))
-            digest.update(block)
-            file.write(block)
-    if digest.digest() != code:
+    if copy_bytes(bmodel, net.coefficients.start, target, region) != code:
         raise IntegrityError(f"{bmodel}: the weights of net {net.name} do not have their check code; compile it again")
     return code
 
 
+def copy_bytes(source: Path, start: int, target: Path, region: Span) -> bytes:
+    """Copy bytes from `start` of a file to their region of another; their sha256."""
+    digest = hashlib.sha256()
+    with source.open("rb", buffering=0) as file, target.open("r+b", buffering=0) as copy:
+        file.seek(start)
+        copy.seek(region.start)
+        for done in range(0, region.size, _BLOCK):
+            block = file.read(min(_BLOCK, region.size - done))
+            digest.update(block)
+            copy.write(block)
+    return digest.digest()
+
+
 def write_check_code(target: Path, net: str, code: bytes) -> None:
     """Write the sha256 of a net's coefficients, by which the runtime tells whether nets share them."""
-    nets = {one.name: one for one in read_bmodel(target).nets}
-    if net not in nets:
-        raise CompileError(f"{target} has no net {net!r}; it has {', '.join(nets)}")
-    span = nets[net].check_code
+    span = find_bmodel_net(target, net).check_code
     if span.size != len(code):
         raise CompileError(f"the check code of net {net} has {span.size} bytes in {target}, {len(code)} are given")
     with target.open("r+b", buffering=0) as file:

@@ -4,8 +4,8 @@ One JSON request a line on stdin, one JSON answer a line on the stream that was 
 themselves, so their prints are sent to stderr). Requests:
     {"file": path, "net": name or "", "inputs": npz, "outputs": npz, "values": names}
 A `.bmodel` runs on the chip's simulator, a `.mlir` in the compiler's interpreter. `values` asks for values of a lowered
-graph in place of its outputs. Answers: {"ok": true, "seconds": s}
-or {"ok": false, "error": text}. Inputs are float32 or integers; outputs are written as float32.
+graph in place of its outputs. Answers: {"ok": true, "seconds": s} or {"ok": false, "error": text}.
+Inputs are float32 or integers; outputs are written as float32.
 """
 
 import json
@@ -81,7 +81,7 @@ def run_lowered(file: str, values: list[str], inputs: Arrays) -> Arrays:
 
 
 def inputs_first(file: str) -> bool:
-    """Whether a lowered graph declares its inputs before all else (`fluxkiln.compile.toolchains.tpu_mlir.lowered`).
+    """Whether a lowered graph declares its inputs before all else (`fluxkiln.compile.toolchains.tpu_mlir.graphs`).
 
     Only then may activations be put in one another's place: an input would be in that of another.
     """

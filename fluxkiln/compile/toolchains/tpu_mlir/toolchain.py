@@ -14,7 +14,6 @@ from fluxkiln.compile.executor import Executor
 from fluxkiln.compile.plan import Job, Made, Plan
 from fluxkiln.compile.toolchain import API, Climb, Rungs, Toolchain, ToolStatus, Work
 from fluxkiln.compile.toolchains.tpu_mlir import environment
-from fluxkiln.compile.toolchains.tpu_mlir.gates import GATES, RUNGS
 from fluxkiln.compile.toolchains.tpu_mlir.python310 import find_python310
 from fluxkiln.errors import ToolchainError
 from fluxkiln.export.checkpoint import Checkpoint
@@ -22,6 +21,7 @@ from fluxkiln.progress import Laps, Progress
 from fluxkiln.settings import Settings
 from fluxkiln.types import Part
 from fluxkiln.verify.findings import PartFindings, Record
+from fluxkiln.verify.gates import STORED, Gate, Rung
 
 if TYPE_CHECKING:
     from fluxkiln.verify.ladder import Ladder
@@ -29,6 +29,34 @@ if TYPE_CHECKING:
 # Elements that one convolution makes in the interpreter, which takes a plain loop for them: with 1.7e7 the whole tiny
 # decoder takes 4 s, with 6.7e7 one convolution takes minutes.
 MOST_CONVOLVED = 30_000_000
+
+RUNGS: tuple[Rung, ...] = (
+    Rung("interpreter", 8, "the compiler's lowered graph, interpreted",
+         "lowering: the precision of activations, or one operator", STORED, series=4),
+    Rung("stored", 9, "the weights in the binary, byte by byte",
+         "casting: a code, scale or zero point that is not the one this scheme makes of this weight", series=1,
+         exact=True),
+    Rung("simulator", 10, "the compiled binary on the chip's simulator",
+         "code generation, or coefficients cast into the wrong place", STORED, series=5),
+)  # fmt: skip
+_COMPILED = "interpreter|simulator"
+
+GATES: tuple[Gate, ...] = (
+    Gate("stored", "*", "*", "*", "max_abs", 0.0, "reference",
+         "a cast writes the very bytes that the scheme makes of the checkpoint's weights, and no other"),
+    Gate("interpreter", "F32", "part", "*", "relative_l2", 5e-6, "reference",
+         "float32 by yet other kernels, which sum in another order, as ONNX Runtime's do"),
+    Gate("simulator", "F32", "part", "*", "relative_l2", 1e-6, "reference",
+         "float32 weights and arithmetic on the chip: 5e-8 was measured on a block"),
+    # With quantization out of the way: the compiled arithmetic against the rung before it.
+    Gate(_COMPILED, "W4BF16*|W8BF16*", "whole", "*", "relative_l2", 6e-3, "previous",
+         "the same codes on both sides, so only BF16 arithmetic may differ"),
+    Gate(_COMPILED, "W4BF16*|W8BF16*", "residual", "*", "delta_cosine", 0.999, "previous",
+         "the same codes on both sides, so the delta must agree as well as it does in BF16"),
+    Gate(_COMPILED, "BF16|W8BF16*|W4BF16*", "block", "*", "worst_channel", 0.2, "previous",
+         "a wrong scale or bias moves one channel by its own size, BF16 moves none by more than twice its 4 %",
+         proposed=True),
+)  # fmt: skip
 
 
 class TpuMlir(Toolchain):
@@ -67,14 +95,14 @@ class TpuMlir(Toolchain):
     def make(
         self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, settings: Settings, progress: Progress, laps: Laps
     ) -> Made:
-        from fluxkiln.compile.toolchains.tpu_mlir.compilation import make_files
+        from fluxkiln.compile.toolchains.tpu_mlir.jobs import make_files
 
         return make_files(checkpoint, plan, cache, settings, progress, laps)
 
     def build_moulds(
         self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, settings: Settings, progress: Progress
     ) -> set[str]:
-        from fluxkiln.compile.toolchains.tpu_mlir.compilation import prove_moulds
+        from fluxkiln.compile.toolchains.tpu_mlir.jobs import prove_moulds
 
         return {mould.result.key for mould in prove_moulds(checkpoint, plan, cache, settings, progress)}
 
@@ -103,23 +131,19 @@ class TpuMlir(Toolchain):
     def look(
         self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, record: Record, progress: Progress
     ) -> PartFindings:
-        from fluxkiln.compile.toolchains.tpu_mlir.look import look
+        from fluxkiln.compile.toolchains.tpu_mlir.rungs import look
 
         return look(checkpoint, plan, cache, part, record, progress)
 
     def report(self, checkpoint: Checkpoint, plan: Plan, made: Made) -> dict[str, Any]:
-        from fluxkiln.compile.toolchains.tpu_mlir.report import report_devices
+        from fluxkiln.compile.toolchains.tpu_mlir.devices import report_devices
 
         return report_devices(checkpoint, plan, made.binaries)
 
     def open_executor(self, bundle: Bundle, name: str | None, options: Mapping[str, Any]) -> Executor:
-        if name == "sail":
-            from fluxkiln.compile.toolchains.tpu_mlir.sail import SailExecutor
+        from fluxkiln.compile.toolchains.tpu_mlir.executors import SailExecutor, open_cmodel
 
-            return SailExecutor(bundle.nets, int(options.get("device", 0)))
-        from fluxkiln.compile.toolchains.tpu_mlir.cmodel import open_cmodel
-
-        return open_cmodel(bundle)
+        return SailExecutor(bundle.nets, int(options.get("device", 0))) if name == "sail" else open_cmodel(bundle)
 
     def doctor(self) -> Sequence[ToolStatus]:
         from fluxkiln.compile.doctor import runtime_status

@@ -11,12 +11,12 @@ from fluxkiln.artifacts.bundle import verify_bundle, write_bundle
 from fluxkiln.artifacts.store import open_store
 from fluxkiln.compile.toolchains.tpu_mlir.bmodel import (
     CANONICAL_TIME,
-    check_codes,
     hash_span,
     normalise_time,
     read_bmodel,
 )
 from fluxkiln.errors import IntegrityError
+from tests.compile.bmodels import check_codes
 
 pytestmark = pytest.mark.tpu_mlir
 

@@ -13,18 +13,19 @@ import pytest
 
 from fluxkiln.compile.templates import make_template
 from fluxkiln.compile.toolchains.tpu_mlir import compiler as adapter
-from fluxkiln.compile.toolchains.tpu_mlir.bmodel import CANONICAL_TIME, Span, check_codes, hash_span, read_bmodel
+from fluxkiln.compile.toolchains.tpu_mlir.bmodel import CANONICAL_TIME, Span, hash_span, read_bmodel
 from fluxkiln.compile.toolchains.tpu_mlir.cast import cast_region, cast_weight_file, compare_stored
 from fluxkiln.compile.toolchains.tpu_mlir.coefficients import CoefficientMap, Placement, Probe, learn_map
 from fluxkiln.compile.toolchains.tpu_mlir.compiler import combine
+from fluxkiln.compile.toolchains.tpu_mlir.executors import Simulator
 from fluxkiln.compile.toolchains.tpu_mlir.forms import Form, form_bytes
 from fluxkiln.compile.toolchains.tpu_mlir.moulds import make_mould
 from fluxkiln.compile.toolchains.tpu_mlir.shell import lay_out, make_shell, write_check_code
-from fluxkiln.compile.toolchains.tpu_mlir.simulator import Simulator
 from fluxkiln.errors import CompileError, IntegrityError
 from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.export.synth.checkpoint import synthesize
 from fluxkiln.types import find_part
+from tests.compile.bmodels import check_codes
 
 pytestmark = pytest.mark.tpu_mlir
 

@@ -10,12 +10,13 @@ import pytest
 from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.artifacts.store import Store
 from fluxkiln.compile.templates import make_template
-from fluxkiln.compile.toolchains.tpu_mlir.bmodel import check_codes, read_bmodel
-from fluxkiln.compile.toolchains.tpu_mlir.cast_file import cast_file
+from fluxkiln.compile.toolchains.tpu_mlir.bmodel import read_bmodel
+from fluxkiln.compile.toolchains.tpu_mlir.cast import cast_file
 from fluxkiln.compile.toolchains.tpu_mlir.moulds import cast_part, make_mould
 from fluxkiln.errors import CheckpointError
 from fluxkiln.progress import Silent
 from tests.builds import altered
+from tests.compile.bmodels import check_codes
 
 pytestmark = pytest.mark.tpu_mlir
 NAME = "blocks.bmodel"

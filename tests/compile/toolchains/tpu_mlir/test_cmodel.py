@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from fluxkiln.compile.executor import Net
-from fluxkiln.compile.toolchains.tpu_mlir import cmodel
 from fluxkiln.compile.toolchains.tpu_mlir import environment as tpu_mlir_env
-from fluxkiln.compile.toolchains.tpu_mlir.cmodel import NET_SECONDS, count_costliest
+from fluxkiln.compile.toolchains.tpu_mlir import executors as cmodel
+from fluxkiln.compile.toolchains.tpu_mlir.executors import NET_SECONDS, count_costliest
 from fluxkiln.compile.toolchains.tpu_mlir.toolchain import TOOLCHAIN
 from fluxkiln.errors import CompileError, ToolchainError, UsageError
 from fluxkiln.patches.flux1.kinds import KINDS

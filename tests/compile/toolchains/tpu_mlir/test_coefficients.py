@@ -22,9 +22,8 @@ from fluxkiln.compile.toolchains.tpu_mlir.coefficients import (
     probe_reader,
     probe_weight,
 )
-from fluxkiln.compile.toolchains.tpu_mlir.compilation import compile_parts
-from fluxkiln.compile.toolchains.tpu_mlir.moulds import make_mould, mould_action
-from fluxkiln.compile.toolchains.tpu_mlir.proof import prove_cast
+from fluxkiln.compile.toolchains.tpu_mlir.jobs import compile_parts
+from fluxkiln.compile.toolchains.tpu_mlir.moulds import make_mould, mould_action, prove_cast
 from fluxkiln.errors import CompileError
 from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.progress import Silent

@@ -17,7 +17,7 @@ from fluxkiln.compile.targets import find_target
 from fluxkiln.compile.templates import make_template
 from fluxkiln.compile.toolchains.tpu_mlir import compiler as adapter
 from fluxkiln.compile.toolchains.tpu_mlir.compiler import CompileJob, check_fusions, compile_graph, f32_table
-from fluxkiln.compile.toolchains.tpu_mlir.simulator import Simulator
+from fluxkiln.compile.toolchains.tpu_mlir.executors import Simulator
 from fluxkiln.errors import CompileError, SchemeError
 from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.patches.flux1.kinds import KINDS

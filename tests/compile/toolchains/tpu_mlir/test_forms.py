@@ -8,8 +8,17 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fluxkiln.compile.toolchains.tpu_mlir.forms import BLOCK_BYTES, Form, FormMaker, SlotRows, candidates, form_bytes
-from fluxkiln.compile.toolchains.tpu_mlir.reorder import deal_lanes, group_channels, store_as
+from fluxkiln.compile.toolchains.tpu_mlir.forms import (
+    BLOCK_BYTES,
+    Form,
+    FormMaker,
+    SlotRows,
+    candidates,
+    deal_lanes,
+    form_bytes,
+    group_channels,
+    store_as,
+)
 from tests.quantize.weights import pack_int4, pack_int8
 
 SHAPES = ((192, 128), (192,), (24,), (64, 16, 3, 3), (3, 32, 3, 3))

@@ -13,8 +13,8 @@ from onnx import TensorProto, helper
 from fluxkiln.compile.onnx.filled import fill
 from fluxkiln.compile.toolchains.tpu_mlir import compiler as adapter
 from fluxkiln.compile.toolchains.tpu_mlir.compiler import CompileJob, compile_graph
+from fluxkiln.compile.toolchains.tpu_mlir.executors import Simulator
 from fluxkiln.compile.toolchains.tpu_mlir.gelu import CUBIC, INNER, fuse_tanh_gelu
-from fluxkiln.compile.toolchains.tpu_mlir.simulator import Simulator
 from fluxkiln.quantize.schemes import parse_scheme
 
 SHAPE = (1, 8, 256)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fluxkiln.compile.templates import make_template
-from fluxkiln.compile.toolchains.tpu_mlir.look import check_lowered, lowered_run, lowered_values
+from fluxkiln.compile.toolchains.tpu_mlir.rungs import check_lowered, lowered_run, lowered_values
 from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.quantize.schemes import parse_scheme
 from fluxkiln.types import find_part
@@ -57,7 +57,7 @@ def compiled(kiln, tpu_mlir, tmp_path_factory):
 @pytest.fixture
 def look(compiled, opened, tpu_mlir, tmp_path):
     """(part, scheme, spoil) -> findings of its lowered graph, after `spoil` changed its text and weights."""
-    from fluxkiln.compile.toolchains.tpu_mlir.simulator import Simulator
+    from fluxkiln.compile.toolchains.tpu_mlir.executors import Simulator
 
     def run(name, scheme, spoil=None, keep_f32=True):
         found = compiled(name, scheme, keep_f32)

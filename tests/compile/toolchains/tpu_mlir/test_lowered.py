@@ -9,9 +9,9 @@ import pytest
 
 from fluxkiln.compile.templates import make_template
 from fluxkiln.compile.toolchains.tpu_mlir.compiler import weight_file
-from fluxkiln.compile.toolchains.tpu_mlir.lowered import lean_graph
+from fluxkiln.compile.toolchains.tpu_mlir.executors import Simulator
+from fluxkiln.compile.toolchains.tpu_mlir.graphs import lean_graph
 from fluxkiln.compile.toolchains.tpu_mlir.moulds import compile_part
-from fluxkiln.compile.toolchains.tpu_mlir.simulator import Simulator
 from fluxkiln.compile.toolchains.tpu_mlir.simulator_worker import inputs_first
 from fluxkiln.errors import CompileError
 from fluxkiln.patches.flux1.kinds import KINDS

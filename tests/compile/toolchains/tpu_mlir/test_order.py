@@ -10,7 +10,7 @@ import pytest
 from fluxkiln.compile.onnx.filled import fill
 from fluxkiln.compile.toolchains.tpu_mlir.coefficients import probe_reader
 from fluxkiln.compile.toolchains.tpu_mlir.compiler import CompileJob, compile_graph
-from fluxkiln.compile.toolchains.tpu_mlir.order import TOKEN_INPUTS, small_work_first
+from fluxkiln.compile.toolchains.tpu_mlir.graphs import TOKEN_INPUTS, small_work_first
 from fluxkiln.quantize.schemes import parse_scheme
 
 

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fluxkiln.compile.toolchains.tpu_mlir.reorder import LANES, Transposed, deal_lanes, group_channels, store_as
+from fluxkiln.compile.toolchains.tpu_mlir.forms import LANES, Transposed, deal_lanes, group_channels, store_as
 
 RNG = np.random.default_rng(0)
 

@@ -11,11 +11,10 @@ import pytest
 from fluxkiln.compile.plan import BundleFile, Made
 from fluxkiln.compile.rungs import onnxruntime_rung
 from fluxkiln.compile.templates import make_template
-from fluxkiln.compile.toolchains.tpu_mlir.bmodel import check_codes, read_bmodel
+from fluxkiln.compile.toolchains.tpu_mlir.bmodel import read_bmodel
 from fluxkiln.compile.toolchains.tpu_mlir.cast import cast_region
 from fluxkiln.compile.toolchains.tpu_mlir.coefficients import CoefficientMap
-from fluxkiln.compile.toolchains.tpu_mlir.moulds import make_mould
-from fluxkiln.compile.toolchains.tpu_mlir.proof import prove_cast
+from fluxkiln.compile.toolchains.tpu_mlir.moulds import make_mould, prove_cast
 from fluxkiln.compile.toolchains.tpu_mlir.rungs import read_back
 from fluxkiln.compile.toolchains.tpu_mlir.shell import write_check_code
 from fluxkiln.errors import CompileError, IntegrityError
@@ -25,6 +24,7 @@ from fluxkiln.types import Shapes, find_part
 from fluxkiln.verify.gates import first_bad_rung
 from tests.builds import altered, chip_ladder
 from tests.builds import climbed as climbed_parts
+from tests.compile.bmodels import check_codes
 
 pytestmark = pytest.mark.tpu_mlir
 

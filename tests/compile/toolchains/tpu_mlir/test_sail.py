@@ -9,8 +9,8 @@ import pytest
 
 from fluxkiln.compile.executor import Net
 from fluxkiln.compile.templates import make_template
+from fluxkiln.compile.toolchains.tpu_mlir.executors import DTYPES, SailExecutor
 from fluxkiln.compile.toolchains.tpu_mlir.moulds import cast_part, make_mould
-from fluxkiln.compile.toolchains.tpu_mlir.sail import DTYPES, SailExecutor
 from fluxkiln.errors import CompileError, ResourceError, ToolchainError, UsageError
 from fluxkiln.patches.flux1.kinds import KINDS
 from fluxkiln.types import TensorSpec

@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from fluxkiln.compile.process import run_tool
-from fluxkiln.compile.toolchains.tpu_mlir.bmodel import CANONICAL_TIME, HEADER, check_codes, hash_span, read_bmodel
+from fluxkiln.compile.toolchains.tpu_mlir.bmodel import CANONICAL_TIME, HEADER, hash_span, read_bmodel
 from fluxkiln.compile.toolchains.tpu_mlir.compiler import combine
 from fluxkiln.compile.toolchains.tpu_mlir.environment import tool_argv, tpu_mlir_environ
 from fluxkiln.compile.toolchains.tpu_mlir.shell import (
@@ -21,6 +21,7 @@ from fluxkiln.compile.toolchains.tpu_mlir.shell import (
     write_check_code,
 )
 from fluxkiln.errors import CompileError, IntegrityError
+from tests.compile.bmodels import check_codes
 
 pytestmark = pytest.mark.tpu_mlir
 

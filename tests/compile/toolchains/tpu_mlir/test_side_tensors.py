@@ -9,7 +9,7 @@ import pytest
 from fluxkiln.compile.onnx.filled import weight_matmuls
 from fluxkiln.compile.onnx.session import make_session
 from fluxkiln.compile.toolchains.tpu_mlir.coefficients import probe_reader
-from fluxkiln.compile.toolchains.tpu_mlir.side_tensors import add_side_tensors
+from fluxkiln.compile.toolchains.tpu_mlir.graphs import add_side_tensors
 from fluxkiln.errors import SchemeError
 from fluxkiln.quantize.schemes import parse_scheme
 from fluxkiln.quantize.side_tensors import DOWN, RECIPROCALS, UP, side_slot

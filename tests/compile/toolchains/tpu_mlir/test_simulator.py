@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fluxkiln.compile.toolchains.tpu_mlir.simulator import Simulator
+from fluxkiln.compile.toolchains.tpu_mlir.executors import Simulator
 from fluxkiln.errors import CompileError, ResourceError
 
 pytestmark = pytest.mark.tpu_mlir

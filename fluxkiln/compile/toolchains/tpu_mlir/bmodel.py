@@ -27,7 +27,7 @@ _MODEL = {"time": 2, "chip": 3, "net": 4, "neuron_size": 5}
 _NET = {"name": 0, "parameter": 3}
 _PARAMETER = {"input": 0, "output": 1, "ctx_size": 3, "coeff": 4, "cmd_group": 8, "sub_net": 12, "io_size": 18}
 _COEFF = {"check_code": 1, "binary": 2, "location": 3}
-_LOCATION = {"name": 0, "offset": 1, "size": 2}
+_LOCATION = {"offset": 1, "size": 2}
 _TENSOR = {"name": 0, "data_type": 1, "size": 4, "shape": 5}
 _CMD_GROUP = {"binary_bdc": 2, "binary_gdma": 3}
 _SUBNET = {"cmd_group": 1}
@@ -56,17 +56,11 @@ class NetTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class _Entry:
-    """One coefficient range inside the coefficient region; `size` is padded to the region's alignment."""
-
-    name: str
-    offset: int
-    size: int
-
-
-@dataclass(frozen=True, slots=True)
 class BmodelNet:
-    """One net of a bmodel. Spans are absolute file positions; at `coefficients_field` the file says where those are."""
+    """One net of a bmodel. Spans are absolute file positions; at `coefficients_field` the file says where those are.
+
+    `entries` are the coefficients' ranges inside their region, each padded to the region's alignment.
+    """
 
     name: str
     name_span: Span
@@ -75,7 +69,7 @@ class BmodelNet:
     coefficients: Span
     coefficients_field: int
     check_code: Span
-    entries: tuple[_Entry, ...]
+    entries: tuple[Span, ...]
     instruction_bytes: int
     runtime_bytes: int
 
@@ -128,10 +122,7 @@ def hash_span(path: Path, span: Span) -> bytes:
     with path.open("rb") as file:
         file.seek(span.start)
         left = span.size
-        while left:
-            block = file.read(min(left, 1 << 22))
-            if not block:
-                break
+        while block := file.read(min(left, 1 << 22)):
             digest.update(block)
             left -= len(block)
     return digest.digest()
@@ -141,9 +132,8 @@ def normalise_time(path: Path) -> None:
     """Put the canonical build time into a freshly compiled bmodel."""
     model = read_bmodel(path)
     if model.time_span.size != len(CANONICAL_TIME):
-        raise IntegrityError(
-            f"{path}: a build time of {model.time_span.size} bytes; {len(CANONICAL_TIME)} are expected"
-        )
+        size = model.time_span.size
+        raise IntegrityError(f"{path}: a build time of {size} bytes; {len(CANONICAL_TIME)} are expected")
     with path.open("r+b") as file:
         file.seek(model.time_span.start)
         file.write(CANONICAL_TIME)
@@ -163,15 +153,10 @@ def _parse(path: Path, buffer: bytes, shift: int, binary: Span) -> BModel:
             name, name_span = net.text(_NET["name"])
             start, size = coeff.pair(_COEFF["binary"]) if coeff else (0, 0)
             code = coeff.vector(_COEFF["check_code"], 1) if coeff else Span(0, 0)
-            entries = []
-            for location in coeff.tables(_COEFF["location"]) if coeff else ():
-                entries.append(
-                    _Entry(
-                        location.text(_LOCATION["name"])[0],
-                        location.scalar(_LOCATION["offset"], "<Q"),
-                        location.scalar(_LOCATION["size"], "<Q"),
-                    )
-                )
+            entries = [
+                Span(location.scalar(_LOCATION["offset"], "<Q"), location.scalar(_LOCATION["size"], "<Q"))
+                for location in (coeff.tables(_COEFF["location"]) if coeff else ())
+            ]
             nets.append(
                 BmodelNet(
                     name=name,
@@ -182,9 +167,8 @@ def _parse(path: Path, buffer: bytes, shift: int, binary: Span) -> BModel:
                     coefficients_field=coeff.field(_COEFF["binary"]) + shift if coeff else 0,
                     check_code=Span(code.start + shift, code.size),
                     entries=tuple(entries),
-                    instruction_bytes=sum(_command_bytes(parameter)),
-                    runtime_bytes=parameter.scalar(_PARAMETER["ctx_size"], "<Q")
-                    + parameter.scalar(_PARAMETER["io_size"], "<Q"),
+                    instruction_bytes=_command_bytes(parameter),
+                    runtime_bytes=sum(parameter.scalar(_PARAMETER[name], "<Q") for name in ("ctx_size", "io_size")),
                 )
             )
     _, time_span = root.text(_MODEL["time"])
@@ -197,27 +181,23 @@ def _tensor(table: Table) -> NetTensor:
     shapes = list(table.tables(_TENSOR["shape"]))
     dims = shapes[0].vector(0, 8) if shapes else Span(0, 0)
     shape = struct.unpack_from(f"<{dims.size // 8}Q", table.buffer, dims.start)
-    return NetTensor(
-        table.text(_TENSOR["name"])[0], DATA_TYPES[code] if code < len(DATA_TYPES) else f"type {code}", shape
-    )
+    dtype = DATA_TYPES[code] if code < len(DATA_TYPES) else f"type {code}"
+    return NetTensor(table.text(_TENSOR["name"])[0], dtype, shape)
 
 
-def _command_bytes(parameter: Table) -> Iterator[int]:
+def _command_bytes(parameter: Table) -> int:
     # static nets list the same groups twice: once for the net, once for its sub-nets
-    groups = [
-        group for subnet in parameter.tables(_PARAMETER["sub_net"]) for group in subnet.tables(_SUBNET["cmd_group"])
-    ]
-    for group in groups or parameter.tables(_PARAMETER["cmd_group"]):
-        for field in _CMD_GROUP.values():
-            yield group.pair(field)[1]
+    subnets = parameter.tables(_PARAMETER["sub_net"])
+    groups = [group for subnet in subnets for group in subnet.tables(_SUBNET["cmd_group"])]
+    groups = groups or list(parameter.tables(_PARAMETER["cmd_group"]))
+    return sum(group.pair(field)[1] for group in groups for field in _CMD_GROUP.values())
 
 
 class Table:
     """A flatbuffer table: fields by number. Source: https://flatbuffers.dev/internals/."""
 
     def __init__(self, buffer: bytes, position: int) -> None:
-        self.buffer = buffer
-        self.position = position
+        self.buffer, self.position = buffer, position
         self.vtable = position - struct.unpack_from("<i", buffer, position)[0]
         self.vtable_size = struct.unpack_from("<H", buffer, self.vtable)[0]
 

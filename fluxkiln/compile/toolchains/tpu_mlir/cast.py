@@ -231,10 +231,8 @@ def cast_region(
     stored transposed, of others a few rows.
 
     Args:
-        target: a file that `shell.lay_out` wrote.
-        region: the net's region in it.
-        read_weight: slot -> weight in torch's layout. Where it has a method `read_rows(slot, start, stop)`, weights
-            are read with that, some rows at a time.
+        target, region: a file that `lay_out` wrote, and the net's region in it.
+        read_weight: slot -> weight in torch's layout, or by its method `read_rows(slot, start, stop)` some of its rows.
         rounder_of: slot -> what makes its codes, scales and zero points; those of the compiler by default.
 
     Returns:
@@ -248,8 +246,7 @@ def cast_region(
             f"the region has {region.size} bytes, the mould's coefficients {coefficients.size}; lay the file out with "
             "the mould's own size"
         )
-    digest = hashlib.sha256()
-    position = 0
+    digest, position = hashlib.sha256(), 0
     file = os.open(target, os.O_WRONLY)
     try:
         _reserve(file, region)
@@ -257,11 +254,10 @@ def cast_region(
         def write(block: NDArray[np.uint8]) -> None:
             nonlocal position
             digest.update(block.data)
-            left = block
-            while left.size:
-                count = os.pwrite(file, left.data, region.start + position)
+            while block.size:
+                count = os.pwrite(file, block.data, region.start + position)
                 position += count
-                left = left[count:]
+                block = block[count:]
 
         for placement, blocks in _made(coefficients, coefficients.binary, read_weight, rounder_of):
             write(np.zeros(placement.offset - position, np.uint8))
@@ -298,21 +294,12 @@ def cast_weight_file(
 
 
 def compare_stored(
-    bmodel: Path,
-    net: str,
-    coefficients: CoefficientMap,
-    read_weight: WeightReader,
-    rounder_of: RounderOf = as_compiler,
+    bmodel: Path, net: str, coefficients: CoefficientMap, read_weight: WeightReader, rounder_of: RounderOf = as_compiler
 ) -> dict[str, NDArray[np.float32]]:
-    """Read the weights of one net back and compare them with what casting makes of the checkpoint's.
-
-    Args:
-        bmodel: a single or combined file.
-        net: which of its nets.
+    """Read the weights of one net of a file back and compare them with what casting makes of the checkpoint's.
 
     Returns:
-        Slot, or key of a constant -> for each of its stored ranges the share of bytes that differ: 0 everywhere in a
-        sound file.
+        Slot, or key of a constant -> for each of its stored ranges the share of bytes that differ: 0 in a sound file.
 
     Raises:
         CompileError: no such net, or its weights have another size than the mould's.
@@ -337,10 +324,7 @@ def compare_stored(
 
 
 def _made(
-    coefficients: CoefficientMap,
-    placements: tuple[Placement, ...],
-    read_weight: WeightReader,
-    rounder_of: RounderOf,
+    coefficients: CoefficientMap, placements: tuple[Placement, ...], read_weight: WeightReader, rounder_of: RounderOf
 ) -> Iterator[tuple[Placement, Iterator[NDArray[np.uint8]]]]:
     """Every placement with its bytes, in blocks that are good until the next."""
     maker = FormMaker(coefficients.group_size, coefficients.bits, rounder_of)
@@ -359,26 +343,21 @@ def _row_reader(coefficients: CoefficientMap, read_weight: WeightReader) -> Call
     read_rows = getattr(read_weight, "read_rows", None)
     kept: dict[str, NDArray[Any]] = {}
 
-    def check(slot: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
-        if shape != expected:
-            raise CompileError(
-                f"slot {slot} gets a weight of shape {list(shape)}, its mould was compiled with {list(expected)}; "
-                "make the mould for this checkpoint's config"
-            )
-
     def rows_of(slot: str) -> SlotRows:
         shape = coefficients.shapes[slot]
 
         def read(start: int, stop: int) -> NDArray[Any]:
-            if read_rows is not None:
-                block: NDArray[Any] = read_rows(slot, start, stop)
-                check(slot, block.shape, (stop - start, *shape[1:]))
-                return block
-            if slot not in kept:
+            if read_rows is None and slot not in kept:
                 kept.clear()
                 kept[slot] = read_weight(slot)
-                check(slot, kept[slot].shape, shape)
-            return kept[slot][start:stop]
+            found: NDArray[Any] = read_rows(slot, start, stop) if read_rows else kept[slot]
+            expected = (stop - start, *shape[1:]) if read_rows else shape
+            if found.shape != expected:
+                raise CompileError(
+                    f"slot {slot} gets a weight of shape {list(found.shape)}, its mould was compiled with "
+                    f"{list(expected)}; make the mould for this checkpoint's config"
+                )
+            return found if read_rows else found[start:stop]
 
         return SlotRows(shape, read)
 

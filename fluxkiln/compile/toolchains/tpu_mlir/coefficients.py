@@ -1,9 +1,8 @@
-"""Moulds: a kind compiled once with random probe weights, and the map from its bytes back to the weights.
+"""The map from a mould's bytes back to the weights, learned by comparing bytes.
 
-Probe weights are random, so a stored range can only match the form of the weight it was made from. The map is learned
-by comparing bytes. What matches no weight, but is the same in a second compile with other probe weights, is a constant
-of the graph and goes into the map as it is. A mould with one range that is neither is refused, and its parts are
-compiled one by one.
+Probe weights are random, so a stored range can only match the form of the weight it was made from. What matches none,
+but is the same in a second compile with other probe weights, is a constant of the graph and goes into the map as it is.
+A mould with one range that is neither is refused, and its parts are compiled one by one.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from __future__ import annotations
 import base64
 import bz2
 import hashlib
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -46,6 +46,24 @@ class Placement:
     dtype: str = ""
     shape: tuple[int, ...] = ()
 
+    def to_json(self) -> dict[str, Any]:
+        form = self.form
+        value: dict[str, Any] = {"slot": form.slot, "form": form.name}
+        if form.chunks > 1:
+            value |= {"chunk": form.chunk, "chunks": form.chunks, "axis": form.axis}
+        if form.factor != 1.0:
+            value["factor"] = form.factor
+        if self.array:
+            return value | {"array": self.array, "dtype": self.dtype, "shape": list(self.shape)}
+        return value | {"offset": self.offset}
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> Placement:
+        rest = dict(value)
+        slices = {name: rest.pop(name) for name in ("chunk", "chunks", "axis", "factor") if name in rest}
+        form, shape = Form(rest.pop("slot"), rest.pop("form"), **slices), tuple(rest.pop("shape", ()))
+        return Placement(form, shape=shape, **rest)
+
 
 @dataclass(frozen=True, slots=True)
 class CoefficientMap:
@@ -70,8 +88,8 @@ class CoefficientMap:
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "binary": [_placement_to_json(placement) for placement in self.binary],
-            "interpreter": [_placement_to_json(placement) for placement in self.interpreter],
+            "binary": [placement.to_json() for placement in self.binary],
+            "interpreter": [placement.to_json() for placement in self.interpreter],
             "group_size": self.group_size,
             "bits": self.bits,
             "size": self.size,
@@ -82,8 +100,8 @@ class CoefficientMap:
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> CoefficientMap:
         return CoefficientMap(
-            tuple(map(_placement_from_json, value["binary"])),
-            tuple(map(_placement_from_json, value["interpreter"])),
+            tuple(map(Placement.from_json, value["binary"])),
+            tuple(map(Placement.from_json, value["interpreter"])),
             int(value["group_size"]),
             int(value["bits"]),
             int(value["size"]),
@@ -94,13 +112,7 @@ class CoefficientMap:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A kind compiled with random weights.
-
-    Attributes:
-        bmodel: what the compiler wrote.
-        arrays: its lowered weight file, by name.
-        read_weight: the probe weights that went in.
-    """
+    """A kind compiled with random weights: the bmodel, the arrays of its lowered weight file, what went in."""
 
     bmodel: Path
     arrays: Mapping[str, NDArray[Any]]
@@ -126,11 +138,7 @@ def probe_weight(spec: TensorSpec, seed: int = 0) -> NDArray[Any]:
 def probe_reader(slots: Sequence[TensorSpec], seed: int = 0) -> WeightReader:
     """slot -> its probe weight, made anew each time: no two are in memory."""
     specs = {spec.name: spec for spec in slots}
-
-    def read(slot: str) -> NDArray[Any]:
-        return probe_weight(specs[slot], seed)
-
-    return read
+    return lambda slot: probe_weight(specs[slot], seed)
 
 
 def learn_map(
@@ -150,17 +158,17 @@ def learn_map(
         arrays: the compiler's lowered weight file, by name.
         slots, read_weight: the probe weights the mould was compiled with.
         group_size, bits: of the scheme; 0 when it does not quantize.
-        again: compiles the same once more with probe weights of another seed; called when a range matches no weight.
-            The map is then verified against that compile as well.
+        again: compiles once more with probe weights of another seed, when a range matches no weight. The map is then
+            verified against that compile as well.
 
     Raises:
         CompileError: a range matches no weight, or two, and is no constant either.
     """
     (net,) = read_bmodel(bmodel).nets
     stored = [*_ranges(bmodel, net), *_named(arrays)]
-    by_size: dict[int, list[_Stored]] = {}
+    by_size: dict[int, list[_Stored]] = defaultdict(list)
     for one in stored:
-        by_size.setdefault(one.size, []).append(one)
+        by_size[one.size].append(one)
     shapes = {}
     for slot in slots:
         weight = read_weight(slot)
@@ -169,13 +177,15 @@ def learn_map(
         maker = FormMaker(group_size, bits)
         for form in candidates(slot, weight.shape, group_size):
             size = form_bytes(form, weight.shape, group_size, bits)
-            for one in _matching(form, [*by_size.get(size, ()), *by_size.get(_padded(size), ())], maker, rows):
+            padded = size + -size % _ALIGNMENT
+            for one in _matching(form, [*by_size.get(size, ()), *by_size.get(padded, ())], maker, rows):
                 _claim(one, form, size)
     constants = {}
-    if any(one.form is None for one in stored):
+    if strange := next((one for one in stored if one.form is None), None):
         if again is None:
-            what = next(one.what for one in stored if one.form is None)
-            raise CompileError(f"mould {net.name}: {what} of its weights match no probe weight, {_NOT_CASTABLE}")
+            raise CompileError(
+                f"mould {net.name}: {strange.what} of its weights match no probe weight, {_NOT_CASTABLE}"
+            )
         other = again()
         (second,) = read_bmodel(other.bmodel).nets
         twins = {(one.offset, one.array): one for one in (*_ranges(other.bmodel, second), *_named(other.arrays))}
@@ -223,15 +233,13 @@ class _Stored:
 
 def _ranges(bmodel: Path, net: BmodelNet) -> Iterator[_Stored]:
     covered = 0
-    for entry in sorted(net.entries, key=lambda entry: entry.offset):
-        if entry.offset != covered:
+    for entry in sorted(net.entries, key=lambda entry: entry.start):
+        if entry.start != covered:
             raise CompileError(f"mould {net.name}: its list of weights leaves out bytes from {covered:#x}")
-        covered = entry.offset + entry.size
-        start = net.coefficients.start + entry.offset
-        yield _Stored(
-            f"{entry.size} bytes at {entry.offset:#x}", entry.size, _read(bmodel, start, min(entry.size, HEAD_BYTES)),
-            partial(_read, bmodel, start, entry.size), offset=entry.offset,
-        )  # fmt: skip
+        covered = entry.stop
+        start, size = net.coefficients.start + entry.start, entry.size
+        head, read = _read(bmodel, start, min(size, HEAD_BYTES)), partial(_read, bmodel, start, size)
+        yield _Stored(f"{size} bytes at {entry.start:#x}", size, head, read, offset=entry.start)
     if covered != net.coefficients.size:
         raise CompileError(f"mould {net.name}: its list of weights ends before their region does")
 
@@ -239,10 +247,9 @@ def _ranges(bmodel: Path, net: BmodelNet) -> Iterator[_Stored]:
 def _named(arrays: Mapping[str, NDArray[Any]]) -> Iterator[_Stored]:
     for name in arrays:
         array = arrays[name]
-        yield _Stored(
-            f"interpreter array {name}", array.nbytes, _as_bytes(array)[:HEAD_BYTES].copy(),
-            partial(_read_array, arrays, name), array=name, dtype=array.dtype.str, shape=array.shape,
-        )  # fmt: skip
+        head, read = _as_bytes(array)[:HEAD_BYTES].copy(), partial(_read_array, arrays, name)
+        what, dtype = f"interpreter array {name}", array.dtype.str
+        yield _Stored(what, array.nbytes, head, read, array=name, dtype=dtype, shape=array.shape)
 
 
 def _read(path: Path, start: int, size: int) -> NDArray[np.uint8]:
@@ -255,10 +262,6 @@ def _read_array(arrays: Mapping[str, NDArray[Any]], name: str) -> NDArray[np.uin
 
 def _as_bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-
-
-def _padded(size: int) -> int:
-    return size + -size % _ALIGNMENT
 
 
 def _matching(form: Form, places: list[_Stored], maker: FormMaker, rows: SlotRows) -> Iterable[_Stored]:
@@ -343,25 +346,3 @@ def _verify(
         changed = changed or not np.array_equal(twin, one.read())
     if not changed:
         raise CompileError(f"mould {net.name}: compiled twice with the same probe weights; give them two seeds")
-
-
-def _placement_to_json(placement: Placement) -> dict[str, Any]:
-    form = placement.form
-    value: dict[str, Any] = {"slot": form.slot, "form": form.name}
-    if form.chunks > 1:
-        value |= {"chunk": form.chunk, "chunks": form.chunks, "axis": form.axis}
-    if form.factor != 1.0:
-        value["factor"] = form.factor
-    if placement.array:
-        return value | {"array": placement.array, "dtype": placement.dtype, "shape": list(placement.shape)}
-    return value | {"offset": placement.offset}
-
-
-def _placement_from_json(value: Mapping[str, Any]) -> Placement:
-    form = Form(
-        value["slot"], value["form"], value.get("chunk", 0), value.get("chunks", 1), value.get("axis", 0),
-        value.get("factor", 1.0),
-    )  # fmt: skip
-    return Placement(
-        form, value.get("offset", 0), value.get("array", ""), value.get("dtype", ""), tuple(value.get("shape", ()))
-    )

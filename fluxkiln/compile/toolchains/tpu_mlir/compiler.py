@@ -18,7 +18,7 @@ from fluxkiln.compile.toolchains.tpu_mlir import environment
 from fluxkiln.compile.toolchains.tpu_mlir.bmodel import normalise_time, read_bmodel
 from fluxkiln.compile.toolchains.tpu_mlir.environment import TpuMlirEnv, tool_argv, tpu_mlir_environ
 from fluxkiln.compile.toolchains.tpu_mlir.gelu import count_gelus
-from fluxkiln.errors import CompileError, SchemeError, ToolchainError
+from fluxkiln.errors import CompileError, ToolchainError
 from fluxkiln.quantize.schemes import Scheme, check_groups
 
 # sin and cos of large arguments lose them in 16 bits, so they and all that feeds them stay in F32
@@ -65,10 +65,7 @@ class CompileJob:
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """What a compile leaves in its folder.
-
-    `lowered` and `weights` are the `*_tpu.mlir` and the weight file that the compiler's interpreter runs.
-    """
+    """What a compile leaves: `lowered` and `weights` are the graph and the weight file that the interpreter runs."""
 
     bmodel: Path
     lowered: Path
@@ -209,14 +206,12 @@ def _check(job: CompileJob, matmuls: list[WeightMatMul], folder: Path) -> Compil
 def read_estimate(folder: Path, chip: str) -> dict[str, float | None]:
     """What the compiler itself thinks that one run of its code takes, by the schedule that a compile leaves here.
 
-    No board is involved. The figures rank formulations and show where a net waits; they are not times that were
-    measured. Never 0 but None where there is no schedule, or none in the form known here: another version of the
-    compiler may write another.
+    No board is involved: the figures rank formulations and show where a net waits, no time was measured. They are None,
+    never 0, where there is no schedule, or none in the form known here: another version may write another.
 
     Returns:
         `estimate_ms` from the first command to the last; `estimate_tensor_ms` and `estimate_memory_ms`: how long the
-        tensor unit computes and the memory unit moves data. They overlap: what the first is longer than the larger one
-        is waiting.
+        tensor unit computes and the memory unit moves data, which overlap: the rest of the first is waiting.
 
     Source: TPU-MLIR 1.30.2, a line for each command, in a column for the tensor unit (`ENGINE_BD`) and one for the
     memory unit (`ENGINE_GDMA`), `t` being cycles; then `TCYC`, the cycles until the last of both ends, and for a net
@@ -279,11 +274,6 @@ def _quantized_weights(text: str) -> int:
 def _weight_elements(template: Path, matmuls: list[WeightMatMul]) -> int:
     import onnx_ir as ir
 
-    shapes = {str(value.name): value.shape for value in ir.load(template).graph.inputs}
-    total = 0
-    for one in matmuls:
-        shape = shapes[one.slot]
-        if shape is None:
-            raise SchemeError(f"slot {one.slot} has no shape")
-        total += math.prod(shape.numpy())
-    return total
+    inputs = ir.load(template).graph.inputs
+    shapes = {value.name: value.shape.numpy() for value in inputs if value.shape is not None}
+    return sum(math.prod(shapes[one.slot]) for one in matmuls)

@@ -7,6 +7,7 @@ the first step, and so have the parts that turn the timesteps into modulation.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -72,17 +73,14 @@ class DevicePlan:
 
     def best_way(self) -> str | None:
         """The way to load with the fewest loads that fits every device; None when none does."""
-        for way in RESIDENT:
-            if all(self.peak(device, way) <= self.budget for device in range(self.devices)):
-                return way
-        return None
+        fits = (way for way in RESIDENT if all(self.peak(one, way) <= self.budget for one in range(self.devices)))
+        return next(fits, None)
 
     def to_json(self) -> dict[str, Any]:
         """Files, and the peak of every device for each way to load."""
         rows = [{**asdict(file), "total": file.total} for file in self.files]
         peaks = {way: [self.peak(device, way) for device in range(self.devices)] for way in RESIDENT}
-        denoising = [self.held(device, ("denoise",)) for device in range(self.devices)]
-        peaks["while denoising"] = denoising
+        peaks["while denoising"] = [self.held(device, ("denoise",)) for device in range(self.devices)]
         return {"files": rows, "budget": self.budget, "peaks": peaks, "load": self.best_way()}
 
     def table(self) -> str:
@@ -107,9 +105,9 @@ def group_parts(plan: Plan, binaries: Sequence[Binary]) -> dict[str, list[Binary
     One per component, one for the modulation; a transformer that is too large for one device is cut into one per
     device, as few as fit.
     """
-    groups: dict[str, list[Binary]] = {}
+    groups: dict[str, list[Binary]] = defaultdict(list)
     for binary in binaries:
-        groups.setdefault(file_of(binary.part), []).append(binary)
+        groups[file_of(binary.part)].append(binary)
     placed: dict[str, list[Binary]] = {}
     for name, members in groups.items():
         runs = [members] if name != "transformer.bmodel" else _fewest_runs(plan, members)
@@ -126,11 +124,7 @@ def file_of(part: Part) -> str:
 
 
 def plan_devices(plan: Plan, groups: Mapping[str, Sequence[Binary]]) -> DevicePlan:
-    """What every file takes, from the facts of its nets.
-
-    Raises:
-        ResourceError: no way to load the files fits the device; `details` is the table.
-    """
+    """What every file takes, from the facts of its nets; ResourceError, its `details` a table, where no way fits."""
     laid = lay_files(plan, groups)
     if laid.best_way() is None:
         largest = max(laid.files, key=lambda file: file.total)

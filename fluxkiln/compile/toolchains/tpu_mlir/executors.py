@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,16 +37,13 @@ DTYPES: Mapping[str, tuple[str, str]] = {
 
 
 class Simulator(Worker):
-    """A long-lived process of TPU-MLIR's environment that runs nets one at a time.
+    """A long-lived process of TPU-MLIR's environment that runs nets one at a time, with the simulator of `chip`.
 
-    Args:
-        chip: whose simulator is loaded.
-        log: what the libraries print goes there; None for a file that goes with the process.
+    What the libraries print goes to `log`, or to a file that goes with the process.
     """
 
     def __init__(self, env: TpuMlirEnv, chip: str, log: Path | None) -> None:
         super().__init__([str(env.python), str(_WORKER)], tpu_mlir_environ(env, chip), "simulator", log)
-        self.seconds = 0.0
 
     def run(
         self, file: Path, inputs: Mapping[str, NDArray[Any]], outputs: tuple[str, ...], net: str = ""
@@ -61,21 +59,15 @@ class Simulator(Worker):
         Raises:
             CompileError: the net does not exist, or the run failed. ResourceError: the process was killed.
         """
-        made = list(self._ask(file, inputs, net, ()).values())
+        made = self.look(file, inputs, (), net).values()
         if len(made) != len(outputs):
             raise CompileError(f"{file.name} {net} has {len(made)} outputs, {len(outputs)} are expected")
         return dict(zip(outputs, made, strict=True))
 
-    def look(self, file: Path, inputs: Mapping[str, NDArray[Any]], values: tuple[str, ...]) -> dict[str, NDArray[Any]]:
-        """Values on the way through a lowered graph, by its own names, float32; all of them stay in memory meanwhile.
-
-        Raises: as `run`.
-        """
-        return self._ask(file, inputs, "", values)
-
-    def _ask(
-        self, file: Path, inputs: Mapping[str, NDArray[Any]], net: str, values: tuple[str, ...]
+    def look(
+        self, file: Path, inputs: Mapping[str, NDArray[Any]], values: tuple[str, ...], net: str = ""
     ) -> dict[str, NDArray[Any]]:
+        """Values on the way through a lowered graph, or all outputs, by its own names, float32; raises as `run`."""
         arrays: dict[str, Any] = dict(inputs)
         np.savez(self.folder / "in.npz", **arrays)
         request = {"file": str(file.absolute()), "net": net, "inputs": "in.npz", "outputs": "out.npz", "values": values}
@@ -87,20 +79,14 @@ class Simulator(Worker):
             )
         if not answer["ok"]:
             raise CompileError(f"simulating {file.name} {net} failed: {answer['error']}; log: {self.log}")
-        self.seconds += float(answer["seconds"])
         with np.load(self.folder / "out.npz") as results:
             return {name: results[name] for name in results.files}
 
 
 def open_cmodel(bundle: Bundle) -> CmodelExecutor:
-    """The simulator on a bundle.
-
-    Raises:
-        ToolchainError: TPU-MLIR is missing. UsageError: a file is, or a step would take more than five minutes.
-    """
+    """The simulator on a bundle; ToolchainError without TPU-MLIR, UsageError for a step of more than five minutes."""
+    nets, shapes = bundle.nets, bundle.manifest.shapes
     schemes = {entry.kind: parse_scheme(entry.scheme) for entry in bundle.manifest.parts}
-    shapes = bundle.manifest.shapes
-    nets = bundle.nets
     work = count_costliest(nets, bundle.model.weight_uses(shapes), schemes)
     if work > MOST_MULTIPLICATIONS:
         raise UsageError(
@@ -173,18 +159,15 @@ class CmodelExecutor:
 def count_costliest(nets: Mapping[str, Net], uses: Mapping[str, WeightUse], schemes: Mapping[str, Scheme]) -> float:
     """About how many multiplications the costliest component takes, of the transformer one step.
 
-    Every stored weight is used as often as the model says.
-
-    Args:
-        schemes: of each kind.
+    Every stored weight is used as often as the model says. `schemes` are those of each kind.
     """
-    totals: dict[str, float] = {}
+    totals: dict[str, float] = defaultdict(float)
     for net in nets.values():
         use = uses.get(net.component)
         if use is None or (use.idle and net.kind.own[0] in use.idle) or net.kind.rows:
             continue
         weights = net.size / schemes[net.kind.name].bytes_per_weight
-        totals[net.component] = totals.get(net.component, 0.0) + weights * use.times
+        totals[net.component] += weights * use.times
     return max(totals.values(), default=0.0)
 
 
@@ -215,7 +198,13 @@ class SailExecutor:
     def __init__(self, nets: Mapping[str, Net], device: int = 0) -> None:
         for net in nets.values():
             require_file(net)
-        self._sail = _import_sail()
+        try:
+            self._sail: Any = importlib.import_module("sophon.sail")
+        except ImportError as error:
+            raise ToolchainError(
+                f"executor sail needs Sophgo's sophon-sail on a machine with a BM1684X, and it is not here ({error}); "
+                "install the wheel of your SDK, or use --executor cmodel for a tiny bundle"
+            ) from error
         count = int(self._sail.get_available_tpu_num())
         if device >= count:
             raise ToolchainError(
@@ -270,10 +259,8 @@ class SailExecutor:
 
     @property
     def facts(self) -> Mapping[str, str]:
-        return {
-            "runtime": f"sophon-sail {getattr(self._sail, '__version__', '')}".strip(),
-            "device": f"BM1684X {self.device}",
-        }
+        version = getattr(self._sail, "__version__", "")
+        return {"runtime": f"sophon-sail {version}".strip(), "device": f"BM1684X {self.device}"}
 
     def _engine(self, net: Net) -> Any:
         if net.file not in self._engines:
@@ -288,22 +275,11 @@ class SailExecutor:
 
     def _given(self, spec: TensorSpec, array: NDArray[Any]) -> Any:
         tensor, dtype = self._tensor(spec), spec.dtype
-        tensor.update_data(
-            to_bits16(array, dtype) if dtype in BITS16 else np.ascontiguousarray(array, DTYPES[dtype][1])
-        )
+        bits = to_bits16(array, dtype) if dtype in BITS16 else np.ascontiguousarray(array, DTYPES[dtype][1])
+        tensor.update_data(bits)
         tensor.sync_s2d()
         return tensor
 
     def _tensor(self, spec: TensorSpec) -> Any:
         dtype = getattr(self._sail.Dtype, DTYPES[spec.dtype][0])
         return self._sail.Tensor(self._handle, list(spec.shape), dtype, True, True)
-
-
-def _import_sail() -> Any:
-    try:
-        return importlib.import_module("sophon.sail")
-    except ImportError as error:
-        raise ToolchainError(
-            f"executor sail needs Sophgo's sophon-sail on a machine with a BM1684X, and it is not here ({error}); "
-            "install the wheel of your SDK, or use --executor cmodel for a tiny bundle"
-        ) from error

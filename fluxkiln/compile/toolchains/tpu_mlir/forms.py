@@ -80,11 +80,7 @@ class SlotRows:
 
 
 def candidates(slot: str, shape: tuple[int, ...], group_size: int) -> Iterator[Form]:
-    """Every form that a slot of this shape can have.
-
-    Args:
-        group_size: of the scheme's codes; 0 when it does not quantize.
-    """
+    """Every form that a slot of this shape can have; `group_size` is 0 when the scheme does not quantize."""
     matrix = len(shape) == 2
     names: list[str] = []
     if matrix and group_size and shape[1] % group_size == 0:
@@ -124,11 +120,8 @@ def form_bytes(form: Form, shape: tuple[int, ...], group_size: int, bits: int) -
 class FormMaker:
     """Makes forms in blocks that are to be stored one after the other.
 
-    What scales and zero points need of the codes is kept from making those. Not for several threads.
-
-    Args:
-        group_size, bits: of the scheme's codes; 0 when it does not quantize.
-        rounder_of: slot -> what makes its codes.
+    What scales and zero points need of the codes is kept from making those. Not for several threads. `group_size` and
+    `bits` are those of the scheme's codes, 0 when it does not quantize; `rounder_of`: slot -> what makes its codes.
     """
 
     def __init__(self, group_size: int, bits: int, rounder_of: RounderOf = as_compiler) -> None:

@@ -3,8 +3,7 @@
 ONNX has no GELU before opset 20, so a template spells it with Tanh, as torch's exporter does. The chip has it as one
 operation (`top.GELU`, approx_mode "tanh"), but TPU-MLIR's ONNX converter knows only the erf GELU: left alone, the chain
 becomes eleven passes over the widest tensor of a block, each rounded to 16 bits. Here the filled graph gets ONNX
-Runtime's own name for it, `FastGelu`, and so can still be run; `transform.py` teaches the converter to read
-it.
+Runtime's own name for it, `FastGelu`, and so can still be run; `transform.py` teaches the converter to read it.
 
 Source: `torch.onnx.symbolic_opset9.gelu`; onnxruntime, docs/ContribOperators.md; TPU-MLIR 1.30.2,
 `OnnxConverter.convert_gelu_op`.
@@ -25,18 +24,15 @@ INNER = math.sqrt(2 / math.pi)
 
 
 def fuse_tanh_gelu(model: ir.Model) -> int:
-    """Replace every x * 0.5 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3))) of `model` by one node.
+    """Replace every x * 0.5 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3))) of `model` by one node; how many there were.
 
-    Returns:
-        How many there were. A tanh that is anything else is left as it is.
+    A tanh that is anything else is left as it is.
     """
     import onnx_ir as ir
 
     found = 0
     for tanh in [node for node in model.graph if node.op_type == "Tanh"]:
-        source = _source(tanh)
-        result = _result(tanh, source) if source is not None else None
-        if source is None or result is None:
+        if (source := _source(tanh)) is None or (result := _result(tanh, source)) is None:
             continue
         gelu = ir.Node(DOMAIN, OPERATION, [source], name=f"{result.name}_gelu")
         model.graph.insert_after(tanh, gelu)
@@ -96,11 +92,9 @@ def _other_factor(value: ir.Value | None, factor: float) -> ir.Value | None:
 
 def _is_close(value: ir.Value, number: float) -> bool:
     constant = value.const_value
-    return (
-        constant is not None
-        and constant.size == 1
-        and math.isclose(float(constant.numpy().reshape(())), number, rel_tol=1e-6)
-    )
+    if constant is None or constant.size != 1:
+        return False
+    return math.isclose(float(constant.numpy().reshape(())), number, rel_tol=1e-6)
 
 
 def _remove_unused(value: ir.Value, source: ir.Value) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _OPERATION = re.compile(
     r'\s*(?P<result>%\w+) = "(?P<name>[\w.]+)"\((?P<operands>.*?)\) (?P<attributes>\{.*\} )?'
-    r": \((?P<types>.*)\) -> (?P<type>.+?) loc\((?P<loc>.+)\)"
+    r": \(.*\) -> (?P<type>.+?) loc\((?P<loc>.+)\)"
 )
 _TENSOR = re.compile(r"tensor<([0-9x]+)x(\w+)>")
 _FUNCTION = "func.func @main("
@@ -51,15 +51,12 @@ def small_work_first(model: ir.Model, tokens: Set[str] = TOKEN_INPUTS) -> None:
 
 
 def add_side_tensors(template: Template, scheme: Scheme, target: Path) -> Template:
-    """Write `target`: an opset 17 template with the slots and operations of the scheme's method.
+    """Write `target`: an opset 17 template with the slots, behind the others, and operations of the scheme's method.
 
     Every matmul y = x W^T whose weight is in codes gets the slots of `fluxkiln.quantize.side_tensors`, and the
     operations that use them. Matmuls of one x share the product by reciprocals and its slot, called after the first of
     them: the compiler would merge two that happened to be equal, and what it compiles must not depend on the weights.
     A branch is added behind the product and before its bias, under the name that the product had.
-
-    Returns:
-        What was written, its new slots behind the others.
 
     Raises:
         CompileError: a weight has no shape. SchemeError: a rank that a weight does not have.
@@ -167,13 +164,11 @@ def lean_graph(text: str, most_scores: int = MOST_SCORES) -> str:
     operations: they go to the top here. Neither changes a bit of the result.
 
     Args:
-        text: a `*_tpu.mlir`.
+        text: a `*_tpu.mlir` of TPU-MLIR 1.30.2.
         most_scores: elements of one group's scores, where the number of heads allows.
 
     Raises:
         CompileError: it is no such graph.
-
-    Source: TPU-MLIR 1.30.2, the text that `model_deploy --debug` leaves.
     """
     lines = text.splitlines()
     start = next((index for index, line in enumerate(lines) if _FUNCTION in line), None)
@@ -185,13 +180,10 @@ def lean_graph(text: str, most_scores: int = MOST_SCORES) -> str:
         if softmax.name == "tpu.Softmax":
             replaced |= _by_heads(operations, softmax, most_scores)
     inputs = [operation.line for operation in operations if operation.name == "top.Input"]
-    body = [
-        new
-        for index, line in enumerate(lines[start + 1 :], start + 1)
-        if index not in inputs
-        for new in replaced.get(index, [line])
-    ]
-    return "\n".join([*lines[: start + 1], *(lines[index] for index in inputs), *body, ""])
+    head = [*lines[: start + 1], *(lines[index] for index in inputs)]
+    replaced |= {index: [] for index in inputs}
+    body = [new for index in range(start + 1, len(lines)) for new in replaced.get(index, [lines[index]])]
+    return "\n".join([*head, *body, ""])
 
 
 def _parse(index: int, line: str) -> _Operation | None:
@@ -199,9 +191,8 @@ def _parse(index: int, line: str) -> _Operation | None:
     if found is None:
         return None
     operands = tuple(name.strip() for name in found["operands"].split(",")) if found["operands"] else ()
-    return _Operation(
-        index, found["result"], found["name"], operands, found["attributes"] or "", found["type"], found["loc"]
-    )
+    result, name, attributes, type_, loc = found.group("result", "name", "attributes", "type", "loc")
+    return _Operation(index, result, name, operands, attributes or "", type_, loc)
 
 
 def _by_heads(operations: list[_Operation], softmax: _Operation, most_scores: int) -> dict[int, list[str]]:

@@ -57,12 +57,9 @@ def plan_jobs(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, settings: 
         scheme, memory = plan.schemes[kind].name, compile_memory(weights)
         spent: Any = mould.result.facts.get("estimate_ms") if mould else None
         made.append(Job("mould", f"mould {kind}", kind, scheme, memory, mould is not None, weights, spent))
-        if mould is not None and not mould.castable:
-            compiled = parts
-        else:
-            compiled = [proof_part(parts, settings.seed)] * (settings.prove or needs_proof(cache, mould))
-        for part in compiled:
-            in_store = template is not None and _is_compiled(checkpoint, plan, cache, part, template)
+        proven = [proof_part(parts, settings.seed)] * (settings.prove or needs_proof(cache, mould))
+        for part in parts if mould and not mould.castable else proven:
+            in_store = _is_compiled(checkpoint, plan, cache, part, template)
             made.append(Job("compile", part.name, kind, scheme, memory, in_store, weights))
         for part in parts:
             binary = _find_binary(checkpoint, plan, cache, part, template, mould)
@@ -114,9 +111,9 @@ def _find_binary(
     return compile_part(checkpoint, plan, cache, part, template) if known else None
 
 
-def _is_compiled(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, template: Template) -> bool:
+def _is_compiled(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, template: Template | None) -> bool:
     """Whether the store has a part that was compiled with its own weights."""
-    if not checkpoint.digests:
+    if template is None or not checkpoint.digests:
         return False
     return cache.lookup(compile_action(checkpoint, plan, cache, part, template).key) is not None
 
@@ -191,10 +188,11 @@ def compile_parts(
     check_methods(checkpoint, plan, cache)
     by_kind = {kind: [part for part in plan.parts if part.kind == kind] for kind in plan.kinds()}
     compiled: dict[str, Future[Any]] = {}
+    made: dict[str, Mould] = {}
     with JobPool[Any](settings.jobs) as pool:
         templates, moulds = submit_moulds(pool, checkpoint, plan, cache, progress)
         found = {kind: find_mould(checkpoint, plan, cache, template) for kind, template in templates.items()}
-        unproven = [kind for kind in templates if settings.prove or needs_proof(cache, found[kind])]
+        unproven = [kind for kind, mould in found.items() if settings.prove or needs_proof(cache, mould)]
         progress.stage("compile", len(by_kind) + len(unproven))
 
         def submit_compile(part: Part) -> None:
@@ -207,7 +205,7 @@ def compile_parts(
         for kind in unproven:
             submit_compile(proof_part(by_kind[kind], settings.seed))
         for kind, future in moulds.items():
-            mould: Mould = future.result()
+            made[kind] = mould = future.result()
             if mould.castable:
                 continue
             if not plan.schemes[kind].rounds_as_compiler:
@@ -219,7 +217,6 @@ def compile_parts(
             for part in by_kind[kind]:
                 if part.name not in compiled:
                     submit_compile(part)
-        made = {kind: future.result() for kind, future in moulds.items()}
         direct = {name: future.result() for name, future in compiled.items()}
     binaries = [
         cast_part(plan, part, made[part.kind]) if made[part.kind].castable else direct[part.name] for part in plan.parts

@@ -197,19 +197,10 @@ def compile_weights(
     fill(template.path, activations, read_weight, graph, (fuse_tanh_gelu, small_work_first))
     work.mkdir()
     kind = checkpoint.model.kinds[template.kind]
-    narrow_inputs, narrow_outputs = plan.target.narrows(kind)
     job = CompileJob(
-        net=net,
-        graph=graph,
-        template=template.path,
-        activations=frozenset(activations),
-        scheme=plan.schemes[template.kind],
-        chip=plan.target.chip,
-        narrow_inputs=narrow_inputs,
-        narrow_outputs=narrow_outputs,
-        rotated=kind.rotated,
-        ordered=kind.ordered,
-    )
+        net, graph, template.path, frozenset(activations), plan.schemes[template.kind], plan.target.chip,
+        *plan.target.narrows(kind), rotated=kind.rotated, ordered=kind.ordered,
+    )  # fmt: skip
     return compile_graph(env, job, work, plan.logs / f"{log_name}.log")
 
 
@@ -236,11 +227,7 @@ def needs_proof(cache: ActionCache, mould: Mould | None) -> bool:
 
 
 def prove_mould(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, template: Template, mould: Mould) -> None:
-    """Compile other probe weights and cast them into the mould: both must come out identical.
-
-    Raises:
-        CompileError: they differ.
-    """
+    """Compile other probe weights and cast them into the mould; CompileError unless both come out identical."""
     net = mould_net(plan, mould.kind)
     with cache.store.workdir(f"proof of {mould.kind}") as folder:
         form = compiled_form(plan, template, folder)

@@ -21,39 +21,26 @@ _PROBE = "import ctypes, ensurepip, sqlite3, ssl, sys, venv; print(*sys.version_
 
 
 def find_python310() -> Path:
-    """The interpreter named by FLUXKILN_PYTHON310, else the first that works of: PATH, pyenv, uv.
-
-    Raises:
-        ToolchainError: none works, or the named one does not.
-    """
+    """The interpreter named by FLUXKILN_PYTHON310, else the first of PATH, pyenv, uv; ToolchainError if none works."""
     named = os.environ.get(PYTHON310_VARIABLE)
-    if named:
-        found = _probe(named)
-        if found is None:
-            raise ToolchainError(
-                f"{PYTHON310_VARIABLE}={named} is no working Python 3.10 with venv, ssl and sqlite3; "
-                f"{HOW_TO_GET_PYTHON310}"
-            )
-        return found
-    for candidate in _candidates():
-        found = _probe(candidate)
-        if found is not None:
+    for candidate in [named] if named else _candidates():
+        if found := _probe(candidate):
             return found
+    if named:
+        raise ToolchainError(
+            f"{PYTHON310_VARIABLE}={named} is no working Python 3.10 with venv, ssl and sqlite3; {HOW_TO_GET_PYTHON310}"
+        )
     raise ToolchainError(f"no working Python 3.10 found on PATH, in pyenv or by uv; {HOW_TO_GET_PYTHON310}")
 
 
 def _candidates() -> Iterator[str]:
-    on_path = shutil.which("python3.10")
-    if on_path:
+    if on_path := shutil.which("python3.10"):
         yield on_path
     pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
     installed = [path for path in pyenv.glob("versions/3.10*/bin/python3.10") if not path.parent.parent.is_symlink()]
     yield from (str(path) for path in sorted(installed, key=_patch_release, reverse=True))
-    uv = shutil.which("uv")
-    if uv:
-        answer = _answer([uv, "python", "find", "--no-project", "3.10"])
-        if answer:
-            yield answer
+    if (uv := shutil.which("uv")) and (answer := _answer([uv, "python", "find", "--no-project", "3.10"])):
+        yield answer
 
 
 def _patch_release(python: Path) -> int:

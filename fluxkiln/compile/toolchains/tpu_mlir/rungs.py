@@ -22,7 +22,7 @@ from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.artifacts.bundle import read_manifest
 from fluxkiln.compile.executor import bind_net
 from fluxkiln.compile.onnx.runner import TemplateRunner
-from fluxkiln.compile.plan import Binary, BundleFile, Made, Plan
+from fluxkiln.compile.plan import Binary, Made, Plan
 from fluxkiln.compile.rungs import (
     STAGE,
     OpenPart,
@@ -75,7 +75,11 @@ def climb(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, made: Made, fo
         rungs |= stack.enter_context(execute(checkpoint, plan, cache, made, folder))
         env = environment.installed()
         if env is not None and multiplications(checkpoint, plan.shapes) <= MOST_MULTIPLICATIONS:
-            homes = _lay_out_files(cache, made.files, folder / "bmodels")
+            homes = {part: folder / "bmodels" / file.name for file in made.files for part in file.parts}
+            shutil.rmtree(folder / "bmodels", ignore_errors=True)
+            (folder / "bmodels").mkdir(parents=True)
+            for file in made.files:
+                cache.store.export(file.blob.digest, folder / "bmodels" / file.name, link=True)
             nets = {binary.part.name: bind_net(binary, homes[binary.part.name]) for binary in made.binaries}
             simulator = CmodelExecutor(nets, env, plan.target.chip, log=plan.logs / "simulator.log")
             stack.callback(simulator.close)
@@ -162,15 +166,6 @@ def lay_out_lowered(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, bina
     cast_weight_file(read_map(cache, binary.blobs["map"]), reader, target, rounder_of)
 
 
-def _lay_out_files(cache: ActionCache, files: tuple[BundleFile, ...], folder: Path) -> dict[str, Path]:
-    """Part -> the file of `folder` that holds its net; files by link or copy under their own names."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    for file in files:
-        cache.store.export(file.blob.digest, folder / file.name, link=True)
-    return {part: folder / file.name for file in files for part in file.parts}
-
-
 def look(
     checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, record: Record, progress: Progress
 ) -> PartFindings:
@@ -185,10 +180,14 @@ def look(
             tempfile.TemporaryDirectory(prefix="fluxkiln-look-") as scratch,
             Simulator(env, plan.target.chip, plan.logs / "debug.log") as simulator,
         ):
-            lowered = _lay_out(checkpoint, small, cache, part, Path(scratch) / "lowered")
+            binary = _make_binary(checkpoint, small, cache, part)
+            lowered = Path(scratch) / "lowered" / "lowered.mlir"
+            lay_out_lowered(checkpoint, small, cache, binary, lowered.parent)
+            # as the compiler wrote it: in groups of heads the scores have names of their own
+            lowered.write_text(cache.path(binary.blobs["lowered"]).read_text())
             rungs.append(check_lowered(opened, lowered, simulator))
-    stored = _read_back(opened, checkpoint, plan, cache, call.bundle)
-    rungs += [stored] if stored is not None else []
+    if stored := _read_back(opened, checkpoint, plan, cache, call.bundle):
+        rungs.append(stored)
     tell_rung(rungs[-1], progress)
     missing = "not looked into: its interpreter is TPU-MLIR's, which is not installed here"
     return PartFindings(tuple(rungs), {} if env is not None else {"lowered graph": missing})
@@ -203,16 +202,10 @@ def open_stored(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Pa
     return replace(opened, advice=_ADVICE)
 
 
-def _lay_out(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, folder: Path) -> Path:
-    """The part's lowered graph, its weights beside it."""
+def _make_binary(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part) -> Binary:
     template = make_template(checkpoint, plan, cache, part.kind, "onnx17")
     mould = make_mould(checkpoint, plan, cache, template)
-    binary = cast_part(plan, part, mould) if mould.castable else compile_part(checkpoint, plan, cache, part, template)
-    lay_out_lowered(checkpoint, plan, cache, binary, folder)
-    # as the compiler wrote it: in groups of heads the scores have names of their own
-    lowered = folder / "lowered.mlir"
-    lowered.write_text(cache.path(binary.blobs["lowered"]).read_text())
-    return lowered
+    return cast_part(plan, part, mould) if mould.castable else compile_part(checkpoint, plan, cache, part, template)
 
 
 def _read_back(
@@ -281,15 +274,8 @@ def lowered_values(text: str, values: Collection[str]) -> dict[str, Operation]:
 def lowered_run(
     look: Callable[[tuple[str, ...]], Values], found: Mapping[str, Operation], below: Values
 ) -> dict[str, NDArray[Any]]:
-    """Values of a lowered graph by the template's names, in the shapes of `below`; those of another size are left out.
-
-    Args:
-        look: names of the lowered graph -> values.
-    """
+    """Values that `look` gives by the graph's own names by the template's, in the shapes of `below` or left out."""
     names = {value: form.output for value, form in found.items() if value in below}
     seen = look(tuple(names.values()))
-    return {
-        value: seen[name].reshape(below[value].shape)
-        for value, name in names.items()
-        if seen[name].size == below[value].size
-    }
+    sized = {value: seen[name] for value, name in names.items() if seen[name].size == below[value].size}
+    return {value: array.reshape(below[value].shape) for value, array in sized.items()}

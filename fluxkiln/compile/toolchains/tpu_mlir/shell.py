@@ -1,10 +1,9 @@
 """Shells: bmodels without their weights, combined by `model_tool` in seconds, and weights laid out behind them.
 
 `model_tool --combine` holds every file in memory, twice. A shell keeps a net's instructions and its list of
-coefficients, and has one page in place of the coefficients themselves: shells of any number of parts are combined in
-little memory, regions for the real coefficients are laid out behind the combined file's binary area, and each part is
-cast straight into its region. The result equals what combining the whole files gives, apart from where in the file
-the coefficients lie.
+coefficients, and has one page in place of the coefficients themselves. Shells of any number of parts are combined in
+little memory, and behind the result regions for the coefficients are laid out: it equals what combining the whole files
+gives, apart from where in the file the coefficients lie.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from fluxkiln.compile.plan import Binary, Plan
 from fluxkiln.compile.toolchains.tpu_mlir.bmodel import (
     HEADER,
     HEADER_BYTES,
+    MAGIC,
     BmodelNet,
     Span,
     Table,
@@ -45,7 +45,7 @@ def make_shell(bmodel: Path, net: str, target: Path) -> None:
 
     Args:
         bmodel: as the compiler wrote it, or a shell, which gets another name.
-        net: any name; a longer or shorter one than the bmodel's own is stored at the end of the flatbuffer.
+        net: any name.
 
     Raises:
         CompileError: several nets, or bytes in the file whose purpose is unknown.
@@ -74,8 +74,7 @@ def make_shell(bmodel: Path, net: str, target: Path) -> None:
             _BINARY.pack_into(buffer, place, starts[span], PAGE if span == weights else span.size)
     code = old.check_code.start - HEADER_BYTES
     buffer[code : code + old.check_code.size] = hashlib.sha256(page).digest()
-    magic, *_ = HEADER.unpack_from(head)
-    HEADER.pack_into(head, 0, magic, HEADER_BYTES, len(buffer), position)
+    HEADER.pack_into(head, 0, MAGIC, HEADER_BYTES, len(buffer), position)
     with bmodel.open("rb") as source, target.open("wb") as file:
         file.write(head + buffer)
         base = file.tell()
@@ -102,11 +101,10 @@ def lay_out(combined: Path, sizes: Mapping[str, int], target: Path) -> dict[str,
     placeholders': write each net's with `write_check_code`.
 
     Args:
-        combined: shells put together by `model_tool`.
         sizes: net -> bytes of its coefficients.
 
     Returns:
-        BmodelNet -> its region of `target`, in absolute positions.
+        Net -> its region of `target`, in absolute positions.
 
     Raises:
         CompileError: the nets are not those of `sizes`, or a net's coefficients do not fit its size.
@@ -118,7 +116,7 @@ def lay_out(combined: Path, sizes: Mapping[str, int], target: Path) -> dict[str,
     regions: dict[str, Span] = {}
     position = model.binary.stop
     for net in model.nets:
-        listed = max((entry.offset + entry.size for entry in net.entries), default=0)
+        listed = max((entry.stop for entry in net.entries), default=0)
         if listed != sizes[net.name]:
             raise CompileError(
                 f"net {net.name} lists {listed} bytes of coefficients, its region would have {sizes[net.name]}; "
@@ -137,9 +135,9 @@ def lay_out(combined: Path, sizes: Mapping[str, int], target: Path) -> dict[str,
             file.seek(net.coefficients_field)
             file.write(_BINARY.pack(region.start - model.binary.start, region.size))
         file.seek(0)
-        magic, header_size, flatbuffer_size, _ = HEADER.unpack(file.read(HEADER.size))
+        _, header_size, flatbuffer_size, _ = HEADER.unpack(file.read(HEADER.size))
         file.seek(0)
-        file.write(HEADER.pack(magic, header_size, flatbuffer_size, position - model.binary.start))
+        file.write(HEADER.pack(MAGIC, header_size, flatbuffer_size, position - model.binary.start))
     return regions
 
 
@@ -173,10 +171,7 @@ def combine_action(plan: Plan, name: str, binaries: list[Binary]) -> Action:
 
 
 def copy_region(bmodel: Path, target: Path, region: Span) -> bytes:
-    """Copy the coefficients of a single-net bmodel to their region of a combined file.
-
-    Returns:
-        Their check code.
+    """Copy the coefficients of a single-net bmodel to their region of a combined file; returns their check code.
 
     Raises:
         CompileError: they have another size. IntegrityError: they do not have the check code stored beside them.

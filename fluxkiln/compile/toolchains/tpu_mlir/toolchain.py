@@ -149,13 +149,9 @@ class TpuMlir(Toolchain):
         from fluxkiln.compile.doctor import runtime_status
 
         root, env = environment.default_tpu_mlir_root(), environment.installed()
-        sail = runtime_status(
-            "sophon-sail",
-            "sophon",
-            ("sophon", "sophon-arm", "sophon-sail"),
-            "the executor sail needs it, on a machine with a BM1684X: install the wheel of your Sophgo SDK",
-            "sail",
-        )
+        remedy = "the executor sail needs it, on a machine with a BM1684X: install the wheel of your Sophgo SDK"
+        packages = ("sophon", "sophon-arm", "sophon-sail")
+        sail = runtime_status("sophon-sail", "sophon", packages, remedy, "sail")
         if env is not None:
             version = f"{env.version} (self-check relative L2 {env.check_rel_l2:.1e})"
             return ToolStatus("tpu-mlir", True, version, str(root), ""), sail
@@ -164,15 +160,11 @@ class TpuMlir(Toolchain):
             f"{state}: the next build that needs it makes version {environment.TPU_MLIR_VERSION}, or run "
             f"`{sys.executable} -m {environment.__name__}`"
         )
-        return ToolStatus("tpu-mlir", False, "", str(root), remedy), _python310(), sail
-
-
-def _python310() -> ToolStatus:
-    """What TPU-MLIR's environment is made with."""
-    try:
-        return ToolStatus("python3.10", True, "3.10", str(find_python310()), "")
-    except ToolchainError as error:
-        return ToolStatus("python3.10", False, "", "", str(error))
+        try:
+            python310 = ToolStatus("python3.10", True, "3.10", str(find_python310()), "")
+        except ToolchainError as error:
+            python310 = ToolStatus("python3.10", False, "", "", str(error))
+        return ToolStatus("tpu-mlir", False, "", str(root), remedy), python310, sail
 
 
 TOOLCHAIN = TpuMlir()

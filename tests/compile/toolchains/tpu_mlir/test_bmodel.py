@@ -45,7 +45,7 @@ def test_what_a_bmodel_declares(bmodel, compile_matmul):
     assert [(tensor.dtype, tensor.shape) for tensor in net.outputs] == [("float32", (1, 8, 64))]
     assert data[net.name_span.start : net.name_span.stop] == b"matmul"
     assert data[net.coefficients.start : net.coefficients.stop] == weight.T.tobytes()
-    assert [(entry.offset, entry.size) for entry in net.entries] == [(0, weight.nbytes)]
+    assert [(entry.start, entry.size) for entry in net.entries] == [(0, weight.nbytes)]
     assert data[net.check_code.start : net.check_code.stop] == hash_span(bmodel, net.coefficients)
     assert net.instruction_bytes > 0
     assert net.runtime_bytes >= 4 * 8 * (128 + 64)

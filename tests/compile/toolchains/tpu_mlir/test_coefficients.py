@@ -65,7 +65,7 @@ def test_map_covers_every_byte(kiln, cast_and_direct, scheme):
     found = CoefficientMap.from_json(json.loads(text))
     assert found.to_json() == CoefficientMap.from_json(json.loads(json.dumps(found.to_json()))).to_json()
     (net,) = read_bmodel(kiln.cache.path(mould.result.outputs["shell"])).nets
-    assert sorted(placement.offset for placement in found.binary) == sorted(entry.offset for entry in net.entries)
+    assert sorted(placement.offset for placement in found.binary) == sorted(entry.start for entry in net.entries)
     template = make_template(*kiln, "single", "onnx17")
     assert {placement.form.slot for placement in found.binary} == {spec.name for spec in template.slots}
     names = {placement.form.name.split("_")[0] for placement in found.binary}

@@ -27,12 +27,10 @@ from fluxkiln.compile.toolchains.neuron.neff import (
     ModuleJob,
     Neff,
     check_module,
-    check_versions,
     compile_flags,
     finished_neff,
     hlo_file,
     neff_path,
-    read_neffs,
     record_path,
 )
 from fluxkiln.compile.toolchains.neuron.neuronx_cc import NeuronxCc, compile_module
@@ -131,15 +129,6 @@ def _compile(
     spent = f"{how} in {time.perf_counter() - started:.1f} s"
     progress.done("neff", job.name, FROM_STORE if result.hit else spent)
     return neff
-
-
-def take_finished(folder: Path, jobs: Sequence[ModuleJob], target: Target, flags: Any) -> tuple[Neff, ...] | None:
-    """The compiled modules in `folder` if none is missing and they are of one compiler; None otherwise."""
-    found = read_neffs(folder, jobs, target, flags)
-    if len(found) != len(jobs):
-        return None
-    check_versions(found)
-    return tuple(found[job.name] for job in jobs)
 
 
 def write_compile_script(

@@ -19,21 +19,18 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-from fluxkiln.compile.executor import from_bits16
+import numpy as np
+
 from fluxkiln.compile.toolchains.neuron.modules import Module
-from fluxkiln.compile.toolchains.neuron.replicas import ReadWeights, module_arguments
+from fluxkiln.compile.toolchains.neuron.replicas import Array, ReadWeights, dtype_of, module_arguments
 from fluxkiln.compile.toolchains.neuron.split_bundle import SplitBundle, find_compiled
 from fluxkiln.errors import CompileError, IntegrityError, ToolchainError
 from fluxkiln.types import TensorSpec
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
 _T = TypeVar("_T")
 DEVICES = Path("/dev")
-_ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int32": 4}
 
 
 class NeuronExecutor:
@@ -49,9 +46,7 @@ class NeuronExecutor:
     name = "neuron"
 
     def __init__(self, components: Mapping[str, str], bundle: SplitBundle, weights: ReadWeights) -> None:
-        self.bundle = bundle
-        self.components = dict(components)
-        self.weights = weights
+        self.bundle, self.components, self.weights = bundle, dict(components), weights
         self.neffs = find_compiled(bundle)
         self._nrtpy = _import_nrtpy()
         cores = max(module.ranks for module in bundle.modules.values())
@@ -60,7 +55,7 @@ class NeuronExecutor:
         self._models: dict[str, list[Any]] = {}
         self._weights: dict[str, list[dict[str, Any]]] = {}
 
-    def __call__(self, part: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    def __call__(self, part: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
         module = self.bundle.module_of(part)
         arguments = module_arguments(module, part, inputs)
         self._load(part, module)
@@ -86,9 +81,8 @@ class NeuronExecutor:
 
     def release(self, component: str) -> None:
         """Free a component's weights and the NEFFs of its modules; nrtpy frees a tensor when nobody holds it."""
-        gone = [part for part, own in self.components.items() if own == component]
-        for part in gone:
-            self._weights.pop(part, None)
+        for part in [part for part, own in self.components.items() if own == component]:
+            self.drop(part)
             self._models.pop(self.bundle.part_modules[part], None)
 
     def drop(self, part: str) -> None:
@@ -138,9 +132,7 @@ class NeuronExecutor:
                 f"compiled for {self.bundle.target}"
             ) from error
 
-    def _tensor(self, array: NDArray[Any], rank: int) -> Any:
-        import numpy as np
-
+    def _tensor(self, array: Array, rank: int) -> Any:
         # bits: numpy itself knows no bfloat16
         plain = array.view(np.uint16) if array.dtype.itemsize == 2 else array
         return self._nrtpy.NrtpyTensor.from_numpy(plain, core_id=rank)
@@ -157,7 +149,7 @@ def match_names(infos: Mapping[str, Any], specs: Sequence[TensorSpec], what: str
     """
     wanted = [spec.name for spec in specs]
     names = wanted if set(wanted) == set(infos) else sorted(infos, key=_number)
-    sizes = [math.prod(spec.shape) * _ITEM_BYTES[spec.dtype] for spec in specs]
+    sizes = [math.prod(spec.shape) * dtype_of(spec.dtype).itemsize for spec in specs]
     found = [int(infos[name].size) for name in names]
     if found != sizes:
         raise IntegrityError(
@@ -172,15 +164,9 @@ def _number(name: str) -> tuple[int, str]:
     return (int(digits[-1]) if digits else -1, name)
 
 
-def _as_float32(array: NDArray[Any], spec: TensorSpec) -> NDArray[Any]:
-    import numpy as np
-
-    flat = np.ascontiguousarray(array).reshape(-1)
-    if spec.dtype in ("bfloat16", "float16"):
-        wide = from_bits16(flat.view(np.uint16), spec.dtype)
-    else:
-        wide = flat.view(np.dtype(spec.dtype)).astype(np.float32)
-    return wide.reshape(spec.shape)
+def _as_float32(array: Array, spec: TensorSpec) -> Array:
+    flat: Array = np.ascontiguousarray(array).reshape(-1).view(dtype_of(spec.dtype)).astype(np.float32)
+    return flat.reshape(spec.shape)
 
 
 def _import_nrtpy() -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.metadata
+import io
 import os
 import threading
 import warnings
@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from fluxkiln.compile.installed import installed_version
 from fluxkiln.errors import CompileError, ToolchainError
 from fluxkiln.types import TensorSpec
 
@@ -74,48 +75,39 @@ def lower_module(
         ToolchainError: jax, jaxlib or torchax is missing or of another version.
         CompileError: the module is not on the meta device, or does what the frontend has no lowering for.
     """
-    torchax = load_frontend()
-    with _one_at_a_time:
-        return _lower(torchax, make_module, inputs, ranks, dtype)
-
-
-def _lower(
-    torchax: Any,
-    make_module: Callable[[_Collectives], Module],
-    inputs: Sequence[TensorSpec],
-    ranks: int,
-    dtype: RunDtype,
-) -> Lowered:
     import jax
     import torch
 
-    module = make_module(_Psum(ranks)).eval().requires_grad_(False)
-    for parameter in module.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(getattr(torch, dtype))
-    names = [name for name, _ in module.named_parameters()]
-    slots = [TensorSpec(name, tuple(p.shape), _name(p.dtype)) for name, p in module.named_parameters()]
-    _refuse_illegal(module, inputs, slots)
-    parameters = (*inputs, *slots)
+    with _one_at_a_time:
+        torchax = load_frontend()
+        module = make_module(_Psum(ranks)).eval().requires_grad_(False)
+        for parameter in module.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(getattr(torch, dtype))
+        weights = dict(module.named_parameters())
+        slots = [TensorSpec(name, tuple(w.shape), str(w.dtype).removeprefix("torch.")) for name, w in weights.items()]
+        _refuse_illegal(module, inputs, slots)
+        parameters = (*inputs, *slots)
 
-    def run(*arrays: Any) -> Any:
-        tensors = torchax.j2t_iso(list(arrays))
-        activations, weights = tensors[: len(inputs)], tensors[len(inputs) :]
-        # functions that jax would compile apart become part of this one
-        with jax.disable_jit(), torch.no_grad(), torchax:
-            state = dict(zip(names, weights, strict=True)) | _constants(module, torchax)
-            result = torch.func.functional_call(module, state, tuple(activations))
-            return torchax.t2j_iso(torchax.v2t_iso(tuple(result) if isinstance(result, tuple | list) else (result,)))
+        def run(*arrays: Any) -> Any:
+            tensors = torchax.j2t_iso(list(arrays))
+            activations, given = tensors[: len(inputs)], tensors[len(inputs) :]
+            # functions that jax would compile apart become part of this one
+            with jax.disable_jit(), torch.no_grad(), torchax:
+                state = dict(zip(weights, given, strict=True)) | _constants(module, torchax)
+                result = torch.func.functional_call(module, state, tuple(activations))
+                made = tuple(result) if isinstance(result, tuple | list) else (result,)
+                return torchax.t2j_iso(torchax.v2t_iso(made))
 
-    arguments = [jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in parameters]
-    with _reported_as_compile_errors(), jax.default_matmul_precision("highest"), jax.enable_x64(False):
-        traced = jax.jit(_on_ranks(run, ranks), keep_unused=True).trace(*arguments)
-        stablehlo = traced.lower(lowering_platforms=("cpu",)).compiler_ir("stablehlo")
-    outputs = tuple(
-        TensorSpec(f"output_{index}", tuple(out.shape), str(out.dtype))
-        for index, out in enumerate(jax.tree.leaves(traced.out_info))
-    )
-    return Lowered(_to_hlo(stablehlo, ranks), parameters, outputs)
+        arguments = [jax.ShapeDtypeStruct(spec.shape, spec.dtype) for spec in parameters]
+        with _reported_as_compile_errors(), jax.default_matmul_precision("highest"), jax.enable_x64(False):
+            traced = jax.jit(_on_ranks(run, ranks), keep_unused=True).trace(*arguments)
+            stablehlo = traced.lower(lowering_platforms=("cpu",)).compiler_ir("stablehlo")
+        outputs = tuple(
+            TensorSpec(f"output_{index}", tuple(out.shape), str(out.dtype))
+            for index, out in enumerate(jax.tree.leaves(traced.out_info))
+        )
+        return Lowered(_to_hlo(stablehlo, ranks), parameters, outputs)
 
 
 class _Psum:
@@ -152,18 +144,13 @@ def _on_ranks(function: Callable[..., Any], ranks: int) -> Callable[..., Any]:
 
     if ranks == 1:  # a mesh of one device leaves no trace in the graph
         return function
-    mesh = AbstractMesh((ranks,), (_AXIS,))
-    everywhere = PartitionSpec()
-    mapped: Callable[..., Any] = jax.shard_map(
-        function, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=False
-    )
+    mesh, every = AbstractMesh((ranks,), (_AXIS,)), PartitionSpec()
+    mapped: Callable[..., Any] = jax.shard_map(function, mesh=mesh, in_specs=every, out_specs=every, check_vma=False)
     return mapped
 
 
 def _to_hlo(stablehlo: Any, ranks: int) -> bytes:
     """The proto of a StableHLO module in cross-replica form, equal expressions merged."""
-    import io
-
     from jaxlib import _jax
     from jaxlib.mlir.passmanager import PassManager
 
@@ -247,10 +234,6 @@ def _refuse_illegal(module: Module, inputs: Sequence[TensorSpec], slots: Sequenc
             )
 
 
-def _name(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 @contextlib.contextmanager
 def _reported_as_compile_errors() -> Iterator[None]:
     """What torchax and jax say of a module that cannot be lowered, as errors of ours; jax narrows float64 silently."""
@@ -286,10 +269,7 @@ def _reported_as_compile_errors() -> Iterator[None]:
 def require_versions() -> None:
     """Raise ToolchainError if jax, jaxlib or torchax is missing or of another version than this was written for."""
     for name, wanted in VERSIONS.items():
-        try:
-            found = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found = "not installed"
+        found = installed_version(name) or "not installed"
         if found != wanted:
             raise ToolchainError(
                 f"{name}: {found}; lowering for Neuron needs {name} {wanted} exactly: pip install 'fluxkiln[trn1]'"

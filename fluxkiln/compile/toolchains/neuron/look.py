@@ -15,7 +15,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,7 +23,7 @@ from fluxkiln.compile.plan import Plan
 from fluxkiln.compile.rungs import STAGE, tell_rung
 from fluxkiln.compile.templates import host_constants
 from fluxkiln.compile.toolchains.neuron.modules import Module, lower_modules, module_name
-from fluxkiln.compile.toolchains.neuron.replicas import dtype_of
+from fluxkiln.compile.toolchains.neuron.replicas import Array, Replicas, Weights, dtype_of
 from fluxkiln.compile.toolchains.neuron.rungs import bound_weights, shard_arrays
 from fluxkiln.compile.toolchains.neuron.split import LARGEST_PART, held_elements, shard_file, shard_weights
 from fluxkiln.compile.toolchains.neuron.values import list_values, recompute_values, result_values, show_values, widen
@@ -49,14 +48,6 @@ from fluxkiln.verify.findings import (
 )
 from fluxkiln.verify.judgement import BF16, REORDERED, Shares, first_missed, judge_output, match_leaves, module_output
 from fluxkiln.verify.metrics import compare
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from fluxkiln.compile.toolchains.neuron.replicas import Replicas
-
-# of each rank its weights in the order of the module's slots
-Weights = Sequence[Sequence["NDArray[Any]"]]
 
 
 @dataclass(frozen=True)
@@ -91,7 +82,7 @@ class OpenRanks:
         return [operation.output for operation in self.operations]
 
     @cached_property
-    def given(self) -> dict[str, NDArray[Any]]:
+    def given(self) -> dict[str, Array]:
         """The activations in the module's dtypes."""
         inputs = self.module.inputs
         return {spec.name: np.ascontiguousarray(self.inputs[spec.name]).astype(dtype_of(spec.dtype)) for spec in inputs}
@@ -115,9 +106,7 @@ class OpenRanks:
         ]
         return self._run(recompute_values, widen(self.proto), arguments)
 
-    def _run(
-        self, show: Callable[[bytes, list[str]], bytes], proto: bytes, arguments: list[list[NDArray[Any]]]
-    ) -> list[Values]:
+    def _run(self, show: Callable[[bytes, list[str]], bytes], proto: bytes, arguments: Weights) -> list[Values]:
         worker = self.workers[self.module.ranks]
         ranks = worker.run(worker.load(show(proto, self.order)), arguments)
         return [dict(zip(self.order, map(_wide, arrays), strict=True)) for arrays in ranks]
@@ -127,8 +116,6 @@ def look(
     checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, record: Record, progress: Progress
 ) -> PartFindings:
     """See `Toolchain.look`; UsageError where the part holds several blocks, or is too large to be executed here."""
-    from fluxkiln.compile.toolchains.neuron.replicas import Replicas
-
     check_size(checkpoint, part)
     call = record()
     alone = replace(plan, shapes=call.shapes, parts=(part,))
@@ -223,7 +210,7 @@ def check_split(opened: OpenRanks, leaves: Sequence[Leaf], state: Values, output
     return _with_culprit(RungFindings("split", "reference", tuple(found)), opened, opened.exact, {}, doubled)
 
 
-def adds_bias(finding: Finding, leaf: Leaf, found: NDArray[Any], bias: NDArray[Any], ranks: int) -> bool:
+def adds_bias(finding: Finding, leaf: Leaf, found: Array, bias: Array, ranks: int) -> bool:
     """Whether what is too much in a module's output is its bias, once for every rank but the first."""
     if finding.missed != "own" or bias.shape != leaf.output.shape[-1:] or not np.any(bias):
         return False
@@ -335,7 +322,7 @@ def is_partial(operations: Sequence[Operation], cuts: tuple[Cut, ...], operation
     return False
 
 
-def _wide(array: NDArray[Any]) -> NDArray[Any]:
+def _wide(array: Array) -> Array:
     """float32 for any float; ids stay integers of 32 bits."""
     whole = np.issubdtype(array.dtype, np.integer)
     return np.ascontiguousarray(array, np.int32 if whole else np.float32)

@@ -7,7 +7,7 @@ that has it. `resume_compile` completes it there, without its checkpoint.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from fluxkiln.compile.plan import Binary, BundleFile, Made, Plan
 from fluxkiln.compile.process import JobPool
 from fluxkiln.compile.targets import find_target
 from fluxkiln.compile.toolchain import Resumed
-from fluxkiln.compile.toolchains.neuron.compilation import compile_kinds, take_finished, write_compile_script
+from fluxkiln.compile.toolchains.neuron.compilation import compile_kinds, write_compile_script
 from fluxkiln.compile.toolchains.neuron.modules import Module, lay_out_jobs, lower_modules, module_name
 from fluxkiln.compile.toolchains.neuron.neff import (
     COMMAND,
@@ -103,7 +103,11 @@ def _compile(
     if bundled.is_dir():
         shutil.copytree(bundled, work / "neff", symlinks=True, dirs_exist_ok=True)
     if compiler is None:
-        return take_finished(work, jobs, plan.target, settings.flags) or ()
+        found = read_neffs(work, jobs, plan.target, settings.flags)
+        if len(found) != len(jobs):
+            return ()
+        check_versions(found)
+        return tuple(found.values())
     with JobPool[Neff](settings.jobs) as pool:
         return compile_kinds(pool, jobs, compiler, plan.target, cache, work, settings.flags, progress)
 
@@ -134,26 +138,29 @@ def resume_compile(bundle: Path, store: Store, progress: Progress, jobs: int | N
     with build_lock(bundle.parent / f".{bundle.name}.resume.lock", f"the compile of {bundle}"):
         _check_files(bundle, manifest)
         split = read_split_bundle(bundle)
-        target, modules = find_target(split.target), split.modules
-        wanted = bundle_jobs(split)
+        target, wanted = find_target(split.target), bundle_jobs(split)
         found = read_neffs(bundle, wanted, target, split.flags)
-        if found.keys() != modules.keys():
+        compiled: dict[str, Neff] = {}
+        if missing := [job for job in wanted if job.name not in found]:
             try:
                 compiler = find_neuronx_cc()
             except ToolchainError as error:
                 raise compiler_missing(str(error), bundle) from None
             if found:
                 check_versions(found, compiler.version)
-            missing = [job for job in wanted if job.name not in found]
             with JobPool[Neff](jobs) as pool:
                 made = compile_kinds(pool, missing, compiler, target, ActionCache(store), bundle, split.flags, progress)
             compiled = {neff.name: neff for neff in made}
-        else:
-            compiled = {}
         version = check_versions({**found, **compiled})
         for log in (bundle / "neff").glob("*.log*"):  # of a failure that is mended now
             log.unlink()
-        _rewrite(bundle, manifest, modules)
+        entries = {file.path: file for file in manifest.files if not file.path.startswith("neff/")}
+        for path in (at(bundle, name) for name in split.modules for at in (neff_path, record_path)):
+            digest, length = digest_file(path)
+            label = path.relative_to(bundle).as_posix()
+            entries[label] = FileEntry(label, role_of(label), digest.removeprefix("sha256:"), length)
+        files = tuple(entries[label] for label in sorted(entries))
+        write_durably(bundle / MANIFEST_FILE, replace(manifest, files=files).to_bytes())
         verify_bundle(bundle)
     return Resumed(bundle, COMMAND, version, tuple(compiled), tuple(found))
 
@@ -168,17 +175,6 @@ def _check_files(bundle: Path, manifest: Manifest) -> None:
                     f"{bundle / file.path} has the digest {digest}, the manifest says {file.digest}: it was changed; "
                     "build or fetch the bundle again"
                 )
-
-
-def _rewrite(bundle: Path, manifest: Manifest, modules: Iterable[str]) -> None:
-    entries = {file.path: file for file in manifest.files if not file.path.startswith("neff/")}
-    for name in modules:
-        for path in (neff_path(bundle, name), record_path(bundle, name)):
-            digest, length = digest_file(path)
-            label = path.relative_to(bundle).as_posix()
-            entries[label] = FileEntry(label, role_of(label), digest.removeprefix("sha256:"), length)
-    files = tuple(entries[path] for path in sorted(entries))
-    write_durably(bundle / MANIFEST_FILE, replace(manifest, files=files).to_bytes())
 
 
 def report(checkpoint: Checkpoint, plan: Plan, made: Made) -> dict[str, Any]:

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from fluxkiln.artifacts.actions import Action, ActionCache, run_action
 from fluxkiln.artifacts.code import code_version
 from fluxkiln.artifacts.store import Blob
+from fluxkiln.compile.installed import installed_version
 from fluxkiln.compile.plan import Job, Plan
 from fluxkiln.compile.templates import EXPORT_TOOLS, specs_from_json, specs_to_json
 from fluxkiln.compile.toolchain import TRACE_MEMORY
-from fluxkiln.compile.toolchains.neuron.frontend import VERSIONS
+from fluxkiln.compile.toolchains.neuron.frontend import VERSIONS, RunDtype
 from fluxkiln.compile.toolchains.neuron.neff import ModuleForm, ModuleJob, hlo_file
 from fluxkiln.digests import digest_json
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.progress import FROM_STORE, Progress
 from fluxkiln.types import Part, TensorSpec
-
-Dtype = Literal["bfloat16", "float32"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +65,7 @@ class Module:
 
 def lowering_versions() -> dict[str, str]:
     """What lowers, and its versions."""
-    return {name: _version(name) for name in (*EXPORT_TOOLS[:3], *sorted(VERSIONS))}
+    return {name: installed_version(name) or "not installed" for name in (*EXPORT_TOOLS[:3], *sorted(VERSIONS))}
 
 
 def tools(plan: Plan) -> dict[str, str]:
@@ -78,17 +76,17 @@ def tools(plan: Plan) -> dict[str, str]:
 
 def lower_jobs(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> list[Job]:
     """Of every module, that it is lowered."""
-    actions = {module_name(part): lower_action(checkpoint, plan, part) for part in plan.parts}
-    return [
-        Job("lower", name, "", "BF16", TRACE_MEMORY, cache.lookup(action.key) is not None)
-        for name, action in actions.items()
-    ]
+    jobs = []
+    for name, part in {module_name(part): part for part in plan.parts}.items():
+        action = _lower_action(checkpoint, plan, part, "bfloat16", part.ranks(plan.layout.degree))
+        jobs.append(Job("lower", name, "", "BF16", TRACE_MEMORY, cache.lookup(action.key) is not None))
+    return jobs
 
 
 def module_name(part: Part) -> str:
-    """The module that runs a part: `double`, or `double.4x` for one of four blocks."""
-    name = module_kind(part)
-    return name if not is_group(part) else f"{name}.{len(part.members)}x"
+    """The module that runs a part: `double`, or `double.4x` for one of four blocks; that of all blocks is no group."""
+    group = len({kind for kind, _ in part.members}) == 1 < len(part.members)
+    return module_kind(part) + f".{len(part.members)}x" * group
 
 
 def module_kind(part: Part) -> str:
@@ -96,17 +94,12 @@ def module_kind(part: Part) -> str:
     return part.traits.cut or part.kind
 
 
-def is_group(part: Part) -> bool:
-    """Whether it holds several blocks of one kind; what holds the whole transformer does not."""
-    return len({kind for kind, _ in part.members}) == 1 < len(part.members)
-
-
 def lower_modules(
     checkpoint: Checkpoint,
     plan: Plan,
     cache: ActionCache,
     progress: Progress,
-    dtype: Dtype = "bfloat16",
+    dtype: RunDtype = "bfloat16",
     degree: int | None = None,
     stage: str = "lower",
 ) -> dict[str, Module]:
@@ -141,23 +134,17 @@ def lay_out_jobs(cache: ActionCache, modules: Mapping[str, Module], folder: Path
     return tuple(jobs)
 
 
-def _lower(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, dtype: Dtype, ranks: int) -> Module:
+def _lower(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, dtype: RunDtype, ranks: int) -> Module:
     def produce(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
         from fluxkiln.compile.toolchains.neuron.check import check_hlo
         from fluxkiln.compile.toolchains.neuron.frontend import lower_module
         from fluxkiln.compile.toolchains.neuron.hlo_module import canonicalise
 
-        source = (
-            _split_part(checkpoint, plan, part, dtype, ranks)
-            if part.traits.cut
-            else _whole_part(checkpoint, plan, part, dtype)
-        )
+        source = (_split_part if part.traits.cut else _whole_part)(checkpoint, plan, part, dtype, ranks)
         lowered = lower_module(source.make, source.inputs, ranks, dtype)
         proto = canonicalise(lowered.proto)
-        cut = ranks > 1
-        facts = check_hlo(
-            proto, all_reduces=source.all_reduces * cut, all_gathers=source.all_gathers * cut, ranks=ranks
-        )
+        reduces, gathers = (source.all_reduces, source.all_gathers) if ranks > 1 else (0, 0)
+        facts = check_hlo(proto, all_reduces=reduces, all_gathers=gathers, ranks=ranks)
         path = folder / "module.pb"
         path.write_bytes(proto)
         count = len(source.inputs)
@@ -167,15 +154,10 @@ def _lower(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, d
             "inputs": specs_to_json(lowered.parameters[:count]),
             "slots": specs_to_json(slots),
             "outputs": specs_to_json(outputs),
-            "operations": dict(facts.operations),
-            "all_reduce_bytes": list(facts.all_reduce_bytes),
-            "all_gather_bytes": list(facts.all_gather_bytes),
-            "parameter_bytes": facts.parameter_bytes,
-            "flops": facts.flops,
+            **asdict(facts),
         }
 
-    action = lower_action(checkpoint, plan, part, dtype, ranks)
-    result = run_action(cache, action, produce)
+    result = run_action(cache, _lower_action(checkpoint, plan, part, dtype, ranks), produce)
     blob, facts = result.outputs["hlo"], result.facts
     inputs, slots, outputs = (specs_from_json(facts[side]) for side in ("inputs", "slots", "outputs"))
     return Module(
@@ -184,15 +166,8 @@ def _lower(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, d
     )  # fmt: skip
 
 
-def lower_action(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    part: Part,
-    dtype: Dtype = "bfloat16",
-    ranks: int | None = None,
-) -> Action:
+def _lower_action(checkpoint: Checkpoint, plan: Plan, part: Part, dtype: RunDtype, ranks: int) -> Action:
     """The key of a part's module; no checkpoint is in it."""
-    ranks = ranks or part.ranks(plan.layout.degree)
     return Action(
         stage="lower",
         what=f"{module_name(part)} {dtype} tp{ranks}",
@@ -221,7 +196,7 @@ class _Source:
     slot_of: Any = str
 
 
-def _split_part(checkpoint: Checkpoint, plan: Plan, part: Part, dtype: Dtype, ranks: int) -> _Source:
+def _split_part(checkpoint: Checkpoint, plan: Plan, part: Part, dtype: RunDtype, ranks: int) -> _Source:
     from fluxkiln.patches.collectives import ThreadRanks
 
     model = checkpoint.model
@@ -229,25 +204,20 @@ def _split_part(checkpoint: Checkpoint, plan: Plan, part: Part, dtype: Dtype, ra
     def build(collectives: Any) -> Any:
         return model.build_parallel_part(part, checkpoint.configs, plan.shapes, collectives)
 
-    known = build(ThreadRanks(ranks))
-    return _Source(
-        lambda collectives: build(collectives).module, known.inputs_in(dtype), known.outputs, known.all_reduces,
-        known.all_gathers,
-    )  # fmt: skip
+    one = build(ThreadRanks(ranks))
+    inputs = one.inputs_in(dtype)
+    return _Source(lambda given: build(given).module, inputs, one.outputs, one.all_reduces, one.all_gathers)
 
 
-def _whole_part(checkpoint: Checkpoint, plan: Plan, part: Part, dtype: Dtype) -> _Source:
+def _whole_part(checkpoint: Checkpoint, plan: Plan, part: Part, dtype: RunDtype, ranks: int) -> _Source:
     from fluxkiln.patches.parts import slot_name
     from fluxkiln.patches.patch import check_patches, patches_for
 
     model, configs = checkpoint.model, checkpoint.configs
     check_patches(patches_for(model.patches(), part.kind, "pt2"))
-    narrow = {"int64": "int32", "float32": dtype}
-    inputs = tuple(
-        replace(spec, dtype=narrow[spec.dtype]) for spec in model.part_inputs(part.kind, configs, plan.shapes)
-    )
-    outputs = part.traits.outputs
-    return _Source(lambda _: model.build_part(part.kind, configs), inputs, outputs, 0, 0, slot_name)
+    narrow, given = {"int64": "int32", "float32": dtype}, model.part_inputs(part.kind, configs, plan.shapes)
+    inputs = tuple(replace(spec, dtype=narrow[spec.dtype]) for spec in given)
+    return _Source(lambda _: model.build_part(part.kind, configs), inputs, part.traits.outputs, 0, 0, slot_name)
 
 
 def _config(checkpoint: Checkpoint, part: Part) -> dict[str, Any]:
@@ -256,10 +226,3 @@ def _config(checkpoint: Checkpoint, part: Part) -> dict[str, Any]:
     alone = part.traits.ordered and part.traits.cut
     depths = checkpoint.model.whole_numbers.get(part.component, ()) if alone else ()
     return {name: value for name, value in config.items() if name not in depths}
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

@@ -124,26 +124,22 @@ def compile_module(
     check_module(job, model)
     output = work / f"{job.name}.neff"
     what = f"{job.name} for {target.chip}"
-    _run(compile_argv(job.form, target, preset, model.name, output.name, compiler.path), work, log, what)
-    if not output.is_file() or not output.stat().st_size:
-        raise CompileError(f"{what}: {COMMAND} ended well but wrote no output; whole log: {log}")
-    return output
-
-
-def _run(argv: list[str], work: Path, log: Path, what: str) -> None:
-    """Run the compiler; an error says what to do about its codes. Its own log is kept, `work` is not."""
+    argv = compile_argv(job.form, target, preset, model.name, output.name, compiler.path)
     environ = {name: value for name, value in os.environ.items() if name != _FRAMEWORK_FLAGS}
     start = log.stat().st_size if log.is_file() else 0
     try:
         run_tool(argv, work, environ, log, what)
     except CompileError as error:
-        with log.open("ab") as file, suppress(FileNotFoundError):
+        with log.open("ab") as file, suppress(FileNotFoundError):  # the compiler's own log is kept, `work` is not
             file.write(b"\n--- " + _COMPILER_LOG.encode() + b"\n" + (work / _COMPILER_LOG).read_bytes())
         said = log.read_bytes()[start:].decode(errors="replace")
         if _KILLED in find_codes(said):
             raise ResourceError(f"{what}: {known_advice()[_KILLED]}; whole log: {log}") from error
         advice = advise(said)
         raise CompileError(f"{error}{'. ' if advice else ''}{advice}") from error
+    if not output.is_file() or not output.stat().st_size:
+        raise CompileError(f"{what}: {COMMAND} ended well but wrote no output; whole log: {log}")
+    return output
 
 
 @cache

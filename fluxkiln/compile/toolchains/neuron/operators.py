@@ -16,41 +16,31 @@ import jax.numpy as jnp
 import torch
 from jax import lax
 
-_Array = Any  # jax._Array
+_Array = Any  # jax.Array
 _WIDE = jnp.dtype("float32")
 _EPSILON = 2.0**-23
 
 
 def replacements() -> Mapping[Any, Callable[..., Any]]:
     """Torch functions and operators, each with what computes it."""
-    aten = torch.ops.aten
-    functional = torch.nn.functional
-    return {
-        functional.linear: linear,
-        functional.conv2d: conv2d,
-        functional.scaled_dot_product_attention: attention,
-        aten.scaled_dot_product_attention: attention,
-        functional.layer_norm: layer_norm,
-        functional.rms_norm: rms_norm,
-        functional.group_norm: group_norm,
-        functional.embedding: embedding,
-        functional.gelu: gelu,
-        functional.silu: silu,
-        functional.softmax: softmax,
-        torch.softmax: softmax,
-        torch.Tensor.softmax: softmax,
-        aten.gelu: gelu,
-        aten.silu: silu,
-        aten.silu.default: silu,
-        aten.softmax: softmax,
-        aten.softmax.int: softmax,
-        aten._softmax: lambda x, dim, _half_to_float: softmax(x, dim),
-        aten.pow: power,
-        aten.add.Tensor: add,
-        aten.add.Scalar: add,
-        aten.sub.Tensor: subtract,
-        aten.sub.Scalar: subtract,
+    aten, functional = torch.ops.aten, torch.nn.functional
+    functions: dict[Callable[..., Any], list[Any]] = {
+        linear: [functional.linear],
+        conv2d: [functional.conv2d],
+        attention: [functional.scaled_dot_product_attention, aten.scaled_dot_product_attention],
+        layer_norm: [functional.layer_norm],
+        rms_norm: [functional.rms_norm],
+        group_norm: [functional.group_norm],
+        embedding: [functional.embedding],
+        gelu: [functional.gelu, aten.gelu],
+        silu: [functional.silu, aten.silu, aten.silu.default],
+        softmax: [functional.softmax, torch.softmax, torch.Tensor.softmax, aten.softmax, aten.softmax.int],
+        lambda x, dim, _half_to_float: softmax(x, dim): [aten._softmax],
+        power: [aten.pow],
+        add: [aten.add.Tensor, aten.add.Scalar],
+        subtract: [aten.sub.Tensor, aten.sub.Scalar],
     }
+    return {operator: function for function, operators in functions.items() for operator in operators}
 
 
 def linear(input: _Array, weight: _Array, bias: _Array | None = None) -> _Array:

@@ -27,8 +27,10 @@ from fluxkiln.errors import CompileError, ResourceError
 from fluxkiln.types import TensorSpec
 
 Array = NDArray[Any]
-# part -> rank -> its weights in the order of its module's slots
-ReadWeights = Callable[[str], Sequence[Sequence[Array]]]
+# of each rank its weights in the order of the module's slots
+Weights = Sequence[Sequence[Array]]
+# reads those of a part
+ReadWeights = Callable[[str], Weights]
 
 _WORKER = Path(__file__).with_name("replica_worker.py")
 # arithmetic as the module states it; and a rank may be slow on a loaded machine without being stuck

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.artifacts.store import Blob
@@ -15,20 +17,18 @@ from fluxkiln.compile.templates import host_constants
 from fluxkiln.compile.toolchain import Climb
 from fluxkiln.compile.toolchains.neuron.make import SplitModel
 from fluxkiln.compile.toolchains.neuron.modules import Module, lower_modules, module_name
-from fluxkiln.compile.toolchains.neuron.replicas import ReplicaExecutor, dtype_of
+from fluxkiln.compile.toolchains.neuron.replicas import Array, ReplicaExecutor, Replicas, Weights, dtype_of
 from fluxkiln.compile.toolchains.neuron.split import LARGEST_PART, held_elements
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.progress import Progress
 from fluxkiln.types import Part, find_part
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-    from fluxkiln.compile.toolchains.neuron.replicas import Replicas
     from fluxkiln.verify.ladder import Ladder
 
 # of all ranks together: how many bytes of weights a process keeps for later runs of a rung
 KEPT_BYTES = 2 << 30
+_ReadWeights = Callable[[Part, Module], Weights]
 
 
 @contextmanager
@@ -40,10 +40,6 @@ def climb(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, made: Made, pr
     `replicas`: the modules and the shards of the bundle; modules lowered for the shapes of the plan where these are
     others. Every rank must give the same: how many elements did is a row of the first and the last, `ranks`.
     """
-    import numpy as np
-
-    from fluxkiln.compile.toolchains.neuron.replicas import Replicas
-
     own: SplitModel = made.own
     fitting = tuple(part for part in plan.parts if 4 * held_elements(checkpoint, part) <= LARGEST_PART)
     facts = {"executed on": "XLA CPU replicas", "NEFF": "not executed: that takes a device"}
@@ -55,25 +51,23 @@ def climb(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, made: Made, pr
     exact = lower_modules(checkpoint, plan, cache, progress, "float32", stage="lower float32")
     whole = lower_modules(checkpoint, plan, cache, progress, "bfloat16", 1, stage="lower unsplit")
     counts = {module.ranks for one in (modules, exact, whole) for module in one.values()}
+    constants = host_constants(checkpoint, plan)
     with ExitStack() as stack:
-        workers = {
-            ranks: stack.enter_context(Replicas(ranks, plan.logs / f"replicas.{ranks}.log")) for ranks in sorted(counts)
-        }
-        constants = host_constants(checkpoint, plan)
+        workers = {n: stack.enter_context(Replicas(n, plan.logs / f"replicas.{n}.log")) for n in sorted(counts)}
+
+        def rung(modules: Mapping[str, Module], weights: _ReadWeights) -> _Rung:
+            return _Rung(fitting, modules, constants, workers, weights)
+
         rungs = {
-            "split": _Rung(fitting, exact, constants, workers, partial(bound_weights, checkpoint, dtype="float32")),
-            "unsplit": _Rung(fitting, whole, constants, workers, partial(bound_weights, checkpoint)),
-            "replicas": _Rung(
-                fitting, modules, constants, workers, lambda part, _: shard_arrays(cache, own.shards[part.name])
-            ),
+            "split": rung(exact, partial(bound_weights, checkpoint, dtype="float32")),
+            "unsplit": rung(whole, partial(bound_weights, checkpoint)),
+            "replicas": rung(modules, lambda part, _: shard_arrays(cache, own.shards[part.name])),
         }
 
         def finish(ladder: Ladder) -> None:
             for part in fitting:
-                equal = [
-                    (name, np.array([1.0 - rungs[name].spread[part.name]], np.float32))
-                    for name in ("split", "replicas")
-                ]
+                shares = {name: 1.0 - rungs[name].spread[part.name] for name in ("split", "replicas")}
+                equal = [(name, np.array([share], np.float32)) for name, share in shares.items()]
                 ladder.climb(part.name, part.traits, "ranks", -1, np.ones(1, np.float32), None, equal, "BF16")
 
         yield Climb({**rungs}, fitting, finish, facts)
@@ -91,9 +85,9 @@ class _Rung:
         self,
         parts: tuple[Part, ...],
         modules: Mapping[str, Module],
-        constants: Mapping[str, NDArray[Any]],
+        constants: Mapping[str, Array],
         workers: dict[int, Replicas],
-        weights: Callable[[Part, Module], list[list[NDArray[Any]]]],
+        weights: _ReadWeights,
     ) -> None:
         self.modules = {part.name: modules[module_name(part)] for part in parts}
         self.constants = constants
@@ -104,7 +98,7 @@ class _Rung:
             workers=workers, most_kept=KEPT_BYTES, spread=self._spread,
         )  # fmt: skip
 
-    def __call__(self, part: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    def __call__(self, part: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
         known = {**self.constants, **inputs}
         return self._run(part, {spec.name: known[spec.name] for spec in self.modules[part].inputs})
 
@@ -112,28 +106,24 @@ class _Rung:
         self.spread[part] = max(self.spread.get(part, 0.0), share)
 
 
-def bound_weights(
-    checkpoint: Checkpoint, part: Part, module: Module, dtype: str = "bfloat16"
-) -> list[list[NDArray[Any]]]:
+def bound_weights(checkpoint: Checkpoint, part: Part, module: Module, dtype: str = "bfloat16") -> Weights:
     """Each rank's weights, cut from the checkpoint's tensors, in `dtype`."""
     from fluxkiln.export.bindings import apply_transforms
     from fluxkiln.export.checkpoint import read_tensor
     from fluxkiln.export.split import bind_shard
 
     tensors = checkpoint.tensors[part.folder]
-    ranks = []
-    for rank in range(module.ranks):
-        binding = bind_shard(part, module.slots, checkpoint, module.ranks, rank)
-        ranks.append(
-            [
-                apply_transforms(read_tensor(tensors[slot.sources[0]]), slot.transforms).astype(dtype_of(dtype))
-                for slot in binding.slots
-            ]
-        )
-    return ranks
+    bindings = [bind_shard(part, module.slots, checkpoint, module.ranks, rank) for rank in range(module.ranks)]
+    return [
+        [
+            apply_transforms(read_tensor(tensors[slot.sources[0]]), slot.transforms).astype(dtype_of(dtype))
+            for slot in binding.slots
+        ]
+        for binding in bindings
+    ]
 
 
-def shard_arrays(cache: ActionCache, shards: Sequence[Blob]) -> list[list[NDArray[Any]]]:
+def shard_arrays(cache: ActionCache, shards: Sequence[Blob]) -> Weights:
     """Each rank's weights as its shard has them, the digest checked."""
     from fluxkiln.export.shard_files import read_shard
 

@@ -31,16 +31,11 @@ _SCHEMA = "fluxkiln.neuron/1"
 
 
 @dataclass(frozen=True, slots=True)
-class ShardRef:
-    """The weights of one rank of one part, in the order of its module's slots; `sha256` is bare hex."""
-
-    path: Path
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True)
 class SplitBundle:
-    """What `neuron.json` says. `part_modules` and `shards` are by part, shards of a part in the order of ranks."""
+    """What `neuron.json` says. `part_modules` and `shards` are by part.
+
+    A part's shards are in the order of ranks, the weights of each in the order of the module's slots.
+    """
 
     folder: Path
     target: str
@@ -49,7 +44,7 @@ class SplitBundle:
     flags: FlagPreset
     modules: Mapping[str, Module]
     part_modules: Mapping[str, str]
-    shards: Mapping[str, tuple[ShardRef, ...]]
+    shards: Mapping[str, tuple[Path, ...]]
 
     def module_of(self, part: str) -> Module:
         """The module that runs `part`; UsageError with the parts that there are otherwise."""
@@ -83,8 +78,8 @@ def describe(
                 "neff": f"neff/{name}.neff",
                 **{side: module.facts[side] for side in ("inputs", "slots", "outputs")},
                 "collectives": {
-                    opcode: len(module.facts[f"{opcode.replace('-', '_')}_bytes"])
-                    for opcode in ("all-reduce", "all-gather")
+                    "all-reduce": len(module.facts["all_reduce_bytes"]),
+                    "all-gather": len(module.facts["all_gather_bytes"]),
                 },
             }
             for name, module in modules.items()
@@ -150,7 +145,7 @@ def read_weights(bundle: SplitBundle) -> Callable[[str], list[list[NDArray[Any]]
     """Reads the weights of a part: of each rank those of its module's slots, in order."""
     from fluxkiln.export.shard_files import read_shard
 
-    return lambda part: [list(read_shard(shard.path).values()) for shard in bundle.shards[part]]
+    return lambda part: [list(read_shard(shard).values()) for shard in bundle.shards[part]]
 
 
 def bundle_jobs(bundle: SplitBundle) -> list[ModuleJob]:
@@ -183,22 +178,11 @@ def _parse(folder: Path, described: Mapping[str, Any]) -> SplitBundle:
         for name, one in described["modules"].items()
     }  # fmt: skip
     parts = {part["name"]: part for part in described["parts"]}
+    shards = {name: tuple(_inside(folder, shard["file"]) for shard in part["shards"]) for name, part in parts.items()}
     return SplitBundle(
-        folder,
-        described["target"],
-        described["instance"],
-        int(described["tp_degree"]),
-        described["flags"],
-        modules,
-        {name: part["module"] for name, part in parts.items()},
-        {
-            name: tuple(
-                ShardRef(_inside(folder, shard["file"]), shard["digest"].removeprefix("sha256:"))
-                for shard in part["shards"]
-            )
-            for name, part in parts.items()
-        },
-    )
+        folder, described["target"], described["instance"], int(described["tp_degree"]), described["flags"], modules,
+        {name: part["module"] for name, part in parts.items()}, shards,
+    )  # fmt: skip
 
 
 def _check(bundle: SplitBundle) -> None:
@@ -211,8 +195,8 @@ def _check(bundle: SplitBundle) -> None:
             raise IntegrityError(
                 f"{where}: part {part} has {shards} shards, its module {name} runs on {ranks} ranks; fetch it again"
             )
-    files = [module.hlo for module in bundle.modules.values()]
-    for file in files + [shard.path for refs in bundle.shards.values() for shard in refs]:
+    modules = [module.hlo for module in bundle.modules.values()]
+    for file in modules + [file for files in bundle.shards.values() for file in files]:
         if not file.is_file():
             raise IntegrityError(f"{file} does not exist, {where} names it; build or fetch the bundle again")
 

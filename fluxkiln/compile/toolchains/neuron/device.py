@@ -63,9 +63,7 @@ class NeuronExecutor:
         names = match_names(models[0].input_tensors_info, module.parameters, f"NEFF {module.name}")
 
         def run(rank: int) -> Any:
-            given = {
-                name: self._tensor(array, rank) for name, array in zip(names[: len(arguments)], arguments, strict=True)
-            }
+            given = {name: self._tensor(array, rank) for name, array in zip(names, arguments, strict=False)}
             return models[rank](inputs={**given, **weights[rank]})
 
         results = self._on_ranks(module.ranks, run, f"part {part}")[0]

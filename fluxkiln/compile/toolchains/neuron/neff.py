@@ -26,9 +26,6 @@ FLAG_PRESETS: tuple[FlagPreset, ...] = ("default", "published")
 # what a module takes: token ids, an image or its latents [1, C, H, W], or neither
 ModuleForm = Literal["text", "image", "blocks"]
 FORMS: tuple[ModuleForm, ...] = ("text", "image", "blocks")
-# A guess to admit jobs by: how much memory the compiler takes is published nowhere.
-COMPILE_MEMORY = 8 << 30
-
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]*")
 
 
@@ -37,18 +34,16 @@ class ModuleJob:
     """One module to compile.
 
     Attributes:
-        name: of its files; `double`, or `double.4x` for a group.
-        form: decides the flags.
-        hlo: its canonical HLO module proto.
-        digest: `sha256:<hex>` that `hlo` must have.
-        memory: bytes that the compiler may take for it.
+        name: of its files; `double`, or `double.4x` for a group. form: decides the flags.
+        hlo: its canonical HLO module proto; digest: `sha256:<hex>` that this must have.
+        memory: bytes that the compiler may take for it; a guess, as it is published nowhere.
     """
 
     name: str
     form: ModuleForm
     hlo: Path
     digest: str
-    memory: int = COMPILE_MEMORY
+    memory: int = 8 << 30
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -68,14 +63,8 @@ class Neff:
 
     def to_json(self) -> dict[str, Any]:
         """The record beside the file; as canonical JSON and a newline it is what `compile_neff.sh` writes."""
-        return {
-            "compiler": self.compiler,
-            "flags": list(self.flags),
-            "hlo": self.hlo,
-            "name": self.name,
-            "neff": self.digest,
-            "schema": RECORD_SCHEMA,
-        }
+        made_of = {"compiler": self.compiler, "flags": list(self.flags), "hlo": self.hlo}
+        return {**made_of, "name": self.name, "neff": self.digest, "schema": RECORD_SCHEMA}
 
 
 def compile_flags(form: ModuleForm, target: Target, preset: FlagPreset = "default") -> tuple[str, ...]:
@@ -110,7 +99,7 @@ def hlo_file(name: str) -> str:
 
 
 def neff_path(folder: Path, name: str) -> Path:
-    """Where the compiled module `name` lies in a build's folder."""
+    """Where the compiled module `name` lies in a build's folder or a bundle."""
     return folder / "neff" / f"{name}.neff"
 
 

@@ -93,12 +93,7 @@ def compiler_status() -> ToolStatus:
 
 
 def compile_argv(
-    form: ModuleForm,
-    target: Target,
-    preset: FlagPreset,
-    model: Path | str,
-    output: Path | str,
-    command: Path | str = COMMAND,
+    form: ModuleForm, target: Target, preset: FlagPreset, model: str, output: str, command: Path | str = COMMAND
 ) -> list[str]:
     """The command line that compiles the HLO module proto `model` to `output`.
 
@@ -106,7 +101,7 @@ def compile_argv(
     is that of compile logs in published compiler caches.
     """
     flags = compile_flags(form, target, preset)
-    return [str(command), "compile", "--framework=XLA", str(model), "--output", str(output), *flags]
+    return [str(command), "compile", "--framework=XLA", model, "--output", output, *flags]
 
 
 def compile_module(

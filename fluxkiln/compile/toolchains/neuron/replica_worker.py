@@ -38,12 +38,8 @@ _kept: dict[int, list[list[Any]]] = {}
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    actions: dict[str, Callable[[_Request], dict[str, Any]]] = {
-        "load": load,
-        "keep": keep,
-        "forget": forget,
-        "run": run,
-    }
+    actions: dict[str, Callable[[_Request], dict[str, Any]]]
+    actions = {"load": load, "keep": keep, "forget": forget, "run": run}
     for line in sys.stdin:
         request = json.loads(line)
         try:

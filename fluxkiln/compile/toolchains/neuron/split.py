@@ -29,12 +29,11 @@ from fluxkiln.progress import FROM_STORE, Progress
 from fluxkiln.settings import Settings
 from fluxkiln.types import Part
 
-# of one thread
-SHARD_MEMORY = 256 << 20
+_SHARD_MEMORY = 256 << 20  # of one thread
 # bytes of one part in float32 that are executed here; T5-XXL in one part has 19 GB
 LARGEST_PART = 3 << 30
 _BF16 = 2
-DEFAULT_DEGREE = 8
+_DEFAULT_DEGREE = 8
 # Of each core: 96 MB are the runtime's micro-code (AWS Neuron documentation, "Neuron device memory"). Programs,
 # DMA rings, scratchpads and buffers of collectives have no published size; the rest is for them, by our judgement.
 RUNTIME_BYTES = 1 << 30
@@ -208,7 +207,7 @@ def legal_degrees(instance: Instance, heads: int, widths: Mapping[str, int] | No
 
 def default_degree(instance: Instance, heads: int, widths: Mapping[str, int] | None = None) -> int:
     """8 ranks, or as many as there can be below."""
-    return max(degree for degree in legal_degrees(instance, heads, widths) if degree <= DEFAULT_DEGREE)
+    return max(degree for degree in legal_degrees(instance, heads, widths) if degree <= _DEFAULT_DEGREE)
 
 
 def check_degree(instance: Instance, degree: int, heads: int, widths: Mapping[str, int] | None = None) -> None:
@@ -323,7 +322,7 @@ def shard_jobs(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> list[J
     """Of every part, that its weights are cut."""
     return [
         Job(
-            "shard", part.name, part.kind, "BF16", SHARD_MEMORY,
+            "shard", part.name, part.kind, "BF16", _SHARD_MEMORY,
             bool(checkpoint.digests) and cache.lookup(shard_action(checkpoint, plan, part).key) is not None,
             held_elements(checkpoint, part),
         )

@@ -263,7 +263,7 @@ def test_other_versions_are_refused(monkeypatch, found, message):
             raise importlib.metadata.PackageNotFoundError(name)
         return found
 
-    monkeypatch.setattr(frontend.importlib.metadata, "version", version)
+    monkeypatch.setattr(importlib.metadata, "version", version)
     with pytest.raises(ToolchainError, match=rf"{message}.*jaxlib 0\.10\.2 exactly.*fluxkiln\[trn1\]"):
         load_frontend.__wrapped__()
     with pytest.raises(ToolchainError, match=message):

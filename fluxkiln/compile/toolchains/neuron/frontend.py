@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from fluxkiln.compile.installed import installed_version
+from fluxkiln.compile.doctor import installed_version
 from fluxkiln.errors import CompileError, ToolchainError
 from fluxkiln.types import TensorSpec
 

@@ -11,7 +11,7 @@ from typing import Any
 from fluxkiln.artifacts.actions import Action, ActionCache, run_action
 from fluxkiln.artifacts.code import code_version
 from fluxkiln.artifacts.store import Blob
-from fluxkiln.compile.installed import installed_version
+from fluxkiln.compile.doctor import installed_version
 from fluxkiln.compile.plan import Job, Plan
 from fluxkiln.compile.templates import EXPORT_TOOLS, specs_from_json, specs_to_json
 from fluxkiln.compile.toolchain import TRACE_MEMORY

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from bench.figure import WORK, Figure, cpu_seconds, one_core, ratio
-from fluxkiln.build.context import prepare
+from fluxkiln.build.make import prepare
 from fluxkiln.compile.templates import make_template
 from fluxkiln.compile.toolchains.tpu_mlir.bmodel import Span
 from fluxkiln.compile.toolchains.tpu_mlir.cast import cast_region

@@ -20,7 +20,7 @@ _LOWER = """
 import json, sys, time
 from pathlib import Path
 from fluxkiln.compile.toolchains.neuron.modules import lower_modules, module_name
-from fluxkiln.build.context import outline
+from fluxkiln.build.make import outline
 from fluxkiln.progress import Silent
 from fluxkiln.settings import Settings
 from bench.neuron import DEGREE, MODEL, SIZE, TOKENS

@@ -186,7 +186,7 @@ def kiln(tiny_checkpoint: Callable[..., Checkpoint], tmp_path_factory: pytest.Te
 
     All have one store, so that a mould is compiled once a session. For tests marked `tpu_mlir`.
     """
-    from fluxkiln.build.context import prepare
+    from fluxkiln.build.make import prepare
 
     folder = tmp_path_factory.mktemp("kiln")
 

@@ -13,8 +13,7 @@ from safetensors.numpy import save_file
 
 from fluxkiln.artifacts.bundle import write_bundle
 from fluxkiln.artifacts.store import open_store
-from fluxkiln.build.finish import HOST_CONSTANTS
-from fluxkiln.compile.bundle import CONFIGS, Bundle, open_bundle
+from fluxkiln.compile.bundle import CONFIGS, HOST_CONSTANTS, Bundle, open_bundle
 from fluxkiln.export.checkpoint import Checkpoint, TensorReader
 from fluxkiln.export.eager import PatchedRunner
 from fluxkiln.patches.flux1.host import make_constants

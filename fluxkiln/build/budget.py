@@ -12,7 +12,6 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING
 
 from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.compile.plan import Plan
@@ -21,11 +20,6 @@ from fluxkiln.compile.tensors import multiplications
 from fluxkiln.compile.toolchain import Work, toolchain_of
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.types import SIZE_MULTIPLE, Part, Shapes
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-LEAST_TOKENS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +43,13 @@ LIMITS = Limits()
 
 def replayed_shapes(checkpoint: Checkpoint, plan: Plan, limits: Limits = LIMITS) -> Shapes:
     """The shapes at which every part is replayed: those of the build, halved until a step is within the limit."""
+
+    def half(side: int) -> int:
+        return max(side // 2 // SIZE_MULTIPLE * SIZE_MULTIPLE, SIZE_MULTIPLE)
+
     shapes = plan.shapes
     while multiplications(checkpoint, shapes) > limits.replayed:
-        smaller = Shapes(_half(shapes.height), _half(shapes.width), max(shapes.tokens // 2, LEAST_TOKENS))
+        smaller = Shapes(half(shapes.height), half(shapes.width), max(shapes.tokens // 2, 8))
         if smaller == shapes:
             break
         shapes = smaller
@@ -76,7 +74,9 @@ def executed_parts(
             continue
         prefixes = sorted({part.prefix for part in parts})
         count = limits.blocks if parts[0].component == "transformer" else 1
-        picked = Random(_seed(seed, prefixes)).sample(prefixes, min(count, len(prefixes)))
+        digest = hashlib.sha256("/".join([str(seed), *prefixes]).encode()).digest()
+        random = Random(int.from_bytes(digest[:8], "little"))
+        picked = random.sample(prefixes, min(count, len(prefixes)))
         chosen |= {part.name for part in parts if part.prefix in picked}
     return tuple(part for part in plan.parts if part.name in chosen)
 
@@ -113,12 +113,3 @@ def filling_prompt(prompt: str, tokens: int, seed: int) -> str:
     random = Random(seed)
     words = ("".join(random.choices("abcdefghijklmnopqrstuvwxyz", k=random.randint(2, 9))) for _ in range(2 * tokens))
     return " ".join([prompt, *words])
-
-
-def _half(side: int) -> int:
-    return max(side // 2 // SIZE_MULTIPLE * SIZE_MULTIPLE, SIZE_MULTIPLE)
-
-
-def _seed(seed: int, names: Iterable[str]) -> int:
-    digest = hashlib.sha256("/".join([str(seed), *names]).encode()).digest()
-    return int.from_bytes(digest[:8], "little")

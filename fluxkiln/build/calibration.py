@@ -11,14 +11,15 @@ import hashlib
 import importlib.metadata
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fluxkiln.artifacts.actions import Action, ActionCache, run_action
 from fluxkiln.artifacts.code import code_version
-from fluxkiln.build.context import prepare
+from fluxkiln.artifacts.store import Blob
+from fluxkiln.build.make import prepare
 from fluxkiln.build.prepared import Prepared
 from fluxkiln.compile.weights import calibration_action, component_digest
 from fluxkiln.errors import UsageError
@@ -29,8 +30,6 @@ from fluxkiln.quantize.calibration import DEFAULT_BLOCK, Calibration, Sums, open
 from fluxkiln.settings import Settings
 
 DEFAULT_PROMPTS = Path(__file__).parents[1] / "quantize" / "prompts.txt"
-DEFAULT_STEPS = 4
-_TOOLS = ("torch", "diffusers", "transformers")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +44,16 @@ class CalibrationResult:
 
     def to_json(self) -> dict[str, Any]:
         """The result as plain JSON."""
-        found = self.calibration
+        matrices = self.calibration.matrices
         return {
-            "digest": found.digest,
+            "digest": self.calibration.digest,
             "size": self.size,
-            "matrices": {component: len(entries) for component, entries in found.matrices.items()},
-            "inputs": len({key for entries in found.matrices.values() for key, _ in entries.values()}),
+            "matrices": {component: len(entries) for component, entries in matrices.items()},
+            "inputs": len({key for entries in matrices.values() for key, _ in entries.values()}),
             "from_store": self.hit,
             "seconds": round(self.seconds, 3),
             "path": str(self.path) if self.path else None,
-            **found.facts,
+            **self.calibration.facts,
         }
 
 
@@ -87,13 +86,12 @@ def calibrate(
     if block and (block < 0 or block % 32):
         raise UsageError(f"block {block}: multiples of 32 input channels are supported, and 0 for all of them")
     digests = {component: component_digest(checkpoint.digests, component) for component in components}
-    shapes = plan.shapes
     facts: dict[str, Any] = {
         "prompts": len(prompts),
         "prompts_digest": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
         "steps": settings.steps,
         "seed": settings.seed,
-        "shapes": [shapes.height, shapes.width, shapes.tokens],
+        "shapes": list(astuple(plan.shapes)),
         "block": block,
     }
     action = Action(
@@ -102,32 +100,38 @@ def calibrate(
         code_version=code_version(_record, model=type(checkpoint.model)),
         inputs=digests,
         settings=facts,
-        tools={name: importlib.metadata.version(name) for name in _TOOLS},
+        tools={name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")},
     )
+    known = {"components": digests, "facts": facts}
 
     def produce(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
         target = folder / "calibration.safetensors"
         with disk_full_named(folder):
-            _record(prepared, prompts, components, block, {"components": digests, "facts": facts}, target, progress)
+            _record(prepared, prompts, components, block, known, target, progress)
         return {"calibration": target}, {}
 
     result = run_action(cache, action, produce)
     if result.hit:
         progress.done("calibrate", checkpoint.name, FROM_STORE)
     blob = result.outputs["calibration"]
-    for component, digest in digests.items():
-        cache.record(calibration_action(component, digest), {"calibration": blob}, {})
+    _use(cache, blob, digests)
     if out is not None:
-        _copy_out(cache, blob.digest, out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.unlink(missing_ok=True)
+        cache.store.export(blob.digest, out)
     found = open_calibration(cache.path(blob), blob.digest)
     return CalibrationResult(found, blob.size, result.hit, time.perf_counter() - started, out)
+
+
+def _use(cache: ActionCache, blob: Blob, digests: Mapping[str, str]) -> None:
+    for component, digest in digests.items():
+        cache.record(calibration_action(component, digest), {"calibration": blob}, {})
 
 
 def use_calibration(settings: Settings, file: Path, progress: Progress | None = None) -> CalibrationResult:
     """Make a calibration that was written before the one that builds of this checkpoint use.
 
-    Raises:
-        SchemeError: it was made with other weights. IntegrityError: it is no calibration, or not as it was recorded.
+    SchemeError: it was made with other weights. IntegrityError: it is no calibration, or not as it was recorded.
     """
     started = time.perf_counter()
     prepared = prepare(settings, progress)
@@ -135,9 +139,8 @@ def use_calibration(settings: Settings, file: Path, progress: Progress | None = 
     if not file.is_file():
         raise UsageError(f"{file} is no file; fluxkiln calibrate --out writes one")
     found = open_calibration(file, digest_file(file)[0])
-    digests = {
-        name: component_digest(checkpoint.digests, name) for name in found.components if name in checkpoint.digests
-    }
+    known = [name for name in found.components if name in checkpoint.digests]
+    digests = {name: component_digest(checkpoint.digests, name) for name in known}
     if not digests:
         raise UsageError(f"{file} is for {', '.join(found.components)}, of which this model has none")
     for component, digest in digests.items():
@@ -147,15 +150,8 @@ def use_calibration(settings: Settings, file: Path, progress: Progress | None = 
                 found.statistics(component, name, ref.shape[1])
     found.check_data()
     blob = cache.store.add_file(file)
-    for component, digest in digests.items():
-        cache.record(calibration_action(component, digest), {"calibration": blob}, {})
+    _use(cache, blob, digests)
     return CalibrationResult(found, blob.size, True, time.perf_counter() - started, file)
-
-
-def _copy_out(cache: ActionCache, digest: str, out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.unlink(missing_ok=True)
-    cache.store.export(digest, out)
 
 
 def _record(
@@ -172,9 +168,12 @@ def _record(
     from fluxkiln.verify.pipeline import open_pipeline, weights_in_place
 
     checkpoint, plan, settings = prepared.checkpoint, prepared.plan, prepared.settings
+
+    def observe(component: str, name: str, _: Any, inputs: tuple[Any, ...]) -> None:
+        sums.add(component, name, inputs[0])
+
     # an image is not needed; what makes the transformer's inputs is run where it is there
     running = {part.component: part.folder for part in plan.parts if part.component != "vae"}
-    model = checkpoint.model
     with quiet():
         pipe = open_pipeline(checkpoint, running)
     layers = {
@@ -186,15 +185,11 @@ def _record(
     progress.stage("calibrate", len(prompts))
     with Sums(target, block, len(layers)) as sums:
         for (component, name), module in layers.items():
-            module.register_forward_pre_hook(partial(_observe, sums, component, f"{name}.weight"))
+            module.register_forward_pre_hook(partial(observe, component, f"{name}.weight"))
         for index, prompt in enumerate(prompts):
             started = time.perf_counter()
             with weights_in_place():
-                model.render(pipe, plan.shapes, Sampling(settings.steps, settings.seed + index, prompt))
+                checkpoint.model.render(pipe, plan.shapes, Sampling(settings.steps, settings.seed + index, prompt))
             sums.forget_last()
             progress.done("calibrate", f"prompt {index + 1}", f"{time.perf_counter() - started:.1f} s")
         sums.finish(known)
-
-
-def _observe(sums: Sums, component: str, name: str, _: Any, inputs: tuple[Any, ...]) -> None:
-    sums.add(component, name, inputs[0])

@@ -7,6 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from fluxkiln.artifacts.bundle import write_bundle
 from fluxkiln.artifacts.code import package_version
 from fluxkiln.artifacts.modelpack import store_bundle
 from fluxkiln.artifacts.store import Blob
-from fluxkiln.build.prepared import lora_facts
+from fluxkiln.build.prepared import Prepared, lora_facts
 from fluxkiln.compile.bundle import CONFIGS, HOST_CONSTANTS
 from fluxkiln.compile.executor import bind_net
 from fluxkiln.compile.plan import Binary, Made
@@ -27,41 +28,67 @@ from fluxkiln.files import digest_file
 from fluxkiln.progress import FROM_STORE, Laps, Progress
 
 if TYPE_CHECKING:
-    from fluxkiln.artifacts.actions import ActionCache
-    from fluxkiln.build.prepared import BuildResult, Prepared
     from fluxkiln.build.verification import Parity
-    from fluxkiln.compile.plan import Plan
-    from fluxkiln.export.checkpoint import Checkpoint
     from fluxkiln.verify.reference import Recording
 
 
-def _calibrations(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> dict[str, str]:
+@dataclass(frozen=True, slots=True)
+class BuildResult:
+    """What a build did and where it is."""
+
+    name: str
+    target: str
+    bundle: Path
+    report: Path | None
+    digest: str
+    nothing_to_do: bool
+    seconds: float
+    compiler_runs: int
+    cache: Mapping[str, Any] = field(default_factory=dict)
+    timings: Mapping[str, float] = field(default_factory=dict)
+    parts: Mapping[str, str] = field(default_factory=dict)
+    parity: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The result as plain JSON."""
+        return {
+            **asdict(self),
+            "bundle": str(self.bundle),
+            "manifest": str(self.bundle / "manifest.json"),
+            "report": str(self.report) if self.report else None,
+            "seconds": round(self.seconds, 3),
+            "timings": {stage: round(seconds, 3) for stage, seconds in self.timings.items()},
+        }
+
+
+def _calibrations(prepared: Prepared) -> dict[str, str]:
     """As `compile.weights.used_calibrations`, which is not imported where no scheme is calibrated."""
+    plan = prepared.plan
     if not any(plan.schemes[kind].calibrated for kind in plan.kinds()):
         return {}
     from fluxkiln.compile.weights import used_calibrations
 
-    return used_calibrations(checkpoint, plan, cache)
+    return used_calibrations(prepared.checkpoint, plan, prepared.cache)
+
+
+def _named_calibrations(prepared: Prepared) -> dict[str, str]:
+    return {f"calibration of {component}": digest for component, digest in _calibrations(prepared).items()}
 
 
 def build_action(prepared: Prepared) -> Action:
     """The key of a whole build: the same checkpoint, settings, code and tools give the same bundle."""
+    import importlib.metadata
+
     from fluxkiln.compile.templates import EXPORT_TOOLS
 
-    checkpoint, plan, cache, settings = prepared.checkpoint, prepared.plan, prepared.cache, prepared.settings
-    tools = {name: _version(name) for name in (*EXPORT_TOOLS, "onnxruntime", "numpy")}
+    plan, settings = prepared.plan, prepared.settings
+    tools = {name: importlib.metadata.version(name) for name in (*EXPORT_TOOLS, "onnxruntime", "numpy")}
     tools |= toolchain_of(plan.target).tools(plan)
     return Action(
         stage="build",
         what=f"{prepared.name} for {plan.target.name}",
         code_version=package_version(),
-        inputs={
-            "checkpoint": f"sha256:{prepared.fingerprint}",
-            **{
-                f"calibration of {component}": digest
-                for component, digest in _calibrations(checkpoint, plan, cache).items()
-            },
-        },
+        inputs={"checkpoint": f"sha256:{prepared.fingerprint}", **_named_calibrations(prepared)},
         settings={
             "name": prepared.name,
             "target": plan.target.name,
@@ -81,40 +108,35 @@ def build_action(prepared: Prepared) -> Action:
 
 
 def finished_result(prepared: Prepared, laps: Laps) -> BuildResult | None:
-    """The result of this very build when it is finished, its bundle and report are there and its bundle is whole.
-
-    Raises:
-        ParityError: it is finished, and a gate was missed then.
-    """
+    """The result of this very build when it is finished, its bundle and report are there and its bundle is whole;
+    ParityError when a gate was missed then."""
     record = prepared.cache.lookup(build_action(prepared).key)
     if record is None:
         return None
-    facts = record.facts
-    manifest = prepared.bundle / "manifest.json"
+    facts: Mapping[str, Any] = record.facts
+    manifest = prepared.plan.bundle / "manifest.json"
     try:
         if digest_file(manifest)[0] != facts["manifest"]:
             return None
         files = json.loads(manifest.read_bytes())["files"]
-        if any(os.stat(prepared.bundle / entry["path"]).st_size != entry["size"] for entry in files):
+        if any(os.stat(prepared.plan.bundle / entry["path"]).st_size != entry["size"] for entry in files):
             return None
     except (OSError, ValueError, KeyError):
         return None
-    parity = dict(facts["parity"])  # type: ignore[arg-type]
-    if prepared.settings.verify and not (prepared.folder / "report.html").is_file():
+    if prepared.settings.verify and not (prepared.plan.folder / "report.html").is_file():
         return None
-    result = _result(prepared, str(facts["digest"]), dict(facts["parts"]), parity, laps, nothing_to_do=True)  # type: ignore[arg-type]
-    if parity.get("failure"):
-        error = ParityError(f"{parity['failure']} (as found by the build that made {prepared.bundle})")
-        raise _with_places(error, prepared)
+    if failure := facts["parity"].get("failure"):
+        raise _with_places(ParityError(f"{failure} (as found by the build that made {prepared.plan.bundle})"), prepared)
     if facts.get("missing"):
-        toolchain_of(prepared.plan.target).refuse_incomplete(str(facts["missing"]), prepared.bundle)
-    return result
+        toolchain_of(prepared.plan.target).refuse_incomplete(facts["missing"], prepared.plan.bundle)
+    return _result(prepared, facts, laps, nothing_to_do=True)
 
 
 def finish_bundle(prepared: Prepared, made: Made, progress: Progress, laps: Laps) -> BuildResult:
     """Verify, write the report and the bundle, tag it in the store; then raise if a gate was missed."""
-    checkpoint, plan, cache = prepared.checkpoint, prepared.plan, prepared.cache
-    work = prepared.folder / "work"
+    import shutil
+
+    store, work = prepared.cache.store, prepared.plan.folder / "work"
     parity: Parity | None = None
     summary: dict[str, Any] = {"verified": False}
     if prepared.settings.verify:
@@ -124,67 +146,61 @@ def finish_bundle(prepared: Prepared, made: Made, progress: Progress, laps: Laps
         parity = verify(prepared, made, recording, work, progress)
         summary = _write_report(prepared, made, parity, laps)
         laps.lap("verify")
-    sources = bundle_files(prepared, made, work)
+    sources = _bundle_files(prepared, made, work)
     manifest = _manifest(prepared, made, summary)
     progress.stage("bundle", 1)
     written = write_bundle(
-        prepared.bundle, sources, manifest, cache.store, roles={HOST_CONSTANTS: "constants"},
-        build={"machine": _machine(), "fluxkiln": __version__, **lora_facts(checkpoint)},
+        prepared.plan.bundle, sources, manifest, store, roles={HOST_CONSTANTS: "constants"},
+        build={"machine": _machine(), "fluxkiln": __version__, **lora_facts(prepared.checkpoint)},
     )  # fmt: skip
-    digest = store_bundle(cache.store, prepared.bundle, f"{prepared.name}:{plan.target.name}")
-    _remove_work(work)
+    digest = store_bundle(store, prepared.plan.bundle, f"{prepared.name}:{prepared.plan.target.name}")
+    shutil.rmtree(work, ignore_errors=True)
     laps.lap("bundle")
-    ways = {binary.part.name: binary.made for binary in made.binaries}
-    cache.record(
-        build_action(prepared),
-        {},
-        {
-            "manifest": digest_file(prepared.bundle / "manifest.json")[0],
-            "digest": digest,
-            "parts": ways,
-            "parity": summary,
-            "missing": made.missing,
-        },
-    )
-    progress.done("bundle", str(prepared.bundle), f"{sum(file.size for file in written.files) / 1e6:.0f} MB")
+    facts: dict[str, Any] = {
+        "manifest": digest_file(prepared.plan.bundle / "manifest.json")[0],
+        "digest": digest,
+        "parts": {binary.part.name: binary.made for binary in made.binaries},
+        "parity": summary,
+        "missing": made.missing,
+    }
+    prepared.cache.record(build_action(prepared), {}, facts)
+    progress.done("bundle", str(prepared.plan.bundle), f"{sum(file.size for file in written.files) / 1e6:.0f} MB")
     if parity is not None:
         try:
-            parity.ladder.raise_if_failed(prepared.folder / "report.html")
+            parity.ladder.raise_if_failed(prepared.plan.folder / "report.html")
         except ParityError as error:
             raise _with_places(error, prepared) from None
-    return _result(prepared, digest, ways, summary, laps, nothing_to_do=False)
+    return _result(prepared, facts, laps, nothing_to_do=False)
 
 
 def _with_places(error: ParityError, prepared: Prepared) -> ParityError:
-    error.bundle, error.report = str(prepared.bundle), str(prepared.folder / "report.html")
+    error.bundle, error.report = str(prepared.plan.bundle), str(prepared.plan.folder / "report.html")
     return error
 
 
-def bundle_files(prepared: Prepared, made: Made, work: Path) -> dict[str, Blob | Path]:
+def _bundle_files(prepared: Prepared, made: Made, work: Path) -> dict[str, Blob | Path]:
     """Everything a runtime needs, by its path in the bundle."""
     import numpy as np
     from safetensors.numpy import save_file
 
-    checkpoint, plan = prepared.checkpoint, prepared.plan
-    sources: dict[str, Blob | Path] = {file.name: file.blob for file in made.files}
-    sources.update(checkpoint.sidecars)
-    constants = work / HOST_CONSTANTS
+    checkpoint = prepared.checkpoint
+    constants, configs, licence = work / HOST_CONSTANTS, work / CONFIGS, checkpoint.licence
     constants.parent.mkdir(parents=True, exist_ok=True)
+    arrays = host_constants(checkpoint, prepared.plan)
     # in row order: safetensors takes the bytes of an array as they lie, and a transposed one's lie otherwise
-    save_file(
-        {name: np.ascontiguousarray(array) for name, array in host_constants(checkpoint, plan).items()},
-        constants,
-    )
-    sources[HOST_CONSTANTS] = constants
-    configs = work / CONFIGS
+    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, constants)
     configs.write_text(json.dumps(checkpoint.configs, indent=1, sort_keys=True))
-    sources[CONFIGS] = configs
-    sources["LICENSE"] = checkpoint.licence or _licence_note(prepared, work)
-    return sources
+    if licence is None:
+        licence = work / "LICENSE"
+        licence.write_text(
+            f"The checkpoint {checkpoint.name} came without a licence text.\n{checkpoint.model.title}-"
+            f"{checkpoint.variant} is published under {_licence_id(prepared)}; its terms apply to this bundle.\n"
+        )
+    made_files = {file.name: file.blob for file in made.files}
+    return {**made_files, **checkpoint.sidecars, HOST_CONSTANTS: constants, CONFIGS: configs, "LICENSE": licence}
 
 
-def licence_id(prepared: Prepared) -> str:
-    """The checkpoint's licence, as its model reads it."""
+def _licence_id(prepared: Prepared) -> str:
     checkpoint = prepared.checkpoint
     text = checkpoint.licence.read_text(errors="replace") if checkpoint.licence else ""
     return checkpoint.model.licence(text, checkpoint.variant)
@@ -205,33 +221,18 @@ def _write_report(prepared: Prepared, made: Made, parity: Parity, laps: Laps) ->
     from fluxkiln.verify.ladder import explain_failure
     from fluxkiln.verify.report.document import build_report, compare_pictures, write_report
 
-    checkpoint, plan, cache = prepared.checkpoint, prepared.plan, prepared.cache
+    checkpoint, plan = prepared.checkpoint, prepared.plan
     rows, pipeline = parity.ladder.rows, parity.pipeline
     loras = lora_facts(checkpoint).get("lora", ())
     facts = {
         "title": prepared.name,
         "target": plan.target.name,
         "reference": f"diffusers {checkpoint.model.pipeline_class} as published, float32",
-        "model": {
-            "name": checkpoint.name,
-            "fingerprint": prepared.fingerprint,
-            "variant": checkpoint.variant,
-        },
-        "shapes": {
-            "height": plan.shapes.height,
-            "width": plan.shapes.width,
-            "tokens": plan.shapes.tokens,
-            "steps": prepared.settings.steps,
-        },
+        "model": {"name": checkpoint.name, "fingerprint": prepared.fingerprint, "variant": checkpoint.variant},
+        "shapes": {**asdict(plan.shapes), "steps": prepared.settings.steps},
         "schemes": {kind: plan.schemes[kind].name for kind in plan.kinds()},
         "parts": [_part_row(binary) for binary in made.binaries],
-        **(
-            {"images": compare_pictures(parity.recording.image, pipeline.image, parity.pipeline_rung)}
-            if pipeline
-            else {}
-        ),
         "heat": parity.ladder.maps.to_json(),
-        **({"runs": parity.runs} if parity.runs else {}),
         "timings": [
             {"name": name, "seconds": seconds}
             for name, seconds in {**parity.seconds, **laps.seconds, "all": laps.total}.items()
@@ -244,14 +245,15 @@ def _write_report(prepared: Prepared, made: Made, parity: Parity, laps: Laps) ->
             "prompt": prepared.settings.prompt,
             "seed": str(prepared.settings.seed),
             **{f"LoRA {lora['file']}": f"sha256:{lora['sha256']} x {lora['strength']}" for lora in loras},
-            **{
-                f"calibration of {component}": digest
-                for component, digest in _calibrations(checkpoint, plan, cache).items()
-            },
+            **_named_calibrations(prepared),
             **parity.facts,
         },
     }
-    write_report(prepared.folder, build_report(parity.ladder, facts))
+    if pipeline:
+        facts["images"] = compare_pictures(parity.recording.image, pipeline.image, parity.pipeline_rung)
+    if parity.runs:
+        facts["runs"] = parity.runs
+    write_report(prepared.plan.folder, build_report(parity.ladder, facts))
     failure = explain_failure(rows)
     return {
         "verified": True,
@@ -277,22 +279,23 @@ def _part_row(binary: Binary) -> dict[str, Any]:
 
 
 def _manifest(prepared: Prepared, made: Made, summary: Mapping[str, Any]) -> dict[str, Any]:
-    checkpoint, plan, cache, settings = prepared.checkpoint, prepared.plan, prepared.cache, prepared.settings
+    checkpoint, plan, settings = prepared.checkpoint, prepared.plan, prepared.settings
+    calibrations = _calibrations(prepared)
     home = {part: file.name for file in made.files for part in file.parts}
     return {
         "name": prepared.name,
         "target": plan.target.name,
         "variant": checkpoint.variant,
-        "shapes": {"height": plan.shapes.height, "width": plan.shapes.width, "tokens": plan.shapes.tokens},
+        "shapes": asdict(plan.shapes),
         "checkpoint": {"source": checkpoint.name, "fingerprint": f"sha256:{prepared.fingerprint}"},
-        "licence": {"spdx": licence_id(prepared), "file": "LICENSE"},
+        "licence": {"spdx": _licence_id(prepared), "file": "LICENSE"},
         "settings": {
             "vae": settings.vae,
             "seed": settings.seed,
             "steps": settings.steps,
             **toolchain_of(plan.target).facts(settings, plan),
             **lora_facts(checkpoint),
-            **({"calibrations": calibrations} if (calibrations := _calibrations(checkpoint, plan, cache)) else {}),
+            **({"calibrations": calibrations} if calibrations else {}),
         },
         "parity": dict(summary),
         "tools": dict(build_action(prepared).tools),
@@ -310,47 +313,27 @@ def _part_entry(binary: Binary, file: str) -> dict[str, Any]:
         "net": net.name,
         "digest": binary.digest,
         "size": net.size,
-        **{
-            side: [{"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)} for spec in specs]
-            for side, specs in (("inputs", net.inputs), ("outputs", net.outputs))
-        },
+        "inputs": [{"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)} for spec in net.inputs],
+        "outputs": [{"name": spec.name, "dtype": spec.dtype, "shape": list(spec.shape)} for spec in net.outputs],
     }
 
 
-def _result(
-    prepared: Prepared,
-    digest: str,
-    made: Mapping[str, str],
-    parity: Mapping[str, Any],
-    laps: Laps,
-    nothing_to_do: bool,
-) -> BuildResult:
-    from fluxkiln.build.prepared import BuildResult
-
+def _result(prepared: Prepared, facts: Mapping[str, Any], laps: Laps, nothing_to_do: bool) -> BuildResult:
     counts = prepared.cache.counts
     return BuildResult(
         name=prepared.name,
         target=prepared.plan.target.name,
-        bundle=prepared.bundle,
-        report=prepared.folder / "report.html" if prepared.settings.verify else None,
-        digest=digest,
+        bundle=prepared.plan.bundle,
+        report=prepared.plan.folder / "report.html" if prepared.settings.verify else None,
+        digest=facts["digest"],
         nothing_to_do=nothing_to_do,
         seconds=laps.total,
         timings=laps.seconds,
         compiler_runs=sum(counts.get(stage, [0, 0])[1] for stage in toolchain_of(prepared.plan.target).compiler_stages),
         cache=prepared.cache.summary(),
-        parts=made,
-        parity=parity,
+        parts=facts["parts"],
+        parity=facts["parity"],
     )
-
-
-def _licence_note(prepared: Prepared, work: Path) -> Path:
-    path, checkpoint = work / "LICENSE", prepared.checkpoint
-    published = f"{checkpoint.model.title}-{checkpoint.variant} is published under {licence_id(prepared)}"
-    path.write_text(
-        f"The checkpoint {checkpoint.name} came without a licence text.\n{published}; its terms apply to this bundle.\n"
-    )
-    return path
 
 
 def _machine() -> dict[str, str]:
@@ -359,15 +342,3 @@ def _machine() -> dict[str, str]:
         "python": platform.python_version(),
         "cores": str(os.cpu_count()),
     }
-
-
-def _remove_work(work: Path) -> None:
-    import shutil
-
-    shutil.rmtree(work, ignore_errors=True)
-
-
-def _version(package: str) -> str:
-    import importlib.metadata
-
-    return importlib.metadata.version(package)

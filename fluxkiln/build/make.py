@@ -1,4 +1,4 @@
-"""A build: from what the user asked for to a stored, verified bundle.
+"""A build: the checkpoint found or made and checked, what is fixed for the build, and the stored, verified bundle.
 
 `build` and `plan` are the Python interface of the two commands of the same name. Heavy libraries are imported by the
 stages that need them, so that a build in which nothing changed costs a few hundred milliseconds.
@@ -6,17 +6,48 @@ stages that need them, so that a build in which nothing changed costs a few hund
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
+from fluxkiln import __version__
+from fluxkiln.artifacts.actions import Action, ActionCache
 from fluxkiln.artifacts.bundle import heal_bundle
-from fluxkiln.build.context import outline, prepare
-from fluxkiln.build.prepared import BuildResult, Prepared, unwritten_bytes
+from fluxkiln.artifacts.code import code_version
+from fluxkiln.artifacts.store import open_store
+from fluxkiln.build.plan import check_resources, plan_build
+from fluxkiln.build.prepared import (
+    Prepared,
+    choose_components,
+    chosen_parts,
+    find_root,
+    model_of,
+    models_folder,
+    open_memo,
+    unwritten_bytes,
+)
+from fluxkiln.compile.plan import Plan
+from fluxkiln.compile.targets import Target, find_target
 from fluxkiln.compile.toolchain import toolchain_of
+from fluxkiln.errors import CheckpointError, ShapeError
+from fluxkiln.export.checkpoint import Checkpoint, open_checkpoint
+from fluxkiln.export.fingerprint import DigestMemo, digest_tensors, file_states, fingerprint, scan_finite
+from fluxkiln.export.lora import fuse_once, fused_folder
+from fluxkiln.export.lora_file import digest_lora
 from fluxkiln.files import build_lock
-from fluxkiln.progress import Laps, Progress, Silent
+from fluxkiln.patches.registry import all_presets
+from fluxkiln.progress import STEP_BYTES, Laps, OnBytes, Progress, Silent, count_bytes
+from fluxkiln.quantize.schemes import parse_scheme
 from fluxkiln.settings import Settings
+from fluxkiln.types import Shapes, check_steps
+
+if TYPE_CHECKING:
+    from fluxkiln.build.finish import BuildResult
 
 
 def build(settings: Settings, progress: Progress | None = None) -> BuildResult:
@@ -27,17 +58,16 @@ def build(settings: Settings, progress: Progress | None = None) -> BuildResult:
         CompileError: a compile failed or a cast is wrong. ResourceError: disk or memory ran out, or the same build
         runs already. ParityError: a gate was missed; bundle and report are written all the same.
     """
-    from fluxkiln.build.finish import finish_bundle
-    from fluxkiln.build.plan import check_resources
+    from fluxkiln.build.finish import finish_bundle, finished_result
 
     progress = progress or Silent()
     laps = Laps()
     prepared = prepare(settings, progress)
     laps.lap("prepare")
     with _folder_locked(prepared):
-        heal_bundle(prepared.bundle)
+        heal_bundle(prepared.plan.bundle)
         prepared.cache.store.clean()
-        done = _already_done(prepared, laps)
+        done = finished_result(prepared, laps)
         if done is not None and not settings.prove:
             return done
         check_resources(prepared)
@@ -45,28 +75,21 @@ def build(settings: Settings, progress: Progress | None = None) -> BuildResult:
         made = toolchain.make(prepared.checkpoint, prepared.plan, prepared.cache, settings, progress, laps)
         result = finish_bundle(prepared, made, progress, laps)
         if made.missing:
-            toolchain.refuse_incomplete(made.missing, prepared.bundle)
+            toolchain.refuse_incomplete(made.missing, prepared.plan.bundle)
         return result
 
 
 @contextmanager
 def _folder_locked(prepared: Prepared) -> Iterator[None]:
     """The build's folder, held against a second build of the same; gone afterwards if nothing was written to it."""
-    what = f"the build {prepared.name} for {prepared.plan.target.name}"
-    prepared.folder.mkdir(parents=True, exist_ok=True)
+    prepared.plan.folder.mkdir(parents=True, exist_ok=True)
     try:
-        with build_lock(prepared.folder / ".lock", what):
+        with build_lock(prepared.plan.folder / ".lock", f"the build {prepared.name} for {prepared.plan.target.name}"):
             yield
     finally:
-        for folder in (prepared.folder, prepared.folder.parent):
+        for folder in (prepared.plan.folder, prepared.plan.folder.parent):
             with suppress(OSError):  # not empty
                 folder.rmdir()
-
-
-def _already_done(prepared: Prepared, laps: Laps) -> BuildResult | None:
-    from fluxkiln.build.finish import finished_result
-
-    return finished_result(prepared, laps)
 
 
 def plan(settings: Settings) -> dict[str, Any]:
@@ -74,6 +97,137 @@ def plan(settings: Settings) -> dict[str, Any]:
 
     Nothing is written: a checkpoint that is not there yet, synthetic or with LoRAs in it, is planned from its shapes.
     """
-    from fluxkiln.build.plan import plan_build
-
     return plan_build(outline(settings) if unwritten_bytes(settings) else prepare(settings))
+
+
+def prepare(settings: Settings, progress: Progress | None = None) -> Prepared:
+    """Check everything that can be checked before the first weight is converted; errors as `build`."""
+    progress = progress or Silent()
+    chosen = choose_components(model_of(settings), settings)
+    if unwritten_bytes(settings, _read_progress(progress)):
+        check_resources(outline(settings))
+    report = count_bytes(progress, "synthesize", "written")
+    root = find_root(settings, settings.components and chosen, report)
+    memo = open_memo(settings)
+    if settings.loras:
+        folder = fused_folder(root, settings.loras, models_folder(settings), memo, _read_progress(progress))
+        root = fuse_once(root, settings.loras, folder, count_bytes(progress, "fuse", "written"))
+    prepared = _prepared(settings, open_checkpoint(root, chosen))
+    checkpoint = prepared.checkpoint
+    toolchain_of(prepared.plan.target).check(checkpoint, prepared.plan, prepared.cache)
+    states = file_states(checkpoint)
+    print_ = fingerprint(checkpoint, memo, _read_progress(progress))
+    digests = {name: digest_tensors(refs.values(), memo) for name, refs in checkpoint.tensors.items()}
+    memo.save()
+    checkpoint = replace(checkpoint, digests=digests, states=states)
+    prepared = replace(prepared, fingerprint=print_, checkpoint=checkpoint)
+    _validate(prepared, memo, progress)
+    return prepared
+
+
+def _read_progress(progress: Progress) -> OnBytes:
+    """Bytes of a checkpoint read, where there are enough of them to wait for."""
+    report = count_bytes(progress, "read", "read")
+    return lambda done, total: report(done, total) if total >= STEP_BYTES else None
+
+
+def outline(settings: Settings) -> Prepared:
+    """A build by its model's configs alone: no weight is read, nor written."""
+    chosen = choose_components(model_of(settings), settings)
+    if settings.model in all_presets():
+        from fluxkiln.export.synth.checkpoint import unwritten_checkpoint
+
+        return _prepared(settings, unwritten_checkpoint(settings.model, chosen))
+    return _prepared(settings, open_checkpoint(find_root(settings, settings.components and chosen), chosen))
+
+
+def _prepared(settings: Settings, checkpoint: Checkpoint) -> Prepared:
+    """What is fixed for a build, but for what depends on the bytes of the checkpoint."""
+    target = find_target(settings.target)
+    _, schemes = target.parse_schemes(settings.scheme, checkpoint.model.kinds)
+    shapes = choose_shapes(settings, checkpoint)
+    layout = toolchain_of(target).lay_out(settings, target, checkpoint)
+    parts = chosen_parts(settings, checkpoint, split=layout is not None)
+    check_steps(parts, settings.steps)
+    folder = settings.build_dir.absolute() / target.name / _name(settings, target, checkpoint, shapes).lower()
+    plan = Plan(target, shapes, schemes, parts, folder, layout)
+    if any(scheme.kept for scheme in schemes.values()):
+        from fluxkiln.compile.tensors import settle_kept
+
+        plan = settle_kept(checkpoint, plan)
+    cache = ActionCache(open_store(settings.store_path.absolute()))
+    return Prepared(settings, checkpoint, plan, cache, folder.name, "")
+
+
+def _name(settings: Settings, target: Target, checkpoint: Checkpoint, shapes: Shapes) -> str:
+    scheme = settings.scheme or target.schemes[0]
+    label = scheme.replace(",", "-").replace("=", "-")
+    if not re.fullmatch(r"[\w.-]{1,100}", label):  # long, or with signs in it
+        named = scheme.split(",")[0]
+        base = parse_scheme(target.schemes[0].split(",")[0] if "=" in named else named).base_name
+        label = f"{base}-{hashlib.sha256(scheme.encode()).hexdigest()[:10]}"
+    label += toolchain_of(target).label(settings)
+    forms = "-inline" * (settings.modulation == "inline") + "-tiny-vae" * (settings.vae == "tiny")
+    components = choose_components(checkpoint.model, settings)
+    chosen = "" if components == checkpoint.model.components else "-" + "-".join(components)
+    size = f"{shapes.width}x{shapes.height}-{shapes.tokens}"
+    return f"{checkpoint.name}-{label}-{size}{forms}{lora_label(settings)}{chosen}"
+
+
+def lora_label(settings: Settings) -> str:
+    """What a build's folder is called besides: nothing without LoRAs, else a digest of them and their strengths."""
+    if not settings.loras:
+        return ""
+    inputs = [[digest_lora(file), strength] for file, strength in settings.loras]
+    return f"-lora-{hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:8]}"
+
+
+def choose_shapes(settings: Settings, checkpoint: Checkpoint) -> Shapes:
+    """Those of the settings; what they leave open is the preset's own, else 1024 x 1024 and all the variant's tokens.
+
+    ShapeError: more text tokens than the variant takes. CheckpointError: the tiny VAE is wanted and not there.
+    """
+    model, variant = checkpoint.model, checkpoint.variant
+    preset, limit = model.presets.get(checkpoint.name), model.most_tokens[variant]
+    width, height = settings.size or (preset.size if preset else (1024, 1024))
+    shapes = Shapes(height, width, settings.tokens or (preset.tokens if preset else limit))
+    if shapes.tokens > limit:
+        raise ShapeError(
+            f"{shapes.tokens} text tokens: {model.title}-{variant} was trained with at most {limit}; use TOKENS={limit}"
+        )
+    tiny = settings.vae == "tiny" and "vae" in choose_components(model, settings)
+    if tiny and "vae_tiny" not in checkpoint.tensors:
+        raise CheckpointError(
+            f"{checkpoint.name} has no folder vae_tiny, --vae tiny needs it; save taef1 there with "
+            "AutoencoderTiny.save_pretrained, or leave --vae out"
+        )
+    return shapes
+
+
+def _validate(prepared: Prepared, memo: DigestMemo, progress: Progress) -> None:
+    """Groups that fit; shapes against upstream's classes and no NaN or Inf, once per checkpoint."""
+    from fluxkiln.compile.tensors import check_weights
+
+    checkpoint, cache = prepared.checkpoint, prepared.cache
+    action = Action(
+        stage="validate",
+        what=checkpoint.name,
+        code_version=code_version(_read_through, model=type(checkpoint.model)),
+        inputs={"checkpoint": f"sha256:{prepared.fingerprint}"},
+    )
+    check_weights(checkpoint, prepared.plan)
+    if cache.lookup(action.key) is None:
+        started = time.perf_counter()
+        progress.stage("validate", 1)
+        _read_through(checkpoint, memo)
+        cache.record(action, {}, {"version": __version__})
+        tensors = sum(map(len, checkpoint.tensors.values()))
+        progress.done("validate", f"{tensors} tensors", f"checked in {time.perf_counter() - started:.1f} s")
+
+
+def _read_through(checkpoint: Checkpoint, memo: DigestMemo) -> None:
+    from fluxkiln.export.validate import validate_checkpoint
+
+    validate_checkpoint(checkpoint)
+    for refs in checkpoint.tensors.values():
+        scan_finite(refs.values(), memo)

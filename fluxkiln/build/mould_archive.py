@@ -12,14 +12,14 @@ import json
 import re
 import tarfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fluxkiln import __version__
 from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.artifacts.store import Blob, Store
-from fluxkiln.build.context import outline
+from fluxkiln.build.make import outline
 from fluxkiln.compile.toolchain import all_toolchains, toolchain_of
 from fluxkiln.digests import canonical_json
 from fluxkiln.errors import IntegrityError, UsageError
@@ -27,8 +27,7 @@ from fluxkiln.files import disk_full_named, partial_file, rename_durably
 from fluxkiln.progress import Progress, Silent
 from fluxkiln.settings import Settings
 
-MOULDS_FILE = "moulds.json"
-_FORMAT = "fluxkiln.moulds/1"
+MOULDS_FILE, _FORMAT = "moulds.json", "fluxkiln.moulds/1"
 MAX_INDEX_BYTES = 64 << 20
 _BLOB = re.compile(r"blobs/sha256/([0-9a-f]{64})")
 
@@ -47,31 +46,17 @@ class MouldEntry:
     why: str
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "key": self.key,
-            "what": self.what,
-            "chip": self.chip,
-            "scheme": self.scheme,
-            "inputs": dict(self.inputs),
-            "size": self.size,
-            "weight_bytes": self.weight_bytes,
-            "castable": not self.why,
-            "why": self.why,
-        }
+        return {**asdict(self), "castable": not self.why}
 
 
 def build_moulds(settings: Settings, progress: Progress | None = None) -> list[MouldEntry]:
-    """Compile and prove the mould of every kind that a build would need.
+    """Compile and prove the mould of every kind that a build would need; errors as `build`.
 
     Only the model's configs are read: no weight is there or needed.
-
-    Raises:
-        As `build`.
     """
-    progress = progress or Silent()
     prepared = outline(settings)
     checkpoint, plan, cache = prepared.checkpoint, prepared.plan, prepared.cache
-    keys = toolchain_of(plan.target).build_moulds(checkpoint, plan, cache, settings, progress)
+    keys = toolchain_of(plan.target).build_moulds(checkpoint, plan, cache, settings, progress or Silent())
     return [entry for entry in list_moulds(cache.store) if entry.key in keys]
 
 
@@ -98,14 +83,9 @@ def list_moulds(store: Store) -> list[MouldEntry]:
 
 
 def export_moulds(store: Store, target: Path, chip: str | None = None) -> list[MouldEntry]:
-    """Write every castable mould of a store, its template, proof and combined shells to one file.
+    """Write every castable mould of a store, or of a chip, its template, proof and combined shells to one file.
 
-    Args:
-        chip: only those of this chip; None for all.
-
-    Raises:
-        UsageError: there is none.
-        IntegrityError: a blob is damaged; nothing is written.
+    UsageError: there is none. IntegrityError: a blob is damaged; nothing is written.
     """
     moulds = [entry for entry in list_moulds(store) if not entry.why and chip in (None, entry.chip)]
     if not moulds:
@@ -116,11 +96,13 @@ def export_moulds(store: Store, target: Path, chip: str | None = None) -> list[M
     target.parent.mkdir(parents=True, exist_ok=True)
     with disk_full_named(target.parent), partial_file(target.parent, f".{target.name}") as (partial, file):
         with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
-            _add(archive, MOULDS_FILE, canonical_json(index))
+            data = canonical_json(index)
+            archive.addfile(_member(MOULDS_FILE, len(data)), io.BytesIO(data))
             for digest in sorted(blobs):
                 store.verify(digest)
+                name = f"blobs/sha256/{digest.removeprefix('sha256:')}"
                 with store.open(digest) as source:
-                    archive.addfile(_member(_path(digest), blobs[digest].size), source)
+                    archive.addfile(_member(name, blobs[digest].size), source)
         rename_durably(file, partial, target)
     return moulds
 
@@ -128,9 +110,8 @@ def export_moulds(store: Store, target: Path, chip: str | None = None) -> list[M
 def import_moulds(store: Store, source: Path) -> list[MouldEntry]:
     """Take over the moulds of a file that `export_moulds` wrote. Every blob's digest is checked; none is run.
 
-    Raises:
-        UsageError: there is no such file, or it is something else.
-        IntegrityError: a blob does not have the digest that its name says, or one is missing; no record is taken over.
+    UsageError: no such file, or something else. IntegrityError: a blob does not have the digest that its name says, or
+    one is missing; no record is taken over.
     """
     try:
         with source.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
@@ -191,16 +172,14 @@ def _read_index(archive: tarfile.TarFile, member: tarfile.TarInfo | None, source
     return records
 
 
-def _stages() -> frozenset[str]:
-    """Stages of the records that go along with moulds."""
-    return frozenset(stage for toolchain in all_toolchains().values() for stage in toolchain.travelling)
+def _stages() -> set[str]:
+    return {stage for toolchain in all_toolchains().values() for stage in toolchain.travelling}
 
 
 def _travels(record: Mapping[str, Any], chip: str | None) -> bool:
     """Whether a record goes along with moulds; one that names a chip only with those of this chip."""
-    if record["stage"] not in _stages():
-        return False
-    if record["stage"] == "mould" and _mapping(record["facts"]).get("why"):
+    refused = record["stage"] == "mould" and _mapping(record["facts"]).get("why")
+    if refused or record["stage"] not in _stages():
         return False
     return chip is None or _mapping(record["settings"]).get("chip", chip) == chip
 
@@ -210,18 +189,10 @@ def _blobs(record: Mapping[str, Any]) -> Iterator[Blob]:
         yield Blob(str(_mapping(entry)["digest"]), int(_mapping(entry)["size"]))
 
 
-def _path(digest: str) -> str:
-    return "blobs/sha256/" + digest.removeprefix("sha256:")
-
-
 def _member(name: str, size: int) -> tarfile.TarInfo:
     member = tarfile.TarInfo(name)
     member.size, member.mode = size, 0o444
     return member
-
-
-def _add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
-    archive.addfile(_member(name, len(data)), io.BytesIO(data))
 
 
 def _mapping(value: Any) -> Mapping[str, Any]:

@@ -45,6 +45,11 @@ def plan_build(prepared: Prepared) -> dict[str, Any]:
     """
     jobs = list_jobs(prepared)
     todo = [job for job in jobs if not job.in_store]
+    try:
+        check_resources(prepared)
+        refused = ""
+    except ResourceError as error:
+        refused = str(error)
     return {
         "name": prepared.name,
         "target": prepared.plan.target.name,
@@ -57,16 +62,8 @@ def plan_build(prepared: Prepared) -> dict[str, Any]:
             "seconds": round(estimate_seconds(prepared, todo)),
         },
         "devices": toolchain_of(prepared.plan.target).devices(prepared.checkpoint, prepared.plan, prepared.cache),
-        "refused": _refusal(prepared),
+        "refused": refused,
     }
-
-
-def _refusal(prepared: Prepared) -> str:
-    try:
-        check_resources(prepared)
-    except ResourceError as error:
-        return str(error)
-    return ""
 
 
 def list_jobs(prepared: Prepared) -> list[Job]:
@@ -90,28 +87,15 @@ def list_jobs(prepared: Prepared) -> list[Job]:
 
 
 def check_resources(prepared: Prepared) -> None:
-    """Refuse a build that the devices, the disk or the memory cannot hold, before anything is started.
-
-    Raises:
-        ResourceError: which of them, what is there and what is needed.
-    """
+    """Raise ResourceError for a build that the devices, the disk or the memory cannot hold, before it starts."""
     toolchain_of(prepared.plan.target).check(prepared.checkpoint, prepared.plan, prepared.cache)
     jobs = [job for job in list_jobs(prepared) if not job.in_store]
     check_disk(prepared, jobs)
-    _check_memory(jobs)
-
-
-def _check_memory(todo: Iterable[Job]) -> None:
-    """Refuse jobs the largest of which does not fit the memory even when it runs alone.
-
-    Raises:
-        ResourceError: with the smallest memory that works.
-    """
-    largest = max(todo, key=lambda job: job.memory_bytes, default=None)
-    if largest is None:
+    if not jobs:
         return
+    largest = max(jobs, key=lambda job: job.memory_bytes)
     needed, free = TRACE_MEMORY + largest.memory_bytes, available_memory()
-    if free < needed:
+    if free < needed:  # even when it runs alone
         raise ResourceError(
             f"{free / 1e9:.1f} GB of memory are available, the smallest that works for this build is "
             f"{needed / 1e9:.1f} GB ({largest.stage} {largest.what}, alone); close other programs, choose a smaller "
@@ -120,25 +104,25 @@ def _check_memory(todo: Iterable[Job]) -> None:
 
 
 def check_disk(prepared: Prepared, todo: Iterable[Job]) -> None:
-    """Refuse a build that the disk has no room for.
-
-    Raises:
-        ResourceError: fewer bytes are free than the jobs still to do are estimated to write.
-    """
-    needed = disk_bytes(prepared, todo)
+    """Raise ResourceError when fewer bytes are free than these jobs are estimated to write."""
+    needed, places = disk_bytes(prepared, todo), _places(prepared)
+    free, place = min((free_bytes(place), place) for place in places)
     # On two file systems each gets less than all of it; how much is not worth a second estimate.
-    free, place = min((free_bytes(place), place) for place in places(prepared))
-    share = needed if len({_existing(place).stat().st_dev for place in places(prepared)}) == 1 else needed // 2
+    share = needed if _one_disk(prepared) else needed // 2
     if free < share:
         raise ResourceError(
-            f"{_existing(place)}: {free / 1e9:.2f} GB are free, this build needs about {share / 1e9:.2f} GB; make "
+            f"{place}: {free / 1e9:.2f} GB are free, this build needs about {share / 1e9:.2f} GB; make "
             "room, or name folders on a larger disk (--build-dir, --store). Nothing was started"
         )
 
 
-def places(prepared: Prepared) -> tuple[Path, Path]:
-    """Where a build writes: its folder and the store."""
-    return prepared.folder, prepared.cache.store.root
+def _places(prepared: Prepared) -> tuple[Path, Path]:
+    """Where a build writes: its folder and the store, or what is there of them."""
+    return _existing(prepared.plan.folder), _existing(prepared.cache.store.root)
+
+
+def _one_disk(prepared: Prepared) -> bool:
+    return len({place.stat().st_dev for place in _places(prepared)}) == 1
 
 
 def free_bytes(place: Path) -> int:
@@ -170,15 +154,12 @@ def disk_bytes(prepared: Prepared, todo: Iterable[Job]) -> int:
     stages = {job.stage for job in todo}
     # Graphs lie in the working folder and in the store; a bundle has links to bmodels where it can.
     total += 2 * binaries * ("link" in stages)
-    if "link" in stages or len({_existing(place).stat().st_dev for place in places(prepared)}) > 1:
+    if "link" in stages or not _one_disk(prepared):
         total += binaries * ("bundle" in stages)
     if "verify" in stages:
-        # one part at a time: the weights of the interpreter, and those of a graph in float32
-        working.append(
-            8
-            * max(count_elements(part_refs(checkpoint, plan, part)) for part in plan.parts)
-            * (not toolchain_of(plan.target).any_shapes)
-        )
+        if not toolchain_of(plan.target).any_shapes:
+            # one part at a time: the weights of the interpreter, and those of a graph in float32
+            working.append(8 * max(count_elements(part_refs(checkpoint, plan, part)) for part in plan.parts))
         shapes = replayed_shapes(checkpoint, plan)
         steps = settings.steps if shapes == plan.shapes else 1
         total += recording_bytes(checkpoint, replace(plan, shapes=shapes), steps)
@@ -191,8 +172,7 @@ def recording_bytes(checkpoint: Checkpoint, plan: Plan, steps: int) -> int:
     for part in plan.parts:
         calls = steps if part.component == "transformer" else 1
         specs = checkpoint.model.part_inputs(part.kind, checkpoint.configs, plan.shapes)
-        changing = [spec for spec in specs if spec.name not in constants]
-        total += 4 * calls * count_elements(changing)
+        total += 4 * calls * count_elements(spec for spec in specs if spec.name not in constants)
     return 2 * total
 
 
@@ -218,10 +198,8 @@ def estimate_seconds(prepared: Prepared, todo: Iterable[Job]) -> float:
         elif job.stage == "record":
             alone += RECORD_SECONDS
         elif job.stage == "verify":
-            parts = prepared.plan.parts
-            alone += CALL_SECONDS * sum(
-                settings.steps if part.traits.component == "transformer" else 1 for part in parts
-            )
+            steps = {"transformer": settings.steps}
+            alone += CALL_SECONDS * sum(steps.get(part.component, 1) for part in prepared.plan.parts)
     return alone + pooled / min(_workers(settings), 2)
 
 

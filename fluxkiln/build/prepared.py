@@ -1,9 +1,8 @@
-"""What a build is made of: what its settings name, what is fixed before it starts, and what it ends with."""
+"""What a build is made of: what its settings name, and what is fixed before it starts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,9 @@ from fluxkiln.export.lora import COMPONENT, fused_folder, is_fused, read_record
 from fluxkiln.export.source import resolve_model, synthetic_folder
 from fluxkiln.patches.model import Model
 from fluxkiln.patches.registry import all_presets
+from fluxkiln.progress import OnBytes
 from fluxkiln.settings import Settings
 from fluxkiln.types import Part
-
-Read = Callable[[int, int], None] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,70 +30,34 @@ class Prepared:
     cache: ActionCache
     name: str
     fingerprint: str
-    folder: Path
-
-    @property
-    def bundle(self) -> Path:
-        return self.folder / "bundle"
-
-
-@dataclass(frozen=True, slots=True)
-class BuildResult:
-    """What a build did and where it is."""
-
-    name: str
-    target: str
-    bundle: Path
-    report: Path | None
-    digest: str
-    nothing_to_do: bool
-    seconds: float
-    compiler_runs: int
-    cache: Mapping[str, Any] = field(default_factory=dict)
-    timings: Mapping[str, float] = field(default_factory=dict)
-    parts: Mapping[str, str] = field(default_factory=dict)
-    parity: Mapping[str, Any] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """The result as plain JSON."""
-        return {
-            "name": self.name,
-            "target": self.target,
-            "bundle": str(self.bundle),
-            "manifest": str(self.bundle / "manifest.json"),
-            "report": str(self.report) if self.report else None,
-            "digest": self.digest,
-            "nothing_to_do": self.nothing_to_do,
-            "seconds": round(self.seconds, 3),
-            "compiler_runs": self.compiler_runs,
-            "cache": dict(self.cache),
-            "timings": {stage: round(seconds, 3) for stage, seconds in self.timings.items()},
-            "parts": dict(self.parts),
-            "parity": dict(self.parity),
-        }
 
 
 def model_of(settings: Settings) -> Model:
-    """The model that the settings name, before anything of it is written or fetched: that of a preset or a folder.
-
-    A Hugging Face id has to be fetched for it.
-    """
+    """The model that the settings name, before anything of it is written; a Hugging Face id is fetched for it."""
     presets = all_presets()
     if settings.model in presets:
         return presets[settings.model][0]
-    return find_model(resolve_model(settings.model, models_folder(settings), None, settings.components))
+    return find_model(find_root(settings, settings.components))
 
 
 def models_folder(settings: Settings) -> Path:
+    """Where checkpoints are kept that are written for builds: synthetic ones, and those with LoRAs in them."""
     return settings.build_dir / "models"
 
 
-def choose_components(model: Model, settings: Settings) -> tuple[str, ...]:
-    """The components to build, in the order of the pipeline.
+def find_root(settings: Settings, components: tuple[str, ...] | None, progress: OnBytes | None = None) -> Path:
+    """The folder of the settings' checkpoint, its LoRAs not in it; as `resolve_model`."""
+    return resolve_model(settings.model, models_folder(settings), progress, components)
 
-    Raises:
-        UsageError: there is no such component, or what else is asked for needs those that are left out.
-    """
+
+def open_memo(settings: Settings) -> DigestMemo:
+    """What the store remembers of the digests of files."""
+    return DigestMemo(settings.store_path.absolute() / "memo" / "tensors.json")
+
+
+def choose_components(model: Model, settings: Settings) -> tuple[str, ...]:
+    """The components to build, in the order of the pipeline; UsageError for one that there is not, or when what else
+    is asked for needs those that are left out."""
     wanted, known = settings.components, model.components
     if wanted is None:
         return known
@@ -129,30 +91,21 @@ def chosen_parts(settings: Settings, checkpoint: Checkpoint, split: bool = False
     return tuple(part for part in every if part.component in chosen)
 
 
-def unwritten_bytes(settings: Settings, reading: Read = None) -> int:
-    """Bytes that a build has to write first: of a synthetic checkpoint, of one with LoRAs in it; 0 for any other."""
+def unwritten_bytes(settings: Settings, reading: OnBytes | None = None) -> int:
+    """Bytes that a build has to write first, at most: of a synthetic checkpoint, of one with LoRAs in it; 0 if none."""
     from fluxkiln.export.synth.checkpoint import synthesized_bytes, with_sisters
 
     model = model_of(settings)
     preset = model.presets.get(settings.model)
     components = choose_components(model, settings)
     chosen = settings.components and components
-    if (
-        preset is not None
-        and not (synthetic_folder(preset, models_folder(settings), chosen) / "model_index.json").is_file()
-    ):
+    if preset and not (synthetic_folder(preset, models_folder(settings), chosen) / "model_index.json").is_file():
         fused = synthesized_bytes(preset.name, (model.adapted,)) if settings.loras else 0
         return synthesized_bytes(preset.name, with_sisters(model, components)) + fused
     if not settings.loras:
         return 0
-    root = resolve_model(settings.model, models_folder(settings), None, chosen)
-    return unfused_bytes(root, settings, models_folder(settings), reading)
-
-
-def unfused_bytes(root: Path, settings: Settings, models: Path, read: Read = None) -> int:
-    """Bytes of shards that a build has to write first, at most; 0 without LoRAs or when they are fused already."""
-    memo = DigestMemo(settings.store_path.absolute() / "memo" / "tensors.json")
-    if not settings.loras or is_fused(fused_folder(root, settings.loras, models, memo, read)):
+    root = find_root(settings, chosen)
+    if is_fused(fused_folder(root, settings.loras, models_folder(settings), open_memo(settings), reading)):
         return 0
     return sum(ref.nbytes for ref in open_checkpoint(root, (COMPONENT,)).tensors[COMPONENT].values())
 

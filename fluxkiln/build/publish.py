@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from fluxkiln.artifacts.bundle import read_manifest, walk_bundle
 from fluxkiln.artifacts.manifest import MANIFEST_FILE, Manifest, resolve_inside
@@ -62,7 +62,6 @@ from fluxkiln.files import digest_file
 from fluxkiln.patches.registry import binding_licences, hub_id_of, title_of
 from fluxkiln.progress import Progress
 
-PULLED_SCHEMA = "fluxkiln.pulled/1"
 UNSIGNED = "unsigned: nothing but the registry vouches for who published it"
 
 SignatureState = Literal["verified", "not checked", "unsigned"]
@@ -125,8 +124,7 @@ def publish_bundle(
 ) -> Published:
     """Publish a bundle with its report, provenance, model card, licences and, with a key, a signature.
 
-    Args:
-        bundle: the folder of a bundle, or the one around it as a build or a pull makes it.
+    `bundle` is its folder, or the one around it as a build or a pull makes it.
 
     Raises:
         IntegrityError: a file is not what the bundle's manifest says, or its report is another bundle's.
@@ -136,19 +134,24 @@ def publish_bundle(
     """
     terms, transfers = terms or Terms(), transfers or Transfers()
     target = parse_reference(reference)
-    tag = target.tag
-    if not tag:
+    if not target.tag:
         raise UsageError(f"{reference} names a digest; publish under a tag, the digest comes from the bytes")
     folder = bundle / BUNDLE if not (bundle / MANIFEST_FILE).exists() and (bundle / BUNDLE).is_dir() else bundle
     manifest = read_manifest(folder)
     _check_files(folder, manifest)
-    _check_parity(manifest, terms.allow_failed_parity)
+    parity = parity_word(manifest.parity)
+    if parity == "failed" and not terms.allow_failed_parity:
+        failure = manifest.parity.get("failure") or "a gate of the parity ladder was missed"
+        raise ParityError(
+            f"{manifest.name} failed its parity when it was built ({failure}); build it so that it passes, or "
+            "publish it marked as failed: --allow-failed-parity"
+        )
     licence = resolve_inside(folder, manifest.licence.file).read_bytes()
     check_licence(manifest, licence, terms.accepted, binding_licences())
     document, config, sources = _compose(folder, manifest, licence, terms)
     with _open(target, transfers, write=True) as (place, stop):
-        pushed = push(place, document, config, sources, tag, stop=stop, jobs=transfers.jobs, progress=progress)
-    return Published(str(target), document, pushed, parity_word(manifest.parity), terms.sign_key is not None)
+        pushed = push(place, document, config, sources, target.tag, stop=stop, jobs=transfers.jobs, progress=progress)
+    return Published(str(target), document, pushed, parity, terms.sign_key is not None)
 
 
 def pull_bundle(
@@ -180,23 +183,27 @@ def pull_bundle(
         found = look_up(place, source.name)
         signature = _signature(place, found.document, verify_key)
         state: SignatureState = "unsigned" if signature is None else "verified" if verify_key else "not checked"
+        parity = parity_word(found.manifest.parity)
 
         # Once more over what lies on the disk, before it gets its name.
         def check(staging: Path, document: Document) -> None:
             if signature is not None and verify_key is not None:
-                digests = {pulled_path(layer.path): _digest_staged(staging, layer) for layer in document.layers}
+                digests = {pulled_path(layer.path): layer.digest for layer in document.layers}
                 del digests[SIGNATURE]
+                # Large files were hashed as they came; what lies beside the bundle is read by people.
+                beside = [path for name in digests if (path := staging / name).parent == staging]
+                digests |= {path.name: digest_file(path)[0] for path in beside}
                 verify_signature(digests, signature, verify_key)
 
         record: Json = {
-            "schema": PULLED_SCHEMA,
+            "schema": "fluxkiln.pulled/1",
             "reference": str(source),
             "digest": found.document.digest,
-            "parity": parity_word(found.manifest.parity),
+            "parity": parity,
             "signature": state,
         }
         pull(place, found, destination, record=record, stop=stop, check=check, jobs=transfers.jobs, progress=progress)
-    return Pulled(destination, found, state, parity_word(found.manifest.parity))
+    return Pulled(destination, found, state, parity)
 
 
 def inspect_reference(reference: str, transfers: Transfers | None = None) -> Found:
@@ -226,8 +233,7 @@ def list_tags(reference: str, transfers: Transfers | None = None) -> tuple[Refer
 def tag_reference(reference: str, tag: str, transfers: Transfers | None = None) -> tuple[Reference, Document]:
     """Give a published bundle another tag; nothing but its manifest is sent.
 
-    Raises:
-        UsageError: no such bundle, or an illegal tag. IntegrityError: what is there is no whole bundle's manifest.
+    UsageError: no such bundle, or an illegal tag. IntegrityError: what is there is no whole bundle's manifest.
     """
     source = parse_reference(reference)
     target = with_tag(source, tag)
@@ -303,15 +309,6 @@ def _changed(path: Path, fault: str) -> IntegrityError:
     )
 
 
-def _check_parity(manifest: Manifest, allowed: bool) -> None:
-    if parity_word(manifest.parity) == "failed" and not allowed:
-        failure = manifest.parity.get("failure") or "a gate of the parity ladder was missed"
-        raise ParityError(
-            f"{manifest.name} failed its parity when it was built ({failure}); build it so that it passes, or "
-            "publish it marked as failed: --allow-failed-parity"
-        )
-
-
 def _read_report(folder: Path, manifest: Manifest) -> bytes | None:
     """The report beside the bundle; None where the bundle was not verified."""
     path = folder.parent / REPORT
@@ -319,8 +316,7 @@ def _read_report(folder: Path, manifest: Manifest) -> bytes | None:
         return None
     data = _read_small(path)
     try:
-        report: Any = json.loads(data)
-        checkpoint = report.get("provenance", {}).get("checkpoint", manifest.checkpoint.fingerprint)
+        checkpoint = json.loads(data).get("provenance", {}).get("checkpoint", manifest.checkpoint.fingerprint)
     except (ValueError, AttributeError, RecursionError) as error:
         raise IntegrityError(f"{path} is no report ({error}); build the bundle again, or remove it") from error
     if checkpoint != manifest.checkpoint.fingerprint:
@@ -355,12 +351,6 @@ def _signature(place: Place, document: Document, key: Path | None) -> bytes | No
         digests = {pulled_path(one.path): one.digest for one in document.layers if one is not layer}
         verify_signature(digests, signature, key)
     return signature
-
-
-def _digest_staged(staging: Path, layer: Layer) -> str:
-    path = staging / pulled_path(layer.path)
-    # Large files were hashed as they came; what lies beside the bundle is read by people.
-    return digest_file(path)[0] if path.parent == staging else layer.digest
 
 
 @contextmanager

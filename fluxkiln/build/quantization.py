@@ -2,7 +2,7 @@
 
 Only one matrix is in memory at a time, and of that some rows. What is chosen layer by layer is for runtimes of packed
 weights. A bmodel takes one scheme a kind, any method with it, and BF16 for some of its slots: that is what is chosen
-per kind (`fluxkiln.build.mixture`), and `fluxkiln build --scheme` takes it as it is printed.
+per kind (`fluxkiln.build.slots`), and `fluxkiln build --scheme` takes it as it is printed.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fluxkiln.build.context import prepare
-from fluxkiln.build.mixture import Mix, choose_slots
+from fluxkiln.build.make import prepare
 from fluxkiln.build.prepared import Prepared
-from fluxkiln.build.sensitivity import block_errors, open_trials, slot_errors
+from fluxkiln.build.slots import Mix, block_errors, choose_slots, open_trials, slot_errors
 from fluxkiln.build.verification import is_complete, run_pipeline
 from fluxkiln.compile.rungs import dequantized_rung
 from fluxkiln.compile.weights import check_methods, find_calibration
@@ -43,7 +42,6 @@ if TYPE_CHECKING:
 BASELINE = "W4BF16-rtn"
 # weights stored in the type that the others compute in: what is left is their rounding
 UNROUNDED = "BF16"
-EFFECT_STEPS = (2, 8)
 # of which a budget chooses, by the method
 BUDGET_SCHEMES = ("W4BF16-g128-{0}", "W4BF16-{0}", "W4BF16-g32-{0}", "BF16")
 
@@ -60,12 +58,6 @@ class Matrix:
     def shape(self) -> tuple[int, int]:
         rows, columns = self.ref.shape
         return rows, columns
-
-    @property
-    def part(self) -> str:
-        """The block it is in: `transformer_blocks.3`."""
-        before, number, _ = re.split(r"\.(\d+)\.", self.name, maxsplit=1)
-        return f"{before}.{number}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,14 +81,22 @@ class Quantized:
         """What a build takes, where slots were chosen per kind."""
         return self.mix.scheme if self.mix else ""
 
-    def by_part(self) -> dict[str, dict[str, tuple[float, float, int]]]:
+    def by_part(self) -> dict[str, dict[str, dict[str, float | None]]]:
         """Block -> scheme -> relative errors of weights and outputs over its layers (root mean square), bytes."""
         grouped: dict[str, dict[str, list[Figures]]] = defaultdict(lambda: defaultdict(list))
         for layer in self.layers:
+            before, number, _ = re.split(r"\.(\d+)\.", layer.name, maxsplit=1)
             for scheme, found in self.figures[layer.name].items():
-                grouped[layer.part][scheme].append(found)
+                grouped[f"{before}.{number}"][scheme].append(found)
+
+        def summary(found: Sequence[Figures]) -> dict[str, float | None]:
+            weight = math.sqrt(sum(one.weight_error**2 for one in found) / len(found))
+            output = math.sqrt(sum(one.output_error**2 for one in found) / len(found))
+            size = sum(one.size for one in found)
+            return {"weight_error": weight, "output_error": _number(output), "size": size}
+
         return {
-            part: {scheme: _summary(found) for scheme, found in schemes.items()} for part, schemes in grouped.items()
+            part: {scheme: summary(found) for scheme, found in schemes.items()} for part, schemes in grouped.items()
         }
 
     def to_json(self) -> dict[str, Any]:
@@ -122,12 +122,7 @@ class Quantized:
                 }
                 for layer in self.layers
             ],
-            "parts": {
-                part: {
-                    name: {"weight_error": w, "output_error": _number(o), "size": s} for name, (w, o, s) in all_.items()
-                }
-                for part, all_ in self.by_part().items()
-            },
+            "parts": self.by_part(),
         }
 
 
@@ -164,7 +159,14 @@ def quantize_model(
     }
     compared = [parse_scheme(name) for name in schemes or ("W4BF16",)]
     if per_kind:
-        compared = _per_kind(compared, budget, rules)
+        if not budget or rules or len(compared) > 1:
+            raise SchemeError(
+                "slots are chosen per kind between one scheme and BF16, within a budget; give --budget, one --scheme, "
+                "and no --layer"
+            )
+        if not compared[0].weight_bits:
+            raise SchemeError(f"{compared[0].name} does not quantize, so there is nothing to choose; give W4BF16 say")
+        compared.append(parse_scheme(compared[0].arithmetic))
     elif budget:
         method = compared[0].method
         compared = [parse_scheme(name.format(method)) for name in BUDGET_SCHEMES]
@@ -221,18 +223,6 @@ def _choose_slots(
     return chosen, Mix(text, slots, names, measured, time.perf_counter() - started)
 
 
-def _per_kind(compared: Sequence[Scheme], budget: str, rules: Sequence[LayerRule]) -> list[Scheme]:
-    """The scheme that is asked for and the one of what it leaves out."""
-    if not budget or rules or len(compared) > 1:
-        raise SchemeError(
-            "slots are chosen per kind between one scheme and BF16, within a budget; give --budget, one --scheme, and "
-            "no --layer"
-        )
-    if not compared[0].weight_bits:
-        raise SchemeError(f"{compared[0].name} does not quantize, so there is nothing to choose; give W4BF16 say")
-    return [compared[0], parse_scheme(compared[0].arithmetic)]
-
-
 def find_layers(checkpoint: Checkpoint) -> Iterator[Matrix]:
     """Every matrix of the blocks of what may be quantized, in the order of the checkpoint."""
     model = checkpoint.model
@@ -246,15 +236,11 @@ def find_layers(checkpoint: Checkpoint) -> Iterator[Matrix]:
 
 
 def write_packed(
-    layers: Sequence[Matrix],
-    schemes: Mapping[str, Scheme],
-    calibrations: Mapping[str, Calibration | None],
-    out: Path,
+    layers: Sequence[Matrix], schemes: Mapping[str, Scheme], calibrations: Mapping[str, Calibration | None], out: Path
 ) -> None:
     """Write the packed layers as safetensors, some rows at a time; the metadata says each one's scheme.
 
-    Raises:
-        SchemeError: a method that needs more than codes. ResourceError: the disk is full.
+    SchemeError: a method that needs more than codes. ResourceError: the disk is full.
     """
     import numpy as np
 
@@ -307,13 +293,6 @@ def _tensors(layer: Matrix, scheme: Scheme) -> list[tuple[str, str, tuple[int, i
     ]
 
 
-def _summary(found: Sequence[Figures]) -> tuple[float, float, int]:
-    def mean(values: list[float]) -> float:
-        return math.sqrt(sum(value * value for value in values) / len(values))
-
-    return mean([f.weight_error for f in found]), mean([f.output_error for f in found]), sum(f.size for f in found)
-
-
 def _to_json(found: Figures) -> dict[str, Any]:
     return {
         "weight_error": found.weight_error,
@@ -343,15 +322,11 @@ class Effect:
 
 
 def measure_effects(
-    settings: Settings, schemes: Sequence[str], steps: Sequence[int] = EFFECT_STEPS, progress: Progress | None = None
+    settings: Settings, schemes: Sequence[str], steps: Sequence[int] = (2, 8), progress: Progress | None = None
 ) -> list[Effect]:
     """Run diffusers' own loop with every part in float32 arithmetic and its weights as each scheme stores them.
 
-    Args:
-        settings: of a build with all components.
-
-    Raises:
-        UsageError: not all components are built. SchemeError: a method without its calibration.
+    UsageError: not all components are built. SchemeError: a method without its calibration.
     """
     from fluxkiln.verify.metrics import compare, compare_images
 

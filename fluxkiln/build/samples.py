@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
     from fluxkiln.verify.ladder import Ladder
 
-_ARRAYS = "run.npz"
-
 
 def sample_runs(
     prepared: Prepared, plan: Plan, ladder: Ladder, runner: PartRunner, rung: str, progress: Progress
@@ -37,10 +35,7 @@ def sample_runs(
         plan: at the shapes to run at; its parts are those `runner` runs, all components of them.
 
     Returns:
-        The report's `runs`; None where no prompts and no seeds are asked for.
-
-    Raises:
-        UsageError: too many runs. Whatever `runner` raises.
+        The report's `runs`; None where no prompts and no seeds are asked for. UsageError: too many runs.
     """
     from fluxkiln.verify.pipeline import run_with_parts
 
@@ -74,26 +69,34 @@ def reference_runs(
     prepared: Prepared, plan: Plan, pairs: Sequence[tuple[str, int]], progress: Progress
 ) -> Mapping[tuple[str, int], Sampled]:
     """diffusers' own images in float32, from the store or made now; its pipeline is opened once, and only if needed."""
+    import numpy as np
+
     checkpoint, cache, steps = prepared.checkpoint, prepared.cache, prepared.settings.steps
     opened: list[Any] = []
     found: dict[tuple[str, int], Sampled] = {}
     for prompt, seed in pairs:
 
         def produce(folder: Path, prompt: str = prompt, seed: int = seed) -> tuple[dict[str, Path], dict[str, Any]]:
+            from fluxkiln.verify.pipeline import weights_in_place
+
             if not opened:
                 opened.append(_open_reference(checkpoint, plan))
-            sampled = _render(opened[0], checkpoint, plan.shapes, Sampling(steps, seed, prompt))
-            _write_sampled(folder / _ARRAYS, sampled)
-            return {_ARRAYS: folder / _ARRAYS}, {}
+            latents: list[NDArray[Any]] = []
+            with weights_in_place():
+                sampling = Sampling(steps, seed, prompt)
+                made = checkpoint.model.render(opened[0], plan.shapes, sampling, latents.append)
+            np.savez(folder / "run.npz", image=made.image, latents=np.stack(latents))
+            return {"run.npz": folder / "run.npz"}, {}
 
         result = run_action(cache, _reference_action(prepared, plan.shapes, prompt, seed), produce)
-        found[prompt, seed] = _read_sampled(cache.path(result.outputs[_ARRAYS]))
+        with np.load(cache.path(result.outputs["run.npz"]), allow_pickle=False) as arrays:
+            found[prompt, seed] = Sampled(tuple(arrays["latents"]), arrays["image"])
         progress.done("sample", f"reference, seed {seed}: {_shown(prompt)}", "from the store" if result.hit else "made")
     return found
 
 
 def _reference_action(prepared: Prepared, shapes: Shapes, prompt: str, seed: int) -> Action:
-    checkpoint, settings = prepared.checkpoint, prepared.settings
+    checkpoint = prepared.checkpoint
     return Action(
         stage="sample",
         what=f"reference image, seed {seed}",
@@ -102,10 +105,10 @@ def _reference_action(prepared: Prepared, shapes: Shapes, prompt: str, seed: int
         settings={
             "configs": digest_json(checkpoint.configs),
             "shapes": [shapes.height, shapes.width, shapes.tokens],
-            "steps": settings.steps,
+            "steps": prepared.settings.steps,
             "seed": seed,
             "prompt": prompt,
-            "vae": settings.vae,
+            "vae": prepared.settings.vae,
         },
         tools={name: importlib.metadata.version(name) for name in ("torch", "diffusers", "transformers")},
     )
@@ -116,28 +119,6 @@ def _open_reference(checkpoint: Checkpoint, plan: Plan) -> Any:
         from fluxkiln.verify.pipeline import open_pipeline
 
         return open_pipeline(checkpoint, {part.component: part.folder for part in plan.parts})
-
-
-def _render(pipe: Any, checkpoint: Checkpoint, shapes: Shapes, sampling: Sampling) -> Sampled:
-    from fluxkiln.verify.pipeline import weights_in_place
-
-    latents: list[NDArray[Any]] = []
-    with weights_in_place():
-        made = checkpoint.model.render(pipe, shapes, sampling, latents.append)
-    return Sampled(tuple(latents), made.image)
-
-
-def _write_sampled(path: Path, sampled: Sampled) -> None:
-    import numpy as np
-
-    np.savez(path, image=sampled.image, latents=np.stack(sampled.latents))
-
-
-def _read_sampled(path: Path) -> Sampled:
-    import numpy as np
-
-    with np.load(path, allow_pickle=False) as arrays:
-        return Sampled(tuple(arrays["latents"]), arrays["image"])
 
 
 def _shown(prompt: str) -> str:

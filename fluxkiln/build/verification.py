@@ -1,9 +1,8 @@
 """Verification of a build: the reference recorded, replayed at every rung, and the whole pipeline run on parts.
 
-A model whose image step is within the budget is verified at the shapes of the build. Of a larger one all parts are
-replayed at smaller shapes, in little memory: every part gets the recorded inputs, and each rung holds one part's
-weights at a time; the whole pipeline runs meanwhile on one of these rungs. Some parts are executed in their compiled
-form at the shapes of the build as well.
+Of a model whose image step is over the budget all parts are replayed at smaller shapes: every part gets the recorded
+inputs, each rung holds one part's weights at a time, and the whole pipeline runs meanwhile on one of these rungs. Some
+parts are executed in their compiled form at the shapes of the build as well.
 """
 
 from __future__ import annotations
@@ -29,15 +28,13 @@ from fluxkiln.digests import digest_json
 from fluxkiln.export.checkpoint import Checkpoint, expect_tensors
 from fluxkiln.patches.pipeline import Sampling, run_rows
 from fluxkiln.progress import Progress
-from fluxkiln.quantize.schemes import Scheme
 from fluxkiln.settings import Settings
 from fluxkiln.types import GraphFormat, Part, PartRunner, Shapes, find_part
-from fluxkiln.verify.ladder import climb_part, climb_pipeline, let_go, replay_part
+from fluxkiln.verify.ladder import Ladder, climb_part, climb_pipeline, let_go, replay_part
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from fluxkiln.verify.ladder import Ladder
     from fluxkiln.verify.pipeline import PipelineResult
     from fluxkiln.verify.reference import Recording
 
@@ -51,8 +48,7 @@ class Parity:
     """A climbed ladder and the reference it was climbed from.
 
     `pipeline` is the image made by parts at the rung `pipeline_rung`, None where not all components are built. `facts`
-    says at which shapes a large model was verified; it is empty where everything ran at the shapes of the build.
-    `runs` are the whole images of further prompts and seeds, where they are asked for.
+    says at which other shapes a large model was verified. `runs` are whole images of further prompts and seeds.
     """
 
     ladder: Ladder
@@ -77,7 +73,7 @@ def record(prepared: Prepared, limits: Limits = LIMITS) -> Recording:
     every = checkpoint.model.recorded_parts(checkpoint.configs, settings.vae)
     parts = tuple(part for part in every if part.component in built)
     sampling = Sampling(settings.steps if shapes == plan.shapes else 1, settings.seed, settings.prompt)
-    recording = record_run(prepared, prepared.folder / "recording", parts, shapes, sampling)
+    recording = record_run(prepared, prepared.plan.folder / "recording", parts, shapes, sampling)
     return view_recording(recording, checkpoint.model, plan.parts)
 
 
@@ -148,17 +144,13 @@ def verify(
 
 def trace_templates(prepared: Prepared, plan: Plan, progress: Progress) -> None:
     """Make the templates of the rungs below the compiled one, so that tracing them is seen."""
-    compiled = plan.target.graph_format
-    formats: dict[GraphFormat, bool] = {
-        "onnx23": compiled == "onnx17",
-        "onnx17": compiled == "onnx17" or plan.quantized,
-    }
+    compiled = plan.target.graph_format == "onnx17"
+    formats: dict[GraphFormat, bool] = {"onnx23": compiled, "onnx17": compiled or plan.quantized}
     context = prepared.checkpoint, plan, prepared.cache
-    for graph_format, needed in formats.items():
+    for graph_format in (one for one, needed in formats.items() if needed):
         missing = [kind for kind in plan.kinds() if find_template(*context, kind, graph_format) is None]
-        if not needed or not missing:
-            continue
-        progress.stage(f"template {graph_format}", len(missing))
+        if missing:
+            progress.stage(f"template {graph_format}", len(missing))
         for kind in missing:
             tell_template(*context, kind, graph_format, progress, f"template {graph_format}")
 
@@ -166,11 +158,6 @@ def trace_templates(prepared: Prepared, plan: Plan, progress: Progress) -> None:
 def is_complete(checkpoint: Checkpoint, plan: Plan) -> bool:
     """Whether all components of a pipeline are built."""
     return {part.component for part in plan.parts} == set(checkpoint.model.components)
-
-
-def block_scheme(plan: Plan) -> Scheme:
-    """The scheme of the transformer's blocks, of its first kind."""
-    return next(plan.scheme(part) for part in plan.parts if part.traits.is_block)
 
 
 def run_pipeline(checkpoint: Checkpoint, plan: Plan, settings: Settings, runner: PartRunner) -> PipelineResult:
@@ -182,19 +169,15 @@ def run_pipeline(checkpoint: Checkpoint, plan: Plan, settings: Settings, runner:
 
 
 def replay(prepared: Prepared, plan: Plan, recording: Recording, climb: Climb, progress: Progress) -> Parity:
-    """Replay the recording at every rung of every part; run the whole pipeline, if it is all there, on the top rung.
-
-    The top rung has a thread of its own: a simulator keeps two cores busy by itself.
-
-    Args:
-        plan: at the shapes of the recording.
-    """
+    """Replay the recording, at whose shapes the plan is, at every rung of every part; run the whole pipeline, if it is
+    all there, on the top rung. That has a thread of its own: a simulator keeps two cores busy by itself."""
     started, checkpoint, settings = time.perf_counter(), prepared.checkpoint, prepared.settings
     plan, rungs = replace(plan, parts=climb.parts), climb.rungs
     calls = [(part, step) for part in plan.parts for step in range(len(recording.calls[part.name]))]
     complete = is_complete(checkpoint, plan)
     progress.stage("verify", len(calls) + complete)
-    ladder = new_ladder(plan)
+    toolchain = toolchain_of(plan.target)
+    ladder = Ladder(toolchain.rungs, toolchain.gates)
     *_, top = rungs
     below = {rung: runner for rung, runner in rungs.items() if rung != top}
     with ThreadPoolExecutor(1, "below") as lower, ThreadPoolExecutor(1, "top") as upper:
@@ -211,32 +194,21 @@ def replay(prepared: Prepared, plan: Plan, recording: Recording, climb: Climb, p
             lower.shutdown(wait=False, cancel_futures=True)
             upper.shutdown(wait=False, cancel_futures=True)
             raise
-    return _with_pipeline(
-        prepared, plan, Parity(ladder, recording, pipeline, top, {"verify": started}, climb.facts), rungs[top], progress
-    )
+    parity = Parity(ladder, recording, pipeline, top, {"verify": started}, climb.facts)
+    return _with_pipeline(prepared, plan, parity, rungs[top], progress)
 
 
 def _with_pipeline(prepared: Prepared, plan: Plan, parity: Parity, runner: PartRunner, progress: Progress) -> Parity:
-    """The parity with the rows of its whole pipeline, and with the images of further prompts and seeds.
-
-    Args:
-        parity: `seconds` has when it was begun. runner: of its `pipeline_rung`.
-    """
+    """The parity, whose `seconds` has when it was begun, with the rows of its whole pipeline by the runner of its
+    `pipeline_rung`, and with the images of further prompts and seeds."""
     recording, runs = parity.recording, None
     if parity.pipeline is not None:
-        climb_pipeline(parity.ladder, recording, block_scheme(plan), parity.pipeline_rung, parity.pipeline)
+        scheme = next(plan.scheme(part) for part in plan.parts if part.traits.is_block)
+        climb_pipeline(parity.ladder, recording, scheme, parity.pipeline_rung, parity.pipeline)
         progress.done("verify", "whole pipeline", f"{recording.steps} steps at {name_shapes(plan.shapes)}")
         runs = sample_runs(prepared, plan, parity.ladder, runner, parity.pipeline_rung, progress)
     spent = time.perf_counter() - parity.seconds["verify"]
     return replace(parity, runs=runs, seconds={"verify": spent, **recording.seconds})
-
-
-def new_ladder(plan: Plan) -> Ladder:
-    """A ladder with the rungs and gates of the plan's toolchain."""
-    from fluxkiln.verify.ladder import Ladder
-
-    toolchain = toolchain_of(plan.target)
-    return Ladder(toolchain.rungs, toolchain.gates)
 
 
 def _verify_large(
@@ -247,12 +219,9 @@ def _verify_large(
     checkpoint, plan, cache = prepared.checkpoint, prepared.plan, prepared.cache
     small, toolchain = replace(plan, shapes=recording.shapes), toolchain_of(plan.target)
     trace_templates(prepared, small, progress)
-    ladder, executed = new_ladder(plan), new_ladder(plan)
+    ladder, executed = (Ladder(toolchain.rungs, toolchain.gates) for _ in range(2))
     # what executes is left first: then it ends at once when something else has failed
-    with (
-        ThreadPoolExecutor(1, "top") as upper,
-        toolchain.execute(checkpoint, plan, cache, made, folder) as top,
-    ):
+    with ThreadPoolExecutor(1, "top") as upper, toolchain.execute(checkpoint, plan, cache, made, folder) as top:
         # what was compiled elsewhere cannot be executed here, its weights are read back all the same
         chosen = executed_parts(checkpoint, plan, cache, settings.seed, limits) if top else ()
         progress.stage("verify", len(plan.parts) + len(chosen) + is_complete(checkpoint, plan))
@@ -302,7 +271,10 @@ def _replay_small(
 
     def run(name: str, inputs: Mapping[str, NDArray[Any]] | None) -> dict[str, NDArray[Any]]:
         part = find_part(plan.parts, name)
-        _expect(checkpoint, following.get(part))
+        after = following.get(part)
+        if after is not None and after.prefix:  # the system reads a block's weights while another one is computed
+            refs = checkpoint.tensors[after.folder].values()
+            expect_tensors(ref for ref in refs if ref.name.startswith(after.prefix))
         made: dict[str, Any] = {}
         outputs: dict[str, Any] = {}
         for rung, runner in rungs.items():
@@ -319,10 +291,3 @@ def _replay_small(
     for part in plan.parts:
         run(part.name, None)
     return None
-
-
-def _expect(checkpoint: Checkpoint, part: Part | None) -> None:
-    """Have the system read a block's weights while another one is computed."""
-    if part is not None and part.prefix:
-        refs = checkpoint.tensors[part.folder].values()
-        expect_tensors(ref for ref in refs if ref.name.startswith(part.prefix))

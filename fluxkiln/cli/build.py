@@ -1,19 +1,22 @@
-"""`fluxkiln build` and `fluxkiln plan`."""
+"""`fluxkiln build`, `plan`, `compile` where the compiler is elsewhere, `doctor`: what is missing for a target."""
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from fluxkiln.cli.options import SettingsFor, TargetCommand, settings_options
+from fluxkiln.cli.options import PATH, SettingsFor, TargetCommand, settings_options, store_options
 from fluxkiln.cli.output import Output, count_text, json_option, open_progress, parity_text, path_text, seconds_text
-from fluxkiln.errors import ResourceError
+from fluxkiln.errors import ResourceError, ToolchainError, UsageError
+from fluxkiln.settings import Settings
 from fluxkiln.verify.report.page import size as size_text
 
 if TYPE_CHECKING:
-    from fluxkiln.build.prepared import BuildResult
+    from fluxkiln.compile.toolchain import Toolchain
 
 
 @click.command(cls=TargetCommand)
@@ -33,7 +36,23 @@ def build_command(output: Output, settings_for: SettingsFor, target: str) -> Non
 
         result = run_build(settings, progress)
     output.document(result.to_json())
-    _show(output, result)
+    if result.nothing_to_do:
+        output.line("nothing to do: this build is finished and nothing of it has changed")
+    parts = Counter(result.parts.values())
+    runs = result.compiler_runs
+    compiler = f"ran {count_text(runs, 'time')}" if runs else "not started: all of it was in the store"
+    # Targets without a compiler link their parts.
+    compiled = any(made.startswith(("cast", "compiled")) for made in parts)
+    output.facts(
+        {
+            "bundle": path_text(result.bundle),
+            "report": path_text(result.report) if result.report else "",
+            "parity": parity_text(result.parity),
+            "parts": "; ".join(f"{count} {made}" for made, count in parts.most_common()),
+            "compiler": compiler if compiled and not result.nothing_to_do else "",
+            "time": seconds_text(result.seconds),
+        }
+    )
 
 
 @click.command(cls=TargetCommand)
@@ -53,51 +72,22 @@ def plan_command(output: Output, settings_for: SettingsFor, target: str) -> None
     output.document(planned)
     jobs = planned["jobs"]
     columns = list(dict.fromkeys(key for job in jobs for key in job))
-    output.table(
-        [">" * _is_bytes(column) + column.replace("_", " ") for column in columns],
-        [[_cell(column, job.get(column)) for column in columns] for job in jobs],
-    )
+    names = [">" * _is_bytes(column) + column.replace("_", " ") for column in columns]
+    output.table(names, [[_cell(column, job.get(column)) for column in columns] for job in jobs])
     output.line()
     output.facts({name.replace("_", " "): _cell(name, value) for name, value in planned.get("totals", {}).items()})
-    _show_devices(output, planned.get("devices") or {})
+    if devices := planned.get("devices"):
+        texts, sizes = ("file", "device", "phase"), ("weights", "instructions", "runtime", "total")
+        rows = [
+            [*(file[name] for name in texts), *(size_text(file[name]) for name in sizes)] for file in devices["files"]
+        ]
+        output.line()
+        output.table((*texts, *(">" + name for name in sizes)), rows)
+        output.line()
+        budget = {"a device gives to models": size_text(devices["budget"])}
+        output.facts({way: ", ".join(map(size_text, peaks)) for way, peaks in devices["peaks"].items()} | budget)
     if planned.get("refused"):
         raise ResourceError(planned["refused"])
-
-
-def _show_devices(output: Output, devices: dict[str, Any]) -> None:
-    if not devices:
-        return
-    output.line()
-    texts, sizes = ("file", "device", "phase"), ("weights", "instructions", "runtime", "total")
-    rows = [
-        [*(str(file[name]) for name in texts), *(size_text(file[name]) for name in sizes)] for file in devices["files"]
-    ]
-    output.table((*texts, *(">" + name for name in sizes)), rows)
-    output.line()
-    budget = {"a device gives to models": size_text(devices["budget"])}
-    output.facts({way: ", ".join(map(size_text, peaks)) for way, peaks in devices["peaks"].items()} | budget)
-
-
-def _show(output: Output, result: BuildResult) -> None:
-    if result.nothing_to_do:
-        output.line("nothing to do: this build is finished and nothing of it has changed")
-    parts = Counter(result.parts.values())
-    # Targets without a compiler link their parts.
-    compiled = any(made.startswith(("cast", "compiled")) for made in parts)
-    output.facts(
-        {
-            "bundle": path_text(result.bundle),
-            "report": path_text(result.report) if result.report else "",
-            "parity": parity_text(result.parity),
-            "parts": "; ".join(f"{count} {made}" for made, count in parts.most_common()),
-            "compiler": _compiler(result.compiler_runs) if compiled and not result.nothing_to_do else "",
-            "time": seconds_text(result.seconds),
-        }
-    )
-
-
-def _compiler(runs: int) -> str:
-    return f"ran {count_text(runs, 'time')}" if runs else "not started: all of it was in the store"
 
 
 def _is_bytes(name: str) -> bool:
@@ -108,3 +98,96 @@ def _cell(name: str, value: Any) -> str:
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: ""}[value]
     return size_text(value) if _is_bytes(name) and isinstance(value, int | float) else str(value)
+
+
+@click.command()
+@click.argument("bundle", type=PATH, required=False)
+@click.option("--resume", is_flag=True, help="Go on where a build for trn1 or inf2 had no compiler.")
+@click.option("--jobs", type=int, metavar="N", help="Compilers at once. Default: one per core.")
+@store_options
+@json_option
+@click.pass_obj
+def compile_command(
+    output: Output, bundle: Path | None, resume: bool, jobs: int | None, build_dir: Path, store: Path | None
+) -> None:
+    """Complete a bundle for trn1 or inf2 where the compiler is.
+
+    Compiles the modules in BUNDLE that have no NEFF yet. Default: the only such bundle of the build folder.
+
+    Needs the target's compiler on PATH, and nothing of the checkpoint. What the script in the bundle compiled is
+    checked and taken over.
+    """
+    if not resume:
+        raise UsageError("compile only goes on where a build stopped: say --resume, or use `fluxkiln build TARGET`")
+    from fluxkiln.artifacts.store import open_store
+
+    if bundle is None:
+        bundles = sorted(path.parent for path in build_dir.glob("*/*/bundle/manifest.json"))
+        found = [one for one in bundles if _toolchain(one).resumable]
+        if len(found) != 1:
+            names = ", ".join(map(str, found)) or "none"
+            raise UsageError(f"{len(found)} bundles below {build_dir} could be completed ({names}); name one")
+        (bundle,) = found
+    settings = Settings("", build_dir=build_dir, store=store)
+    with open_progress() as progress:
+        made = _toolchain(bundle).resume(bundle, open_store(settings.store_path.absolute()), jobs, progress)
+    output.document(made.to_json())
+    output.facts(
+        {
+            "bundle": str(made.bundle),
+            "compiled": count_text(len(made.compiled), "module"),
+            "found compiled": count_text(len(made.taken), "module"),
+            "compiler": f"{made.command} {made.compiler}",
+        }
+    )
+
+
+def _toolchain(bundle: Path) -> Toolchain:
+    from fluxkiln.artifacts.bundle import read_manifest
+    from fluxkiln.compile.targets import find_target
+    from fluxkiln.compile.toolchain import toolchain_of
+
+    return toolchain_of(find_target(read_manifest(bundle).target))
+
+
+@click.command(cls=TargetCommand)
+@click.argument("target", required=False)
+@json_option
+@click.pass_obj
+def doctor_command(output: Output, target: str | None) -> None:
+    """Show every tool, its version, and what is missing for which target.
+
+    With TARGET, exit with 5 when something that building for it needs is missing. What is optional runs the images of
+    finished bundles.
+    """
+    from fluxkiln.compile.doctor import examine, missing_for
+    from fluxkiln.compile.targets import target_names
+
+    if target is not None and target not in target_names():
+        raise UsageError(f"no target is called {target!r}; doctor knows {', '.join(target_names())}")
+    statuses = examine()
+    missing = {name: [status.name for status in missing_for(name, statuses)] for name in target_names()}
+    output.document({"tools": [asdict(status) for status in statuses], "missing": missing})
+    shown = [status for status in statuses if target in (None, *status.needed_for, *status.optional_for)]
+    rows = []
+    for status in shown:
+        targets = status.needed_for or status.optional_for
+        use = "every target" if targets == target_names() else ", ".join(targets) or "-"
+        use = use if status.needed_for or not targets else f"optional: {use}"
+        state = "ok" if status.found else "missing" if status.needed_for else "absent"
+        rows.append((status.name, state, status.version, use))
+    output.table(("tool", "state", "version", "needed for"), rows)
+    if remedies := {status.name: status.remedy for status in shown if not status.found}:
+        output.line()
+        output.facts(remedies)
+    output.line()
+    output.facts(
+        {
+            name: f"not ready: {', '.join(lacking)} missing" if lacking else f"ready: fluxkiln build {name}"
+            for name, lacking in missing.items()
+            if target in (None, name)
+        }
+    )
+    if target is not None and missing[target]:
+        first = missing_for(target, statuses)[0]
+        raise ToolchainError(f"{target} lacks {', '.join(missing[target])}; {first.name}: {first.remedy}")

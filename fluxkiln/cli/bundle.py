@@ -1,24 +1,24 @@
-"""`fluxkiln inspect` and `fluxkiln verify`: what a finished bundle is asked for."""
+"""`fluxkiln inspect` and `verify`: what a finished bundle is asked for; `fluxkiln report`: the pages of builds."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from fluxkiln.cli.output import Output, count_text, json_option, parity_text
+from fluxkiln.cli.options import PATH, SettingsFor, TargetCommand, settings_options
+from fluxkiln.cli.output import Output, count_text, json_option, parity_text, path_text
 from fluxkiln.cli.registry import inspect_published, transfer_options
+from fluxkiln.errors import IntegrityError, UsageError
 from fluxkiln.verify.report.page import size as size_text
 
 if TYPE_CHECKING:
-    from fluxkiln.artifacts.manifest import Manifest
     from fluxkiln.build.publish import Transfers
 
-MANIFEST = "manifest.json"
-
-_path = click.Path(path_type=Path)
+MANIFEST, REPORT, PAGE, COMPARISON = "manifest.json", "report.json", "report.html", "comparison.html"
 
 
 @click.command()
@@ -46,13 +46,12 @@ def inspect_command(output: Output, transfers: Transfers, bundle: str, all_parts
         manifest = read_manifest(bundle_folder(Path(bundle)))
     described: dict[str, Any] = describe_manifest(manifest, component_of)
     output.document({**manifest.to_json(), "summary": described, **published})
-    shapes = manifest.shapes
+    shapes, checkpoint = manifest.shapes, manifest.checkpoint
     output.facts(
         {
             "bundle": manifest.name,
             "target": manifest.target,
-            "model": f"{title_of(manifest.variant)} from {manifest.checkpoint.source}, fingerprint "
-            f"{manifest.checkpoint.fingerprint}",
+            "model": f"{title_of(manifest.variant)} from {checkpoint.source}, fingerprint {checkpoint.fingerprint}",
             "shapes": f"{shapes.width}x{shapes.height}, {count_text(shapes.tokens, 'token')}",
             "size": f"{size_text(described['size'])} in {count_text(len(manifest.files), 'file')}",
             "licence": f"{manifest.licence.spdx}, text in {manifest.licence.file}",
@@ -62,13 +61,34 @@ def inspect_command(output: Output, transfers: Transfers, bundle: str, all_parts
         }
     )
     output.line()
-    output.table(*_parts(manifest, described, all_parts))
+    if all_parts:
+        output.table(
+            ("part", "kind", "scheme", ">size", "file", "net"),
+            [(one.name, one.kind, one.scheme, size_text(one.size), one.file, one.net) for one in manifest.parts],
+        )
+    else:
+        output.table(
+            ("component", "kind", "scheme", ">parts", ">size"),
+            [
+                (kind["component"], kind["kind"], kind["scheme"], kind["parts"], size_text(kind["size"]))
+                for kind in described["kinds"]
+            ],
+        )
     output.line()
-    output.table(*_files(manifest, described, all_files))
+    if all_files:
+        rows = [(file.path, file.role, size_text(file.size), file.sha256) for file in manifest.files]
+        output.table(("file", "role", ">size", "sha256"), rows)
+        return
+    roles = []
+    for role, found in described["roles"].items():
+        names = [file.path for file in manifest.files if file.role == role]
+        some = ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+        roles.append((role, found["files"], size_text(found["size"]), some))
+    output.table(("role", ">files", ">size", "names"), roles)
 
 
 @click.command()
-@click.argument("bundle", type=_path)
+@click.argument("bundle", type=PATH)
 @json_option
 @click.pass_obj
 def verify_command(output: Output, bundle: Path) -> None:
@@ -103,28 +123,83 @@ def _shown(values: Mapping[str, Any]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in simple.items())
 
 
-def _parts(manifest: Manifest, described: Mapping[str, Any], every: bool) -> tuple[Sequence[str], list[Sequence[str]]]:
-    if every:
-        return ("part", "kind", "scheme", ">size", "file", "net"), [
-            (part.name, part.kind, part.scheme, size_text(part.size), part.file, part.net) for part in manifest.parts
-        ]
-    return ("component", "kind", "scheme", ">parts", ">size"), [
-        (kind["component"], kind["kind"], kind["scheme"], str(kind["parts"]), size_text(kind["size"]))
-        for kind in described["kinds"]
-    ]
+@click.command(cls=TargetCommand)
+@click.argument("where", metavar="BUILD...", nargs=-1, required=True, type=PATH)
+@click.option("--out", type=PATH, help=f"Where the page goes. Default: {PAGE} beside its {REPORT}, ./{COMPARISON}.")
+@settings_options
+@json_option
+@click.pass_obj
+def report_command(output: Output, settings_for: SettingsFor, where: tuple[Path, ...], out: Path | None) -> None:
+    """Write a build's report.html again, or a page that compares several builds.
+
+    It is made from their report.json; nothing is run. BUILD is a bundle, the folder around it, a report.json, or a
+    target's name: then the options of `fluxkiln build` say which of its builds.
+    """
+    from fluxkiln.files import write_durably
+
+    sources = [_report_file(one, settings_for) for one in where]
+    twice = next((source for source in sources if sources.count(source) > 1), None)
+    if twice is not None:
+        raise UsageError(f"{twice} was given twice; give the reports of different builds")
+    documents = [_read_report(source) for source in sources]
+    try:
+        if len(sources) == 1:
+            from fluxkiln.verify.report.document import render_html
+
+            page, target = render_html(documents[0]), out or sources[0].with_name(PAGE)
+        else:
+            from fluxkiln.verify.report.comparison import render_comparison
+
+            page, target = render_comparison(documents), out or Path(COMPARISON)
+    except Exception as error:  # whatever a template makes of a document with holes
+        named = sources[0] if len(sources) == 1 else f"one of {', '.join(map(str, sources))}"
+        raise IntegrityError(
+            f"{named} is not complete ({type(error).__name__}: {error}); run the build again to write it"
+        ) from error
+    if target.is_dir():
+        raise UsageError(f"--out {target} is a folder; give the name of a file")
+    if not target.parent.is_dir():
+        raise UsageError(f"--out {target}: there is no folder {target.parent}; make it first")
+    write_durably(target, page.encode())
+    verdicts = [document.get("verdict") or {} for document in documents]
+    if len(sources) == 1:
+        output.document({"report": str(sources[0]), "html": str(target), "verdict": verdicts[0]})
+        output.line(f"{path_text(target)}: {verdicts[0].get('headline', 'written')}")
+        return
+    output.document({"reports": [str(source) for source in sources], "html": str(target), "verdicts": verdicts})
+    output.line(f"{path_text(target)}: {count_text(len(sources), 'bundle')} compared")
+    for source, verdict in zip(sources, verdicts, strict=True):
+        output.line(f"  {path_text(source.parent)}: {verdict.get('headline', 'no verdict')}")
 
 
-def _files(manifest: Manifest, described: Mapping[str, Any], every: bool) -> tuple[Sequence[str], list[Sequence[str]]]:
-    if every:
-        return ("file", "role", ">size", "sha256"), [
-            (file.path, file.role, size_text(file.size), file.sha256) for file in manifest.files
-        ]
-    return ("role", ">files", ">size", "names"), [
-        (role, str(found["files"]), size_text(found["size"]),
-         _some([file.path for file in manifest.files if file.role == role]))
-        for role, found in described["roles"].items()
-    ]  # fmt: skip
+def _report_file(given: Path, settings_for: SettingsFor) -> Path:
+    from fluxkiln.compile.targets import target_names
+
+    if str(given) in target_names():
+        from fluxkiln.build.make import prepare
+
+        given = prepare(settings_for(str(given))).plan.folder
+    if given.is_file():
+        return given
+    for folder in (given, given.parent if (given / MANIFEST).exists() else given):
+        if (folder / REPORT).is_file():
+            return folder / REPORT
+    if not given.exists():
+        raise UsageError(f"{given} does not exist; give a bundle, the folder around it, a {REPORT}, or a target's name")
+    raise UsageError(
+        f"{given} has no {REPORT}; give a bundle, the folder around it, or one of the targets "
+        f"{', '.join(target_names())}: a build with verification writes it"
+    )
 
 
-def _some(names: list[str], most: int = 6) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _read_report(source: Path) -> dict[str, Any]:
+    from fluxkiln.verify.report.document import SCHEMA
+
+    try:
+        document = json.loads(source.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise IntegrityError(f"{source} is no JSON ({error}); run the build again to write it") from error
+    found = document.get("schema") if isinstance(document, dict) else None
+    if not isinstance(document, dict) or found != SCHEMA:
+        raise UsageError(f"{source} has the schema {found!r}, a report has {SCHEMA!r}; give the {REPORT} of a build")
+    return document

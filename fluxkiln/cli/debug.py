@@ -12,14 +12,12 @@ from fluxkiln.errors import ParityError
 
 if TYPE_CHECKING:
     from fluxkiln.verify.debug import Diagnosis
-    from fluxkiln.verify.findings import Culprit, Range, RungFindings
-
-DEFAULT_TARGET = "bm1684x"
+    from fluxkiln.verify.findings import Culprit, Range
 
 
 @click.command(cls=TargetCommand)
 @click.argument("part")
-@click.option("--target", metavar="NAME", default=DEFAULT_TARGET, help=f"Of the build. Default: {DEFAULT_TARGET}.")
+@click.option("--target", metavar="NAME", default="bm1684x", help="Of the build. Default: bm1684x.")
 @click.option("--step", type=int, metavar="N", default=0, help="The denoising step to look at, from 0. Default: 0.")
 @click.option("--values", "every", is_flag=True, help="Every value of the lowest bad rung, or of the top one.")
 @settings_options
@@ -33,7 +31,7 @@ def debug_command(output: Output, settings_for: SettingsFor, part: str, target: 
     compiled form with the template; of a model cut over cores, the values of every rank. Ends with 3 if something is
     found.
     """
-    from fluxkiln.build.context import prepare
+    from fluxkiln.build.make import prepare
     from fluxkiln.verify.debug import debug_part
 
     settings = settings_for(target)
@@ -41,18 +39,12 @@ def debug_command(output: Output, settings_for: SettingsFor, part: str, target: 
         found = debug_part(prepare(settings, progress), part, step, progress)
     output.document(found.to_json())
     _show(output, found, every)
-    if found.culprit is not None:
-        raise ParityError(culprit_text(found, found.culprit))
-
-
-def culprit_text(found: Diagnosis, culprit: Culprit) -> str:
-    """One sentence: where, what and why."""
-    lost = f", on the way to {' and '.join(culprit.remedy.through)}" if culprit.remedy.through else ""
-    rank = _rank_text(culprit)
-    return (
-        f"{found.part}, rung {culprit.rung}{rank}: the first operation out of tolerance is {culprit.operation} "
-        f"{culprit.finding.value}{lost}: {culprit.remedy.cause}; {culprit.remedy.advice}"
-    )
+    if culprit := found.culprit:
+        lost = f", on the way to {' and '.join(culprit.remedy.through)}" if culprit.remedy.through else ""
+        raise ParityError(
+            f"{found.part}, rung {culprit.rung}{_rank_text(culprit)}: the first operation out of tolerance is "
+            f"{culprit.operation} {culprit.finding.value}{lost}: {culprit.remedy.cause}; {culprit.remedy.advice}"
+        )
 
 
 def _rank_text(culprit: Culprit) -> str:
@@ -60,12 +52,15 @@ def _rank_text(culprit: Culprit) -> str:
 
 
 def _show(output: Output, found: Diagnosis, every: bool) -> None:
-    output.facts({"part": f"{found.part} ({found.kind}, {found.scheme})", **found.facts, "step": _step(found.step)})
+    when = "once per image" if found.step < 0 else str(found.step)
+    output.facts({"part": f"{found.part} ({found.kind}, {found.scheme})", **found.facts, "step": when})
     output.line()
-    output.table(
-        ("rung", "against", ">values", ">out", ">largest own error", "in"),
-        [_rung_row(rung) for rung in found.rungs],
-    )
+    rows = []
+    for rung in found.rungs:
+        missed, worst = sum(bool(finding.missed) for finding in rung.findings), rung.noisiest
+        own = (f"{worst.own:.1e}", worst.value) if worst is not None else ("", "")
+        rows.append((rung.rung, rung.against, len(rung.findings), missed, *own))
+    output.table(("rung", "against", ">values", ">out", ">largest own error", "in"), rows)
     culprit = found.culprit
     # what was read back byte by byte has no noise to show
     computed = [rung for rung in found.rungs if rung.rung != "stored"]
@@ -79,18 +74,14 @@ def _show(output: Output, found: Diagnosis, every: bool) -> None:
         _show_culprit(output, culprit)
     if every:
         output.line()
-        output.table(
-            ("value", ">own", ">worst channel", ">drift", "out"),
-            [
-                (one.value, f"{one.own:.1e}", f"{one.channel:.1e}", f"{one.drift:.1e}", one.missed)
-                for one in shown.findings
-            ],
-        )
+        values = [(one.value, *(f"{x:.1e}" for x in (one.own, one.channel, one.drift)), one.missed)
+                  for one in shown.findings]  # fmt: skip
+        output.table(("value", ">own", ">worst channel", ">drift", "out"), values)
 
 
 def _show_culprit(output: Output, culprit: Culprit) -> None:
-    finding = culprit.finding
-    channels = ""
+    finding, channels = culprit.finding, ""
+    lowered = f" ({culprit.lowered})" if culprit.lowered else ""
     if finding.channels:
         more = finding.bad_channels - len(finding.channels)
         named = ", ".join(map(str, finding.channels)) + (f" and {more} more" if more else "")
@@ -98,9 +89,7 @@ def _show_culprit(output: Output, culprit: Culprit) -> None:
     output.line()
     output.facts(
         {
-            "first out": f"{culprit.operation} {finding.value}"
-            + f" ({culprit.lowered})" * bool(culprit.lowered)
-            + _rank_text(culprit),
+            "first out": f"{culprit.operation} {finding.value}{lowered}{_rank_text(culprit)}",
             "on the way to": ", ".join(culprit.remedy.through),
             "errors": f"own {finding.own:.2g}, worst channel {finding.channel:.2g}, drift {finding.drift:.2g}",
             "channels": channels,
@@ -113,17 +102,6 @@ def _show_culprit(output: Output, culprit: Culprit) -> None:
     )
 
 
-def _rung_row(rung: RungFindings) -> tuple[str, ...]:
-    missed = sum(1 for finding in rung.findings if finding.missed)
-    worst = rung.noisiest
-    own = (f"{worst.own:.1e}", worst.value) if worst is not None else ("", "")
-    return rung.rung, rung.against, str(len(rung.findings)), str(missed), *own
-
-
 def _range_text(range_: Range) -> str:
     shape = "x".join(map(str, range_.shape))
     return f"{range_.low:.4g} to {range_.high:.4g}, rms {range_.rms:.3g}, smallest {range_.smallest:.2g} [{shape}]"
-
-
-def _step(step: int) -> str:
-    return "once per image" if step < 0 else str(step)

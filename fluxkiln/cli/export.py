@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from fluxkiln.cli.options import build_dir_option, read_size, size_option, tokens_option, vae_option
+from fluxkiln.cli.options import PATH, build_dir_option, read_size, size_option, tokens_option, vae_option
 from fluxkiln.cli.output import Output, count_text, json_option, open_progress, seconds_text
 from fluxkiln.errors import UsageError
 from fluxkiln.patches.model import Model
@@ -26,15 +26,13 @@ from fluxkiln.verify.report.page import size as size_text
 if TYPE_CHECKING:
     from fluxkiln.export.checkpoint import Checkpoint
 
-GRAPHS_SCHEMA = "fluxkiln.export.graphs/1"
 FORMATS: tuple[GraphFormat, ...] = get_args(GraphFormat)
-EXPORT_SCHEMA = "fluxkiln.export/1"
 EXPORT_INDEX = "export.json"
 
 
 @click.command()
 @click.argument("model")
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("directory", metavar="DIR", type=PATH)
 @click.option("--kind", "kinds", multiple=True, metavar="KIND", help="Only this kind of part; may be repeated.")
 @click.option(
     "--format",
@@ -95,79 +93,57 @@ def export_command(
     ONNX Runtime's constant folding would make a float32 copy of every weight when it opens a graph: turn it off with
     InferenceSession(path, disabled_optimizers=["ConstantFolding"]), and a weight is widened when it is used.
     """
-    from fluxkiln.build.context import check_tokens, check_vae, default_size, default_tokens
-    from fluxkiln.build.prepared import choose_components, chosen_parts, model_of
+    from fluxkiln.build.make import choose_shapes
+    from fluxkiln.build.prepared import choose_components, chosen_parts, find_root, model_of
     from fluxkiln.export.checkpoint import open_checkpoint
-    from fluxkiln.export.source import resolve_model
 
-    chosen_formats = parse_formats(formats)
+    chosen_formats = _parse_formats(formats)
     # of a checkpoint that has not all of them, those that are asked for as a whole
     whole = components if components and not names else None
     settings = Settings("", model, size=read_size(size), components=whole, **common)
     known_model = model_of(settings)
-    check_kind_names(known_model, kinds, settings.vae, settings.modulation)
+    _check_kind_names(known_model, kinds, settings)
     linked = bool(components or names)
     if linked:
-        check_graph_options(known_model, components, kinds, chosen_formats)
+        _check_graph_options(known_model, components, kinds, chosen_formats)
     elif copy:
         raise UsageError("--copy is for the weights of --whole and --part; templates have none")
-    else:
-        _check_empty(directory)
+    elif directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise UsageError(f"{directory} is not empty; give a folder that does not exist yet, or remove it first")
     started = time.perf_counter()
     with open_progress() as progress:
-        report = count_bytes(progress, "synthesize", "written")
-        root = resolve_model(model, settings.build_dir / "models", report, settings.components)
+        root = find_root(settings, settings.components, count_bytes(progress, "synthesize", "written"))
         checkpoint = open_checkpoint(root, choose_components(known_model, settings))
-        width, height = settings.size or default_size(checkpoint)
-        shapes = Shapes(height, width, settings.tokens or default_tokens(checkpoint))
-        check_tokens(shapes, checkpoint)
-        check_vae(checkpoint, settings)
+        shapes = choose_shapes(settings, checkpoint)
         all_parts = chosen_parts(settings, checkpoint)
         if linked:
-            files = choose_graphs(known_model, all_parts, components, names)
-            document = write_graphs(checkpoint, files, shapes, chosen_formats[0], directory, copy, progress)
+            files = _choose_graphs(known_model, all_parts, components, names)
+            document = _write_graphs(checkpoint, files, shapes, chosen_formats[0], directory, copy, progress)
             _show_graphs(output, document, directory, time.perf_counter() - started)
             return
         parts = [part for part in all_parts if not kinds or part.kind in kinds]
-        index = write_export(checkpoint, parts, shapes, chosen_formats, directory, progress)
+        index = _write_templates(checkpoint, parts, shapes, chosen_formats, directory, progress)
     seconds = time.perf_counter() - started
     output.document({**index, "directory": str(directory), "seconds": round(seconds, 3)})
-    output.table(
-        ("template", "inputs", ">slots", ">parts", ">size"),
-        [
-            (
-                template["file"],
-                ", ".join(f"{spec['name']} {'x'.join(map(str, spec['shape']))}" for spec in template["inputs"]),
-                str(len(template["slots"])),
-                str(sum(part["kind"] == template["kind"] for part in index["parts"])),
-                size_text(template["size"]),
-            )
-            for template in index["templates"]
-        ],
-    )
+    rows = []
+    for one in index["templates"]:
+        inputs = ", ".join(f"{spec['name']} {'x'.join(map(str, spec['shape']))}" for spec in one["inputs"])
+        count = sum(part["kind"] == one["kind"] for part in index["parts"])
+        rows.append((one["file"], inputs, len(one["slots"]), count, size_text(one["size"])))
+    output.table(("template", "inputs", ">slots", ">parts", ">size"), rows)
     written = f"{count_text(len(index['templates']), 'template')} and {EXPORT_INDEX}"
     output.line(f"\n{directory}: {written} in {seconds_text(seconds)}")
 
 
 def _show_graphs(output: Output, document: dict[str, Any], directory: Path, seconds: float) -> None:
     cpu = sum(os.times()[:4])
-    output.document(
-        {**document, "directory": str(directory), "seconds": round(seconds, 3), "cpu_seconds": round(cpu, 3)}
-    )
-    output.table(
-        ("graph", ">parts", ">tensors", ">of weights", ">sidecar", ">size"),
-        [
-            (
-                graph["file"],
-                str(len(graph["parts"])),
-                str(graph["tensors"]),
-                size_text(graph["bytes_referenced"]),
-                size_text(sum(graph["copied"].values())),
-                size_text(graph["size"]),
-            )
-            for graph in document["graphs"]
-        ],
-    )
+    times = {"seconds": round(seconds, 3), "cpu_seconds": round(cpu, 3)}
+    output.document({**document, "directory": str(directory), **times})
+    rows = []
+    for graph in document["graphs"]:
+        sizes = graph["bytes_referenced"], sum(graph["copied"].values()), graph["size"]
+        rows.append((graph["file"], len(graph["parts"]), graph["tensors"], *map(size_text, sizes)))
+    output.table(("graph", ">parts", ">tensors", ">of weights", ">sidecar", ">size"), rows)
     ways = Counter(document["weights"].values()).items()
     weights = ", ".join(f"{count_text(count, 'file')} ({way})" for way, count in ways)
     output.line(
@@ -176,41 +152,39 @@ def _show_graphs(output: Output, document: dict[str, Any], directory: Path, seco
     )
 
 
-def parse_formats(names: Sequence[str]) -> tuple[GraphFormat, ...]:
-    """Graph formats, each once; UsageError with the legal names for an unknown one."""
+def _parse_formats(names: Sequence[str]) -> tuple[GraphFormat, ...]:
     for name in names:
         if name not in FORMATS:
             raise UsageError(f"no graph format is called {name!r}; there are {', '.join(FORMATS)}")
     return tuple(one for name in dict.fromkeys(names or ("onnx23",)) for one in FORMATS if one == name)
 
 
-def check_kind_names(model: Model, names: Sequence[str], vae: Any, modulation: Any = "inline") -> None:
-    """Raise UsageError for a kind that does not exist, or not with this VAE or form of the transformer."""
+def _check_kind_names(model: Model, names: Sequence[str], settings: Settings) -> None:
+    """Refuse a kind that does not exist, or not with this VAE or form of the transformer."""
+    forms, decoders = ("inline", "hoisted"), ("kl", "tiny")
     least = {component: dict.fromkeys(keys, 1) for component, keys in model.whole_numbers.items()}
-    there = {part.kind for part in model.list_parts(least, vae, modulation)}
-    known = {part.kind for form in ("inline", "hoisted") for part in model.list_parts(least, vae, form)}
+    there = {part.kind for part in model.list_parts(least, settings.vae, settings.modulation)}
+    known = {part.kind for form in forms for part in model.list_parts(least, settings.vae, form)}
     legal = [name for name, kind in model.kinds.items() if name in known or kind.component == "vae"]
     for name in names:
         if name not in legal:
             raise UsageError(f"no kind of part is called {name!r}; there are {', '.join(legal)}")
-        if name not in there and model.kinds[name].component == "vae":
-            option, given, other = "--vae", vae, "kl" if vae == "tiny" else "tiny"
-        else:
-            option, given, other = "--modulation", modulation, "inline" if modulation == "hoisted" else "hoisted"
         if name not in there:
+            of_vae = model.kinds[name].component == "vae"
+            option, given = ("--vae", settings.vae) if of_vae else ("--modulation", settings.modulation)
+            other = next(one for one in (decoders if of_vae else forms) if one != given)
             raise UsageError(f"kind {name} is not there with {option} {given}; use {option} {other}")
 
 
-def check_graph_options(
+def _check_graph_options(
     model: Model, components: Sequence[str], kinds: Sequence[str], formats: Sequence[GraphFormat]
 ) -> None:
-    """Raise UsageError for a component that does not exist, or options that do not go with --whole and --part."""
+    """Refuse a component that does not exist, and options that do not go with --whole and --part."""
     from fluxkiln.compile.onnx.linked import LINKED_FORMATS
     from fluxkiln.export.whole import component_graphs
 
     for component in components:
         component_graphs((), component, model.components)
-
     if kinds:
         raise UsageError("--kind chooses templates, not what --whole and --part write; use --part 'single.*' say")
     if len(formats) > 1 or formats[0] not in LINKED_FORMATS:
@@ -220,29 +194,23 @@ def check_graph_options(
         )
 
 
-def choose_graphs(
+def _choose_graphs(
     model: Model, parts: Sequence[Part], components: Sequence[str], names: Sequence[str]
 ) -> dict[str, list[Part]]:
-    """Graph file -> the parts it runs, for the components and for the parts whose names match a pattern.
-
-    Raises:
-        UsageError: no such component, or no part of such a name.
-    """
+    """Graph file -> the parts it runs, for the components and for the parts whose names match a pattern."""
     from fluxkiln.export.whole import component_graphs
 
     files: dict[str, list[Part]] = {}
     for component in components:
-        files |= {
-            f"{graph}.onnx": list(members)
-            for graph, members in component_graphs(parts, component, model.components).items()
-        }
+        graphs = component_graphs(parts, component, model.components)
+        files |= {f"{graph}.onnx": list(members) for graph, members in graphs.items()}
     for name in names:
         chosen = [part for part in parts if fnmatch.fnmatchcase(part.name, name)] or [find_part(tuple(parts), name)]
         files |= {f"{part.name}.onnx": [part] for part in chosen}
     return files
 
 
-def write_graphs(
+def _write_graphs(
     checkpoint: Checkpoint,
     files: Mapping[str, Sequence[Part]],
     shapes: Shapes,
@@ -251,12 +219,12 @@ def write_graphs(
     copy: bool,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Write graphs with their weights; return what they are made of. Errors as `export_graphs`."""
+    """Write graphs with their weights; return what they are made of."""
     from fluxkiln.compile.onnx.linked import export_graphs
 
     made = export_graphs(checkpoint, files, shapes, directory, progress, graph_format=graph_format, copy=copy)
     return {
-        "schema": GRAPHS_SCHEMA,
+        "schema": "fluxkiln.export.graphs/1",
         "model": checkpoint.name,
         "variant": checkpoint.variant,
         "shapes": asdict(shapes),
@@ -280,7 +248,7 @@ def write_graphs(
     }
 
 
-def write_export(
+def _write_templates(
     checkpoint: Checkpoint,
     parts: Sequence[Part],
     shapes: Shapes,
@@ -288,10 +256,7 @@ def write_export(
     destination: Path,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Write templates and index beside `destination` and rename the folder at the end; return the index.
-
-    Raises: as `export_template` and `bind_part`.
-    """
+    """Write templates and index beside `destination` and rename the folder at the end; return the index."""
     from fluxkiln.export.bindings import bind_part
     from fluxkiln.export.trace import export_template
     from fluxkiln.files import disk_full_named, partial_directory
@@ -316,7 +281,7 @@ def write_export(
                     bindings[part.name][graph_format] = [asdict(slot) for slot in slots]
                 progress.done(graph_format, kind, f"traced in {time.perf_counter() - started:.1f} s")
         index = {
-            "schema": EXPORT_SCHEMA,
+            "schema": "fluxkiln.export/1",
             "model": checkpoint.name,
             "variant": checkpoint.variant,
             "shapes": asdict(shapes),
@@ -340,8 +305,3 @@ def _describe(template: Template) -> dict[str, Any]:
         "size": template.path.stat().st_size,
         **{name: [asdict(spec) for spec in getattr(template, name)] for name in ("inputs", "outputs", "slots")},
     }
-
-
-def _check_empty(directory: Path) -> None:
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise UsageError(f"{directory} is not empty; give a folder that does not exist yet, or remove it first")

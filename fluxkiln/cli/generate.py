@@ -5,14 +5,13 @@ from __future__ import annotations
 import errno
 import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from fluxkiln.cli.bundle import bundle_folder
-from fluxkiln.cli.options import BundleCommand, read_size
+from fluxkiln.cli.options import PATH, BundleCommand, read_size
 from fluxkiln.cli.output import Output, count_text, json_option, open_progress, path_text, seconds_text
 from fluxkiln.errors import ResourceError, ToolchainError, UsageError
 from fluxkiln.settings import read_prompts
@@ -24,28 +23,12 @@ if TYPE_CHECKING:
 
 PORT = 7860
 
-_path = click.Path(path_type=Path)
-
-
-@dataclass(frozen=True, slots=True)
-class Saved:
-    """Where images go: a folder, or one file."""
-
-    out: Path
-    single: bool
-
-    def picture(self, number: int, seed: int) -> Path:
-        return self.out if self.single else self.out / f"{number:03d}-seed{seed}.png"
-
-    def grid(self) -> Path:
-        return self.out.with_name(f"{self.out.stem}-grid.png") if self.single else self.out / "grid.png"
-
 
 @click.command(cls=BundleCommand)
 @click.argument("prompts", nargs=-1, metavar="PROMPT...")
-@click.option("--bundle", type=_path, required=True, metavar="DIR", help="A bundle, or the folder of a build.")
+@click.option("--bundle", type=PATH, required=True, metavar="DIR", help="A bundle, or the folder of a build.")
 @click.option(
-    "--prompts", "file", type=_path, metavar="FILE",
+    "--prompts", "file", type=PATH, metavar="FILE",
     help="A file with a prompt on each line; lines that begin with # are left out.",
 )  # fmt: skip
 @click.option("--prompt-2", metavar="TEXT", help="What T5 gets, if not the prompt itself.")
@@ -65,7 +48,7 @@ class Saved:
     help="Packed weights on a CPU: round activations to 8 bits as well, which is not what was verified. Measured "
     "with W4BF16: 0.75 of the time; latents move by 0.3 %, where the weights' rounding moved them by 5.4 %.",
 )
-@click.option("--out", type=_path, default=Path("images"), help="A folder, or one .png file. Default: ./images.")
+@click.option("--out", type=PATH, default=Path("images"), help="A folder, or one .png file. Default: ./images.")
 @click.option("--save-latents", is_flag=True, help="Write each image's packed latents beside it, as .npy.")
 @json_option
 @click.pass_obj
@@ -100,7 +83,10 @@ def generate_command(
     count = len(texts) * n_images
     if rows is not None and not 1 <= rows <= count:
         raise UsageError(f"--rows {rows}: there will be {count_text(count, 'image')}; give from 1 to {count}")
-    saved = _place(out, count)
+    if _is_file(out) and count > 1:
+        raise UsageError(f"--out {out}: one file for {count} images; name a folder")
+    if not _is_file(out) and out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is a file, and no .png; name a folder or a .png file")
     checked = read_size(size)
     from fluxkiln.compile.bundle import open_bundle
     from fluxkiln.compile.toolchain import open_executor
@@ -119,11 +105,10 @@ def generate_command(
             laps.lap("open")
             if (step := getattr(painter.executor, "step_seconds", 0.0)) > 5:
                 progress.note(f"{painter.executor.name} takes about {seconds_text(step)} for a step of the transformer")
-            document = _paint(painter, requests, saved, rows, save_latents, progress)
+            document = _paint(painter, requests, out, rows, save_latents, progress)
             facts = dict(painter.executor.facts)
-            inside = painter.part_seconds
-    document["timings"] = {name: round(seconds, 3) for name, seconds in laps.seconds.items()}
-    document["part_seconds"] = round(inside, 3)
+            document["timings"] = {name: round(seconds, 3) for name, seconds in laps.seconds.items()}
+            document["part_seconds"] = round(painter.part_seconds, 3)
     document["peak_memory"] = peak_bytes()
     output.document({"bundle": str(opened.folder), "digest": opened.digest, "executor": facts, **document})
     _show(output, opened, facts, document)
@@ -138,27 +123,22 @@ def peak_bytes() -> int:
     return unit * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
 
 
-def _place(out: Path, count: int) -> Saved:
-    single = out.suffix.lower() == ".png"
-    if single and count > 1:
-        raise UsageError(f"--out {out}: one file for {count} images; name a folder")
-    if not single and out.exists() and not out.is_dir():
-        raise UsageError(f"--out {out} is a file, and no .png; name a folder or a .png file")
-    return Saved(out, single)
+def _is_file(out: Path) -> bool:
+    return out.suffix.lower() == ".png"
 
 
 def _paint(
-    painter: Painter, requests: Sequence[Request], saved: Saved, rows: int | None, save_latents: bool, progress: Any
+    painter: Painter, requests: Sequence[Request], out: Path, rows: int | None, save_latents: bool, progress: Any
 ) -> dict[str, Any]:
     import numpy as np
 
     from fluxkiln.generate.painter import describe_picture, make_grid, paint, png_bytes
 
-    (saved.out.parent if saved.single else saved.out).mkdir(parents=True, exist_ok=True)
+    (out.parent if _is_file(out) else out).mkdir(parents=True, exist_ok=True)
     rendered, notes = [], dict[str, None]()
     entries: list[dict[str, Any]] = []
     for number, picture in enumerate(paint(painter, requests, progress)):
-        path = saved.picture(number, picture.request.seed)
+        path = out if _is_file(out) else out / f"{number:03d}-seed{picture.request.seed}.png"
         facts = describe_picture(painter.bundle, painter.executor.name, picture.request)
         path.write_bytes(png_bytes(picture.image, facts))
         entries.append(
@@ -181,8 +161,9 @@ def _paint(
     if rows is not None:
         facts = describe_picture(painter.bundle, painter.executor.name, requests[0])
         facts |= {"prompt": "\n".join(dict.fromkeys(request.prompt for request in requests))}
-        saved.grid().write_bytes(png_bytes(make_grid(rendered, rows), facts))
-        document["grid"] = str(saved.grid())
+        grid = out.with_name(f"{out.stem}-grid.png") if _is_file(out) else out / "grid.png"
+        grid.write_bytes(png_bytes(make_grid(rendered, rows), facts))
+        document["grid"] = str(grid)
     painter.laps.lap("write")
     return document
 
@@ -190,10 +171,10 @@ def _paint(
 def _show(output: Output, bundle: Bundle, facts: Mapping[str, str], document: Mapping[str, Any]) -> None:
     images, timings = document["images"], document["timings"]
     steps = sum(image["steps"] for image in images)
-    shown = images[0]["file"] if len(images) == 1 else f"{Path(images[0]['file']).parent}"
+    first = Path(images[0]["file"])
     output.facts(
         {
-            "images": f"{path_text(Path(shown))}{'' if len(images) == 1 else f' ({len(images)} images)'}",
+            "images": path_text(first) if len(images) == 1 else f"{path_text(first.parent)} ({len(images)} images)",
             "grid": path_text(Path(document["grid"])) if "grid" in document else "",
             "bundle": f"{bundle.manifest.name} for {bundle.manifest.target}, {bundle.digest}",
             "executor": f"{facts['runtime']}; {facts['device']}",
@@ -205,7 +186,7 @@ def _show(output: Output, bundle: Bundle, facts: Mapping[str, str], document: Ma
 
 
 @click.command(cls=BundleCommand)
-@click.option("--bundle", type=_path, required=True, metavar="DIR", help="A bundle, or the folder of a build.")
+@click.option("--bundle", type=PATH, required=True, metavar="DIR", help="A bundle, or the folder of a build.")
 @click.option("--host", metavar="ADDRESS", default="127.0.0.1", help="Where to listen. Default: this machine only.")
 @click.option("--port", type=int, metavar="N", default=PORT, help=f"Default: {PORT}; 0 picks a free one.")
 @click.option("--executor", metavar="NAME", help="What runs the parts, see below. Default: by the bundle.")

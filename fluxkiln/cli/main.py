@@ -9,12 +9,13 @@ import signal
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import click
 
 import fluxkiln
 from fluxkiln.cli.output import Output
-from fluxkiln.errors import FluxkilnError, ParityError, ResourceError, UsageError
+from fluxkiln.errors import FluxkilnError, ResourceError, UsageError
 
 TRACEBACK_VARIABLE = "FLUXKILN_TRACEBACK"
 INTERRUPTED = "interrupted; finished work is kept, the same command resumes"
@@ -28,10 +29,10 @@ INTERRUPTED_CODE = 130
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "build": ("build", "Build a verified bundle for TARGET, from checkpoint to report."),
     "plan": ("build", "Show the jobs of a build and their memory; build nothing."),
-    "compile": ("compile", "Complete a bundle for trn1 or inf2 where the compiler is."),
-    "mould": ("mould", "Make moulds, and carry them to machines without the compiler."),
-    "doctor": ("doctor", "Show every tool, its version, and what is missing for which target."),
-    "synth": ("model", "Write a synthetic checkpoint: FLUX.1's architecture, random weights."),
+    "compile": ("build", "Complete a bundle for trn1 or inf2 where the compiler is."),
+    "mould": ("store", "Make moulds, and carry them to machines without the compiler."),
+    "doctor": ("build", "Show every tool, its version, and what is missing for which target."),
+    "synth": ("model", "Write a synthetic checkpoint: a model's architecture, random weights."),
     "fuse": ("model", "Write a checkpoint with LoRAs fused into its transformer."),
     "calibrate": ("quantize", "Record what goes into every layer, for the methods that round by it."),
     "quantize": ("quantize", "Compare methods layer by layer, and choose a scheme for each within a budget."),
@@ -40,7 +41,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "generate": ("generate", "Make images from a bundle; no checkpoint is needed."),
     "serve": ("generate", "Open a local page to type a prompt and watch the steps."),
     "inspect": ("bundle", "Show what a bundle is made of, in a folder or in a registry."),
-    "report": ("report", "Write a build's report.html again, or a page that compares several builds."),
+    "report": ("bundle", "Write a build's report.html again, or a page that compares several builds."),
     "verify": ("bundle", "Compare every file of a bundle with the digest its manifest gives."),
     "debug": ("debug", "Find the first operation inside a part that leaves its tolerance."),
     "publish": ("registry", "Publish a bundle to a registry: a folder, an OCI registry or the Hub."),
@@ -48,16 +49,14 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "ls": ("registry", "List the bundles of a repository by their tags."),
     "tag": ("registry", "Give a published bundle another tag."),
     "diff": ("registry", "Show what changed from one bundle to another."),
-    "cache": ("cache", "Look into the store that builds share, and tidy it."),
+    "cache": ("store", "Look into the store that builds share, and tidy it."),
 }
 
 
 class NamedCommands(click.Group):
     """A group that names its commands when it is given another one."""
 
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         names = self.list_commands(ctx)
         if args and args[0] not in names and not args[0].startswith("-"):
             raise UsageError(f"{ctx.command_path} has no command {args[0]!r}; there are {', '.join(names)}")
@@ -74,8 +73,7 @@ class Commands(NamedCommands):
         if cmd_name not in COMMANDS:
             return None
         module = importlib.import_module(f"fluxkiln.cli.{COMMANDS[cmd_name][0]}")
-        command = getattr(module, f"{cmd_name}_command")
-        assert isinstance(command, click.Command)
+        command: click.Command = getattr(module, f"{cmd_name}_command")
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -91,7 +89,7 @@ class Commands(NamedCommands):
 )
 @click.version_option(fluxkiln.__version__, prog_name="fluxkiln")
 def fluxkiln_command() -> None:
-    """From a FLUX.1 checkpoint to accelerator artifacts: compile each kind of block once, cast every block's weights
+    """From a diffusers checkpoint to accelerator artifacts: compile each kind of block once, cast every block's weights
     into it, prove each step against diffusers.
 
     Start with `fluxkiln build cpu`: it makes a small synthetic checkpoint and needs no network.
@@ -112,33 +110,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
             # A closed pipe shows here, not when the interpreter ends.
             sys.stdout.flush()
         return code if isinstance(code, int) else 0
-    except ParityError as error:
-        places = {name: getattr(error, name) for name in ("bundle", "report") if getattr(error, name)}
-        output.error(type(error).__name__, str(error), error.exit_code, places)
-        return error.exit_code
     except FluxkilnError as error:
         if error.details:
             click.echo(error.details, err=True)
-        return _fail(output, type(error).__name__, str(error), error.exit_code)
+        places = {name: place for name in ("bundle", "report") if (place := getattr(error, name, ""))}
+        return output.error(type(error).__name__, str(error), error.exit_code, places)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return error.exit_code
     except click.ClickException as error:
-        return _fail(output, "UsageError", _explain_usage(error), UsageError.exit_code)
+        return output.error("UsageError", _explain_usage(error), UsageError.exit_code)
     except (KeyboardInterrupt, click.Abort):
-        return _fail(output, "Interrupted", INTERRUPTED, INTERRUPTED_CODE)
+        return output.error("Interrupted", INTERRUPTED, INTERRUPTED_CODE)
     except BrokenPipeError:
         # Nobody reads on; what is left in the buffer must not complain at the end either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except MemoryError:
-        return _fail(output, ResourceError.__name__, OUT_OF_MEMORY, ResourceError.exit_code)
+        return output.error("ResourceError", OUT_OF_MEMORY, ResourceError.exit_code)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return _fail(output, ResourceError.__name__, _disk_full(error), ResourceError.exit_code)
+            return output.error("ResourceError", _disk_full(error), ResourceError.exit_code)
         if error.filename is None:
             return _bug(output, error)
-        return _fail(output, type(error).__name__, _explain_file(error), FluxkilnError.exit_code)
+        return output.error(type(error).__name__, _explain_file(error), FluxkilnError.exit_code)
     except Exception as error:
         return _bug(output, error)
 
@@ -156,11 +151,6 @@ def _end_by_interrupt() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, signal.default_int_handler)
-
-
-def _fail(output: Output, kind: str, message: str, code: int) -> int:
-    output.error(kind, message, code)
-    return code
 
 
 def _explain_usage(error: click.ClickException) -> str:
@@ -228,4 +218,4 @@ def _bug(output: Output, error: BaseException) -> int:
             where = f"{TRACEBACK_VARIABLE}=1 shows the traceback"
     first = next(iter(str(error).splitlines()), "")
     message = f"a bug in fluxkiln: {type(error).__name__}{': ' if first else ''}{first} ({where}); please report it"
-    return _fail(output, "Bug", message, 1)
+    return output.error("Bug", message, 1)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from fluxkiln.cli.options import build_dir_option, lora_option
+from fluxkiln.cli.options import PATH, build_dir_option, lora_option
 from fluxkiln.cli.output import Output, count_text, json_option, open_progress, seconds_text
 from fluxkiln.progress import count_bytes
 from fluxkiln.settings import parse_loras
@@ -16,13 +16,13 @@ from fluxkiln.verify.report.page import size as size_text
 
 @click.command()
 @click.argument("preset")
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("directory", metavar="DIR", type=PATH)
 @click.option("--components", metavar="A,B", help="Only these, transformer,vae say. Default: all of them.")
 @click.option("--seed", type=int, default=0, help="Another seed gives other weights.")
 @json_option
 @click.pass_obj
 def synth_command(output: Output, preset: str, directory: Path, components: str | None, seed: int) -> None:
-    """Write a synthetic checkpoint: FLUX.1's architecture, random weights.
+    """Write a synthetic checkpoint: a model's architecture, random weights.
 
     PRESET is tiny-dev, tiny-schnell, wide-dev (true width, two blocks) or full-dev (all blocks, 34 GB). DIR must be
     empty or not exist yet; it is there whole at the end or not at all.
@@ -36,22 +36,14 @@ def synth_command(output: Output, preset: str, directory: Path, components: str 
     with open_progress() as progress:
         synthesize(preset, directory, names, seed, count_bytes(progress, "synthesize", "written"))
     seconds = time.perf_counter() - started
-    output.document(
-        {
-            "model": str(directory),
-            "preset": preset,
-            "seed": seed,
-            "components": names,
-            "bytes": total,
-            "seconds": round(seconds, 3),
-        }
-    )
+    made = {"model": str(directory), "preset": preset, "seed": seed, "components": names, "bytes": total}
+    output.document({**made, "seconds": round(seconds, 3)})
     output.line(f"{directory}: {preset}, {size_text(total)} of random weights in {seconds_text(seconds)}")
 
 
 @click.command()
 @click.argument("model")
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.argument("directory", metavar="DIR", type=PATH)
 @lora_option
 @build_dir_option
 @json_option
@@ -101,32 +93,24 @@ def patches_command(output: Output) -> None:
 
     every = {patch.name: patch for model in reversed(all_models()) for patch in model.patches()}
     statuses = [examine_patches(patch) for patch in every.values()]
-    documents = [
-        {
-            **{name: getattr(status.patch, name) for name in ("name", "kinds", "formats", "replaces")},
-            "attribute": bool(status.patch.replacement),
-            "reason": status.patch.reason,
-            "until": status.patch.until,
-            "installed": status.installed,
-            "state": "changed" if status.changed else "ok",
-            "changed": status.changed,
-        }
-        for status in statuses
-    ]
+    documents, rows = [], []
+    for status in statuses:
+        patch, state = status.patch, "changed" if status.changed else "ok"
+        shown = {name: getattr(patch, name) for name in ("name", "kinds", "formats", "replaces", "reason", "until")}
+        documents.append(
+            {
+                **shown,
+                "attribute": bool(patch.replacement),
+                "installed": status.installed,
+                "state": state,
+                "changed": status.changed,
+            }
+        )
+        known = sorted({version for versions in patch.replaces.values() for version in versions.values()})
+        installed = ", ".join(f"{name} {version}" for name, version in status.installed.items())
+        rows.append((patch.name, state, ", ".join(patch.kinds), ", ".join(known), installed))
     output.document({"patches": documents})
-    output.table(
-        ("patch", "state", "kinds", "checked with", "installed"),
-        [
-            (
-                status.patch.name,
-                "changed" if status.changed else "ok",
-                ", ".join(status.patch.kinds),
-                ", ".join(sorted({version for known in status.patch.replaces.values() for version in known.values()})),
-                ", ".join(f"{name} {version}" for name, version in status.installed.items()),
-            )
-            for status in statuses
-        ],
-    )
+    output.table(("patch", "state", "kinds", "checked with", "installed"), rows)
     for status in statuses:
         patch = status.patch
         verb = "replaces" if patch.replacement else "restates"

@@ -5,18 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import click
 
-from fluxkiln.errors import UsageError
-from fluxkiln.settings import OPTIONS, STORE_VARIABLE, Settings, parse_size, read_settings
-
-if TYPE_CHECKING:
-    from fluxkiln.artifacts.store import Store
+from fluxkiln.settings import OPTIONS, Settings, parse_size, read_settings
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-
+PATH = click.Path(path_type=Path)
 # A target's name -> settings from the options of the command line.
 SettingsFor = Callable[[str], Settings]
 
@@ -27,7 +23,7 @@ def setting_option(name: str) -> Callable[[_F], _F]:
     return click.option(
         f"--{option.flag}",
         name,
-        type=click.Path(path_type=Path) if option.kind is Path else option.kind,
+        type=PATH if option.kind is Path else option.kind,
         is_flag=option.kind is bool,
         multiple=option.several,
         default=None if option.parse else option.default,
@@ -74,19 +70,6 @@ def read_size(text: str | None) -> tuple[int, int] | None:
     return None if text is None else parse_size(text)
 
 
-def open_existing(build_dir: Path, store: Path | None) -> Store:
-    """The store that the two options name; UsageError when there is none."""
-    from fluxkiln.artifacts.store import Store
-
-    root = Settings(target="", build_dir=build_dir, store=store).store_path
-    if not (root / "index.json").is_file():
-        raise UsageError(
-            f"{root} is no store: it has no index.json; a build makes one there, --store, --build-dir and "
-            f"{STORE_VARIABLE} name another"
-        )
-    return Store(root)
-
-
 class TargetCommand(click.Command):
     """A command whose help ends with the names of all targets; they are looked for when it is asked for."""
 
@@ -105,11 +88,6 @@ class BundleCommand(click.Command):
         from fluxkiln.compile.toolchain import all_toolchains
 
         known = all_toolchains()  # that of a plug-in's target may have been left out
+        targets = [(name, target.toolchain) for name, target in all_targets().items() if target.toolchain in known]
         with formatter.section("Executors, the default of a target first"):
-            formatter.write_dl(
-                [
-                    (name, ", ".join(known[target.toolchain].executors))
-                    for name, target in all_targets().items()
-                    if target.toolchain in known
-                ]
-            )
+            formatter.write_dl([(name, ", ".join(known[toolchain].executors)) for name, toolchain in targets])

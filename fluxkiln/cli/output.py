@@ -12,8 +12,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
@@ -22,10 +22,7 @@ import click
 
 from fluxkiln.progress import FROM_STORE
 
-LINE_INTERVAL = 5.0
-_WINDOW = 8
 Clock = Callable[[], float]
-
 _F = TypeVar("_F", bound=Callable[..., Any])
 _STYLES = {"ok": "green", "yes": "green", "passed": "green", "missing": "red", "changed": "red", "failed": "red"}
 
@@ -55,31 +52,27 @@ class Output:
             if value:
                 self.line(f"{name:<{width}}  {value}")
 
-    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """A table for people: drawn on a terminal, aligned text elsewhere. Columns of numbers begin with `>`."""
-        if self.as_json:
-            return
-        if fancy(sys.stdout):
-            _draw(columns, rows)
+        texts = [[str(cell) for cell in row] for row in rows]
+        if fancy(sys.stdout) and not self.as_json:
+            _draw(columns, texts)
         else:
-            click.echo("\n".join(plain_table(columns, rows)))
+            self.line("\n".join(plain_table(columns, texts)))
 
-    def error(self, kind: str, message: str, code: int, places: Mapping[str, str] | None = None) -> None:
-        """A sentence on stderr, and with --json a document unless there is one already.
-
-        Args:
-            places: what lies where in spite of the error, for the document.
-        """
+    def error(self, kind: str, message: str, code: int, places: Mapping[str, str] | None = None) -> int:
+        """A sentence on stderr, and with --json a document unless there is one already, with the `places` of what there
+        is in spite of the error; returns the exit code."""
         click.echo(f"error: {message}", err=True)
         if not self.written:
             self.document({"error": {"kind": kind, "message": message, "exit_code": code, **(places or {})}})
+        return code
 
 
 def json_option(command: _F) -> _F:
     """Adds --json. `main` has seen it already: errors found while the command line is read are told as JSON too."""
-    return click.option(
-        "--json", is_flag=True, expose_value=False, help="Print one JSON document on stdout instead of text."
-    )(command)
+    text = "Print one JSON document on stdout instead of text."
+    return click.option("--json", is_flag=True, expose_value=False, help=text)(command)
 
 
 def fancy(stream: TextIO) -> bool:
@@ -122,9 +115,9 @@ def parity_text(parity: Mapping[str, Any]) -> str:
     return f"failed: {parity.get('failed_rows', 'some')} of {count_text(parity.get('rows', 0), 'comparison')}{rungs}"
 
 
-def count_text(count: int, noun: str, plural: str = "") -> str:
+def count_text(count: int, noun: str) -> str:
     """`1 part`, `2 parts`."""
-    return f"{count} {noun if count == 1 else plural or noun + 's'}"
+    return f"{count} {noun if count == 1 else noun + 's'}"
 
 
 def _draw(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -156,18 +149,15 @@ def _finite(value: Any) -> Any:
 
 @dataclass(slots=True)
 class StageTally:
-    """What is known of one stage: jobs done and to be done, and when the last few that took time were done.
+    """Jobs of a stage, done and to be done, `over` if more than were announced; and when the last few that took time
+    were done."""
 
-    `over` says that more jobs were done than had been announced.
-    """
-
-    name: str
     total: int
     started: float
     done: int = 0
     stored: int = 0
     over: bool = False
-    ends: deque[float] = field(default_factory=lambda: deque(maxlen=_WINDOW + 1))
+    ends: deque[float] = field(default_factory=lambda: deque(maxlen=9))
 
     def announce(self, total: int) -> None:
         """Another number of jobs than before."""
@@ -202,32 +192,25 @@ class StageTally:
 class LineProgress:
     """A line when a stage ends, and at most one per few seconds before: fit for a log."""
 
-    def __init__(
-        self, stream: TextIO | None = None, clock: Clock = time.monotonic, interval: float = LINE_INTERVAL
-    ) -> None:
-        self._stream = stream or sys.stderr
-        self._clock = clock
-        self._interval = interval
+    def __init__(self, stream: TextIO | None = None, clock: Clock = time.monotonic, interval: float = 5.0) -> None:
+        self._stream, self._clock, self._interval = stream or sys.stderr, clock, interval
         self._stages: dict[str, StageTally] = {}
-        self._last = clock()
-        self._lock = threading.Lock()
+        self._last, self._lock = clock(), threading.Lock()
 
     def stage(self, name: str, total: int) -> None:
         with self._lock:
-            tally = self._stages.get(name)
-            if tally is not None:
-                before = tally.complete
-                tally.announce(total)
-                # fewer jobs than announced: the last one is done already
-                if tally.complete and not before:
-                    self._say(f"{name}: {_summary(tally, self._clock())}", self._clock())
-            else:
-                self._stages[name] = StageTally(name, total, self._clock())
+            now = self._clock()
+            tally = self._stages.setdefault(name, StageTally(total, now))
+            before = tally.complete
+            tally.announce(total)
+            # fewer jobs than announced: the last one is done already
+            if tally.complete and not before:
+                self._say(f"{name}: {_summary(tally, now)}", now)
 
     def done(self, stage: str, what: str, how: str) -> None:
         with self._lock:
             now = self._clock()
-            tally = self._stages.setdefault(stage, StageTally(stage, 1, now))
+            tally = self._stages.setdefault(stage, StageTally(1, now))
             tally.finish(how, now)
             if tally.complete and not tally.over:
                 said = f"{what} {how}" if tally.total == 1 else _summary(tally, now)
@@ -250,11 +233,9 @@ class RichProgress:
     """A bar per stage: what was done last, elapsed time, and an estimate of what remains."""
 
     def __init__(self, stream: TextIO | None = None, clock: Clock = time.monotonic) -> None:
-        self._stream = stream
-        self._clock = clock
+        self._stream, self._clock, self._lock = stream, clock, threading.Lock()
         self._stages: dict[str, StageTally] = {}
         self._tasks: dict[str, Any] = {}
-        self._lock = threading.Lock()
         # Drawn from the first stage on: a build with nothing to do does not wait for rich to be imported.
         self._bars: Any = None
 
@@ -288,20 +269,32 @@ class RichProgress:
 
     def _add(self, name: str, total: int) -> StageTally:
         # Before the task: adding one draws it.
-        self._stages[name] = StageTally(name, total, self._clock())
+        self._stages[name] = StageTally(total, self._clock())
         self._tasks[name] = self._open().add_task(name, total=total, last="")
         return self._stages[name]
 
     def _open(self) -> Any:
         if self._bars is None:
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+            from rich.text import Text
+
+            stages, clock = self._stages, self._clock
+
+            class TimeColumn(ProgressColumn):
+                max_refresh = 0.5
+
+                def render(self, task: Task) -> Text:
+                    shown = seconds_text((task.finished_time if task.finished else task.elapsed) or 0.0)
+                    left = stages[task.description].remaining(clock())
+                    more = f", about {seconds_text(left)} left" if left is not None else ""
+                    return Text(shown + more, style="cyan")
 
             self._bars = Progress(
                 TextColumn("[bold]{task.description}"),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(),
-                _time_column(self._times),
+                TimeColumn(),
                 TextColumn("{task.fields[last]}", style="dim", markup=False),
                 console=Console(file=self._stream or sys.stderr),
                 refresh_per_second=8,
@@ -309,34 +302,10 @@ class RichProgress:
             self._bars.start()
         return self._bars
 
-    def _times(self, name: str, elapsed: float | None) -> str:
-        left = self._stages[name].remaining(self._clock())
-        shown = seconds_text(elapsed or 0.0)
-        return f"{shown}, about {seconds_text(left)} left" if left is not None else shown
 
-
-def _time_column(describe: Callable[[str, float | None], str]) -> Any:
-    from rich.progress import ProgressColumn, Task
-    from rich.text import Text
-
-    class TimeColumn(ProgressColumn):
-        max_refresh = 0.5
-
-        def render(self, task: Task) -> Text:
-            elapsed = task.finished_time if task.finished else task.elapsed
-            return Text(describe(task.description, elapsed), style="cyan")
-
-    return TimeColumn()
-
-
-@contextmanager
-def open_progress() -> Iterator[LineProgress | RichProgress]:
+def open_progress() -> AbstractContextManager[LineProgress | RichProgress]:
     """Progress on stderr in the form it can show; bars end where the block ends."""
-    if not fancy(sys.stderr):
-        yield LineProgress()
-        return
-    with RichProgress() as progress:
-        yield progress
+    return RichProgress() if fancy(sys.stderr) else nullcontext(LineProgress())
 
 
 def _summary(tally: StageTally, now: float) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from fluxkiln.cli.options import build_dir_option, read_size, size_option, store_option, tokens_option
+from fluxkiln.cli.options import PATH, build_dir_option, read_size, size_option, store_option, tokens_option
 from fluxkiln.cli.output import Output, count_text, json_option, open_progress, seconds_text
 from fluxkiln.errors import UsageError
 from fluxkiln.settings import Settings, read_prompts
@@ -19,12 +19,16 @@ _COMPONENTS = "text_encoder,text_encoder_2,transformer"
 
 @click.command()
 @click.argument("model")
-@click.option("--prompts", type=click.Path(path_type=Path), help="A text file, one prompt a line. Default: eight.")
+@click.option("--prompts", type=PATH, help="A text file, one prompt a line. Default: eight.")
 @click.option("--steps", type=int, default=4, metavar="N", help="Denoising steps of every prompt. Default: 4.")
-@click.option("--out", type=click.Path(path_type=Path), help="A file that gets a copy (safetensors).")
-@click.option("--use", type=click.Path(path_type=Path), help="Take this file instead of running anything.")
-@click.option("--block", type=int, metavar="N", help="Channels whose products are kept; 0: all. Default: 1536.")
-@click.option("--seed", type=int, metavar="N", help="Of the first prompt, each other's is one more. Default: 1000.")
+@click.option("--out", type=PATH, help="A file that gets a copy (safetensors).")
+@click.option("--use", type=PATH, help="Take this file instead of running anything.")
+@click.option(
+    "--block", type=int, metavar="N", default=1536, help="Channels whose products are kept; 0: all. Default: 1536."
+)
+@click.option(
+    "--seed", type=int, metavar="N", default=1000, help="Of the first prompt, each other's is one more. Default: 1000."
+)
 @click.option("--components", default=_COMPONENTS, metavar="A,B", help=f"Default: {_COMPONENTS}.")
 @size_option
 @tokens_option
@@ -37,11 +41,9 @@ def calibrate_command(
     /,
     model: str,
     prompts: Path | None,
-    steps: int,
     out: Path | None,
     use: Path | None,
-    block: int | None,
-    seed: int | None,
+    block: int,
     components: str,
     **common: Any,
 ) -> None:
@@ -50,23 +52,20 @@ def calibrate_command(
     MODEL runs over some prompts, and second moments of the inputs are kept in the store: builds of this checkpoint
     with a calibrated method (--scheme W4BF16-gptq) use the last ones made.
     """
-    # other latents than verification begins with: what is measured there has not been calibrated on
-    settings = _settings(model, components, **common, steps=steps, seed=1000 if seed is None else seed)
+    # by default other latents than verification begins with: what is measured there has not been calibrated on
+    settings = _settings(model, components, **common)
     with open_progress() as progress:
-        from fluxkiln.build import calibration as calibrating
-        from fluxkiln.quantize.calibration import DEFAULT_BLOCK
+        from fluxkiln.build.calibration import DEFAULT_PROMPTS, calibrate, use_calibration
 
         if use is not None:
-            made = calibrating.use_calibration(settings, use, progress)
+            made = use_calibration(settings, use, progress)
         else:
-            texts = read_prompts(prompts or calibrating.DEFAULT_PROMPTS)
-            side = DEFAULT_BLOCK if block is None else block
-            made = calibrating.calibrate(settings, texts, out, side, progress)
+            made = calibrate(settings, read_prompts(prompts or DEFAULT_PROMPTS), out, block, progress)
     found = made.to_json()
     output.document(found)
-    matrices = sum(found["matrices"].values())
+    layers = count_text(sum(found["matrices"].values()), "layer")
     output.line(
-        f"{count_text(matrices, 'layer')} with {count_text(found['inputs'], 'input')}, {size_text(made.size)}, "
+        f"{layers} with {count_text(found['inputs'], 'input')}, {size_text(made.size)}, "
         f"{'from the store' if made.hit else 'recorded in ' + seconds_text(made.seconds)}"
     )
 
@@ -86,7 +85,7 @@ def _settings(model: str, components: str, *, size: str | None, **others: Any) -
     "--layer", "rules", multiple=True, metavar="PLACE=SCHEME", help="'single.proj_out=BF16' say. May be repeated."
 )
 @click.option("--per-kind", is_flag=True, help="Spend it on slots, for all blocks alike: BF16 or --scheme, one mould.")
-@click.option("--out", type=click.Path(path_type=Path), help="Write the packed layers to this safetensors file.")
+@click.option("--out", type=PATH, help="Write the packed layers to this safetensors file.")
 @click.option("--components", metavar="A,B", help="Default: text_encoder_2,transformer.")
 @click.option("--pipeline", is_flag=True, help="Also run the whole pipeline under each scheme, 2 and 8 steps.")
 @size_option
@@ -120,14 +119,12 @@ def quantize_command(
         raise UsageError("--pipeline needs all components; leave --components out")
     settings = _settings(model, components or "text_encoder_2,transformer", **common)
     with open_progress() as progress:
-        from fluxkiln.build.quantization import BASELINE, quantize_model
+        from fluxkiln.build.quantization import BASELINE, measure_effects, quantize_model
         from fluxkiln.quantize.recipes import parse_rules
 
         made = quantize_model(settings, schemes, budget, parse_rules(rules), out, progress, per_kind)
         effects = []
         if pipeline:
-            from fluxkiln.build.quantization import measure_effects
-
             compared = list(dict.fromkeys([BASELINE, *(schemes or ("W4BF16",))]))
             whole = replace(settings, components=None, target="bm1684x")
             effects = measure_effects(whole, compared, progress=progress)
@@ -144,10 +141,10 @@ def quantize_command(
             )
         )  # fmt: skip
     columns = ("layer", "scheme", ">bits", ">weight", ">compiler's", ">output", ">compiler's ", ">size", ">one-signed")
-    output.table(
-        (*columns, "chosen from, bits: error") if budget else columns,
-        rows if budget else [row[:-1] for row in rows],
-    )
+    if budget:
+        output.table((*columns, "chosen from, bits: error"), rows)
+    else:
+        output.table(columns, [row[:-1] for row in rows])
     output.line(
         f"{count_text(len(rows), 'layer')}, {size_text(found['size'])}, {found['bits_per_weight']:.3f} bits a weight, "
         f"{'with' if made.calibrated else 'without'} calibration, in {seconds_text(made.seconds)}"
@@ -159,7 +156,7 @@ def quantize_command(
         output.table(
             ("scheme", ">steps", ">latents", ">PSNR", ">SSIM"),
             [
-                (one.scheme, str(one.steps), _percent(one.latents_relative_l2), f"{one.psnr:.1f} dB", f"{one.ssim:.4f}")
+                (one.scheme, one.steps, _percent(one.latents_relative_l2), f"{one.psnr:.1f} dB", f"{one.ssim:.4f}")
                 for one in effects
             ],
         )
@@ -195,9 +192,8 @@ def _options(schemes: dict[str, Any]) -> str:
     """What a layer's scheme was chosen from."""
     found = sorted(schemes.values(), key=lambda one: float(one["bits_per_weight"]))
     errors = [one["weight_error"] if one["output_error"] is None else one["output_error"] for one in found]
-    return ", ".join(
-        f"{one['bits_per_weight']:.2f}: {_percent(error)}" for one, error in zip(found, errors, strict=True)
-    )
+    pairs = zip((one["bits_per_weight"] for one in found), errors, strict=True)
+    return ", ".join(f"{bits:.2f}: {_percent(error)}" for bits, error in pairs)
 
 
 def _percent(value: float | None) -> str:

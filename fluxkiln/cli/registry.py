@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from fluxkiln.cli.options import SettingsFor, TargetCommand, settings_options
+from fluxkiln.cli.options import PATH, SettingsFor, TargetCommand, settings_options
 from fluxkiln.cli.output import Output, count_text, json_option, open_progress
 from fluxkiln.errors import UsageError
 from fluxkiln.verify.report.page import size as size_text
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from fluxkiln.build.publish import Transfers
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-_path = click.Path(path_type=Path)
 
 PARITY_WORDS = {
     "passed": "passed",
@@ -39,13 +38,10 @@ def transfer_options(command: _F) -> _F:
             raise UsageError(f"--transfers {parallel}: at least 1 is needed; leave the option out for the default")
         return command(*args, transfers=Transfers(plain_http, parallel), **kwargs)
 
-    plain = click.option(
-        "--plain-http", is_flag=True, help="No TLS. For a registry on this machine it is not used anyway."
-    )
-    parallel = click.option(
-        "--transfers", "parallel", type=int, metavar="N", default=4, help="Files under way at once. Default: 4."
-    )
-    return plain(parallel(wrapped))  # type: ignore[return-value]
+    text = "Files under way at once. Default: 4."
+    wrapped = click.option("--transfers", "parallel", type=int, metavar="N", default=4, help=text)(wrapped)
+    text = "No TLS. For a registry on this machine it is not used anyway."
+    return click.option("--plain-http", is_flag=True, help=text)(wrapped)  # type: ignore[return-value]
 
 
 @click.command(cls=TargetCommand)
@@ -56,9 +52,9 @@ def transfer_options(command: _F) -> _F:
     help="You have read this licence and may pass the bundle on under it: flux-1-dev.",
 )  # fmt: skip
 @click.option("--allow-failed-parity", is_flag=True, help="Publish a bundle that missed a gate, marked as failed.")
-@click.option("--sign", "sign_key", type=_path, metavar="KEY", help="Sign with this private key (PEM, P-256 say).")
+@click.option("--sign", "sign_key", type=PATH, metavar="KEY", help="Sign with this private key (PEM, P-256 say).")
 @click.option(
-    "--lora-license", "lora_licences", type=_path, multiple=True, metavar="FILE",
+    "--lora-license", "lora_licences", type=PATH, multiple=True, metavar="FILE",
     help="Licence of an adapter that is in the weights; goes with the bundle.",
 )  # fmt: skip
 @transfer_options
@@ -66,15 +62,7 @@ def transfer_options(command: _F) -> _F:
 @json_option
 @click.pass_obj
 def publish_command(
-    output: Output,
-    settings_for: SettingsFor,
-    transfers: Transfers,
-    bundle: str,
-    reference: str,
-    accepted: tuple[str, ...],
-    allow_failed_parity: bool,
-    sign_key: Path | None,
-    lora_licences: tuple[Path, ...],
+    output: Output, /, settings_for: SettingsFor, transfers: Transfers, bundle: str, reference: str, **terms: Any
 ) -> None:
     """Publish a bundle to a registry: a folder, an OCI registry or the Hub.
 
@@ -84,12 +72,15 @@ def publish_command(
     the registry has is not sent again, and the tag appears when all of it is there. Credentials come from Docker's
     configuration or HF_TOKEN.
     """
-    from fluxkiln.build.publish import Terms, publish_bundle
+    from fluxkiln.artifacts.registry.place import parse_reference, with_tag
+    from fluxkiln.build.publish import Terms, publish_bundle, read_described
 
     folder = _folder(bundle, settings_for)
-    terms = Terms(accepted, allow_failed_parity, sign_key, lora_licences)
+    parsed = parse_reference(reference, tagged=False)
+    if not parsed.name:
+        reference = str(with_tag(parsed, read_described(str(folder)).target))
     with open_progress() as progress:
-        done = publish_bundle(folder, _tagged(reference, folder), terms, transfers=transfers, progress=progress)
+        done = publish_bundle(folder, reference, Terms(**terms), transfers=transfers, progress=progress)
     pushed = done.pushed
     output.document(
         {
@@ -116,20 +107,13 @@ def publish_command(
 
 @click.command()
 @click.argument("reference", metavar="REF")
-@click.argument("destination", metavar="DIR", type=_path)
-@click.option("--verify", "verify_key", type=_path, metavar="KEY", help="The publisher's public key (PEM).")
+@click.argument("destination", metavar="DIR", type=PATH)
+@click.option("--verify", "verify_key", type=PATH, metavar="KEY", help="The publisher's public key (PEM).")
 @click.option("--require-signature", is_flag=True, help="Refuse what is not signed by that key.")
 @transfer_options
 @json_option
 @click.pass_obj
-def pull_command(
-    output: Output,
-    transfers: Transfers,
-    reference: str,
-    destination: Path,
-    verify_key: Path | None,
-    require_signature: bool,
-) -> None:
+def pull_command(output: Output, /, reference: str, destination: Path, verify_key: Path | None, **how: Any) -> None:
     """Fetch a bundle from a registry and check every byte.
 
     It comes into DIR/bundle, and beside it its model card, provenance, report and signature. DIR appears when all is
@@ -139,10 +123,7 @@ def pull_command(
     from fluxkiln.build.publish import UNSIGNED, pull_bundle
 
     with open_progress() as progress:
-        done = pull_bundle(
-            reference, destination, verify_key=verify_key, require_signature=require_signature, transfers=transfers,
-            progress=progress,
-        )  # fmt: skip
+        done = pull_bundle(reference, destination, verify_key=verify_key, progress=progress, **how)
     document = done.found.document
     output.document(
         {
@@ -220,18 +201,14 @@ def ls_command(output: Output, transfers: Transfers, repository: str) -> None:
     if not rows:
         output.line(f"{place} has no tags")
         return
-    output.table(
-        ("tag", "name", "target", "parity", "signed", ">size", "digest"),
-        [
-            (
-                row["tag"], row["name"], row["target"], row["parity"],
-                "yes" if row["signed"] else "no", size_text(row["size"]), row["digest"],
-            )
-            if row["bundle"]
-            else (row["tag"], "no bundle of fluxkiln", "", "", "", "", "")
-            for row in rows
-        ],
-    )  # fmt: skip
+    shown = []
+    for row in rows:
+        if row["bundle"]:
+            ends = "yes" if row["signed"] else "no", size_text(row["size"]), row["digest"]
+            shown.append((row["tag"], row["name"], row["target"], row["parity"], *ends))
+        else:
+            shown.append((row["tag"], "no bundle of fluxkiln", "", "", "", "", ""))
+    output.table(("tag", "name", "target", "parity", "signed", ">size", "digest"), shown)
 
 
 @click.command()
@@ -296,20 +273,9 @@ def _folder(given: str, settings_for: SettingsFor) -> Path:
         raise UsageError(
             f"{given} does not exist; give the folder of a bundle, or one of the targets {', '.join(target_names())}"
         )
-    from fluxkiln.build.context import prepare
+    from fluxkiln.build.make import prepare
 
-    return prepare(settings_for(given)).folder
-
-
-def _tagged(reference: str, folder: Path) -> str:
-    """The reference, with the target's name as the tag where it has none."""
-    from fluxkiln.artifacts.registry.place import parse_reference, with_tag
-    from fluxkiln.build.publish import read_described
-
-    parsed = parse_reference(reference, tagged=False)
-    if parsed.name:
-        return reference
-    return str(with_tag(parsed, read_described(str(folder)).target))
+    return prepare(settings_for(given)).plan.folder
 
 
 def _short(value: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,13 +34,9 @@ _HEADERS = {
 
 
 def make_app(studio: Studio, hosts: Sequence[str] = LOOPBACK) -> Starlette:
-    """The application.
+    """The application; ToolchainError when starlette is not installed.
 
-    Args:
-        hosts: names under which it answers; a page elsewhere that has a name led to this machine is refused.
-
-    Raises:
-        ToolchainError: starlette is not installed.
+    It answers under the names `hosts`: a page elsewhere that has a name led to this machine is refused.
     """
     try:
         from starlette.applications import Starlette
@@ -53,9 +50,8 @@ def make_app(studio: Studio, hosts: Sequence[str] = LOOPBACK) -> Starlette:
         ) from error
 
     facts = describe_studio(studio)
-    names = {"": ("serve.html.j2", "text/html"), "serve.css": ("serve.css.j2", "text/css"),
-             "serve.js": ("serve.js.j2", "text/javascript")}  # fmt: skip
-    texts = {name: (_render(file, facts), kind) for name, (file, kind) in names.items()}
+    kinds = {"": "text/html", "serve.css": "text/css", "serve.js": "text/javascript"}
+    texts = {name: (_render(f"{name or 'serve.html'}.j2", facts), kind) for name, kind in kinds.items()}
 
     def refuse(error: FluxkilnError, status: int) -> Response:
         return JSONResponse({"error": {"kind": type(error).__name__, "message": str(error)}}, status, headers=_HEADERS)
@@ -88,14 +84,11 @@ def make_app(studio: Studio, hosts: Sequence[str] = LOOPBACK) -> Starlette:
             return refuse(error, 400)
         return JSONResponse({"id": job.id}, 202, headers=_HEADERS)
 
-    def known(request: HttpRequest) -> ImageJob | None:
-        return studio.find(request.path_params["id"])
-
     def gone(request: HttpRequest) -> Response:
         return refuse(UsageError(f"there is no image {request.path_params['id']!r}, or no longer; make it again"), 404)
 
     async def events(request: HttpRequest) -> Response:
-        job = known(request)
+        job = studio.find(request.path_params["id"])
         if job is None:
             return gone(request)
         last = request.headers.get("last-event-id", "")
@@ -103,13 +96,13 @@ def make_app(studio: Studio, hosts: Sequence[str] = LOOPBACK) -> Starlette:
         return StreamingResponse(_stream(job, start), media_type="text/event-stream", headers=_HEADERS)
 
     async def image(request: HttpRequest) -> Response:
-        job = known(request)
+        job = studio.find(request.path_params["id"])
         if job is None or not job.png:
             return gone(request)
         return Response(job.png, media_type="image/png", headers=_HEADERS)
 
     async def cancel(request: HttpRequest) -> Response:
-        job = known(request)
+        job = studio.find(request.path_params["id"])
         if job is None:
             return gone(request)
         studio.cancel(job)
@@ -119,9 +112,8 @@ def make_app(studio: Studio, hosts: Sequence[str] = LOOPBACK) -> Starlette:
         if studio.reference is None:
             return refuse(UsageError("no reference was recorded for this bundle; build it with verification"), 404)
         pixels = (studio.reference.image * 255).round().astype("uint8")
-        return Response(
-            png_bytes(pixels, {"prompt": studio.reference.prompt}), media_type="image/png", headers=_HEADERS
-        )
+        data = png_bytes(pixels, {"prompt": studio.reference.prompt})
+        return Response(data, media_type="image/png", headers=_HEADERS)
 
     return Starlette(
         routes=[
@@ -140,26 +132,23 @@ def make_app(studio: Studio, hosts: Sequence[str] = LOOPBACK) -> Starlette:
 def describe_studio(studio: Studio) -> dict[str, Any]:
     """What the page has to know of the bundle, as plain JSON."""
     manifest, reference = studio.bundle.manifest, studio.reference
+    shown = reference and {
+        "prompt": reference.prompt,
+        "seed": reference.seed,
+        "steps": reference.steps,
+        "guidance": reference.guidance_scale,
+    }
     return {
         "name": manifest.name,
         "target": manifest.target,
         "title": f"{studio.bundle.model.title}-{manifest.variant}",
-        "width": manifest.shapes.width,
-        "height": manifest.shapes.height,
-        "tokens": manifest.shapes.tokens,
+        **asdict(manifest.shapes),
         "digest": studio.bundle.digest,
         "executor": dict(studio.painter.executor.facts),
         "takes_guidance": studio.bundle.takes_guidance,
         "steps": default_steps(studio.bundle),
         "guidance": GUIDANCE_SCALE,
-        "reference": None
-        if reference is None
-        else {
-            "prompt": reference.prompt,
-            "seed": reference.seed,
-            "steps": reference.steps,
-            "guidance": reference.guidance_scale,
-        },
+        "reference": shown,
     }
 
 

@@ -89,8 +89,7 @@ OnStep = Callable[[Step], "NDArray[Any] | None"]
 class Painter:
     """diffusers' pipeline on a bundle's parts. One image at a time: the scheduler counts the steps of one.
 
-    Raises:
-        ShapeError: the bundle's constants are for other shapes than its parts.
+    ShapeError: the bundle's constants are for other shapes than its parts.
     """
 
     bundle: Bundle
@@ -144,16 +143,69 @@ class Painter:
         Raises:
             UsageError: more steps than the bundle's modulation holds, or guidance for a model without it.
         """
-        request = Request("", seed, None, steps, guidance)
-        check_request(self.bundle, request)
-        yield from self._steps(encoded, request, latents, on_step)
+        import numpy as np
+        import torch
+
+        check_request(self.bundle, Request("", seed, None, steps, guidance))
+        count = steps or default_steps(self.bundle)
+        made: queue.SimpleQueue[Step | BaseException | None] = queue.SimpleQueue()
+        # the pipeline's loop runs in a thread that waits at the end of each step until it is asked to go on
+        turn, leave = threading.Semaphore(0), threading.Event()
+        began = time.perf_counter()
+
+        def as_tensor(array: NDArray[Any]) -> torch.Tensor:
+            return torch.from_numpy(np.array(array, np.float32))
+
+        def after_step(pipe: Any, index: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            nonlocal began
+            values = tensors["latents"]
+            step = Step(index + 1, count, values.numpy().copy(), time.perf_counter() - began)
+            changed = on_step(step) if on_step else None
+            made.put(step)
+            turn.acquire()
+            began = time.perf_counter()
+            pipe._interrupt = leave.is_set()
+            return {} if changed is None else {"latents": torch.from_numpy(changed).to(values)}
+
+        def run() -> None:
+            turn.acquire()
+            try:
+                if not leave.is_set():
+                    with quiet():
+                        self.bundle.model.denoise(
+                            self._pipe,
+                            {name: as_tensor(array) for name, array in encoded.embeds.items()},
+                            self.bundle.manifest.shapes,
+                            after_step,
+                            steps=count,
+                            guidance=GUIDANCE_SCALE if guidance is None else guidance,
+                            random=torch.Generator("cpu").manual_seed(seed),
+                            latents=None if latents is None else as_tensor(latents),
+                        )
+                made.put(None)
+            except BaseException as error:  # whatever it is, it is raised where the steps are asked for
+                made.put(error)
+
+        thread = threading.Thread(target=run, name="denoise", daemon=True)
+        thread.start()
+        try:
+            while True:
+                turn.release()
+                found = made.get()
+                if isinstance(found, BaseException):
+                    raise found
+                if found is None:
+                    return
+                yield found
+        finally:
+            leave.set()
+            turn.release()
+            thread.join()
 
     def decode(self, latents: NDArray[Any]) -> NDArray[Any]:
         """The image [height, width, 3] uint8 of packed latents [1, S, 4C]."""
-        import numpy as np
-
         made: NDArray[Any] = self.bundle.model.decode(self._pipe, self.bundle.manifest.shapes, latents)
-        return (made * 255).round().astype(np.uint8)
+        return (made * 255).round().astype("uint8")
 
     def close(self) -> None:
         """Close the executor."""
@@ -176,67 +228,6 @@ class Painter:
             self._known[part] = digest, outputs
         self.executor.drop(part)
         return outputs
-
-    def _steps(
-        self, encoded: Encoded, request: Request, latents: NDArray[Any] | None, on_step: OnStep | None
-    ) -> Generator[Step, None, None]:
-        """The pipeline's loop runs in a thread that waits at the end of each step until it is asked to go on."""
-        import numpy as np
-        import torch
-
-        steps = request.steps or default_steps(self.bundle)
-        made: queue.SimpleQueue[Step | BaseException | None] = queue.SimpleQueue()
-        turn, leave = threading.Semaphore(0), threading.Event()
-        began = time.perf_counter()
-
-        def as_tensor(array: NDArray[Any]) -> torch.Tensor:
-            return torch.from_numpy(np.array(array, np.float32))
-
-        def after_step(pipe: Any, index: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            nonlocal began
-            values = tensors["latents"]
-            step = Step(index + 1, steps, values.numpy().copy(), time.perf_counter() - began)
-            changed = on_step(step) if on_step else None
-            made.put(step)
-            turn.acquire()
-            began = time.perf_counter()
-            pipe._interrupt = leave.is_set()
-            return {} if changed is None else {"latents": torch.from_numpy(changed).to(values)}
-
-        def run() -> None:
-            turn.acquire()
-            try:
-                if not leave.is_set():
-                    with quiet():
-                        self.bundle.model.denoise(
-                            self._pipe,
-                            {name: as_tensor(array) for name, array in encoded.embeds.items()},
-                            self.bundle.manifest.shapes,
-                            after_step,
-                            steps=steps,
-                            guidance=GUIDANCE_SCALE if request.guidance is None else request.guidance,
-                            random=torch.Generator("cpu").manual_seed(request.seed),
-                            latents=None if latents is None else as_tensor(latents),
-                        )
-                made.put(None)
-            except BaseException as error:  # whatever it is, it is raised where the steps are asked for
-                made.put(error)
-
-        thread = threading.Thread(target=run, name="denoise", daemon=True)
-        thread.start()
-        try:
-            while True:
-                turn.release()
-                found = made.get()
-                if isinstance(found, BaseException):
-                    raise found
-                if found is None:
-                    return
-                yield found
-        finally:
-            leave.set()
-            turn.release()
-            thread.join()
 
 
 def default_steps(bundle: Bundle) -> int:
@@ -288,11 +279,7 @@ def paint(
 ) -> Iterator[Picture]:
     """Make images: all prompts are encoded, the text encoders released, all images denoised, then decoded.
 
-    Args:
-        on_step: called with the number of the image and its step.
-
-    Raises:
-        As `check_request`, before anything runs; and as the executor.
+    `on_step` is called with the number of the image and its step. Errors as `check_request`, before anything runs.
     """
     bundle, executor, laps = painter.bundle, painter.executor, painter.laps
     progress = progress or Silent()
@@ -371,11 +358,8 @@ def png_bytes(image: NDArray[Any], facts: Mapping[str, str]) -> bytes:
 
 
 def make_grid(images: Sequence[NDArray[Any]], rows: int) -> NDArray[Any]:
-    """Images of one size [height, width, 3] uint8 in `rows` rows, filled row by row, white where there is none.
-
-    Raises:
-        UsageError: more rows than images, or none.
-    """
+    """Images of one size [height, width, 3] uint8 in `rows` rows, filled row by row, white where there is none;
+    UsageError for more rows than images, or none."""
     import numpy as np
 
     if not 1 <= rows <= len(images):

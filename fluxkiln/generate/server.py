@@ -30,10 +30,8 @@ if TYPE_CHECKING:
 
     from fluxkiln.verify.reference import Recording
 
-MOST_WAITING = 8
-KEPT_JOBS = 32
-MOST_PROMPT = 4000  # characters
-MOST_STEPS = 1000
+MOST_WAITING, KEPT_JOBS = 8, 32
+MOST_PROMPT, MOST_STEPS = 4000, 1000  # characters; denoising steps
 ENDED = ("done", "failed", "cancelled")
 
 
@@ -69,22 +67,15 @@ class Studio:
     """
 
     def __init__(self, painter: Painter, reference: Recording | None = None, most_waiting: int = MOST_WAITING) -> None:
-        self.painter = painter
-        self.bundle: Bundle = painter.bundle
-        self.reference = reference
-        self.most_waiting = most_waiting
+        self.painter, self.bundle = painter, painter.bundle
+        self.reference, self.most_waiting = reference, most_waiting
         self._jobs: dict[str, ImageJob] = {}
         self._waiting: list[ImageJob] = []
-        self._lock = threading.Lock()
-        self._count = 0
+        self._lock, self._count = threading.Lock(), 0
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="studio")
 
     def submit(self, request: Request) -> ImageJob:
-        """Put an image into the queue.
-
-        Raises:
-            As `check_request`. ResourceError: too many are waiting.
-        """
+        """Put an image into the queue. Errors as `check_request`; ResourceError: too many are waiting."""
         check_request(self.bundle, request)
         with self._lock:
             if len(self._waiting) >= self.most_waiting:
@@ -226,28 +217,22 @@ class Preview:
 
 
 def parse_request(bundle: Bundle, document: Any) -> Request:
-    """A request from the page's JSON.
-
-    Raises:
-        UsageError: it is no object, has unknown keys, or a value of another type or out of range.
-    """
+    """A request from the page's JSON; UsageError: no object, an unknown key, a value of another type or range."""
     if not isinstance(document, Mapping):
         raise UsageError('the request is no JSON object; send {"prompt": ...}')
+
+    def is_whole(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool)
+
+    def is_short(value: Any) -> bool:
+        return isinstance(value, str) and len(value.strip()) <= MOST_PROMPT
+
     known: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-        "prompt": (
-            lambda value: isinstance(value, str) and 0 < len(value.strip()) <= MOST_PROMPT,
-            f"a text of 1 to {MOST_PROMPT} characters",
-        ),
-        "prompt_2": (
-            lambda value: value is None or (isinstance(value, str) and len(value) <= MOST_PROMPT),
-            f"a text of at most {MOST_PROMPT} characters",
-        ),
-        "seed": (_is_whole, "a whole number"),
-        "steps": (
-            lambda value: value is None or (_is_whole(value) and value <= MOST_STEPS),
-            f"a whole number up to {MOST_STEPS}",
-        ),
-        "guidance": (lambda value: value is None or isinstance(value, float) or _is_whole(value), "a number"),
+        "prompt": (lambda it: is_short(it) and bool(it.strip()), f"a text of 1 to {MOST_PROMPT} characters"),
+        "prompt_2": (lambda it: it is None or is_short(it), f"a text of at most {MOST_PROMPT} characters"),
+        "seed": (is_whole, "a whole number"),
+        "steps": (lambda it: it is None or (is_whole(it) and it <= MOST_STEPS), f"a whole number up to {MOST_STEPS}"),
+        "guidance": (lambda it: it is None or isinstance(it, float) or is_whole(it), "a number"),
     }
     if unknown := sorted(set(document) - set(known)):
         raise UsageError(f"the request has the unknown key {unknown[0]!r}; it may have {', '.join(known)}")
@@ -292,7 +277,3 @@ def is_reference(bundle: Bundle, request: Request, reference: Recording) -> bool
         and (request.steps or default_steps(bundle)) == reference.steps
         and (not bundle.takes_guidance or guidance == reference.guidance_scale)
     )
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)

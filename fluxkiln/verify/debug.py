@@ -73,7 +73,7 @@ def debug_part(prepared: Prepared, name: str, step: int = 0, progress: Progress 
             )
         place = step if part.traits.each_step else 0  # what runs once has one step
         inputs, _ = fill_rows(part, recording.inputs(part.name, place))
-        return RecordedCall(inputs, recording.outputs(part.name, place), recording.shapes, prepared.bundle)
+        return RecordedCall(inputs, recording.outputs(part.name, place), recording.shapes, prepared.plan.bundle)
 
     found = toolchain_of(plan.target).look(prepared.checkpoint, plan, prepared.cache, part, recorded, progress)
     facts = {"shapes": name_shapes(recorded().shapes), **found.facts}

@@ -8,8 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from fluxkiln.artifacts.bundle import read_manifest
-from fluxkiln.build.context import lora_label, prepare
-from fluxkiln.build.make import build, plan
+from fluxkiln.build.make import build, lora_label, plan, prepare
 from fluxkiln.build.verification import record, verify
 from fluxkiln.compile.toolchain import toolchain_of
 from fluxkiln.errors import UsageError

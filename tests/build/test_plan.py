@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from fluxkiln.build import plan as planning
-from fluxkiln.build.context import prepare
-from fluxkiln.build.make import build, plan
+from fluxkiln.build.make import build, plan, prepare
 from fluxkiln.build.plan import (
     Job,
     check_disk,
@@ -109,7 +108,7 @@ def test_full_disk_is_refused_before_the_start(prepared, monkeypatch):
         check_disk(small, list_jobs(small))
     with pytest.raises(ResourceError):
         build(small.settings)
-    assert not small.folder.parent.exists()
+    assert not small.plan.folder.parent.exists()
 
 
 def test_finished_jobs_take_no_disk(prepared):

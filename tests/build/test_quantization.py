@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from fluxkiln.build.calibration import calibrate, use_calibration
-from fluxkiln.build.context import prepare
+from fluxkiln.build.make import prepare
 from fluxkiln.build.quantization import quantize_model
 from fluxkiln.compile.tensors import quantizable
 from fluxkiln.errors import IntegrityError, SchemeError, UsageError
@@ -179,10 +179,10 @@ def test_more_bytes_buy_less_error(settings, calibration):
 def test_calibrated_beats_plain_beats_the_compiler(settings, calibration):
     made = quantize_model(settings, ["W4BF16-gptq", "W4BF16"])
     for schemes in made.by_part().values():
-        outputs = [schemes[name][1] for name in ("W4BF16-gptq", "W4BF16", "W4BF16-rtn")]
+        outputs = [schemes[name]["output_error"] for name in ("W4BF16-gptq", "W4BF16", "W4BF16-rtn")]
         assert outputs[0] < 0.7 * outputs[2]
         assert outputs[1] < outputs[2]
-        assert schemes["W4BF16"][0] < schemes["W4BF16-rtn"][0]
+        assert schemes["W4BF16"]["weight_error"] < schemes["W4BF16-rtn"]["weight_error"]
 
 
 def test_slots_are_chosen_for_all_blocks_of_a_kind(settings, calibration):

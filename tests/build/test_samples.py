@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fluxkiln.build import samples as sampling
-from fluxkiln.build.context import prepare
+from fluxkiln.build.make import prepare
 from fluxkiln.build.samples import reference_runs, sample_runs
 from fluxkiln.export.eager import PatchedRunner
 from fluxkiln.progress import Silent

@@ -46,7 +46,7 @@ class Told(Silent):
 
 def prepared_of(build, folder, settings):
     plan = replace(build.plan, folder=folder)
-    return Prepared(settings, build.checkpoint, plan, build.cache, "tiny", "tiny", folder)
+    return Prepared(settings, build.checkpoint, plan, build.cache, "tiny", "tiny")
 
 
 def made_of(prepared):
@@ -64,7 +64,7 @@ class Large:
             checkpoint = replace(checkpoint, tensors={component: checkpoint.tensors[component]})
         self.settings = Settings(plan.target.name, str(checkpoint.root), scheme=scheme)
         plan = replace(plan, folder=folder, parts=parts or plan.parts)
-        self.prepared = Prepared(self.settings, checkpoint, plan, cache, "tiny", "tiny", folder)
+        self.prepared = Prepared(self.settings, checkpoint, plan, cache, "tiny", "tiny")
         self.limits = Limits(replayed=multiplications(checkpoint, SMALL), executed=1e9, blocks=1)
         self.made = made_of(self.prepared) if plan.target.name == "cpu" else Made((), ())
         self.recording = record(self.prepared, self.limits)
@@ -83,7 +83,7 @@ class Large:
         plan = replace(self.prepared.plan, parts=parts or self.parts)
         prepared = replace(self.prepared, plan=plan, settings=replace(self.settings, **settings))
         parity = verification._verify_large(
-            prepared, made or self.made, self.recording, prepared.folder / "work", progress or Silent(),
+            prepared, made or self.made, self.recording, prepared.plan.folder / "work", progress or Silent(),
             limits or self.limits,
         )  # fmt: skip
         return parity, first_bad_rung(parity.ladder.rows)

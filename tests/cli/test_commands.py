@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxkiln.build.prepared import BuildResult
+from fluxkiln.build.finish import BuildResult
 from fluxkiln.compile.doctor import Tool
 from fluxkiln.compile.targets import target_names
 from fluxkiln.errors import ParityError

@@ -92,7 +92,7 @@ def test_jobs_beyond_the_announced_ones_do_not_fill_the_log(lines, stream, clock
 
 
 def test_stored_jobs_do_not_spoil_the_estimate():
-    tally = StageTally("compile", 60, 0.0)
+    tally = StageTally(60, 0.0)
     for _ in range(30):
         tally.finish("from the store", 0.1)
     assert tally.remaining(0.1) is None
@@ -104,7 +104,7 @@ def test_stored_jobs_do_not_spoil_the_estimate():
 
 
 def test_estimate_follows_the_last_jobs():
-    tally = StageTally("compile", 100, 0.0)
+    tally = StageTally(100, 0.0)
     for i in range(10):
         tally.finish("compiled", (i + 1) * 100.0)
     for i in range(10):

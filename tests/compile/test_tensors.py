@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from fluxkiln.build.context import outline
+from fluxkiln.build.make import outline
 from fluxkiln.compile.tensors import check_weights, part_bytes, part_refs, quantizable
 from fluxkiln.errors import SchemeError
 from fluxkiln.settings import Settings

@@ -10,8 +10,8 @@ import onnx
 import pytest
 
 from fluxkiln.build.calibration import calibrate
-from fluxkiln.build.context import prepare
 from fluxkiln.build.finish import build_action
+from fluxkiln.build.make import prepare
 from fluxkiln.compile.onnx.linked import link_parts
 from fluxkiln.compile.plan import BundleFile, Made
 from fluxkiln.compile.rungs import dequantized_rung

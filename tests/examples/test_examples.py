@@ -94,7 +94,7 @@ SWAPPED = """
 import json, sys
 from pathlib import Path
 from toy_model.model import MODEL
-from fluxkiln.build.context import prepare
+from fluxkiln.build.make import prepare
 from fluxkiln.build.verification import record, replay
 from fluxkiln.compile.toolchain import Climb
 from fluxkiln.export.eager import PatchedRunner

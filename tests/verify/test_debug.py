@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from fluxkiln.build.context import prepare
-from fluxkiln.build.make import build
+from fluxkiln.build.make import build, prepare
 from fluxkiln.compile.toolchains.tpu_mlir.bmodel import read_bmodel
 from fluxkiln.errors import UsageError
 from fluxkiln.settings import Settings
@@ -43,7 +42,7 @@ def test_a_sound_part_at_every_rung(sound):
 
 @pytest.mark.tpu_mlir
 def test_bytes_of_the_bundle_that_are_not_the_checkpoint_s(prepared, sound, tmp_path):
-    (file,) = prepared.bundle.glob("*.bmodel")
+    (file,) = prepared.plan.bundle.glob("*.bmodel")
     spoilt = tmp_path / "bundle"
     spoilt.mkdir()
     data = bytearray(file.read_bytes())
@@ -51,7 +50,7 @@ def test_bytes_of_the_bundle_that_are_not_the_checkpoint_s(prepared, sound, tmp_
     place = net.coefficients.start + net.coefficients.size // 2
     data[place] ^= 0x10
     (spoilt / file.name).write_bytes(data)
-    (spoilt / "manifest.json").write_bytes((prepared.bundle / "manifest.json").read_bytes())
+    (spoilt / "manifest.json").write_bytes((prepared.plan.bundle / "manifest.json").read_bytes())
     culprit = debug_part(replace(prepared, folder=tmp_path), "t5_block.01").culprit
     assert culprit.rung == "stored"
     assert len(culprit.slots) == 1

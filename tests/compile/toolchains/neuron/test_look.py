@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fluxkiln.build.context import prepare
+from fluxkiln.build.make import prepare
 from fluxkiln.build.verification import record
 from fluxkiln.compile.templates import host_constants
 from fluxkiln.compile.toolchains.neuron.look import (

@@ -11,8 +11,7 @@ import pytest
 
 from fluxkiln.artifacts.bundle import read_manifest, verify_bundle
 from fluxkiln.artifacts.store import open_store
-from fluxkiln.build.context import outline, prepare
-from fluxkiln.build.make import build, plan
+from fluxkiln.build.make import build, outline, plan, prepare
 from fluxkiln.build.verification import record, verify
 from fluxkiln.cli.main import main
 from fluxkiln.compile.plan import Made
@@ -124,10 +123,10 @@ def test_the_report_says_what_was_executed(built):
 def test_nothing_is_made_again(built, monkeypatch):
     without_compiler(monkeypatch)
     prepared = prepare(settings(built[0]))
-    before = (prepared.bundle / "manifest.json").stat().st_mtime_ns
+    before = (prepared.plan.bundle / "manifest.json").stat().st_mtime_ns
     with pytest.raises(ToolchainError, match=r"hlo/ \(7 modules\)"):
         build(settings(built[0]))
-    assert (prepared.bundle / "manifest.json").stat().st_mtime_ns == before
+    assert (prepared.plan.bundle / "manifest.json").stat().st_mtime_ns == before
 
 
 def test_shards_are_the_checkpoint_bit_for_bit(built):
@@ -171,7 +170,7 @@ def test_other_granularities_pass_the_same_gates(built, granularity, monkeypatch
     changed = settings(root, granularity=granularity, components=("transformer",), steps=1)
     with pytest.raises(ToolchainError):
         build(changed)
-    report = json.loads((prepare(changed).folder / "report.json").read_text())
+    report = json.loads((prepare(changed).plan.folder / "report.json").read_text())
     assert report["summary"]["failed"] == 0
     assert report["lowering"]["values"]["all_reduces"] == 2 * 2 + 3
 

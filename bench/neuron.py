@@ -38,13 +38,21 @@ print(json.dumps({
 _SHARD = """
 import json, sys, time
 from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from fluxkiln.export.bindings import bind_shard, split_slots
 from fluxkiln.export.checkpoint import open_checkpoint
-from fluxkiln.export.shard_files import write_shards
+from fluxkiln.export.shard_files import WORKERS, write_part
 from bench.neuron import DEGREE
 checkpoint = open_checkpoint(Path(sys.argv[1]), ("transformer",))
 parts = checkpoint.model.list_split_parts(checkpoint.configs, "block", "kl")
+def shard(part, slots):
+    bindings = [bind_shard(part, slots, checkpoint, DEGREE, rank) for rank in range(DEGREE)]
+    return write_part(slots, bindings, checkpoint, Path(sys.argv[2]))
 started = time.perf_counter()
-files = write_shards([part for part in parts if part.component == "transformer"], checkpoint, DEGREE, Path(sys.argv[2]))
+parts = [part for part in parts if part.component == "transformer"]
+slots = [split_slots(checkpoint.model, part, checkpoint.configs, DEGREE) for part in parts]
+with ThreadPoolExecutor(WORKERS) as pool:
+    files = [file for written in pool.map(shard, parts, slots) for file in written]
 print(json.dumps({"seconds": time.perf_counter() - started, "bytes": sum(file.nbytes for file in files),
                   "of_rank_0": sum(file.nbytes for file in files if file.rank == 0)}))
 """

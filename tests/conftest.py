@@ -108,7 +108,7 @@ TINY_SHAPES = Shapes(height=64, width=64, tokens=32)
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Checkpoint]:
     """preset -> its synthetic checkpoint, made once a session. Not to be written to."""
-    from fluxkiln.export.synth.checkpoint import synthesize
+    from fluxkiln.export.synth import synthesize
 
     @functools.cache
     def make(preset: str = "tiny-dev") -> Checkpoint:

@@ -16,7 +16,7 @@ from fluxkiln.artifacts.store import open_store
 from fluxkiln.compile.bundle import CONFIGS, HOST_CONSTANTS, Bundle, open_bundle
 from fluxkiln.export.checkpoint import Checkpoint, TensorReader
 from fluxkiln.export.eager import PatchedRunner
-from fluxkiln.patches.flux1.host import make_constants
+from fluxkiln.patches.flux1.inputs import make_constants
 from fluxkiln.patches.flux1.kinds import list_parts
 from fluxkiln.types import Shapes
 

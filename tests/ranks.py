@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,21 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fluxkiln.errors import CheckpointError, IntegrityError
-from fluxkiln.export.bindings import apply_transforms
+from fluxkiln.export.bindings import apply_transforms, bind_shard, split_slots, window_of
 from fluxkiln.export.checkpoint import Checkpoint
-from fluxkiln.export.split import bind_shard, split_slots, window_of
+from fluxkiln.export.shard_files import ShardFile, write_part
 from fluxkiln.patches.cut import ParallelPart
 from fluxkiln.types import Part
+
+
+def write_shards(parts: Sequence[Part], checkpoint: Checkpoint, degree: int, folder: Path) -> list[ShardFile]:
+    """The shards of every rank of the parts; a part on one core has one rank."""
+    jobs = []
+    for part in parts:
+        ranks = part.ranks(degree)
+        slots = split_slots(checkpoint.model, part, checkpoint.configs, ranks)
+        jobs.append((slots, [bind_shard(part, slots, checkpoint, ranks, rank) for rank in range(ranks)]))
+    return [file for job in jobs for file in write_part(*job, checkpoint, folder)]
 
 
 def join_shards(

@@ -15,7 +15,7 @@ import pytest
 from fluxkiln.cli.main import main
 from fluxkiln.compile.toolchains.tpu_mlir.environment import TPU_MLIR_ROOT_VARIABLE
 from fluxkiln.export.checkpoint import open_checkpoint
-from fluxkiln.export.synth.checkpoint import synthesize
+from fluxkiln.export.synth import synthesize
 from fluxkiln.patches.flux1 import presets as synth_presets
 
 SHARD = "transformer/diffusion_pytorch_model-00002-of-00003.safetensors"

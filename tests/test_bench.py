@@ -11,7 +11,7 @@ from bench.__main__ import NAMES, main, merge
 from bench.export import write_sparse_checkpoint
 from bench.figure import Figure
 from fluxkiln.export.checkpoint import open_checkpoint
-from fluxkiln.patches.flux1.layout import component_layout
+from fluxkiln.patches.flux1.tensors import component_layout
 
 
 def test_list_names_every_figure_and_measures_nothing(repository):

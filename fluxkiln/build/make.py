@@ -135,7 +135,7 @@ def outline(settings: Settings) -> Prepared:
     """A build by its model's configs alone: no weight is read, nor written."""
     chosen = choose_components(model_of(settings), settings)
     if settings.model in all_presets():
-        from fluxkiln.export.synth.checkpoint import unwritten_checkpoint
+        from fluxkiln.export.synth import unwritten_checkpoint
 
         return _prepared(settings, unwritten_checkpoint(settings.model, chosen))
     return _prepared(settings, open_checkpoint(find_root(settings, settings.components and chosen), chosen))
@@ -226,7 +226,7 @@ def _validate(prepared: Prepared, memo: DigestMemo, progress: Progress) -> None:
 
 
 def _read_through(checkpoint: Checkpoint, memo: DigestMemo) -> None:
-    from fluxkiln.export.validate import validate_checkpoint
+    from fluxkiln.export.checkpoint import validate_checkpoint
 
     validate_checkpoint(checkpoint)
     for refs in checkpoint.tensors.values():

@@ -93,7 +93,7 @@ def chosen_parts(settings: Settings, checkpoint: Checkpoint, split: bool = False
 
 def unwritten_bytes(settings: Settings, reading: OnBytes | None = None) -> int:
     """Bytes that a build has to write first, at most: of a synthetic checkpoint, of one with LoRAs in it; 0 if none."""
-    from fluxkiln.export.synth.checkpoint import synthesized_bytes, with_sisters
+    from fluxkiln.export.synth import synthesized_bytes, with_sisters
 
     model = model_of(settings)
     preset = model.presets.get(settings.model)

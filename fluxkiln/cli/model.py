@@ -27,7 +27,7 @@ def synth_command(output: Output, preset: str, directory: Path, components: str 
     PRESET is tiny-dev, tiny-schnell, wide-dev (true width, two blocks) or full-dev (all blocks, 34 GB). DIR must be
     empty or not exist yet; it is there whole at the end or not at all.
     """
-    from fluxkiln.export.synth.checkpoint import find_preset, parse_components, synthesize, synthesized_bytes
+    from fluxkiln.export.synth import find_preset, parse_components, synthesize, synthesized_bytes
 
     model, _ = find_preset(preset)
     names = parse_components(model, None if components is None else components.replace(",", " ").split())

@@ -179,7 +179,7 @@ def compare_template(opened: OpenPart, checkpoint: Checkpoint) -> RungFindings:
     A module's output is looked for among the template's values: patches may cut it in pieces, which are not judged.
     """
     from fluxkiln.compile.onnx.values import template_values
-    from fluxkiln.export.leaves import see_leaves
+    from fluxkiln.export.eager import see_leaves
     from fluxkiln.verify.judgement import match_leaves
 
     leaves = see_leaves(opened.part, checkpoint, opened.inputs)

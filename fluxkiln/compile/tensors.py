@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from fluxkiln.compile.plan import Plan
 from fluxkiln.errors import SchemeError
+from fluxkiln.export.bindings import holds_tensor
 from fluxkiln.export.checkpoint import Checkpoint
-from fluxkiln.export.split import holds_tensor
 from fluxkiln.quantize.schemes import (
     Scheme,
     check_groups,

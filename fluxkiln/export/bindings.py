@@ -1,19 +1,27 @@
-"""From a part and a template's slots to a binding, and from a binding to weights, read in place."""
+"""From a part and its slots to a binding, for the whole part or for one of its ranks, and to weights, read in place."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fluxkiln.errors import CheckpointError
+from fluxkiln.errors import CheckpointError, UsageError
 from fluxkiln.export.checkpoint import Checkpoint, read_rows, read_tensor
 from fluxkiln.export.graph import slot_transforms
-from fluxkiln.types import Binding, Part, SlotBinding, TensorRef, TensorSpec, Transform
+from fluxkiln.patches.cut import WHOLE, columns_of, find_cut, share_of
+from fluxkiln.patches.model import Model
+from fluxkiln.patches.parts import slot_name
+from fluxkiln.types import Binding, Configs, Part, Shapes, SlotBinding, TensorRef, TensorSpec, Transform
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+# a tensor's name, and from its shape how a slot is made of it
+_Rule = tuple[str, Callable[[tuple[int, ...]], tuple[Transform, ...]]]
+# shape of a tensor, rank -> how the rank's weight is made of it
+_Transforms = Callable[[tuple[int, ...], int], tuple[Transform, ...]]
 
 
 def bind_part(part: Part, slots: tuple[TensorSpec, ...], checkpoint: Checkpoint) -> Binding:
@@ -22,22 +30,40 @@ def bind_part(part: Part, slots: tuple[TensorSpec, ...], checkpoint: Checkpoint)
     Raises:
         CheckpointError: a tensor the part needs is missing or has another shape than the slot.
     """
-    component = part.folder
-    tensors = checkpoint.tensors[component]
+
+    def rule(slot: str) -> _Rule:
+        base, transforms = slot_transforms(slot)
+        return part.prefix + base, lambda _: transforms
+
+    return _bind(part, slots, checkpoint, rule)
+
+
+def _bind(
+    part: Part, slots: tuple[TensorSpec, ...], checkpoint: Checkpoint, rule: Callable[[str], _Rule], where: str = ""
+) -> Binding:
     bindings = []
     for spec in slots:
-        base, transforms = slot_transforms(spec.name)
-        ref = tensors.get(part.prefix + base)
-        if ref is None:
-            raise _missing(part, base, checkpoint)
+        name, transforms_of = rule(spec.name)
+        ref = _find_tensor(part, name, checkpoint)
+        transforms = transforms_of(ref.shape)
         shape = transformed_shape(ref.shape, transforms)
         if shape != spec.shape:
             raise CheckpointError(
-                f"tensor {ref.name} of {component} has shape {list(ref.shape)}, which gives {list(shape)} where part "
-                f"{part.name} needs {list(spec.shape)}; its config.json belongs to another checkpoint"
+                f"tensor {name} of {part.folder} has shape {list(ref.shape)}, which gives {list(shape)}{where} where "
+                f"part {part.name} needs {list(spec.shape)}; its config.json belongs to another checkpoint"
             )
-        bindings.append(SlotBinding(spec.name, (ref.name,), transforms))
-    return Binding(part.name, component, tuple(bindings))
+        bindings.append(SlotBinding(spec.name, (name,), transforms))
+    return Binding(part.name, part.folder, tuple(bindings))
+
+
+def _find_tensor(part: Part, name: str, checkpoint: Checkpoint) -> TensorRef:
+    ref = checkpoint.tensors[part.folder].get(name)
+    if ref is None:
+        raise CheckpointError(
+            f"{part.folder} of {checkpoint.root} has no tensor {name}, which part {part.name} needs; fetch the "
+            "checkpoint again or give one in the diffusers layout"
+        )
+    return ref
 
 
 def transformed_shape(shape: tuple[int, ...], transforms: tuple[Transform, ...]) -> tuple[int, ...]:
@@ -122,19 +148,91 @@ def part_state(part: Part, slots: Iterable[str], checkpoint: Checkpoint) -> dict
     """
     import numpy as np
 
-    component = part.folder
-    tensors = checkpoint.tensors[component]
-    state = {}
-    for slot in slots:
-        ref = tensors.get(part.prefix + slot)
-        if ref is None:
-            raise _missing(part, slot, checkpoint)
-        state[slot] = read_tensor(ref).astype(np.float32)
-    return state
+    return {slot: read_tensor(_find_tensor(part, part.prefix + slot, checkpoint)).astype(np.float32) for slot in slots}
 
 
-def _missing(part: Part, slot: str, checkpoint: Checkpoint) -> CheckpointError:
-    return CheckpointError(
-        f"{part.folder} of {checkpoint.root} has no tensor {part.prefix + slot}, which part {part.name} needs; "
-        "fetch the checkpoint again or give one in the diffusers layout"
+def split_slots(model: Model, part: Part, configs: Configs, ranks: int) -> tuple[TensorSpec, ...]:
+    """The slots of a part in order, with the shapes each rank has; the ones of the module that is compiled.
+
+    Raises:
+        UsageError: the ranks cannot share a weight. PatchError, CheckpointError: as `Model.build_parallel_part`.
+    """
+    if not part.traits.cut:
+        parameters = model.build_part(part.kind, configs).named_parameters()
+        return tuple(TensorSpec(slot_name(name), tuple(weight.shape)) for name, weight in parameters)
+    from fluxkiln.patches.collectives import ThreadRanks
+
+    # weights do not depend on the size of the image
+    return model.build_parallel_part(part, configs, Shapes(16, 16, 1), ThreadRanks(ranks)).slots
+
+
+def bind_shard(part: Part, slots: tuple[TensorSpec, ...], checkpoint: Checkpoint, ranks: int, rank: int) -> Binding:
+    """How every slot of `part` is filled from `checkpoint` on one rank.
+
+    Args:
+        slots: with the shapes of a rank, see `split_slots`.
+
+    Raises:
+        UsageError: the ranks cannot share a weight. CheckpointError: a tensor the part needs is missing or has
+            another shape than its config says.
+    """
+    if not 0 <= rank < ranks:
+        raise UsageError(f"rank {rank} of {ranks}: ranks are counted from 0 to {ranks - 1}")
+
+    def rule(slot: str) -> _Rule:
+        name, transforms_of = slot_rule(checkpoint.model, part, slot, checkpoint.configs, ranks)
+        return name, lambda shape: transforms_of(shape, rank)
+
+    return _bind(part, slots, checkpoint, rule, f" on one of {ranks} ranks")
+
+
+def slot_rule(model: Model, part: Part, slot: str, configs: Configs, ranks: int) -> tuple[str, _Transforms]:
+    """The tensor behind a slot, and the function from its shape and a rank to transforms."""
+    number, local = (0, slot) if len(part.members) == 1 else (int(slot.split(".")[0]), slot.partition(".")[2])
+    kind, prefix = part.members[number]
+    cut, heads = find_cut(model.cuts.get(kind, WHOLE), local), model.head_count(kind, configs)
+
+    def transforms(shape: tuple[int, ...], rank: int) -> tuple[Transform, ...]:
+        steps = []
+        if cut.half:
+            start, stop = columns_of(cut, shape)
+            steps.append(Transform("slice", dim=1, start=start, stop=stop))
+            shape = (shape[0], stop - start)
+        share = share_of(cut, slot, shape, heads, ranks, rank)
+        if share is not None and ranks > 1:
+            steps.append(Transform("slice", dim=share.axis, start=share.start, stop=share.stop))
+            if share.stop - share.start < share.size:
+                steps.append(Transform("pad", dim=share.axis, stop=share.size))
+        return tuple(steps)
+
+    return prefix + (cut.source or local), transforms
+
+
+def holds_tensor(model: Model, part: Part, name: str) -> bool:
+    """Whether a part has a tensor of its component, or some of it."""
+    return any(
+        name.startswith(prefix) and cut.takes(name.removeprefix(prefix))
+        for kind, prefix in part.members
+        for cut in model.cuts.get(kind, WHOLE)
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What a slot takes from a tensor [rows, columns, ...]: two intervals, then zeros behind up to `shape`."""
+
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+    shape: tuple[int, ...]
+
+
+def window_of(shape: tuple[int, ...], transforms: tuple[Transform, ...]) -> Window:
+    """Slices and paddings of a tensor of `shape` as one window; a vector is a matrix of one column."""
+    spans = [(0, size) for size in (*shape, 1)[:2]]
+    for step in transforms:
+        if step.op == "slice":
+            start = spans[step.dim][0]
+            spans[step.dim] = start + step.start, start + step.stop
+        elif step.op != "pad":
+            raise UsageError(f"transform {step.op}: the weights of a rank are sliced and padded, nothing else")
+    return Window(spans[0], spans[1], transformed_shape(shape, transforms))

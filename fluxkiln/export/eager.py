@@ -1,12 +1,13 @@
-"""Parts executed by PyTorch: the rung of the ladder that judges the patches and nothing else."""
+"""Parts executed by PyTorch: as published, and patched, the rung of the ladder that judges the patches alone."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from fluxkiln.export.bindings import part_state
 from fluxkiln.export.checkpoint import Checkpoint
-from fluxkiln.export.leaves import load_whole
+from fluxkiln.patches.parts import Leaf, load_part, part_slots, watch_leaves
 from fluxkiln.patches.patch import Patch, apply_patches, patches_for
 from fluxkiln.types import GraphFormat, Kind, Part, find_part
 
@@ -64,3 +65,27 @@ def run_module(
         results = module(*tensors)
     results = results if isinstance(results, tuple) else (results,)
     return {name: result.numpy() for name, result in zip(kind.outputs, results, strict=True)}
+
+
+def see_leaves(part: Part, checkpoint: Checkpoint, inputs: Mapping[str, NDArray[Any]]) -> tuple[Leaf, ...]:
+    """Run `part` in float32 as published, no patch applied, and see what its leaf modules make, in call order.
+
+    Args:
+        inputs: by the names and with the shapes of the part's kind.
+
+    Raises:
+        CheckpointError: a tensor the part needs is missing.
+    """
+    module = load_whole(part, checkpoint)
+    seen = watch_leaves(module)
+    run_module(part.traits, module, inputs, ())
+    return tuple(seen)
+
+
+def load_whole(part: Part, checkpoint: Checkpoint) -> Module:
+    """The wrapper module of a part with its weights in float32; errors as `see_leaves`."""
+    import torch
+
+    state = part_state(part, part_slots(checkpoint.model, part.kind, checkpoint.configs), checkpoint)
+    weights = {slot: torch.from_numpy(weight) for slot, weight in state.items()}
+    return load_part(checkpoint.model, part.kind, checkpoint.configs, weights)

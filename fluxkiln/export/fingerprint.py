@@ -1,4 +1,4 @@
-"""Content keys of checkpoint tensors, remembered by file, and the search for NaN and Inf.
+"""Content keys of checkpoint tensors, remembered by file, the search for NaN and Inf, and whether files have changed.
 
 Every byte is hashed once; later calls answer from a memo while the file's size, times and inode stay the same.
 """
@@ -9,16 +9,17 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fluxkiln.errors import CheckpointError
-from fluxkiln.export.safetensors_header import ITEM_BYTES
+from fluxkiln.errors import CheckpointError, ResourceError
+from fluxkiln.export.safetensors_header import ITEM_BYTES, read_header, read_into
+from fluxkiln.files import write_durably
 from fluxkiln.progress import OnBytes
 from fluxkiln.types import TensorRef
 
@@ -30,6 +31,7 @@ _CHUNK_BYTES = 8 << 20
 # A file written this recently could change again with its times unchanged (2 s: the coarsest clock of a file system).
 _SETTLE_NS = 2_000_000_000
 _MEMO_FORMAT = 1
+_AGAIN = "run the same command again when nothing writes to the checkpoint"
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,15 +76,10 @@ class DigestMemo:
         if not self._changed:
             return
         self._files = {file: entry for file, entry in self._files.items() if os.path.exists(file)}
-        partial = self._path.with_name(f"{self._path.name}.{os.getpid()}.partial")
         # A memo that cannot be written costs time at the next call, nothing else.
-        with suppress(OSError):
+        with suppress(OSError, ResourceError):
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                partial.write_text(json.dumps({"format": _MEMO_FORMAT, "files": self._files}))
-                os.replace(partial, self._path)
-            finally:
-                partial.unlink(missing_ok=True)
+            write_durably(self._path, json.dumps({"format": _MEMO_FORMAT, "files": self._files}).encode())
         self._changed = False
 
 
@@ -231,15 +228,42 @@ def _read_stream(stream: FileIO, ref: TensorRef) -> TensorFacts:
     stream.seek(ref.offset)
     while done < ref.nbytes:
         view = chunk[: ref.nbytes - done]
-        filled = 0
-        while filled < view.nbytes:
-            count = stream.readinto(view.data[filled:])
-            if not count:
-                raise CheckpointError(f"{ref.file} ends inside {ref.name}; it was truncated: copy or fetch it again")
-            filled += count
+        read_into(stream, view.data, ref)
         digest.update(view.data)
         if found < 0:
             index = first_nonfinite(view, ref.dtype)
             found = index + done // ITEM_BYTES[ref.dtype] if index >= 0 else -1
         done += view.nbytes
     return TensorFacts(digest.hexdigest(), found)
+
+
+def shard_states(refs: Iterable[TensorRef]) -> dict[Path, os.stat_result]:
+    """The state of every file that holds one of the tensors; CheckpointError names one that cannot be found."""
+    return {file: _stat_shard(file) for file in dict.fromkeys(ref.file for ref in refs)}
+
+
+def check_unchanged(states: Mapping[Path, os.stat_result], refs: Iterable[TensorRef]) -> None:
+    """Raise CheckpointError when a file is not what it was, or has one of the tensors no longer where it was."""
+    for file, before in states.items():
+        now = _stat_shard(file)
+        # not its ctime: giving the file another name changes that
+        replaced = (now.st_ino, now.st_dev) != (before.st_ino, before.st_dev)
+        if replaced or (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+            what = "was replaced" if replaced else "was written to"
+            raise CheckpointError(f"{file} {what} meanwhile, it must stay as it is; {_AGAIN}")
+    headers: dict[Path, set[TensorRef]] = {}
+    for ref in refs:
+        if ref.file not in headers:
+            headers[ref.file] = {replace(one, name="") for one in read_header(ref.file).values()}
+        # a component may call it otherwise than its file
+        if replace(ref, name="") not in headers[ref.file]:
+            raise CheckpointError(f"{ref.file} has {ref.name} no longer at byte {ref.offset}; {_AGAIN}")
+
+
+def _stat_shard(file: Path) -> os.stat_result:
+    try:
+        return file.stat()
+    except OSError as error:
+        raise CheckpointError(
+            f"shard {file} has gone ({error.strerror}), it must stay until the end; put it back and {_AGAIN}"
+        ) from error

@@ -18,14 +18,14 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fluxkiln.errors import CheckpointError, UsageError
 from fluxkiln.export.checkpoint import Checkpoint, open_checkpoint
-from fluxkiln.export.fingerprint import DigestMemo, digest_tensors
+from fluxkiln.export.fingerprint import DigestMemo, check_unchanged, digest_tensors, shard_states
 from fluxkiln.export.folders import check_destination, whole_or_nothing
 from fluxkiln.export.lora_file import LoraFile, Piece, digest_lora, read_lora
-from fluxkiln.export.weight_files import check_unchanged, shard_states
+from fluxkiln.export.safetensors_header import read_into
 from fluxkiln.progress import OnBytes, byte_counter
 from fluxkiln.types import TensorRef
 
@@ -89,7 +89,7 @@ def fuse_lora(
     linked = _linked_files(opened, touched)
     parent = _existing(destination.absolute().parent)
     apart = [path for path in linked.values() if links == "hard" and path.stat().st_dev != parent.stat().st_dev]
-    written = sum(states[file].size for file in touched)
+    written = sum(states[file].st_size for file in touched)
     total = written + sum(path.stat().st_size for path in apart)
     count = byte_counter(total, progress)
     with whole_or_nothing(destination, total, "choose another folder") as folder:
@@ -233,14 +233,15 @@ def _write_shard(
 ) -> None:
     """Copy a shard, but for the tensors that change; places and header stay the same."""
     position, end = 0, source.stat().st_size
-    with source.open("rb", buffering=0) as old, target.open("wb", buffering=0) as new:
+    with source.open("rb", buffering=0) as old, target.open("wb") as new:
         for ref in sorted((ref for ref in refs if ref.name in changes), key=lambda ref: ref.offset):
             _copy(old, new, position, ref.offset, count)
             for rows in _fused_rows(old, ref, changes[ref.name]):
-                _write(new, rows)
+                new.write(rows)
                 count(len(rows))
             position = ref.offset + ref.nbytes
         _copy(old, new, position, end, count)
+        new.flush()
         os.fsync(new.fileno())
 
 
@@ -254,7 +255,8 @@ def _fused_rows(old: Any, ref: TensorRef, changes: Sequence[tuple[Piece, float]]
     for start in range(0, height, step):
         stop = min(start + step, height)
         block = torch.empty(stop - start, width, dtype=dtype)
-        _read(old, _bytes_of(block), ref, start * width * block.element_size())
+        old.seek(ref.offset + start * width * block.element_size())
+        read_into(old, _bytes_of(block), ref)
         values = block.to(torch.float32)
         for piece, strength in changes:
             added = piece.up_OR[start:stop] @ piece.down_RI
@@ -276,15 +278,6 @@ def _bytes_of(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _read(old: Any, view: memoryview, ref: TensorRef, offset: int) -> None:
-    old.seek(ref.offset + offset)
-    while view:
-        read = old.readinto(view)
-        if not read:
-            raise CheckpointError(f"{ref.file} ends inside {ref.name}; it was truncated: copy or fetch it again")
-        view = view[read:]
-
-
 def _copy(old: Any, new: Any, start: int, stop: int, count: Callable[[int], None]) -> None:
     old.seek(start)
     while start < stop:
@@ -293,14 +286,9 @@ def _copy(old: Any, new: Any, start: int, stop: int, count: Callable[[int], None
             raise CheckpointError(
                 f"{old.name} ends at byte {start}, it had {stop}; start again when nothing writes to it"
             )
-        _write(new, memoryview(block))
+        new.write(block)
         count(len(block))
         start += len(block)
-
-
-def _write(new: BinaryIO | Any, view: memoryview) -> None:
-    while view:
-        view = view[new.write(view) :]
 
 
 def _write_record(

@@ -1,4 +1,4 @@
-"""Headers of safetensors files: where every tensor lies, without reading weight data.
+"""Safetensors files: where every tensor lies, by the header alone, how a header is written, and how bytes are read.
 
 Source: the format section of https://github.com/huggingface/safetensors, README: a little-endian u64 with the length of
 the header, a JSON object, then the tensors' bytes without holes.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,34 @@ def read_header(file: Path) -> dict[str, TensorRef]:
     return _parse_header(file, raw, 8 + header_bytes, file_bytes)
 
 
+def encode_header(
+    tensors: Iterable[tuple[str, str, tuple[int, ...]]],
+    metadata: Mapping[str, str] | None = None,
+    separators: tuple[str, str] = (", ", ": "),
+) -> bytes:
+    """The start of a file with tensors by name, dtype and shape; their bytes follow in this order.
+
+    Padded as safetensors' own writer does, so that they start at a multiple of 8. `separators` are json's.
+    """
+    entries: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    end = 0
+    for name, dtype, shape in tensors:
+        start, end = end, end + math.prod(shape) * ITEM_BYTES[dtype]
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    header = json.dumps(entries, separators=separators).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header
+
+
+def read_into(stream: FileIO, view: memoryview, ref: TensorRef) -> None:
+    """Fill `view` with bytes of a tensor from where its file stands; CheckpointError where the file ends before."""
+    while view:
+        count = stream.readinto(view)
+        if not count:
+            raise CheckpointError(f"{ref.file} ends inside {ref.name}; it was truncated: copy or fetch it again")
+        view = view[count:]
+
+
 def copy_tensors(refs: Iterable[TensorRef], target: Path) -> dict[str, TensorRef]:
     """Write a safetensors file with just these tensors, byte for byte, a block at a time.
 
@@ -60,15 +89,9 @@ def copy_tensors(refs: Iterable[TensorRef], target: Path) -> dict[str, TensorRef
         Where they lie now.
     """
     refs = sorted(refs, key=lambda ref: ref.name)
-    entries, position = {}, 0
-    for ref in refs:
-        entries[ref.name] = {"dtype": ref.dtype, "shape": ref.shape, "data_offsets": [position, position + ref.nbytes]}
-        position += ref.nbytes
-    header = json.dumps(entries).encode()
-    header += b" " * (-len(header) % 8)
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("wb") as output:
-        output.write(len(header).to_bytes(8, "little") + header)
+        output.write(encode_header((ref.name, ref.dtype, ref.shape) for ref in refs))
         for ref in refs:
             with ref.file.open("rb") as source:
                 source.seek(ref.offset)
@@ -90,7 +113,10 @@ def _parse_header(file: Path, raw: bytes, data_start: int, file_bytes: int) -> d
     if not isinstance(header, dict):
         raise CheckpointError(f"the header of {file} is a JSON {type(header).__name__}, not an object; {_REFETCH}")
     header.pop("__metadata__", None)
-    refs = sorted((_parse_entry(file, name, entry, data_start) for name, entry in header.items()), key=_position)
+    refs = sorted(
+        (_parse_entry(file, name, entry, data_start) for name, entry in header.items()),
+        key=lambda ref: (ref.offset, ref.nbytes),
+    )
     end = data_start
     for ref in refs:
         if ref.offset != end:
@@ -103,10 +129,6 @@ def _parse_header(file: Path, raw: bytes, data_start: int, file_bytes: int) -> d
         problem = "it is truncated" if file_bytes < end else "it was appended to"
         raise CheckpointError(f"{file} has {file_bytes} bytes, its header promises {end}: {problem}; {_REFETCH}")
     return {ref.name: ref for ref in refs}
-
-
-def _position(ref: TensorRef) -> tuple[int, int]:
-    return ref.offset, ref.nbytes
 
 
 def _parse_entry(file: Path, name: str, entry: Any, data_start: int) -> TensorRef:

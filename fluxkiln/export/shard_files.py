@@ -7,22 +7,21 @@ for all its ranks, some rows at a time, whatever their size; the digest of each 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.errors import CheckpointError, IntegrityError, ResourceError
+from fluxkiln.export.bindings import Window, window_of
 from fluxkiln.export.checkpoint import Checkpoint, read_tensor
-from fluxkiln.export.safetensors_header import ITEM_BYTES, read_header
-from fluxkiln.export.split import Window, bind_shard, split_slots, window_of
-from fluxkiln.progress import OnBytes, byte_counter
-from fluxkiln.types import Binding, Part, TensorRef, TensorSpec
+from fluxkiln.export.safetensors_header import ITEM_BYTES, encode_header, read_header, read_into
+from fluxkiln.files import publish
+from fluxkiln.types import Binding, TensorRef, TensorSpec
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,58 +46,34 @@ class ShardFile:
     nbytes: int
 
 
-def write_shards(
-    parts: Sequence[Part],
-    checkpoint: Checkpoint,
-    tp_degree: int,
-    folder: Path,
-    *,
-    workers: int = WORKERS,
-    progress: OnBytes | None = None,
-) -> tuple[ShardFile, ...]:
-    """Write the shards of every rank of the parts to `folder`.
-
-    A file appears under its name when it is complete and on the disk; what was there is replaced. Parts that run on one
-    core have one rank, see `Part.ranks`. Memory: 20 MB a worker, whatever the size of tensors.
-
-    Args:
-        workers: parts that are written at once.
-
-    Returns:
-        The files, in the order of parts and ranks.
-
-    Raises:
-        UsageError: the ranks cannot share a weight; before anything is read. CheckpointError: a tensor is missing, has
-            another shape than its config says or a dtype that is not converted, or its file ends too early.
-        ResourceError: the disk is full or cannot be written to.
-    """
-    jobs, known = [], {}
-    for part in parts:
-        ranks, alike = part.ranks(tp_degree), (part.kind, len(part.members))
-        if alike not in known:
-            known[alike] = split_slots(checkpoint.model, part, checkpoint.configs, ranks)
-        slots = known[alike]
-        jobs.append((slots, [bind_shard(part, slots, checkpoint, ranks, rank) for rank in range(ranks)]))
-    total = sum(2 * math.prod(spec.shape) * len(bindings) for slots, bindings in jobs for spec in slots)
-    count = byte_counter(total, progress)
-    with ThreadPoolExecutor(workers, "shard") as pool:
-        writing = [pool.submit(_write_part, *job, checkpoint.tensors, folder, count) for job in jobs]
-        try:
-            return tuple(file for job in writing for file in job.result())
-        finally:
-            for job in writing:
-                job.cancel()
-
-
 def write_part(
     slots: tuple[TensorSpec, ...], bindings: Sequence[Binding], checkpoint: Checkpoint, folder: Path
 ) -> tuple[ShardFile, ...]:
-    """Write the shards of every rank of one part to `folder`; errors and memory as `write_shards`.
+    """Write the shards of every rank of one part to `folder`, in the order of the ranks.
+
+    A file appears under its name when it is complete and on the disk; what was there is replaced. Memory: 20 MB,
+    whatever the size of tensors.
 
     Args:
-        slots: with the shapes of a rank. bindings: of each rank, see `sharding.bind_shard`.
+        slots: with the shapes of a rank. bindings: of each rank, see `bindings.bind_shard`.
+
+    Raises:
+        CheckpointError: a tensor has a dtype that is not converted, or its file ends too early.
+        ResourceError: the disk is full or cannot be written to.
     """
-    return tuple(_write_part(slots, bindings, checkpoint.tensors, folder, byte_counter(0, None)))
+    part, refs = bindings[0].part, checkpoint.tensors[bindings[0].component]
+    (folder / part).mkdir(parents=True, exist_ok=True)
+    header = encode_header((spec.name, DTYPE, spec.shape) for spec in slots)
+    with ExitStack() as stack:
+        paths = (folder / part / f"tp{rank}.safetensors" for rank in range(len(bindings)))
+        files = [stack.enter_context(_PartialFile(path)) for path in paths]
+        spread = _Spreader(stack, files)
+        for file in files:
+            file.write(header)
+        for places in zip(*(binding.slots for binding in bindings), strict=True):
+            ref = refs[places[0].sources[0]]
+            spread(ref, [window_of(ref.shape, place.transforms) for place in places])
+        return tuple(ShardFile(part, rank, file.path, file.finish(), file.nbytes) for rank, file in enumerate(files))
 
 
 def read_shard(path: Path, sha256: str | None = None) -> dict[str, NDArray[Any]]:
@@ -113,42 +88,6 @@ def read_shard(path: Path, sha256: str | None = None) -> dict[str, NDArray[Any]]
         if found != sha256:
             raise IntegrityError(f"{path} has the sha256 {found}, expected is {sha256}; shard the checkpoint again")
     return {name: read_tensor(ref) for name, ref in read_header(path).items()}
-
-
-def _write_part(
-    slots: tuple[TensorSpec, ...],
-    bindings: Sequence[Binding],
-    tensors: Mapping[str, Mapping[str, TensorRef]],
-    folder: Path,
-    count: Callable[[int], None],
-) -> list[ShardFile]:
-    """The files of all ranks of one part."""
-    part, refs = bindings[0].part, tensors[bindings[0].component]
-    (folder / part).mkdir(parents=True, exist_ok=True)
-    header = _header(slots)
-    with ExitStack() as stack:
-        files = [
-            stack.enter_context(_PartialFile(folder / part / f"tp{rank}.safetensors")) for rank in range(len(bindings))
-        ]
-        spread = _Spreader(stack, files, count)
-        for file in files:
-            file.write(header)
-        for places in zip(*(binding.slots for binding in bindings), strict=True):
-            ref = refs[places[0].sources[0]]
-            spread(ref, [window_of(ref.shape, place.transforms) for place in places])
-        return [ShardFile(part, rank, file.path, file.finish(), file.nbytes) for rank, file in enumerate(files)]
-
-
-def _header(slots: tuple[TensorSpec, ...]) -> bytes:
-    """Source: see `fluxkiln.export.safetensors_header`."""
-    entries, position = {}, 0
-    for spec in slots:
-        end = position + math.prod(spec.shape) * ITEM_BYTES[DTYPE]
-        entries[spec.name] = {"dtype": DTYPE, "shape": spec.shape, "data_offsets": [position, end]}
-        position = end
-    header = json.dumps(entries).encode()
-    header += b" " * (-len(header) % 8)
-    return len(header).to_bytes(8, "little") + header
 
 
 class _PartialFile:
@@ -179,13 +118,7 @@ class _PartialFile:
     def finish(self) -> str:
         """Put the file on the disk under its name; returns its sha256."""
         with _told(self.path):
-            os.fsync(self._stream.fileno())
-            os.replace(self._partial, self.path)
-            descriptor = os.open(self.path.parent, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            publish(self._stream, self._partial, self.path)
         return self._digest.hexdigest()
 
 
@@ -202,11 +135,11 @@ def _told(path: Path) -> Iterator[None]:
 class _Spreader:
     """Reads tensors block by block and gives every rank its rows and columns; buffers are kept between tensors."""
 
-    def __init__(self, stack: ExitStack, files: Sequence[_PartialFile], count: Callable[[int], None]) -> None:
+    def __init__(self, stack: ExitStack, files: Sequence[_PartialFile]) -> None:
         import numpy as np
 
-        self._stack, self._files, self._count = stack, files, count
-        self._sources: dict[Path, int] = {}
+        self._stack, self._files = stack, files
+        self._sources: dict[Path, FileIO] = {}
         self._read = np.empty(_BLOCK_BYTES, np.uint8)
         self._copy = np.empty(_BLOCK_BYTES, np.uint8)
 
@@ -251,13 +184,11 @@ class _Spreader:
             data[:, : rows.shape[1]] = rows
             data[:, rows.shape[1] :] = 0
         file.write(data)
-        self._count(data.nbytes)
 
     def _zeros(self, file: _PartialFile, nbytes: int) -> None:
         while nbytes > 0:
             self._copy[:] = 0
             file.write(self._copy[:nbytes])
-            self._count(min(nbytes, self._copy.nbytes))
             nbytes -= self._copy.nbytes
 
     def _block(self, ref: TensorRef, start: int, stop: int, first: int, last: int) -> NDArray[np.uint16]:
@@ -282,19 +213,11 @@ class _Spreader:
         return values.astype(ml_dtypes.bfloat16).view(np.uint16).reshape(rows, width)
 
     def _fill(self, ref: TensorRef, place: NDArray[np.uint8], offset: int) -> None:
-        view = place.data
         try:
-            source = self._sources.get(ref.file)
-            if source is None:
-                source = self._stack.enter_context(ref.file.open("rb", buffering=0)).fileno()
-                self._sources[ref.file] = source
-            while view:
-                read = os.preadv(source, [view], offset)
-                if not read:
-                    raise CheckpointError(
-                        f"{ref.file} ends inside {ref.name}; it was truncated: copy or fetch it again"
-                    )
-                view, offset = view[read:], offset + read
+            if ref.file not in self._sources:
+                self._sources[ref.file] = self._stack.enter_context(ref.file.open("rb", buffering=0))
+            self._sources[ref.file].seek(offset)
+            read_into(self._sources[ref.file], place.data, ref)
         except OSError as error:
             raise CheckpointError(f"{ref.file} cannot be read: {error.strerror}; fetch it again") from error
 

@@ -76,7 +76,7 @@ def synthetic_folder(preset: Preset, cache_dir: Path, components: Collection[str
 def _synthesize_once(
     preset: Preset, cache_dir: Path, progress: OnBytes | None, components: Collection[str] | None
 ) -> Path:
-    from fluxkiln.export.synth.checkpoint import synthesize, with_sisters
+    from fluxkiln.export.synth import synthesize, with_sisters
 
     # The folder's own name is the model's name.
     folder = synthetic_folder(preset, cache_dir, components)

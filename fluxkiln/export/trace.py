@@ -37,6 +37,8 @@ def export_template(
     Raises:
         UsageError: no such kind or format. PatchError: upstream changed. ExportError: the graph is not what it must be.
     """
+    import torch
+
     if graph_format not in SUFFIXES:
         raise UsageError(f"no graph format is called {graph_format!r}; there are {', '.join(SUFFIXES)}")
     inputs, traits = model.part_inputs(kind, configs, shapes), model.kinds[kind]
@@ -52,12 +54,11 @@ def export_template(
             arguments = _arguments("cpu", inputs, module)
         slots = module.slots
         with _quiet():
-            if graph_format == "onnx17":
-                slots = _write_onnx17(module, arguments, inputs, outputs, path, traits.convolutional)
-            elif graph_format == "onnx23":
-                _write_onnx23(module, arguments, inputs, outputs, path)
+            if graph_format in OPSETS:
+                opset = OPSETS[graph_format]
+                slots = _write_onnx(module, arguments, inputs, outputs, path, opset, traits.convolutional)
             elif graph_format == "pt2":
-                _write_pt2(module, arguments, path)
+                torch.export.save(torch.export.export(module, arguments, strict=False), path)
             else:
                 _write_torchscript(module, arguments, path)
     digest = "sha256:" + hashlib.sha256(path.read_bytes()).hexdigest()
@@ -116,76 +117,45 @@ def _output_specs(kind: Kind, module: Any, arguments: tuple[Tensor, ...]) -> tup
     return tuple(TensorSpec(name, tuple(result.shape)) for name, result in zip(names, results, strict=True))
 
 
-def _write_onnx17(
+def _write_onnx(
     module: Any,
     arguments: tuple[Tensor, ...],
     inputs: tuple[TensorSpec, ...],
     outputs: tuple[TensorSpec, ...],
     path: Path,
+    opset: int,
     convolutional: bool,
 ) -> tuple[TensorSpec, ...]:
+    """Write the graph, opset 17 by the TorchScript exporter, 23 by the one on torch.export; returns its slots."""
     import onnx_ir as ir
     import torch
 
-    from fluxkiln.export.graph import check_template, finish_graph, set_static_shapes
+    from fluxkiln.export.graph import check_template, finish_graph, fold_constants, set_static_shapes
 
-    dynamic = {spec.name: {2: f"{spec.name}_height", 3: f"{spec.name}_width"} for spec in (inputs[0], *outputs)}
-    if convolutional:
-        small = arguments[0][:, :, :TRACED_LATENT, :TRACED_LATENT]
-        arguments = (small, *arguments[1:])
-    torch.onnx.export(
-        module,
-        arguments,
-        str(path),
-        dynamo=False,
-        opset_version=OPSETS["onnx17"],
-        input_names=[spec.name for spec in (*inputs, *module.slots)],
-        output_names=[spec.name for spec in outputs],
-        dynamic_axes=dynamic if convolutional else None,
-    )
-    model = ir.load(path)
-    if convolutional:
-        set_static_shapes(model, inputs, outputs)
-    slots = finish_graph(model, inputs, outputs)
-    check_template(model, OPSETS["onnx17"], inputs, slots, outputs)
+    options: dict[str, Any] = {
+        "opset_version": opset,
+        "input_names": [spec.name for spec in (*inputs, *module.slots)],
+        "output_names": [spec.name for spec in outputs],
+    }
+    if opset == OPSETS["onnx17"]:
+        if convolutional:
+            arguments = (arguments[0][:, :, :TRACED_LATENT, :TRACED_LATENT], *arguments[1:])
+            sides = {spec.name: {2: f"{spec.name}_height", 3: f"{spec.name}_width"} for spec in (inputs[0], *outputs)}
+            options["dynamic_axes"] = sides
+        torch.onnx.export(module, arguments, str(path), dynamo=False, **options)
+        model = ir.load(path)
+        if convolutional:
+            set_static_shapes(model, inputs, outputs)
+        slots = finish_graph(model, inputs, outputs)
+    else:
+        program = torch.onnx.export(module, arguments, dynamo=True, optimize=False, verbose=False, **options)
+        if program is None:
+            raise ExportError("torch.onnx.export returned no program")
+        model, slots = program.model, module.slots
+        fold_constants(model)
+    check_template(model, opset, inputs, slots, outputs)
     ir.save(model, path)
     return slots
-
-
-def _write_onnx23(
-    module: Any,
-    arguments: tuple[Tensor, ...],
-    inputs: tuple[TensorSpec, ...],
-    outputs: tuple[TensorSpec, ...],
-    path: Path,
-) -> None:
-    import onnx_ir as ir
-    import torch
-
-    from fluxkiln.export.graph import check_template, fold_constants
-
-    program = torch.onnx.export(
-        module,
-        arguments,
-        dynamo=True,
-        opset_version=OPSETS["onnx23"],
-        optimize=False,
-        input_names=[spec.name for spec in (*inputs, *module.slots)],
-        output_names=[spec.name for spec in outputs],
-        verbose=False,
-    )
-    if program is None:
-        raise ExportError("torch.onnx.export returned no program")
-    model = program.model
-    fold_constants(model)
-    check_template(model, OPSETS["onnx23"], inputs, module.slots, outputs)
-    ir.save(model, path)
-
-
-def _write_pt2(module: Any, arguments: tuple[Tensor, ...], path: Path) -> None:
-    import torch
-
-    torch.export.save(torch.export.export(module, arguments, strict=False), path)
 
 
 def _write_torchscript(module: Any, arguments: tuple[Tensor, ...], path: Path) -> None:

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fluxkiln.errors import ExportError, UsageError
 from fluxkiln.types import Part
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto
+
+_Named = TypeVar("_Named", "ValueInfoProto", "TensorProto")
 
 DOMAIN = "fluxkiln"
 PRODUCER = "fluxkiln"
@@ -217,11 +219,7 @@ class _Stitching:
         return self.functions[key].name, [self._weight(tensor, one.weights[tensor.name]) for tensor in own]
 
     def _weight(self, tensor: TensorProto, name: str) -> str:
-        from onnx import TensorProto as Tensor
-
-        renamed = Tensor()
-        renamed.CopyFrom(tensor)
-        renamed.name = name
+        renamed = _renamed(tensor, name)
         if self.weights.setdefault(name, renamed) != renamed:
             raise ExportError(f"two weights are called {name} and lie in different places")
         return name
@@ -231,10 +229,8 @@ class _Stitching:
             self.unread.pop(value, None)
 
 
-def _renamed(value: ValueInfoProto, name: str) -> ValueInfoProto:
-    from onnx import ValueInfoProto as ValueInfo
-
-    renamed = ValueInfo()
+def _renamed(value: _Named, name: str) -> _Named:
+    renamed = type(value)()
     renamed.CopyFrom(value)
     renamed.name = name
     return renamed

@@ -1,15 +1,17 @@
-"""The wrapper module of a part: its weights, and how they get into it."""
+"""The wrapper module of a part: its weights, how they get into it, and what upstream's leaf modules in it make."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from fluxkiln.errors import CheckpointError
 from fluxkiln.patches.model import Model
 from fluxkiln.types import Configs
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import Tensor
     from torch.nn import Module
 
@@ -48,3 +50,37 @@ def _real_buffer(name: str, buffer: Tensor) -> Tensor:
     import torch
 
     return torch.zeros(buffer.shape, dtype=buffer.dtype)  # position ids: the parts do not read them
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """One call of a leaf module: its name inside the part as the checkpoint has it, its class, and what it returned.
+
+    `epsilon` is a norm's own, else None.
+    """
+
+    name: str
+    type: str
+    output: NDArray[Any]
+    epsilon: float | None
+
+
+def watch_leaves(module: Module) -> list[Leaf]:
+    """A list that gets what the leaf modules of `module` make whenever it runs, in call order."""
+    import torch
+
+    seen: list[Leaf] = []
+
+    def watch(name: str, leaf: Any) -> None:
+        epsilon = next((getattr(leaf, key) for key in ("eps", "variance_epsilon") if hasattr(leaf, key)), None)
+
+        def hook(_: Any, __: Any, output: Any) -> None:
+            if isinstance(output, torch.Tensor) and output.is_floating_point():
+                seen.append(Leaf(slot_name(name), type(leaf).__name__, output.float().numpy().copy(), epsilon))
+
+        leaf.register_forward_hook(hook)
+
+    for name, leaf in module.named_modules():
+        if not list(leaf.children()):
+            watch(name, leaf)
+    return seen

@@ -33,7 +33,7 @@ from fluxkiln.verify.findings import (
 from fluxkiln.verify.metrics import compare, explain_mismatch
 
 if TYPE_CHECKING:
-    from fluxkiln.patches.leaves import Leaf
+    from fluxkiln.patches.parts import Leaf
 
 # channels named in a finding
 MOST_NAMED = 8

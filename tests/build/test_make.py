@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from fluxkiln.artifacts.bundle import verify_bundle
-from fluxkiln.export.synth.checkpoint import synthesize
+from fluxkiln.export.synth import synthesize
 from fluxkiln.files import digest_file
 from tests.ran import Run
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fluxkiln.errors import PatchError
-from fluxkiln.export.split import slot_rule, split_slots, window_of
+from fluxkiln.export.bindings import slot_rule, split_slots, window_of
 from fluxkiln.patches.flux1.kinds import list_split_parts
 from fluxkiln.patches.flux1.model import MODEL
 from fluxkiln.types import Configs

@@ -15,7 +15,7 @@ import pytest
 from fluxkiln.errors import CheckpointError
 from fluxkiln.export.checkpoint import TensorReader, expect_tensors, open_checkpoint, read_tensor
 from fluxkiln.export.safetensors_header import read_header
-from fluxkiln.export.synth.checkpoint import synthesize
+from fluxkiln.export.synth import synthesize
 from fluxkiln.patches.flux1.kinds import list_parts
 from fluxkiln.patches.flux1.model import MODEL
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fluxkiln.errors import CheckpointError, ParityError, PatchError, UsageError
-from fluxkiln.export import bindings, eager, leaves
+from fluxkiln.export import bindings, eager
 from fluxkiln.export.eager import PatchedRunner
 from fluxkiln.patches.flux1 import transformer as patches
 from fluxkiln.patches.flux1.kinds import list_parts
@@ -230,6 +230,6 @@ def test_one_wrong_element_of_a_bias_is_caught(model):
         return state
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(leaves, "part_state", nudged)
+        patch.setattr(eager, "part_state", nudged)
         ladder = climb(recording, run, parts)
     assert failed_parts(ladder) == ["single.01"]

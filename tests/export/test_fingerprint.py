@@ -15,7 +15,7 @@ from fluxkiln.errors import CheckpointError
 from fluxkiln.export import fingerprint as module
 from fluxkiln.export.checkpoint import open_checkpoint
 from fluxkiln.export.fingerprint import DigestMemo, digest_tensors, fingerprint, scan_finite
-from fluxkiln.export.synth.checkpoint import synthesize
+from fluxkiln.export.synth import synthesize
 from fluxkiln.types import TensorRef
 
 TENSOR = "transformer_blocks.1.ff.net.2.weight"

@@ -14,7 +14,7 @@ from huggingface_hub import errors
 from fluxkiln.errors import CheckpointError, ResourceError, UsageError
 from fluxkiln.export.checkpoint import open_checkpoint
 from fluxkiln.export.source import generator_digest, resolve_model
-from fluxkiln.export.synth.checkpoint import synthesize
+from fluxkiln.export.synth import synthesize
 from fluxkiln.patches.flux1.presets import PRESETS
 
 
@@ -27,7 +27,7 @@ def test_a_preset_is_made_once(tmp_path, monkeypatch):
     folder = resolve_model("tiny-dev", tmp_path)
     assert folder.is_relative_to(tmp_path / "synth")
     assert open_checkpoint(folder).name == "tiny-dev"
-    monkeypatch.setattr("fluxkiln.export.synth.checkpoint.synthesize", None)
+    monkeypatch.setattr("fluxkiln.export.synth.synthesize", None)
     assert resolve_model("tiny-dev", tmp_path) == folder
 
 
@@ -41,7 +41,7 @@ def test_a_preset_made_by_another_process_meanwhile(tmp_path, monkeypatch):
         synthesize(name, destination)
         return synthesize(name, destination)
 
-    monkeypatch.setattr("fluxkiln.export.synth.checkpoint.synthesize", lose_the_race)
+    monkeypatch.setattr("fluxkiln.export.synth.synthesize", lose_the_race)
     assert open_checkpoint(resolve_model("tiny-dev", tmp_path)).variant == "dev"
 
 

@@ -9,11 +9,16 @@ import numpy as np
 import pytest
 
 from fluxkiln.errors import CheckpointError, PatchError, UsageError
-from fluxkiln.export.bindings import BoundWeights, apply_transforms, transformed_shape
+from fluxkiln.export.bindings import (
+    BoundWeights,
+    apply_transforms,
+    bind_shard,
+    split_slots,
+    transformed_shape,
+    window_of,
+)
 from fluxkiln.export.checkpoint import read_tensor
-from fluxkiln.export.split import bind_shard, split_slots, window_of
-from fluxkiln.patches.flux1 import cuts
-from fluxkiln.patches.flux1.kinds import list_split_parts
+from fluxkiln.patches.flux1.kinds import CUTS, list_split_parts
 from fluxkiln.patches.flux1.model import MODEL
 from fluxkiln.patches.flux1.presets import PRESETS
 from fluxkiln.types import Binding, SlotBinding, TensorSpec, Transform
@@ -36,17 +41,17 @@ def test_every_linear_that_diffusers_cuts_is_cut_the_same_way(preset, ranks):
 
 def test_another_cut_than_diffusers_is_seen(monkeypatch):
     configs = PRESETS["tiny-dev"].configs
-    other = tuple(replace(cut, way="column") if "net\\.2\\.weight" in cut.slots else cut for cut in cuts.CUTS["double"])
-    monkeypatch.setitem(cuts.CUTS, "double", other)
+    other = tuple(replace(cut, way="column") if "net\\.2\\.weight" in cut.slots else cut for cut in CUTS["double"])
+    monkeypatch.setitem(CUTS, "double", other)
     with pytest.raises(PatchError, match=r"transformer_blocks.0.ff.net.2.weight is cut as .*diffusers cuts it as"):
         check_against_diffusers(configs, 2)
 
 
 def test_halves_of_the_single_blocks_projection_must_not_be_mixed(monkeypatch):
     """Contiguous columns of the whole tensor would give one rank the attention's and another the MLP's."""
-    mixed = [cut for cut in cuts.CUTS["single"] if cut.half != "mlp"]
-    mixed.append(replace(next(cut for cut in cuts.CUTS["single"] if cut.half == "mlp"), half="attention"))
-    monkeypatch.setitem(cuts.CUTS, "single", tuple(mixed))
+    mixed = [cut for cut in CUTS["single"] if cut.half != "mlp"]
+    mixed.append(replace(next(cut for cut in CUTS["single"] if cut.half == "mlp"), half="attention"))
+    monkeypatch.setitem(CUTS, "single", tuple(mixed))
     with pytest.raises(PatchError, match=r"single_transformer_blocks.0.proj_out.weight is cut as"):
         check_against_diffusers(PRESETS["tiny-dev"].configs, 2)
 

@@ -8,9 +8,8 @@ from dataclasses import replace
 import pytest
 
 from fluxkiln.errors import CheckpointError
-from fluxkiln.export.checkpoint import open_checkpoint
-from fluxkiln.export.synth.checkpoint import synthesize
-from fluxkiln.export.validate import validate_checkpoint
+from fluxkiln.export.checkpoint import open_checkpoint, validate_checkpoint
+from fluxkiln.export.synth import synthesize
 
 BLOCK = "single_transformer_blocks.1.proj_mlp.weight"
 

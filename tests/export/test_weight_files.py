@@ -9,7 +9,7 @@ import pytest
 
 from fluxkiln.errors import CheckpointError
 from fluxkiln.export.checkpoint import open_checkpoint
-from fluxkiln.export.weight_files import check_unchanged, shard_states
+from fluxkiln.export.fingerprint import check_unchanged, shard_states
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from fluxkiln.compile.onnx.session import open_session
 from fluxkiln.errors import ExportError, UsageError
 from fluxkiln.export.checkpoint import TensorReader
 from fluxkiln.export.whole import LinkedPart, component_graphs, stitch_parts
-from fluxkiln.patches.flux1.host import T5_BIAS_TABLE, make_constants
+from fluxkiln.patches.flux1.inputs import T5_BIAS_TABLE, make_constants
 from fluxkiln.patches.flux1.kinds import MODULATION_ROWS, list_parts, make_part
 from fluxkiln.patches.flux1.model import MODEL
 from fluxkiln.progress import Silent

@@ -15,7 +15,7 @@ import torch
 from fluxkiln.errors import PatchError
 from fluxkiln.patches.flux1.kinds import KINDS
 from fluxkiln.patches.flux1.model import MODEL
-from fluxkiln.patches.flux1.rms_norm import explicit_rms_norm
+from fluxkiln.patches.flux1.transformer import explicit_rms_norm
 from fluxkiln.patches.patch import (
     Patch,
     _locate,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fluxkiln.patches.leaves import Leaf
+from fluxkiln.patches.parts import Leaf
 from fluxkiln.verify.findings import Operation, Tolerance
 from fluxkiln.verify.judgement import judge_output, match_leaves
 

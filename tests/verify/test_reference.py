@@ -11,8 +11,7 @@ import torch
 
 from fluxkiln.errors import CheckpointError, IntegrityError, PatchError, ResourceError, UsageError
 from fluxkiln.export.checkpoint import TensorReader, open_checkpoint
-from fluxkiln.patches.flux1.host import make_constants, pooled_row
-from fluxkiln.patches.flux1.inputs import part_inputs
+from fluxkiln.patches.flux1.inputs import make_constants, part_inputs, pooled_row
 from fluxkiln.patches.flux1.kinds import list_parts
 from fluxkiln.patches.pipeline import PROMPT, Sampling
 from fluxkiln.types import Shapes

@@ -24,8 +24,8 @@ from fluxkiln.compile.weights import part_packers
 from fluxkiln.errors import ResourceError, UsageError
 from fluxkiln.export.bindings import bind_part, binding_refs, weight_reader
 from fluxkiln.export.checkpoint import Checkpoint
+from fluxkiln.export.fingerprint import check_unchanged, shard_states
 from fluxkiln.export.safetensors_header import copy_tensors
-from fluxkiln.export.weight_files import check_unchanged, shard_states
 from fluxkiln.files import clone, disk_full_named, partial_directory, write_durably
 from fluxkiln.progress import Progress
 from fluxkiln.quantize.schemes import parse_scheme

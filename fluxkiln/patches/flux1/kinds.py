@@ -1,4 +1,4 @@
-"""What FLUX.1 is made of: its kinds of parts, and the parts of a checkpoint in the order they run.
+"""What FLUX.1 is made of: kinds of parts, the parts in the order they run, and how their weights are cut over ranks.
 
 The transformer comes in two forms. `inline`: head, blocks and tail, all run at every step. `hoisted`: what depends on
 timestep, guidance and pooled prompt alone is in parts of their own that run once per image for all its steps, one row
@@ -13,7 +13,8 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from fluxkiln.errors import UsageError
-from fluxkiln.types import Configs, Kind, Part
+from fluxkiln.patches.cut import WHOLE, Cut
+from fluxkiln.types import Configs, Kind, Part, Shapes
 
 CLIP_TOKENS = 77
 # Denoising steps that the hoisted parts take at once; rows beyond an image's number of steps are padding.
@@ -25,6 +26,7 @@ MODULATION_CHUNKS: Mapping[str, int] = {"double": 12, "single": 3, "tail": 2}
 NO_BLOCKS: Configs = {"text_encoder_2": {"num_layers": 0}, "transformer": {"num_layers": 0, "num_single_layers": 0}}
 
 _ROTARY = ("rotary_cos", "rotary_sin")
+CONSTANT_INPUTS = (*_ROTARY, "position_bias", "position_buckets")
 _IMAGE, _TEXT = "hidden_states", "encoder_hidden_states"
 _STREAMS, _STREAMS_OUT = (_IMAGE, _TEXT), ("hidden_states_out", "encoder_hidden_states_out")
 _BOTH = (("hidden_states_out", _IMAGE), ("encoder_hidden_states_out", _TEXT))
@@ -105,14 +107,14 @@ _SPLIT = (
 )  # fmt: skip
 KINDS: Mapping[str, Kind] = {kind.name: kind for kind in _WHOLE}
 SPLIT_KINDS: Mapping[str, Kind] = {kind.name: kind for kind in _SPLIT}
+ALL_KINDS: Mapping[str, Kind] = {**KINDS, **SPLIT_KINDS}
 
 
 def make_part(name: str, kind: str, prefix: str = "", members: tuple[tuple[str, str], ...] = ()) -> Part:
     """A part of FLUX.1 by the name of its kind; UsageError with the legal names otherwise."""
-    known = {**KINDS, **SPLIT_KINDS}
-    if kind not in known:
-        raise UsageError(f"no kind of part is called {kind!r}; there are {', '.join(known)}")
-    return Part(name, known[kind], prefix, members)
+    if kind not in ALL_KINDS:
+        raise UsageError(f"no kind of part is called {kind!r}; there are {', '.join(ALL_KINDS)}")
+    return Part(name, ALL_KINDS[kind], prefix, members)
 
 
 def list_parts(
@@ -144,7 +146,7 @@ def list_parts(
         parts += [make_part("head", "head"), *blocks]
     else:
         parts.append(make_part("time_embed", "time_embed"))
-        parts += [make_part(modulation_name(part), f"{part.kind}_modulation", part.prefix) for part in blocks]
+        parts += [make_part(modulation_name(part.name), f"{part.kind}_modulation", part.prefix) for part in blocks]
         parts.append(make_part("token_embed", "token_embed"))
         parts += [replace(part, traits=KINDS[f"{part.kind}_modulated"]) for part in blocks]
     return (*parts, _vae_part(vae))
@@ -187,9 +189,9 @@ def list_split_parts(
     )
 
 
-def modulation_name(part: Part) -> str:
-    """The part that computes the modulation of `part`, a block or the tail: `double.07` -> `double_modulation.07`."""
-    base, dot, number = part.name.partition(".")
+def modulation_name(part: str) -> str:
+    """The part that computes the modulation of a block or the tail: `double.07` -> `double_modulation.07`."""
+    base, dot, number = part.partition(".")
     return f"{base}_modulation{dot}{number}"
 
 
@@ -215,3 +217,78 @@ def _groups(kind: str, blocks: Sequence[tuple[str, str]], size: int) -> list[Par
 def _vae_part(vae: Literal["kl", "tiny"]) -> Part:
     kind = "vae_decoder" if vae == "kl" else "tiny_vae_decoder"
     return make_part(kind, kind, "decoder.")
+
+
+_BF16 = 2
+_LEAVES = r"\.(weight|bias)"
+
+# Every slot of a kind matches exactly one pattern. q, k, v and the MLP's first linear are column, what follows them
+# row, so that nothing is gathered between.
+CUTS: Mapping[str, tuple[Cut, ...]] = {
+    "clip": WHOLE,
+    "t5": (
+        Cut(r"encoder\.block\.\d+\.layer\.0\.SelfAttention\.[qkv]\.weight", "column", heads=True),
+        Cut(r"encoder\.block\.\d+\.layer\.0\.SelfAttention\.o\.weight", "row", heads=True),
+        # [buckets, heads]: each rank has the columns of its heads
+        Cut(r"encoder\.block\.0\.layer\.0\.SelfAttention\.relative_attention_bias\.weight", "row", heads=True),
+        Cut(r"encoder\.block\.\d+\.layer\.1\.DenseReluDense\.wi_[01]\.weight", "column"),
+        Cut(r"encoder\.block\.\d+\.layer\.1\.DenseReluDense\.wo\.weight", "row"),
+        Cut(r"shared\.weight|encoder\.(block\.\d+\.layer\.[01]\.layer_norm|final_layer_norm)\.weight", "whole"),
+    ),
+    "head": (
+        Cut(rf"(transformer_blocks\.\d+\.norm1(_context)?|norm_out)\.linear{_LEAVES}", "column"),
+        Cut(rf"single_transformer_blocks\.\d+\.norm\.linear{_LEAVES}", "column"),
+        Cut(rf"(x_embedder|context_embedder|time_text_embed\.\w+_embedder\.linear_[12]){_LEAVES}", "whole"),
+    ),
+    "double": (
+        Cut(rf"attn\.(to_[qkv]|add_[qkv]_proj){_LEAVES}", "column", heads=True),
+        Cut(r"attn\.(to_out\.0|to_add_out)\.weight", "row", heads=True),
+        Cut(rf"ff(_context)?\.net\.0\.proj{_LEAVES}", "column"),
+        Cut(r"ff(_context)?\.net\.2\.weight", "row"),
+        Cut(r"(attn\.(to_out\.0|to_add_out)|ff(_context)?\.net\.2)\.bias|attn\.norm_(added_)?[qk]\.weight", "whole"),
+    ),
+    "single": (
+        Cut(rf"attn\.to_[qkv]{_LEAVES}", "column", heads=True),
+        Cut(rf"proj_mlp{_LEAVES}", "column"),
+        Cut(r"proj_out\.weight_attention", "row", heads=True, source="proj_out.weight", half="attention"),
+        Cut(r"proj_out\.weight_mlp", "row", source="proj_out.weight", half="mlp"),
+        Cut(r"proj_out\.bias|attn\.norm_[qk]\.weight", "whole"),
+    ),
+    "tail": (Cut(rf"proj_out{_LEAVES}", "whole"),),
+    "vae_decoder": WHOLE,
+    "tiny_vae_decoder": WHOLE,
+}
+
+
+def head_count(kind: str, configs: Configs) -> int:
+    """Attention heads of the unsplit component that `kind` is cut from; 1 for kinds that are not cut by heads."""
+    if kind == "t5":
+        return int(configs["text_encoder_2"]["num_heads"])
+    return int(configs["transformer"]["num_attention_heads"]) if kind in ("head", "double", "single", "tail") else 1
+
+
+def split_axes(configs: Configs) -> tuple[int, dict[str, int]]:
+    """Attention heads of the transformer, which may be padded, and the axes that have to split evenly, by name."""
+    widths: dict[str, int] = {}
+    if "text_encoder_2" in configs:
+        t5 = configs["text_encoder_2"]
+        widths |= {"T5's heads": int(t5["num_heads"]), "T5's feed-forward": int(t5["d_ff"])}
+    return int(configs["transformer"]["num_attention_heads"]) if "transformer" in configs else 1, widths
+
+
+def activation_bytes(configs: Configs, shapes: Shapes, degree: int) -> int:
+    """Bytes of activations that are alive at once on a core, by the widest moments of a block and of the decoder.
+
+    A block: scores of this core's heads in float32 and bfloat16, the joint tokens in float32, and their MLP. The
+    decoder: four maps of its narrowest stage at the size of the image. The compiler tiles both and needs less.
+    """
+    widest = [0]
+    if "transformer" in configs:
+        flux = configs["transformer"]
+        heads, joint = -(-int(flux["num_attention_heads"]) // degree), shapes.joint_tokens
+        width = int(flux["num_attention_heads"]) * int(flux["attention_head_dim"])
+        widest.append(6 * heads * joint**2 + joint * width * (4 * 4 + 2 * _BF16 * 4 // degree))
+    if "vae" in configs:
+        channels = int(configs["vae"].get("block_out_channels", [128])[0])
+        widest.append(4 * _BF16 * channels * shapes.height * shapes.width)
+    return max(widest)

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.patches.flux1 import kinds
-from fluxkiln.patches.flux1.presets import GENERATOR, PRESETS
-from fluxkiln.patches.flux1.weight_rules import RULES
+from fluxkiln.patches.flux1.presets import GENERATOR, PRESETS, RULES
 from fluxkiln.patches.model import API, Call, Config, Preset, Put, ReadTensor, Recorded, WeightRule, WeightUse
 from fluxkiln.types import BindingLicence, Configs, Kind, Part, Shapes, TensorSpec
 
@@ -78,11 +77,11 @@ class Flux1:
     most_tokens: Mapping[str, int] = {"dev": 512, "schnell": 256}
     # schnell is distilled to four steps; 28 is what diffusers' example for dev takes
     steps: Mapping[str, int] = {"dev": 28, "schnell": 4}
-    kinds: Mapping[str, Kind] = {**kinds.KINDS, **kinds.SPLIT_KINDS}
+    constant_inputs: tuple[str, ...] = kinds.CONSTANT_INPUTS
+    kinds: Mapping[str, Kind] = kinds.ALL_KINDS
     presets: Mapping[str, Preset] = PRESETS
     weight_rules: Mapping[str, tuple[WeightRule, ...]] = RULES
     generator = GENERATOR
-    constant_inputs: tuple[str, ...] = ("rotary_cos", "rotary_sin", "position_bias", "position_buckets")
 
     def variant(self, configs: Configs) -> str:
         # The schedule tells as well: dev shifts it by the size of the image, schnell does not.
@@ -117,12 +116,12 @@ class Flux1:
         return getattr(diffusers, self.pipeline_class)
 
     def convert_lora(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-        from fluxkiln.patches.flux1.lora import convert_lora
+        from fluxkiln.patches.flux1.tensors import convert_lora
 
         return convert_lora(tensors)
 
     def layout(self, folder: str, config: Config) -> dict[str, tuple[int, ...]]:
-        from fluxkiln.patches.flux1.layout import component_layout
+        from fluxkiln.patches.flux1.tensors import component_layout
 
         return component_layout(folder, config)
 
@@ -152,12 +151,12 @@ class Flux1:
         return (*inline, *(part for part in self.list_parts(configs, vae, "hoisted") if part.name not in names))
 
     def recorded_calls(self, recorded: Recorded, part: Part) -> tuple[Call, ...]:
-        from fluxkiln.patches.flux1.views import recorded_calls
+        from fluxkiln.patches.flux1.reference import recorded_calls
 
         return recorded_calls(recorded, part)
 
     def modulation_name(self, part: Part) -> str:
-        return kinds.modulation_name(part)
+        return kinds.modulation_name(part.name)
 
     def part_inputs(self, kind: str, configs: Configs, shapes: Shapes) -> tuple[TensorSpec, ...]:
         from fluxkiln.patches.flux1.inputs import part_inputs
@@ -170,21 +169,12 @@ class Flux1:
         return build_part(kind, configs, self.load_class("transformer"))
 
     def patches(self) -> tuple[Patch, ...]:
-        from fluxkiln.patches.flux1 import (
-            modulation,
-            parallel_text,
-            parallel_transformer,
-            rms_norm,
-            text,
-            transformer,
-            vae,
-        )  # fmt: skip
+        from fluxkiln.patches.flux1.patches import PATCHES
 
-        upstream = (*rms_norm.PATCHES, *transformer.PATCHES, *modulation.PATCHES, *text.PATCHES, *vae.PATCHES)
-        return (*upstream, *parallel_transformer.PATCHES, *parallel_text.PATCHES)
+        return PATCHES
 
     def host_constants(self, configs: Configs, shapes: Shapes, read: ReadTensor, split: bool) -> dict[str, Any]:
-        from fluxkiln.patches.flux1.host import make_constants
+        from fluxkiln.patches.flux1.inputs import make_constants
 
         return make_constants(configs, shapes, read, split)
 
@@ -198,22 +188,22 @@ class Flux1:
 
     @property
     def cuts(self) -> Mapping[str, tuple[Cut, ...]]:
-        from fluxkiln.patches.flux1.cuts import CUTS
+        from fluxkiln.patches.flux1.kinds import CUTS
 
         return CUTS
 
     def head_count(self, cut: str, configs: Configs) -> int:
-        from fluxkiln.patches.flux1.cuts import head_count
+        from fluxkiln.patches.flux1.kinds import head_count
 
         return head_count(cut, configs)
 
     def split_axes(self, configs: Configs) -> tuple[int, dict[str, int]]:
-        from fluxkiln.patches.flux1.cuts import split_axes
+        from fluxkiln.patches.flux1.kinds import split_axes
 
         return split_axes(configs)
 
     def activation_bytes(self, configs: Configs, shapes: Shapes, degree: int) -> int:
-        from fluxkiln.patches.flux1.cuts import activation_bytes
+        from fluxkiln.patches.flux1.kinds import activation_bytes
 
         return activation_bytes(configs, shapes, degree)
 
@@ -231,12 +221,12 @@ class Flux1:
         return modulation_rows(configs) if "transformer" in configs else {}
 
     def observe(self, pipe: Any, part: Part, put: Put) -> None:
-        from fluxkiln.patches.flux1.hooks import observe_part
+        from fluxkiln.patches.flux1.reference import observe_part
 
         observe_part(pipe, part, put)
 
     def build_pipeline(self, files: PipelineFiles, chain: PartChain) -> Any:
-        from fluxkiln.patches.flux1.stand_ins import build_pipeline
+        from fluxkiln.patches.flux1.pipeline import build_pipeline
 
         return build_pipeline(files, chain, self.load_pipeline_class())
 
@@ -277,7 +267,7 @@ class Flux1:
         state: Mapping[str, Any],
         load: Callable[..., Any],
     ) -> Any:
-        from fluxkiln.patches.flux1.leaves import see_split_leaves
+        from fluxkiln.patches.flux1.reference import see_split_leaves
 
         return see_split_leaves(part, configs, inputs, state, load)
 

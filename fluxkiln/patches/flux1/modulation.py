@@ -3,10 +3,7 @@
 The AdaLN linears of blocks and tail (27 % of FLUX.1's weights) see nothing but temb, which timestep, guidance and the
 pooled prompt determine before the first step. Here they are parts that take one row per step, so they run once per
 image and can then be released; blocks and tail take the row of their step. Stands for `FluxTransformer2DModel.forward`
-and the `forward` of the AdaLN norms (checked with diffusers 0.42.1); everything between the norms is
-`fluxkiln.patches.flux1.transformer`'s.
-
-Shape suffix legend: see `fluxkiln.types`.
+and the `forward` of the AdaLN norms (checked with diffusers 0.42.1). Shape suffix legend: see `fluxkiln.types`.
 """
 
 from __future__ import annotations
@@ -17,11 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from fluxkiln.patches.flux1.transformer import Rows, double_block, embed_time, modulate, single_block, time_frequencies
-from fluxkiln.patches.patch import Patch
-
-_FLUX = "diffusers.models.transformers.transformer_flux"
-_NORMS = "diffusers.models.normalization"
-_CHECKED = "diffusers 0.42.1"
 
 
 class TimeEmbedPart(nn.Module):
@@ -142,36 +134,3 @@ class TailModulatedPart(nn.Module):
         normed = modulate(self.norm_out, hidden_states, _rows(modulation), shift=1, scale=0)
         output: Tensor = self.proj_out(normed)
         return output
-
-
-PATCHES = (
-    Patch(
-        name="hoisted_modulation",
-        replaces={
-            f"{_FLUX}.FluxTransformer2DModel.forward": {
-                "c99bfbbf7bf8622f7ed42c0135fbf36b2ec055f495971a74ea18871dd2a11d2c": _CHECKED
-            },
-            f"{_NORMS}.AdaLayerNormZero.forward": {
-                "93374820c014f8127713d1ba0a6be6bba27e7040238781fd56e42e87bb5366cb": _CHECKED
-            },
-            f"{_NORMS}.AdaLayerNormZeroSingle.forward": {
-                "d48dfb2b1e75e64f48dbe314db50f716acbd81946ad08387b858d08f47bba077": _CHECKED
-            },
-            f"{_NORMS}.AdaLayerNormContinuous.forward": {
-                "da3e50ebcd024fc2040e7e4afc211c8717142198b743486e507c0770fa4b2909": _CHECKED
-            },
-        },
-        reason="what depends on the time alone is computed once per image for all steps, and its weights released",
-        until="never: it is where the model is cut",
-        kinds=(
-            "time_embed",
-            "token_embed",
-            "double_modulation",
-            "single_modulation",
-            "tail_modulation",
-            "double_modulated",
-            "single_modulated",
-            "tail_modulated",
-        ),
-    ),
-)

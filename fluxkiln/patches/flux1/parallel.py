@@ -1,7 +1,7 @@
 """From a kind, configs and shapes to a tensor-parallel part: a module with the local shapes of one rank.
 
 A part holds one kind, several successive blocks of a kind, or the whole transformer, all made of the same modules:
-`fluxkiln.patches.flux1.parallel_transformer` and `fluxkiln.patches.flux1.parallel_text`.
+`fluxkiln.patches.flux1.parallel_transformer` and `fluxkiln.patches.flux1.text`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from fluxkiln.errors import UsageError
 from fluxkiln.patches.collectives import Collectives
 from fluxkiln.patches.cut import ParallelPart, local_shape
-from fluxkiln.patches.flux1 import parallel_text, parallel_transformer
-from fluxkiln.patches.flux1.cuts import CUTS, head_count
-from fluxkiln.patches.flux1.kinds import MODULATION_CHUNKS
-from fluxkiln.patches.flux1.parallel_text import ParallelT5
+from fluxkiln.patches.flux1.inputs import input_shapes
+from fluxkiln.patches.flux1.kinds import ALL_KINDS, CUTS, MODULATION_CHUNKS, head_count
 from fluxkiln.patches.flux1.parallel_transformer import ParallelDouble, ParallelHead, ParallelSingle, ParallelTail
 from fluxkiln.patches.flux1.parts import build_part
+from fluxkiln.patches.flux1.patches import PARALLEL_TEXT, PARALLEL_TRANSFORMER
+from fluxkiln.patches.flux1.text import ParallelT5
 from fluxkiln.patches.patch import check_patches
 from fluxkiln.types import Configs, Shapes, TensorSpec
 
@@ -48,32 +48,31 @@ def build_parallel_part(
         raise UsageError(f"no kind of tensor-parallel part is called {kind!r}; there are {', '.join(PARALLEL_KINDS)}")
     if blocks < 1 or (blocks > 1 and kind not in ("double", "single")):
         raise UsageError(f"{blocks} blocks in a part of kind {kind}: double and single take 1 or more, the others 1")
-    check_patches(parallel_text.PATCHES if kind == "t5" else parallel_transformer.PATCHES)
-    members = member_kinds(kind, configs, blocks)
+    check_patches(PARALLEL_TEXT if kind == "t5" else PARALLEL_TRANSFORMER)
+    members: tuple[str, ...] = (kind,) * blocks
+    if kind == "transformer":
+        doubles, singles = _block_counts(configs)
+        members = ("head", *("double",) * doubles, *("single",) * singles, "tail")
     modules = [_build_member(member, configs, collectives) for member in members]
     if kind == "transformer":
         module: nn.Module = WholeTransformer(members, modules, configs)
     else:
-        module = modules[0] if blocks == 1 else _GROUPS[kind](modules)
-    slots = (TensorSpec(name, tuple(weight.shape)) for name, weight in module.named_parameters())
-    inputs, outputs = _interface(kind, configs, shapes, blocks)
+        module = modules[0] if blocks == 1 else BlockGroup(kind, modules)
+    # the kind with the same interface, but for the rows of several blocks
+    traits = next(one for one in ALL_KINDS.values() if one.cut == kind)
+    inputs = input_shapes(traits, configs, shapes)
+    if "modulation" in inputs:
+        _, rows, width = inputs["modulation"]
+        inputs["modulation"] = (1, blocks * rows, width)
     return ParallelPart(
         module.eval().requires_grad_(False),
         tuple(TensorSpec(name, shape, _INTEGERS.get(name, "float32")) for name, shape in inputs.items()),
-        outputs,
-        tuple(slots),
+        traits.outputs,
+        tuple(TensorSpec(name, tuple(weight.shape)) for name, weight in module.named_parameters()),
         all_reduces=sum(_reductions(member, configs) for member in members),
         all_gathers=members.count("head"),
         float32_inputs=FLOAT32_INPUTS,
     )
-
-
-def member_kinds(kind: str, configs: Configs, blocks: int = 1) -> tuple[str, ...]:
-    """The kinds of what a part holds, in the order it runs them."""
-    if kind != "transformer":
-        return (kind,) * blocks
-    doubles, singles = _block_counts(configs)
-    return ("head", *("double",) * doubles, *("single",) * singles, "tail")
 
 
 def modulation_rows(configs: Configs) -> dict[str, tuple[int, int]]:
@@ -91,45 +90,21 @@ def modulation_rows(configs: Configs) -> dict[str, tuple[int, int]]:
     return rows
 
 
-class DoubleGroup(nn.Module):
-    """Successive double blocks; as `ParallelDouble`, with the rows of all blocks as modulation [1, 12 N, D]."""
+class BlockGroup(nn.Module):
+    """Successive blocks of a kind; as `ParallelDouble` or `ParallelSingle`, with the rows of all as modulation."""
 
-    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+    def __init__(self, kind: str, blocks: Sequence[nn.Module]) -> None:
         super().__init__()
+        self.rows = MODULATION_CHUNKS[kind]
         for i, block in enumerate(blocks):
             self.add_module(str(i), block)
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        modulation: Tensor,
-        rotary_cos: Tensor,
-        rotary_sin: Tensor,
-    ) -> tuple[Tensor, Tensor]:
-        for block, rows in zip(
-            self.children(), torch.split(modulation, MODULATION_CHUNKS["double"], dim=1), strict=True
-        ):
-            hidden_states, encoder_hidden_states = block(
-                hidden_states, encoder_hidden_states, rows, rotary_cos, rotary_sin
-            )
-        return hidden_states, encoder_hidden_states
-
-
-class SingleGroup(nn.Module):
-    """Successive single blocks; as `ParallelSingle`, with the rows of all blocks as modulation [1, 3 N, D]."""
-
-    def __init__(self, blocks: Sequence[nn.Module]) -> None:
-        super().__init__()
-        for i, block in enumerate(blocks):
-            self.add_module(str(i), block)
-
-    def forward(self, hidden_states: Tensor, modulation: Tensor, rotary_cos: Tensor, rotary_sin: Tensor) -> Tensor:
-        for block, rows in zip(
-            self.children(), torch.split(modulation, MODULATION_CHUNKS["single"], dim=1), strict=True
-        ):
-            hidden_states = block(hidden_states, rows, rotary_cos, rotary_sin)
-        return hidden_states
+    def forward(self, *activations: Tensor) -> Any:
+        *streams, modulation, rotary_cos, rotary_sin = activations
+        for block, rows in zip(self.children(), torch.split(modulation, self.rows, dim=1), strict=True):
+            made = block(*streams, rows, rotary_cos, rotary_sin)
+            streams = list(made) if isinstance(made, tuple) else [made]
+        return made
 
 
 class WholeTransformer(nn.Module):
@@ -159,7 +134,6 @@ class WholeTransformer(nn.Module):
         return sample
 
 
-_GROUPS = {"double": DoubleGroup, "single": SingleGroup}
 _INTEGERS = {"input_ids": "int32", "position_buckets": "int32"}
 
 
@@ -174,9 +148,12 @@ def _reductions(kind: str, configs: Configs) -> int:
 
 
 def _build_member(kind: str, configs: Configs, collectives: Collectives) -> nn.Module:
+    from transformers import T5Config, T5EncoderModel
+
     with torch.device("meta"):
         if kind == "t5":
-            module: nn.Module = ParallelT5(_t5_encoder(configs), collectives)
+            build_part("t5_block", configs)  # refuses what is not FLUX.1's T5
+            module: nn.Module = ParallelT5(T5EncoderModel(T5Config(**configs["text_encoder_2"])), collectives)
         elif kind == "head":
             module = ParallelHead(build_part("head", configs), _modulation_norms(configs), collectives)
         elif kind == "double":
@@ -193,13 +170,6 @@ def _build_member(kind: str, configs: Configs, collectives: Collectives) -> nn.M
     return module
 
 
-def _t5_encoder(configs: Configs) -> Any:
-    from transformers import T5Config, T5EncoderModel
-
-    build_part("t5_block", configs)  # refuses what is not FLUX.1's T5
-    return T5EncoderModel(T5Config(**configs["text_encoder_2"]))
-
-
 def _modulation_norms(configs: Configs) -> dict[str, nn.Module]:
     """The AdaLN norms of the transformer as modules that have their linear alone, by name, in the order of the rows."""
     doubles, singles = _block_counts(configs)
@@ -211,34 +181,3 @@ def _modulation_norms(configs: Configs) -> dict[str, nn.Module]:
         "norm_out": MODULATION_CHUNKS["tail"],
     }
     return {name: nn.ModuleDict({"linear": nn.Linear(width, count * width)}) for name, count in chunks.items()}
-
-
-def _interface(
-    kind: str, configs: Configs, shapes: Shapes, blocks: int
-) -> tuple[dict[str, tuple[int, ...]], tuple[str, ...]]:
-    """Input names and shapes, and output names."""
-    text, image, joint = shapes.tokens, shapes.image_tokens, shapes.joint_tokens
-    if kind == "t5":
-        return {"input_ids": (1, text), "position_buckets": (text, text)}, ("last_hidden_state",)
-    flux = configs["transformer"]
-    head_dim = int(flux["attention_head_dim"])
-    width = int(flux["num_attention_heads"]) * head_dim
-    rotary = {"rotary_cos": (joint, head_dim), "rotary_sin": (joint, head_dim)}
-    streams = {"hidden_states": (1, image, width), "encoder_hidden_states": (1, text, width)}
-    embedded = {
-        "hidden_states": (1, image, int(flux["in_channels"])),
-        "encoder_hidden_states": (1, text, int(flux["joint_attention_dim"])),
-        "pooled_projections": (1, int(flux["pooled_projection_dim"])),
-        "timestep": (1,),
-        **({"guidance": (1,)} if flux.get("guidance_embeds") else {}),
-    }
-    rows = {"modulation": (1, blocks * MODULATION_CHUNKS.get(kind, 0), width)}
-    both = ("hidden_states_out", "encoder_hidden_states_out")
-    known: dict[str, tuple[dict[str, tuple[int, ...]], tuple[str, ...]]] = {
-        "head": ({**embedded}, (*both, "modulation")),
-        "double": ({**streams, **rows, **rotary}, both),
-        "single": ({"hidden_states": (1, joint, width), **rows, **rotary}, ("hidden_states_out",)),
-        "tail": ({"hidden_states": (1, image, width), **rows}, ("sample",)),
-        "transformer": ({**embedded, **rotary}, ("sample",)),
-    }
-    return known[kind]

@@ -1,20 +1,10 @@
-"""The transformer as tensor-parallel parts: head with all modulation, double and single blocks, tail.
+"""The transformer as tensor-parallel parts: each rank has its share of the heads and of the MLPs, see `kinds.CUTS`.
 
-Stands for the same upstream functions as `flux1/transformer.py` (checked with diffusers 0.42.1), in the form
-that takes its modulation as an input. Every rank holds its share of the heads and of the MLPs, as
-`cuts.py` says, and adds up what the ranks computed:
-
-- A row-parallel linear is a linear without bias, a reduction, then the bias, once and not once per rank.
-- A double block reduces its text and image tokens together: once after the attention, once after the MLPs.
-- A single block cuts its output projection into the halves behind attention and MLP; their partial results are added
-  before the one reduction.
-- The head computes the AdaLN linears of all blocks and of the tail, each rank some rows of each, and gathers them once.
-
-Tensors have the dtype of the weights. Norms, softmax and activation functions compute in float32 and round their result
-to it, as torch's own kernels do and a compiler does not by itself; the sinusoids of time and guidance and the rotary
-embedding are float32 whatever the dtype.
-
-Shape suffix legend: see `fluxkiln.types`.
+Stands for the same upstream functions as `transformer.py` (checked with diffusers 0.42.1), in the form that takes its
+modulation as an input. A row-parallel linear is a linear without bias, a reduction, then the bias, once and not once
+per rank. Tensors have the dtype of the weights. Norms, softmax and activation functions compute in float32 and round
+their result to it, as torch's own kernels do and a compiler does not by itself; the sinusoids of time and guidance and
+the rotary embedding are float32 whatever the dtype. Shape suffix legend: see `fluxkiln.types`.
 """
 
 from __future__ import annotations
@@ -28,8 +18,6 @@ from torch.nn import functional as F
 
 from fluxkiln.patches.collectives import Collectives
 from fluxkiln.patches.flux1.transformer import GATE, GATE_MLP, SCALE, SCALE_MLP, SHIFT, SHIFT_MLP, Rows, embed_time
-from fluxkiln.patches.flux1.transformer import PATCHES as WHOLE_PATCHES
-from fluxkiln.patches.patch import Patch
 
 
 def _layer_norm(norm: Any, x_BLD: Tensor) -> Tensor:
@@ -80,7 +68,7 @@ def _rows(modulation: Tensor) -> Rows:
 
 
 class ParallelHead(nn.Module):
-    """Token embedders, time embedding, and the AdaLN linears of all blocks and of the tail.
+    """Token embedders, time embedding, and the AdaLN linears of all blocks and of the tail, of each some rows a rank.
 
     Inputs: hidden_states [1, S, 4C], encoder_hidden_states [1, T, joint], pooled_projections [1, P], timestep [1] in
     0..1 and, for guidance-distilled models, guidance [1]; the last two float32. Outputs: hidden_states [1, S, D],
@@ -148,7 +136,9 @@ def _place(root: nn.Module, name: str, module: nn.Module) -> None:
 
 
 class ParallelDouble(nn.Module):
-    """`FluxTransformerBlock.forward` without its AdaLN linears; two reductions.
+    """`FluxTransformerBlock.forward` without its AdaLN linears.
+
+    Two reductions, of text and image together: one after the attention, one after the MLPs.
 
     Inputs: hidden_states [1, S, D], encoder_hidden_states [1, T, D], modulation [1, 12, D], rotary_cos, rotary_sin
     [J, K] float32. Outputs: hidden_states [1, S, D], encoder_hidden_states [1, T, D].
@@ -219,7 +209,9 @@ class SplitProjection(nn.Module):
 
 
 class ParallelSingle(nn.Module):
-    """`FluxSingleTransformerBlock.forward` without its AdaLN linear, on the joint sequence, text first; one reduction.
+    """`FluxSingleTransformerBlock.forward` without its AdaLN linear, on the joint sequence, text first.
+
+    One reduction, of what the halves of the projection behind attention and MLP give together.
 
     Inputs: hidden_states [1, J, D], modulation [1, 3, D], rotary_cos, rotary_sin [J, K] float32. Output: hidden_states
     [1, J, D].
@@ -263,15 +255,3 @@ class ParallelTail(nn.Module):
     def forward(self, hidden_states: Tensor, modulation: Tensor) -> Tensor:
         output: Tensor = self.proj_out(_modulate(self.norm_out, hidden_states, _rows(modulation), shift=1, scale=0))
         return output
-
-
-PATCHES = tuple(
-    Patch(
-        name=f"parallel_{patch.name}",
-        replaces=patch.replaces,
-        reason="each rank computes its share of heads, MLP and modulation; the form of the compiler's own parts else",
-        until="never: it is what cuts the model over cores",
-        kinds=tuple(f"parallel_{kind}" for kind in patch.kinds if kind in ("head", "double", "single", "tail")),
-    )
-    for patch in WHOLE_PATCHES
-)

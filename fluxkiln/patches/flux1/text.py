@@ -1,10 +1,14 @@
-"""The text encoders as parts: CLIP with a finite causal mask, T5 as embedding, block and final norm.
+"""The text encoders as parts: CLIP with a finite causal mask, T5's block, and T5 whole but cut over ranks.
 
-Stands for `CLIPTextModel.forward`, `T5Stack.forward` and what they call (checked with transformers 5.23.0). The CLIP
-mask is -10000 instead of the dtype's minimum: TPU-MLIR's own comparison overflows on the latter, and exp(-10000) is 0
-in every dtype. The pooled row is picked on the host: an argmax over token ids rounds in F16 (49406 equals 49407). T5's
-relative position bias depends on the length alone and is passed in, so that all its blocks are one kind; the block that
-computes and returns it does not lower.
+Stands for `CLIPTextModel.forward`, `T5EncoderModel.forward` and what they call (checked with transformers 5.23.0),
+without an attention mask, as FLUX.1 uses them. CLIP's causal mask is -10000 instead of the dtype's minimum: TPU-MLIR's
+own comparison overflows on the latter, and exp(-10000) is 0 in every dtype. The pooled row is picked on the host: an
+argmax over token ids rounds in F16 (49406 equals 49407). T5's relative position bias depends on the length alone and is
+passed in, so that all its blocks are one kind; the block that computes and returns it does not lower.
+
+Cut over ranks, every rank holds its share of the heads, of their columns of the position bias table and of the gated
+MLP, as `kinds.CUTS` says; embedding and norms are whole. The host says which entry of the table belongs to two
+positions. Tensors have the dtype of the weights; norms, softmax and GELU compute in float32, as torch's kernels do.
 """
 
 from __future__ import annotations
@@ -13,13 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+from torch.nn import functional as F
 
-from fluxkiln.patches.patch import Patch
+from fluxkiln.patches.collectives import Collectives
 
-_CLIP = "transformers.models.clip.modeling_clip"
-_T5 = "transformers.models.t5.modeling_t5"
-_CHECKED = "transformers 5.23.0"
 MASKED_SCORE = -10000.0
 
 
@@ -55,18 +56,6 @@ class ClipPart(nn.Module):
         return attended
 
 
-class T5EmbedPart(nn.Module):
-    """Token embedding: input_ids [1, T] -> hidden_states [1, T, D]."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.shared = model.shared
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        embedded: Tensor = self.shared(input_ids)
-        return embedded
-
-
 class T5BlockPart(nn.Module):
     """`T5Block.forward` of the encoder: hidden_states [1, T, D], position_bias [1, H, T, T] -> hidden_states."""
 
@@ -87,68 +76,58 @@ class T5BlockPart(nn.Module):
         hidden_states = hidden_states + attn.o((weights @ heads(attn.v)).transpose(1, 2).flatten(2))
         normed, dense = feed_forward.layer_norm(hidden_states), feed_forward.DenseReluDense
         # transformers' own spelling has a Pow, which TPU-MLIR takes for the erf GELU: 8e-5 off, without a word
-        gated = functional.gelu(dense.wi_0(normed), approximate="tanh") * dense.wi_1(normed)
+        gated = F.gelu(dense.wi_0(normed), approximate="tanh") * dense.wi_1(normed)
         output: Tensor = hidden_states + dense.wo(gated)
         return output
 
 
-class T5FinalPart(nn.Module):
-    """The stack's final RMSNorm: hidden_states [1, T, D] -> last_hidden_state [1, T, D]."""
+class ParallelT5(nn.Module):
+    """The whole encoder; two reductions per block.
 
-    def __init__(self, norm: Any) -> None:
+    Inputs: input_ids [1, T] and position_buckets [T, T], both int32. Output: last_hidden_state [1, T, D].
+
+    Args:
+        model: `T5EncoderModel`.
+    """
+
+    def __init__(self, model: Any, collectives: Collectives) -> None:
         super().__init__()
-        self.block = norm
+        encoder = model.encoder
+        self.collectives, self.shared = collectives, model.shared
+        self.encoder = nn.ModuleDict({"block": encoder.block, "final_layer_norm": encoder.final_layer_norm})
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        output: Tensor = self.block(hidden_states)
-        return output
+    def forward(self, input_ids: Tensor, position_buckets: Tensor) -> Tensor:
+        blocks: Any = self.encoder["block"]
+        table = blocks[0].layer[0].SelfAttention.relative_attention_bias.weight
+        bias_BHLL = F.embedding(position_buckets, table).permute(2, 0, 1)[None]
+        hidden_states = F.embedding(input_ids, self.shared.weight)
+        for block in blocks:
+            hidden_states = hidden_states + self._attention(block.layer[0], hidden_states, bias_BHLL)
+            hidden_states = hidden_states + self._feed_forward(block.layer[1], hidden_states)
+        return _rms_norm(self.encoder["final_layer_norm"], hidden_states)
+
+    def _attention(self, layer: Any, x_BLD: Tensor, bias_BHLL: Tensor) -> Tensor:
+        attn, normed = layer.SelfAttention, _rms_norm(layer.layer_norm, x_BLD)
+
+        def heads(projection: nn.Module) -> Tensor:
+            split: Tensor = projection(normed).unflatten(-1, (-1, attn.key_value_proj_dim)).transpose(1, 2)
+            return split
+
+        # T5 does not scale its scores
+        scores_BHLL = heads(attn.q) @ heads(attn.k).transpose(-1, -2) + bias_BHLL
+        weights_BHLL = scores_BHLL.float().softmax(dim=-1).to(x_BLD.dtype)
+        attended = (weights_BHLL @ heads(attn.v)).transpose(1, 2).flatten(2)
+        return self.collectives.all_reduce(F.linear(attended, attn.o.weight))
+
+    def _feed_forward(self, layer: Any, x_BLD: Tensor) -> Tensor:
+        dense, normed = layer.DenseReluDense, _rms_norm(layer.layer_norm, x_BLD)
+        gate = F.gelu(dense.wi_0(normed).float(), approximate="tanh").to(x_BLD.dtype)
+        return self.collectives.all_reduce(F.linear(gate * dense.wi_1(normed), dense.wo.weight))
 
 
-PATCHES = (
-    Patch(
-        name="finite_clip_mask",
-        replaces={
-            f"{_CLIP}.CLIPTextModel.forward": {
-                "7bd9205e7609bb38395908dae6ac0cf3a05aac1ebc27e99faf9d3e263d779aae": _CHECKED
-            },
-            f"{_CLIP}.CLIPTextEmbeddings.forward": {
-                "cf1a9d3793910a708113ef12aa47bd2f41cc8ea5191eb660a646a36616dfb47d": _CHECKED
-            },
-            f"{_CLIP}.CLIPAttention.forward": {
-                "45fb45ce967c253b82b398090cb5f2799d3798f620067f2f3b84de00464561a9": _CHECKED
-            },
-            f"{_CLIP}.CLIPEncoderLayer.forward": {
-                "75b63a9d281a8af0fcc3efb6b80f0bb0d9be9d3de4b30877f00e2d04c92abb5b": _CHECKED
-            },
-        },
-        reason="the dtype's minimum as mask value overflows in TPU-MLIR; the pooled row is picked on the host",
-        until="TPU-MLIR takes infinite masks",
-        kinds=("clip",),
-    ),
-    Patch(
-        name="t5_position_bias_input",
-        replaces={
-            f"{_T5}.T5Stack.forward": {"174028a21f1b16e5a025b72cff6696cd1b9d3d965275da14b086f89d14ce331b": _CHECKED},
-            f"{_T5}.T5Block.forward": {"d9dcb63d53a90b3c2026b093eb88cb2d9e93e4c92deefe941e80e5de29fb4465": _CHECKED},
-            f"{_T5}.T5LayerSelfAttention.forward": {
-                "fce4997b3576493ffd17aad0c3c9d276478212c96682a3a739407b91a5e4bf46": _CHECKED
-            },
-            f"{_T5}.T5Attention.forward": {
-                "44f188bfdffb355a5d3ce6fdb1333164a717dfe3e032b568791e285a69c7862f": _CHECKED
-            },
-            f"{_T5}.T5DenseGatedActDense.forward": {
-                "3f5c41a204c168ae1ecc5a30477a766edfcbc5cbe83d633a901ecdac24f5b4c2": _CHECKED
-            },
-            "transformers.activations.NewGELUActivation.forward": {
-                "2441603190f0572abc54cdeecd5ec577f12cba976180fd71b0947ec953cf476e": _CHECKED
-            },
-            f"{_T5}.T5LayerFF.forward": {"b7f2c285f08b51b024fb7d7de741f9f8678234e91b03e3b13d70d95210b94f64": _CHECKED},
-            f"{_T5}.T5LayerNorm.forward": {
-                "dfa1fc9512845898df464bfd54debb77fb2e6a3e734f0d5d3957ed8b58b2e780": _CHECKED
-            },
-        },
-        reason="one kind for all blocks, the bias of the length computed on the host; GELU spelt so that it stays tanh",
-        until="never: it is what makes the blocks one kind",
-        kinds=("t5_embed", "t5_block", "t5_final"),
-    ),
-)
+def _rms_norm(norm: Any, x_BLD: Tensor) -> Tensor:
+    """`T5LayerNorm.forward`: normalized in float32, rounded, then times the weight."""
+    x = x_BLD.float()
+    normed = x * torch.rsqrt(torch.mean(x * x, dim=-1, keepdim=True) + norm.variance_epsilon)
+    scaled: Tensor = norm.weight * normed.to(norm.weight.dtype)
+    return scaled

@@ -1,17 +1,14 @@
 """The transformer as parts: head, double, single, tail, with RoPE computed on the host.
 
-`fluxkiln.patches.flux1.modulation` has the other form of the same parts, made of the same functions.
-
-Stands for `FluxTransformer2DModel.forward` and what it calls (checked with diffusers 0.42.1). A part takes cos and sin
-as inputs, so the float64 sinusoids of `FluxPosEmbed` never reach a compiler. The block forwards are re-stated for the
-compiler: RMSNorm and RoPE act on each stream before the streams are joined, the values are joined before the head axis
-is split off, the projection behind the single block's concatenation becomes one matmul per input, feed-forwards run in
-two halves, and the softmax scale lies in the RMSNorm weights of q and k. Statements stand in the order in which a chip
-is to run them (the order of statements): projections before the norms of their results, and every operation next to
-the one that reads it. This saves passes over memory on the chip and changes the result by float rounding only (`python
--m bench formulations`). Each of it can go when a compiler finds it by itself.
-
-Shape suffix legend: see `fluxkiln.types`.
+`modulation.py` has the other form of the same parts, made of the same functions. Stands for
+`FluxTransformer2DModel.forward` and what it calls (checked with diffusers 0.42.1). A part takes cos and sin as inputs,
+so the float64 sinusoids of `FluxPosEmbed` never reach a compiler. The block forwards are re-stated for the compiler:
+RMSNorm and RoPE act on each stream before the streams are joined, the values are joined before the head axis is split
+off, the projection behind the single block's concatenation becomes one matmul per input, feed-forwards run in two
+halves, and the softmax scale lies in the RMSNorm weights of q and k. Statements stand in the order in which a chip is
+to run them: projections before the norms of their results, and every operation next to the one that reads it. This
+saves passes over memory on the chip and changes the result by float rounding only (`python -m bench formulations`).
+Each of it can go when a compiler finds it by itself. Shape suffix legend: see `fluxkiln.types`.
 """
 
 from __future__ import annotations
@@ -25,10 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fluxkiln.errors import PatchError
-from fluxkiln.patches.patch import Patch
 
-_FLUX = "diffusers.models.transformers.transformer_flux"
-_CHECKED = "diffusers 0.42.1"
 _TURN_HIGH = 6.28125
 # what upstream's AdaLN linear makes of temb, cut into rows [1, 1, D]
 Rows = Sequence[Tensor]
@@ -50,6 +44,20 @@ def _head_norm(norm: Any, x_BLHK: Tensor) -> Tensor:
     """RMSNorm of q or k over the head width, with K^-1/4 in its weight: K^-1/2, the softmax scale, in all."""
     factor = float(norm.normalized_shape[0]) ** -0.25
     return F.rms_norm(x_BLHK, norm.normalized_shape, norm.weight * factor, norm.eps)
+
+
+def explicit_rms_norm(
+    input: Tensor, normalized_shape: list[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
+    """`torch.nn.functional.rms_norm` (checked with torch 2.13.0) in plain operators.
+
+    The TorchScript exporter has no symbolic for `aten::rms_norm`. This form exports at opset 17, and TPU-MLIR fuses it
+    back into `top.RMSNorm`. `eps` None means the machine epsilon, as in torch.
+    """
+    eps = torch.finfo(input.dtype).eps if eps is None else eps
+    axes = list(range(-len(normalized_shape), 0))
+    normed = input * torch.rsqrt(torch.mean(input * input, dim=axes, keepdim=True) + eps)
+    return normed if weight is None else normed * weight
 
 
 def _attend(query_BLHK: Tensor, key_BLHK: Tensor, value_BLD: Tensor, head_dim: int) -> Tensor:
@@ -269,95 +277,3 @@ class TailPart(nn.Module):
         rows = _rows(self.norm_out, temb, 2)
         output: Tensor = self.proj_out(modulate(self.norm_out.norm, hidden_states, rows, shift=1, scale=0))
         return output
-
-
-PATCHES = (
-    Patch(
-        name="head",
-        replaces={
-            f"{_FLUX}.FluxTransformer2DModel.forward": {
-                "c99bfbbf7bf8622f7ed42c0135fbf36b2ec055f495971a74ea18871dd2a11d2c": _CHECKED
-            },
-            "diffusers.models.embeddings.get_timestep_embedding": {
-                "6028d48c06ba9784cb4382279653485b220c9219f3ff4cdfd503a938004a1ec2": _CHECKED
-            },
-            "diffusers.models.embeddings.CombinedTimestepGuidanceTextProjEmbeddings.forward": {
-                "be0dcd3c0243dad1ac588eb2c3c6138bdbdd94ee0c7073cd97692c20123309ce": _CHECKED
-            },
-            "diffusers.models.embeddings.CombinedTimestepTextProjEmbeddings.forward": {
-                "0d255ed8bbeac000d1ba740ad70ee03e62821eae3c4fac45d87afcbfd182b036": _CHECKED
-            },
-        },
-        reason="one kind of part; scaling by 1000 inside, as upstream does; frequencies are constants, bit for bit",
-        until="never: it is where the model is cut",
-        kinds=("head", "time_embed", "token_embed"),
-    ),
-    Patch(
-        name="host_rotary",
-        replaces={
-            f"{_FLUX}.FluxPosEmbed.forward": {
-                "86699659bfe2af8b6cdd8ff35311182f017b665e7685ecbca1201914ea23a8d8": _CHECKED
-            },
-            "diffusers.pipelines.flux.pipeline_flux.FluxPipeline._prepare_latent_image_ids": {
-                "89cd51a34241bd30f63b534a65dc2805acfb5420b50de0d58688d7704ed2f2f6": _CHECKED
-            },
-            "diffusers.models.embeddings.apply_rotary_emb": {
-                "a25267d425f8c5eaa84151b6914e988cdd0ad0b857bb74495477a3644c819164": _CHECKED
-            },
-        },
-        reason="float64 sinusoids of the positions are constants per size: computed once on the host, passed in",
-        until="never: no accelerator computes float64",
-        kinds=("double", "single", "double_modulated", "single_modulated"),
-    ),
-    Patch(
-        name="double_block",
-        replaces={
-            f"{_FLUX}.FluxTransformerBlock.forward": {
-                "0b184cbe172708b6f072a779e13866a44ef5a8ee706fcd3e6887923b11c00785": _CHECKED
-            },
-            f"{_FLUX}.FluxAttnProcessor.__call__": {
-                "d5b36134887ebe450b6c15f200bf33f781ba8258201d25caceb16bb9bc07d2c9": _CHECKED
-            },
-            "diffusers.models.attention.FeedForward.forward": {
-                "dae2c9f53987c25ad38cacbeafb54bd72d4b780ab9772413b559a0a94c3c7058": _CHECKED
-            },
-            "diffusers.models.normalization.AdaLayerNormZero.forward": {
-                "93374820c014f8127713d1ba0a6be6bba27e7040238781fd56e42e87bb5366cb": _CHECKED
-            },
-        },
-        reason="norm and RoPE per stream, values joined before the head split, feed-forward in two halves",
-        until="TPU-MLIR schedules the upstream form as fast",
-        kinds=("double", "double_modulated"),
-    ),
-    Patch(
-        name="single_block",
-        replaces={
-            f"{_FLUX}.FluxSingleTransformerBlock.forward": {
-                "57350a6dab842b40e0d677b9c42794c17e45907ad45991d36dba69d89096a37b": _CHECKED
-            },
-            f"{_FLUX}.FluxAttnProcessor.__call__": {
-                "d5b36134887ebe450b6c15f200bf33f781ba8258201d25caceb16bb9bc07d2c9": _CHECKED
-            },
-            "diffusers.models.normalization.AdaLayerNormZeroSingle.forward": {
-                "d48dfb2b1e75e64f48dbe314db50f716acbd81946ad08387b858d08f47bba077": _CHECKED
-            },
-        },
-        reason="joint sequence in and out; one output matmul per input instead of a concatenation, MLP in two halves",
-        until="TPU-MLIR schedules the upstream form as fast",
-        kinds=("single", "single_modulated"),
-    ),
-    Patch(
-        name="tail",
-        replaces={
-            f"{_FLUX}.FluxTransformer2DModel.forward": {
-                "c99bfbbf7bf8622f7ed42c0135fbf36b2ec055f495971a74ea18871dd2a11d2c": _CHECKED
-            },
-            "diffusers.models.normalization.AdaLayerNormContinuous.forward": {
-                "da3e50ebcd024fc2040e7e4afc211c8717142198b743486e507c0770fa4b2909": _CHECKED
-            },
-        },
-        reason="one kind of part",
-        until="never: it is where the model is cut",
-        kinds=("tail", "tail_modulated"),
-    ),
-)

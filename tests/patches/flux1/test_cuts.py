@@ -6,7 +6,7 @@ import pytest
 
 from fluxkiln.errors import PatchError, UsageError
 from fluxkiln.patches.cut import columns_of, find_cut, local_shape, share_of
-from fluxkiln.patches.flux1.cuts import CUTS, Cut, head_count
+from fluxkiln.patches.flux1.kinds import CUTS, Cut, head_count
 from fluxkiln.patches.flux1.presets import PRESETS
 
 HEADS = Cut("", "column", heads=True)

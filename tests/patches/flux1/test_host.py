@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fluxkiln.export.checkpoint import TensorReader
-from fluxkiln.patches.flux1.host import make_constants, pooled_row, position_bias, rotary_embedding
+from fluxkiln.patches.flux1.inputs import make_constants, pooled_row, position_bias, rotary_embedding
 from fluxkiln.types import Shapes
 
 SMALLEST = Shapes(height=32, width=32, tokens=16)

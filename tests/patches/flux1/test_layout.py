@@ -6,11 +6,11 @@ import math
 
 import pytest
 
-from fluxkiln.export.synth.checkpoint import synthesized_bytes
-from fluxkiln.export.validate import expected_tensors
-from fluxkiln.patches.flux1.layout import component_layout
+from fluxkiln.export.checkpoint import expected_tensors
+from fluxkiln.export.synth import synthesized_bytes
 from fluxkiln.patches.flux1.model import MODEL
 from fluxkiln.patches.flux1.presets import PRESETS
+from fluxkiln.patches.flux1.tensors import component_layout
 from fluxkiln.types import Shapes
 
 

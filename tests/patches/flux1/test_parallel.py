@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from fluxkiln.errors import CheckpointError, PatchError, UsageError
-from fluxkiln.export.bindings import apply_transforms
+from fluxkiln.export.bindings import apply_transforms, bind_shard, split_slots
 from fluxkiln.export.checkpoint import Checkpoint, read_tensor
-from fluxkiln.export.split import bind_shard, split_slots
 from fluxkiln.patches.collectives import OneRank, ThreadRanks
 from fluxkiln.patches.flux1 import parallel
-from fluxkiln.patches.flux1.host import rotary_embedding
+from fluxkiln.patches.flux1.inputs import rotary_embedding
 from fluxkiln.patches.flux1.kinds import list_split_parts
 from fluxkiln.patches.flux1.model import MODEL
 from fluxkiln.patches.flux1.parallel import build_parallel_part, modulation_rows

@@ -10,14 +10,13 @@ import pytest
 import torch
 
 from fluxkiln.errors import CheckpointError, PatchError, UsageError
-from fluxkiln.export.bindings import apply_transforms
+from fluxkiln.export.bindings import apply_transforms, bind_shard, split_slots
 from fluxkiln.export.checkpoint import read_tensor
-from fluxkiln.export.split import bind_shard, split_slots
 from fluxkiln.patches.collectives import ThreadRanks
+from fluxkiln.patches.flux1.inputs import position_buckets
 from fluxkiln.patches.flux1.kinds import list_split_parts
 from fluxkiln.patches.flux1.model import MODEL
 from fluxkiln.patches.flux1.parallel import build_parallel_part
-from fluxkiln.patches.flux1.parallel_text import position_buckets
 from fluxkiln.types import Shapes, TensorRef
 from tests.ranks import load_parallel_part
 

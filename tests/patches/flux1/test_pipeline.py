@@ -11,11 +11,10 @@ import pytest
 from fluxkiln.errors import ParityError, PatchError, ShapeError, UsageError
 from fluxkiln.export.checkpoint import TensorReader
 from fluxkiln.export.eager import PatchedRunner
-from fluxkiln.patches.flux1.host import make_constants
+from fluxkiln.patches.flux1.inputs import make_constants
 from fluxkiln.patches.flux1.kinds import KINDS, MODULATION_ROWS, list_parts
 from fluxkiln.patches.flux1.model import MODEL
-from fluxkiln.patches.flux1.pipeline import render
-from fluxkiln.patches.flux1.stand_ins import build_pipeline
+from fluxkiln.patches.flux1.pipeline import build_pipeline, render
 from fluxkiln.patches.pipeline import PartChain, PipelineFiles, Sampling, quiet
 from fluxkiln.types import Shapes
 from fluxkiln.verify.ladder import Ladder

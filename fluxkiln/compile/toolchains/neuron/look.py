@@ -29,9 +29,9 @@ from fluxkiln.compile.toolchains.neuron.split import LARGEST_PART, held_elements
 from fluxkiln.compile.toolchains.neuron.values import list_values, recompute_values, result_values, show_values, widen
 from fluxkiln.errors import UsageError
 from fluxkiln.export.checkpoint import Checkpoint
-from fluxkiln.export.leaves import load_whole, see_leaves
+from fluxkiln.export.eager import load_whole, see_leaves
 from fluxkiln.patches.cut import Cut, find_cut
-from fluxkiln.patches.leaves import Leaf
+from fluxkiln.patches.parts import Leaf
 from fluxkiln.progress import Progress
 from fluxkiln.types import Part
 from fluxkiln.verify import judgement

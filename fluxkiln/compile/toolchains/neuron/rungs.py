@@ -108,9 +108,8 @@ class _Rung:
 
 def bound_weights(checkpoint: Checkpoint, part: Part, module: Module, dtype: str = "bfloat16") -> Weights:
     """Each rank's weights, cut from the checkpoint's tensors, in `dtype`."""
-    from fluxkiln.export.bindings import apply_transforms
+    from fluxkiln.export.bindings import apply_transforms, bind_shard
     from fluxkiln.export.checkpoint import read_tensor
-    from fluxkiln.export.split import bind_shard
 
     tensors = checkpoint.tensors[part.folder]
     bindings = [bind_shard(part, module.slots, checkpoint, module.ranks, rank) for rank in range(module.ranks)]

@@ -20,10 +20,10 @@ from fluxkiln.compile.plan import Job, Plan
 from fluxkiln.compile.targets import Instance, Target, find_target, target_names
 from fluxkiln.compile.toolchains.neuron.neuronx_cc import NeuronxCc, find_neuronx_cc
 from fluxkiln.errors import ResourceError, ToolchainError, UsageError
+from fluxkiln.export.bindings import bind_shard, holds_tensor, split_slots
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.export.fingerprint import check_states
 from fluxkiln.export.shard_files import WORKERS, write_part
-from fluxkiln.export.split import bind_shard, holds_tensor, split_slots
 from fluxkiln.patches.cut import WHOLE, columns_of, share_of
 from fluxkiln.progress import FROM_STORE, Progress
 from fluxkiln.settings import Settings

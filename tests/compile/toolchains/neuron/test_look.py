@@ -28,9 +28,9 @@ from fluxkiln.compile.toolchains.neuron.modules import lower_modules
 from fluxkiln.compile.toolchains.neuron.rungs import bound_weights
 from fluxkiln.compile.toolchains.neuron.split import shard_file, shard_weights
 from fluxkiln.errors import UsageError
-from fluxkiln.patches.flux1.cuts import CUTS
+from fluxkiln.patches.flux1.kinds import CUTS
 from fluxkiln.patches.flux1.model import MODEL
-from fluxkiln.patches.leaves import Leaf
+from fluxkiln.patches.parts import Leaf
 from fluxkiln.progress import Silent
 from fluxkiln.settings import Settings
 from fluxkiln.types import find_part

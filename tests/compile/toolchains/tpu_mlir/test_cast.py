@@ -23,7 +23,7 @@ from fluxkiln.compile.toolchains.tpu_mlir.moulds import make_mould
 from fluxkiln.compile.toolchains.tpu_mlir.shell import lay_out, make_shell, write_check_code
 from fluxkiln.errors import CompileError, IntegrityError
 from fluxkiln.export.bindings import bind_part, weight_reader
-from fluxkiln.export.synth.checkpoint import synthesize
+from fluxkiln.export.synth import synthesize
 from fluxkiln.types import find_part
 from tests.compile.bmodels import check_codes
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from fluxkiln.errors import ResourceError, UsageError
+from fluxkiln.export import synth
 from fluxkiln.export.checkpoint import open_checkpoint
 from fluxkiln.export.fingerprint import fingerprint, scan_finite
-from fluxkiln.export.synth import weights as synth_weights
-from fluxkiln.export.synth.checkpoint import parse_components, synthesize, synthesized_bytes
+from fluxkiln.export.synth import parse_components, synthesize, synthesized_bytes
 from fluxkiln.patches.flux1.model import MODEL
 from fluxkiln.patches.flux1.presets import PRESETS, Preset
 
@@ -118,7 +118,7 @@ def test_interrupted(tmp_path, error):
 
 def test_killed_and_started_again(tmp_path):
     code = (
-        "import os; from pathlib import Path; from fluxkiln.export.synth.checkpoint import synthesize;"
+        "import os; from pathlib import Path; from fluxkiln.export.synth import synthesize;"
         f"synthesize('tiny-dev', Path({str(tmp_path / 'm')!r}), progress=lambda done, total: done > total // 2 and "
         f"os.kill(os.getpid(), {int(signal.SIGKILL)}))"
     )
@@ -163,7 +163,7 @@ def test_disk_full_on_the_way(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(synth_weights, "_draw", full)
+    monkeypatch.setattr(synth, "_draw", full)
     with pytest.raises(ResourceError, match=r"the disk of .* is full after part of 0\.0 GB; free some space"):
         synthesize("tiny-dev", tmp_path / "m")
     assert list(tmp_path.iterdir()) == []
@@ -172,7 +172,7 @@ def test_disk_full_on_the_way(tmp_path, monkeypatch):
 def test_streams_in_constant_memory(tmp_path):
     """A component of 246 MB in a process that may not grow by half of that."""
     code = (
-        "import resource; from pathlib import Path; from fluxkiln.export.synth.checkpoint import synthesize;"
+        "import resource; from pathlib import Path; from fluxkiln.export.synth import synthesize;"
         f"synthesize('tiny-dev', Path({str(tmp_path / 'tiny')!r}));"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
         f"synthesize('full-dev', Path({str(tmp_path / 'm')!r}), components=['text_encoder']);"

@@ -8,10 +8,9 @@ import re
 import numpy as np
 import pytest
 
-from fluxkiln.export.synth.weights import tensor_bits
-from fluxkiln.patches.flux1.layout import component_layout
-from fluxkiln.patches.flux1.presets import PRESETS
-from fluxkiln.patches.flux1.weight_rules import RULES
+from fluxkiln.export.synth import tensor_bits
+from fluxkiln.patches.flux1.presets import PRESETS, RULES
+from fluxkiln.patches.flux1.tensors import component_layout
 
 TINY = PRESETS["tiny-dev"].configs
 

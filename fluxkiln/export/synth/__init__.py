@@ -1,1 +1,0 @@
-"""Synthetic checkpoints: the folder layout of a model with random weights."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from fluxkiln.errors import CheckpointError, UsageError
 from fluxkiln.export.checkpoint import Checkpoint, read_rows, read_tensor
 from fluxkiln.export.graph import slot_transforms
-from fluxkiln.patches.cut import WHOLE, columns_of, find_cut, share_of
+from fluxkiln.patches.cut import WHOLE, SilentRanks, columns_of, find_cut, share_of
 from fluxkiln.patches.model import Model
 from fluxkiln.patches.parts import slot_name
 from fluxkiln.types import Binding, Configs, Part, Shapes, SlotBinding, TensorRef, TensorSpec, Transform
@@ -160,10 +160,8 @@ def split_slots(model: Model, part: Part, configs: Configs, ranks: int) -> tuple
     if not part.traits.cut:
         parameters = model.build_part(part.kind, configs).named_parameters()
         return tuple(TensorSpec(slot_name(name), tuple(weight.shape)) for name, weight in parameters)
-    from fluxkiln.patches.collectives import ThreadRanks
-
     # weights do not depend on the size of the image
-    return model.build_parallel_part(part, configs, Shapes(16, 16, 1), ThreadRanks(ranks)).slots
+    return model.build_parallel_part(part, configs, Shapes(16, 16, 1), SilentRanks(ranks)).slots
 
 
 def bind_shard(part: Part, slots: tuple[TensorSpec, ...], checkpoint: Checkpoint, ranks: int, rank: int) -> Binding:

@@ -1,4 +1,4 @@
-"""How the weights of a part are cut over tensor-parallel ranks, by the table of its model.
+"""How a part is cut over tensor-parallel ranks, by the table of its model, and what the ranks say to one another.
 
 A `column` weight [out, in] is cut along its outputs and so is its bias: each rank computes some of the features. A
 `row` weight is cut along its inputs: each rank computes a partial sum of all features, which a reduction completes and
@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from fluxkiln.errors import PatchError, UsageError
 from fluxkiln.types import TensorSpec
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 Way = Literal["column", "row", "whole"]
 
@@ -101,6 +101,36 @@ def local_shape(cuts: tuple[Cut, ...], slot: str, shape: tuple[int, ...], heads:
     """The shape each rank holds of a slot that has `shape` uncut; errors as `find_cut` and `share_of`."""
     share = share_of(find_cut(cuts, slot), slot, shape, heads, ranks, rank=0)
     return shape if share is None else (*shape[: share.axis], share.size, *shape[share.axis + 1 :])
+
+
+class Collectives(Protocol):
+    """Operations in which all ranks of a part take part, in the same order on each.
+
+    A part is written against them and knows neither its rank nor who carries the tensors.
+    """
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks there are."""
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """The sum over ranks of `x`, which has one shape on all of them."""
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        """`x` of every rank: [...] -> [ranks, ...], stacked in rank order on a new first axis."""
+
+
+@dataclass(frozen=True, slots=True)
+class SilentRanks:
+    """Ranks that hear themselves alone: shapes are those of so many ranks, values right for one."""
+
+    ranks: int
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        return x
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return x.expand(self.ranks, *x.shape)
 
 
 @dataclass(frozen=True)

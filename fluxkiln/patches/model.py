@@ -19,8 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
-    from fluxkiln.patches.collectives import Collectives
-    from fluxkiln.patches.cut import Cut, ParallelPart
+    from fluxkiln.patches.cut import Collectives, Cut, ParallelPart
     from fluxkiln.patches.patch import Patch
     from fluxkiln.patches.pipeline import OnLatents, PartChain, PipelineFiles, Rendering, Sampling
 

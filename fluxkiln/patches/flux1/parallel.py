@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fluxkiln.errors import UsageError
-from fluxkiln.patches.collectives import Collectives
-from fluxkiln.patches.cut import ParallelPart, local_shape
+from fluxkiln.patches.cut import Collectives, ParallelPart, local_shape
 from fluxkiln.patches.flux1.inputs import input_shapes
 from fluxkiln.patches.flux1.kinds import ALL_KINDS, CUTS, MODULATION_CHUNKS, head_count
 from fluxkiln.patches.flux1.parallel_transformer import ParallelDouble, ParallelHead, ParallelSingle, ParallelTail

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fluxkiln.patches.collectives import Collectives
+from fluxkiln.patches.cut import Collectives
 from fluxkiln.patches.flux1.transformer import GATE, GATE_MLP, SCALE, SCALE_MLP, SHIFT, SHIFT_MLP, Rows, embed_time
 
 

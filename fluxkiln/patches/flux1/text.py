@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fluxkiln.patches.collectives import Collectives
+from fluxkiln.patches.cut import Collectives
 
 MASKED_SCORE = -10000.0
 

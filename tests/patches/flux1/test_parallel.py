@@ -15,14 +15,14 @@ from torch import Tensor
 from fluxkiln.errors import CheckpointError, PatchError, UsageError
 from fluxkiln.export.bindings import apply_transforms, bind_shard, split_slots
 from fluxkiln.export.checkpoint import Checkpoint, read_tensor
-from fluxkiln.patches.collectives import OneRank, ThreadRanks
+from fluxkiln.patches.cut import SilentRanks
 from fluxkiln.patches.flux1 import parallel
 from fluxkiln.patches.flux1.inputs import rotary_embedding
 from fluxkiln.patches.flux1.kinds import list_split_parts
 from fluxkiln.patches.flux1.model import MODEL
 from fluxkiln.patches.flux1.parallel import build_parallel_part, modulation_rows
 from fluxkiln.types import Shapes, TensorRef
-from tests.ranks import load_parallel_part
+from tests.ranks import ThreadRanks, load_parallel_part
 
 BOUND = 5e-6
 SHAPES = Shapes(height=64, width=64, tokens=32)
@@ -334,7 +334,7 @@ def test_modulation_rows_follow_one_another(tiny):
     assert rows["double.01"] == (12, 24)
     assert rows["single.00"] == (24, 27)
     assert rows["tail"] == (33, 35)
-    head = build_parallel_part("head", configs, SHAPES, OneRank())
+    head = build_parallel_part("head", configs, SHAPES, SilentRanks(1))
     assert head.outputs[-1] == "modulation"
     assert (head.all_reduces, head.all_gathers) == (0, 1)
 
@@ -383,7 +383,7 @@ def test_what_cannot_be_built_is_refused_in_words(tiny, monkeypatch):
     with pytest.raises(UsageError, match=r"'tripel'; there are t5, head, double"):
         part_of("tripel", configs, 2)
     with pytest.raises(UsageError, match="2 blocks in a part of kind head"):
-        build_parallel_part("head", configs, SHAPES, OneRank(), blocks=2)
+        build_parallel_part("head", configs, SHAPES, SilentRanks(1), blocks=2)
     from diffusers.models.transformers import transformer_flux
 
     monkeypatch.setattr(transformer_flux.FluxTransformerBlock, "forward", lambda self: None)

@@ -12,13 +12,12 @@ import torch
 from fluxkiln.errors import CheckpointError, PatchError, UsageError
 from fluxkiln.export.bindings import apply_transforms, bind_shard, split_slots
 from fluxkiln.export.checkpoint import read_tensor
-from fluxkiln.patches.collectives import ThreadRanks
 from fluxkiln.patches.flux1.inputs import position_buckets
 from fluxkiln.patches.flux1.kinds import list_split_parts
 from fluxkiln.patches.flux1.model import MODEL
 from fluxkiln.patches.flux1.parallel import build_parallel_part
 from fluxkiln.types import Shapes, TensorRef
-from tests.ranks import load_parallel_part
+from tests.ranks import ThreadRanks, load_parallel_part
 
 BOUND = 5e-6
 # longer than the 128 positions beyond which all fall into the last bucket

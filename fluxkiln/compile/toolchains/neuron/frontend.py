@@ -36,7 +36,7 @@ _one_at_a_time = threading.Lock()
 
 
 class _Collectives(Protocol):
-    """What a module is given to speak with the other ranks; the same as in `fluxkiln.patches.collectives`."""
+    """What a module is given to speak with the other ranks; the same as in `fluxkiln.patches.cut`."""
 
     @property
     def ranks(self) -> int: ...

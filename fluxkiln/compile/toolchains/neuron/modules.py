@@ -197,14 +197,14 @@ class _Source:
 
 
 def _split_part(checkpoint: Checkpoint, plan: Plan, part: Part, dtype: RunDtype, ranks: int) -> _Source:
-    from fluxkiln.patches.collectives import ThreadRanks
+    from fluxkiln.patches.cut import SilentRanks
 
     model = checkpoint.model
 
     def build(collectives: Any) -> Any:
         return model.build_parallel_part(part, checkpoint.configs, plan.shapes, collectives)
 
-    one = build(ThreadRanks(ranks))
+    one = build(SilentRanks(ranks))
     inputs = one.inputs_in(dtype)
     return _Source(lambda given: build(given).module, inputs, one.outputs, one.all_reduces, one.all_gathers)
 

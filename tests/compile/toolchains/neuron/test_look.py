@@ -183,7 +183,7 @@ def lowered(looked, spoil):
     """The part's rung `split` with a module that `spoil` changed."""
     from fluxkiln.compile.toolchains.neuron.frontend import lower_module
     from fluxkiln.compile.toolchains.neuron.hlo_module import canonicalise
-    from fluxkiln.patches.collectives import ThreadRanks
+    from tests.ranks import ThreadRanks
 
     def build(collectives):
         part, configs = looked.exact.part, looked.exact.checkpoint.configs

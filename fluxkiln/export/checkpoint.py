@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+FLOAT_DTYPES = ("BF16", "F16", "F32")
 # Written by transformers and by diffusers, in this order.
 WEIGHT_STEMS = ("model", "diffusion_pytorch_model")
 _REMEDY = "give a folder that a pipeline's save_pretrained wrote, a Hugging Face id, or a synthetic preset"
@@ -76,14 +77,17 @@ def open_checkpoint(root: Path, components: Collection[str] | None = None) -> Ch
             configs[folder] = _read_config(root, folder, model)
             tensors[folder] = _read_component(root, folder, model)
     configs["scheduler"] = _read_json(root, "scheduler/scheduler_config.json")
+    beside = ("scheduler", *model.tokenizers.values())
+    sidecars = sorted(file for name in beside for file in (root / name).glob("*") if file.is_file())
+    licences = sorted(path for path in root.iterdir() if path.is_file() and path.stem.lower() in ("license", "licence"))
     return Checkpoint(
         root=root,
         name=_name(root),
         variant=model.variant(configs),
         configs=configs,
         tensors=tensors,
-        sidecars=_find_sidecars(root, model),
-        licence=_find_licence(root),
+        sidecars={str(file.relative_to(root)): file.resolve() for file in sidecars},
+        licence=licences[0].resolve() if licences else None,
         model=model,
     )
 
@@ -237,20 +241,6 @@ def _name(root: Path) -> str:
     if root.parent.name == "snapshots" and repository.startswith("models--"):
         return repository.removeprefix("models--").replace("--", "/", 1)
     return root.name
-
-
-def _find_sidecars(root: Path, model: Model) -> dict[str, Path]:
-    folders = (root / name for name in ("scheduler", *model.tokenizers.values()))
-    files = (file for folder in folders if folder.is_dir() for file in folder.iterdir() if file.is_file())
-    return {str(file.relative_to(root)): file.resolve() for file in sorted(files)}
-
-
-def _find_licence(root: Path) -> Path | None:
-    names = sorted(path for path in root.iterdir() if path.is_file() and path.stem.lower() in ("license", "licence"))
-    return names[0].resolve() if names else None
-
-
-FLOAT_DTYPES = ("BF16", "F16", "F32")
 
 
 def expected_tensors(model: Model, component: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -120,7 +120,7 @@ def file_states(checkpoint: Checkpoint) -> dict[Path, tuple[int, ...]]:
         CheckpointError: one has disappeared.
     """
     files = {ref.file for refs in checkpoint.tensors.values() for ref in refs.values()}
-    return {file: tuple(_file_state(_stat(file))) for file in sorted(files)}
+    return {file: tuple(_file_state(file)) for file in sorted(files)}
 
 
 def check_states(checkpoint: Checkpoint) -> None:
@@ -156,7 +156,11 @@ def _memo_key(ref: TensorRef) -> str:
     return f"{ref.offset} {ref.dtype} {','.join(map(str, ref.shape))}"
 
 
-def _file_state(stat: os.stat_result) -> list[int]:
+def _file_state(file: Path) -> list[int]:
+    try:
+        stat = file.stat()
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}; fetch it again") from error
     # ctime as well: copying tools restore mtime, nobody sets ctime.
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
 
@@ -169,7 +173,7 @@ def _read_facts(
         by_file.setdefault(ref.file, []).append(ref)
     facts: dict[TensorRef, TensorFacts] = {}
     for file, members in by_file.items():
-        state = _file_state(_stat(file))
+        state = _file_state(file)
         for ref in members:
             if memo and (known := memo.lookup(ref, state)):
                 facts[ref] = known
@@ -181,7 +185,7 @@ def _read_facts(
             unknown = sorted((ref for ref in members if ref not in facts), key=lambda ref: ref.offset)
             if not unknown:
                 continue
-            state = _file_state(_stat(file))
+            state = _file_state(file)
             reading = [pool.submit(_read_one, ref) for ref in unknown]
             try:
                 for ref, read in zip(unknown, reading, strict=True):
@@ -192,7 +196,7 @@ def _read_facts(
             finally:
                 for read in reading:
                     read.cancel()
-            if state != _file_state(_stat(file)):
+            if state != _file_state(file):
                 raise CheckpointError(f"{file} changed while it was read; start again when nothing writes to it")
             if memo:
                 for ref in unknown:
@@ -200,13 +204,6 @@ def _read_facts(
     if memo:
         memo.save()
     return facts
-
-
-def _stat(file: Path) -> os.stat_result:
-    try:
-        return file.stat()
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}; fetch it again") from error
 
 
 def _read_one(ref: TensorRef) -> TensorFacts:

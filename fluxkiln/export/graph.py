@@ -55,16 +55,12 @@ def finish_graph(
     Returns:
         The slots that the finished graph has, in graph order.
     """
+    activations, values = {spec.name for spec in inputs}, model.graph.inputs
     fold_constants(model)
-    _absorb(model, {spec.name for spec in inputs})
+    _absorb(model, activations)
     fold_constants(model)
-    activations = {spec.name for spec in inputs}
-    graph = model.graph
-    used = [value for value in graph.inputs if value.name in activations or value.uses()]
-    graph.inputs[:] = used
-    return tuple(
-        TensorSpec(str(value.name), _static_shape(value)) for value in graph.inputs if value.name not in activations
-    )
+    values[:] = [value for value in values if value.name in activations or value.uses()]
+    return tuple(TensorSpec(str(value.name), _static_shape(value)) for value in values if value.name not in activations)
 
 
 def slot_transforms(slot: str) -> tuple[str, tuple[Transform, ...]]:

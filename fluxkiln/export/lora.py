@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fluxkiln.errors import CheckpointError, UsageError
-from fluxkiln.export.checkpoint import Checkpoint, open_checkpoint
+from fluxkiln.export.checkpoint import FLOAT_DTYPES, Checkpoint, open_checkpoint
 from fluxkiln.export.fingerprint import DigestMemo, check_unchanged, digest_tensors, shard_states
 from fluxkiln.export.folders import check_destination, whole_or_nothing
 from fluxkiln.export.lora_file import LoraFile, Piece, digest_lora, read_lora
 from fluxkiln.export.safetensors_header import read_into
+from fluxkiln.files import same_file_system
 from fluxkiln.progress import OnBytes, byte_counter
 from fluxkiln.types import TensorRef
 
@@ -40,7 +41,6 @@ COMPONENT = "transformer"
 RECORD = "lora.json"
 # Raise when other bytes are written for the same input: fused checkpoints are found again by it.
 _FORMAT = 1
-_DTYPES = ("BF16", "F16", "F32")
 _WEIGHTS = (".safetensors", ".sft", ".gguf", ".bin", ".ckpt", ".pt", ".pth", ".msgpack", ".onnx")
 _BLOCK_ITEMS = 1 << 20
 _BLOCK_BYTES = 4 << 20
@@ -87,8 +87,8 @@ def fuse_lora(
     states = shard_states(refs.values())
     touched = {refs[name].file for name in changes}
     linked = _linked_files(opened, touched)
-    parent = _existing(destination.absolute().parent)
-    apart = [path for path in linked.values() if links == "hard" and path.stat().st_dev != parent.stat().st_dev]
+    parent = next(path for path in destination.absolute().parents if path.exists())
+    apart = [path for path in linked.values() if links == "hard" and not same_file_system(path, parent)]
     written = sum(states[file].st_size for file in touched)
     total = written + sum(path.stat().st_size for path in apart)
     count = byte_counter(total, progress)
@@ -178,10 +178,10 @@ def _check_fits(lora: LoraFile, piece: Piece, checkpoint: Checkpoint) -> None:
             f"{lora.file} changes {piece.tensor} as {list(piece.shape)}, in {checkpoint.name} it is {list(ref.shape)}; "
             "it is for another model, or a control LoRA, which needs wider inputs than FluxPipeline has"
         )
-    if ref.dtype not in _DTYPES:
+    if ref.dtype not in FLOAT_DTYPES:
         raise CheckpointError(
-            f"{piece.tensor} of {checkpoint.name} is stored as {ref.dtype}, LoRAs are fused into {', '.join(_DTYPES)}; "
-            "give a checkpoint in BF16"
+            f"{piece.tensor} of {checkpoint.name} is stored as {ref.dtype}, LoRAs are fused into "
+            f"{', '.join(FLOAT_DTYPES)}; give a checkpoint in BF16"
         )
 
 
@@ -307,9 +307,3 @@ def _write_record(
         "tensors": sorted({*changes, *before.get("tensors", ())}),
     }
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-
-
-def _existing(folder: Path) -> Path:
-    while not folder.exists():
-        folder = folder.parent
-    return folder

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxkiln.errors import CheckpointError, IntegrityError, ResourceError
 from fluxkiln.export.bindings import Window, window_of
-from fluxkiln.export.checkpoint import Checkpoint, read_tensor
+from fluxkiln.export.checkpoint import FLOAT_DTYPES, Checkpoint, read_tensor
 from fluxkiln.export.safetensors_header import ITEM_BYTES, encode_header, read_header, read_into
 from fluxkiln.files import publish
 from fluxkiln.types import Binding, TensorRef, TensorSpec
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 
 DTYPE = "BF16"
-_CONVERTED = ("BF16", "F16", "F32")
 _BLOCK_BYTES = 4 << 20
 # twice the usual two cores: half of them wait until their files are on the disk
 WORKERS = 4
@@ -145,9 +144,9 @@ class _Spreader:
 
     def __call__(self, ref: TensorRef, windows: Sequence[Window]) -> None:
         """Append each rank's window of a tensor to its file."""
-        if ref.dtype not in _CONVERTED:
+        if ref.dtype not in FLOAT_DTYPES:
             raise CheckpointError(
-                f"{ref.name} in {ref.file} has the dtype {ref.dtype}, shards are made of {', '.join(_CONVERTED)}; "
+                f"{ref.name} in {ref.file} has the dtype {ref.dtype}, shards are made of {', '.join(FLOAT_DTYPES)}; "
                 "convert the checkpoint to BF16"
             )
         inner = math.prod(ref.shape[2:])

@@ -40,7 +40,7 @@ def test_a_block_and_its_modulation_read_the_same_part_of_the_checkpoint():
     for inline in list_parts(CONFIGS):
         if inline.kind not in MODULATION_CHUNKS:
             continue
-        block, modulation = parts[inline.name], parts[modulation_name(inline)]
+        block, modulation = parts[inline.name], parts[modulation_name(inline.name)]
         assert block.kind == f"{inline.kind}_modulated"
         assert modulation.kind == f"{inline.kind}_modulation"
         assert block.prefix == modulation.prefix == inline.prefix

@@ -26,7 +26,6 @@ from fluxkiln.export.fingerprint import DigestMemo, check_unchanged, digest_tens
 from fluxkiln.export.folders import check_destination, whole_or_nothing
 from fluxkiln.export.lora_file import LoraFile, Piece, digest_lora, read_lora
 from fluxkiln.export.safetensors_header import read_into
-from fluxkiln.files import same_file_system
 from fluxkiln.progress import OnBytes, byte_counter
 from fluxkiln.types import TensorRef
 
@@ -88,7 +87,7 @@ def fuse_lora(
     touched = {refs[name].file for name in changes}
     linked = _linked_files(opened, touched)
     parent = next(path for path in destination.absolute().parents if path.exists())
-    apart = [path for path in linked.values() if links == "hard" and not same_file_system(path, parent)]
+    apart = [path for path in linked.values() if links == "hard" and path.stat().st_dev != parent.stat().st_dev]
     written = sum(states[file].st_size for file in touched)
     total = written + sum(path.stat().st_size for path in apart)
     count = byte_counter(total, progress)

@@ -20,7 +20,7 @@ from fluxkiln.errors import CheckpointError, IntegrityError, ResourceError
 from fluxkiln.export.bindings import Window, window_of
 from fluxkiln.export.checkpoint import FLOAT_DTYPES, Checkpoint, read_tensor
 from fluxkiln.export.safetensors_header import ITEM_BYTES, encode_header, read_header, read_into
-from fluxkiln.files import publish
+from fluxkiln.files import rename_durably
 from fluxkiln.types import Binding, TensorRef, TensorSpec
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class _PartialFile:
     def finish(self) -> str:
         """Put the file on the disk under its name; returns its sha256."""
         with _told(self.path):
-            publish(self._stream, self._partial, self.path)
+            rename_durably(self._stream, self._partial, self.path)
         return self._digest.hexdigest()
 
 

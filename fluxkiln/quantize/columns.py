@@ -1,11 +1,10 @@
 """GPTQ: columns are rounded one after the other, and each one's error is made up for by the columns not yet rounded.
 
-With H = X^T X / N (its products a little smaller, its diagonal a little larger) and U the upper Cholesky factor of
-H^-1, rounding column i with the error e = (w_i - w^_i) / U_ii leaves the least output error when e U_ij is taken from
-every later column j. A group's scale and zero point are found when its first column is reached, from the weights as
-they are then, by least squares weighted with the diagonal of H. H is taken in blocks, see `statistics`; rows do not
-depend on one another, so a weight may be given some rows at a time, and the sums are in one order whatever their
-number: the codes are the same.
+With H = X^T X / N (its products a little smaller, its diagonal a little larger), in blocks (`Statistics`), and U the
+upper Cholesky factor of H^-1, rounding column i with the error e = (w_i - w^_i) / U_ii leaves the least output error
+when e U_ij is taken from every later column j. A group's scale and zero point are found when its first column is
+reached, from the weights as they are then, by least squares weighted with the diagonal of H. Rows do not depend on one
+another, and sums are in one order: some rows at a time have the codes that they have in the whole.
 
 Source: Frantar et al., GPTQ (arXiv 2210.17323), algorithm 1; the least-squares groups are our own.
 """
@@ -14,14 +13,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import ml_dtypes
 import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from fluxkiln.errors import SchemeError
 from fluxkiln.quantize.calibration import Statistics
-from fluxkiln.quantize.pack import bf16_to_float32
+from fluxkiln.quantize.pack import round_word
 from fluxkiln.quantize.search import SHRINKS, fit_group
 
 # of the mean diagonal of H, added to it: what few samples say of channels that hardly move is not believed
@@ -64,8 +62,7 @@ class ColumnRounder:
         zeros_OG: NDArray[np.uint8],
     ) -> None:
         """As `pack.pack_into`."""
-        narrow = weight_OI.dtype == ml_dtypes.bfloat16
-        values = bf16_to_float32(weight_OI.view(np.uint16)) if narrow else weight_OI.astype(np.float32)
+        values = weight_OI.astype(np.float32)
         columns = values.shape[1]
         if columns != self._importance.size:
             raise SchemeError(
@@ -73,11 +70,8 @@ class ColumnRounder:
                 "checkpoint"
             )
         wide = np.empty((len(values), columns), np.uint8)
-        shrinks = np.array(SHRINKS, np.float32)
-        _round_rows(
-            np.ascontiguousarray(values), bits, self._factors, self._places, self._importance, shrinks, wide,
-            (scales_OG, zeros_OG),
-        )  # fmt: skip
+        inputs = (self._factors, self._places, self._importance, np.array(SHRINKS, np.float32))
+        _round_rows(np.ascontiguousarray(values), bits, *inputs, wide, (scales_OG, zeros_OG))
         if bits == 8:
             codes_OI[:] = wide
         else:
@@ -168,8 +162,7 @@ def _round_rows(
                 stored[one], zero[one] = fit_group(
                     tile[one, start : start + width], importance[start : start + width], shrinks, top
                 )
-                odd = (words[one] >> np.uint32(16)) & np.uint32(1)
-                high = (words[one] + np.uint32(0x7FFF) + odd) >> np.uint32(16)
+                high = round_word(words[one])
                 scales[row + one, group] = np.uint16(high)
                 zeros[row + one, group] = np.uint8(zero[one])
                 words[one] = high << np.uint32(16)

@@ -20,8 +20,6 @@ from fluxkiln.quantize.schemes import Scheme, stored_size
 
 # elements that are in float32 at a time
 _BLOCK = 1 << 21
-# first and last row -> these rows of a weight
-ReadRows = Callable[[int, int], NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +54,12 @@ class Figures:
 
 
 def measure(
-    read_rows: ReadRows, shape: tuple[int, int], scheme: Scheme, statistics: Statistics | None = None
+    read_rows: Callable[[int, int], NDArray[Any]],
+    shape: tuple[int, int],
+    scheme: Scheme,
+    statistics: Statistics | None = None,
 ) -> Figures:
-    """Pack a matrix as the scheme says and compare.
+    """Pack a matrix, read from one row to another, as the scheme says and compare.
 
     Raises:
         SchemeError: what is not finite, a group size that does not divide, or a method without its calibration.

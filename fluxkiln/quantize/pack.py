@@ -50,11 +50,7 @@ def pack_by(rounder: Rounder, weight_OI: NDArray[Any], group_size: int, bits: in
 
 
 def empty_packed(shape: tuple[int, ...], group_size: int, bits: int) -> PackedWeight:
-    """A packed weight yet to be filled.
-
-    Raises:
-        SchemeError: in_features is not a multiple of the group size.
-    """
+    """A packed weight yet to be filled; SchemeError where in_features is not a multiple of the group size."""
     rows, columns = shape
     if group_size <= 0 or columns % group_size or group_size % 2:
         raise SchemeError(f"group size {group_size} does not divide {columns} input channels; use another group size")
@@ -76,10 +72,7 @@ def pack_into(
     Args:
         through_zero: extend every group's range to 0, as the compiler does not: no zero point has to be clipped then.
     """
-    narrow = weight_OI.dtype == ml_dtypes.bfloat16
-    source = np.ascontiguousarray(weight_OI, None if narrow else np.float32)
-    words = source.view(np.uint16) if narrow else source
-    _pack_rows(words, narrow, bits, through_zero, codes_OI, scales_OG, zeros_OG)
+    _pack_rows(*kernel_input(weight_OI), bits, through_zero, codes_OI, scales_OG, zeros_OG)
 
 
 def dequantize(packed: PackedWeight, group_size: int) -> NDArray[np.float32]:
@@ -109,6 +102,13 @@ def to_bf16_bits(values: NDArray[Any]) -> NDArray[np.uint16]:
     return np.ascontiguousarray(values, np.float32).astype(ml_dtypes.bfloat16).view(np.uint16)
 
 
+def kernel_input(weight_OI: NDArray[Any]) -> tuple[NDArray[Any], bool]:
+    """Contiguous rows as kernels take them: bfloat16 bits and True, or float32 and False."""
+    if weight_OI.dtype == ml_dtypes.bfloat16:
+        return np.ascontiguousarray(weight_OI).view(np.uint16), True
+    return np.ascontiguousarray(weight_OI, np.float32), False
+
+
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
 def subtract_product(weight_OI: Any, up_OR: Any, down_RI: Any) -> None:
     """weight -= up down, not by BLAS, whose sums depend on how many rows it is given."""
@@ -134,6 +134,36 @@ def _round_away(value: Any, limit: Any) -> Any:
     if rest <= np.float32(-0.5):
         whole -= np.float32(1.0)
     return whole
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def widen_row(source_I: Any, narrow: Any, words_I: Any) -> None:
+    """Float32 bits of a row that `kernel_input` made."""
+    values_I = words_I.view(np.float32)
+    if narrow:
+        for i in range(source_I.size):
+            words_I[i] = np.uint32(source_I[i]) << np.uint32(16)
+    else:
+        for i in range(source_I.size):
+            values_I[i] = source_I[i]
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def round_word(word: Any) -> Any:
+    """bfloat16 bits of float32 bits, to nearest, ties to even."""
+    return (word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+
+
+@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+def store_codes(bytes_I: Any, bits: Any, codes: Any) -> None:
+    """A row of codes, one a byte, as `PackedWeight` has them."""
+    if bits == 4:
+        pairs = bytes_I.view(np.uint16)
+        for i in range(pairs.size):
+            codes[i] = np.uint8(pairs[i] | (pairs[i] >> np.uint16(4)))
+    else:
+        for i in range(bytes_I.size):
+            codes[i] = bytes_I[i]
 
 
 # weights have no NaN, and the sign of a zero does not survive the rounding: these two flags change no bit
@@ -165,23 +195,15 @@ def _codes(values_GI: Any, scale_G: Any, zero_G: Any, top: Any, codes_GI: Any) -
 def _pack_rows(source: Any, narrow: Any, bits: Any, through_zero: Any, codes: Any, scales: Any, zeros: Any) -> None:
     rows, columns = source.shape
     groups = scales.shape[1]
-    words = np.empty(columns, np.uint32)
-    values = words.view(np.float32)
-    values_GI = values.reshape(groups, columns // groups)
-    bytes_I = np.empty(columns, np.uint8)
+    words, bytes_I = np.empty(columns, np.uint32), np.empty(columns, np.uint8)
+    values_GI = words.view(np.float32).reshape(groups, columns // groups)
     codes_GI = bytes_I.reshape(groups, columns // groups)
-    pairs = bytes_I.view(np.uint16)
     low = np.empty(groups, np.float32)
     high, scale, zero = np.empty_like(low), np.empty_like(low), np.empty_like(low)
     scale_words = scale.view(np.uint32)
     top = np.float32((1 << bits) - 1)
     for row in range(rows):
-        if narrow:
-            for i in range(columns):
-                words[i] = np.uint32(source[row, i]) << np.uint32(16)
-        else:
-            for i in range(columns):
-                values[i] = source[row, i]
+        widen_row(source[row], narrow, words)
         _ranges(values_GI, low, high)
         for group in range(groups):
             if through_zero:
@@ -189,15 +211,7 @@ def _pack_rows(source: Any, narrow: Any, bits: Any, through_zero: Any, codes: An
             scale[group] = max(high[group] - low[group], np.float32(1e-5)) / top
             zero[group] = max(_round_away(-low[group] / scale[group], top), np.float32(0.0))
         _codes(values_GI, scale, zero, top, codes_GI)
-        if bits == 4:
-            for i in range(columns // 2):
-                codes[row, i] = np.uint8(pairs[i] | (pairs[i] >> np.uint16(4)))
-        else:
-            for i in range(columns):
-                codes[row, i] = bytes_I[i]
+        store_codes(bytes_I, bits, codes[row])
         for group in range(groups):
             zeros[row, group] = np.uint8(zero[group])
-            # bfloat16 of the scale, to nearest, ties to even
-            word = scale_words[group]
-            odd = (word >> np.uint32(16)) & np.uint32(1)
-            scales[row, group] = np.uint16((word + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+            scales[row, group] = np.uint16(round_word(scale_words[group]))

@@ -72,11 +72,7 @@ def parse_rules(texts: Sequence[str]) -> tuple[LayerRule, ...]:
 
 
 def assign_rules(names: Sequence[str], rules: Sequence[LayerRule], stacks: Stacks) -> dict[str, Scheme]:
-    """Layer -> the scheme that the last rule which matches it gives.
-
-    Raises:
-        SchemeError: a rule matches no layer.
-    """
+    """Layer -> the scheme that the last rule which matches it gives; SchemeError for a rule that matches none."""
     found: dict[str, Scheme] = {}
     for rule in rules:
         matched = stacks.find(rule.place, names)
@@ -88,11 +84,7 @@ def assign_rules(names: Sequence[str], rules: Sequence[LayerRule], stacks: Stack
 
 
 def parse_budget(text: str, weights: int) -> int:
-    """`6.5GB`, `6500000000` or `4.6bits` (a weight) -> bytes.
-
-    Raises:
-        SchemeError: neither of them.
-    """
+    """`6.5GB`, `6500000000` or `4.6bits` (a weight) -> bytes; SchemeError for anything else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
     if match is None or (match[2] not in _UNITS and match[2] not in ("bit", "bits")):
         raise SchemeError(f"budget {text!r} is neither bytes (6.5GB) nor bits a weight (4.6bits)")
@@ -116,13 +108,11 @@ def choose(layers: Mapping[str, Sequence[Figures]], budget: int) -> dict[str, Fi
     closed: set[str] = set()
     for _, name, option in sorted(steps, key=lambda step: -step[0]):
         extra = option.size - chosen[name].size
-        if name in closed:
-            continue
         if used + extra > budget:
             closed.add(name)  # what follows on this layer's hull is larger still
-            continue
-        used += extra
-        chosen[name] = option
+        elif name not in closed:
+            used += extra
+            chosen[name] = option
     return chosen
 
 

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import ml_dtypes
 import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from fluxkiln.quantize.pack import kernel_input, round_word, store_codes, widen_row
 
 # scales that are tried, in units of the one that spans the whole range
 SHRINKS = tuple(round(0.84 + 0.24 * step / 11, 4) for step in range(12))
@@ -38,18 +39,15 @@ def search_into(
     refit: bool = True,
     symmetric: bool = False,
 ) -> None:
-    """Pack some rows of a weight into arrays, or rows of arrays, as `PackedWeight` has them; G of them are groups.
+    """As `pack.pack_into`, with searched scales.
 
     Args:
         weight_OI: finite, float32 or bfloat16 (ml_dtypes).
         refit: codes get the least-squares scale.
         symmetric: every zero point is the middle level, 8 or 128.
     """
-    narrow = weight_OI.dtype == ml_dtypes.bfloat16
-    source = np.ascontiguousarray(weight_OI, None if narrow else np.float32)
     shrinks = np.array(SYMMETRIC_SHRINKS if symmetric else SHRINKS, np.float32)
-    words = source.view(np.uint16) if narrow else source
-    _search_rows(words, narrow, bits, shrinks, refit, symmetric, codes_OI, (scales_OG, zeros_OG))
+    _search_rows(*kernel_input(weight_OI), bits, shrinks, refit, symmetric, codes_OI, (scales_OG, zeros_OG))
 
 
 @numba.njit(cache=True, nogil=True, fastmath=_FAST)  # type: ignore[untyped-decorator]
@@ -138,28 +136,19 @@ def _search_rows(
     scales, zeros = grids
     rows, columns = source.shape
     groups = scales.shape[1]
-    words = np.empty(columns, np.uint32)
-    values = words.view(np.float32)
-    values_GI = values.reshape(groups, columns // groups)
-    bytes_I = np.empty(columns, np.uint8)
+    words, bytes_I = np.empty(columns, np.uint32), np.empty(columns, np.uint8)
+    values_GI = words.view(np.float32).reshape(groups, columns // groups)
     codes_GI = bytes_I.reshape(groups, columns // groups)
-    pairs = bytes_I.view(np.uint16)
     stored = np.empty(1, np.float32)
     stored_word = stored.view(np.uint32)
     top = np.float32((1 << bits) - 1)
     most = top + np.float32(0.5)
     for row in range(rows):
-        if narrow:
-            for i in range(columns):
-                words[i] = np.uint32(source[row, i]) << np.uint32(16)
-        else:
-            for i in range(columns):
-                values[i] = source[row, i]
+        widen_row(source[row], narrow, words)
         for group in range(groups):
             scale, zero = _search(values_GI[group], shrinks, top, refit, symmetric)
             stored[0] = scale
-            word = stored_word[0]
-            high = (word + np.uint32(0x7FFF) + ((word >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+            high = round_word(stored_word[0])
             scales[row, group] = np.uint16(high)
             stored_word[0] = high << np.uint32(16)
             zeros[row, group] = np.uint8(zero)
@@ -167,9 +156,4 @@ def _search_rows(
             for i in range(codes_GI.shape[1]):
                 place = min(max(values_GI[group, i] * inverse + shift, np.float32(0.0)), most)
                 codes_GI[group, i] = np.uint8(np.int32(place))
-        if bits == 4:
-            for i in range(columns // 2):
-                codes[row, i] = np.uint8(pairs[i] | (pairs[i] >> np.uint16(4)))
-        else:
-            for i in range(columns):
-                codes[row, i] = bytes_I[i]
+        store_codes(bytes_I, bits, codes[row])

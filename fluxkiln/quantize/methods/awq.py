@@ -25,11 +25,7 @@ _EXPONENTS = tuple(step / 12 for step in range(12))
 def side_tensors(
     sources: Sequence[Source], group_size: int, bits: int, rank: int, most_rows: int
 ) -> Iterator[SideTensors]:
-    """The same divisors for all.
-
-    Raises:
-        SchemeError: no statistics, or as `find_divisors`.
-    """
+    """The same divisors for all; SchemeError without statistics, or as `find_divisors`."""
     import numpy as np
 
     from fluxkiln.quantize.calibration import mean_statistics
@@ -37,7 +33,9 @@ def side_tensors(
     known = [source.statistics for source in sources if source.statistics is not None]
     if not known:
         raise SchemeError("awq needs calibration; make some with fluxkiln calibrate")
-    sampled = [_some_rows(source.read(), most_rows // len(sources)) for source in sources]
+    most = most_rows // len(sources)
+    # of each weight at most so many rows, from everywhere in it; all of them for 0
+    sampled = [(weight := source.read())[:: -(-len(weight) // most) if most else 1] for source in sources]
     divisors = find_divisors(np.concatenate(sampled), group_size, mean_statistics(known), bits)
     return (SideTensors(divisors) for _ in sources)
 
@@ -45,10 +43,7 @@ def side_tensors(
 def find_divisors(weight_OI: NDArray[Any], group_size: int, statistics: Statistics, bits: int = 4) -> NDArray[Any]:
     """The channel scales that leave the least output error, as the diagonal of X^T X knows it: float32 [I].
 
-    They are reciprocals of bfloat16 numbers, since a chip multiplies the input.
-
-    Args:
-        weight_OI: one weight, or rows of all that have one input: they are scaled alike.
+    They are reciprocals of bfloat16 numbers, since a chip multiplies the input. Weights of one input are scaled alike.
 
     Raises:
         SchemeError: no scales leave a finite error.
@@ -75,11 +70,6 @@ def find_divisors(weight_OI: NDArray[Any], group_size: int, statistics: Statisti
     if found is None:
         raise SchemeError("no channel scale leaves a finite error: the weight or its calibration is not finite")
     return found
-
-
-def _some_rows(weight_OI: NDArray[Any], most: int) -> NDArray[Any]:
-    """At most so many rows, from everywhere in the weight; all of them for 0."""
-    return weight_OI[:: -(-len(weight_OI) // most)] if most else weight_OI
 
 
 METHOD = Method(ls.rounder, calibrated=True, roles=(RECIPROCALS,), side_tensors=side_tensors)

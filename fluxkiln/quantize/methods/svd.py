@@ -29,10 +29,7 @@ def side_tensors(
 
 
 def find_branch(weight_OI: NDArray[Any], statistics: Statistics | None, rank: int) -> SideTensors:
-    """The `rank` largest directions of the smoothed weight.
-
-    Args:
-        statistics: of the inputs; without them the directions are those of the weight alone.
+    """The `rank` largest directions of the weight, smoothed where its inputs are known.
 
     Raises:
         SchemeError: more directions than the matrix has.

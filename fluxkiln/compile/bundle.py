@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -149,8 +151,6 @@ def _fault(folder: Path, entry: FileEntry) -> str:
 
 
 def _memo(folder: Path, digest: str) -> Path:
-    import hashlib
-
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     name = hashlib.sha256(f"{folder}\n{digest}".encode()).hexdigest()[:32]
     return cache / "fluxkiln" / "checked" / f"{name}.json"
@@ -166,10 +166,9 @@ def _read_memo(folder: Path, digest: str) -> dict[str, list[int]]:
 
 def _write_memo(folder: Path, digest: str, states: Mapping[str, list[int]]) -> None:
     path = _memo(folder, digest)
-    try:
+    # without a cache the next call reads the files again
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial_path = path.with_suffix(f".{os.getpid()}")
         partial_path.write_text(json.dumps(states))
         partial_path.replace(path)
-    except OSError:
-        return  # without a cache the next call reads the files again

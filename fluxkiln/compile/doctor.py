@@ -32,11 +32,9 @@ _BUILD_DISK_GB, _BUILD_MEMORY_GB = 5, 6
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """One line of `fluxkiln doctor`.
+    """One line of `fluxkiln doctor`, with the targets that need it.
 
-    `found` is whether the tool is usable as it stands; `path` where it lies. `needed_for` lists targets, and is empty
-    for what no build needs. `optional_for` lists targets whose bundles it helps to run: what is missing there keeps
-    nothing from being built. `remedy` is empty when `found`.
+    `needed_for` is empty for what no build needs; `optional_for` lists targets whose bundles it helps to run.
     """
 
     name: str

@@ -61,10 +61,7 @@ class Executor(Protocol):
     name: str
 
     def __call__(self, part: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """The part's outputs by its kind's names, float32.
-
-        Args:
-            inputs: by the kind's names, float32 or integers; their shapes are those of the build.
+        """The part's outputs by its kind's names, float32, for inputs of the build's shapes, float32 or integers.
 
         Raises:
             CompileError: no such part, an input is missing or of another shape, or the run failed.

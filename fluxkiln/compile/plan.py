@@ -120,6 +120,4 @@ class Job:
     estimate_ms: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        shown = asdict(self)
-        del shown["weights"]
-        return shown
+        return {name: value for name, value in asdict(self).items() if name != "weights"}

@@ -64,11 +64,7 @@ def _stores_otherwise(plan: Plan) -> bool:
 
 
 def rungs_below(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, threads: int = 1) -> Rungs:
-    """The rungs that need nothing but the checkpoint: patched, onnxruntime, and dequantized where that is another.
-
-    Args:
-        threads: of ONNX Runtime; PyTorch takes all cores.
-    """
+    """The rungs that need nothing but the checkpoint, on `threads` of ONNX Runtime; PyTorch takes all cores."""
     from fluxkiln.export.eager import PatchedRunner
 
     rungs: Rungs = {
@@ -203,11 +199,10 @@ def check_stored(opened: OpenPart) -> RungFindings:
 def check_form(
     opened: OpenPart, rung: str, tolerance: Tolerance, run: Callable[[Values], Values], forms: Mapping[str, Operation]
 ) -> RungFindings:
-    """A compiled form against the template with the stored weights.
+    """A compiled form against the template with the stored weights; `forms`: value -> what its operation became.
 
     Args:
         run: those values of the compiled form, by the template's names, that have the shapes of what it is given.
-        forms: value -> what its operation became.
     """
     from fluxkiln.compile.onnx.values import template_values
 

@@ -1,8 +1,6 @@
-"""What is fixed for one build, what its stages hand on, and the first of them: templates.
+"""Templates, the first stage of a build, and what stages hand on.
 
-Each stage is a function that takes a `Kiln` and returns a frozen result whose files are blobs of the store. What a
-stage depends on is in its key, so a result is only reused for equal inputs, settings, tools and code. The other stages
-are in the toolchains' folders.
+What a stage depends on is in its key, so a result is only reused for equal inputs, settings, tools and code.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ import math
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fluxkiln.artifacts.actions import Action, ActionCache, ActionResult, run_action
 from fluxkiln.artifacts.code import code_version
@@ -26,12 +24,7 @@ from fluxkiln.patches.pipeline import PipelineFiles
 from fluxkiln.progress import FROM_STORE, Progress
 from fluxkiln.types import Binding, GraphFormat, Part, Template, TensorRef, TensorSpec
 
-if TYPE_CHECKING:
-    pass
-
 EXPORT_TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir")
-# stages in which the compiler runs
-COMPILER_STAGES = ("mould", "compile", "combine", "neff")
 
 
 def template_action(checkpoint: Checkpoint, plan: Plan, kind: str, graph_format: GraphFormat) -> Action:
@@ -78,12 +71,8 @@ def make_template(
         facts = {name: specs_to_json(getattr(made, name)) for name in ("inputs", "outputs", "slots")}
         return {"graph": made.path}, facts
 
-    return _template(
-        cache,
-        kind,
-        graph_format,
-        run_action(cache, template_action(checkpoint, plan, kind, graph_format), produce),
-    )
+    result = run_action(cache, template_action(checkpoint, plan, kind, graph_format), produce)
+    return _template(cache, kind, graph_format, result)
 
 
 def tell_template(
@@ -111,9 +100,7 @@ def _template(cache: ActionCache, kind: str, graph_format: GraphFormat, result: 
 
 def net_name(part: Part) -> str:
     """A part's net in the combined file; as long as the mould's own, so that it can be written over it."""
-    if "." not in part.name:
-        return f"{part.name}_00"
-    return part.name.replace(".", "_")
+    return part.name.replace(".", "_") if "." in part.name else f"{part.name}_00"
 
 
 def mould_net(plan: Plan, kind: str) -> str:

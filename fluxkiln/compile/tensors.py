@@ -99,15 +99,12 @@ def check_weights(checkpoint: Checkpoint, plan: Plan) -> None:
 def part_bytes(checkpoint: Checkpoint, plan: Plan, part: Part) -> int:
     """Bytes of a part's weights in a binary: quantized matrices with all that is beside their codes, and the others."""
     scheme, refs = plan.scheme(part), part_refs(checkpoint, plan, part)
-    quantized = {ref.name for name, ref in quantizable(checkpoint, plan, part).items() if not scheme.keeps(name)}
+    quantized = {ref.name for name, ref in quantizable(checkpoint, plan, part).items() if scheme.in_codes(name)}
     plain = 4 if scheme.arithmetic == "F32" else 2
-    total = 0
-    for ref in refs:
-        if scheme.weight_bits and ref.name in quantized:
-            total += stored_size((ref.shape[0], ref.shape[1]), scheme)
-        else:
-            total += plain * math.prod(ref.shape)
-    return total
+    return sum(
+        stored_size((ref.shape[0], ref.shape[1]), scheme) if ref.name in quantized else plain * math.prod(ref.shape)
+        for ref in refs
+    )
 
 
 def search_memory(checkpoint: Checkpoint, plan: Plan, part: Part) -> int:

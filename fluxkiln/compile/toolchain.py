@@ -47,11 +47,8 @@ Rungs = dict[str, PartRunner]
 
 @dataclass(frozen=True, slots=True)
 class ToolStatus:
-    """One line of `fluxkiln doctor`.
-
-    `found` is whether the tool is usable as it stands; `path` where it lies. `needed` is whether builds for the
-    toolchain's targets need it; else it helps to run their bundles. `remedy` is empty when `found`.
-    """
+    """A tool: whether it is usable as it stands, where it lies, what helps if not (`remedy`), and whether builds need
+    it; else it helps to run their bundles."""
 
     name: str
     found: bool
@@ -78,8 +75,7 @@ class Climb:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a template computes: its matrix products' and convolutions' multiplications, elements of the latters' widest
-    result."""
+    """What a template computes: multiplications, products' and convolutions', and the latters' most elements."""
 
     multiplications: float
     widest_convolution: int
@@ -87,10 +83,7 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Resumed:
-    """A bundle that its compiler completed: `command` in the version `compiler`.
-
-    `compiled` and `taken` are the modules compiled now and found compiled before.
-    """
+    """A bundle that its compiler completed, and the modules compiled now and `taken` as they were compiled before."""
 
     bundle: Path
     command: str
@@ -100,8 +93,8 @@ class Resumed:
 
     def to_json(self) -> dict[str, Any]:
         """The result as plain JSON."""
-        names = {"compiled": list(self.compiled), "taken": list(self.taken)}
-        return {"bundle": str(self.bundle), "compiler": self.compiler, **names}
+        modules = {"compiled": list(self.compiled), "taken": list(self.taken)}
+        return {"bundle": str(self.bundle), "compiler": self.compiler, **modules}
 
 
 class Toolchain(Protocol):
@@ -179,11 +172,7 @@ class Toolchain(Protocol):
     def climb(
         self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, made: Made, folder: Path, progress: Progress
     ) -> AbstractContextManager[Climb]:
-        """The rungs of all parts at the shapes of the plan, which may be smaller than those that `made` has.
-
-        Args:
-            folder: for files that a rung needs.
-        """
+        """The rungs of all parts at the shapes of the plan, maybe smaller than `made`'s; `folder` takes their files."""
 
     def execute(
         self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, made: Made, folder: Path

@@ -7,7 +7,7 @@ comparison with what was cast and the interpreter all ask for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -65,11 +65,7 @@ def find_calibration(checkpoint: Checkpoint, cache: ActionCache, component: str)
 
 
 def part_calibration(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part) -> Calibration | None:
-    """The calibration that a part's scheme asks for; None where it asks for none.
-
-    Raises:
-        SchemeError: there is none in the store.
-    """
+    """The calibration that a part's scheme asks for, if any; SchemeError when the store has none."""
     scheme = plan.scheme(part)
     if not scheme.calibrated:
         return None
@@ -121,11 +117,7 @@ def part_rounders(
 def part_statistics(
     checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, graph_format: Any = "onnx17"
 ) -> CalibratedSlots:
-    """What calibration knows of the slots of a part's template.
-
-    Raises:
-        SchemeError: there is no calibration, or it is not of this checkpoint.
-    """
+    """What calibration knows of the slots of a part's template; errors as `part_rounders`."""
     calibration, component = part_calibration(checkpoint, plan, cache, part), part.folder
     assert calibration is not None
     binding = bind_part(part, make_template(checkpoint, plan, cache, part.kind, graph_format).slots, checkpoint)
@@ -135,11 +127,7 @@ def part_statistics(
 
 @dataclass(slots=True)
 class CalibratedSlots:
-    """What calibration knows of the slots of a template, and rounders by it.
-
-    Attributes:
-        tensors: of the component; slots: how each slot is filled from them.
-    """
+    """What calibration knows of the slots of a template, filled from a component's tensors, and rounders by it."""
 
     scheme: Scheme
     component: str
@@ -175,12 +163,8 @@ class CalibratedSlots:
 
 @dataclass(frozen=True, slots=True)
 class SidedWeights:
-    """The weights of a part by slot, those in codes as they are packed.
-
-    Attributes:
-        plain: the checkpoint's.
-        beside: slot of `quantize.side_tensors` -> its array, bfloat16, in torch's layout.
-    """
+    """The weights of a part by slot, those in codes as they are packed: the checkpoint's, `plain`, without what is
+    `beside`: slot of `quantize.side_tensors` -> its array, bfloat16, in torch's layout."""
 
     plain: BoundWeights
     beside: Mapping[str, NDArray[Any]]
@@ -222,10 +206,7 @@ def part_packers(
 ) -> PackerOf:
     """Slot of a part's template -> what packs it.
 
-    What stands beside the codes is what was cast, not what is searched again.
-
-    Raises:
-        SchemeError: there is no calibration, or it is not of this checkpoint.
+    What stands beside the codes is what was cast, not what is searched again. Errors as `part_rounders`.
     """
     scheme = plan.scheme(part)
     if scheme.codes_only:
@@ -282,10 +263,17 @@ def _stored_beside(
     )
 
     def produce(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
-        known, plain = part_statistics(checkpoint, plan, cache, part), weight_reader(binding, checkpoint)
-        found: dict[str, Any] = {
-            slot: array.view(np.uint16) for slot, array in _find_beside(plan.scheme(part), template, plain, known)
-        }
+        scheme, plain = plan.scheme(part), weight_reader(binding, checkpoint)
+        known = part_statistics(checkpoint, plan, cache, part)
+        inputs: dict[str, list[str]] = {}
+        for one in weight_matmuls(template.path, {spec.name for spec in template.inputs}):
+            if scheme.in_codes(one.slot):
+                inputs.setdefault(one.source, []).append(one.slot)
+        found: dict[str, Any] = {}
+        for slots in inputs.values():
+            sources = [Source(partial(plain, slot), known.statistics(slot, None)) for slot in slots]
+            for slot, beside in zip(slots, scheme.find_beside(sources, MOST_ROWS), strict=True):
+                found |= {name: array.view(np.uint16) for name, array in beside.arrays(slot).items()}
         with (folder / "beside.npz").open("wb") as file:
             np.savez(file, **found)
         return {"beside": folder / "beside.npz"}, {}
@@ -293,17 +281,3 @@ def _stored_beside(
     blob = run_action(cache, action, produce).outputs["beside"]
     with np.load(cache.path(blob)) as arrays:
         return {slot: arrays[slot].view(ml_dtypes.bfloat16) for slot in arrays.files}
-
-
-def _find_beside(
-    scheme: Scheme, template: Template, plain: BoundWeights, known: CalibratedSlots
-) -> Iterator[tuple[str, NDArray[Any]]]:
-    """Slot beside a weight's -> its array, input by input."""
-    inputs: dict[str, list[str]] = {}
-    for one in weight_matmuls(template.path, {spec.name for spec in template.inputs}):
-        if scheme.in_codes(one.slot):
-            inputs.setdefault(one.source, []).append(one.slot)
-    for slots in inputs.values():
-        sources = [Source(partial(plain, slot), known.statistics(slot, None)) for slot in slots]
-        for slot, beside in zip(slots, scheme.find_beside(sources, MOST_ROWS), strict=True):
-            yield from beside.arrays(slot).items()

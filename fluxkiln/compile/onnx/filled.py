@@ -34,10 +34,8 @@ def fill(
     its largest weight as it is read.
 
     Args:
-        template: an opset 17 template.
-        activations: the graph inputs that stay inputs.
+        template: of opset 17; activations: its inputs that stay inputs.
         read_weight: slot -> weight in torch's layout.
-        target: an `.onnx` path.
         rewrites: what else is done to the graph before it is written, in order.
     """
     import onnx_ir as ir

@@ -34,18 +34,13 @@ _MOVES = ("Gather", "Slice")
 
 @dataclass(frozen=True, slots=True)
 class LinkedGraph:
-    """A part's graph with its weights as initializers that lie in other files.
+    """A part's graph, an `onnx.ModelProto`, with its weights as initializers that lie in other files.
 
-    Attributes:
-        model: an `onnx.ModelProto`.
-        in_place: initializer -> checkpoint tensor whose bytes it is; the other external ones are in the sidecar.
-        referenced: bytes of checkpoint tensors that the graph points at.
-        copied: initializer -> bytes written to the sidecar.
+    `in_place` has the checkpoint's tensor that each is; the others are in the sidecar, `copied` has their bytes.
     """
 
     model: Any
     in_place: Mapping[str, str]
-    referenced: int
     copied: Mapping[str, int]
 
 
@@ -58,10 +53,9 @@ def link_weights(
     target: Path,
     packer_of: PackerOf | None = None,
 ) -> Path:
-    """Write `target`: the template with every slot turned into an initializer that lies in another file.
+    """Write `target` as `link_graph` makes it.
 
     Without quantization no weight byte is written; with it, everything goes to `sidecar_path(target, scheme)`.
-    Arguments and errors as `link_graph`.
     """
     sidecar = Sidecar(sidecar_path(target, scheme))
     model = link_graph(template, binding, refs, read_weight, scheme, sidecar, packer_of).model
@@ -86,20 +80,27 @@ def link_graph(
             theirs must lie there, as files or hard links.
         read_weight: slot -> weight in torch's layout, for what cannot be read in place.
         scheme: its weight bits and group size; the arithmetic is float32 in any case.
-        sidecar: takes the weights that the checkpoint has not got in the graph's form; the graph is meant for its
-            folder.
-        packer_of: slot and input channels -> what packs them; by default by the scheme's own method without
-            calibration.
+        sidecar: takes weights that the checkpoint has not got in the graph's form; the graph is for its folder.
+        packer_of: slot and input channels -> what packs them; the scheme's own, uncalibrated, by default.
 
     Raises:
-        CompileError: no such template can be linked, the binding is for another kind, or a weight cannot be read in
-            place.
+        CompileError: no such template can be linked, the binding is for another kind, or a weight cannot be mapped.
         SchemeError: the group size does not divide a weight.
     """
     import onnx
 
     slots = {slot.slot: slot for slot in binding.slots}
-    _check_fit(template, binding, scheme)
+    formats = ("onnx23",) if scheme.weight_bits else ("onnx23", "onnx17")
+    if template.format not in formats:
+        raise CompileError(
+            f"a template of format {template.format} cannot be linked with {scheme.name} weights, only "
+            f"{' and '.join(formats)}; export the kind {template.kind} in that format"
+        )
+    if slots.keys() != {spec.name for spec in template.slots}:
+        raise CompileError(
+            f"part {binding.part}: its binding does not fit the {template.format} template of kind {template.kind}; "
+            f"bind it to the {template.format} template of its own kind"
+        )
     model = onnx.load(template.path)
     graph = model.graph
     shapes = {spec.name: spec.shape for spec in template.slots}
@@ -130,10 +131,7 @@ def link_graph(
     model.opset_import.append(onnx.helper.make_opsetid(CONTRIB, 1))
     for item in (*graph.node, *graph.value_info, *graph.input, *graph.output):
         item.ClearField("metadata_props")  # the exporter's notes, source paths of this machine among them
-    referenced = sum(refs[source].nbytes for source in set(in_place.values()))
-    return LinkedGraph(
-        model, in_place, referenced, {name: external_range(tensor)[2] for name, tensor in written.items()}
-    )
+    return LinkedGraph(model, in_place, {name: external_range(tensor)[2] for name, tensor in written.items()})
 
 
 def sidecar_path(graph: Path, scheme: Scheme) -> Path:
@@ -162,29 +160,13 @@ def external_files(graph: Path) -> dict[Path, int]:
     return dict(needed)
 
 
-def _check_fit(template: Template, binding: Binding, scheme: Scheme) -> None:
-    formats = ("onnx23",) if scheme.weight_bits else ("onnx23", "onnx17")
-    if template.format not in formats:
-        raise CompileError(
-            f"a template of format {template.format} cannot be linked with {scheme.name} weights, only "
-            f"{' and '.join(formats)}; export the kind {template.kind} in that format"
-        )
-    if {slot.slot for slot in binding.slots} != {spec.name for spec in template.slots}:
-        raise CompileError(
-            f"part {binding.part}: its binding does not fit the {template.format} template of kind {template.kind}; "
-            f"bind it to the {template.format} template of its own kind"
-        )
-
-
 def _expand_derived(
     graph: Any, slots: Mapping[str, SlotBinding], shapes: dict[str, tuple[int, ...]], refs: Mapping[str, TensorRef]
 ) -> dict[str, str]:
     """Put what bindings do to weights into the graph, so that all of them are read as the checkpoint stores them.
 
-    `shapes` gets the whole tensors and loses the slots that are computed now.
-
-    Returns:
-        Initializer -> checkpoint tensor. A slot that is joined from several tensors is not among them.
+    `shapes` gets the whole tensors and loses the slots that are computed now. Returned are initializers with their
+    tensors; a slot that is joined from several is not among them.
     """
     from onnx.helper import make_node
     from onnx.numpy_helper import from_array
@@ -306,11 +288,8 @@ def _with_casts(nodes: Iterable[NodeProto], tensors: Mapping[str, TensorProto]) 
     """The nodes with every 16-bit weight cast to float32 just before its first use, or after it was moved."""
     import onnx
 
-    narrow = {
-        name
-        for name, tensor in tensors.items()
-        if tensor.data_type in (onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT16)
-    }
+    halves = (onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT16)
+    narrow = {name for name, tensor in tensors.items() if tensor.data_type in halves}
     cast: set[str] = set()
 
     def make_cast(source: str, result: str) -> NodeProto:

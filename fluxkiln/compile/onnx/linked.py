@@ -42,7 +42,6 @@ class GraphFile:
     """A graph that was written.
 
     Attributes:
-        name: of the file.
         inputs, outputs: name, type and shape of each.
         tensors: initializers that are byte ranges of the checkpoint's files, `referenced` bytes in all.
         copied: weights that had to be written elsewhere, and their bytes.
@@ -92,17 +91,25 @@ def export_graphs(
         CheckpointError: a shard disappeared or changed meanwhile.
         ExportError, PatchError, CompileError: as the tracing and linking of a part.
     """
+    from fluxkiln.export.trace import export_template
+
     if graph_format not in LINKED_FORMATS:
         raise UsageError(f"graphs with weights are written as {' or '.join(LINKED_FORMATS)}, not as {graph_format}")
     parts = tuple(dict.fromkeys(part for members in files.values() for part in members))
     states = shard_states(ref for name in (part.folder for part in parts) for ref in checkpoint.tensors[name].values())
-    inside = _check_reach(states, checkpoint.root, destination, copy)
+    holds_shards = _check_reach(states, checkpoint.root, destination, copy)
     with (
         disk_full_named(destination.absolute().parent),
         tempfile.TemporaryDirectory(prefix="fluxkiln-") as traced,
-        _graph_folder(destination, files, inside) as folder,
+        _graph_folder(destination, files, holds_shards) as folder,
     ):
-        templates = _trace(checkpoint, parts, shapes, graph_format, Path(traced), progress)
+        kinds = tuple(dict.fromkeys(part.kind for part in parts))
+        progress.stage("template", len(kinds))
+        templates = {}
+        for kind in kinds:
+            made = export_template(checkpoint.model, kind, checkpoint.configs, shapes, graph_format, Path(traced))
+            templates[kind] = made
+            progress.done("template", kind, "traced")
         bindings = {part: bind_part(part, templates[part.kind].slots, checkpoint) for part in parts}
         refs = tuple(dict.fromkeys(ref for bound in bindings.values() for ref in binding_refs(bound, checkpoint)))
         placed, how = _place(refs, checkpoint.root.resolve(), folder, copy, progress)
@@ -166,25 +173,6 @@ def _unreachable(file: Path, root: Path, folder: Path, why: str) -> ResourceErro
     )
 
 
-def _trace(
-    checkpoint: Checkpoint,
-    parts: Sequence[Part],
-    shapes: Shapes,
-    graph_format: GraphFormat,
-    folder: Path,
-    progress: Progress,
-) -> dict[str, Template]:
-    from fluxkiln.export.trace import export_template
-
-    kinds = tuple(dict.fromkeys(part.kind for part in parts))
-    progress.stage("template", len(kinds))
-    templates = {}
-    for kind in kinds:
-        templates[kind] = export_template(checkpoint.model, kind, checkpoint.configs, shapes, graph_format, folder)
-        progress.done("template", kind, "traced")
-    return templates
-
-
 def _write_graph(
     target: Path,
     parts: Mapping[Part, tuple[Template, Binding]],
@@ -210,11 +198,8 @@ def _write_graph(
         copied |= {beside[name]: size for name, size in one.copied.items()}
         linked.append(LinkedPart(part, one.model, {**one.in_place, **beside}, checkpoint.model.modulation_name(part)))
     model = linked[0].model if len(linked) == 1 else stitch_parts(target.stem, linked)
-    for key, value in (
-        ("model", checkpoint.name),
-        ("size", f"{shapes.width}x{shapes.height}"),
-        ("tokens", shapes.tokens),
-    ):
+    facts = {"model": checkpoint.name, "size": f"{shapes.width}x{shapes.height}", "tokens": shapes.tokens}
+    for key, value in facts.items():
         model.metadata_props.add(key=f"fluxkiln.{key}", value=str(value))
     data = model.SerializeToString(deterministic=True)
     write_durably(target, data)
@@ -236,9 +221,9 @@ def _values(values: Iterable[Any]) -> tuple[tuple[str, str, tuple[int, ...]], ..
 
 
 @contextmanager
-def _graph_folder(destination: Path, names: Collection[str], inside: bool) -> Iterator[Path]:
+def _graph_folder(destination: Path, names: Collection[str], holds_shards: bool) -> Iterator[Path]:
     """Where graphs are written: a folder that becomes `destination` at the end, or `destination` as it is."""
-    if inside:
+    if holds_shards:
         for name in names:
             if (destination / name).exists():
                 raise UsageError(f"{destination / name} is there already; remove it first, or give another folder")

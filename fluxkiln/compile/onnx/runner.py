@@ -36,21 +36,6 @@ class Filling:
     read_weight: WeightReader
 
 
-@dataclass(frozen=True, slots=True)
-class FedGraph:
-    """A graph whose slots are inputs: an `onnx.ModelProto`, and the slots that it takes transposed."""
-
-    model: ModelProto
-    transposed: frozenset[str]
-
-
-@dataclass(frozen=True, slots=True)
-class _Loaded:
-    part: str
-    session: Any
-    weights: Mapping[str, NDArray[np.float32]]
-
-
 class TemplateRunner:
     """Runs parts in float32 by feeding templates. The last part's weights stay until another one is run.
 
@@ -65,7 +50,7 @@ class TemplateRunner:
         self.rewrite = rewrite
         self.threads = threads
         self._sessions: dict[Path, tuple[Any, frozenset[str]]] = {}
-        self._loaded: _Loaded | None = None
+        self._loaded: tuple[str, Any, dict[str, NDArray[np.float32]]] | None = None
 
     def __call__(self, part: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """The part's outputs by name, float32.
@@ -74,17 +59,26 @@ class TemplateRunner:
             CompileError: an input is missing, unknown or of another shape, a weight has another shape than its slot,
                 or the run failed. Whatever `fill` raises.
         """
-        if self._loaded is None or self._loaded.part != part:
+        if self._loaded is None or self._loaded[0] != part:
             self.close()
-            self._loaded = self._load(part, self.fill(part))
-        return run_session(self._loaded.session, part, inputs, self._loaded.weights)
+            self._loaded = part, *self._load(part, self.fill(part))
+        _, session, weights = self._loaded
+        return run_session(session, part, inputs, weights)
 
     def close(self) -> None:
         """Drop the weights; the runner can be used again."""
         self._loaded = None
 
-    def _load(self, part: str, filling: Filling) -> _Loaded:
-        session, transposed = self._session(filling.template.path)
+    def _load(self, part: str, filling: Filling) -> tuple[Any, dict[str, NDArray[np.float32]]]:
+        """The session of a part's template, and its weights."""
+        template = filling.template.path
+        if template not in self._sessions:
+            model, transposed = weights_as_inputs(template)
+            if self.rewrite is not None:
+                self.rewrite(model)
+            session = make_session(model.SerializeToString(), f"template {template}", threads=self.threads)
+            self._sessions[template] = session, transposed
+        session, transposed = self._sessions[template]
         shapes = {spec.name: tuple(spec.shape) for spec in session.get_inputs()}
         weights = {}
         for slot in (spec.name for spec in filling.template.slots):
@@ -95,20 +89,13 @@ class TemplateRunner:
                     f"slot {slot} of part {part} takes {list(shapes[slot])}, the weight bound to it has "
                     f"{list(weights[slot].shape)}; bind the part again"
                 )
-        return _Loaded(part, session, weights)
-
-    def _session(self, template: Path) -> tuple[Any, frozenset[str]]:
-        if template not in self._sessions:
-            graph = weights_as_inputs(template)
-            if self.rewrite is not None:
-                self.rewrite(graph.model)
-            session = make_session(graph.model.SerializeToString(), f"template {template}", threads=self.threads)
-            self._sessions[template] = session, graph.transposed
-        return self._sessions[template]
+        return session, weights
 
 
-def weights_as_inputs(template: Path) -> FedGraph:
-    """The graph of a template, with every product with a transposed matrix as one operation on the matrix itself.
+def weights_as_inputs(template: Path) -> tuple[ModelProto, frozenset[str]]:
+    """The graph of a template whose slots are inputs, and the slots that it takes transposed.
+
+    Every product with a transposed matrix is one operation on the matrix itself.
 
     Slots that the template has transposed and multiplies with are taken as torch has them: nobody copies a matrix to
     transpose it.
@@ -133,25 +120,22 @@ def weights_as_inputs(template: Path) -> FedGraph:
     for node in graph.node:
         matrix = node.input[1] if node.op_type == "MatMul" else ""
         maker = makers.get(matrix)
-        if matrix not in turned and (maker is None or not _swaps_two_axes(maker)):
+        if matrix in turned:
+            source = matrix
+        elif maker is not None and maker.op_type == "Transpose" and [1, 0] in [[*one.ints] for one in maker.attribute]:
+            source = maker.input[0]
+        else:
             nodes.append(node)
             continue
-        source = matrix if matrix in turned else makers[matrix].input[0]
-        nodes.append(
-            make_node("FusedMatMul", [node.input[0], source], node.output, node.name, domain=CONTRIB, transB=1)
-        )
+        inputs = [node.input[0], source]
+        nodes.append(make_node("FusedMatMul", inputs, node.output, node.name, domain=CONTRIB, transB=1))
     replace_nodes(graph, nodes)
     for value in graph.input:
         if value.name in turned:
             rows, columns = value.type.tensor_type.shape.dim
             rows.dim_value, columns.dim_value = columns.dim_value, rows.dim_value
     model.opset_import.append(make_opsetid(CONTRIB, 1))
-    return FedGraph(model, frozenset(transposed - turned))
-
-
-def _swaps_two_axes(node: NodeProto) -> bool:
-    orders = [list(attribute.ints) for attribute in node.attribute if attribute.name == "perm"]
-    return node.op_type == "Transpose" and orders == [[1, 0]]
+    return model, frozenset(transposed - turned)
 
 
 def attention_by_heads(model: ModelProto, most_scores: int = MOST_SCORES) -> None:
@@ -173,12 +157,8 @@ def attention_by_heads(model: ModelProto, most_scores: int = MOST_SCORES) -> Non
         scores = makers.get(softmax.input[0])
         readers = [node for node in nodes if softmax.output[0] in node.input]
         shape = shapes.get(softmax.input[0], [])
-        if (
-            scores is None
-            or scores.op_type != "MatMul"
-            or len(shape) != 4
-            or [n.op_type for n in readers] != ["MatMul"]
-        ):
+        multiplied = scores is not None and scores.op_type == "MatMul" and [n.op_type for n in readers] == ["MatMul"]
+        if scores is None or not multiplied or len(shape) != 4:
             continue
         heads, size = shape[1], math.prod(shape)
         groups = next((n for n in range(1, heads) if heads % n == 0 and size <= n * most_scores), heads)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import ChainMap
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +35,8 @@ def list_operations(template: Path, slots: Collection[str]) -> tuple[Operation, 
             held |= dict.fromkeys(node.output, read)
             continue
         known |= set(node.output)
-        found.append(Operation(node.output[0], node.op_type, inputs, read, _epsilon(node)))
+        epsilon = next((float(attribute.f) for attribute in node.attribute if attribute.name == "epsilon"), None)
+        found.append(Operation(node.output[0], node.op_type, inputs, read, epsilon))
     return tuple(found)
 
 
@@ -70,14 +70,10 @@ def quantized_regions(template: Path, slots: Collection[str]) -> dict[str, list[
 
 
 def template_values(template: Path, inputs: Values, weights: Values, names: Collection[str]) -> dict[str, NDArray[Any]]:
-    """What a template computes on the way: its values `names`, float32 arithmetic.
-
-    Raises:
-        CompileError: ONNX Runtime refuses the graph.
-    """
+    """What a template computes on the way: its values `names`; CompileError where ONNX Runtime refuses the graph."""
     model = _load(template)
     kept = [name for name in names if name in _made(model)]
-    return _run(model, _both(inputs, weights), kept, f"template {template}")
+    return _run(model, inputs, weights, kept, f"template {template}")
 
 
 def local_values(
@@ -107,7 +103,7 @@ def local_values(
     if not wanted:
         return {}
     outputs = {_own(name): types[name] for name in wanted}
-    results = _run(model, _both(seen, weights), list(outputs), f"template {template}", renamed=outputs)
+    results = _run(model, seen, weights, list(outputs), f"template {template}", renamed=outputs)
     return {name: results[_own(name)] for name in wanted}
 
 
@@ -147,18 +143,17 @@ def _made(model: ModelProto) -> list[str]:
     return [name for node in model.graph.node if node.op_type not in _SHAPES for name in node.output if name in floats]
 
 
-def _both(given: Values, weights: Values) -> Values:
-    """Activations and weights, of which none is read yet."""
-    behind: Any = weights
-    return ChainMap(dict(given), behind)
-
-
 def _own(name: str) -> str:
     return f"{name}/own"
 
 
 def _run(
-    model: ModelProto, given: Values, names: list[str], what: str, renamed: Mapping[str, Any] | None = None
+    model: ModelProto,
+    inputs: Values,
+    weights: Values,
+    names: list[str],
+    what: str,
+    renamed: Mapping[str, Any] | None = None,
 ) -> dict[str, NDArray[Any]]:
     """The values `names`, made outputs of `model`; `renamed`: their types where they are called otherwise."""
     import onnx
@@ -176,14 +171,13 @@ def _run(
     graph.ClearField("value_info")
     replace_nodes(graph, graph.node)
     read = {name for node in graph.node for name in node.input}
-    inputs = [value for value in graph.input if value.name in read]
+    taken = [value for value in graph.input if value.name in read]
     graph.ClearField("input")
-    graph.input.extend(inputs)
+    graph.input.extend(taken)
     session = make_session(model.SerializeToString(), what)
     wanted = {spec.name: np.int64 if "int64" in spec.type else np.float32 for spec in session.get_inputs()}
-    fed = {name: np.ascontiguousarray(given[name], dtype) for name, dtype in wanted.items()}
+    fed = {
+        name: np.ascontiguousarray(inputs[name] if name in inputs else weights[name], dtype)
+        for name, dtype in wanted.items()
+    }
     return dict(zip(names, session.run(names, fed), strict=True))
-
-
-def _epsilon(node: Any) -> float | None:
-    return next((float(attribute.f) for attribute in node.attribute if attribute.name == "epsilon"), None)

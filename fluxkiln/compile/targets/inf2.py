@@ -1,9 +1,8 @@
 """AWS Inferentia 2, through neuronx-cc: tensor-parallel over the NeuronCores of an instance.
 
-Sources (AWS Neuron documentation): cores, memory, bandwidths and host of an instance from "AWS Inf2 Architecture"
-(inf2-arch): 820 GiB/s of device memory and 190 bfloat16 TFLOPS per chip of two cores (older editions say 820 GB/s,
-which is taken), NeuronLink-v2 192 GiB/s per chip. Degrees: the "NxD Inference Features Configuration Guide" lists
-"Inf2: 1, 2, 4, 8, and 24"; 6 and 12, half an instance's cores, are not in that list and were not run on a device.
+Sources (AWS Neuron documentation): as in `trn1`, for "AWS Inf2 Architecture" (inf2-arch), NeuronLink-v2 192 GiB/s per
+chip. Degrees: the "NxD Inference Features Configuration Guide" lists "Inf2: 1, 2, 4, 8, and 24"; 6 and 12, half an
+instance's cores, are not in that list and were not run on a device.
 """
 
 from fluxkiln.compile.targets import Target

@@ -43,11 +43,11 @@ def test_least_recently_used_sessions_are_closed(link, tiny_recording):
     assert worst(runner("head", recording.inputs("head")), first) == 0
 
 
-@pytest.mark.parametrize("lean", [True, False])
+@pytest.mark.parametrize("spin", [True, False])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_settings_do_not_change_the_result(link, tiny_recording, lean, threads):
+def test_settings_do_not_change_the_result(link, tiny_recording, spin, threads):
     recording = tiny_recording()
-    runner = run_on({"single.00": link("single.00")}, threads=threads, lean=lean)
+    runner = run_on({"single.00": link("single.00")}, threads=threads, spin=spin)
     assert worst(runner("single.00", recording.inputs("single.00")), recording.outputs("single.00")) <= PARITY
 
 

@@ -16,7 +16,7 @@ from fluxkiln.compile.weights import part_packers
 from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.progress import Progress
-from fluxkiln.types import Part, Template, WeightReader
+from fluxkiln.types import Part
 from fluxkiln.verify.findings import PartFindings, Record, RungFindings, Values
 from fluxkiln.verify.judgement import F32
 
@@ -43,19 +43,14 @@ def look(
 
 
 def open_linked(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, inputs: Values) -> OpenPart:
-    """The part with every weight as a linked graph holds it."""
-    template = make_template(checkpoint, plan, cache, part.kind, "onnx23")
-    stored = _stored(checkpoint, plan, cache, part, template) if plan.scheme(part).weight_bits else None
-    return open_part(checkpoint, plan, part, template, inputs, stored)
-
-
-def _stored(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, template: Template) -> WeightReader:
-    """Weights in codes product by product; all others as the checkpoint has them."""
+    """The part with every weight as a linked graph holds it: product by product in codes, others as they are."""
     import numpy as np
 
     from fluxkiln.compile.onnx.values import quantized_regions
 
-    scheme = plan.scheme(part)
+    scheme, template = plan.scheme(part), make_template(checkpoint, plan, cache, part.kind, "onnx23")
+    if not scheme.weight_bits:
+        return open_part(checkpoint, plan, part, template, inputs, None)
     reader = weight_reader(bind_part(part, template.slots, checkpoint), checkpoint)
     regions = quantized_regions(template.path, [spec.name for spec in template.slots])
     packer_of = part_packers(checkpoint, plan, cache, part, "onnx23")
@@ -67,7 +62,7 @@ def _stored(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, 
             weight[region] = packer_of(slot, (start, stop))(weight[region]).dequantize(scheme.group_size)
         return weight
 
-    return stored
+    return open_part(checkpoint, plan, part, template, inputs, stored)
 
 
 def check_linked(opened: OpenPart, graph: Path) -> RungFindings:

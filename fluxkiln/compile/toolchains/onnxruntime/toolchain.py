@@ -150,8 +150,6 @@ class OrtExecutor:
         threads: for one operation; 0 for one on each core.
         most_open: sessions kept open, beyond which the least recently used goes; 0 for all.
         spin: threads that wait for work keep their core busy: faster for one session, slower for many in turn.
-        lean: memory goes back to the system as soon as it is free, instead of being kept for the next call: a block
-            of FLUX.1's width takes 0.4 GB less and 8 to 18 % longer.
         fast: products with packed weights round their activations to 8 bits (see `onnx.products`); its name says so.
     """
 
@@ -163,25 +161,18 @@ class OrtExecutor:
         threads: int = 0,
         most_open: int = 0,
         spin: bool = False,
-        lean: bool = True,
         fast: bool = False,
     ) -> None:
         self.graphs, self.components, self.most_open = dict(graphs), dict(components), most_open
-        self.threads = threads or _threads(most_open or len(graphs))
-        self.options = {"spin": spin, "lean": lean, "fast": fast}
+        # 0 lets ONNX Runtime take all cores, unless that many sessions would have too many threads
+        most = max(1, MOST_THREADS // max(1, most_open or len(graphs)))
+        self.threads = threads or (0 if (os.cpu_count() or 1) <= most else most)
+        self.options = {"spin": spin, "fast": fast}
         self.name = "ort, fast" if fast else "ort"
         self.sessions: dict[str, Any] = {}  # the least recently used first
 
     def __call__(self, part: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
-        """The part's outputs by name, float32.
-
-        Args:
-            inputs: by the names and with the shapes of the part's kind.
-
-        Raises:
-            CompileError: no graph for the part, an input is missing, unknown or of another shape, or the run failed.
-            IntegrityError: a file with weights is missing or too short.
-        """
+        """The part's outputs by name, float32; errors as `Executor`."""
         from fluxkiln.compile.onnx.session import run_session
 
         return run_session(self._session(part), part, inputs)
@@ -220,12 +211,6 @@ class OrtExecutor:
             del self.sessions[next(iter(self.sessions))]
         self.sessions[part] = session or open_session(self.graphs[part], threads=self.threads, **self.options)
         return self.sessions[part]
-
-
-def _threads(sessions: int) -> int:
-    """0, which lets ONNX Runtime take all cores, unless that many sessions would have too many threads."""
-    most = max(1, MOST_THREADS // max(1, sessions))
-    return 0 if (os.cpu_count() or 1) <= most else most
 
 
 TOOLCHAIN = OnnxRuntime()

@@ -122,7 +122,7 @@ def test_other_file_system(export, elsewhere, root, monkeypatch):
         raise AssertionError("nothing may be traced for an export that cannot work")
 
     with monkeypatch.context() as patch:
-        patch.setattr(linking, "_trace", trace)
+        patch.setattr("fluxkiln.export.trace.export_template", trace)
         with pytest.raises(ResourceError, match=r"neither cloned nor hard-linked.*cross-device.*or --copy"):
             export(elsewhere)
     assert not elsewhere.exists()

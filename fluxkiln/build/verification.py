@@ -22,7 +22,7 @@ from fluxkiln.build.prepared import Prepared
 from fluxkiln.build.samples import sample_runs
 from fluxkiln.compile.plan import Made, Plan
 from fluxkiln.compile.rungs import onnxruntime_rung, rungs_below, stored_rung
-from fluxkiln.compile.templates import find_template, pipeline_files, tell_template
+from fluxkiln.compile.templates import find_template, pipeline_files, prepare_template
 from fluxkiln.compile.toolchain import Climb, toolchain_of
 from fluxkiln.digests import digest_json
 from fluxkiln.export.checkpoint import Checkpoint, expect_tensors
@@ -152,7 +152,7 @@ def trace_templates(prepared: Prepared, plan: Plan, progress: Progress) -> None:
         if missing:
             progress.stage(f"template {graph_format}", len(missing))
         for kind in missing:
-            tell_template(*context, kind, graph_format, progress, f"template {graph_format}")
+            prepare_template(*context, kind, graph_format, progress, f"template {graph_format}")
 
 
 def is_complete(checkpoint: Checkpoint, plan: Plan) -> bool:

@@ -75,7 +75,7 @@ def make_template(
     return _template(cache, kind, graph_format, result)
 
 
-def tell_template(
+def prepare_template(
     checkpoint: Checkpoint,
     plan: Plan,
     cache: ActionCache,
@@ -84,7 +84,7 @@ def tell_template(
     progress: Progress,
     stage: str,
 ) -> Template:
-    """The template of a kind, told as a job of `stage`."""
+    """The template of a kind, from the store or traced now, reported as a job of `stage`."""
     started = time.perf_counter()
     found = find_template(checkpoint, plan, cache, kind, graph_format)
     template = make_template(checkpoint, plan, cache, kind, graph_format)

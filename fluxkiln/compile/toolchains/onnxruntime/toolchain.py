@@ -12,7 +12,7 @@ from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.compile.bundle import Bundle
 from fluxkiln.compile.executor import Executor
 from fluxkiln.compile.plan import Binary, BundleFile, Job, Made, Plan
-from fluxkiln.compile.templates import count_elements, find_template, make_template, tell_template
+from fluxkiln.compile.templates import count_elements, find_template, make_template, prepare_template
 from fluxkiln.compile.tensors import part_refs, search_memory
 from fluxkiln.compile.toolchain import API, TRACE_MEMORY, Climb, Rungs, Toolchain
 from fluxkiln.errors import CompileError
@@ -79,7 +79,7 @@ class OnnxRuntime(Toolchain):
         context, folder = (checkpoint, plan, cache), plan.folder / "work" / _GRAPHS
         progress.stage("template", len(plan.kinds()))
         for kind in plan.kinds():
-            tell_template(*context, kind, plan.target.graph_format, progress, "template")
+            prepare_template(*context, kind, plan.target.graph_format, progress, "template")
         progress.stage("link", len(plan.parts))
         graphs = link_parts(*context, folder)
         binaries = []

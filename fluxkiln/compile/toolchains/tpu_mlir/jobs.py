@@ -16,7 +16,7 @@ from typing import Any
 from fluxkiln.artifacts.actions import Action, ActionCache
 from fluxkiln.compile.plan import Binary, Job, Made, Plan
 from fluxkiln.compile.process import JobPool
-from fluxkiln.compile.templates import count_elements, find_template, net_name, tell_template
+from fluxkiln.compile.templates import count_elements, find_template, net_name, prepare_template
 from fluxkiln.compile.tensors import part_bytes, part_refs, search_memory
 from fluxkiln.compile.toolchain import TRACE_MEMORY
 from fluxkiln.compile.toolchains.tpu_mlir.cast import CAST_MEMORY, cast_file, part_action
@@ -237,7 +237,7 @@ def submit_moulds(
     sizes = {kind: count_elements(part_refs(checkpoint, plan, part)) for kind, part in first.items()}
     for kind in sorted(first, key=lambda kind: (not first[kind].traits.convolutional, -sizes[kind])):
         graph_format = plan.target.graph_format
-        template = tell_template(checkpoint, plan, cache, kind, graph_format, progress, "template")
+        template = prepare_template(checkpoint, plan, cache, kind, graph_format, progress, "template")
         action, templates[kind] = mould_action(checkpoint, plan, template), template
         make = partial(make_mould, checkpoint, plan, cache, template)
         moulds[kind] = _submit(pool, plan, cache, progress, f"mould {kind}", action, template, make)

@@ -18,7 +18,7 @@ from fluxkiln.compile.templates import (
     count_elements,
     find_template,
     make_template,
-    tell_template,
+    prepare_template,
     weights_digest,
 )
 from fluxkiln.compile.toolchain import API, TRACE_MEMORY, Climb, Rungs, Toolchain, ToolStatus, Work
@@ -73,7 +73,7 @@ class OnnxReference(Toolchain):
     ) -> Made:
         context = checkpoint, plan, cache
         progress.stage("template", len(plan.kinds()))
-        templates = {kind: tell_template(*context, kind, "onnx17", progress, "template") for kind in plan.kinds()}
+        templates = {kind: prepare_template(*context, kind, "onnx17", progress, "template") for kind in plan.kinds()}
         files = [BundleFile(f"graphs/{kind}.onnx", cache.store.add_file(t.path)) for kind, t in templates.items()]
         progress.stage("weights", len(plan.parts))
         binaries = []

@@ -20,12 +20,12 @@ _PAINT = "performance.getEntriesByName('first-contentful-paint')[0]?.startTime"
 
 
 def measure() -> Figure:
-    ladder = record(toy_parts(doubles=19, singles=38, encoders=0), STEPS).climb()
+    ladder = record(toy_parts(doubles=19, singles=38, encoders=0), STEPS).compare()
     y, x = np.mgrid[0:SIDE, 0:SIDE] / SIDE
     picture = np.stack([0.5 + 0.4 * np.sin(9 * x + 5 * y), 0.2 + 0.7 * y, 0.5 + 0.4 * np.cos(11 * x * y)], axis=-1)
     off = picture + 0.02 * np.random.default_rng(1).standard_normal(picture.shape)
     reference, compiled = ((np.clip(one, 0, 1) * 255).round().astype(np.uint8) for one in (picture, off))
-    ladder.climb("pipeline", None, "image", -1, reference, None, [("simulator", compiled)], "W4BF16")
+    ladder.compare("pipeline", None, "image", -1, reference, None, [("simulator", compiled)], "W4BF16")
     render_html(build_report(ladder.rows[:10], {"title": "imports and templates", "target": "bm1684x"}))
     began = time.perf_counter()
     images = compare_pictures(reference, compiled, "simulator")

@@ -239,7 +239,7 @@ class Settings:
         (), "Compare whole images of these seeds too, 0-3,7 say.", "A,B-C", parse=parse_seeds, make="images"
     )
     verify: bool = _option(
-        True, "Build without climbing the parity ladder.", flag="no-verify", kind=bool, parse=operator.not_, make=""
+        True, "Build and compare nothing.", flag="no-verify", kind=bool, parse=operator.not_, make=""
     )
     prove: bool = _option(
         False, "Compile one part of each cast kind again, also for moulds of the store.", kind=bool, make=""

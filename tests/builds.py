@@ -45,10 +45,12 @@ def altered(build: Build, **changes) -> Build:
 
 
 @contextmanager
-def climbed(build: Build, binaries: tuple[Binary, ...], files: tuple[BundleFile, ...], folder: Path) -> Iterator[Rungs]:
+def opened_rungs(
+    build: Build, binaries: tuple[Binary, ...], files: tuple[BundleFile, ...], folder: Path
+) -> Iterator[Rungs]:
     """The rungs of a build of these parts."""
-    with toolchain_of(build.target).climb(*build, Made(binaries, files), folder, Silent()) as climb:
-        yield climb.rungs
+    with toolchain_of(build.target).open_rungs(*build, Made(binaries, files), folder, Silent()) as opened:
+        yield opened.rungs
 
 
 def chip_ladder() -> Ladder:

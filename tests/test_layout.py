@@ -376,8 +376,8 @@ def normalised(name: str) -> str:
 
 # what is called alike in every folder of its kind, so that it can be found there
 ROLES = {
-    "API", "GATES", "GROUP", "METHOD", "PATCHES", "RUNGS", "TARGET", "TOOLCHAIN", "climb", "look", "main", "rounder",
-    "side_tensors",
+    "API", "GATES", "GROUP", "METHOD", "PATCHES", "RUNGS", "TARGET", "TOOLCHAIN", "look", "main", "open_rungs",
+    "rounder", "side_tensors",
 }  # fmt: skip
 
 

@@ -118,7 +118,10 @@ def test_a_method_that_is_the_protocols_own_is_lacking_where_it_does_nothing(she
 
 @pytest.mark.parametrize(
     ("protocol", "lacking"),
-    [(Toolchain, ("climb", "jobs", "make", "open_executor")), (Model, ("build_part", "cuts", "list_parts", "render"))],
+    [
+        (Toolchain, ("open_rungs", "jobs", "make", "open_executor")),
+        (Model, ("build_part", "cuts", "list_parts", "render")),
+    ],
 )
 def test_an_empty_one_lacks_what_a_build_needs(shelf, capfd, protocol, lacking):
     base = f"from {protocol.__module__} import {protocol.__name__} as Base\nclass Pot(Base): api, name = {API}, 'pot'\n"

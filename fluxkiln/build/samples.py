@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def sample_runs(
     prepared: Prepared, plan: Plan, ladder: Ladder, runner: PartRunner, rung: str, progress: Progress
 ) -> dict[str, Any] | None:
-    """Make the images that the settings ask for and compare them; their last latents and images climb `ladder`.
+    """Make the images that the settings ask for and compare them; their last latents and images go to `ladder`.
 
     Args:
         plan: at the shapes to run at; its parts are those `runner` runs, all components of them.
@@ -57,10 +57,10 @@ def sample_runs(
         runs.append(measure_run(prompt, seed, reference, Sampled(tuple(latents), made.image)))
         pictures[prompt, seed] = reference.image, made.image
         name = f"pipeline.{number:02d}"
-        ladder.climb(
+        ladder.compare(
             name, None, "latents", len(latents) - 1, reference.latents[-1], None, [(rung, latents[-1])], scheme
         )
-        ladder.climb(name, None, "image", -1, reference.image, None, [(rung, made.image)], scheme)
+        ladder.compare(name, None, "image", -1, reference.image, None, [(rung, made.image)], scheme)
         progress.done("sample", f"seed {seed}: {_shown(prompt)}", f"{runs[-1].psnr:.1f} dB, SSIM {runs[-1].ssim:.4f}")
     return {**describe_runs(runs, pictures, rung), "shapes": name_shapes(plan.shapes)}
 

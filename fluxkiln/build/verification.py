@@ -23,14 +23,14 @@ from fluxkiln.build.samples import sample_runs
 from fluxkiln.compile.plan import Made, Plan
 from fluxkiln.compile.rungs import onnxruntime_rung, rungs_below, stored_rung
 from fluxkiln.compile.templates import find_template, pipeline_files, prepare_template
-from fluxkiln.compile.toolchain import Climb, toolchain_of
+from fluxkiln.compile.toolchain import OpenRungs, toolchain_of
 from fluxkiln.digests import digest_json
 from fluxkiln.export.checkpoint import Checkpoint, expect_tensors
 from fluxkiln.patches.pipeline import Sampling, run_rows
 from fluxkiln.progress import Progress
 from fluxkiln.settings import Settings
 from fluxkiln.types import GraphFormat, Part, PartRunner, Shapes, find_part
-from fluxkiln.verify.ladder import Ladder, climb_part, climb_pipeline, let_go, replay_part
+from fluxkiln.verify.ladder import Ladder, compare_part, compare_pipeline, let_go, replay_part
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -45,7 +45,7 @@ PIPELINE_RUNG = "onnxruntime"
 
 @dataclass(frozen=True, slots=True)
 class Parity:
-    """A climbed ladder and the reference it was climbed from.
+    """A ladder with all its rows, and the reference they compare with.
 
     `pipeline` is the image made by parts at the rung `pipeline_rung`, None where not all components are built. `facts`
     says at which other shapes a large model was verified. `runs` are whole images of further prompts and seeds.
@@ -131,9 +131,9 @@ def verify(
     if recording.shapes == plan.shapes or toolchain.any_shapes:
         small = replace(plan, shapes=recording.shapes)
         trace_templates(prepared, small, progress)
-        with toolchain.climb(checkpoint, small, cache, made, folder, progress) as climb:
-            parity = replay(prepared, small, recording, climb, progress)
-            climb.finish(parity.ladder)
+        with toolchain.open_rungs(checkpoint, small, cache, made, folder, progress) as opened:
+            parity = replay(prepared, small, recording, opened, progress)
+            opened.finish(parity.ladder)
         if small.shapes != plan.shapes:
             parity = replace(parity, facts={**parity.facts, "every part replayed at": name_shapes(small.shapes)})
     else:
@@ -168,11 +168,11 @@ def run_pipeline(checkpoint: Checkpoint, plan: Plan, settings: Settings, runner:
     return run_with_parts(checkpoint.model, pipeline_files(checkpoint, plan), plan.shapes, plan.parts, runner, sampling)
 
 
-def replay(prepared: Prepared, plan: Plan, recording: Recording, climb: Climb, progress: Progress) -> Parity:
+def replay(prepared: Prepared, plan: Plan, recording: Recording, opened: OpenRungs, progress: Progress) -> Parity:
     """Replay the recording, at whose shapes the plan is, at every rung of every part; run the whole pipeline, if it is
     all there, on the top rung. That has a thread of its own: a simulator keeps two cores busy by itself."""
     started, checkpoint, settings = time.perf_counter(), prepared.checkpoint, prepared.settings
-    plan, rungs = replace(plan, parts=climb.parts), climb.rungs
+    plan, rungs = replace(plan, parts=opened.parts), opened.rungs
     calls = [(part, step) for part in plan.parts for step in range(len(recording.calls[part.name]))]
     complete = is_complete(checkpoint, plan)
     progress.stage("verify", len(calls) + complete)
@@ -187,14 +187,14 @@ def replay(prepared: Prepared, plan: Plan, recording: Recording, climb: Climb, p
         try:
             for part, step in calls:
                 made = {**lower_parts[part.name].result()[step], **upper_parts[part.name].result()[step]}
-                climb_part(ladder, recording, part, plan.scheme(part), step, made)
+                compare_part(ladder, recording, part, plan.scheme(part), step, made)
                 progress.done("verify", part.name, f"{len(rungs)} rungs, step {step}")
             pipeline = whole.result() if whole is not None else None
         except BaseException:
             lower.shutdown(wait=False, cancel_futures=True)
             upper.shutdown(wait=False, cancel_futures=True)
             raise
-    parity = Parity(ladder, recording, pipeline, top, {"verify": started}, climb.facts)
+    parity = Parity(ladder, recording, pipeline, top, {"verify": started}, opened.facts)
     return _with_pipeline(prepared, plan, parity, rungs[top], progress)
 
 
@@ -204,7 +204,7 @@ def _with_pipeline(prepared: Prepared, plan: Plan, parity: Parity, runner: PartR
     recording, runs = parity.recording, None
     if parity.pipeline is not None:
         scheme = next(plan.scheme(part) for part in plan.parts if part.traits.is_block)
-        climb_pipeline(parity.ladder, recording, scheme, parity.pipeline_rung, parity.pipeline)
+        compare_pipeline(parity.ladder, recording, scheme, parity.pipeline_rung, parity.pipeline)
         progress.done("verify", "whole pipeline", f"{recording.steps} steps at {name_shapes(plan.shapes)}")
         runs = sample_runs(prepared, plan, parity.ladder, runner, parity.pipeline_rung, progress)
     spent = time.perf_counter() - parity.seconds["verify"]
@@ -240,7 +240,7 @@ def _verify_large(
             for part in chosen:
                 found = {**replay_part(stored, true, part)[0], **interpreted[part.name]}
                 label = f"{part.name} at {plan.shapes.width}x{plan.shapes.height}"
-                climb_part(executed, true, part, plan.scheme(part), 0, found, label)
+                compare_part(executed, true, part, plan.scheme(part), 0, found, label)
                 progress.done("verify", label, f"{len(found)} rungs")
         except BaseException:
             upper.shutdown(wait=False, cancel_futures=True)
@@ -282,7 +282,7 @@ def _replay_small(
             if rung == PIPELINE_RUNG and inputs is not None:
                 outputs = runner(name, inputs)
             let_go(runner)
-        climb_part(ladder, recording, part, plan.scheme(part), 0, made)
+        compare_part(ladder, recording, part, plan.scheme(part), 0, made)
         progress.done("verify", name, f"{len(rungs)} rungs at {name_shapes(plan.shapes)}")
         return outputs
 

@@ -59,7 +59,7 @@ class ToolStatus:
 
 
 @dataclass(frozen=True, slots=True)
-class Climb:
+class OpenRungs:
     """What runs the parts of a build at each rung.
 
     Attributes:
@@ -110,7 +110,7 @@ class Toolchain(Protocol):
         largest_part: bytes of float32 weights of the largest part that its rungs execute; 0 for any.
         converts: weights are stored in the arithmetic of their scheme; else all but codes are as the checkpoint has
             them.
-        any_shapes: `climb` runs parts of any size at smaller shapes than those of the build.
+        any_shapes: `open_rungs` runs parts of any size at smaller shapes than those of the build.
         resumable: a bundle may lack what the compiler makes, and `resume` adds it where there is one.
     """
 
@@ -169,9 +169,9 @@ class Toolchain(Protocol):
         """Compile and prove what builds of any such checkpoint take from the store; the keys of the moulds."""
         raise UsageError(f"target {plan.target.name} has no moulds: {self.name} compiles nothing ahead of its weights")
 
-    def climb(
+    def open_rungs(
         self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, made: Made, folder: Path, progress: Progress
-    ) -> AbstractContextManager[Climb]:
+    ) -> AbstractContextManager[OpenRungs]:
         """The rungs of all parts at the shapes of the plan, maybe smaller than `made`'s; `folder` takes their files."""
 
     def execute(

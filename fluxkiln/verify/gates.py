@@ -143,7 +143,7 @@ class Row:
     """One output of one part at one rung and one denoising step.
 
     `traits` is the part's kind, None for the whole pipeline. `vs_reference` compares with the recorded reference,
-    `vs_previous` with the rung called `previous`, the last one that was climbed before this. `step` is -1 for what runs
+    `vs_previous` with the rung called `previous`, the last one below it that was run. `step` is -1 for what runs
     once per image (encoders, VAE, the final image).
     """
 

@@ -39,11 +39,11 @@ class Ladder:
         self.maps = WorstMaps()
 
     def absorb(self, other: Ladder) -> None:
-        """Take over what was climbed on another ladder."""
+        """Take over what was compared on another ladder."""
         self.rows += other.rows
         self.maps.absorb(other.maps)
 
-    def climb(
+    def compare(
         self,
         part: str,
         kind: Kind | None,
@@ -135,7 +135,7 @@ def explain_failure(rows: Sequence[Row]) -> str:
 def name_culprit(rows: Sequence[Row]) -> str:
     """The lowest bad rung, the part that misses it most, the gate missed and its reason; empty when nothing failed."""
     if not rows:
-        return "no row was compared, so nothing is proven: at least one part has to climb the ladder"
+        return "no row was compared, so nothing is proven: at least one part has to be run"
     failed = [row for row in rows if not row.passed]
     if not failed:
         return ""
@@ -195,7 +195,7 @@ def let_go(runner: PartRunner) -> None:
         close()
 
 
-def climb_part(
+def compare_part(
     ladder: Ladder,
     recording: Recording,
     part: Part,
@@ -215,16 +215,16 @@ def climb_part(
     for output, reference in expected.items():
         base = inputs[residual[output]] if output in residual else None
         rungs = [(rung, outputs[output].reshape(reference.shape)) for rung, outputs in made.items()]
-        ladder.climb(label or part.name, part.traits, output, shown, reference, base, rungs, gate_scheme(scheme))
+        ladder.compare(label or part.name, part.traits, output, shown, reference, base, rungs, gate_scheme(scheme))
 
 
-def climb_pipeline(ladder: Ladder, recording: Recording, scheme: Scheme, rung: str, pipeline: PipelineResult) -> None:
+def compare_pipeline(ladder: Ladder, recording: Recording, scheme: Scheme, rung: str, pipeline: PipelineResult) -> None:
     """Rows of the final latents and the image; `scheme` is that of the blocks."""
     name = gate_scheme(scheme)
-    ladder.climb(
+    ladder.compare(
         PIPELINE, None, "latents", recording.steps - 1, recording.latents, None, [(rung, pipeline.latents)], name
     )
-    ladder.climb(PIPELINE, None, "image", -1, recording.image, None, [(rung, pipeline.image)], name)
+    ladder.compare(PIPELINE, None, "image", -1, recording.image, None, [(rung, pipeline.image)], name)
 
 
 def gate_scheme(scheme: Scheme) -> str:

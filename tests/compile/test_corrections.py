@@ -29,7 +29,7 @@ from fluxkiln.settings import Settings
 from fluxkiln.types import Shapes
 from fluxkiln.verify.gates import first_bad_rung
 from fluxkiln.verify.metrics import compare
-from tests.builds import chip_ladder, climbed
+from tests.builds import chip_ladder, opened_rungs
 from tests.calibrated import NAME, one_part
 
 SLOT = "attn.to_q.weight__t"
@@ -121,7 +121,7 @@ def test_the_chip_computes_what_is_dequantized(
     inputs = recording.inputs(NAME, 0)
     base = inputs["hidden_states"]
     files = (BundleFile("x.bmodel", binary.blobs["bmodel"], (NAME,)),)
-    with climbed(made, (binary,), files, tmp_path) as rungs:
+    with opened_rungs(made, (binary,), files, tmp_path) as rungs:
         out = {rung: runner(NAME, inputs)["hidden_states_out"] for rung, runner in rungs.items()}
         other = dequantized_rung(*plain)(NAME, inputs)["hidden_states_out"]
         for rung in ("interpreter", "simulator"):

@@ -39,7 +39,7 @@ from fluxkiln.settings import Settings
 from fluxkiln.types import Shapes
 from fluxkiln.verify.gates import first_bad_rung
 from fluxkiln.verify.metrics import compare
-from tests.builds import chip_ladder, climbed
+from tests.builds import chip_ladder, opened_rungs
 from tests.calibrated import COMPONENT, NAME, one_part
 from tests.quantize.weights import pack_matrix
 
@@ -186,7 +186,7 @@ def test_the_chip_multiplies_with_these_codes(kiln, cast_alone, calibrated, tiny
     recording = tiny_recording("tiny-dev", "kl", Shapes(height=32, width=32, tokens=16))
     inputs, base = recording.inputs(NAME, 0), recording.inputs(NAME, 0)["hidden_states"]
     files = (BundleFile("x.bmodel", binary.blobs["bmodel"], (NAME,)),)
-    with climbed(made, (binary,), files, tmp_path) as rungs:
+    with opened_rungs(made, (binary,), files, tmp_path) as rungs:
         out = {
             rung: rungs[rung](NAME, inputs)["hidden_states_out"] for rung in ("dequantized", "interpreter", "simulator")
         }
@@ -239,8 +239,8 @@ def test_onnx_runtime_runs_what_is_dequantized(kiln, calibrated, tiny_recording,
     recording = tiny_recording("tiny-dev", "kl", Shapes(height=32, width=32, tokens=16))
     inputs = recording.inputs(NAME, 0)
     linked = Made((), (), own=link_parts(*made, tmp_path / "onnx"))
-    with toolchain_of(made.target).climb(*made, linked, tmp_path, Silent()) as climb:
-        rungs = climb.rungs
+    with toolchain_of(made.target).open_rungs(*made, linked, tmp_path, Silent()) as opened:
+        rungs = opened.rungs
         out = {
             rung: rungs[rung](NAME, inputs)["hidden_states_out"] for rung in ("dequantized", "executed", "onnxruntime")
         }

@@ -34,7 +34,7 @@ FAULTS: Mapping[str, tuple[str, str]] = {
     "absent": ("", "has no attribute 'PLUGIN'); mend or uninstall it"),
     "class": ("class PLUGIN: pass\n", "it is the class PLUGIN, not an object of it; have the entry point name one"),
 }  # fmt: skip
-LACKS = {toolchain.GROUP: "climb", registry.GROUP: "build_part", targets.GROUP: "toolchain"}
+LACKS = {toolchain.GROUP: "open_rungs", registry.GROUP: "build_part", targets.GROUP: "toolchain"}
 
 
 def add(site: Path, fault: str, group: str, text: str) -> str:

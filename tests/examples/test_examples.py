@@ -96,7 +96,7 @@ from pathlib import Path
 from toy_model.model import MODEL
 from fluxkiln.build.make import prepare
 from fluxkiln.build.verification import record, replay
-from fluxkiln.compile.toolchain import Climb
+from fluxkiln.compile.toolchain import OpenRungs
 from fluxkiln.export.eager import PatchedRunner
 from fluxkiln.patches.flux1.model import Flux1
 from fluxkiln.progress import Silent
@@ -107,8 +107,8 @@ checkpoint, plan, recording = prepared.checkpoint, prepared.plan, record(prepare
 found = {}
 for name, model in (("own", MODEL), ("swapped", Flux1())):
     parts = model.list_parts(checkpoint.configs, "kl", "hoisted")
-    climb = Climb({"patched": PatchedRunner(checkpoint, parts)}, parts)
-    rows = replay(prepared, plan, recording, climb, Silent()).ladder.rows
+    opened = OpenRungs({"patched": PatchedRunner(checkpoint, parts)}, parts)
+    rows = replay(prepared, plan, recording, opened, Silent()).ladder.rows
     found[name] = sorted({row.output for row in rows if not row.passed and row.kind == "pipeline"})
     assert all(row.passed for row in rows if row.kind != "pipeline")
 print(json.dumps(found))

@@ -20,7 +20,7 @@ CASES = [("tiny-dev", "kl", "onnx17"), ("tiny-dev", "tiny", "onnx23"), ("tiny-sc
 LARGEST = 1e-6
 
 
-def climb(recording, run, parts):
+def compare(recording, run, parts):
     """Every output of every call of `parts` at the rung `patched`."""
     ladder = Ladder()
     for part in parts:
@@ -32,7 +32,7 @@ def climb(recording, run, parts):
             for output in kind.outputs:
                 base = inputs[dict(kind.residual)[output]] if output in dict(kind.residual) else None
                 rungs = [("patched", actual[output])]
-                ladder.climb(part.name, kind, output, step, expected[output], base, rungs)
+                ladder.compare(part.name, kind, output, step, expected[output], base, rungs)
     return ladder
 
 
@@ -47,7 +47,7 @@ def model(tiny_checkpoint, tiny_recording):
 def test_every_part_equals_the_reference(tiny_checkpoint, tiny_recording, preset, vae, graph_format):
     checkpoint = tiny_checkpoint(preset)
     parts = list_parts(checkpoint.configs, vae)
-    ladder = climb(tiny_recording(preset, vae), PatchedRunner(checkpoint, parts, graph_format), parts)
+    ladder = compare(tiny_recording(preset, vae), PatchedRunner(checkpoint, parts, graph_format), parts)
     ladder.raise_if_failed("none")
     assert len(ladder.rows) == 5 + 2 * (3 + 2 * 2 + 3 + 1) + 1
     for row in ladder.rows:
@@ -59,7 +59,7 @@ def test_every_part_equals_the_reference(tiny_checkpoint, tiny_recording, preset
 def test_every_hoisted_part_equals_the_reference(tiny_checkpoint, hoisted_recording, preset, graph_format):
     checkpoint = tiny_checkpoint(preset)
     parts = list_parts(checkpoint.configs, modulation="hoisted")
-    ladder = climb(hoisted_recording(preset), PatchedRunner(checkpoint, parts, graph_format), parts)
+    ladder = compare(hoisted_recording(preset), PatchedRunner(checkpoint, parts, graph_format), parts)
     ladder.raise_if_failed("none")
     # both steps: time embedding, modulations of 2 + 3 blocks and the tail, two streams, blocks, tail
     assert len(ladder.rows) == 5 + 2 * (1 + 6 + 2 + 2 * 2 + 3 + 1) + 1
@@ -159,7 +159,7 @@ def test_a_patch_that_forgets_a_bias_is_caught(model, monkeypatch):
         return original(ff, x) - ff.net[2].bias
 
     monkeypatch.setattr(patches, "_feed_forward", forgetful)
-    ladder = climb(recording, PatchedRunner(checkpoint, parts), parts)
+    ladder = compare(recording, PatchedRunner(checkpoint, parts), parts)
     assert failed_parts(ladder) == ["double.00", "double.01"]
     assert "first bad rung: patched" in explain_failure(ladder.rows)
     assert "a patch that changes the arithmetic" in explain_failure(ladder.rows)
@@ -176,7 +176,7 @@ def test_a_softmax_scale_forgotten_in_one_block_kind_is_caught(model, monkeypatc
         return functional.rms_norm(x, norm.normalized_shape, norm.weight, norm.eps)
 
     monkeypatch.setattr(patches, "_head_norm", unscaled)
-    ladder = climb(recording, PatchedRunner(checkpoint, parts), parts)
+    ladder = compare(recording, PatchedRunner(checkpoint, parts), parts)
     assert failed_parts(ladder) == ["double.00", "double.01", "single.00", "single.01", "single.02"]
 
 
@@ -185,7 +185,7 @@ def test_shift_and_scale_in_the_wrong_order_are_caught(tiny_checkpoint, hoisted_
     parts = list_parts(checkpoint.configs, modulation="hoisted")
     original = patches.modulate
     monkeypatch.setattr(patches, "modulate", lambda norm, x, rows, shift, scale: original(norm, x, rows, scale, shift))
-    ladder = climb(hoisted_recording(), PatchedRunner(checkpoint, parts), parts)
+    ladder = compare(hoisted_recording(), PatchedRunner(checkpoint, parts), parts)
     assert failed_parts(ladder) == ["double.00", "double.01", "single.00", "single.01", "single.02"]
 
 
@@ -203,7 +203,7 @@ def test_swapped_hoisted_parts_are_caught(tiny_checkpoint, hoisted_recording, on
     prefixes = {part.name: part.prefix for part in parts}
     prefixes[one], prefixes[other] = prefixes[other], prefixes[one]
     swapped = tuple(replace(part, prefix=prefixes[part.name]) for part in parts)
-    assert failed_parts(climb(hoisted_recording(), PatchedRunner(checkpoint, swapped), swapped)) == [one, other]
+    assert failed_parts(compare(hoisted_recording(), PatchedRunner(checkpoint, swapped), swapped)) == [one, other]
 
 
 @pytest.mark.parametrize(
@@ -214,7 +214,7 @@ def test_swapped_blocks_are_caught(model, one, other):
     prefixes = {part.name: part.prefix for part in parts}
     prefixes[one], prefixes[other] = prefixes[other], prefixes[one]
     swapped = tuple(replace(part, prefix=prefixes[part.name]) for part in parts)
-    ladder = climb(recording, PatchedRunner(checkpoint, swapped), parts)
+    ladder = compare(recording, PatchedRunner(checkpoint, swapped), parts)
     assert failed_parts(ladder) == [one, other]
 
 
@@ -231,5 +231,5 @@ def test_one_wrong_element_of_a_bias_is_caught(model):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(eager, "part_state", nudged)
-        ladder = climb(recording, run, parts)
+        ladder = compare(recording, run, parts)
     assert failed_parts(ladder) == ["single.01"]

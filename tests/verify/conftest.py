@@ -101,13 +101,13 @@ def toy_parts(doubles=2, singles=3, encoders=2, scheme="W4BF16"):
 
 @dataclass
 class Recording:
-    """Outputs of all parts at all rungs: {(part, output, step): {rung: array}}. Tests spoil entries, then climb."""
+    """Outputs of all parts at all rungs: {(part, output, step): {rung: array}}. Tests spoil entries, then compare."""
 
     parts: list
     steps: int
     outputs: dict
 
-    def climb(self):
+    def compare(self):
         ladder = chip_ladder()
         for part in self.parts:
             for step in range(self.steps):
@@ -115,7 +115,7 @@ class Recording:
                 base = part.base(step) if part.residual else None
                 rungs = [(rung, arrays[rung]) for rung in RUNGS]
                 kind, reference = KINDS[part.kind], arrays["reference"]
-                ladder.climb(part.name, kind, part.output, step, reference, base, rungs, part.scheme)
+                ladder.compare(part.name, kind, part.output, step, reference, base, rungs, part.scheme)
         return ladder
 
     def part(self, name, output="hidden_states_out"):

@@ -72,7 +72,7 @@ def test_the_worst_parts_are_kept_each_once(tensor):
 
 
 def test_a_ladder_keeps_maps_and_another_s(recording):
-    ladder, other = recording.climb(), recording.climb()
+    ladder, other = recording.compare(), recording.compare()
     known = {rung: len(maps) for rung, maps in ladder.maps.by_rung.items()}
     assert known["interpreter"] == MOST_MAPS
     rows = len(ladder.rows)
@@ -86,7 +86,7 @@ def test_a_doubled_scale_is_a_column_of_the_rung_it_enters_at(recording):
     for step in (0, 1):
         spoilt = recording.part("single.01").run("simulator", step, doubled=(1, 3))
         recording.outputs["single.01", "hidden_states_out", step]["simulator"] = spoilt
-    worst = recording.climb().maps.by_rung["simulator"][0]
+    worst = recording.compare().maps.by_rung["simulator"][0]
     assert worst.part == "single.01"
     assert set(np.flatnonzero((worst.shades > 40).any(0))) == {3}
 

@@ -24,8 +24,8 @@ def browser():
 
 @pytest.fixture(scope="module")
 def report(full_recording, pictures):
-    ladder = full_recording.climb()
-    ladder.climb("pipeline", None, "image", -1, pictures[0], None, [("simulator", pictures[1])], "W4BF16")
+    ladder = full_recording.compare()
+    ladder.compare("pipeline", None, "image", -1, pictures[0], None, [("simulator", pictures[1])], "W4BF16")
     images = compare_pictures(*pictures, "simulator")
     entries = [
         {"prompt": "a kiln", "seed": seed, "psnr": 30.0 + seed, "ssim": 0.9, "drift": [1e-3, 2e-3]} for seed in (0, 1)

@@ -91,7 +91,7 @@ def ladder_panels(rows: Sequence[ReportRow], measure: Measure, known: _Rungs) ->
 
 
 def _rungs_of(cells: Mapping[tuple[str, str], Cell], parts: Sequence[str], known: _Rungs) -> list[str]:
-    """The rungs that any of `parts` climbed, the highest first."""
+    """The rungs at which any of `parts` was run, the highest first."""
     chosen = set(parts)
     return sorted({rung for part, rung in cells if part in chosen}, key=lambda rung: -known[rung].order)
 
@@ -259,7 +259,7 @@ def _cell(
     cell = cells.get((part, rung))
     box = f'x="{x + 0.5:g}" y="{y + 0.5:g}" width="{width - 1:g}" height="{ROW_HEIGHT - 1}" rx="1.5"'
     if cell is None:
-        return f'<rect class="none" {box}><title>{escape(part)}: {rung} not climbed</title></rect>'
+        return f'<rect class="none" {box}><title>{escape(part)}: {rung} not run</title></rect>'
     shade = shade_of(cell.value)
     number = "NaN" if math.isnan(cell.value) else f"{cell.value:.1e}".replace("e-0", "e-") if cell.value else "0"
     state = "within its gates" if cell.passed else "missed a gate"

@@ -117,7 +117,7 @@ def fact_lines(documents: Sequence[_Document]) -> list[Line]:
 
 
 def rung_lines(documents: Sequence[_Document]) -> list[Line]:
-    """Per rung the row that came closest to its gate; None where a bundle did not climb it."""
+    """Per rung the row that came closest to its gate; None where a bundle was not run there."""
     summaries = [{rung["rung"]: rung for rung in document["summary"]["rungs"]} for document in documents]
     known = {name: rung for document in documents for name, rung in read_rungs(document).items()}
     names = sorted({name for summary in summaries for name in summary}, key=lambda name: known[name].order)

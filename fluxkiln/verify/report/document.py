@@ -10,7 +10,7 @@ network, no fonts, no libraries, readable without JavaScript. Keys of the dict, 
     heat: maps of `verify.heat`. runs: of `verify.runs`: several prompts and seeds.
     estimate, lowering: label, entries {what: value with its unit}, values for programs.
     tools, machine, provenance: what -> text.
-`build_report` adds schema, rows, gates, rungs (fields of `gates.Rung`, and whether a row climbed it), kinds (component,
+`build_report` adds schema, rows, gates, rungs (fields of `gates.Rung`, and whether rows compare it), kinds (component,
 name in a comparison, what its blocks are called if it updates a residual stream), summary and verdict.
 """
 
@@ -69,13 +69,13 @@ def build_report(ladder: Ladder, facts: Mapping[str, Any]) -> dict[str, Any]:
         wrong = f"no place for {', '.join(sorted(unknown))}" if unknown else f"{', '.join(sorted(missing))} is missing"
         raise UsageError(f"report facts: {wrong}; a report takes {', '.join(sorted(FACTS))}")
     rows, gates = ladder.rows, ladder.gates
-    climbed = {row.rung for row in rows}
+    compared = {row.rung for row in rows}
     return {
         **facts,
         "schema": SCHEMA,
         "rows": [row_to_dict(row, gates) for row in rows],
         "gates": [_gate_to_dict(gate, number, ladder) for number, gate in enumerate(gates)],
-        "rungs": [asdict(rung) | {"climbed": name in climbed} for name, rung in ladder.rungs.items()],
+        "rungs": [asdict(rung) | {"compared": name in compared} for name, rung in ladder.rungs.items()],
         "kinds": {row.traits.name: _kind_to_dict(row.traits) for row in rows if row.traits},
         "summary": _summarise(rows, gates),
         "verdict": _verdict(rows),
@@ -168,7 +168,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         "heat": [{**entry, "picture": map_picture(entry)} for entry in document.get("heat") or ()],
         "drift": Markup(drift_chart(document["runs"]["entries"])) if document.get("runs") else "",
         "rung_order": {name: rung.order for name, rung in rungs.items()},
-        "rung_names": [one["name"] for one in document["rungs"] if one["climbed"]],
+        "rung_names": [one["name"] for one in document["rungs"] if one["compared"]],
         "kind_names": kind_names,
     }
     template = environment.get_template("report.html.j2")

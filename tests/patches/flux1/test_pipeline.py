@@ -190,7 +190,7 @@ def test_each_step_gets_its_own_row(hoisted):
     ladder = Ladder()
     for runner in (patched, first_row):
         result = run(checkpoint, parts, SHAPES, runner)
-        ladder.climb("pipeline", None, "latents", -1, recording.latents, None, [("patched", result.latents)], "F32")
+        ladder.compare("pipeline", None, "latents", -1, recording.latents, None, [("patched", result.latents)], "F32")
     assert [row.passed for row in ladder.rows] == [True, False]
 
 
@@ -291,8 +291,8 @@ def test_swapped_blocks_fail_the_pipelines_gates(tiny, one, other):
     names = {one: other, other: one}
     result = run(checkpoint, parts, SHAPES, lambda name, inputs: patched(names.get(name, name), inputs))
     ladder = Ladder()
-    ladder.climb("pipeline", None, "latents", -1, recording.latents, None, [("patched", result.latents)], "F32")
-    ladder.climb("pipeline", None, "image", -1, recording.image, None, [("patched", result.image)], "F32")
+    ladder.compare("pipeline", None, "latents", -1, recording.latents, None, [("patched", result.latents)], "F32")
+    ladder.compare("pipeline", None, "image", -1, recording.image, None, [("patched", result.image)], "F32")
     assert [row.passed for row in ladder.rows] == [False, False]
     # and it is more than 4-bit weights cost, which is 0.11 for this model
     assert ladder.rows[0].vs_reference.relative_l2 > 0.15

@@ -20,7 +20,7 @@ def dicts(ladder):
 
 @pytest.fixture(scope="module")
 def rows(full_recording):
-    return dicts(full_recording.climb())
+    return dicts(full_recording.compare())
 
 
 def parse(svg):
@@ -39,7 +39,7 @@ def test_panels_hold_every_part_at_every_rung_once(rows, measure):
 
 def test_a_miss_is_marked_by_more_than_colour(recording):
     recording.outputs["single.01", "hidden_states_out", 1]["simulator"][0, 0] = np.nan
-    rows = dicts(recording.climb())
+    rows = dicts(recording.compare())
     svg = dict(ladder_panels(rows, "delta", RUNGS))["single 00–02"]
     bad = [g for g in parse(svg).iter("g") if g.find("path[@class='cross']") is not None]
     assert [(g.get("data-part"), g.get("data-rung")) for g in bad] == [("single.01", "simulator")]
@@ -47,11 +47,11 @@ def test_a_miss_is_marked_by_more_than_colour(recording):
     assert 'class="cross"' in depth_chart(rows, BLOCKS, "added", RUNGS)
 
 
-def test_a_rung_not_climbed_is_shown_as_such(rows):
+def test_a_rung_not_run_is_shown_as_such(rows):
     some = [row for row in rows if not (row["part"] == "double.03" and row["rung"] == "simulator")]
     svg = dict(ladder_panels(some, "delta", RUNGS))["double 00–18"]
     empty = [rect for rect in parse(svg).iter("rect") if rect.get("class") == "none"]
-    assert [rect.find("title").text for rect in empty] == ["double.03: simulator not climbed"]
+    assert [rect.find("title").text for rect in empty] == ["double.03: simulator not run"]
 
 
 @pytest.mark.parametrize("measure", ["added", "delta"])

@@ -28,8 +28,8 @@ RUNS = [
 @pytest.fixture
 def documents(recording, pictures):
     """A sound bundle for one target, and a bad one without a picture for another."""
-    sound = recording.climb()
-    sound.climb("pipeline", None, "image", -1, pictures[0], None, [("simulator", pictures[1])], "W4BF16")
+    sound = recording.compare()
+    sound.compare("pipeline", None, "image", -1, pictures[0], None, [("simulator", pictures[1])], "W4BF16")
     first = {
         "title": "tiny-dev", "target": "bm1684x", "model": {"name": "tiny-dev"},
         "shapes": {"width": 64, "height": 64, "tokens": 16, "steps": 2}, "schemes": {"double": "W4BF16", "clip": "F16"},
@@ -45,7 +45,7 @@ def documents(recording, pictures):
     }  # fmt: skip
     one = build_report(sound, first)
     recording.outputs["clip", "last_hidden_state", 1]["onnxruntime"] *= 1.5
-    spoilt = recording.climb()
+    spoilt = recording.compare()
     spoilt.rows = [row for row in spoilt.rows if row.rung != "simulator"]
     two = build_report(spoilt, {"title": "tiny-dev", "target": "cpu", "tools": {"torch": "2.14.0", "numpy": "2.0"}})
     return [plain(one), plain(two)]
@@ -66,7 +66,7 @@ def test_facts(documents):
     assert facts["comparisons"][1].endswith("1 missed")
 
 
-def test_rungs_that_one_has_not_climbed(documents):
+def test_rungs_that_one_has_not_run(documents):
     lines = {line.name: line.cells for line in rung_lines(documents)}
     assert list(lines)[-1] == "simulator"
     assert lines["simulator"][1] is None
@@ -111,7 +111,7 @@ def test_what_differs_is_told_from_what_does_not(documents):
 
 def test_page(documents):
     html = render_comparison(documents)
-    for text in ("2 bundles compared", "tiny-dev (bm1684x)", "not climbed", documents[1]["verdict"]["failure"][:40]):
+    for text in ("2 bundles compared", "tiny-dev (bm1684x)", "not run", documents[1]["verdict"]["failure"][:40]):
         assert text in html
     assert "http://" not in html.replace("http://www.w3.org", "")
     assert "https://" not in html

@@ -80,8 +80,8 @@ def facts(**more):
 
 @pytest.fixture
 def good(recording, pictures):
-    ladder = recording.climb()
-    ladder.climb("pipeline", None, "image", -1, pictures[0], None, [("simulator", pictures[1])], "W4BF16")
+    ladder = recording.compare()
+    ladder.compare("pipeline", None, "image", -1, pictures[0], None, [("simulator", pictures[1])], "W4BF16")
     return build_report(ladder, facts(images=compare_pictures(*pictures, "simulator")))
 
 
@@ -89,7 +89,7 @@ def good(recording, pictures):
 def bad(recording):
     recording.outputs["double.01", "hidden_states_out", 0]["simulator"][0, 0] = np.inf
     recording.outputs["clip", "last_hidden_state", 1]["onnxruntime"] *= 1.5
-    return build_report(recording.climb(), facts())
+    return build_report(recording.compare(), facts())
 
 
 def test_verdict_in_words(good, bad):
@@ -105,7 +105,7 @@ def test_verdict_in_words(good, bad):
     assert build_report(Ladder(), facts())["verdict"] == {
         "passed": False,
         "headline": "Nothing was compared.",
-        "failure": "no row was compared, so nothing is proven: at least one part has to climb the ladder",
+        "failure": "no row was compared, so nothing is proven: at least one part has to be run",
     }
 
 
@@ -236,10 +236,10 @@ def test_gates_that_judged_nothing_stand_behind_the_others(good):
 
 
 def test_memory_of_a_device_is_shown_where_there_is_one(recording):
-    climbed = recording.climb()
-    assert render_html(build_report(climbed, facts())).count("Device memory</th>") == 2
+    compared = recording.compare()
+    assert render_html(build_report(compared, facts())).count("Device memory</th>") == 2
     none = [part | {"device_memory": 0} for part in facts()["parts"]]
-    assert "Device memory</th>" not in render_html(build_report(climbed, facts(parts=none)))
+    assert "Device memory</th>" not in render_html(build_report(compared, facts(parts=none)))
 
 
 def test_no_difference_is_said(good, pictures):
@@ -253,7 +253,7 @@ def test_no_difference_is_said(good, pictures):
 
 def test_hostile_text_stays_text(recording):
     evil = "</script><script>alert(1)</script><img src=x onerror=alert(2)> & \u2028"
-    report = build_report(recording.climb(), facts(title=evil, provenance={evil: evil}))
+    report = build_report(recording.compare(), facts(title=evil, provenance={evil: evil}))
     html = render_html(report)
     page = Structure(html)
     assert "alert(1)" not in [script.strip() for script in page.scripts]
@@ -266,7 +266,7 @@ def test_hostile_text_stays_text(recording):
 def test_full_size_report_stays_small(full_recording, pictures):
     noise = np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), dtype=np.uint8)
     images = compare_pictures(noise, 255 - noise, "simulator")
-    report = build_report(full_recording.climb(), facts(images=images))
+    report = build_report(full_recording.compare(), facts(images=images))
     html = render_html(report)
     assert len(report["rows"]) > 1000
     assert len(html.encode()) < MAX_HTML_BYTES
@@ -274,10 +274,10 @@ def test_full_size_report_stays_small(full_recording, pictures):
 
 def test_ten_steps_of_every_block_stay_small_and_whole(full_recording, pictures):
     noise = np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), dtype=np.uint8)
-    climbed = full_recording.climb()
-    rows = climbed.rows = [replace(row, step=row.step + 2 * n) for n in range(5) for row in climbed.rows]
-    heat = climbed.maps.to_json()
-    report = build_report(climbed, facts(images=compare_pictures(noise, 255 - noise, "simulator"), heat=heat))
+    compared = full_recording.compare()
+    rows = compared.rows = [replace(row, step=row.step + 2 * n) for n in range(5) for row in compared.rows]
+    heat = compared.maps.to_json()
+    report = build_report(compared, facts(images=compare_pictures(noise, 255 - noise, "simulator"), heat=heat))
     html = render_html(report)
     assert len(rows) > 4000
     assert len(html.encode()) < MAX_HTML_BYTES
@@ -299,19 +299,19 @@ def test_a_report_too_large_for_the_page_drops_only_the_embedded_copy(good, monk
 
 
 def test_facts_are_optional_but_known(recording):
-    climbed = recording.climb()
-    Structure(render_html(build_report(climbed, {"title": "t", "target": "cpu"})))
+    compared = recording.compare()
+    Structure(render_html(build_report(compared, {"title": "t", "target": "cpu"})))
     Structure(render_html(build_report(Ladder(), {"title": "t", "target": "cpu"})))
     with pytest.raises(UsageError, match="no place for timing"):
-        build_report(climbed, facts(timing=[]))
+        build_report(compared, facts(timing=[]))
     with pytest.raises(UsageError, match="title is missing"):
-        build_report(climbed, {"target": "cpu"})
+        build_report(compared, {"target": "cpu"})
 
 
 def test_a_rung_without_a_gate_is_shown_as_unjudged():
     array = np.ones((2, 2), np.float32)
     ladder = Ladder([Rung("guessed", 4, "a rung whose toolchain", "gave it no gate")])
-    ladder.climb("tail", KINDS["tail"], "sample", 0, array, None, [("guessed", array)])
+    ladder.compare("tail", KINDS["tail"], "sample", 0, array, None, [("guessed", array)])
     assert "judged by no gate" in render_html(build_report(ladder, facts()))
 
 

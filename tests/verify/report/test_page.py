@@ -36,7 +36,7 @@ def test_pictures_of_runs_are_left_out_and_their_numbers_stay():
 
 def test_the_rows_that_stand_in_a_page_are_the_worst_in_order(recording):
     recording.outputs["double.01", "hidden_states_out", 0]["simulator"][0, 0] += 100
-    ladder = recording.climb()
+    ladder = recording.compare()
     rows = [row_to_dict(row, ladder.gates) for row in ladder.rows]
     assert static_rows(rows) == rows
     few = static_rows(rows, 10)

@@ -14,7 +14,7 @@ from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.artifacts.store import Blob
 from fluxkiln.compile.plan import Made, Plan
 from fluxkiln.compile.templates import host_constants
-from fluxkiln.compile.toolchain import Climb
+from fluxkiln.compile.toolchain import OpenRungs
 from fluxkiln.compile.toolchains.neuron.make import SplitModel
 from fluxkiln.compile.toolchains.neuron.modules import Module, lower_modules, module_name
 from fluxkiln.compile.toolchains.neuron.replicas import Array, ReplicaExecutor, Replicas, Weights, dtype_of
@@ -32,7 +32,9 @@ _ReadWeights = Callable[[Part, Module], Weights]
 
 
 @contextmanager
-def climb(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, made: Made, progress: Progress) -> Iterator[Climb]:
+def open_rungs(
+    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, made: Made, progress: Progress
+) -> Iterator[OpenRungs]:
     """The rungs of a split model, of the parts that fit the memory: one process has all ranks of a part, twice while
     they are moved.
 
@@ -68,9 +70,9 @@ def climb(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, made: Made, pr
             for part in fitting:
                 shares = {name: 1.0 - rungs[name].spread[part.name] for name in ("split", "replicas")}
                 equal = [(name, np.array([share], np.float32)) for name, share in shares.items()]
-                ladder.climb(part.name, part.traits, "ranks", -1, np.ones(1, np.float32), None, equal, "BF16")
+                ladder.compare(part.name, part.traits, "ranks", -1, np.ones(1, np.float32), None, equal, "BF16")
 
-        yield Climb({**rungs}, fitting, finish, facts)
+        yield OpenRungs({**rungs}, fitting, finish, facts)
 
 
 class _Rung:

@@ -13,7 +13,7 @@ from fluxkiln.compile.bundle import Bundle
 from fluxkiln.compile.doctor import package_status, runtime_status
 from fluxkiln.compile.executor import Executor
 from fluxkiln.compile.plan import Job, Made, Plan
-from fluxkiln.compile.toolchain import API, Climb, Resumed, Toolchain, ToolStatus
+from fluxkiln.compile.toolchain import API, OpenRungs, Resumed, Toolchain, ToolStatus
 from fluxkiln.compile.toolchains.neuron import modules, split
 from fluxkiln.compile.toolchains.neuron.frontend import VERSIONS
 from fluxkiln.compile.toolchains.neuron.neuronx_cc import compiler_missing, compiler_status
@@ -84,12 +84,12 @@ class Neuron(Toolchain):
     def refuse_incomplete(self, missing: str, bundle: Path) -> None:
         raise compiler_missing(missing, bundle)
 
-    def climb(
+    def open_rungs(
         self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, made: Made, folder: Path, progress: Progress
-    ) -> AbstractContextManager[Climb]:
-        from fluxkiln.compile.toolchains.neuron.rungs import climb
+    ) -> AbstractContextManager[OpenRungs]:
+        from fluxkiln.compile.toolchains.neuron.rungs import open_rungs
 
-        return climb(checkpoint, plan, cache, made, progress)
+        return open_rungs(checkpoint, plan, cache, made, progress)
 
     def look(
         self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, record: Record, progress: Progress

@@ -14,7 +14,7 @@ from fluxkiln.compile.executor import Executor
 from fluxkiln.compile.plan import Binary, BundleFile, Job, Made, Plan
 from fluxkiln.compile.templates import count_elements, find_template, make_template, prepare_template
 from fluxkiln.compile.tensors import part_refs, search_memory
-from fluxkiln.compile.toolchain import API, TRACE_MEMORY, Climb, Rungs, Toolchain
+from fluxkiln.compile.toolchain import API, TRACE_MEMORY, OpenRungs, Rungs, Toolchain
 from fluxkiln.errors import CompileError
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.progress import Laps, Progress
@@ -107,13 +107,13 @@ class OnnxRuntime(Toolchain):
         return Made(tuple(binaries), files, own=graphs)
 
     @contextmanager
-    def climb(
+    def open_rungs(
         self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, made: Made, folder: Path, progress: Progress
-    ) -> Iterator[Climb]:
+    ) -> Iterator[OpenRungs]:
         from fluxkiln.compile.rungs import rungs_below
 
         with self.execute(checkpoint, plan, cache, made, folder, most_open=4) as own:
-            yield Climb({**rungs_below(checkpoint, plan, cache), **own}, plan.parts)
+            yield OpenRungs({**rungs_below(checkpoint, plan, cache), **own}, plan.parts)
 
     @contextmanager
     def execute(

@@ -35,7 +35,7 @@ from fluxkiln.compile.rungs import (
 )
 from fluxkiln.compile.templates import find_template, make_template
 from fluxkiln.compile.tensors import multiplications
-from fluxkiln.compile.toolchain import Climb, Rungs
+from fluxkiln.compile.toolchain import OpenRungs, Rungs
 from fluxkiln.compile.toolchains.tpu_mlir import environment
 from fluxkiln.compile.toolchains.tpu_mlir.cast import cast_source, cast_weight_file, compare_stored, read_map
 from fluxkiln.compile.toolchains.tpu_mlir.compiler import weight_file
@@ -68,7 +68,7 @@ _EPSILON = re.compile(r"\beps = ([0-9.E+-]+)")
 
 
 @contextmanager
-def climb(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, made: Made, folder: Path) -> Iterator[Climb]:
+def open_rungs(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, made: Made, folder: Path) -> Iterator[OpenRungs]:
     """Every rung of a build, the simulator's where a step is not too much for it; without TPU-MLIR, what needs none."""
     with ExitStack() as stack:
         rungs = rungs_below(checkpoint, plan, cache)
@@ -85,7 +85,7 @@ def climb(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, made: Made, fo
             stack.callback(simulator.close)
             # a function, which is not closed after each part
             rungs["simulator"] = simulator.__call__
-        yield Climb(rungs, plan.parts)
+        yield OpenRungs(rungs, plan.parts)
 
 
 @contextmanager
@@ -115,7 +115,7 @@ def read_back(ladder: Ladder, checkpoint: Checkpoint, plan: Plan, cache: ActionC
         output = f"weights of {worst}" if differing[worst].any() else "weights"
         equal = np.concatenate([1 - shares for shares in differing.values()])
         scheme, rungs = gate_scheme(binary.scheme), [("stored", equal)]
-        ladder.climb(part.name, part.traits, output, -1, np.ones_like(equal), None, rungs, scheme)
+        ladder.compare(part.name, part.traits, output, -1, np.ones_like(equal), None, rungs, scheme)
 
 
 def compare_part(

@@ -12,7 +12,7 @@ from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.compile.bundle import Bundle
 from fluxkiln.compile.executor import Executor
 from fluxkiln.compile.plan import Job, Made, Plan
-from fluxkiln.compile.toolchain import API, Climb, Rungs, Toolchain, ToolStatus, Work
+from fluxkiln.compile.toolchain import API, OpenRungs, Rungs, Toolchain, ToolStatus, Work
 from fluxkiln.compile.toolchains.tpu_mlir import environment
 from fluxkiln.compile.toolchains.tpu_mlir.python310 import find_python310
 from fluxkiln.errors import ToolchainError
@@ -106,12 +106,12 @@ class TpuMlir(Toolchain):
 
         return {mould.result.key for mould in prove_moulds(checkpoint, plan, cache, settings, progress)}
 
-    def climb(
+    def open_rungs(
         self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, made: Made, folder: Path, progress: Progress
-    ) -> AbstractContextManager[Climb]:
-        from fluxkiln.compile.toolchains.tpu_mlir.rungs import climb
+    ) -> AbstractContextManager[OpenRungs]:
+        from fluxkiln.compile.toolchains.tpu_mlir.rungs import open_rungs
 
-        return climb(checkpoint, plan, cache, made, folder)
+        return open_rungs(checkpoint, plan, cache, made, folder)
 
     def execute(
         self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, made: Made, folder: Path

@@ -22,8 +22,7 @@ from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.patches.flux1.kinds import KINDS
 from fluxkiln.types import Shapes, find_part
 from fluxkiln.verify.gates import first_bad_rung
-from tests.builds import altered, chip_ladder
-from tests.builds import climbed as climbed_parts
+from tests.builds import altered, chip_ladder, opened_rungs
 from tests.compile.bmodels import check_codes
 
 pytestmark = pytest.mark.tpu_mlir
@@ -33,7 +32,7 @@ OUTPUT = "hidden_states_out"
 
 
 @pytest.fixture(scope="module")
-def climbed(kiln, cast_and_direct, cast_alone, tiny_checkpoint, tiny_recording, tmp_path_factory):
+def compared(kiln, cast_and_direct, cast_alone, tiny_checkpoint, tiny_recording, tmp_path_factory):
     """One block at every rung, and on the simulator in every spoilt form."""
     kiln = kiln()
     kiln = altered(kiln, parts=tuple(find_part(kiln.parts, name) for name in (NAME, "single.01")))
@@ -68,7 +67,7 @@ def climbed(kiln, cast_and_direct, cast_alone, tiny_checkpoint, tiny_recording, 
         files = (BundleFile(f"{what}.bmodel", cast.blobs["bmodel"], (NAME,)),)
         only = altered(kiln, parts=kiln.parts[:1])
         binary = replace(cast, part=kiln.parts[0], net=read_bmodel(kiln.cache.path(cast.blobs["bmodel"])).nets[0].name)
-        with climbed_parts(only, (binary,), files, folder / what) as rungs:
+        with opened_rungs(only, (binary,), files, folder / what) as rungs:
             names = rungs if what == "sound" else ("simulator",)
             made[what] = {rung: rungs[rung](NAME, inputs)[OUTPUT] for rung in names}
     other = altered(kiln, parts=(replace(kiln.parts[1], name=NAME),))  # called after the one, weights of the other
@@ -103,14 +102,14 @@ def test_stored_weights_are_the_checkpoints(kiln, cast_alone, what, slot):
         assert slot in ladder.rows[0].output
 
 
-def climb(climbed, **instead):
+def compare(compared, **instead):
     """The ladder of the sound block, with some rungs replaced."""
-    recording, made, _ = climbed
+    recording, made, _ = compared
     rungs = [(rung, instead.get(rung, array)) for rung, array in made["sound"].items()]
     ladder = chip_ladder()
     reference, base = recording.outputs(NAME, 0)[OUTPUT], recording.inputs(NAME, 0)["hidden_states"]
     shaped = [(rung, array.reshape(reference.shape)) for rung, array in rungs]
-    ladder.climb(NAME, KINDS["single"], OUTPUT, 0, reference, base, shaped, "W4BF16")
+    ladder.compare(NAME, KINDS["single"], OUTPUT, 0, reference, base, shaped, "W4BF16")
     return ladder
 
 
@@ -146,33 +145,33 @@ def cast_from_wrong_slot(kiln, cast, mould, template):
     return replace(cast, blobs={**cast.blobs, "bmodel": kiln.cache.store.add_file(target, move=True)})
 
 
-def test_a_sound_block_passes_every_rung(climbed):
-    ladder = climb(climbed)
+def test_a_sound_block_passes_every_rung(compared):
+    ladder = compare(compared)
     assert [row.rung for row in ladder.rows] == ["patched", "onnxruntime", "dequantized", "interpreter", "simulator"]
     assert first_bad_rung(ladder.rows) == {}
     quantization = next(row for row in ladder.rows if row.rung == "dequantized").vs_reference
     assert 0.01 < quantization.delta_relative_l2 < 0.15
 
 
-def test_swapped_weights_fail_at_onnxruntime(climbed):
-    _, made, _ = climbed
-    ladder = climb(climbed, onnxruntime=made["onnxruntime swapped"]["onnxruntime"])
+def test_swapped_weights_fail_at_onnxruntime(compared):
+    _, made, _ = compared
+    ladder = compare(compared, onnxruntime=made["onnxruntime swapped"]["onnxruntime"])
     assert first_bad_rung(ladder.rows) == {NAME: "onnxruntime"}
 
 
 @pytest.mark.parametrize("what", ["swapped", "slot"])
-def test_a_corrupted_binary_fails_at_the_simulator(climbed, what):
-    _, made, _ = climbed
-    ladder = climb(climbed, simulator=made[what]["simulator"])
+def test_a_corrupted_binary_fails_at_the_simulator(compared, what):
+    _, made, _ = compared
+    ladder = compare(compared, simulator=made[what]["simulator"])
     assert first_bad_rung(ladder.rows) == {NAME: "simulator"}
 
 
-def test_one_doubled_scale_is_refused_by_proof_and_codes(climbed):
+def test_one_doubled_scale_is_refused_by_proof_and_codes(compared):
     """One scale of one group is 1 of 20 of one channel's inputs: it shows in the worst channel, twice its noise, but a
     bound that low would not hold for every sound block. Bytes are what it is caught by."""
-    _, made, caught = climbed
+    _, made, caught = compared
     sound, spoilt = (
-        climb(climbed, simulator=made[what]["simulator"]).rows[-1].vs_previous for what in ("sound", "scale")
+        compare(compared, simulator=made[what]["simulator"]).rows[-1].vs_previous for what in ("sound", "scale")
     )
     assert spoilt.worst_channel > 1.5 * sound.worst_channel
     assert caught == {"check_codes": IntegrityError, "prove_cast": CompileError}

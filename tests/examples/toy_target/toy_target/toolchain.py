@@ -21,7 +21,7 @@ from fluxkiln.compile.templates import (
     prepare_template,
     weights_digest,
 )
-from fluxkiln.compile.toolchain import API, TRACE_MEMORY, Climb, Rungs, Toolchain, ToolStatus, Work
+from fluxkiln.compile.toolchain import API, TRACE_MEMORY, OpenRungs, Rungs, Toolchain, ToolStatus, Work
 from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.progress import FROM_STORE, Laps, Progress
@@ -97,11 +97,11 @@ class OnnxReference(Toolchain):
         return Made(tuple(binaries), tuple(files))
 
     @contextmanager
-    def climb(
+    def open_rungs(
         self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, made: Made, folder: Path, progress: Progress
-    ) -> Iterator[Climb]:
+    ) -> Iterator[OpenRungs]:
         with self.execute(checkpoint, plan, cache, made, folder) as own:
-            yield Climb({**rungs_below(checkpoint, plan, cache), **own}, plan.parts)
+            yield OpenRungs({**rungs_below(checkpoint, plan, cache), **own}, plan.parts)
 
     @contextmanager
     def execute(

@@ -30,7 +30,7 @@ from fluxkiln.patches.pipeline import Sampling, run_rows
 from fluxkiln.progress import Progress
 from fluxkiln.settings import Settings
 from fluxkiln.types import GraphFormat, Part, PartRunner, Shapes, find_part
-from fluxkiln.verify.ladder import Ladder, compare_part, compare_pipeline, let_go, replay_part
+from fluxkiln.verify.ladder import Ladder, compare_outputs, compare_pipeline, let_go, replay_part
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -187,7 +187,7 @@ def replay(prepared: Prepared, plan: Plan, recording: Recording, opened: OpenRun
         try:
             for part, step in calls:
                 made = {**lower_parts[part.name].result()[step], **upper_parts[part.name].result()[step]}
-                compare_part(ladder, recording, part, plan.scheme(part), step, made)
+                compare_outputs(ladder, recording, part, plan.scheme(part), step, made)
                 progress.done("verify", part.name, f"{len(rungs)} rungs, step {step}")
             pipeline = whole.result() if whole is not None else None
         except BaseException:
@@ -240,7 +240,7 @@ def _verify_large(
             for part in chosen:
                 found = {**replay_part(stored, true, part)[0], **interpreted[part.name]}
                 label = f"{part.name} at {plan.shapes.width}x{plan.shapes.height}"
-                compare_part(executed, true, part, plan.scheme(part), 0, found, label)
+                compare_outputs(executed, true, part, plan.scheme(part), 0, found, label)
                 progress.done("verify", label, f"{len(found)} rungs")
         except BaseException:
             upper.shutdown(wait=False, cancel_futures=True)
@@ -282,7 +282,7 @@ def _replay_small(
             if rung == PIPELINE_RUNG and inputs is not None:
                 outputs = runner(name, inputs)
             let_go(runner)
-        compare_part(ladder, recording, part, plan.scheme(part), 0, made)
+        compare_outputs(ladder, recording, part, plan.scheme(part), 0, made)
         progress.done("verify", name, f"{len(rungs)} rungs at {name_shapes(plan.shapes)}")
         return outputs
 

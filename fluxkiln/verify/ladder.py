@@ -195,7 +195,7 @@ def let_go(runner: PartRunner) -> None:
         close()
 
 
-def compare_part(
+def compare_outputs(
     ladder: Ladder,
     recording: Recording,
     part: Part,

@@ -112,7 +112,7 @@ def test_depth_and_seed_share_templates_and_shapes_do_not(kiln):
 
 
 def fake(size, extra=0):
-    return SimpleNamespace(facts={"weight_bytes": size, "instruction_bytes": extra})
+    return SimpleNamespace(facts={"weight_bytes": size, "instruction_bytes": extra, "runtime_bytes": 0})
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -51,12 +51,12 @@ def test_bytes_of_the_bundle_that_are_not_the_checkpoint_s(prepared, sound, tmp_
     data[place] ^= 0x10
     (spoilt / file.name).write_bytes(data)
     (spoilt / "manifest.json").write_bytes((prepared.plan.bundle / "manifest.json").read_bytes())
-    culprit = debug_part(replace(prepared, folder=tmp_path), "t5_block.01").culprit
+    culprit = debug_part(replace(prepared, plan=replace(prepared.plan, folder=tmp_path)), "t5_block.01").culprit
     assert culprit.rung == "stored"
     assert len(culprit.slots) == 1
     assert culprit.slots[0] in culprit.remedy.cause
     assert 0 < culprit.finding.own < 1e-3
-    assert debug_part(replace(prepared, folder=tmp_path), "t5_block.00").culprit is None
+    assert debug_part(replace(prepared, plan=replace(prepared.plan, folder=tmp_path)), "t5_block.00").culprit is None
 
 
 @pytest.mark.tpu_mlir

@@ -97,7 +97,7 @@ def test_the_shards_of_the_bundle_are_looked_into_where_they_are(prepared, tmp_p
     data = bytearray(file.read_bytes())
     data[-1000] ^= 1  # the last bit of an element
     file.write_bytes(data)
-    culprit = debug_part(replace(prepared, folder=tmp_path), "tail").culprit
+    culprit = debug_part(replace(prepared, plan=replace(prepared.plan, folder=tmp_path)), "tail").culprit
     assert (culprit.rung, culprit.finding.rank) == ("stored", 1)
     assert culprit.slots[0].startswith("proj_out.")
 

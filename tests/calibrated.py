@@ -12,17 +12,17 @@ from tests.builds import altered
 NAME, COMPONENT = "single.00", "transformer"
 
 
-def one_part(kiln, scheme, name=NAME, target="cpu"):
-    made = kiln(scheme=scheme, target=target)
+def one_part(small_build, scheme, name=NAME, target="cpu"):
+    made = small_build(scheme=scheme, target=target)
     return altered(made, parts=(find_part(made.parts, name),))
 
 
 @pytest.fixture(scope="session")
-def calibrated(kiln, tmp_path_factory):
+def calibrated(small_build, tmp_path_factory):
     """The store of all kilns gets a calibration of tiny-dev: random inputs, channel i with a size of its own."""
     import torch
 
-    made = kiln(target="cpu")
+    made = small_build(target="cpu")
     path = tmp_path_factory.mktemp("calibration") / "c.safetensors"
     random = torch.Generator().manual_seed(0)
     layers = [n for n, ref in made.checkpoint.tensors[COMPONENT].items() if len(ref.shape) == 2]

@@ -181,7 +181,9 @@ def part_of_kind(
 
 
 @pytest.fixture(scope="session")
-def kiln(tiny_checkpoint: Callable[..., Checkpoint], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Build]:
+def small_build(
+    tiny_checkpoint: Callable[..., Checkpoint], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Build]:
     """(model, scheme, target) -> a build of the smallest shapes with counts of its own.
 
     All have one store, so that a mould is compiled once a session. For tests marked `tpu_mlir`.
@@ -211,13 +213,13 @@ def cast_and_direct(
     The `bmodel` of the cast part is the file in which it is alone.
     """
 
-    def make(kiln: Build, name: str) -> tuple[Mould, Binary, Binary]:
-        part = find_part(kiln.parts, name)
-        template = make_template(*kiln, part.kind, "onnx17")
+    def make(small_build: Build, name: str) -> tuple[Mould, Binary, Binary]:
+        part = find_part(small_build.parts, name)
+        template = make_template(*small_build, part.kind, "onnx17")
         with ThreadPoolExecutor(2) as pool:
-            mould = pool.submit(make_mould, *kiln, template)
-            direct = pool.submit(compile_part, *kiln, part, template)
-        return mould.result(), cast_alone(kiln, name), direct.result()
+            mould = pool.submit(make_mould, *small_build, template)
+            direct = pool.submit(compile_part, *small_build, part, template)
+        return mould.result(), cast_alone(small_build, name), direct.result()
 
     return make
 
@@ -226,11 +228,13 @@ def cast_and_direct(
 def cast_alone() -> Callable[[Build, str], Binary]:
     """(kiln, part) -> the part cast into its kind's mould; its `bmodel` is the file in which it is alone."""
 
-    def make(kiln: Build, name: str) -> Binary:
-        part = find_part(kiln.parts, name)
-        mould = make_mould(*kiln, make_template(*kiln, part.kind, "onnx17"))
+    def make(small_build: Build, name: str) -> Binary:
+        part = find_part(small_build.parts, name)
+        mould = make_mould(*small_build, make_template(*small_build, part.kind, "onnx17"))
         assert mould.castable, mould.why
-        file, (binary,) = cast_file(*kiln, f"{name}.bmodel", [cast_part(kiln.plan, part, mould)], Silent())
+        file, (binary,) = cast_file(
+            *small_build, f"{name}.bmodel", [cast_part(small_build.plan, part, mould)], Silent()
+        )
         return replace(binary, blobs={**binary.blobs, "bmodel": file.blob})
 
     return make

@@ -25,9 +25,9 @@ from tests.builds import altered
 
 
 @pytest.fixture(scope="module")
-def cpu(kiln):
+def cpu(small_build):
     """tiny-dev for the cpu target, at 32x32 with 16 tokens."""
-    return kiln(scheme="BF16", target="cpu")
+    return small_build(scheme="BF16", target="cpu")
 
 
 def test_a_small_model_is_replayed_at_its_own_shapes(cpu):

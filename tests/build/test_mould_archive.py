@@ -26,14 +26,14 @@ pytestmark = pytest.mark.tpu_mlir
 KINDS = ("double", "single")
 
 
-def only_blocks(kiln):
-    return altered(kiln, parts=tuple(part for part in kiln.parts if part.kind in KINDS))
+def only_blocks(small_build):
+    return altered(small_build, parts=tuple(part for part in small_build.parts if part.kind in KINDS))
 
 
 @pytest.fixture(scope="module")
-def filled(kiln, tmp_path_factory):
+def filled(small_build, tmp_path_factory):
     """A build of blocks in whose store all of them are, and the file of their moulds."""
-    blocks = only_blocks(kiln())
+    blocks = only_blocks(small_build())
     root = tmp_path_factory.mktemp("travelling")
     shutil.copytree(blocks.cache.store.root, root / "store")
     blocks = altered(replace(blocks, cache=ActionCache(Store(root / "store"))), folder=root / "build")
@@ -59,7 +59,7 @@ def test_imported_moulds_need_no_compiler(filled, tmp_path, monkeypatch):
     assert "compile" not in counts
 
 
-def test_a_list_says_what_can_be_cast(filled, kiln):
+def test_a_list_says_what_can_be_cast(filled, small_build):
     blocks, *_ = filled
     make_mould(*blocks, make_template(*blocks, "double", "onnx17"))
     moulds = list_moulds(blocks.cache.store)

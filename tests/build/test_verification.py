@@ -90,8 +90,8 @@ class Large:
 
 
 @pytest.fixture(scope="module")
-def large(kiln, tmp_path_factory):
-    return Large(kiln, tmp_path_factory.mktemp("large"))
+def large(small_build, tmp_path_factory):
+    return Large(small_build, tmp_path_factory.mktemp("large"))
 
 
 @pytest.fixture(scope="module")
@@ -184,12 +184,9 @@ def test_swapped_blocks_are_found(large, one, other):
 
 
 def test_weights_of_another_block_at_one_rung_are_found(large, monkeypatch):
-    fill = rungs._fill
-
-    def wrong(checkpoint, plan, cache, name):
-        return fill(checkpoint, plan, cache, "single.02" if name == "single.01" else name)
-
-    monkeypatch.setattr(rungs, "_fill", wrong)
+    find = rungs.find_part
+    swapped = {"single.01": "single.02"}
+    monkeypatch.setattr(rungs, "find_part", lambda parts, name: find(parts, swapped.get(name, name)))
     _, bad = large.verify()
     assert bad == {"single.01": "onnxruntime", "pipeline": "onnxruntime"}
 
@@ -211,17 +208,17 @@ def test_a_bundle_with_the_graph_of_another_block_is_found(large):
     assert bad == {f"{chosen}{AT}": "executed"}
 
 
-def test_without_quantization_the_bundles_graphs_are_the_onnxruntime_rung(kiln, tmp_path):
-    plain = Large(kiln, tmp_path, scheme="BF16")
+def test_without_quantization_the_bundles_graphs_are_the_onnxruntime_rung(small_build, tmp_path):
+    plain = Large(small_build, tmp_path, scheme="BF16")
     parity, bad = plain.verify()
     assert bad == {}
     assert {row.rung for row in parity.ladder.rows if AT in row.part} == {"onnxruntime"}
     assert {row.rung for row in parity.ladder.rows} == {"patched", "onnxruntime"}
 
 
-def test_both_forms_of_the_transformer_are_verified(kiln, tmp_path):
+def test_both_forms_of_the_transformer_are_verified(small_build, tmp_path):
     """The one that the fixtures do not make: blocks with their modulation as an input, or with their AdaLN linears."""
-    model = kiln(scheme="W4BF16", target="cpu")
+    model = small_build(scheme="W4BF16", target="cpu")
     other = "hoisted" if any(part.kind == "head" for part in model.parts) else "inline"
     parts = list_parts(model.checkpoint.configs, modulation=other)
     both = Large(model, tmp_path, parts=parts)
@@ -232,9 +229,9 @@ def test_both_forms_of_the_transformer_are_verified(kiln, tmp_path):
 
 
 @pytest.mark.parametrize("component", ["text_encoder_2", "transformer", "vae"])
-def test_a_component_is_verified_alone(kiln, tmp_path, component):
+def test_a_component_is_verified_alone(small_build, tmp_path, component):
     """There is no whole pipeline then; the random numbers in place of the others' outputs do as well for a part."""
-    alone = Large(kiln, tmp_path, component=component)
+    alone = Large(small_build, tmp_path, component=component)
     told = Told()
     parity, bad = alone.verify(progress=told)
     assert bad == {}
@@ -249,8 +246,8 @@ def test_a_component_is_verified_alone(kiln, tmp_path, component):
         assert bad["single.00"] == "patched"
 
 
-def test_a_small_models_component_is_replayed_alone(kiln, tmp_path):
-    model = kiln(scheme="BF16", target="cpu")
+def test_a_small_models_component_is_replayed_alone(small_build, tmp_path):
+    model = small_build(scheme="BF16", target="cpu")
     parts = tuple(part for part in model.parts if part.component == "text_encoder_2")
     small = prepared_of(model, tmp_path, Settings("cpu", str(model.checkpoint.root), scheme="BF16"))
     small = replace(small, plan=replace(small.plan, parts=parts))
@@ -289,9 +286,9 @@ def test_a_failure_does_not_wait_for_what_is_executed(large, monkeypatch):
 
 @pytest.mark.tpu_mlir
 @pytest.mark.parametrize("spoilt", [False, True])
-def test_compiled_blocks_are_interpreted(kiln, tmp_path, monkeypatch, spoilt):
+def test_compiled_blocks_are_interpreted(small_build, tmp_path, monkeypatch, spoilt):
     """A block cast from the weights of another is found at the interpreter, which no other rung has to do with."""
-    build = kiln(scheme="W4BF16", target="bm1684x")
+    build = small_build(scheme="W4BF16", target="bm1684x")
     compiled = Large(build, tmp_path)
     name, source = "single.01", "single.02" if spoilt else "single.01"
     mould = make_mould(*build, make_template(*build, "single", "onnx17"))

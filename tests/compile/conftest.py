@@ -134,7 +134,7 @@ def write_matmul(path, width, rows=64):
 
 
 @pytest.fixture(scope="module")
-def opened(kiln, tiny_recording):
+def opened(small_build, tiny_recording):
     """(part, scheme, target) -> the part looked into as its toolchain does, on its second step, and its build."""
     from fluxkiln.compile.toolchains.onnxruntime.look import open_linked
     from fluxkiln.compile.toolchains.tpu_mlir.rungs import open_stored
@@ -142,7 +142,7 @@ def opened(kiln, tiny_recording):
     recording = tiny_recording("tiny-dev", "kl", SMALLEST)
 
     def make(name, scheme="W4BF16,tail=W4BF16", target="bm1684x"):
-        made = kiln(scheme=scheme, target=target)
+        made = small_build(scheme=scheme, target=target)
         look = open_linked if target == "cpu" else open_stored
         return look(*made, find_part(made.parts, name), recording.inputs(name, 1)), made
 

@@ -37,13 +37,13 @@ KEPT = "W4BF16,single.proj_*=BF16"
 SHAPES = Shapes(height=32, width=32, tokens=16)
 
 
-def template_of(kiln):
-    return make_template(*kiln, kiln.parts[0].kind, "onnx17")
+def template_of(small_build):
+    return make_template(*small_build, small_build.parts[0].kind, "onnx17")
 
 
 @pytest.mark.parametrize("scheme", ["W4BF16-svd-r8", "W4BF16-awq"])
-def test_weights_are_packed_row_by_row_as_they_are_whole(kiln, calibrated, scheme):
-    made = one_part(kiln, scheme)
+def test_weights_are_packed_row_by_row_as_they_are_whole(small_build, calibrated, scheme):
+    made = one_part(small_build, scheme)
     (part,) = made.parts
     template = template_of(made)
     weights = part_weights(*made, part, template)
@@ -68,9 +68,9 @@ def test_weights_are_packed_row_by_row_as_they_are_whole(kiln, calibrated, schem
     assert weights("proj_out.bias").tobytes() == plain("proj_out.bias").tobytes()
 
 
-def test_what_is_dequantized_has_the_branch_that_was_stored(kiln, calibrated, monkeypatch):
+def test_what_is_dequantized_has_the_branch_that_was_stored(small_build, calibrated, monkeypatch):
     """Also where the search would end in other bits now, as with another number of threads."""
-    made = one_part(kiln, "W4BF16-svd-r8")
+    made = one_part(small_build, "W4BF16-svd-r8")
     weights = part_weights(*made, made.parts[0], template_of(made))
     plain = weights.plain(SLOT)
     directions = svd._directions
@@ -92,8 +92,8 @@ def test_what_is_dequantized_has_the_branch_that_was_stored(kiln, calibrated, mo
     assert again.up.tobytes() != up.tobytes(), "the control: a search of its own ends elsewhere"
 
 
-def test_it_is_searched_once(kiln, calibrated):
-    made = one_part(kiln, "W4BF16-svd-r8")
+def test_it_is_searched_once(small_build, calibrated):
+    made = one_part(small_build, "W4BF16-svd-r8")
     template = template_of(made)
     first, second = (part_weights(*made, made.parts[0], template) for _ in range(2))
     assert made.cache.counts["correct"][1] <= 1 <= made.cache.counts["correct"][0]
@@ -101,16 +101,16 @@ def test_it_is_searched_once(kiln, calibrated):
         slot: array.tobytes() for slot, array in second.beside.items()
     }
     with pytest.raises(SchemeError, match=r"rank 300: a matrix of \d+ x 256 has 1 to 256"):
-        part_weights(*one_part(kiln, "W4BF16-svd-r300"), made.parts[0], template)
+        part_weights(*one_part(small_build, "W4BF16-svd-r300"), made.parts[0], template)
 
 
 @pytest.mark.tpu_mlir
 @pytest.mark.parametrize("scheme", ["W4BF16-svd-r8", "W4BF16-awq", KEPT])
 def test_the_chip_computes_what_is_dequantized(
-    kiln, cast_alone, calibrated, tiny_recording, tmp_path, monkeypatch, scheme
+    small_build, cast_alone, calibrated, tiny_recording, tmp_path, monkeypatch, scheme
 ):
-    made = one_part(kiln, scheme, target="bm1684x")
-    plain = one_part(kiln, "W4BF16", target="bm1684x")
+    made = one_part(small_build, scheme, target="bm1684x")
+    plain = one_part(small_build, "W4BF16", target="bm1684x")
     mould, binary = make_mould(*made, template_of(made)), cast_alone(made, NAME)
     facts, all_codes = mould.result.facts, make_mould(*plain, template_of(plain)).result.facts
     # norm.linear, which the compiler cuts in three where no branch is added to it, q, k and v; then proj_mlp, proj_out
@@ -176,9 +176,9 @@ class _Spoilt:
 
 @pytest.mark.tpu_mlir
 @pytest.mark.parametrize("scheme", ["W4BF16-svd-r8", "W4BF16-awq", "W4BF16-rtn,single.proj_*=BF16"])
-def test_the_compiler_makes_the_same_of_it(kiln, cast_and_direct, calibrated, scheme):
+def test_the_compiler_makes_the_same_of_it(small_build, cast_and_direct, calibrated, scheme):
     """The proof of a cast, with the part's own weights and with others."""
-    made = one_part(kiln, scheme, target="bm1684x")
+    made = one_part(small_build, scheme, target="bm1684x")
     mould, cast, direct = cast_and_direct(made, NAME)
     assert prove_cast(cast, direct, *made, mould).made == "cast, compiled: identical"
     with pytest.raises(CompileError, match="weights differ from what the compiler makes"):

@@ -71,13 +71,13 @@ def test_the_first_scheme_is_the_default():
 
 @pytest.mark.tpu_mlir
 @pytest.mark.parametrize("name", ["double_modulation.01", "double.01", "single.02", "tail"])
-def test_hoisted_parts_are_cast_and_hand_over_16_bits(kiln, cast_and_direct, name):
-    kiln = kiln(scheme="W4BF16-rtn")  # as the compiler rounds
-    kiln = altered(kiln, parts=list_parts(kiln.checkpoint.configs, modulation="hoisted"))
-    mould, cast, direct = cast_and_direct(kiln, name)
+def test_hoisted_parts_are_cast_and_hand_over_16_bits(small_build, cast_and_direct, name):
+    build = small_build(scheme="W4BF16-rtn")  # as the compiler rounds
+    build = altered(build, parts=list_parts(build.checkpoint.configs, modulation="hoisted"))
+    mould, cast, direct = cast_and_direct(build, name)
     assert mould.castable, mould.why
-    (net,) = read_bmodel(kiln.cache.path(direct.blobs["bmodel"])).nets
-    weights = kiln.cache.path(direct.blobs["bmodel"]).read_bytes()[net.coefficients.start : net.coefficients.stop]
+    (net,) = read_bmodel(build.cache.path(direct.blobs["bmodel"])).nets
+    weights = build.cache.path(direct.blobs["bmodel"]).read_bytes()[net.coefficients.start : net.coefficients.stop]
     assert cast.digest == "sha256:" + hashlib.sha256(weights).hexdigest()
     assert net.name == cast.net
     found = {tensor.name.partition("_")[0]: tensor.dtype for tensor in (*net.inputs, *net.outputs)}
@@ -86,10 +86,10 @@ def test_hoisted_parts_are_cast_and_hand_over_16_bits(kiln, cast_and_direct, nam
 
 
 @pytest.mark.tpu_mlir
-def test_the_other_chip_compiles(kiln):
-    kiln = kiln(target="bm1688")
-    part = find_part(kiln.parts, "tail")
-    made = compile_part(*kiln, part, make_template(*kiln, "tail", "onnx17"))
-    model = read_bmodel(kiln.cache.path(made.blobs["bmodel"]))
+def test_the_other_chip_compiles(small_build):
+    build = small_build(target="bm1688")
+    part = find_part(build.parts, "tail")
+    made = compile_part(*build, part, make_template(*build, "tail", "onnx17"))
+    model = read_bmodel(build.cache.path(made.blobs["bmodel"]))
     assert model.chip == "bm1688"
     assert [tensor.dtype for tensor in model.nets[0].inputs] == ["float32", "float32"]

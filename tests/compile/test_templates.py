@@ -24,35 +24,37 @@ from tests.builds import altered
 CAST_KINDS = ("double", "single", "tail")
 
 
-def cast_all(kiln):
+def cast_all(small_build):
     """Blocks and tail of the transformer in one file, by name."""
-    parts = [part for part in kiln.parts if part.kind in CAST_KINDS]
-    moulds = {kind: make_mould(*kiln, make_template(*kiln, kind, "onnx17")) for kind in CAST_KINDS}
-    file, binaries = cast_file(*kiln, "x.bmodel", [cast_part(kiln.plan, p, moulds[p.kind]) for p in parts], Silent())
+    parts = [part for part in small_build.parts if part.kind in CAST_KINDS]
+    moulds = {kind: make_mould(*small_build, make_template(*small_build, kind, "onnx17")) for kind in CAST_KINDS}
+    file, binaries = cast_file(
+        *small_build, "x.bmodel", [cast_part(small_build.plan, p, moulds[p.kind]) for p in parts], Silent()
+    )
     assert file.parts == tuple(part.name for part in parts)
     return {binary.part.name: binary for binary in binaries}
 
 
-def misses(kiln):
-    return {stage: count for stage, (_, count) in kiln.cache.counts.items()}
+def misses(small_build):
+    return {stage: count for stage, (_, count) in small_build.cache.counts.items()}
 
 
 @pytest.mark.tpu_mlir
-def test_another_scheme_uses_every_template_again(kiln):
-    first = kiln(scheme="W4BF16")
+def test_another_scheme_uses_every_template_again(small_build):
+    first = small_build(scheme="W4BF16")
     for kind in first.plan.kinds():
         make_template(*first, kind, "onnx17")
     for scheme in ("BF16", "F32", "W4BF16-g128", "W8BF16,tail=F16"):
-        other = kiln(scheme=scheme)
+        other = small_build(scheme=scheme)
         for kind in other.plan.kinds():
             make_template(*other, kind, "onnx17")
         assert other.cache.counts == {"template": [len(other.plan.kinds()), 0]}
 
 
 @pytest.mark.tpu_mlir
-def test_another_scheme_is_another_mould(kiln):
+def test_another_scheme_is_another_mould(small_build):
     """The control: what does depend on the scheme is not taken from the store."""
-    first, other = kiln(scheme="W4BF16"), kiln(scheme="BF16")
+    first, other = small_build(scheme="W4BF16"), small_build(scheme="BF16")
     template = make_template(*first, "single", "onnx17")
     assert (
         mould_action(first.checkpoint, first.plan, template).key
@@ -60,13 +62,13 @@ def test_another_scheme_is_another_mould(kiln):
     )
     assert (
         mould_action(first.checkpoint, first.plan, template).key
-        == mould_action(kiln(scheme="W4BF16").checkpoint, kiln(scheme="W4BF16").plan, template).key
+        == mould_action(small_build(scheme="W4BF16").checkpoint, small_build(scheme="W4BF16").plan, template).key
     )
 
 
 @pytest.mark.tpu_mlir
-def test_one_changed_tensor_recasts_one_part(kiln, tiny_checkpoint, tmp_path):
-    before = cast_all(kiln())
+def test_one_changed_tensor_recasts_one_part(small_build, tiny_checkpoint, tmp_path):
+    before = cast_all(small_build())
     copy = tmp_path / "tiny-dev"
     shutil.copytree(tiny_checkpoint().root, copy)
     ref = tiny_checkpoint().tensors["transformer"]["single_transformer_blocks.1.attn.to_q.weight"]
@@ -75,40 +77,40 @@ def test_one_changed_tensor_recasts_one_part(kiln, tiny_checkpoint, tmp_path):
     data[ref.offset : ref.offset + 128] = np.full(64, 0x3F00, "<u2").tobytes()  # the first group: all 0.5
     shard.chmod(0o644)
     shard.write_bytes(data)
-    changed = kiln(copy)
+    changed = small_build(copy)
     after = cast_all(changed)
     assert misses(changed) == {"template": 0, "mould": 0, "combine": 0, "cast": 1, "file": 1}
     assert {name for name in before if before[name].digest != after[name].digest} == {"single.01"}
     # and again: nothing is left to do
-    again = kiln(copy)
+    again = small_build(copy)
     cast_all(again)
     assert misses(again) == {"template": 0, "mould": 0, "combine": 0, "cast": 0, "file": 0}
 
 
 @pytest.mark.tpu_mlir
-def test_changed_code_makes_templates_stale(kiln, monkeypatch):
+def test_changed_code_makes_templates_stale(small_build, monkeypatch):
     """Which code that is: `tests/artifacts/test_code.py`."""
-    kiln = kiln()
-    keys = {kind: template_action(kiln.checkpoint, kiln.plan, kind, "onnx17").key for kind in kiln.plan.kinds()}
+    build = small_build()
+    keys = {kind: template_action(build.checkpoint, build.plan, kind, "onnx17").key for kind in build.plan.kinds()}
     monkeypatch.setattr(templates, "code_version", lambda *_, **__: "sha256:" + "0" * 64)
-    for kind in kiln.plan.kinds():
-        stale = template_action(kiln.checkpoint, kiln.plan, kind, "onnx17")
+    for kind in build.plan.kinds():
+        stale = template_action(build.checkpoint, build.plan, kind, "onnx17")
         assert stale.key != keys[kind]
-        assert kiln.cache.lookup(stale.key) is None
+        assert build.cache.lookup(stale.key) is None
 
 
 @pytest.mark.tpu_mlir
-def test_depth_and_seed_share_templates_and_shapes_do_not(kiln):
-    kiln = kiln()
-    key = template_action(kiln.checkpoint, kiln.plan, "single", "onnx17").key
-    configs = dict(kiln.checkpoint.configs)
-    deeper = replace(kiln, checkpoint=replace(
-        kiln.checkpoint, configs={**configs, "transformer": {**configs["transformer"], "num_single_layers": 38}}
+def test_depth_and_seed_share_templates_and_shapes_do_not(small_build):
+    build = small_build()
+    key = template_action(build.checkpoint, build.plan, "single", "onnx17").key
+    configs = dict(build.checkpoint.configs)
+    deeper = replace(build, checkpoint=replace(
+        build.checkpoint, configs={**configs, "transformer": {**configs["transformer"], "num_single_layers": 38}}
     ))  # fmt: skip
     assert template_action(deeper.checkpoint, deeper.plan, "single", "onnx17").key == key
-    other_shapes = altered(kiln, shapes=replace(kiln.plan.shapes, width=48))
+    other_shapes = altered(build, shapes=replace(build.plan.shapes, width=48))
     assert template_action(other_shapes.checkpoint, other_shapes.plan, "single", "onnx17").key != key
-    assert template_action(kiln.checkpoint, kiln.plan, "single", "onnx23").key != key
+    assert template_action(build.checkpoint, build.plan, "single", "onnx23").key != key
 
 
 def fake(size, extra=0):

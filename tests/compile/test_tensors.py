@@ -19,19 +19,19 @@ def build_of(target, scheme, **others):
     return Build(prepared.checkpoint, prepared.plan, prepared.cache)
 
 
-def kiln_of(scheme, **others):
+def bm1684x_build(scheme, **others):
     return build_of("bm1684x", scheme, **others)
 
 
 def test_patterns_go_to_the_kinds_that_have_such_weights():
-    kiln = kiln_of("W4BF16,double.norm1*=BF16,double.ff.*=BF16,single.proj_*=BF16")
-    assert {kind: kiln.plan.schemes[kind].kept for kind in kiln.plan.kinds() if kiln.plan.schemes[kind].kept} == {
+    build = bm1684x_build("W4BF16,double.norm1*=BF16,double.ff.*=BF16,single.proj_*=BF16")
+    assert {kind: build.plan.schemes[kind].kept for kind in build.plan.kinds() if build.plan.schemes[kind].kept} == {
         "double_modulated": ("ff.*",), "single_modulated": ("proj_*",),
     }  # fmt: skip
     # all that it has is kept, so it is a kind without codes
-    assert kiln.plan.schemes["double_modulation"].name == "BF16"
-    assert kiln.plan.schemes["single_modulation"].name == "W4BF16"
-    inline = kiln_of("W4BF16,double.norm1*=BF16", modulation="inline")
+    assert build.plan.schemes["double_modulation"].name == "BF16"
+    assert build.plan.schemes["single_modulation"].name == "W4BF16"
+    inline = bm1684x_build("W4BF16,double.norm1*=BF16", modulation="inline")
     assert inline.plan.schemes["double"].name == "W4BF16-bf16:norm1*"
 
 
@@ -49,7 +49,7 @@ def test_patterns_go_to_the_kinds_that_have_such_weights():
 )
 def test_a_pattern_that_matches_nothing_is_refused_with_what_there_is(exception, clue):
     with pytest.raises(SchemeError, match=clue):
-        kiln_of(f"W4BF16,{exception}")
+        bm1684x_build(f"W4BF16,{exception}")
 
 
 def test_long_schemes_have_short_folders():
@@ -64,30 +64,30 @@ def test_long_schemes_have_short_folders():
 
 
 def test_bytes():
-    kiln = kiln_of("W4BF16-svd-r8,single.proj_out=BF16")
-    part = next(part for part in kiln.parts if part.kind == "single_modulated")
-    matrices = {name: math.prod(ref.shape) for name, ref in quantizable(kiln.checkpoint, kiln.plan, part).items()}
+    build = bm1684x_build("W4BF16-svd-r8,single.proj_out=BF16")
+    part = next(part for part in build.parts if part.kind == "single_modulated")
+    matrices = {name: math.prod(ref.shape) for name, ref in quantizable(build.checkpoint, build.plan, part).items()}
     branches = sum(
         2 * 8 * sum(ref.shape)
-        for name, ref in quantizable(kiln.checkpoint, kiln.plan, part).items()
+        for name, ref in quantizable(build.checkpoint, build.plan, part).items()
         if "proj_out" not in name
     )
     coded = sum(size for name, size in matrices.items() if "proj_out" not in name)
-    rest = sum(math.prod(ref.shape) for ref in part_refs(kiln.checkpoint, kiln.plan, part)) - coded
-    assert part_bytes(kiln.checkpoint, kiln.plan, part) == coded // 2 + 3 * coded // 64 + branches + 2 * rest
-    plain = altered(kiln, schemes={**kiln.plan.schemes, part.kind: kiln.plan.schemes["token_embed"]})
+    rest = sum(math.prod(ref.shape) for ref in part_refs(build.checkpoint, build.plan, part)) - coded
+    assert part_bytes(build.checkpoint, build.plan, part) == coded // 2 + 3 * coded // 64 + branches + 2 * rest
+    plain = altered(build, schemes={**build.plan.schemes, part.kind: build.plan.schemes["token_embed"]})
     assert part_bytes(plain.checkpoint, plain.plan, part) == 2 * (coded + rest)
 
 
 def test_what_is_kept_needs_no_groups():
     """A width that no group divides: refused in codes, and not where it is kept."""
-    kiln = kiln_of("W4BF16-g128,single.proj_out=BF16")
-    parts = tuple(part for part in kiln.parts if part.kind == "single_modulated")
+    build = bm1684x_build("W4BF16-g128,single.proj_out=BF16")
+    parts = tuple(part for part in build.parts if part.kind == "single_modulated")
     refs = {}
-    for name, ref in kiln.checkpoint.tensors["transformer"].items():
+    for name, ref in build.checkpoint.tensors["transformer"].items():
         odd = name.endswith("proj_out.weight") and len(ref.shape) == 2
         refs[name] = replace(ref, shape=(ref.shape[0], 1000)) if odd else ref
-    odd = replace(altered(kiln, parts=parts), checkpoint=replace(kiln.checkpoint, tensors={"transformer": refs}))
+    odd = replace(altered(build, parts=parts), checkpoint=replace(build.checkpoint, tensors={"transformer": refs}))
     check_weights(odd.checkpoint, odd.plan)
     schemes = odd.plan.schemes
     plain = altered(odd, schemes={**schemes, "single_modulated": replace(schemes["single_modulated"], kept=())})
@@ -95,13 +95,13 @@ def test_what_is_kept_needs_no_groups():
         check_weights(plain.checkpoint, plain.plan)
 
 
-def narrowed(kiln, width=96):
+def narrowed(small_build, width=96):
     """The kiln with blocks whose queries and outputs are `width` channels."""
     refs = {
         name: replace(ref, shape=(width, ref.shape[1])) if name.endswith(("to_q.weight", "proj_out.weight")) else ref
-        for name, ref in kiln.checkpoint.tensors["transformer"].items()
+        for name, ref in small_build.checkpoint.tensors["transformer"].items()
     }
-    return replace(kiln, checkpoint=replace(kiln.checkpoint, tensors={"transformer": refs}))
+    return replace(small_build, checkpoint=replace(small_build.checkpoint, tensors={"transformer": refs}))
 
 
 def check(build):
@@ -112,22 +112,22 @@ def check(build):
 def test_output_channels_that_no_lanes_take_are_refused_with_what_helps(scheme):
     """The groups divide; the compiler would take minutes, and leave the last 32 rows in BF16."""
     with pytest.raises(SchemeError) as caught:
-        check(narrowed(kiln_of(scheme)))
+        check(narrowed(bm1684x_build(scheme)))
     assert str(caught.value) == (
         "transformer_blocks.0.attn.to_q.weight has 96 output channels; bm1684x takes codes of a weight with a multiple "
         "of 64 or fewer than 64, whatever its groups: ask for BF16, or leave such weights out of the codes, "
         "--scheme 'SCHEME,double.attn.to_q=BF16,single.proj_out=BF16,single.attn.to_q=BF16'"
     )
-    check(narrowed(kiln_of(f"{scheme},double.attn.to_q=BF16,single.proj_out=BF16,single.attn.to_q=BF16")))
-    check(narrowed(kiln_of(scheme), width=48))
-    check(narrowed(kiln_of("BF16")))
+    check(narrowed(bm1684x_build(f"{scheme},double.attn.to_q=BF16,single.proj_out=BF16,single.attn.to_q=BF16")))
+    check(narrowed(bm1684x_build(scheme), width=48))
+    check(narrowed(bm1684x_build("BF16")))
 
 
 def test_lanes_are_the_chips():
-    kiln = build_of("bm1688", "W4BF16-g32")
-    check(narrowed(kiln))
+    build = build_of("bm1688", "W4BF16-g32")
+    check(narrowed(build))
     with pytest.raises(SchemeError, match=r"has 48 output channels; bm1688 takes codes .* a multiple of 32, whatever"):
-        check(narrowed(kiln, width=48))
+        check(narrowed(build, width=48))
     with pytest.raises(SchemeError, match="has 16 output channels; bm1688"):
-        check(narrowed(kiln, width=16))
+        check(narrowed(build, width=16))
     check(narrowed(build_of("cpu", "W4BF16-g32"), width=48))

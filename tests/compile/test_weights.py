@@ -46,23 +46,24 @@ from tests.quantize.weights import pack_matrix
 SLOT = "attn.to_q.weight__t"
 
 
-def packed_by(kiln, slot=SLOT):
+def packed_by(small_build, slot=SLOT):
     """The codes that a cast of the kiln's part makes of a slot."""
-    (part,) = kiln.parts
+    (part,) = small_build.parts
     reader = weight_reader(
-        bind_part(part, make_template(*kiln, part.kind, "onnx17").slots, kiln.checkpoint), kiln.checkpoint
+        bind_part(part, make_template(*small_build, part.kind, "onnx17").slots, small_build.checkpoint),
+        small_build.checkpoint,
     )
     weight = reader(slot)
     from fluxkiln.compile.toolchains.tpu_mlir.forms import Form, SlotRows
 
-    maker = FormMaker(64, 4, part_rounders(*kiln, part))
+    maker = FormMaker(64, 4, part_rounders(*small_build, part))
     return weight, maker.make(Form(slot, "codes"), SlotRows(weight.shape, lambda start, stop: weight[start:stop]))
 
 
-def test_a_cast_rounds_as_the_scheme_says(kiln, calibrated):
+def test_a_cast_rounds_as_the_scheme_says(small_build, calibrated):
     codes = {}
     for scheme in ("W4BF16-rtn", "W4BF16", "W4BF16-gptq"):
-        weight, made = packed_by(one_part(kiln, scheme))
+        weight, made = packed_by(one_part(small_build, scheme))
         codes[scheme] = made.tobytes()
     assert codes["W4BF16-rtn"] == pack_matrix(weight, parse_scheme("W4BF16-rtn")).codes_OI.tobytes()
     assert codes["W4BF16"] == pack_matrix(weight, parse_scheme("W4BF16-ls")).codes_OI.tobytes()
@@ -85,9 +86,9 @@ def test_another_calibration_is_another_build(tiny_checkpoint, tmp_path):
     assert len({key for (_, scheme), key in keys.items() if scheme == "W4BF16"}) == 1
 
 
-def test_slices_of_a_weight_get_the_statistics_of_their_channels(kiln, calibrated):
+def test_slices_of_a_weight_get_the_statistics_of_their_channels(small_build, calibrated):
     """proj_out is used in slices along its input: the codes are those of the slice with its own channels' moments."""
-    made = one_part(kiln, "W4BF16-gptq")
+    made = one_part(small_build, "W4BF16-gptq")
     slots = [s.name for s in make_template(*made, "single", "onnx17").slots if s.name.startswith("proj_out.weight")]
     assert len(slots) > 1
     full = calibrated.statistics(COMPONENT, "single_transformer_blocks.0.proj_out.weight", 1280)
@@ -99,24 +100,24 @@ def test_slices_of_a_weight_get_the_statistics_of_their_channels(kiln, calibrate
         assert codes.tobytes() == pack_matrix(weight, parse_scheme("W4BF16-gptq"), known).codes_OI.tobytes()
 
 
-def _first_column(kiln, slot):
-    (part,) = kiln.parts
-    binding = bind_part(part, make_template(*kiln, part.kind, "onnx17").slots, kiln.checkpoint)
+def _first_column(small_build, slot):
+    (part,) = small_build.parts
+    binding = bind_part(part, make_template(*small_build, part.kind, "onnx17").slots, small_build.checkpoint)
     (bound,) = (one for one in binding.slots if one.slot == slot)
     return sum(step.start for step in bound.transforms if step.op == "slice" and step.dim == 1)
 
 
-def test_methods_are_in_the_key_of_a_cast_and_not_of_a_mould(kiln, calibrated):
+def test_methods_are_in_the_key_of_a_cast_and_not_of_a_mould(small_build, calibrated):
     keys, moulds = {}, set()
     for scheme in ("W4BF16-rtn", "W4BF16", "W4BF16-mse", "W4BF16-mse-sym", "W4BF16-gptq"):
-        made = one_part(kiln, scheme)
+        made = one_part(small_build, scheme)
         keys[scheme] = json.dumps(rounding_key(*made, made.parts[0]), sort_keys=True)
         moulds.add(mould_action(made.checkpoint, made.plan, make_template(*made, "single", "onnx17")).key)
     assert len(set(keys.values())) == len(keys)
     assert len(moulds) == 1
     # what needs more than codes has a mould for each form of that, and the rank is one
     for scheme in ("W4BF16-awq", "W4BF16-svd", "W4BF16-svd-r8", "W4BF16,single.proj_out=BF16"):
-        made = one_part(kiln, scheme)
+        made = one_part(small_build, scheme)
         keys[scheme] = json.dumps(rounding_key(*made, made.parts[0]), sort_keys=True)
         moulds.add(mould_action(made.checkpoint, made.plan, make_template(*made, "single", "onnx17")).key)
     assert len(moulds) == 5
@@ -124,20 +125,20 @@ def test_methods_are_in_the_key_of_a_cast_and_not_of_a_mould(kiln, calibrated):
     assert calibrated.digest in keys["W4BF16-gptq"]
 
 
-def test_what_cannot_be_had_is_refused_before_anything_is_compiled(kiln, calibrated):
+def test_what_cannot_be_had_is_refused_before_anything_is_compiled(small_build, calibrated):
     def of_others(scheme):
-        made = one_part(kiln, scheme)
+        made = one_part(small_build, scheme)
         return replace(made, checkpoint=replace(made.checkpoint, digests={COMPONENT: {"x": "sha256:0"}}))
 
-    check_methods(*one_part(kiln, "W4BF16-gptq"))
+    check_methods(*one_part(small_build, "W4BF16-gptq"))
     with pytest.raises(SchemeError, match=r"needs calibration, and the store has none for the transformer"):
         check_methods(*of_others("W4BF16-gptq"))
-    check_methods(*one_part(kiln, "W4BF16-awq"))
+    check_methods(*one_part(small_build, "W4BF16-awq"))
     with pytest.raises(SchemeError, match=r"stored as W4BF16-svd-r8, which needs calibration"):
         check_methods(*of_others("W4BF16-svd-r8"))
     with pytest.raises(SchemeError, match=r"was made with weights .* of transformer, this checkpoint's are"):
         calibrated.check_checkpoint(COMPONENT, "sha256:" + "0" * 64)
-    made = one_part(kiln, "W4BF16-gptq")
+    made = one_part(small_build, "W4BF16-gptq")
     assert find_calibration(made.checkpoint, made.cache, COMPONENT) == calibrated
 
 
@@ -176,9 +177,9 @@ def test_inputs_that_overflow_are_refused(tmp_path):
 
 @pytest.mark.tpu_mlir
 @pytest.mark.parametrize("scheme", ["W4BF16", "W4BF16-gptq"])
-def test_the_chip_multiplies_with_these_codes(kiln, cast_alone, calibrated, tiny_recording, tmp_path, scheme):
+def test_the_chip_multiplies_with_these_codes(small_build, cast_alone, calibrated, tiny_recording, tmp_path, scheme):
     """Simulator against the dequantized graph: what is left is BF16 arithmetic. The control: the compiler's codes."""
-    made = one_part(kiln, scheme, target="bm1684x")
+    made = one_part(small_build, scheme, target="bm1684x")
     (part,) = made.parts
     template = make_template(*made, part.kind, "onnx17")
     mould, binary = make_mould(*made, template), cast_alone(made, NAME)
@@ -190,7 +191,7 @@ def test_the_chip_multiplies_with_these_codes(kiln, cast_alone, calibrated, tiny
         out = {
             rung: rungs[rung](NAME, inputs)["hidden_states_out"] for rung in ("dequantized", "interpreter", "simulator")
         }
-    rtn = one_part(kiln, "W4BF16-rtn", target="bm1684x")
+    rtn = one_part(small_build, "W4BF16-rtn", target="bm1684x")
     other = dequantized_rung(*rtn)(NAME, inputs)["hidden_states_out"]
     for rung in ("interpreter", "simulator"):
         assert compare(out[rung], out["dequantized"], base).delta_cosine >= 0.999
@@ -207,8 +208,8 @@ def test_the_chip_multiplies_with_these_codes(kiln, cast_alone, calibrated, tiny
 
 @pytest.mark.tpu_mlir
 @pytest.mark.parametrize("what", ["nibbles", "zero point", "scales"])
-def test_wrong_bytes_of_one_group_miss_the_stored_gate(kiln, cast_alone, tmp_path, what):
-    made = one_part(kiln, "W4BF16", target="bm1684x")
+def test_wrong_bytes_of_one_group_miss_the_stored_gate(small_build, cast_alone, tmp_path, what):
+    made = one_part(small_build, "W4BF16", target="bm1684x")
     (part,) = made.parts
     mould, binary = make_mould(*made, make_template(*made, part.kind, "onnx17")), cast_alone(made, NAME)
     found = CoefficientMap.from_json(json.loads(made.cache.path(mould.result.outputs["map"]).read_text()))
@@ -233,9 +234,9 @@ def test_wrong_bytes_of_one_group_miss_the_stored_gate(kiln, cast_alone, tmp_pat
 
 
 @pytest.mark.parametrize("method", ["awq", "svd", "svd-r8", "gptq", "svd,single.proj_*=BF16"])
-def test_onnx_runtime_runs_what_is_dequantized(kiln, calibrated, tiny_recording, tmp_path, method):
+def test_onnx_runtime_runs_what_is_dequantized(small_build, calibrated, tiny_recording, tmp_path, method):
     """The bundle's graph against its reference: codes, channel scales and low-rank branches are in both."""
-    made = one_part(kiln, f"W4BF16-{method}")
+    made = one_part(small_build, f"W4BF16-{method}")
     recording = tiny_recording("tiny-dev", "kl", Shapes(height=32, width=32, tokens=16))
     inputs = recording.inputs(NAME, 0)
     linked = Made((), (), own=link_parts(*made, tmp_path / "onnx"))
@@ -252,12 +253,12 @@ def test_onnx_runtime_runs_what_is_dequantized(kiln, calibrated, tiny_recording,
     assert compare(out["executed"], out["onnxruntime"], base).delta_cosine < 0.9999
 
 
-def test_moments_of_other_inputs_are_worse_than_none(kiln, calibrated, tiny_recording):
+def test_moments_of_other_inputs_are_worse_than_none(small_build, calibrated, tiny_recording):
     """Those of `calibrated` are not the model's: the dequantized rung shows it in the delta that it judges."""
     recording = tiny_recording("tiny-dev", "kl", Shapes(height=32, width=32, tokens=16))
     inputs, expected = recording.inputs(NAME, 0), recording.outputs(NAME, 0)["hidden_states_out"]
     off = {}
     for scheme in ("W4BF16", "W4BF16-gptq"):
-        output = dequantized_rung(*one_part(kiln, scheme))(NAME, inputs)["hidden_states_out"]
+        output = dequantized_rung(*one_part(small_build, scheme))(NAME, inputs)["hidden_states_out"]
         off[scheme] = compare(output, expected, inputs["hidden_states"]).delta_relative_l2
     assert off["W4BF16-gptq"] > 1.1 * off["W4BF16"]

@@ -14,9 +14,9 @@ from fluxkiln.verify.debug import debug_part
 
 
 @pytest.fixture(scope="module")
-def prepared(kiln, tiny_checkpoint):
+def prepared(small_build, tiny_checkpoint):
     """A finished build of T5, without verification, in the store that the tests share."""
-    made = kiln()
+    made = small_build()
     root = made.cache.store.root
     settings = Settings(
         "bm1684x", str(tiny_checkpoint().root), scheme="W4BF16", components=("text_encoder_2",), verify=False,

@@ -41,39 +41,39 @@ CASES = [
 ]
 
 
-def reader_of(kiln, name):
-    part = find_part(kiln.parts, name)
-    template = make_template(*kiln, part.kind, "onnx17")
-    return weight_reader(bind_part(part, template.slots, kiln.checkpoint), kiln.checkpoint)
+def reader_of(small_build, name):
+    part = find_part(small_build.parts, name)
+    template = make_template(*small_build, part.kind, "onnx17")
+    return weight_reader(bind_part(part, template.slots, small_build.checkpoint), small_build.checkpoint)
 
 
-def weights_of(kiln, part, net):
-    return kiln.cache.path(part.blobs["bmodel"]).read_bytes()[net.coefficients.start : net.coefficients.stop]
+def weights_of(small_build, part, net):
+    return small_build.cache.path(part.blobs["bmodel"]).read_bytes()[net.coefficients.start : net.coefficients.stop]
 
 
-def coefficients_of(kiln, mould):
-    return CoefficientMap.from_json(json.loads(kiln.cache.path(mould.result.outputs["map"]).read_text()))
+def coefficients_of(small_build, mould):
+    return CoefficientMap.from_json(json.loads(small_build.cache.path(mould.result.outputs["map"]).read_text()))
 
 
 @pytest.mark.parametrize(("name", "scheme"), CASES)
-def test_cast_equals_direct_compile(kiln, cast_and_direct, tmp_path, name, scheme):
-    kiln = kiln(scheme=scheme)
-    mould, cast, direct = cast_and_direct(kiln, name)
+def test_cast_equals_direct_compile(small_build, cast_and_direct, tmp_path, name, scheme):
+    build = small_build(scheme=scheme)
+    mould, cast, direct = cast_and_direct(build, name)
     assert mould.castable, mould.why
-    (ours,), (theirs,) = (read_bmodel(kiln.cache.path(part.blobs["bmodel"])).nets for part in (cast, direct))
-    stored = weights_of(kiln, cast, ours)
-    assert stored == weights_of(kiln, direct, theirs)
+    (ours,), (theirs,) = (read_bmodel(build.cache.path(part.blobs["bmodel"])).nets for part in (cast, direct))
+    stored = weights_of(build, cast, ours)
+    assert stored == weights_of(build, direct, theirs)
     assert "sha256:" + hashlib.sha256(stored).hexdigest() == cast.digest
     assert ours.name == theirs.name
     # all else: the mould's shell under the part's name, and that of the direct compile
-    make_shell(kiln.cache.path(cast.blobs["shell"]), cast.net, tmp_path / "renamed")
-    make_shell(kiln.cache.path(direct.blobs["bmodel"]), cast.net, tmp_path / "direct")
+    make_shell(build.cache.path(cast.blobs["shell"]), cast.net, tmp_path / "renamed")
+    make_shell(build.cache.path(direct.blobs["bmodel"]), cast.net, tmp_path / "direct")
     assert (tmp_path / "renamed").read_bytes() == (tmp_path / "direct").read_bytes()
-    assert CANONICAL_TIME in kiln.cache.path(direct.blobs["bmodel"]).read_bytes()
-    assert (direct.facts["quantized_matmuls"] > 0) == bool(kiln.plan.scheme(cast.part).weight_bits)
+    assert CANONICAL_TIME in build.cache.path(direct.blobs["bmodel"]).read_bytes()
+    assert (direct.facts["quantized_matmuls"] > 0) == bool(build.plan.scheme(cast.part).weight_bits)
     # what the interpreter reads as well
-    cast_weight_file(coefficients_of(kiln, mould), reader_of(kiln, name), tmp_path / "w.npz")
-    with np.load(tmp_path / "w.npz") as made, np.load(kiln.cache.path(direct.blobs["weights"])) as compiled:
+    cast_weight_file(coefficients_of(build, mould), reader_of(build, name), tmp_path / "w.npz")
+    with np.load(tmp_path / "w.npz") as made, np.load(build.cache.path(direct.blobs["weights"])) as compiled:
         assert set(made.files) == set(compiled.files)
         for array in compiled.files:
             assert made[array].dtype == compiled[array].dtype
@@ -82,28 +82,28 @@ def test_cast_equals_direct_compile(kiln, cast_and_direct, tmp_path, name, schem
     if name in NEIGHBOURS:
         target = tmp_path / "other.bmodel"
         region = lay_out(tmp_path / "renamed", {cast.net: len(stored)}, target)[cast.net]
-        cast_region(target, region, coefficients_of(kiln, mould), reader_of(kiln, NEIGHBOURS[name]))
+        cast_region(target, region, coefficients_of(build, mould), reader_of(build, NEIGHBOURS[name]))
         other = target.read_bytes()[region.start : region.stop]
         one, two = (np.frombuffer(data, np.uint8) for data in (stored, other))
         assert np.count_nonzero(one != two) > len(stored) // 3
 
 
-def test_parts_cast_into_one_file_equal_their_single_files(kiln, cast_and_direct, tpu_mlir, tmp_path):
+def test_parts_cast_into_one_file_equal_their_single_files(small_build, cast_and_direct, tpu_mlir, tmp_path):
     """Two threads, two regions of one file; every net has the bytes that the compiler gives it."""
-    kiln = kiln()
+    build = small_build()
     direct, maps, shells = {}, {}, []
     for name in ("double.01", "single.02"):
-        mould, _, part = cast_and_direct(kiln, name)
-        direct[part.net], maps[part.net] = part, coefficients_of(kiln, mould)
+        mould, _, part = cast_and_direct(build, name)
+        direct[part.net], maps[part.net] = part, coefficients_of(build, mould)
         shells.append(tmp_path / f"{part.net}.shell")
-        make_shell(kiln.cache.path(mould.result.outputs["shell"]), part.net, shells[-1])
+        make_shell(build.cache.path(mould.result.outputs["shell"]), part.net, shells[-1])
     (tmp_path / "combine").mkdir()
     combine(tpu_mlir, "bm1684x", shells, tmp_path / "combine" / "shells", tmp_path / "log")
     target, sizes = tmp_path / "out.bmodel", {net: part.facts["weight_bytes"] for net, part in direct.items()}
     regions = lay_out(tmp_path / "combine" / "shells", sizes, target)
 
     def cast(net):
-        return cast_region(target, regions[net], maps[net], reader_of(kiln, direct[net].part.name))
+        return cast_region(target, regions[net], maps[net], reader_of(build, direct[net].part.name))
 
     with ThreadPoolExecutor(2) as pool:
         for net, code in zip(direct, pool.map(cast, direct), strict=True):
@@ -112,21 +112,21 @@ def test_parts_cast_into_one_file_equal_their_single_files(kiln, cast_and_direct
     check_codes(target)
     whole = target.read_bytes()
     for net, part in direct.items():
-        (single,) = read_bmodel(kiln.cache.path(part.blobs["bmodel"])).nets
-        stored = kiln.cache.path(part.blobs["bmodel"]).read_bytes()[
+        (single,) = read_bmodel(build.cache.path(part.blobs["bmodel"])).nets
+        stored = build.cache.path(part.blobs["bmodel"]).read_bytes()[
             single.coefficients.start : single.coefficients.stop
         ]
         assert whole[regions[net].start : regions[net].stop] == stored
-        shares = compare_stored(target, net, maps[net], reader_of(kiln, part.part.name))
+        shares = compare_stored(target, net, maps[net], reader_of(build, part.part.name))
         assert not any(share.any() for share in shares.values())
     # a weight of another block, and one flipped bit, are seen
-    shares = compare_stored(target, net, maps[net], reader_of(kiln, "single.00"))
+    shares = compare_stored(target, net, maps[net], reader_of(build, "single.00"))
     assert all(share.max() > 0.2 for slot, share in shares.items() if slot.endswith("__t"))
     region, flipped = regions[net], regions[net].start + 12345
     with target.open("r+b") as file:
         file.seek(flipped)
         file.write(bytes([whole[flipped] ^ 1]))
-    shares = compare_stored(target, net, maps[net], reader_of(kiln, direct[net].part.name))
+    shares = compare_stored(target, net, maps[net], reader_of(build, direct[net].part.name))
     assert sum(int(np.count_nonzero(share)) for share in shares.values()) == 1
     with pytest.raises(IntegrityError, match=f"the weights of net {net} do not have their check code"):
         check_codes(target)
@@ -137,9 +137,9 @@ def test_parts_cast_into_one_file_equal_their_single_files(kiln, cast_and_direct
     cast(net)
     assert target.read_bytes() == whole
     with pytest.raises(CompileError, match=r"the region has 4096 bytes, the mould's coefficients \d+"):
-        cast_region(target, Span(region.start, 4096), maps[net], reader_of(kiln, direct[net].part.name))
+        cast_region(target, Span(region.start, 4096), maps[net], reader_of(build, direct[net].part.name))
     with pytest.raises(CompileError, match=rf"has {region.size} bytes of weights for net {net}, its mould has 1"):
-        compare_stored(target, net, replace(maps[net], size=1), reader_of(kiln, direct[net].part.name))
+        compare_stored(target, net, replace(maps[net], size=1), reader_of(build, direct[net].part.name))
 
 
 # All kinds whose mould holds more than linear layers, and what else of the schemes differs in form.
@@ -243,26 +243,26 @@ def test_no_whole_weight_is_in_memory(tmp_path, names, allowance):
         tracemalloc.stop()
 
 
-def test_nets_of_a_combined_file_compute_what_their_single_files_do(kiln, cast_and_direct, tpu_mlir, tmp_path):
+def test_nets_of_a_combined_file_compute_what_their_single_files_do(small_build, cast_and_direct, tpu_mlir, tmp_path):
     """On the simulator, bit for bit; every net of the file, in another order than they lie in it."""
-    kiln = kiln()
+    build = small_build()
     singles, maps, shells = {}, {}, []
     for name in ("t5_block.01", "double.01", "single.02", "single.00", "tail"):
-        mould, _, part = cast_and_direct(kiln, name)
-        singles[part.net], maps[part.net] = part, coefficients_of(kiln, mould)
+        mould, _, part = cast_and_direct(build, name)
+        singles[part.net], maps[part.net] = part, coefficients_of(build, mould)
         shells.append(tmp_path / f"{part.net}.shell")
-        make_shell(kiln.cache.path(mould.result.outputs["shell"]), part.net, shells[-1])
+        make_shell(build.cache.path(mould.result.outputs["shell"]), part.net, shells[-1])
     (tmp_path / "combine").mkdir()
     combine(tpu_mlir, "bm1684x", shells, tmp_path / "combine" / "shells", tmp_path / "log")
     target, sizes = tmp_path / "out.bmodel", {net: found.size for net, found in maps.items()}
     for net, region in lay_out(tmp_path / "combine" / "shells", sizes, target).items():
-        code = cast_region(target, region, maps[net], reader_of(kiln, singles[net].part.name))
+        code = cast_region(target, region, maps[net], reader_of(build, singles[net].part.name))
         write_check_code(target, net, code)
     rng = np.random.default_rng(0)
     with Simulator(tpu_mlir, "bm1684x", tmp_path / "simulator.log") as simulator:
         results = {}
         for net, part in singles.items():
-            (tmp_path / f"{net}.bmodel").symlink_to(kiln.cache.path(part.blobs["bmodel"]))
+            (tmp_path / f"{net}.bmodel").symlink_to(build.cache.path(part.blobs["bmodel"]))
             inputs = {name: rng.standard_normal(shape).astype(np.float32) for name, _, shape in part.facts["inputs"]}
             outputs = tuple(name for name, *_ in part.facts["outputs"])
             results[net] = inputs, outputs, simulator.run(tmp_path / f"{net}.bmodel", inputs, outputs)
@@ -278,8 +278,8 @@ def test_nets_of_a_combined_file_compute_what_their_single_files_do(kiln, cast_a
         assert any(made[output].tobytes() != expected[output].tobytes() for output in outputs)
 
 
-def test_second_checkpoint_needs_no_compiler(kiln, cast_and_direct, cast_alone, monkeypatch, tmp_path):
-    first = kiln()
+def test_second_checkpoint_needs_no_compiler(small_build, cast_and_direct, cast_alone, monkeypatch, tmp_path):
+    first = small_build()
     for name in ("double.00", "double.01", "single.00", "single.01", "single.02"):
         cast_alone(first, name)
 
@@ -287,7 +287,7 @@ def test_second_checkpoint_needs_no_compiler(kiln, cast_and_direct, cast_alone, 
         raise AssertionError(f"a tool was started: {argv}")
 
     monkeypatch.setattr(adapter, "run_tool", refuse)
-    second = kiln(synthesize("tiny-schnell", tmp_path / "tiny-schnell", seed=1))
+    second = small_build(synthesize("tiny-schnell", tmp_path / "tiny-schnell", seed=1))
     assert second.checkpoint.variant == "schnell"
     for part in second.parts:
         if part.kind in ("double", "single"):
@@ -301,10 +301,10 @@ def test_second_checkpoint_needs_no_compiler(kiln, cast_and_direct, cast_alone, 
             assert dev.digest != made.digest
 
 
-def test_the_net_is_renamed_and_the_mould_stays(kiln, cast_and_direct):
-    kiln = kiln()
-    mould, cast, _ = cast_and_direct(kiln, "single.02")
-    assert [net.name for net in read_bmodel(kiln.cache.path(cast.blobs["bmodel"])).nets] == ["single_02"]
+def test_the_net_is_renamed_and_the_mould_stays(small_build, cast_and_direct):
+    build = small_build()
+    mould, cast, _ = cast_and_direct(build, "single.02")
+    assert [net.name for net in read_bmodel(build.cache.path(cast.blobs["bmodel"])).nets] == ["single_02"]
     shell = mould.result.outputs["shell"]
-    assert [net.name for net in read_bmodel(kiln.cache.path(shell)).nets] == ["single_00"]
-    assert kiln.cache.store.read(shell.digest)  # read checks the digest
+    assert [net.name for net in read_bmodel(build.cache.path(shell)).nets] == ["single_00"]
+    assert build.cache.store.read(shell.digest)  # read checks the digest

@@ -35,9 +35,9 @@ class Told(Silent):
 
 
 @pytest.fixture
-def blocks(kiln, tmp_path):
+def blocks(small_build, tmp_path):
     """A kiln whose store has the moulds of all blocks and nothing cast into them, and the blocks."""
-    shared = kiln()
+    shared = small_build()
     parts = [part for part in shared.parts if part.kind in ("double", "single")]
     moulds = {kind: make_mould(*shared, make_template(*shared, kind, "onnx17")) for kind in ("double", "single")}
     whole, _ = cast_file(*shared, NAME, [cast_part(shared.plan, part, moulds[part.kind]) for part in parts], Silent())
@@ -49,28 +49,28 @@ def blocks(kiln, tmp_path):
 
 
 def test_an_interrupted_file_goes_on_where_it_was(blocks, tmp_path):
-    kiln, parts, whole = blocks
+    small_build, parts, whole = blocks
     with pytest.raises(KeyboardInterrupt):
-        cast_file(*kiln, NAME, parts, Told(limit=3), jobs=1)
+        cast_file(*small_build, NAME, parts, Told(limit=3), jobs=1)
     place = tmp_path / "casting" / NAME
     finished = len(place.with_name(f"{NAME}.journal").read_text().splitlines()) - 1
     assert 3 <= finished <= len(parts)
     told = Told()
-    file, binaries = cast_file(*kiln, NAME, parts, told, jobs=2)
+    file, binaries = cast_file(*small_build, NAME, parts, told, jobs=2)
     assert file.blob == whole
     assert sorted(told.how.values()) == ["cast"] * (len(parts) - finished) + ["was finished before"] * finished
     assert not place.parent.exists()
-    check_codes(kiln.cache.path(file.blob))
-    codes = {net.name: net.check_code for net in read_bmodel(kiln.cache.path(file.blob)).nets}
-    data = kiln.cache.path(file.blob).read_bytes()
+    check_codes(small_build.cache.path(file.blob))
+    codes = {net.name: net.check_code for net in read_bmodel(small_build.cache.path(file.blob)).nets}
+    data = small_build.cache.path(file.blob).read_bytes()
     assert all(data[codes[b.net].start : codes[b.net].stop].hex() == b.digest.removeprefix("sha256:") for b in binaries)
 
 
 @pytest.mark.parametrize("damage", ["region", "half a line", "another file", "no journal"])
 def test_what_a_kill_left_is_not_trusted(blocks, tmp_path, damage):
-    kiln, parts, whole = blocks
+    small_build, parts, whole = blocks
     with pytest.raises(KeyboardInterrupt):
-        cast_file(*kiln, NAME, parts, Told(limit=2), jobs=1)
+        cast_file(*small_build, NAME, parts, Told(limit=2), jobs=1)
     place, journal = tmp_path / "casting" / NAME, tmp_path / "casting" / f"{NAME}.journal"
     lines = journal.read_text().splitlines()
     assert [json.loads(line)[0] for line in lines][:4] == ["file", "single_02", "single_01", "single_00"]
@@ -88,15 +88,17 @@ def test_what_a_kill_left_is_not_trusted(blocks, tmp_path, damage):
     else:
         journal.unlink()
     told = Told()
-    file, _ = cast_file(*kiln, NAME, parts, told)
+    file, _ = cast_file(*small_build, NAME, parts, told)
     assert file.blob == whole
     assert list(told.how.values()).count("was finished before") == again
 
 
 def test_a_shard_that_changes_ends_the_build(blocks):
-    kiln, parts, _ = blocks
-    shard = next(iter(kiln.checkpoint.states))
-    changed = replace(kiln, checkpoint=replace(kiln.checkpoint, states={**kiln.checkpoint.states, shard: (0,)}))
+    small_build, parts, _ = blocks
+    shard = next(iter(small_build.checkpoint.states))
+    changed = replace(
+        small_build, checkpoint=replace(small_build.checkpoint, states={**small_build.checkpoint.states, shard: (0,)})
+    )
     with pytest.raises(CheckpointError, match=r"changed while the build read it, and a build is of one checkpoint"):
         cast_file(*changed, NAME, parts, Silent())
-    assert cast_file(*kiln, NAME, parts, Silent())[0].blob
+    assert cast_file(*small_build, NAME, parts, Silent())[0].blob

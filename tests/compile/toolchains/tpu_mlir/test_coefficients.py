@@ -58,15 +58,15 @@ def test_probe_weights_are_sized_like_weights():
 
 @pytest.mark.tpu_mlir
 @pytest.mark.parametrize("scheme", ["W4BF16", "BF16"])
-def test_map_covers_every_byte(kiln, cast_and_direct, scheme):
-    kiln = kiln(scheme=scheme)
-    mould, *_ = cast_and_direct(kiln, "single.02")
-    text = kiln.cache.path(mould.result.outputs["map"]).read_text()
+def test_map_covers_every_byte(small_build, cast_and_direct, scheme):
+    build = small_build(scheme=scheme)
+    mould, *_ = cast_and_direct(build, "single.02")
+    text = build.cache.path(mould.result.outputs["map"]).read_text()
     found = CoefficientMap.from_json(json.loads(text))
     assert found.to_json() == CoefficientMap.from_json(json.loads(json.dumps(found.to_json()))).to_json()
-    (net,) = read_bmodel(kiln.cache.path(mould.result.outputs["shell"])).nets
+    (net,) = read_bmodel(build.cache.path(mould.result.outputs["shell"])).nets
     assert sorted(placement.offset for placement in found.binary) == sorted(entry.start for entry in net.entries)
-    template = make_template(*kiln, "single", "onnx17")
+    template = make_template(*build, "single", "onnx17")
     assert {placement.form.slot for placement in found.binary} == {spec.name for spec in template.slots}
     names = {placement.form.name.split("_")[0] for placement in found.binary}
     assert ({"codes", "scale", "zero"} <= names) == (scheme == "W4BF16")
@@ -149,52 +149,52 @@ def test_two_slots_with_one_weight_cannot_be_told_apart(compile_matmul):
 
 
 @pytest.mark.tpu_mlir
-def test_kind_without_a_map_is_compiled_one_by_one(kiln, monkeypatch):
+def test_kind_without_a_map_is_compiled_one_by_one(small_build, monkeypatch):
     """No form of tables is known, say: the build goes on without a mould for them, and says why."""
-    kiln = altered(kiln(), parts=(find_part(kiln().parts, "t5_embed"),))
+    build = altered(small_build(), parts=(find_part(small_build().parts, "t5_embed"),))
     monkeypatch.setattr(mould_module, "candidates", lambda *_: iter(()))
     monkeypatch.setattr(moulds_module, "mould_action", fresh_action)
     progress = Notes()
-    (made,), proofs = compile_parts(*kiln, Settings("bm1684x", jobs=2), progress)
+    (made,), proofs = compile_parts(*build, Settings("bm1684x", jobs=2), progress)
     assert (made.made, "map" in made.blobs, proofs) == ("compiled", False, [])
     (note,) = progress.notes
     assert note.startswith("t5_embed: mould t5_embed_00: ")
     assert note.endswith("its parts are compiled one by one")
     # the reason is remembered: nothing is compiled to find it again
-    again = make_mould(*kiln, make_template(*kiln, "t5_embed", "onnx17"))
+    again = make_mould(*build, make_template(*build, "t5_embed", "onnx17"))
     assert again.result.hit
     assert not again.castable
 
 
 @pytest.mark.tpu_mlir
-def test_coefficient_of_the_wrong_slot_is_not_proven(kiln, cast_and_direct, tmp_path):
-    kiln = kiln()
-    mould, cast, direct = cast_and_direct(kiln, "double.01")
-    assert prove_cast(cast, direct, *kiln, mould).made == "cast, compiled: identical"
-    found = CoefficientMap.from_json(json.loads(kiln.cache.path(mould.result.outputs["map"]).read_text()))
+def test_coefficient_of_the_wrong_slot_is_not_proven(small_build, cast_and_direct, tmp_path):
+    build = small_build()
+    mould, cast, direct = cast_and_direct(build, "double.01")
+    assert prove_cast(cast, direct, *build, mould).made == "cast, compiled: identical"
+    found = CoefficientMap.from_json(json.loads(build.cache.path(mould.result.outputs["map"]).read_text()))
     wrong = swap_slot(found, "attn.to_q.weight", "attn.to_k.weight")
-    template = make_template(*kiln, "double", "onnx17")
-    reader = weight_reader(bind_part(direct.part, template.slots, kiln.checkpoint), kiln.checkpoint)
+    template = make_template(*build, "double", "onnx17")
+    reader = weight_reader(bind_part(direct.part, template.slots, build.checkpoint), build.checkpoint)
     target = tmp_path / "wrong.bmodel"
-    shutil.copyfile(kiln.cache.path(cast.blobs["bmodel"]), target)
+    shutil.copyfile(build.cache.path(cast.blobs["bmodel"]), target)
     (net,) = read_bmodel(target).nets
     code = cast_region(target, net.coefficients, wrong, reader)
     with pytest.raises(CompileError, match=r"double\.01: its weights differ from what the compiler makes of the same"):
-        prove_cast(replace(cast, digest=f"sha256:{code.hex()}"), direct, *kiln, mould)
-    shell = make_other_shell(kiln, cast, tmp_path)
+        prove_cast(replace(cast, digest=f"sha256:{code.hex()}"), direct, *build, mould)
+    shell = make_other_shell(build, cast, tmp_path)
     other = replace(cast, digest=f"sha256:{code.hex()}", blobs={**cast.blobs, "shell": shell})
     with pytest.raises(CompileError, match=r"double\.01: its weights and instructions differ"):
-        prove_cast(other, direct, *kiln, mould)
+        prove_cast(other, direct, *build, mould)
 
 
-def make_other_shell(kiln, cast, folder):
+def make_other_shell(small_build, cast, folder):
     """The part's shell with one bit of its instructions changed."""
     target = folder / "other.shell"
-    shutil.copyfile(kiln.cache.path(cast.blobs["shell"]), target)
+    shutil.copyfile(small_build.cache.path(cast.blobs["shell"]), target)
     data = bytearray(target.read_bytes())
     data[-5000] ^= 1
     target.write_bytes(data)
-    return kiln.cache.store.add_file(target)
+    return small_build.cache.store.add_file(target)
 
 
 def fresh_action(checkpoint, plan, template):

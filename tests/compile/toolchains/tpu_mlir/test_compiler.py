@@ -79,22 +79,22 @@ def test_16_bit_inputs_and_outputs_are_checked(compile_matmul):
         adapter._check(replace(job, narrow_outputs=True), [], compiled.bmodel.parent)
 
 
-def test_parts_hand_over_16_bits(kiln, cast_and_direct):
-    kiln = kiln()
-    _, cast, _ = cast_and_direct(kiln, "double.01")
+def test_parts_hand_over_16_bits(small_build, cast_and_direct):
+    build = small_build()
+    _, cast, _ = cast_and_direct(build, "double.01")
     inputs = {name: dtype for name, dtype, _ in cast.facts["inputs"]}
     assert inputs["hidden_states"] == inputs["encoder_hidden_states"] == inputs["rotary_cos"] == "bfloat16"
     assert [dtype for _, dtype, _ in cast.facts["outputs"]] == ["bfloat16", "bfloat16"]
-    _, tail, _ = cast_and_direct(kiln, "tail")
+    _, tail, _ = cast_and_direct(build, "tail")
     assert [dtype for _, dtype, _ in tail.facts["outputs"]] == ["float32"]
 
 
-def test_rope_is_fused_and_unfused_rope_is_caught(kiln, cast_and_direct):
-    kiln = kiln()
+def test_rope_is_fused_and_unfused_rope_is_caught(small_build, cast_and_direct):
+    build = small_build()
     for name, wanted in (("double.01", 4), ("single.02", 2)):
-        _, cast, _ = cast_and_direct(kiln, name)
+        _, cast, _ = cast_and_direct(build, name)
         assert cast.facts["fused_rope"] >= wanted
-        text = kiln.cache.path(cast.blobs["lowered"]).read_text()
+        text = build.cache.path(cast.blobs["lowered"]).read_text()
         check_fusions(cast.part.traits.rotated, text, cast.net)
         unfused = text.replace('"tpu.Rope"', '"tpu.Mul"', 1)
         with pytest.raises(CompileError, match=rf"{cast.net}: {wanted - 1} of {wanted} rotary embeddings were fused"):
@@ -102,9 +102,9 @@ def test_rope_is_fused_and_unfused_rope_is_caught(kiln, cast_and_direct):
     check_fusions(KINDS["tail"].rotated, "", "tail_00")
 
 
-def test_sinusoids_and_all_that_feeds_them_stay_in_f32(kiln):
-    kiln = kiln()
-    tables = {kind: f32_table(make_template(*kiln, kind, "onnx17").path) for kind in kiln.plan.kinds()}
+def test_sinusoids_and_all_that_feeds_them_stay_in_f32(small_build):
+    build = small_build()
+    tables = {kind: f32_table(make_template(*build, kind, "onnx17").path) for kind in build.plan.kinds()}
     assert {kind for kind, table in tables.items() if table} == {"head"}
     operations = {name.rpartition("_")[2] for name in tables["head"]}
     assert {"Sin", "Cos"} <= operations
@@ -114,16 +114,16 @@ def test_sinusoids_and_all_that_feeds_them_stay_in_f32(kiln):
 
 
 @pytest.fixture(scope="module")
-def head(kiln, tpu_mlir, tmp_path_factory):
+def head(small_build, tpu_mlir, tmp_path_factory):
     """keep_f32 -> temb of the compiled BF16 head at timestep 0.731 and guidance 3.5; None -> the reference's."""
     from fluxkiln.export.eager import PatchedRunner
 
-    kiln = kiln()
-    part = find_part(kiln.parts, "head")
-    template = make_template(*kiln, "head", "onnx17")
+    build = small_build()
+    part = find_part(build.parts, "head")
+    template = make_template(*build, "head", "onnx17")
     folder = tmp_path_factory.mktemp("head")
     activations = frozenset(spec.name for spec in template.inputs)
-    reader = weight_reader(bind_part(part, template.slots, kiln.checkpoint), kiln.checkpoint)
+    reader = weight_reader(bind_part(part, template.slots, build.checkpoint), build.checkpoint)
     fill(template.path, set(activations), reader, folder / "head.onnx")
 
     def make(keep):
@@ -140,7 +140,7 @@ def head(kiln, tpu_mlir, tmp_path_factory):
     random = np.random.default_rng(0)
     inputs = {spec.name: random.standard_normal(spec.shape).astype(np.float32) for spec in template.inputs}
     inputs |= {"timestep": np.float32([0.731]), "guidance": np.float32([3.5])}
-    outputs = {None: PatchedRunner(kiln.checkpoint, kiln.parts)("head", inputs)}
+    outputs = {None: PatchedRunner(build.checkpoint, build.parts)("head", inputs)}
     with Simulator(tpu_mlir, "bm1684x", folder / "simulator.log") as simulator:
         for keep, made in compiled.items():
             outputs[keep] = simulator.run(made.bmodel, inputs, KINDS["head"].outputs)

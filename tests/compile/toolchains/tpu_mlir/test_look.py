@@ -28,7 +28,7 @@ LINEAR = "time_text_embed.timestep_embedder.linear_2"
 
 
 @pytest.fixture(scope="module")
-def compiled(kiln, tpu_mlir, tmp_path_factory):
+def compiled(small_build, tpu_mlir, tmp_path_factory):
     """(part, scheme, keep_f32) -> the folder in which TPU-MLIR compiled it with its own weights."""
     from fluxkiln.compile.onnx.filled import fill
     from fluxkiln.compile.toolchains.tpu_mlir.compiler import CompileJob, compile_graph
@@ -37,7 +37,7 @@ def compiled(kiln, tpu_mlir, tmp_path_factory):
 
     def make(name, scheme, keep_f32=True):
         if (name, scheme, keep_f32) not in known:
-            made = kiln(scheme="W4BF16,tail=W4BF16")
+            made = small_build(scheme="W4BF16,tail=W4BF16")
             part, folder = find_part(made.parts, name), tmp_path_factory.mktemp(name)
             template = make_template(*made, part.kind, "onnx17")
             activations = frozenset(spec.name for spec in template.inputs)

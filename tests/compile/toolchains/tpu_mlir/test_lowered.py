@@ -84,8 +84,8 @@ def test_what_is_no_lowered_graph_is_refused():
 @pytest.mark.tpu_mlir
 @pytest.mark.parametrize("scheme", ["W4BF16", "F16"])
 @pytest.mark.parametrize("kind", ["clip", "t5_embed", "t5_block", "t5_final", "head", "double", "single", "tail"])
-def test_every_kind_computes_the_same_to_the_bit(kiln, tpu_mlir, part_of_kind, tmp_path, kind, scheme):
-    made, original, lean = run_both(kiln(scheme=scheme), tpu_mlir, part_of_kind, tmp_path, kind)
+def test_every_kind_computes_the_same_to_the_bit(small_build, tpu_mlir, part_of_kind, tmp_path, kind, scheme):
+    made, original, lean = run_both(small_build(scheme=scheme), tpu_mlir, part_of_kind, tmp_path, kind)
     assert not inputs_first(original) or len(KINDS[kind].inputs) == 1
     assert inputs_first(lean)
     for output, (expected, found) in made.items():
@@ -93,23 +93,25 @@ def test_every_kind_computes_the_same_to_the_bit(kiln, tpu_mlir, part_of_kind, t
 
 
 @pytest.mark.tpu_mlir
-def test_every_vae_computes_the_same_to_the_bit(kiln, tpu_mlir, part_of_kind, tmp_path):
-    made, _, _ = run_both(kiln(), tpu_mlir, part_of_kind, tmp_path, "vae_decoder")
+def test_every_vae_computes_the_same_to_the_bit(small_build, tpu_mlir, part_of_kind, tmp_path):
+    made, _, _ = run_both(small_build(), tpu_mlir, part_of_kind, tmp_path, "vae_decoder")
     for expected, found in made.values():
         np.testing.assert_array_equal(found, expected)
 
 
-def run_both(kiln, tpu_mlir, part_of_kind, folder, kind):
+def run_both(small_build, tpu_mlir, part_of_kind, folder, kind):
     """Output -> what the compiler's own graph makes and what the lean one makes, a head at a time."""
     part, recording = part_of_kind(kind, SMALLEST)
-    binary = compile_part(*kiln, find_part(kiln.parts, part.name), make_template(*kiln, kind, "onnx17"))
-    text = kiln.cache.path(binary.blobs["lowered"]).read_text()
+    binary = compile_part(
+        *small_build, find_part(small_build.parts, part.name), make_template(*small_build, kind, "onnx17")
+    )
+    text = small_build.cache.path(binary.blobs["lowered"]).read_text()
     paths = {}
     for name, graph in (("original", text), ("lean", lean_graph(text, 1))):
         (folder / name).mkdir()
         paths[name] = folder / name / "graph.mlir"
         paths[name].write_text(graph)
-        (folder / name / weight_file(text)).write_bytes(kiln.cache.path(binary.blobs["weights"]).read_bytes())
+        (folder / name / weight_file(text)).write_bytes(small_build.cache.path(binary.blobs["weights"]).read_bytes())
     assert ("heads" in paths["lean"].read_text()) == (kind in ("double", "single"))
     inputs, outputs = recording.inputs(part.name), KINDS[kind].outputs
     with Simulator(tpu_mlir, "bm1684x", folder / "log") as interpreter:

@@ -32,30 +32,30 @@ OUTPUT = "hidden_states_out"
 
 
 @pytest.fixture(scope="module")
-def compared(kiln, cast_and_direct, cast_alone, tiny_checkpoint, tiny_recording, tmp_path_factory):
+def compared(small_build, cast_and_direct, cast_alone, tiny_checkpoint, tiny_recording, tmp_path_factory):
     """One block at every rung, and on the simulator in every spoilt form."""
-    kiln = kiln()
-    kiln = altered(kiln, parts=tuple(find_part(kiln.parts, name) for name in (NAME, "single.01")))
+    build = small_build()
+    build = altered(build, parts=tuple(find_part(build.parts, name) for name in (NAME, "single.01")))
     folder = tmp_path_factory.mktemp("parity")
     recording = tiny_recording("tiny-dev", "kl", Shapes(height=32, width=32, tokens=16))
-    template = make_template(*kiln, "single", "onnx17")
-    mould, sound, direct = cast_and_direct(kiln, NAME)
-    casts = (sound, cast_alone(kiln, "single.01"))
+    template = make_template(*build, "single", "onnx17")
+    mould, sound, direct = cast_and_direct(build, NAME)
+    casts = (sound, cast_alone(build, "single.01"))
     inputs = recording.inputs(NAME, 0)
     spoilt = {
-        "scale": double_one_scale(kiln, casts[0], mould, "proj_out"),
-        "slot": cast_from_wrong_slot(kiln, casts[0], mould, template),
+        "scale": double_one_scale(build, casts[0], mould, "proj_out"),
+        "slot": cast_from_wrong_slot(build, casts[0], mould, template),
         "swapped": casts[1],
     }
     stale = folder / "stale.bmodel"
-    data = bytearray(kiln.cache.path(spoilt["scale"].blobs["bmodel"]).read_bytes())
-    span = read_bmodel(kiln.cache.path(casts[0].blobs["bmodel"])).nets[0].check_code
-    data[span.start : span.stop] = kiln.cache.path(casts[0].blobs["bmodel"]).read_bytes()[span.start : span.stop]
+    data = bytearray(build.cache.path(spoilt["scale"].blobs["bmodel"]).read_bytes())
+    span = read_bmodel(build.cache.path(casts[0].blobs["bmodel"])).nets[0].check_code
+    data[span.start : span.stop] = build.cache.path(casts[0].blobs["bmodel"]).read_bytes()[span.start : span.stop]
     stale.write_bytes(data)
     caught = {}
     attempts = {
         "check_codes": lambda: check_codes(stale),
-        "prove_cast": lambda: prove_cast(spoilt["scale"], direct, *kiln, mould),
+        "prove_cast": lambda: prove_cast(spoilt["scale"], direct, *build, mould),
     }
     for what, attempt in attempts.items():
         try:
@@ -65,20 +65,22 @@ def compared(kiln, cast_and_direct, cast_alone, tiny_checkpoint, tiny_recording,
     made = {}
     for what, cast in {"sound": casts[0], **spoilt}.items():
         files = (BundleFile(f"{what}.bmodel", cast.blobs["bmodel"], (NAME,)),)
-        only = altered(kiln, parts=kiln.parts[:1])
-        binary = replace(cast, part=kiln.parts[0], net=read_bmodel(kiln.cache.path(cast.blobs["bmodel"])).nets[0].name)
+        only = altered(build, parts=build.parts[:1])
+        binary = replace(
+            cast, part=build.parts[0], net=read_bmodel(build.cache.path(cast.blobs["bmodel"])).nets[0].name
+        )
         with opened_rungs(only, (binary,), files, folder / what) as rungs:
             names = rungs if what == "sound" else ("simulator",)
             made[what] = {rung: rungs[rung](NAME, inputs)[OUTPUT] for rung in names}
-    other = altered(kiln, parts=(replace(kiln.parts[1], name=NAME),))  # called after the one, weights of the other
+    other = altered(build, parts=(replace(build.parts[1], name=NAME),))  # called after the one, weights of the other
     made["onnxruntime swapped"] = {"onnxruntime": onnxruntime_rung(*other)(NAME, inputs)[OUTPUT]}
     return recording, made, caught
 
 
 @pytest.mark.parametrize(("what", "slot"), [("sound", None), ("scale", "proj_out"), ("slot", ""), ("swapped", "")])
-def test_stored_weights_are_the_checkpoints(kiln, cast_alone, what, slot):
+def test_stored_weights_are_the_checkpoints(small_build, cast_alone, what, slot):
     """One scale of one group doubled changes one byte or two: no output shows it, the bytes do."""
-    base = kiln()
+    base = small_build()
     part = find_part(base.parts, NAME)
     only = altered(base, parts=(part,))
     template = make_template(*only, "single", "onnx17")
@@ -113,36 +115,36 @@ def compare(compared, **instead):
     return ladder
 
 
-def double_one_scale(kiln, cast, mould, slot):
+def double_one_scale(small_build, cast, mould, slot):
     """The scale of one group of one row, in the bmodel; its check code is made right, so that only numbers differ."""
-    found = CoefficientMap.from_json(json.loads(kiln.cache.path(mould.result.outputs["map"]).read_text()))
+    found = CoefficientMap.from_json(json.loads(small_build.cache.path(mould.result.outputs["map"]).read_text()))
     place = next(p for p in found.binary if p.form.slot.startswith(slot) and p.form.name.startswith("scale"))
-    data = bytearray(kiln.cache.path(cast.blobs["bmodel"]).read_bytes())
-    (net,) = read_bmodel(kiln.cache.path(cast.blobs["bmodel"])).nets
+    data = bytearray(small_build.cache.path(cast.blobs["bmodel"]).read_bytes())
+    (net,) = read_bmodel(small_build.cache.path(cast.blobs["bmodel"])).nets
     position = net.coefficients.start + place.offset
     bits = int.from_bytes(data[position : position + 2], "little")
     data[position : position + 2] = (bits + 0x80).to_bytes(2, "little")  # bfloat16: one more in the exponent
     code = hashlib.sha256(data[net.coefficients.start : net.coefficients.stop])
     data[net.check_code.start : net.check_code.stop] = code.digest()
     digest = f"sha256:{code.hexdigest()}"
-    return replace(cast, blobs={**cast.blobs, "bmodel": kiln.cache.store.add_bytes(bytes(data))}, digest=digest)
+    return replace(cast, blobs={**cast.blobs, "bmodel": small_build.cache.store.add_bytes(bytes(data))}, digest=digest)
 
 
-def cast_from_wrong_slot(kiln, cast, mould, template):
-    found = CoefficientMap.from_json(json.loads(kiln.cache.path(mould.result.outputs["map"]).read_text()))
+def cast_from_wrong_slot(small_build, cast, mould, template):
+    found = CoefficientMap.from_json(json.loads(small_build.cache.path(mould.result.outputs["map"]).read_text()))
     placements = list(found.binary)
     index = next(
         i for i, p in enumerate(placements) if p.form.slot.startswith("attn.to_v.weight") and p.form.name == "codes"
     )
     form = placements[index].form
     placements[index] = replace(placements[index], form=replace(form, slot=form.slot.replace("to_v", "to_k")))
-    reader = weight_reader(bind_part(cast.part, template.slots, kiln.checkpoint), kiln.checkpoint)
-    target = kiln.cache.store.root / "wrong.bmodel"
-    kiln.cache.store.export(cast.blobs["bmodel"].digest, target)
+    reader = weight_reader(bind_part(cast.part, template.slots, small_build.checkpoint), small_build.checkpoint)
+    target = small_build.cache.store.root / "wrong.bmodel"
+    small_build.cache.store.export(cast.blobs["bmodel"].digest, target)
     (net,) = read_bmodel(target).nets
     code = cast_region(target, net.coefficients, replace(found, binary=tuple(placements)), reader)
     write_check_code(target, net.name, code)
-    return replace(cast, blobs={**cast.blobs, "bmodel": kiln.cache.store.add_file(target, move=True)})
+    return replace(cast, blobs={**cast.blobs, "bmodel": small_build.cache.store.add_file(target, move=True)})
 
 
 def test_a_sound_block_passes_every_rung(compared):

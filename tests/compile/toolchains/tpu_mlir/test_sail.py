@@ -73,8 +73,8 @@ def test_values_pass_as_their_bits(nets, library):
 
 
 @pytest.mark.tpu_mlir
-def test_the_words_of_compiled_nets_are_known(kiln):
-    made = kiln()
+def test_the_words_of_compiled_nets_are_known(small_build):
+    made = small_build()
     part = next(part for part in made.parts if part.traits.is_block and part.component == "transformer")
     binary = cast_part(made.plan, part, make_mould(*made, make_template(*made, part.kind, "onnx17")))
     words = {dtype for side in ("inputs", "outputs") for _, dtype, _ in binary.facts[side]}

@@ -225,7 +225,10 @@ def _inline_names(part: Part) -> tuple[str, ...]:
     """The names of the first, ..., last of the parts that a whole model has in the place of a split one."""
     if part.kind == "t5":
         return "t5_embed", "t5_final"
-    return tuple(f"{kind}.{int(prefix.split('.')[1]):02d}" if prefix else kind for kind, prefix in part.members)
+    return tuple(
+        f"{kind}.{int(prefix.split('.')[1]):02d}" if kind in ("double", "single") else kind
+        for kind, prefix in part.members
+    )
 
 
 def _modulated(recorded: Recorded) -> tuple[str, ...]:

@@ -180,7 +180,7 @@ def test_more_ranks_than_heads_are_padded_and_pass_the_same_gates(built, tmp_pat
     changed = settings(built[0], steps=1)
     prepared = prepare(changed)
     plan = replace(prepared.plan, layout=replace(prepared.plan.layout, degree=4), folder=tmp_path)
-    prepared = replace(prepared, plan=plan, folder=tmp_path)
+    prepared = replace(prepared, plan=plan)
     build = prepared.checkpoint, plan, prepared.cache
     modules, shards = lower_modules(*build, Silent()), shard_weights(*build, Silent())
     made = Made((), (), own=SplitModel(plan.shapes, modules, shards))

@@ -19,6 +19,9 @@ from bench.figure import ROOT, WORK, Run, fluxkiln, run
 from bench.full import MODEL, build_cold, build_from_moulds
 from fluxkiln.export.source import resolve_model
 
+# as an installed package has it, whatever the shell says
+BYTECODE = {"PYTHONDONTWRITEBYTECODE": ""}
+
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.against", description=str(__doc__).splitlines()[0])
@@ -48,7 +51,7 @@ def compare_builds(target: str, times: int, trees: Mapping[str, Path], folder: P
         runs: dict[str, list[Run]] = {name: [] for name in trees}
         for _ in range(repeats):
             for name, tree in trees.items():
-                runs[name].append(run(fluxkiln(*commands[name]), folder=tree))
+                runs[name].append(run(fluxkiln(*commands[name]), BYTECODE, tree))
         show(what, runs)
 
 

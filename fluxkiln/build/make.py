@@ -114,7 +114,6 @@ def prepare(settings: Settings, progress: Progress | None = None) -> Prepared:
         root = fuse_once(root, settings.loras, folder, count_bytes(progress, "fuse", "written"))
     prepared = _prepared(settings, open_checkpoint(root, chosen))
     checkpoint = prepared.checkpoint
-    toolchain_of(prepared.plan.target).check(checkpoint, prepared.plan, prepared.cache)
     states = file_states(checkpoint)
     print_ = fingerprint(checkpoint, memo, _read_progress(progress))
     digests = {name: digest_tensors(refs.values(), memo) for name, refs in checkpoint.tensors.items()}

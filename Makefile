@@ -86,7 +86,7 @@ bench: envs  ## measure the figures of docs/benchmarks.md
 	@$(BIN)/python -m bench $(BENCH)
 
 test: envs  ## all tests: real compiler, simulator and registry; PYTEST='-k name' picks some
-	@.ci/registry-tools
+	@.ci/test-tools
 	@$(BIN)/python -m pytest $(PYTEST)
 
 check: env  ## ruff, formatting, mypy

@@ -25,7 +25,7 @@ _CHANGED = 17
 def measure() -> Figure:
     for program in ("docker-registry", "skopeo"):
         if shutil.which(program) is None:
-            raise RuntimeError(f"{program} is not installed: run .ci/registry-tools as root")
+            raise RuntimeError(f"{program} is not installed: run .ci/test-tools as root")
     shutil.rmtree(ROOT, ignore_errors=True)
     ROOT.mkdir(parents=True)
     try:

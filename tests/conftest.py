@@ -55,7 +55,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if find_tpu_mlir(default_tpu_mlir_root()) is None:
         missing["tpu_mlir"] = f"no finished TPU-MLIR environment in {default_tpu_mlir_root()}: run `make env-tpu-mlir`"
     if absent := [name for name in REGISTRY_PROGRAMS if shutil.which(name) is None]:
-        missing["registry"] = f"{', '.join(absent)} not installed: run .ci/registry-tools as root"
+        missing["registry"] = f"{', '.join(absent)} not installed: run .ci/test-tools as root"
     if not os.environ.get(HUB_VARIABLE):
         missing["hub"] = f"talks to huggingface.co: set {HUB_VARIABLE}=ORG/REPO and HF_TOKEN"
     for item in items:

@@ -26,7 +26,7 @@ from tests.eager import SHAPES, make_bundle, open_eager
 
 TEMPLATES = Path(__file__).parents[2] / "fluxkiln/generate/templates"
 uvicorn = pytest.importorskip("uvicorn", reason="the extra serve is not installed")
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: apt install chromium")
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: run .ci/test-tools as root")
 
 
 @pytest.fixture(scope="module")

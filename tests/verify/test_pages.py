@@ -9,7 +9,7 @@ from fluxkiln.verify.report.document import build_report, compare_pictures, rend
 from tests.browser import CHROMIUM, Browser
 from tests.colours import LEGIBLE, brightness
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: run .ci/test-tools as root")
 
 # what does not depend on where the rows are
 plain = pytest.mark.parametrize("page", ["plain"], indirect=True)

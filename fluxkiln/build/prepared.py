@@ -14,7 +14,7 @@ from fluxkiln.export.fingerprint import DigestMemo
 from fluxkiln.export.lora import COMPONENT, fused_folder, is_fused, read_record
 from fluxkiln.export.source import resolve_model, synthetic_folder
 from fluxkiln.patches.model import Model
-from fluxkiln.patches.registry import all_presets
+from fluxkiln.patches.registry import all_presets, pick_components
 from fluxkiln.progress import OnBytes
 from fluxkiln.settings import Settings
 from fluxkiln.types import Part
@@ -58,15 +58,8 @@ def open_memo(settings: Settings) -> DigestMemo:
 def choose_components(model: Model, settings: Settings) -> tuple[str, ...]:
     """The components to build, in the order of the pipeline; UsageError for one that there is not, or when what else
     is asked for needs those that are left out."""
-    wanted, known = settings.components, model.components
-    if wanted is None:
-        return known
-    for component in wanted:
-        if component not in known:
-            raise UsageError(f"no component is called {component!r}; there are {', '.join(known)}")
-    if not wanted:
-        raise UsageError(f"no component was asked for; there are {', '.join(known)}")
-    chosen = tuple(name for name in known if name in wanted)
+    known = model.components
+    chosen = pick_components(known, settings.components)
     if settings.loras and model.adapted not in chosen:
         raise UsageError(
             f"LoRAs go into the {model.adapted}, and only {', '.join(chosen)} is built; leave out --lora, or add "

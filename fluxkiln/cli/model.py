@@ -10,7 +10,7 @@ import click
 from fluxkiln.cli.options import PATH, build_dir_option, lora_option
 from fluxkiln.cli.output import Output, count_text, json_option, open_progress, seconds_text
 from fluxkiln.progress import count_bytes
-from fluxkiln.settings import parse_loras
+from fluxkiln.settings import parse_loras, parse_names
 from fluxkiln.verify.report.page import size as size_text
 
 
@@ -27,10 +27,11 @@ def synth_command(output: Output, preset: str, directory: Path, components: str 
     PRESET is tiny-dev, tiny-schnell, wide-dev (true width, two blocks) or full-dev (all blocks, 34 GB). DIR must be
     empty or not exist yet; it is there whole at the end or not at all.
     """
-    from fluxkiln.export.synth import find_preset, parse_components, synthesize, synthesized_bytes
+    from fluxkiln.export.synth import find_preset, synthesize, synthesized_bytes
+    from fluxkiln.patches.registry import pick_components
 
     model, _ = find_preset(preset)
-    names = parse_components(model, None if components is None else components.replace(",", " ").split())
+    names = pick_components(tuple(model.classes), None if components is None else parse_names(components))
     total = synthesized_bytes(preset, names)
     started = time.perf_counter()
     with open_progress() as progress:

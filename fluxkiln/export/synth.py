@@ -23,7 +23,7 @@ from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.export.folders import check_destination, whole_or_nothing
 from fluxkiln.export.safetensors_header import encode_header
 from fluxkiln.patches.model import Model, Preset, WeightRule
-from fluxkiln.patches.registry import all_presets
+from fluxkiln.patches.registry import all_presets, pick_components
 from fluxkiln.progress import OnBytes, byte_counter
 from fluxkiln.types import TensorRef
 
@@ -56,23 +56,10 @@ def find_preset(name: str) -> tuple[Model, Preset]:
     return presets[name]
 
 
-def parse_components(model: Model, names: Collection[str] | None) -> tuple[str, ...]:
-    """`names` in the order of the pipeline, all folders with weights for None; UsageError names an unknown one."""
-    known = tuple(model.classes)
-    if names is None:
-        return known
-    for name in names:
-        if name not in known:
-            raise UsageError(f"no component is called {name!r}; synth makes {', '.join(known)}")
-    if not names:
-        raise UsageError(f"no component was asked for; synth makes {', '.join(known)}")
-    return tuple(name for name in known if name in names)
-
-
 def synthesized_bytes(preset: str, components: Collection[str] | None = None) -> int:
     """Bytes of weights that `synthesize` writes."""
     model, found = find_preset(preset)
-    layouts = (model.layout(name, found.configs[name]) for name in parse_components(model, components))
+    layouts = (model.layout(name, found.configs[name]) for name in pick_components(tuple(model.classes), components))
     return sum(2 * math.prod(shape) for layout in layouts for shape in layout.values())
 
 
@@ -120,7 +107,7 @@ def synthesize(
         ResourceError: not enough room on the disk.
     """
     model, chosen = find_preset(preset)
-    names = parse_components(model, components)
+    names = pick_components(tuple(model.classes), components)
     total = synthesized_bytes(preset, names)
     check_destination(destination)
     count = byte_counter(total, progress)

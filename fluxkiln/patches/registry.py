@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Collection, Sequence
 from functools import cache
 
 import fluxkiln.patches
@@ -70,6 +71,18 @@ def hub_id_of(variant: str) -> str:
 def binding_licences() -> tuple[BindingLicence, ...]:
     """Those of all models."""
     return tuple(dict.fromkeys(one for model in all_models() for one in model.binding_licences))
+
+
+def pick_components(known: Sequence[str], names: Collection[str] | None) -> tuple[str, ...]:
+    """Those of `known` that are asked for, in its order, all of them for None; UsageError names an unknown one."""
+    if names is None:
+        return tuple(known)
+    for name in names:
+        if name not in known:
+            raise UsageError(f"no component is called {name!r}; there are {', '.join(known)}")
+    if not names:
+        raise UsageError(f"no component was asked for; there are {', '.join(known)}")
+    return tuple(name for name in known if name in names)
 
 
 def component_of(kind: str) -> str:

@@ -108,7 +108,7 @@ def test_without_a_command_help_and_exit_2(fluxkiln):
         (["export", "tiny-dev", "out", "--kind", "vae_decoder", "--vae", "tiny"], "use --vae kl"),
         (["export", "nowhere", "out"], "'nowhere' is no model"),
         (["synth", "huge-dev", "out"], "no preset is called 'huge-dev'; synthetic presets are tiny-dev"),
-        (["synth", "tiny-dev", "out", "--components", "unet"], "no component is called 'unet'; synth makes"),
+        (["synth", "tiny-dev", "out", "--components", "unet"], "no component is called 'unet'; there are"),
         (["inspect", "."], "is no bundle: it has no manifest.json"),
         (["verify", "nowhere"], "is no bundle: it has no manifest.json"),
         (["report", "."], "has no report.json; give a bundle"),

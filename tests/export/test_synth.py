@@ -18,9 +18,10 @@ from fluxkiln.errors import ResourceError, UsageError
 from fluxkiln.export import synth
 from fluxkiln.export.checkpoint import open_checkpoint
 from fluxkiln.export.fingerprint import fingerprint, scan_finite
-from fluxkiln.export.synth import parse_components, synthesize, synthesized_bytes
+from fluxkiln.export.synth import synthesize, synthesized_bytes
 from fluxkiln.patches.flux1.model import MODEL
 from fluxkiln.patches.flux1.presets import PRESETS, Preset
+from fluxkiln.patches.registry import pick_components
 
 PROMPT = "A red fox in the forest"
 
@@ -85,12 +86,12 @@ def test_progress_reaches_the_total(tmp_path):
 def test_bad_requests_leave_nothing(tmp_path):
     with pytest.raises(UsageError, match=r"no preset is called 'tiny'; synthetic presets are tiny-dev, tiny-schnell"):
         synthesize("tiny", tmp_path / "m")
-    with pytest.raises(UsageError, match=r"no component is called 'unet'; synth makes text_encoder, "):
+    with pytest.raises(UsageError, match=r"no component is called 'unet'; there are text_encoder, "):
         synthesize("tiny-dev", tmp_path / "m", components=["transformer", "unet"])
     with pytest.raises(UsageError, match="no component was asked for"):
         synthesize("tiny-dev", tmp_path / "m", components=[])
     assert list(tmp_path.iterdir()) == []
-    assert parse_components(MODEL, ["vae", "text_encoder"]) == ("text_encoder", "vae")
+    assert pick_components(tuple(MODEL.classes), ["vae", "text_encoder"]) == ("text_encoder", "vae")
 
 
 def test_destination_in_use(tmp_path):

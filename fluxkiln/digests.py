@@ -1,4 +1,4 @@
-"""JSON in one spelling, so that equal values have equal digests, and JSON that is read without leniency."""
+"""JSON in one spelling, so that equal values have equal digests; `documents` reads what others wrote."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from typing import NoReturn, TypeAlias
-
-from fluxkiln.errors import IntegrityError
+from typing import TypeAlias
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | tuple[Json, ...] | Mapping[str, Json] | None"
 
@@ -52,29 +50,3 @@ def plain_json(value: Json, where: str = "value") -> Json:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(f"{where} is a {type(value).__name__}; only JSON values are allowed")
-
-
-def read_object(data: bytes, where: str) -> dict[str, Json]:
-    """The JSON object in `data`; duplicate keys, NaN and anything that is no UTF-8 JSON object raise IntegrityError.
-
-    Python's own parser takes the last of two equal keys, so two readers could see two different files.
-    """
-
-    def unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"key {twice!r} appears twice")
-        return found
-
-    def no_constant(text: str) -> NoReturn:
-        raise ValueError(f"{text} is not JSON")
-
-    try:
-        parsed: Json = json.loads(data, object_pairs_hook=unique, parse_constant=no_constant)
-    except (ValueError, RecursionError) as error:
-        raise IntegrityError(f"{where} is not valid JSON ({error}); fetch or build it again") from error
-    if not isinstance(parsed, dict):
-        raise IntegrityError(f"{where} is no JSON object; fetch or build it again")
-    return parsed

@@ -13,6 +13,7 @@ import io
 import json
 import os
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -42,10 +43,10 @@ def disk_full_named(directory: Path, needed: int | None = None) -> Iterator[None
             raise
         while not directory.exists():
             directory = directory.parent
-        stat = os.statvfs(directory)
+        disk = os.statvfs(directory)
         wanted = "more room is needed" if needed is None else f"{needed} bytes are needed"
         raise ResourceError(
-            f"{directory}: {os.strerror(error.errno)}: {wanted}, {stat.f_bavail * stat.f_frsize} bytes are free; make "
+            f"{directory}: {os.strerror(error.errno)}: {wanted}, {disk.f_bavail * disk.f_frsize} bytes are free; make "
             "room or put the store and the build on a larger disk. Nothing half-written was left"
         ) from error
 
@@ -181,6 +182,24 @@ def reserve(file: BinaryIO, size: int) -> None:
     except OSError as error:
         if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):  # the file system cannot reserve
             raise
+
+
+def open_regular(path: Path, *, links: bool = True) -> io.BufferedReader:
+    """A regular file, open for reading; never waits, as one does who opens a fifo.
+
+    Args:
+        links: the name itself may be a symbolic link.
+
+    Raises OSError: as `open`, and for anything else than a regular file.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if links else os.O_NOFOLLOW))
+    try:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        return os.fdopen(fd, "rb")
+    except BaseException:
+        os.close(fd)
+        raise
 
 
 def copy_hashing(source: io.BufferedReader | io.BytesIO, target: BinaryIO) -> tuple[str, int]:

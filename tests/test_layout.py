@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fluxkiln"
 
 # Rooms by height: a module imports what is in its own room or lower, never what is beside it.
-GROUND = ("errors", "types", "files", "digests", "progress", "settings", "plugins")
+GROUND = ("errors", "types", "files", "digests", "documents", "progress", "settings", "plugins")
 HEIGHTS = {
     "ground": 0, "patches": 1, "quantize": 1, "artifacts": 1, "export": 2, "verify": 3, "compile": 4, "toolchains": 5,
     "build": 6, "debug": 7, "generate": 7, "cli": 8, "__main__": 9,

@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from fluxkiln.artifacts.store import Blob, Store, read_blob
-from fluxkiln.digests import DIGEST, Json, digest_json, plain_json, read_object
+from fluxkiln.digests import DIGEST, Json, digest_json, plain_json
+from fluxkiln.documents import read_object
 from fluxkiln.errors import FluxkilnError, IntegrityError
 from fluxkiln.files import disk_full_named, waiting_lock
 

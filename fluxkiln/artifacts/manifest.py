@@ -15,7 +15,8 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from fluxkiln.digests import DIGEST, Json, plain_json, read_object
+from fluxkiln.digests import DIGEST, Json, plain_json
+from fluxkiln.documents import read_object
 from fluxkiln.errors import IntegrityError, ShapeError, UsageError
 from fluxkiln.types import Shapes, TensorSpec
 

@@ -15,7 +15,8 @@ from pathlib import Path
 from fluxkiln.artifacts.bundle import read_manifest
 from fluxkiln.artifacts.manifest import MANIFEST_FILE, Manifest, Role, resolve_inside, validate_manifest_paths
 from fluxkiln.artifacts.store import MANIFEST_TYPE, Blob, Store
-from fluxkiln.digests import DIGEST, Json, canonical_json, digest_bytes, read_object
+from fluxkiln.digests import DIGEST, Json, canonical_json, digest_bytes
+from fluxkiln.documents import read_object
 from fluxkiln.errors import IntegrityError
 
 ARTIFACT_TYPE = "application/vnd.cncf.model.manifest.v1+json"

@@ -17,7 +17,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from fluxkiln.digests import DIGEST, Json, canonical_json, digest_bytes, read_object
+from fluxkiln.digests import DIGEST, Json, canonical_json, digest_bytes
+from fluxkiln.documents import read_object
 from fluxkiln.errors import IntegrityError, UsageError
 from fluxkiln.files import (
     CopyMethod,

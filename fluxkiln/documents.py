@@ -27,7 +27,7 @@ _STEP = re.compile(r"\.([^.\[]+)|\[(\d+)\]")
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class DocumentLimits:
     """The most that a document may have.
 
     Attributes:
@@ -42,13 +42,13 @@ class Limits:
 
 
 # What a person or a program asks for: a request, a credential, a record of few facts.
-SMALL = Limits(nbytes=1 << 20, entries=50_000)
-DOCUMENT = Limits()
+SMALL = DocumentLimits(nbytes=1 << 20, entries=50_000)
+DOCUMENT = DocumentLimits()
 
 
 def read_json(
     data: bytes, where: str, *, error: type[FluxkilnError] = IntegrityError, remedy: str = _REMEDY,
-    limits: Limits = DOCUMENT,
+    limits: DocumentLimits = DOCUMENT,
 ) -> Json:  # fmt: skip
     """The value of a JSON document.
 
@@ -66,7 +66,7 @@ def read_json(
 
 def read_object(
     data: bytes, where: str, schema: Any = None, *, error: type[FluxkilnError] = IntegrityError,
-    remedy: str = _REMEDY, limits: Limits = DOCUMENT,
+    remedy: str = _REMEDY, limits: DocumentLimits = DOCUMENT,
 ) -> dict[str, Any]:  # fmt: skip
     """The JSON object in `data`; with a schema, one that fits it. Arguments and errors as `read_json`."""
     found = read_json(data, where, error=error, remedy=remedy, limits=limits)
@@ -79,7 +79,7 @@ def read_object(
 
 def read_object_file(
     path: Path, schema: Any = None, *, error: type[FluxkilnError] = IntegrityError, remedy: str = _REMEDY,
-    limits: Limits = DOCUMENT,
+    limits: DocumentLimits = DOCUMENT,
 ) -> dict[str, Any]:  # fmt: skip
     """The same of a regular file. FileNotFoundError is for the caller, who knows what its absence means."""
     return read_object(read_file(path, limits.nbytes, error, remedy), str(path), schema, error=error, remedy=remedy,
@@ -118,7 +118,7 @@ def check_schema(
         raise error(f"{where}{found}: {rule[:1].lower()}{rule[1:].replace('`', '')}; {remedy}") from fault
 
 
-def _parse(data: bytes, limits: Limits) -> Json:
+def _parse(data: bytes, limits: DocumentLimits) -> Json:
     if len(data) > limits.nbytes:
         raise ValueError(f"it has {len(data)} bytes, {limits.nbytes} are the most")
     # Commas and brackets of texts count too: an upper bound, found without making anything of what was sent.

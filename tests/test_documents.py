@@ -9,7 +9,7 @@ from typing import Annotated, NotRequired, TypedDict
 import msgspec
 import pytest
 
-from fluxkiln.documents import DOCUMENT, SMALL, Limits, check_schema, read_json, read_object, read_object_file
+from fluxkiln.documents import DOCUMENT, SMALL, DocumentLimits, check_schema, read_json, read_object, read_object_file
 from fluxkiln.errors import CheckpointError, IntegrityError
 
 Depth = Annotated[int, msgspec.Meta(ge=1, le=512)]
@@ -107,7 +107,7 @@ def test_only_regular_files_of_the_right_size_are_read(tmp_path):
 
 @pytest.mark.parametrize("piece", [b"[],", b"{},", b'{"a":{}},', b'"",', b"[[[]]],"])
 def test_the_worst_document_takes_little_memory(piece):
-    limits = Limits()
+    limits = DocumentLimits()
     count = min(limits.nbytes // len(piece), limits.entries // sum(map(piece.count, (b",", b"[", b"{")))) - 2
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert read_json(b"[" + piece * count + b"0]", "here", limits=limits)

@@ -17,8 +17,8 @@ import stat
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from pathlib import Path
-from typing import BinaryIO, Literal
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, Literal, NamedTuple
 
 from fluxkiln.errors import ResourceError
 
@@ -184,15 +184,15 @@ def reserve(file: BinaryIO, size: int) -> None:
             raise
 
 
-def open_regular(path: Path, *, links: bool = True) -> io.BufferedReader:
+def open_regular(path: Path, *, links: bool = True, folder: int | None = None) -> io.BufferedReader:
     """A regular file, open for reading; never waits, as one does who opens a fifo.
 
     Args:
-        links: the name itself may be a symbolic link.
+        links: the name itself may be a symbolic link. folder: descriptor of the one that `path` starts in.
 
     Raises OSError: as `open`, and for anything else than a regular file.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if links else os.O_NOFOLLOW))
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if links else os.O_NOFOLLOW), dir_fd=folder)
     try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise OSError(errno.EINVAL, "it is no regular file", str(path))
@@ -217,10 +217,50 @@ def copy_hashing(source: io.BufferedReader | io.BytesIO, target: BinaryIO) -> tu
 
 
 def digest_file(path: Path) -> tuple[str, int]:
-    """`sha256:<hex>` and size of a file; a symbolic link is refused by the system."""
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+    """`sha256:<hex>` and size of a regular file; OSError for anything else, a symbolic link too."""
+    with open_regular(path, links=False) as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
         return "sha256:" + found, os.fstat(file.fileno()).st_size
+
+
+class FileState(NamedTuple):
+    """What tells without reading whether a file's bytes can have changed.
+
+    Copying tools restore mtime; nobody sets ctime, but another name or other rights move it too.
+    """
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+    device: int
+
+    def is_same_file(self, other: FileState) -> bool:
+        """Whether nothing but ctime moved. Then the bytes are most likely the same; reading them again tells."""
+        return self._replace(ctime_ns=0) == other._replace(ctime_ns=0)
+
+
+def file_state(path: Path, *, links: bool = True) -> FileState:
+    """The state of what `path` leads to, or of the symbolic link itself; OSError where there is nothing."""
+    found = os.stat(path, follow_symlinks=links)
+    return FileState(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev)
+
+
+def open_beneath(root: Path, path: str) -> io.BufferedReader:
+    """Open the regular file `path` below the folder `root` for reading; a pipe is not waited for.
+
+    Raises OSError: as `open`; and where the file or a folder on the way is a symbolic link, or no regular file.
+    """
+    way = PurePosixPath(path).parts
+    if not way or {"/", ".."} & set(way):
+        raise OSError(errno.EINVAL, "it leads out of its folder", str(root / path))
+    with ExitStack() as opened:
+        folder = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
+        opened.callback(os.close, folder)
+        for name in way[:-1]:
+            folder = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=folder)
+            opened.callback(os.close, folder)
+        return open_regular(Path(way[-1]), links=False, folder=folder)
 
 
 def clone(source: io.BufferedReader, target: BinaryIO) -> bool:

@@ -17,6 +17,8 @@ from fluxkiln.files import (
     copy_hashing,
     digest_file,
     disk_full_named,
+    file_state,
+    open_beneath,
     partial_directory,
     partial_file,
     remove_unheld,
@@ -73,6 +75,38 @@ def test_copy_hashing_copies_and_hashes(tmp_path, size):
         target.truncate(size + 100)  # reserved for a source that has shrunk
         assert copy_hashing(source, target) == ("sha256:" + hashlib.sha256(data).hexdigest(), size)
     assert (tmp_path / "b").read_bytes() == data
+
+
+def test_files_are_opened_beneath_a_folder(tmp_path):
+    (tmp_path / "a/b").mkdir(parents=True)
+    (tmp_path / "a/b/c").write_bytes(b"data")
+    (tmp_path / "link").symlink_to(tmp_path / "a")  # how a folder is named is its user's business
+    for root, path in ((tmp_path, "a/b/c"), (tmp_path / "link", "b/c")):
+        with open_beneath(root, path) as file:
+            assert file.read() == b"data"
+
+
+def test_no_link_pipe_or_folder_is_opened_beneath_a_folder(tmp_path):
+    """A pipe that nobody writes to would be waited for."""
+    (tmp_path / "secret").write_bytes(b"secret")
+    (tmp_path / "root/real").mkdir(parents=True)
+    (tmp_path / "root/file").symlink_to("../secret")
+    (tmp_path / "root/folder").symlink_to("..")
+    os.mkfifo(tmp_path / "root/pipe")
+    for path in ("file", "folder/secret", "pipe", "real", "missing", "real/missing", "../secret", "/etc/hostname", ""):
+        with pytest.raises(OSError, match=r"symbolic link|[Nn]ot a dir|no regular file|No such file|leads out"):
+            open_beneath(tmp_path / "root", path)
+
+
+def test_a_second_name_moves_ctime_alone(tmp_path):
+    (tmp_path / "a").write_bytes(b"data")
+    before = file_state(tmp_path / "a")
+    os.link(tmp_path / "a", tmp_path / "b")
+    after = file_state(tmp_path / "a")
+    assert after != before
+    assert after.is_same_file(before)
+    (tmp_path / "a").write_bytes(b"more data")
+    assert not file_state(tmp_path / "a").is_same_file(before)
 
 
 def test_digest_of_a_symbolic_link_is_refused(tmp_path):

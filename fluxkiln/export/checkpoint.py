@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxkiln.errors import CheckpointError
 from fluxkiln.export.safetensors_header import read_header, read_into
+from fluxkiln.files import FileState
 from fluxkiln.patches.model import Model
 from fluxkiln.patches.registry import model_for
 from fluxkiln.types import TensorRef
@@ -46,7 +47,7 @@ class Checkpoint:
     licence: Path | None
     model: Model
     digests: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    states: Mapping[Path, tuple[int, ...]] = field(default_factory=dict)
+    states: Mapping[Path, FileState] = field(default_factory=dict)
 
 
 def open_checkpoint(root: Path, components: Collection[str] | None = None) -> Checkpoint:

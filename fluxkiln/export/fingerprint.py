@@ -1,6 +1,7 @@
 """Content keys of checkpoint tensors, remembered by file, the search for NaN and Inf, and whether files have changed.
 
-Every byte is hashed once; later calls answer from a memo while the file's size, times and inode stay the same.
+Every byte is hashed once; later calls answer from a memo while the file's size, times and inode stay the same. What
+has but another ctime is read again: a second name elsewhere is no change.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -19,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxkiln.errors import CheckpointError, ResourceError
 from fluxkiln.export.safetensors_header import ITEM_BYTES, read_header, read_into
-from fluxkiln.files import write_durably
+from fluxkiln.files import FileState, file_state, write_durably
 from fluxkiln.progress import OnBytes
 from fluxkiln.types import TensorRef
 
@@ -31,6 +33,8 @@ _CHUNK_BYTES = 8 << 20
 # A file written this recently could change again with its times unchanged (2 s: the coarsest clock of a file system).
 _SETTLE_NS = 2_000_000_000
 _MEMO_FORMAT = 1
+# Of a file, times to read it when its ctime moves meanwhile: two readings that agree are the file's content.
+_READINGS = 2
 _AGAIN = "run the same command again when nothing writes to the checkpoint"
 
 
@@ -55,19 +59,19 @@ class DigestMemo:
             if isinstance(stored, dict) and stored.get("format") == _MEMO_FORMAT and isinstance(stored["files"], dict):
                 self._files = stored["files"]
 
-    def lookup(self, ref: TensorRef, state: list[int]) -> TensorFacts | None:
+    def lookup(self, ref: TensorRef, state: FileState) -> TensorFacts | None:
         """The facts of `ref` if they were recorded for this very state of its file."""
         entry = self._files.get(str(ref.file))
-        facts = entry["tensors"].get(_memo_key(ref)) if entry and entry["state"] == state else None
+        facts = entry["tensors"].get(_memo_key(ref)) if entry and entry["state"] == list(state) else None
         return TensorFacts(*facts) if facts else None
 
-    def record(self, ref: TensorRef, state: list[int], facts: TensorFacts) -> None:
+    def record(self, ref: TensorRef, state: FileState, facts: TensorFacts) -> None:
         """Remember the facts of `ref`, unless its file is so new that it may still change unnoticed."""
-        if time.time_ns() - max(state[1:3]) < _SETTLE_NS:
+        if time.time_ns() - max(state.mtime_ns, state.ctime_ns) < _SETTLE_NS:
             return
         entry = self._files.get(str(ref.file))
-        if entry is None or entry["state"] != state:
-            entry = self._files[str(ref.file)] = {"state": state, "tensors": {}}
+        if entry is None or entry["state"] != list(state):
+            entry = self._files[str(ref.file)] = {"state": list(state), "tensors": {}}
         entry["tensors"][_memo_key(ref)] = [facts.sha256, facts.first_nonfinite]
         self._changed = True
 
@@ -113,24 +117,47 @@ def scan_finite(refs: Iterable[TensorRef], memo: DigestMemo | None = None, progr
             )
 
 
-def file_states(checkpoint: Checkpoint) -> dict[Path, tuple[int, ...]]:
+def file_states(checkpoint: Checkpoint) -> dict[Path, FileState]:
     """Size, times and inode of every weight file of a checkpoint.
 
     Raises:
         CheckpointError: one has disappeared.
     """
     files = {ref.file for refs in checkpoint.tensors.values() for ref in refs.values()}
-    return {file: tuple(_file_state(file)) for file in sorted(files)}
+    return {file: _state_of(file) for file in sorted(files)}
 
 
 def check_states(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError when a weight file is not what it was when the checkpoint's bytes were read."""
+    """Raise CheckpointError when a weight file is not what it was when the checkpoint's bytes were read.
+
+    One whose ctime alone moved is read again.
+    """
     for file, state in file_states(checkpoint).items():
-        if checkpoint.states.get(file) != state:
+        before = checkpoint.states.get(file)
+        if state != before and not (before and state.is_same_file(before) and _has_same_bytes(checkpoint, file, state)):
             raise CheckpointError(
                 f"{file} changed while the build read it, and a build is of one checkpoint; start again when nothing "
                 "writes to it"
             )
+
+
+_read_again: dict[tuple[Path, FileState], dict[TensorRef, str]] = {}
+_reading = threading.Lock()
+
+
+def _has_same_bytes(checkpoint: Checkpoint, file: Path, state: FileState) -> bool:
+    """Whether a file has the tensors that the checkpoint was found to have, by reading it, once for each state."""
+    with _reading:
+        if (file, state) not in _read_again:
+            refs = [ref for refs in checkpoint.tensors.values() for ref in refs.values() if ref.file == file]
+            _read_again[file, state] = {ref: facts.sha256 for ref, facts in _read_facts(refs, None, None).items()}
+    found = _read_again[file, state]
+    return all(
+        found[ref] == checkpoint.digests[component][name]
+        for component, refs in checkpoint.tensors.items()
+        for name, ref in refs.items()
+        if ref.file == file
+    )
 
 
 def fingerprint(checkpoint: Checkpoint, memo: DigestMemo | None = None, progress: OnBytes | None = None) -> str:
@@ -156,13 +183,11 @@ def _memo_key(ref: TensorRef) -> str:
     return f"{ref.offset} {ref.dtype} {','.join(map(str, ref.shape))}"
 
 
-def _file_state(file: Path) -> list[int]:
+def _state_of(file: Path) -> FileState:
     try:
-        stat = file.stat()
+        return file_state(file)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}; fetch it again") from error
-    # ctime as well: copying tools restore mtime, nobody sets ctime.
-    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev]
 
 
 def _read_facts(
@@ -173,37 +198,58 @@ def _read_facts(
         by_file.setdefault(ref.file, []).append(ref)
     facts: dict[TensorRef, TensorFacts] = {}
     for file, members in by_file.items():
-        state = _file_state(file)
+        state = _state_of(file)
         for ref in members:
             if memo and (known := memo.lookup(ref, state)):
                 facts[ref] = known
     total = sum(ref.nbytes for members in by_file.values() for ref in members if ref not in facts)
     done = 0
+
+    def count(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress:
+            progress(done, total)
+
     # Hashing and reading leave the interpreter lock alone: the cores share the tensors of a file.
     with ThreadPoolExecutor(os.cpu_count() or 1, "read") as pool:
         for file, members in by_file.items():
             unknown = sorted((ref for ref in members if ref not in facts), key=lambda ref: ref.offset)
             if not unknown:
                 continue
-            state = _file_state(file)
-            reading = [pool.submit(_read_one, ref) for ref in unknown]
-            try:
-                for ref, read in zip(unknown, reading, strict=True):
-                    facts[ref] = read.result()
-                    done += ref.nbytes
-                    if progress:
-                        progress(done, total)
-            finally:
-                for read in reading:
-                    read.cancel()
-            if state != _file_state(file):
-                raise CheckpointError(f"{file} changed while it was read; start again when nothing writes to it")
+            state, found = _read_file(pool, file, unknown, count)
+            facts |= found
             if memo:
                 for ref in unknown:
                     memo.record(ref, state, facts[ref])
     if memo:
         memo.save()
     return facts
+
+
+def _read_file(
+    pool: ThreadPoolExecutor, file: Path, refs: list[TensorRef], count: Callable[[int], None]
+) -> tuple[FileState, dict[TensorRef, TensorFacts]]:
+    """The facts of tensors of one file, and the state in which it has them; `count` is told of each one's bytes."""
+    before: dict[TensorRef, TensorFacts] = {}
+    for turn in range(_READINGS):
+        state = _state_of(file)
+        reading = [pool.submit(_read_one, ref) for ref in refs]
+        found = {}
+        try:
+            for ref, read in zip(refs, reading, strict=True):
+                found[ref] = read.result()
+                count(0 if turn else ref.nbytes)
+        finally:
+            for read in reading:
+                read.cancel()
+        now = _state_of(file)
+        if now == state or (now.is_same_file(state) and found == before):
+            return now, found
+        if not now.is_same_file(state):
+            break
+        before = found
+    raise CheckpointError(f"{file} changed while it was read; start again when nothing writes to it")
 
 
 def _read_one(ref: TensorRef) -> TensorFacts:
@@ -234,18 +280,17 @@ def _read_stream(stream: FileIO, ref: TensorRef) -> TensorFacts:
     return TensorFacts(digest.hexdigest(), found)
 
 
-def shard_states(refs: Iterable[TensorRef]) -> dict[Path, os.stat_result]:
+def shard_states(refs: Iterable[TensorRef]) -> dict[Path, FileState]:
     """The state of every file that holds one of the tensors; CheckpointError names one that cannot be found."""
     return {file: _stat_shard(file) for file in dict.fromkeys(ref.file for ref in refs)}
 
 
-def check_unchanged(states: Mapping[Path, os.stat_result], refs: Iterable[TensorRef]) -> None:
+def check_unchanged(states: Mapping[Path, FileState], refs: Iterable[TensorRef]) -> None:
     """Raise CheckpointError when a file is not what it was, or has one of the tensors no longer where it was."""
     for file, before in states.items():
         now = _stat_shard(file)
-        # not its ctime: giving the file another name changes that
-        replaced = (now.st_ino, now.st_dev) != (before.st_ino, before.st_dev)
-        if replaced or (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
+        if not now.is_same_file(before):
+            replaced = (now.inode, now.device) != (before.inode, before.device)
             what = "was replaced" if replaced else "was written to"
             raise CheckpointError(f"{file} {what} meanwhile, it must stay as it is; {_AGAIN}")
     headers: dict[Path, set[TensorRef]] = {}
@@ -257,9 +302,9 @@ def check_unchanged(states: Mapping[Path, os.stat_result], refs: Iterable[Tensor
             raise CheckpointError(f"{ref.file} has {ref.name} no longer at byte {ref.offset}; {_AGAIN}")
 
 
-def _stat_shard(file: Path) -> os.stat_result:
+def _stat_shard(file: Path) -> FileState:
     try:
-        return file.stat()
+        return file_state(file)
     except OSError as error:
         raise CheckpointError(
             f"shard {file} has gone ({error.strerror}), it must stay until the end; put it back and {_AGAIN}"

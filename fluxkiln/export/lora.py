@@ -88,7 +88,7 @@ def fuse_lora(
     linked = _linked_files(opened, touched)
     parent = next(path for path in destination.absolute().parents if path.exists())
     apart = [path for path in linked.values() if links == "hard" and path.stat().st_dev != parent.stat().st_dev]
-    written = sum(states[file].st_size for file in touched)
+    written = sum(states[file].size for file in touched)
     total = written + sum(path.stat().st_size for path in apart)
     count = byte_counter(total, progress)
     with whole_or_nothing(destination, total, "choose another folder") as folder:

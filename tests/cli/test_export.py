@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from fluxkiln.export import fingerprint
+from fluxkiln.files import FileState
 from fluxkiln.patches.flux1.kinds import MODULATION_ROWS
 
 SIZE = ("--size", "32x32", "--tokens", "16")
@@ -91,9 +91,7 @@ def test_part_that_does_not_exist(fluxkiln, model):
 
 def test_checkpoint_that_is_gone_before_the_end(fluxkiln, model, monkeypatch):
     sizes = iter(range(100))
-    monkeypatch.setattr(
-        fingerprint, "_stat_shard", lambda file: SimpleNamespace(st_size=next(sizes), st_mtime_ns=0, st_dev=0, st_ino=0)
-    )
+    monkeypatch.setattr(fingerprint, "_stat_shard", lambda file: FileState(next(sizes), 0, 0, 0, 0))
     run = fluxkiln("export", model, "out", "--part", "t5_final", *SIZE, "--json")
     assert run.code == 1
     assert json.loads(run.out)["error"]["kind"] == "CheckpointError"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import ml_dtypes
@@ -14,7 +15,14 @@ import pytest
 from fluxkiln.errors import CheckpointError
 from fluxkiln.export import fingerprint as module
 from fluxkiln.export.checkpoint import open_checkpoint
-from fluxkiln.export.fingerprint import DigestMemo, digest_tensors, fingerprint, scan_finite
+from fluxkiln.export.fingerprint import (
+    DigestMemo,
+    check_states,
+    digest_tensors,
+    file_states,
+    fingerprint,
+    scan_finite,
+)
 from fluxkiln.export.synth import synthesize
 from fluxkiln.types import TensorRef
 
@@ -155,9 +163,68 @@ def test_tokenizers_count(folder):
     assert fingerprint(open_checkpoint(folder)) != key
 
 
-def test_shape_and_dtype_count(folder):
-    from dataclasses import replace
+def opened(folder: Path):
+    """A checkpoint as a build has it: what was read of which state."""
+    checkpoint = open_checkpoint(folder)
+    digests = {name: digest_tensors(refs.values()) for name, refs in checkpoint.tensors.items()}
+    return replace(checkpoint, digests=digests, states=file_states(checkpoint))
 
+
+def test_a_second_name_is_no_change(folder, tmp_path, reads):
+    """It moves ctime: the file is read again, once, and has what it had."""
+    checkpoint = opened(folder)
+    file = refs_of(folder)[TENSOR].file
+    check_states(checkpoint)
+    reads.clear()
+    os.link(file, tmp_path / "second name")
+    for _ in range(2):
+        check_states(checkpoint)
+    assert set(reads) == {ref.name for ref in refs_of(folder).values() if ref.file == file}
+    assert len(reads) == len(set(reads))
+
+
+def test_a_change_behind_the_same_times_is_one(folder):
+    checkpoint = opened(folder)
+    poke(refs_of(folder)[TENSOR], 7, 3.0)
+    with pytest.raises(CheckpointError, match="changed while the build read it"):
+        check_states(checkpoint)
+
+
+@pytest.mark.parametrize("restless", [1, 2, 3])
+def test_a_second_name_while_it_is_read(folder, tmp_path, monkeypatch, restless):
+    """Two readings that agree are what the file holds, however often it gets another name meanwhile."""
+    ref = refs_of(folder)[TENSOR]
+    wanted = digest_tensors([ref])
+    names, original = iter(range(restless)), module._read_stream
+
+    def linking(stream, one):
+        facts = original(stream, one)
+        if (number := next(names, None)) is not None:
+            os.link(ref.file, tmp_path / f"name {number}")
+        return facts
+
+    monkeypatch.setattr(module, "_read_stream", linking)
+    assert digest_tensors([ref]) == wanted
+
+
+@pytest.mark.parametrize("times", ["moved", "put back"])
+def test_a_change_while_it_is_read(folder, monkeypatch, times):
+    ref = refs_of(folder)[TENSOR]
+    values, original = iter(range(1, 9)), module._read_stream
+
+    def changing(stream, one):
+        facts = original(stream, one)
+        poke(ref, 7, next(values))
+        if times == "moved":
+            os.utime(ref.file)
+        return facts
+
+    monkeypatch.setattr(module, "_read_stream", changing)
+    with pytest.raises(CheckpointError, match="changed while it was read"):
+        digest_tensors([ref])
+
+
+def test_shape_and_dtype_count(folder):
     ref = refs_of(folder)[TENSOR]
     flat = replace(ref, shape=(ref.nbytes // 2,))
     other = replace(ref, dtype="F16")

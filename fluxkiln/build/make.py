@@ -108,11 +108,11 @@ def prepare(settings: Settings, progress: Progress | None = None) -> Prepared:
         check_resources(outline(settings))
     report = count_bytes(progress, "synthesize", "written")
     root = find_root(settings, settings.components and chosen, report)
-    memo = open_memo(settings)
+    memo, base = open_memo(settings), root
     if settings.loras:
         folder = fused_folder(root, settings.loras, models_folder(settings), memo, _read_progress(progress))
         root = fuse_once(root, settings.loras, folder, count_bytes(progress, "fuse", "written"))
-    prepared = _prepared(settings, open_checkpoint(root, chosen))
+    prepared = _prepared(settings, open_checkpoint(root, chosen, linked=base))
     checkpoint = prepared.checkpoint
     states = file_states(checkpoint)
     print_ = fingerprint(checkpoint, memo, _read_progress(progress))
@@ -228,5 +228,6 @@ def _read_through(checkpoint: Checkpoint, memo: DigestMemo) -> None:
     from fluxkiln.export.checkpoint import validate_checkpoint
 
     validate_checkpoint(checkpoint)
+    checkpoint.model.load_sidecars(checkpoint.root, checkpoint.configs)
     for refs in checkpoint.tensors.values():
         scan_finite(refs.values(), memo)

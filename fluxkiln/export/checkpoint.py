@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.errors import CheckpointError
+from fluxkiln.export.contents import REMEDY, Contents, hub_repository, open_contents
 from fluxkiln.export.safetensors_header import read_header, read_into
 from fluxkiln.files import FileState
 from fluxkiln.patches.model import Model
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 # Written by transformers and by diffusers, in this order.
 WEIGHT_STEMS = ("model", "diffusion_pytorch_model")
-_REMEDY = "give a folder that a pipeline's save_pretrained wrote, a Hugging Face id, or a synthetic preset"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,64 +49,66 @@ class Checkpoint:
     states: Mapping[Path, FileState] = field(default_factory=dict)
 
 
-def open_checkpoint(root: Path, components: Collection[str] | None = None) -> Checkpoint:
+def open_checkpoint(root: Path, components: Collection[str] | None = None, linked: Path | None = None) -> Checkpoint:
     """Read `model_index.json`, each component's `config.json` and safetensors headers; no weight data, no torch.
 
     Args:
         root: a folder in the diffusers layout.
         components: those that must be there, all by default; others are not looked at.
+        linked: another checkpoint, whose files this one may link to.
 
     Raises:
         CheckpointError: a checkpoint of no model there is, or a damaged one; the message names the file and the tensor.
     """
-    model, index = _read_index(root)
-    root = root.absolute()
+    contents = _open_folder(root, linked)
+    root = contents.root
+    model, index = _read_index(contents)
     configs: dict[str, Mapping[str, Any]] = {}
-    tensors: dict[str, Mapping[str, TensorRef]] = {}
     for component in components or model.components:
         entry = index.get(component)
         if not isinstance(entry, list) or entry[-1:] != [model.classes[component]]:
             raise CheckpointError(
-                f"{root / 'model_index.json'} has {entry!r} as {component}, {model.title} has "
-                f"{model.classes[component]}; {_REMEDY}"
+                f"{root / 'model_index.json'} has {str(entry)[:80]} as {component}, {model.title} has "
+                f"{model.classes[component]}; {REMEDY}"
             )
-        configs[component] = _read_config(root, component, model)
-        tensors[component] = _read_component(root, component, model)
+        configs[component] = contents.read_json(f"{component}/config.json")
     for folder in model.classes.keys() - set(model.components):
         if (root / folder).is_dir():
-            configs[folder] = _read_config(root, folder, model)
-            tensors[folder] = _read_component(root, folder, model)
-    configs["scheduler"] = _read_json(root, "scheduler/scheduler_config.json")
-    beside = ("scheduler", *model.tokenizers.values())
-    sidecars = sorted(file for name in beside for file in (root / name).glob("*") if file.is_file())
-    licences = sorted(path for path in root.iterdir() if path.is_file() and path.stem.lower() in ("license", "licence"))
+            configs[folder] = contents.read_json(f"{folder}/config.json")
+    read = tuple(configs)
+    configs["scheduler"] = contents.read_json("scheduler/scheduler_config.json")
+    model.check_configs(configs, str(root))
     return Checkpoint(
         root=root,
         name=_name(root),
         variant=model.variant(configs),
         configs=configs,
-        tensors=tensors,
-        sidecars={str(file.relative_to(root)): file.resolve() for file in sidecars},
-        licence=licences[0].resolve() if licences else None,
+        tensors={folder: _read_component(contents, folder, model) for folder in read},
+        sidecars=contents.sidecars(("scheduler", *model.tokenizers.values())),
+        licence=contents.licence(),
         model=model,
     )
 
 
 def find_model(root: Path) -> Model:
     """The model of the checkpoint in a folder; CheckpointError where there is none, or of no model there is."""
-    return _read_index(root)[0]
+    return _read_index(_open_folder(root))[0]
 
 
-def _read_index(root: Path) -> tuple[Model, dict[str, Any]]:
+def _open_folder(root: Path, linked: Path | None = None) -> Contents:
     if root.is_file():
         raise CheckpointError(
             f"{root} is a file, a checkpoint is a folder in the diffusers layout; convert a single file with its "
             "pipeline's from_single_file(...).save_pretrained(...)"
         )
     if not root.is_dir():
-        raise CheckpointError(f"{root} does not exist; {_REMEDY}")
-    index = _read_json(root, "model_index.json")
-    return model_for(index.get("_class_name"), str(root / "model_index.json")), index
+        raise CheckpointError(f"{root} does not exist; {REMEDY}")
+    return open_contents(root, linked)
+
+
+def _read_index(contents: Contents) -> tuple[Model, dict[str, Any]]:
+    index = contents.read_json("model_index.json")
+    return model_for(index.get("_class_name"), str(contents.root / "model_index.json")), index
 
 
 def read_tensor(ref: TensorRef) -> np.ndarray[Any, Any]:
@@ -155,7 +156,7 @@ class TensorReader:
         """Raises: CheckpointError: there is no such tensor, or as `read_tensor`."""
         ref = self.checkpoint.tensors[component].get(name)
         if ref is None:
-            raise CheckpointError(f"{component} of {self.checkpoint.root} has no tensor {name}; {_REMEDY}")
+            raise CheckpointError(f"{component} of {self.checkpoint.root} has no tensor {name}; {REMEDY}")
         return read_tensor(ref)
 
     def expect(self, component: str, names: Sequence[str]) -> None:
@@ -171,63 +172,46 @@ def expect_tensors(refs: Iterable[TensorRef]) -> None:
             os.posix_fadvise(stream.fileno(), ref.offset, ref.nbytes, os.POSIX_FADV_WILLNEED)
 
 
-def _read_json(root: Path, relative: str) -> dict[str, Any]:
-    path = root / relative
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{root} is no diffusers checkpoint: {relative} is missing; {_REMEDY}") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}; {_REMEDY}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no JSON ({error}); copy or fetch it again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, not an object; copy or fetch it again")
-    return value
-
-
-def _read_config(root: Path, component: str, model: Model) -> dict[str, Any]:
-    config = _read_json(root, f"{component}/config.json")
-    for key in model.whole_numbers.get(component, ()):
-        if type(config.get(key)) is not int or config[key] < 1:
-            raise CheckpointError(
-                f"{root / component / 'config.json'} has {key} = {config.get(key)!r}, it must be a whole number; "
-                f"copy or fetch it again"
-            )
-    return config
-
-
-def _read_component(root: Path, component: str, model: Model) -> dict[str, TensorRef]:
-    folder = root / component
-    indexes = [path for stem in WEIGHT_STEMS if (path := folder / f"{stem}.safetensors.index.json").exists()]
-    singles = [path for stem in WEIGHT_STEMS if (path := folder / f"{stem}.safetensors").exists()]
-    found = indexes + singles
-    if len(found) > 1:
-        names = " and ".join(path.name for path in found)
+def _read_component(contents: Contents, component: str, model: Model) -> dict[str, TensorRef]:
+    folder = contents.root / component
+    indexes = [name for stem in WEIGHT_STEMS if (folder / (name := f"{stem}.safetensors.index.json")).exists()]
+    singles = [name for stem in WEIGHT_STEMS if (folder / (name := f"{stem}.safetensors")).exists()]
+    if len(indexes + singles) > 1:
+        names = " and ".join(indexes + singles)
         raise CheckpointError(f"{folder} holds {names}, one of them must be the weights; remove the other")
-    if not found:
+    if not indexes + singles:
         wanted = " or ".join(f"{stem}.safetensors[.index.json]" for stem in WEIGHT_STEMS)
-        raise CheckpointError(f"{folder} has no weights: {wanted} is missing; {_REMEDY}")
-    refs = _read_sharded(folder, indexes[0]) if indexes else read_header(singles[0].resolve())
+        raise CheckpointError(f"{folder} has no weights: {wanted} is missing; {REMEDY}")
+    refs = (
+        _read_sharded(contents, component, indexes[0])
+        if indexes
+        else read_header(contents.file(f"{component}/{singles[0]}"))
+    )
     files = model.state_names(component, refs)
     return {name: refs[old] if name == old else replace(refs[old], name=name) for name, old in files.items()}
 
 
-def _read_sharded(folder: Path, index_path: Path) -> dict[str, TensorRef]:
-    weight_map = _read_json(folder, index_path.name).get("weight_map")
+def _read_sharded(contents: Contents, component: str, index: str) -> dict[str, TensorRef]:
+    folder = contents.root / component
+    weight_map = contents.read_json(f"{component}/{index}").get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
-        raise CheckpointError(f"{index_path} has no weight_map from tensor to shard; copy or fetch it again")
+        raise CheckpointError(f"{folder / index} has no weight_map from tensor to shard; copy or fetch it again")
+    expected: dict[str, set[str]] = {}
+    for name, shard in weight_map.items():
+        expected.setdefault(shard, set()).add(name)
     refs: dict[str, TensorRef] = {}
-    for shard in sorted(set(weight_map.values())):
+    for shard in sorted(expected):
         # An index names neighbours of itself, never files elsewhere.
-        if Path(shard).name != shard:
-            raise CheckpointError(f"{index_path} names the shard {shard!r}; shards lie in the folder of their index")
-        if not (folder / shard).exists():
-            raise CheckpointError(f"shard {shard} is missing in {folder}, {index_path.name} names it; fetch it")
-        header = read_header((folder / shard).resolve())
-        expected = {name for name, owner in weight_map.items() if owner == shard}
-        for name in sorted(expected ^ header.keys()):
-            owner, other = (index_path.name, shard) if name in expected else (shard, index_path.name)
+        if Path(shard).name != shard or not shard.isprintable():
+            raise CheckpointError(
+                f"{folder / index} names the shard {shard!r}; shards lie in the folder of their index"
+            )
+        file = contents.file(f"{component}/{shard}")
+        if not file.exists():
+            raise CheckpointError(f"shard {shard} is missing in {folder}, {index} names it; fetch it")
+        header = read_header(file)
+        for name in sorted(expected[shard] ^ header.keys()):
+            owner, other = (index, shard) if name in expected[shard] else (shard, index)
             raise CheckpointError(
                 f"{folder}: {owner} lists {name} for {shard}, {other} does not: index and shard are of different "
                 f"checkpoints; fetch both again"
@@ -238,10 +222,8 @@ def _read_sharded(folder: Path, index_path: Path) -> dict[str, TensorRef]:
 
 def _name(root: Path) -> str:
     """`org/name` for a snapshot in the Hugging Face cache, otherwise the folder's name."""
-    repository = root.parent.parent.name
-    if root.parent.name == "snapshots" and repository.startswith("models--"):
-        return repository.removeprefix("models--").replace("--", "/", 1)
-    return root.name
+    repository = hub_repository(root)
+    return repository.name.removeprefix("models--").replace("--", "/", 1) if repository else root.name
 
 
 def expected_tensors(model: Model, component: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -20,8 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fluxkiln.errors import CheckpointError, UsageError
+from fluxkiln.documents import read_object_file
+from fluxkiln.errors import CheckpointError, IntegrityError, UsageError
 from fluxkiln.export.checkpoint import FLOAT_DTYPES, Checkpoint, open_checkpoint
+from fluxkiln.export.contents import open_contents
 from fluxkiln.export.fingerprint import DigestMemo, check_unchanged, digest_tensors, shard_states
 from fluxkiln.export.folders import check_destination, whole_or_nothing
 from fluxkiln.export.lora_file import LoraFile, Piece, digest_lora, read_lora
@@ -77,7 +79,8 @@ def fuse_lora(
     check_loras(loras)
     opened = open_checkpoint(checkpoint, (COMPONENT,))
     refs = opened.tensors[COMPONENT]
-    files = {file: read_lora(file, opened.model) for file, _ in loras}
+    most = 2 * sum(math.prod(ref.shape) for ref in refs.values())
+    files = {file: read_lora(file, opened.model, most) for file, _ in loras}
     changes: dict[str, list[tuple[Piece, float]]] = {}
     for file, strength in loras:
         for piece in files[file].pieces:
@@ -148,10 +151,10 @@ def fuse_once(checkpoint: Path, loras: Sequence[Lora], folder: Path, progress: O
 def read_record(folder: Path) -> dict[str, Any]:
     """Which LoRAs are in a checkpoint that `fuse_lora` wrote; empty for any other."""
     try:
-        record = json.loads((folder / RECORD).read_bytes())
-    except (OSError, ValueError):
+        record = read_object_file(folder / RECORD)
+    except (OSError, IntegrityError):
         return {}
-    return record if isinstance(record, dict) and isinstance(record.get("lora"), list) else {}
+    return record if isinstance(record.get("lora"), list) else {}
 
 
 def check_loras(loras: Sequence[Lora]) -> None:
@@ -197,14 +200,15 @@ def _shard_names(checkpoint: Checkpoint) -> dict[str, Path]:
 
 def _linked_files(checkpoint: Checkpoint, touched: set[Path]) -> dict[str, Path]:
     """What the new folder takes over, by its path there: no hidden files, and no other forms of the old weights."""
-    root = checkpoint.root
-    index = json.loads((root / "model_index.json").read_bytes())
-    folders = [root / name for name, entry in index.items() if isinstance(entry, list) and name != COMPONENT]
+    root, contents = checkpoint.root, open_contents(checkpoint.root)
+    index = contents.read_json("model_index.json")
+    named = [name for name, entry in index.items() if isinstance(entry, list) and name != COMPONENT]
+    folders = [root / name for name in named if Path(name).name == name]
     found = [path for path in root.iterdir() if path.suffix not in _WEIGHTS and path.name != RECORD]
     found += [path for path in (root / COMPONENT).iterdir() if path.suffix not in _WEIGHTS]
     found += [path for folder in (*folders, root / "vae_tiny") if folder.is_dir() for path in folder.rglob("*")]
     shown = [path for path in found if path.is_file() and not path.name.startswith(".")]
-    linked = {str(path.relative_to(root)): path.resolve() for path in shown}
+    linked = {name: contents.file(name) for name in (str(path.relative_to(root)) for path in shown)}
     linked |= {name: path for name, path in _shard_names(checkpoint).items() if path not in touched}
     return dict(sorted(linked.items()))
 

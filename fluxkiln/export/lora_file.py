@@ -9,7 +9,6 @@ Shapes: O = out features, I = in features, R = rank.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -18,9 +17,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fluxkiln.documents import SMALL, check_schema, read_object
 from fluxkiln.errors import CheckpointError, UsageError
 from fluxkiln.export.safetensors_header import read_header
+from fluxkiln.files import open_regular
 from fluxkiln.patches.model import Model
+from fluxkiln.types import TensorRef
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
     Tensors = dict[str, Tensor]
 
 METADATA_KEY = "lora_adapter_metadata"
+# What a matrix may be stored as; BOOL and whole numbers are none.
+DTYPES = ("BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2")
+MOST_PATTERNS = 2000
 _ELSEWHERE = "fuse it with the tool that made it and give that folder as the model"
 # What a tensor's name tells that the file has besides low-rank pairs for the transformer.
 _REFUSED = (
@@ -36,6 +41,8 @@ _REFUSED = (
     (r"^(lora_)?te\d?_|^text_encoder", "has layers for the text encoders; only the transformer's are fused"),
     (r"\.diff(_b)?$", "has whole differences besides low-rank pairs; only pairs are fused"),
 )  # fmt: skip
+# Names of layers, with what PEFT's patterns have in them. No groups and one repetition: nothing that takes long.
+_PATTERN = re.compile(r"(?:[\w.^$|-]|\\[.d-]|\\d\+){1,200}")
 _DOWN = re.compile(r"\.(lora_A|lora_down|down)\.weight$")
 _UP = re.compile(r"\.(lora_B|lora_up|up)\.weight$")
 
@@ -70,8 +77,9 @@ class LoraFile:
 def digest_lora(file: Path) -> str:
     """sha256 of the file's bytes, read once as long as it stays the same; UsageError when there is no such file."""
     try:
-        stat = file.stat()
-        return _digest(file.absolute(), (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino, stat.st_dev))
+        found = file.stat()
+        state = (found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev)
+        return _digest(file.absolute(), state)
     except OSError as error:
         raise UsageError(
             f"--lora {file}: {error.strerror}; give a LoRA's .safetensors file, as FILE or FILE:STRENGTH"
@@ -80,22 +88,25 @@ def digest_lora(file: Path) -> str:
 
 @lru_cache(maxsize=256)
 def _digest(file: Path, state: tuple[int, ...]) -> str:
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def read_lora(file: Path, model: Model) -> LoraFile:
+def read_lora(file: Path, model: Model, most: int | None = None) -> LoraFile:
     """Read, convert and check a LoRA file; tensors become float32.
 
     Memory: twice 4 bytes for each of the file's numbers, at most.
+
+    Args:
+        most: how many numbers it may have; a low-rank pair has no more than twice what its matrix has.
 
     Raises:
         UsageError: no such file.
         CheckpointError: no safetensors file, no LoRA in it, something besides pairs for the model's transformer, names
             that diffusers cannot convert, a NaN or Inf.
     """
-    sha256 = digest_lora(file)
-    names = list(read_header(file))
+    header = read_header(file)
+    names = list(header)
     for pattern, what in _REFUSED:
         hits = [name for name in names if re.search(pattern, name)]
         if hits:
@@ -105,6 +116,8 @@ def read_lora(file: Path, model: Model) -> LoraFile:
             f"{file} holds no LoRA: none of its {len(names)} tensors ({_some(names)}) is one of a low-rank pair, "
             "lora_A.weight or lora_down.weight say; give the file that a LoRA trainer wrote"
         )
+    _check_tensors(file, header, most)
+    sha256 = digest_lora(file)
     tensors, metadata = _load(file)
     if not any(".lora_A." in name for name in names):
         metadata = {}  # PEFT's; the other forms have their alphas in tensors
@@ -118,6 +131,23 @@ def read_lora(file: Path, model: Model) -> LoraFile:
         )
     pieces = _pieces(file, converted, alphas, metadata)
     return LoraFile(file, sha256, tuple(sorted(pieces, key=lambda piece: piece.tensor)))
+
+
+def _check_tensors(file: Path, header: Mapping[str, TensorRef], most: int | None) -> None:
+    """What the header alone tells: every tensor holds real numbers, at least one, and all of them not too many."""
+    for name, ref in header.items():
+        if ref.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{name} in {file} is {ref.dtype}, a LoRA's tensors are {', '.join(DTYPES)}; save it without quantizing"
+            )
+        if not ref.nbytes:
+            raise CheckpointError(f"{name} in {file} has the shape {list(ref.shape)}, which is empty; save it again")
+    numbers = sum(math.prod(ref.shape) for ref in header.values())
+    if most is not None and numbers > most:
+        raise CheckpointError(
+            f"{file} has {numbers} numbers, more than twice as many as what it changes; it is for a larger model: "
+            "give one for this"
+        )
 
 
 def _load(file: Path) -> tuple[Tensors, dict[str, Any]]:
@@ -134,17 +164,33 @@ def _load(file: Path) -> tuple[Tensors, dict[str, Any]]:
                 raise CheckpointError(
                     f"{name} in {file} has a NaN or Inf, weights must be finite; its training diverged: use another"
                 )
-    try:
-        metadata = json.loads(told) if told else {}
-        return tensors, {key.removeprefix("transformer."): value for key, value in metadata.items()}
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{file} has a {METADATA_KEY} that is no JSON object; save the LoRA again") from error
+    return tensors, read_metadata(told or "{}", f"{METADATA_KEY} of {file}")
+
+
+def read_metadata(text: str, where: str) -> dict[str, Any]:
+    """What PEFT wrote about a LoRA for the transformer, by PEFT's own names; CheckpointError where it is not legal."""
+    from fluxkiln.export.lora_schema import PeftConfig
+
+    remedy = "save the LoRA again"
+    data = text.encode(errors="surrogatepass")
+    found = read_object(data, where, error=CheckpointError, remedy=remedy, limits=SMALL)
+    config = {key.removeprefix("transformer."): value for key, value in found.items()}
+    check_schema(config, PeftConfig, where, error=CheckpointError, remedy=remedy)
+    patterns = config.get("alpha_pattern") or {}
+    if len(patterns) > MOST_PATTERNS:
+        raise CheckpointError(f"{where} has {len(patterns)} patterns, {MOST_PATTERNS} are the most; {remedy}")
+    for pattern in patterns:
+        if not _PATTERN.fullmatch(pattern):
+            raise CheckpointError(
+                f"{where} has the pattern {pattern[:80]!r}; names of layers are taken, joined by | at most: {remedy}"
+            )
+    return config
 
 
 def _convert(file: Path, model: Model, tensors: Tensors) -> tuple[Tensors, Mapping[str, Any]]:
     try:
         return model.convert_lora(tensors)
-    except (LookupError, ValueError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
+    except Exception as error:  # whatever the converters raise about what they do not know
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
             f"{file} has layers that diffusers' converter cannot place in {model.title} ({type(error).__name__}: "
@@ -156,9 +202,10 @@ def _pieces(file: Path, converted: Tensors, alphas: Mapping[str, Any], metadata:
     import torch
 
     names = {name.removeprefix("transformer."): tensor for name, tensor in converted.items()}
-    told = {_layer_of_alpha(name): float(alpha) for name, alpha in alphas.items()}
+    told = {_layer_of_alpha(name): _number(file, name, alpha) for name, alpha in alphas.items()}
     # One of the converters hands them through.
-    told |= {_layer_of_alpha(name): float(names.pop(name)) for name in list(names) if name.endswith(".alpha")}
+    own = [name for name in names if name.endswith(".alpha")]
+    told |= {_layer_of_alpha(name): _number(file, name, names.pop(name)) for name in own}
     if told and metadata:
         raise CheckpointError(
             f"{file} gives alphas twice, as tensors and in its metadata; save the LoRA again with either"
@@ -213,6 +260,17 @@ def _scale(layer: str, rank: int, told: Mapping[str, float], metadata: Mapping[s
             alpha = value
             break
     return float(alpha) / (math.sqrt(rank) if metadata.get("use_rslora") else rank)
+
+
+def _number(file: Path, name: str, alpha: Any) -> float:
+    import torch
+
+    values = torch.as_tensor(alpha).reshape(-1)
+    if values.numel() != 1:
+        raise CheckpointError(
+            f"{file} has {values.numel()} numbers as {name}, an alpha is one; it is damaged, or no LoRA of this kind"
+        )
+    return float(values[0])
 
 
 def _layer_of_alpha(name: str) -> str:

@@ -13,10 +13,15 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from fluxkiln.documents import DocumentLimits, read_object
 from fluxkiln.errors import CheckpointError
+from fluxkiln.files import open_regular
 from fluxkiln.types import TensorRef
 
 MAX_HEADER_BYTES = 100_000_000
+MAX_AXES = 16
+# A tensor has a dozen entries: room for 160,000, where FLUX.1's largest file has 1,500.
+HEADER_LIMITS = DocumentLimits(nbytes=MAX_HEADER_BYTES, entries=2_000_000, depth=4, digits=20)
 ITEM_BYTES: Mapping[str, int] = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2"), 1),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
@@ -34,7 +39,7 @@ def read_header(file: Path) -> dict[str, TensorRef]:
         CheckpointError: the file cannot be read, is shorter or longer than its header says, or the header is damaged.
     """
     try:
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
             file_bytes = stream.seek(0, 2)
             stream.seek(0)
             prefix = stream.read(8)
@@ -106,12 +111,9 @@ def copy_tensors(refs: Iterable[TensorRef], target: Path) -> dict[str, TensorRef
 
 
 def _parse_header(file: Path, raw: bytes, data_start: int, file_bytes: int) -> dict[str, TensorRef]:
-    try:
-        header = json.loads(raw)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"the header of {file} is no JSON ({error}); {_REFETCH}") from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"the header of {file} is a JSON {type(header).__name__}, not an object; {_REFETCH}")
+    header = read_object(
+        raw, f"the header of {file}", error=CheckpointError, remedy=_REFETCH, limits=HEADER_LIMITS
+    )  # fmt: skip
     header.pop("__metadata__", None)
     refs = sorted(
         (_parse_entry(file, name, entry, data_start) for name, entry in header.items()),
@@ -134,12 +136,16 @@ def _parse_header(file: Path, raw: bytes, data_start: int, file_bytes: int) -> d
 def _parse_entry(file: Path, name: str, entry: Any, data_start: int) -> TensorRef:
     try:
         dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
-        well_formed = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in (*shape, start, stop))
+        well_formed = (
+            isinstance(shape, list)
+            and len(shape) <= MAX_AXES
+            and all(type(n) is int and n >= 0 for n in (*shape, start, stop))
+        )
     except (TypeError, KeyError, ValueError):
         well_formed = False
     if not well_formed:
-        raise CheckpointError(f"the header of {file} describes {name} as {str(entry)[:80]}; {_REFETCH}")
-    if dtype not in ITEM_BYTES:
+        raise CheckpointError(f"the header of {file} describes {name!r:.80} as {str(entry)[:80]}; {_REFETCH}")
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
         raise CheckpointError(
             f"{name} in {file} has the dtype {dtype!r}; known are {', '.join(ITEM_BYTES)}: convert it to BF16"
         )

@@ -7,7 +7,7 @@ model it resembles.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -91,7 +91,7 @@ class Model(Protocol):
         classes: folder with weights -> class of its model; libraries: the package it is in. For a component, as
             `model_index.json` has them.
         components: those of a pipeline, in the order in which an image needs them; tokenizers: theirs, by component.
-        whole_numbers: component -> keys of its config that must be whole numbers of at least 1.
+        whole_numbers: component -> keys of its config that say how often something is in it.
         stacks: component -> lists of blocks in it, whose weights are read one block at a time, by the kind of block;
             components that are not named are read as a whole. first_is_needed: those whose first block makes what all
             others take.
@@ -132,6 +132,12 @@ class Model(Protocol):
 
     def variant(self, configs: Configs) -> str:
         """`dev` or `schnell`, say."""
+
+    def check_configs(self, configs: Configs, where: str) -> None:
+        """Raise CheckpointError where configs, by folder, lack a key, hold an illegal one or contradict each other."""
+
+    def load_sidecars(self, root: Path, components: Collection[str]) -> dict[str, Any]:
+        """The scheduler and the tokenizers of these components by their folder; CheckpointError for a broken one."""
 
     def state_names(self, component: str, names: Iterable[str]) -> Mapping[str, str]:
         """Name in the module's `state_dict()` -> name in the files, which have those of older releases."""

@@ -187,7 +187,7 @@ def drop_first_entry(folder):
     ("damage", "message"),
     [
         (remove("model_index.json"), r"no diffusers checkpoint: model_index\.json is missing; give a folder"),
-        (write("model_index.json", b"{"), r"model_index\.json is no JSON"),
+        (write("model_index.json", b"{"), r"model_index\.json is not valid JSON"),
         (write("model_index.json", b"[]"), r"holds a JSON list"),
         (
             edit("model_index.json", _class_name="SomePipeline"),
@@ -195,7 +195,7 @@ def drop_first_entry(folder):
         ),
         (edit("model_index.json", vae=["diffusers", "AutoencoderTiny"]), r"as vae, FLUX\.1 has AutoencoderKL"),
         (remove("transformer/config.json"), r"transformer/config\.json is missing"),
-        (write("vae/config.json", b"\xff"), r"vae/config\.json is no JSON"),
+        (write("vae/config.json", b"\xff"), r"vae/config\.json is not valid JSON"),
         (edit("transformer/config.json", num_layers="2"), r"num_layers = '2'"),
         (remove("scheduler/scheduler_config.json"), r"scheduler/scheduler_config\.json is missing"),
         (remove("vae/diffusion_pytorch_model.safetensors"), r"vae has no weights: model\.safetensors"),
@@ -210,8 +210,8 @@ def drop_first_entry(folder):
         (invent_in_index, r"index\.json lists invented\.weight for .*00002-of-00003\.safetensors does not"),
         (point_outside, r"names the shard '\.\./vae/.*shards lie in the folder of their index"),
         (edit(INDEX, weight_map=[]), r"has no weight_map"),
-        (change_header(lambda header: b"{]"), r"the header of .* is no JSON"),
-        (change_header(lambda header: b"[]"), r"is a JSON list, not an object"),
+        (change_header(lambda header: b"{]"), r"the header of .* is not valid JSON"),
+        (change_header(lambda header: b"[]"), r"holds a JSON list, no object"),
         (change_first_entry(shape=[1, 1]), r"bytes, but BF16 \[1, 1\] takes 2"),
         (change_first_entry(dtype="X9"), r"has the dtype 'X9'; known are"),
         (change_first_entry(shape=[-1, -1]), r"the header of .* describes"),

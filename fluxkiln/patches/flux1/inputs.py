@@ -97,10 +97,12 @@ def rotary_embedding(config: Mapping[str, Any], shapes: Shapes) -> dict[str, NDA
     from diffusers import FluxPipeline
     from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 
+    from fluxkiln.patches.flux1.schemas import ROPE_AXES
+
     rows, columns = shapes.height // 16, shapes.width // 16
     image_ids = FluxPipeline._prepare_latent_image_ids(1, rows, columns, torch.device("cpu"), torch.float32)
     ids = torch.cat([torch.zeros(shapes.tokens, 3), image_ids])
-    cos, sin = FluxPosEmbed(theta=10000, axes_dim=list(config["axes_dims_rope"]))(ids)
+    cos, sin = FluxPosEmbed(theta=10000, axes_dim=list(config.get("axes_dims_rope", ROPE_AXES)))(ids)
     return {"rotary_cos": cos.float().numpy(), "rotary_sin": sin.float().numpy()}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,6 +90,16 @@ class Flux1:
             else configs.get("scheduler", {}).get("use_dynamic_shifting", False)
         )
         return "dev" if guided else "schnell"
+
+    def check_configs(self, configs: Configs, where: str) -> None:
+        from fluxkiln.patches.flux1.schemas import check_configs
+
+        check_configs(configs, where)
+
+    def load_sidecars(self, root: Path, components: Collection[str]) -> dict[str, Any]:
+        from fluxkiln.patches.flux1.sidecars import load_sidecars
+
+        return load_sidecars(root, components)
 
     def state_names(self, component: str, names: Iterable[str]) -> dict[str, str]:
         found = {name: name for name in names}

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fluxkiln.errors import PatchError, ShapeError
 from fluxkiln.patches.flux1.inputs import pooled_row
 from fluxkiln.patches.flux1.kinds import CLIP_TOKENS, MODULATION_CHUNKS, modulation_name
+from fluxkiln.patches.flux1.sidecars import load_sidecars
 from fluxkiln.patches.pipeline import OnLatents, PartChain, PipelineFiles, Rendering, Sampling, quiet
 from fluxkiln.types import Part, Shapes
 
@@ -356,23 +357,20 @@ def build_pipeline(files: PipelineFiles, chain: PartChain, pipeline_class: Any =
     Its constants: `rotary_cos`, `rotary_sin` [J, K] float32, and T5's `position_bias` [1, H, T, T] float32, or
     `position_buckets` [T, T] int32 where it is split.
     """
-    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
-    from transformers import CLIPTokenizer, T5TokenizerFast
+    from diffusers import FluxPipeline
 
-    root, configs = files.root, files.configs
+    configs = files.configs
     rotary = {name: files.constants[name] for name in ("rotary_cos", "rotary_sin")}
-    scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(root / "scheduler")
+    sidecars = load_sidecars(files.root, ("text_encoder", "text_encoder_2"))
     kinds = {part.kind for part in chain.parts}
     if kinds & {"modulated_head", "transformer"}:
         transformer: Transformer = SplitTransformer(chain, configs["transformer"], rotary)
     elif "head" in kinds:
         transformer = Transformer(chain, configs["transformer"], rotary)
     else:
-        transformer = HoistedTransformer(chain, configs["transformer"], rotary, scheduler)
+        transformer = HoistedTransformer(chain, configs["transformer"], rotary, sidecars["scheduler"])
     return (pipeline_class or FluxPipeline)(
-        scheduler=scheduler,
-        tokenizer=CLIPTokenizer.from_pretrained(root / "tokenizer"),
-        tokenizer_2=T5TokenizerFast.from_pretrained(root / "tokenizer_2"),
+        **sidecars,
         text_encoder=TextEncoder(chain, configs["text_encoder"]),
         text_encoder_2=TextEncoder2(chain, configs["text_encoder_2"], files.constants),
         transformer=transformer,

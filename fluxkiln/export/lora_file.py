@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 METADATA_KEY = "lora_adapter_metadata"
 # What a matrix may be stored as; BOOL and whole numbers are none.
-DTYPES = ("BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2")
+_DTYPES = ("BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2")
 MOST_PATTERNS = 2000
 _ELSEWHERE = "fuse it with the tool that made it and give that folder as the model"
 # What a tensor's name tells that the file has besides low-rank pairs for the transformer.
@@ -136,9 +136,9 @@ def read_lora(file: Path, model: Model, most: int | None = None) -> LoraFile:
 def _check_tensors(file: Path, header: Mapping[str, TensorRef], most: int | None) -> None:
     """What the header alone tells: every tensor holds real numbers, at least one, and all of them not too many."""
     for name, ref in header.items():
-        if ref.dtype not in DTYPES:
+        if ref.dtype not in _DTYPES:
             raise CheckpointError(
-                f"{name} in {file} is {ref.dtype}, a LoRA's tensors are {', '.join(DTYPES)}; save it without quantizing"
+                f"{name} in {file} is {ref.dtype}, a LoRA's tensors are {', '.join(_DTYPES)}; save it without quantizing"
             )
         if not ref.nbytes:
             raise CheckpointError(f"{name} in {file} has the shape {list(ref.shape)}, which is empty; save it again")

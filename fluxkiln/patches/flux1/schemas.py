@@ -20,7 +20,7 @@ Width = Annotated[int, Meta(ge=1, le=1 << 16)]
 Even = Annotated[int, Meta(ge=2, le=4096, multiple_of=2)]
 Words = Annotated[int, Meta(ge=1, le=1 << 20)]
 Token = Annotated[int, Meta(ge=0, le=1 << 20)]
-Share = Annotated[float, Meta(ge=0, le=1)]
+Fraction = Annotated[float, Meta(ge=0, le=1)]
 # Far from where bfloat16 ends, on both sides.
 Factor = Annotated[float, Meta(gt=1e-6, lt=1e6)]
 Offset = Annotated[float, Meta(gt=-1e6, lt=1e6)]
@@ -30,7 +30,7 @@ Counts = Annotated[list[Depth], Meta(min_length=1, max_length=8)]
 Names = Annotated[list[Name], Meta(min_length=1, max_length=8)]
 
 
-class Clip(TypedDict):
+class ClipKeys(TypedDict):
     vocab_size: Words
     hidden_size: Width
     intermediate_size: Width
@@ -38,8 +38,8 @@ class Clip(TypedDict):
     num_attention_heads: Width
     max_position_embeddings: Width
     hidden_act: NotRequired[Name]
-    layer_norm_eps: NotRequired[Share]
-    attention_dropout: NotRequired[Share]
+    layer_norm_eps: NotRequired[Fraction]
+    attention_dropout: NotRequired[Fraction]
     projection_dim: NotRequired[Width]
     initializer_factor: NotRequired[Factor]
     bos_token_id: NotRequired[Token | None]
@@ -47,7 +47,7 @@ class Clip(TypedDict):
     pad_token_id: NotRequired[Token | None]
 
 
-class T5(TypedDict):
+class T5Keys(TypedDict):
     vocab_size: Words
     d_model: Width
     d_kv: Width
@@ -58,14 +58,14 @@ class T5(TypedDict):
     relative_attention_num_buckets: NotRequired[Annotated[int, Meta(ge=2, le=4096)]]
     relative_attention_max_distance: NotRequired[Annotated[int, Meta(ge=2, le=1 << 20)]]
     feed_forward_proj: Name
-    layer_norm_epsilon: NotRequired[Share]
-    dropout_rate: NotRequired[Share]
+    layer_norm_epsilon: NotRequired[Fraction]
+    dropout_rate: NotRequired[Fraction]
     initializer_factor: NotRequired[Factor]
     eos_token_id: NotRequired[Token | None]
     pad_token_id: NotRequired[Token | None]
 
 
-class Transformer(TypedDict):
+class TransformerKeys(TypedDict):
     patch_size: NotRequired[Literal[1]]
     in_channels: Width
     out_channels: NotRequired[Width | None]
@@ -79,7 +79,7 @@ class Transformer(TypedDict):
     axes_dims_rope: NotRequired[Annotated[list[Even], Meta(min_length=3, max_length=3)]]
 
 
-class Vae(TypedDict):
+class VaeKeys(TypedDict):
     in_channels: NotRequired[Width]
     out_channels: NotRequired[Width]
     latent_channels: Width
@@ -98,7 +98,7 @@ class Vae(TypedDict):
     force_upcast: NotRequired[bool | float]
 
 
-class TinyVae(TypedDict):
+class TinyVaeKeys(TypedDict):
     in_channels: NotRequired[Width]
     out_channels: NotRequired[Width]
     latent_channels: Width
@@ -116,7 +116,7 @@ class TinyVae(TypedDict):
     force_upcast: NotRequired[bool | float]
 
 
-class Scheduler(TypedDict):
+class SchedulerKeys(TypedDict):
     _class_name: Literal["FlowMatchEulerDiscreteScheduler"]
     num_train_timesteps: NotRequired[Annotated[int, Meta(ge=1, le=1_000_000)]]
     shift: NotRequired[Factor]
@@ -125,7 +125,7 @@ class Scheduler(TypedDict):
     max_shift: NotRequired[Factor | None]
     base_image_seq_len: NotRequired[Annotated[int, Meta(ge=1, le=1 << 24)] | None]
     max_image_seq_len: NotRequired[Annotated[int, Meta(ge=1, le=1 << 24)] | None]
-    shift_terminal: NotRequired[Share | None]
+    shift_terminal: NotRequired[Fraction | None]
     invert_sigmas: NotRequired[bool]
     stochastic_sampling: NotRequired[bool]
     time_shift_type: NotRequired[Literal["exponential", "linear"]]
@@ -135,12 +135,12 @@ class Scheduler(TypedDict):
 
 
 SCHEMAS: Mapping[str, Any] = {
-    "text_encoder": Clip,
-    "text_encoder_2": T5,
-    "transformer": Transformer,
-    "vae": Vae,
-    "vae_tiny": TinyVae,
-    "scheduler": Scheduler,
+    "text_encoder": ClipKeys,
+    "text_encoder_2": T5Keys,
+    "transformer": TransformerKeys,
+    "vae": VaeKeys,
+    "vae_tiny": TinyVaeKeys,
+    "scheduler": SchedulerKeys,
 }
 
 ROPE_AXES = (16, 56, 56)  # diffusers' default, which FLUX.1's own config does not repeat

@@ -138,7 +138,7 @@ def _check_tensors(file: Path, header: Mapping[str, TensorRef], most: int | None
     for name, ref in header.items():
         if ref.dtype not in _DTYPES:
             raise CheckpointError(
-                f"{name} in {file} is {ref.dtype}, a LoRA's tensors are {', '.join(_DTYPES)}; save it without quantizing"
+                f"{name} in {file} is {ref.dtype}, a LoRA's tensors are {', '.join(_DTYPES)}; save it unquantized"
             )
         if not ref.nbytes:
             raise CheckpointError(f"{name} in {file} has the shape {list(ref.shape)}, which is empty; save it again")

@@ -6,8 +6,10 @@ SHELL := /bin/bash
 
 VENV := .venv
 TPU_MLIR := $(or $(FLUXKILN_TPU_MLIR),.venv-tpu-mlir)
+SD_CPP := $(or $(FLUXKILN_SD_CPP),.venv-sd-cpp)
 VENV_MADE := $(VENV)/made-from.sha256
 TPU_MLIR_MADE := $(TPU_MLIR)/fluxkiln.json
+SD_CPP_MADE := $(SD_CPP)/fluxkiln.json
 BIN := $(VENV)/bin
 
 # A Python >= 3.11 that runs: shims of version managers exist for versions that do not.
@@ -25,7 +27,7 @@ NAMES = $(MODELS) STEPS:steps PROMPTS:prompts SEEDS:seeds
 OPTIONS = $(call options,$(NAMES))
 
 # What is given is text: make does not look for variables and functions of its own in it.
-$(foreach name,PROMPT PART BUNDLE OUT TARGET REGISTRY ACCEPT_LICENSE SIGN SEED STEP PORT $(foreach pair,$(NAMES),$(firstword $(subst :, ,$(pair)))),\
+$(foreach name,PROMPT PART BUNDLE OUT TARGET QUANT REGISTRY ACCEPT_LICENSE SIGN SEED STEP PORT $(foreach pair,$(NAMES),$(firstword $(subst :, ,$(pair)))),\
 	$(eval override $(name) := $$(value $(name))))
 # These may have lines of their own, which a recipe has not.
 export PROMPT PART
@@ -35,7 +37,7 @@ BUNDLE_FIRST = bundle=$(if $(BUNDLE),$(call quoted,$(BUNDLE)),"$$($(BIN)/fluxkil
 	$(call quoted,$(or $(TARGET),cpu)) $(call options,$(MODELS)) --json | \
 	$(BIN)/python -c 'import json, sys; print(json.load(sys.stdin).get("bundle", ""))')") || exit
 
-.PHONY: help env env-tpu-mlir envs bm1684x trn1 inf2 cpu generate serve debug report publish bench test check format \
+.PHONY: help env env-tpu-mlir env-sd-cpp envs bm1684x trn1 inf2 cpu gguf generate serve debug report publish bench test check format \
 	clean distclean
 
 help:  ## this list
@@ -60,6 +62,9 @@ inf2: env  ## the same for AWS Inferentia2
 
 cpu: env  ## checkpoint -> verified ONNX Runtime bundle
 	@$(BIN)/fluxkiln build cpu $(OPTIONS)
+
+gguf: env  ## checkpoint -> verified GGUF files: QUANT=Q8_0|Q6_K|Q5_K|Q5_1|Q5_0|Q4_K|Q4_1|Q4_0|BF16|F16
+	@$(BIN)/fluxkiln build gguf $(call option,QUANT,scheme) $(OPTIONS)
 
 generate: env  ## an image: PROMPT="a kiln at night" STEPS, SEED, OUT=images, PROMPTS=file; of BUNDLE or TARGET=cpu
 	@test -n "$$PROMPT"$(if $(PROMPTS), || true) || { echo 'error: there is no prompt; give one: PROMPT="..."' >&2; exit 2; }
@@ -102,10 +107,11 @@ clean:  ## remove builds and caches
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
 
 distclean: clean  ## remove the environments too
-	@rm -rf $(VENV) .venv-tpu-mlir
+	@rm -rf $(VENV) .venv-tpu-mlir .venv-sd-cpp
 
 env: $(VENV_MADE)  ## the main environment
 env-tpu-mlir: $(TPU_MLIR_MADE)  ## TPU-MLIR's own Python 3.10 environment
+env-sd-cpp: $(SD_CPP_MADE)  ## stable-diffusion.cpp, built from source (10 minutes), for tests and figures of GGUF files
 
 # Both at once: installing is mostly unpacking.
 envs:
@@ -124,6 +130,12 @@ $(VENV_MADE): pyproject.toml constraints.txt
 	echo "main environment: ready" >&2
 
 T := fluxkiln/compile/toolchains/tpu_mlir
-$(TPU_MLIR_MADE): $(T)/constraints.txt $(wildcard $(T)/check.py $(T)/deploy.py $(T)/environment.py $(T)/transform.py $(T)/stubs/*)
+$(TPU_MLIR_MADE): $(T)/constraints.txt $(wildcard $(T)/check.py $(T)/deploy.py $(T)/environment.py $(T)/transform.py $(T)/stubs/*) \
+		fluxkiln/compile/environment.py
 	$(NEED_PYTHON)
 	@$(PYTHON) -m fluxkiln.compile.toolchains.tpu_mlir.environment
+
+G := fluxkiln/compile/toolchains/gguf
+$(SD_CPP_MADE): $(G)/constraints.txt $(G)/client.py $(G)/environment.py fluxkiln/compile/environment.py
+	$(NEED_PYTHON)
+	@$(PYTHON) -m fluxkiln.compile.toolchains.gguf.environment

@@ -96,6 +96,22 @@ def check_weights(checkpoint: Checkpoint, plan: Plan) -> None:
         check_groups(scheme, ref.name, ref.shape[1])
 
 
+def stored_forms(checkpoint: Checkpoint, plan: Plan, folder: str) -> dict[str, str]:
+    """Tensor of a folder of the checkpoint -> how its part stores it: a format, or the arithmetic of its scheme.
+
+    What no part has, the half of a VAE that reads images say, is stored as the first part stores what it does not pack.
+    """
+    parts = [part for part in plan.parts if part.folder == folder]
+    found = dict.fromkeys(checkpoint.tensors[folder], str(plan.scheme(parts[0]).arithmetic))
+    for part in parts:
+        scheme, matrices = plan.scheme(part), quantizable(checkpoint, plan, part)
+        for ref in part_refs(checkpoint, plan, part):
+            name = ref.name.removeprefix(part.prefix)
+            packed = name in matrices and scheme.in_codes(name)
+            found[ref.name] = scheme.form if packed else scheme.arithmetic
+    return found
+
+
 def part_bytes(checkpoint: Checkpoint, plan: Plan, part: Part) -> int:
     """Bytes of a part's weights in a binary: quantized matrices with all that is beside their codes, and the others."""
     scheme, refs = plan.scheme(part), part_refs(checkpoint, plan, part)

@@ -104,7 +104,8 @@ class Toolchain(Protocol):
 
     Attributes:
         rungs: those of the ladder that are its own, in order; gates: theirs.
-        executors: what runs its bundles, the default first; fast: they can round activations to 8 bits as well.
+        executors: what runs its bundles, the default first; none where other programs do. fast: they can round
+            activations to 8 bits as well.
         compiler_stages: stages of actions in which the compiler runs; travelling: those whose results `mould export`
             carries to machines that have no compiler.
         largest_part: bytes of float32 weights of the largest part that its rungs execute; 0 for any.
@@ -274,6 +275,8 @@ def open_executor(bundle: Bundle, name: str | None = None, **options: Any) -> Ex
     """
     toolchain = toolchain_of(bundle.target)
     legal = toolchain.executors
+    if not legal:
+        return toolchain.open_executor(bundle, name, options)
     if name is not None and name not in legal:
         known = [one for other in all_toolchains().values() for one in other.executors]
         rule = f"a bundle for {bundle.target.name} is run by {' or '.join(legal)}"

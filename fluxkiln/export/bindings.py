@@ -116,6 +116,17 @@ def weight_reader(binding: Binding, checkpoint: Checkpoint) -> BoundWeights:
     return BoundWeights(checkpoint.tensors[binding.component], {slot.slot: slot for slot in binding.slots})
 
 
+def read_slots(binding: Binding, read: Callable[[str], NDArray[Any]]) -> Callable[[str], NDArray[Any]]:
+    """As `weight_reader`, of tensors by name from anywhere."""
+    slots = {slot.slot: slot for slot in binding.slots}
+
+    def weight(name: str) -> NDArray[Any]:
+        bound = slots[name]
+        return apply_transforms(read(bound.sources[0]), _in_torch_layout(bound.transforms))
+
+    return weight
+
+
 def _in_torch_layout(transforms: tuple[Transform, ...]) -> tuple[Transform, ...]:
     return transforms[:-1] if transforms and transforms[-1].op == "transpose" else transforms
 

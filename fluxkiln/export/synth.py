@@ -74,8 +74,8 @@ def unwritten_checkpoint(preset: str, components: Collection[str]) -> Checkpoint
     for name in with_sisters(model, components):
         shapes = model.layout(name, found.configs[name])
         tensors[name] = {
-            tensor: TensorRef(tensor, Path(name), "BF16", tuple(shape), 0, 2 * math.prod(shape))
-            for tensor, shape in shapes.items()
+            tensor: TensorRef(tensor, Path(name), "BF16", shapes[old], 0, 2 * math.prod(shapes[old]))
+            for tensor, old in model.state_names(name, shapes).items()
         }
     configs = {name: found.configs[name] for name in (*tensors, "scheduler")}
     return Checkpoint(Path(preset), preset, model.variant(found.configs), configs, tensors, {}, None, model)

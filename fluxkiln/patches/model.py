@@ -8,7 +8,7 @@ model it resembles.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fluxkiln.patches.pipeline import OnLatents, PartChain, PipelineFiles, Rendering, Sampling
 
 # Of this protocol; raised when a method is added or changes its meaning.
-API = 1
+API = 2
 
 Config = Mapping[str, Any]
 # component and tensor -> its values
@@ -69,6 +69,34 @@ class WeightUse:
 
     times: float
     idle: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """A tensor as another program has it: the rows of `sources`, the checkpoint's own, one after the other.
+
+    `swapped`: of each the second half comes first.
+    """
+
+    name: str
+    sources: tuple[str, ...]
+    swapped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class OtherLayout:
+    """A component as programs of others have it.
+
+    Attributes:
+        architecture: what they call it; facts: what their files say of it, by key.
+        stretch: how often a row is to be repeated until the component has the one width that diffusers' converter to
+            its own names takes for granted; 0 where there is no such number, or no converter.
+    """
+
+    tensors: tuple[Joined, ...]
+    architecture: str = ""
+    facts: Mapping[str, int | float | str] = field(default_factory=dict)
+    stretch: int = 0
 
 
 class Recorded(Protocol):
@@ -158,6 +186,9 @@ class Model(Protocol):
 
     def layout(self, folder: str, config: Config) -> dict[str, tuple[int, ...]]:
         """Names, as files have them, and shapes of the tensors of a component; no heavy import."""
+
+    def as_others(self, layout: str, component: str, configs: Configs) -> OtherLayout:
+        """A component as programs of others have it; UsageError where it has no such layout."""
 
     def write_tokenizers(self, root: Path, configs: Configs) -> dict[str, str]:
         """The tokenizers of these components below the folder `root`; their folders and classes."""

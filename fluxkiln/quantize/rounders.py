@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from fluxkiln.errors import SchemeError
 from fluxkiln.quantize.calibration import Statistics
+from fluxkiln.quantize.formats import FILE_FORMATS, PackedPlanes
 from fluxkiln.quantize.methods import Source, find_method, method_names
 from fluxkiln.quantize.pack import Rounder, RounderOf, bf16_to_float32, pack_by, pack_into, to_bf16_bits
 from fluxkiln.quantize.schemes import Scheme
@@ -65,6 +66,9 @@ def plain_packer(scheme: Scheme, rounder_of: RounderOf | None = None) -> PackerO
     """
 
     def packer_of(slot: str, columns: tuple[int, int] | None) -> Callable[[NDArray[Any]], SidedWeight]:
+        if scheme.form:
+            form = FILE_FORMATS[scheme.form]
+            return lambda weight: SidedWeight(PackedPlanes(form, form.pack(weight)))
         rounder = make_rounder(scheme) if rounder_of is None else rounder_of(slot, columns)
         return lambda weight: SidedWeight(pack_by(rounder, weight, scheme.group_size, scheme.weight_bits))
 

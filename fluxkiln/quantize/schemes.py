@@ -16,6 +16,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 from fluxkiln.errors import SchemeError
+from fluxkiln.quantize.formats import FILE_FORMATS
 from fluxkiln.quantize.methods import Method, Source, find_method, method_names
 from fluxkiln.quantize.side_tensors import SideTensors, side_shape, split_slot
 from fluxkiln.types import Kind
@@ -41,6 +42,8 @@ class Scheme:
         symmetric: all zero points are the middle level.
         rank: of the branch beside the codes; 0 for methods without one.
         kept: shell patterns on the names of weights that are not quantized, each once and sorted; see `keeps`.
+        form: of `quantize.formats`, which then says bits and group size; empty for codes, scales and zero points as
+            compilers take them.
     """
 
     arithmetic: Arithmetic
@@ -50,11 +53,14 @@ class Scheme:
     symmetric: bool = False
     rank: int = 0
     kept: tuple[str, ...] = ()
+    form: str = ""
 
     def __post_init__(self) -> None:
-        if self.weight_bits not in (0, 4, 8):
+        if self.form:
+            self._check_form()
+        elif self.weight_bits not in (0, 4, 8):
             raise SchemeError(f"{self.weight_bits}-bit weights: 4, 8 and unquantized are supported")
-        if self.weight_bits and self.group_size not in GROUP_SIZES:
+        elif self.weight_bits and self.group_size not in GROUP_SIZES:
             raise SchemeError(f"group size {self.group_size}: {', '.join(map(str, GROUP_SIZES))} are supported")
         method = find_method(self.method)
         if bool(self.rank) != bool(method.default_rank) or self.rank < 0:
@@ -75,6 +81,12 @@ class Scheme:
                 raise SchemeError(
                     f"{pattern!r} is no pattern of weights; letters, digits and _ . * ? [ ] ! may be in it"
                 )
+
+    def _check_form(self) -> None:
+        if self.method != "rtn" or self.symmetric:
+            raise SchemeError(
+                f"{self.form} has a way of its own to find codes; leave {'sym' if self.symmetric else self.method} out"
+            )
 
     def keeps(self, slot: str) -> bool:
         """Whether a slot stays in the scheme's arithmetic though the others of its part are quantized."""
@@ -112,7 +124,8 @@ class Scheme:
         """As it is asked for; without the method where that is the default."""
         if not self.weight_bits:
             return self.arithmetic
-        method = "" if self.method == DEFAULT_METHODS[self.weight_bits] else f"-{self.method}"
+        default = "rtn" if self.form else DEFAULT_METHODS[self.weight_bits]
+        method = "" if self.method == default else f"-{self.method}"
         return f"{self._format}{method}{self._rank}{'-sym' * self.symmetric}{self._kept}"
 
     @property
@@ -130,7 +143,9 @@ class Scheme:
 
     @property
     def bytes_per_weight(self) -> float:
-        """Codes, a bfloat16 scale and an 8-bit zero point a group; or numbers of 2 or 4 bytes."""
+        """Codes, a bfloat16 scale and an 8-bit zero point a group; those of the form; or numbers of 2 or 4 bytes."""
+        if self.form:
+            return FILE_FORMATS[self.form].bytes_per_weight
         if self.weight_bits:
             return self.weight_bits / 8 + 3 / self.group_size
         return 4.0 if self.arithmetic == "F32" else 2.0
@@ -142,6 +157,8 @@ class Scheme:
 
     @property
     def _format(self) -> str:
+        if self.form:
+            return self.form
         group = "" if self.group_size in (0, DEFAULT_GROUP_SIZE) else f"-g{self.group_size}"
         return f"W{self.weight_bits}{self.arithmetic}{group}"
 
@@ -165,9 +182,17 @@ _NAMED: Mapping[str, Scheme] = {
     "BF16": Scheme("BF16"),
     "W8BF16": Scheme("BF16", 8, DEFAULT_GROUP_SIZE, DEFAULT_METHODS[8]),
     "W4BF16": Scheme("BF16", 4, DEFAULT_GROUP_SIZE, DEFAULT_METHODS[4]),
+    # what a format does not quantize is stored as beside the compilers' codes
+    **{name: Scheme("BF16", one.bits, one.group, form=name) for name, one in FILE_FORMATS.items()},
 }
-SCHEME_NAMES = (*_NAMED, *(f"W4BF16-g{size}" for size in GROUP_SIZES if size != DEFAULT_GROUP_SIZE))
-_LEGAL = f"there are {', '.join(SCHEME_NAMES)}; quantized ones may name a method: -{', -'.join(method_names())}"
+SCHEME_NAMES = (
+    *(name for name in _NAMED if name not in FILE_FORMATS),
+    *(f"W4BF16-g{size}" for size in GROUP_SIZES if size != DEFAULT_GROUP_SIZE),
+)  # fmt: skip
+_LEGAL = (
+    f"there are {', '.join(SCHEME_NAMES)}; quantized ones may name a method: -{', -'.join(method_names())}; and, in "
+    f"files of that format, {', '.join(FILE_FORMATS)}"
+)
 
 
 def parse_scheme(text: str) -> Scheme:
@@ -301,6 +326,13 @@ def parse_schemes(text: str | None, default: str, kinds: Mapping[str, Kind]) -> 
 def check_groups(scheme: Scheme, slot: str, in_features: int) -> None:
     """Raise SchemeError when a weight's input width is no multiple of the group size."""
     if scheme.weight_bits and in_features % scheme.group_size:
+        if scheme.form:
+            legal_forms = [one.name for one in FILE_FORMATS.values() if in_features % one.group == 0]
+            raise SchemeError(
+                f"{scheme.form} stores {scheme.group_size} input channels together, which does not divide the "
+                f"{in_features} of {slot}; use {' or '.join(legal_forms) or 'BF16'} for that kind of part, --scheme "
+                f"{scheme.form},KIND={(*legal_forms, 'BF16')[0]}"
+            )
         legal = [size for size in GROUP_SIZES if in_features % size == 0]
         remedy = f"use {' or '.join(replace(_NAMED['W4BF16'], group_size=size).name for size in legal) or 'BF16'}"
         raise SchemeError(

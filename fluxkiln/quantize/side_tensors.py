@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.errors import SchemeError
+from fluxkiln.quantize.formats import PackedPlanes
 from fluxkiln.types import TRANSPOSED
 
 if TYPE_CHECKING:
@@ -116,13 +117,15 @@ class SideTensors:
 class SidedWeight:
     """A packed weight with what stands beside its codes, if anything does."""
 
-    packed: PackedWeight
+    packed: PackedWeight | PackedPlanes
     beside: SideTensors = SideTensors()
 
     def dequantize(self, group_size: int) -> NDArray[Any]:
         """The matrix that x is multiplied with in all, float32 [O, I]."""
         from fluxkiln.quantize.pack import bf16_to_float32, dequantize
 
+        if isinstance(self.packed, PackedPlanes):
+            return self.packed.dequantize()
         whole, beside = dequantize(self.packed, group_size), self.beside
         if beside.divisors is not None:
             whole /= beside.divisors

@@ -220,9 +220,10 @@ def packed_matmul(node: NodeProto, weight: SidedWeight, scheme: Scheme, sidecar:
     """
     from onnx.helper import make_node
 
-    from fluxkiln.quantize.pack import bf16_to_float32
+    from fluxkiln.quantize.pack import PackedWeight, bf16_to_float32
 
     packed, beside = weight.packed, weight.beside
+    assert isinstance(packed, PackedWeight), "formats of files are no operands of a product"
     x, output, bias = node.input[0], node.output[0], node.input[2] if len(node.input) > 2 else ""
     source, nodes = x, []
     if beside.divisors is not None and (beside.divisors != 1).any():

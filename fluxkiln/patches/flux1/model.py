@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 from fluxkiln.patches.flux1 import kinds
 from fluxkiln.patches.flux1.presets import GENERATOR, PRESETS, RULES
-from fluxkiln.patches.model import API, Call, Config, Preset, Put, ReadTensor, Recorded, WeightRule, WeightUse
+from fluxkiln.patches.model import (
+    API,
+    Call,
+    Config,
+    OtherLayout,
+    Preset,
+    Put,
+    ReadTensor,
+    Recorded,
+    WeightRule,
+    WeightUse,
+)
 from fluxkiln.types import BindingLicence, Configs, Kind, Part, Shapes, TensorSpec
 
 if TYPE_CHECKING:
@@ -133,6 +144,11 @@ class Flux1:
         from fluxkiln.patches.flux1.tensors import component_layout
 
         return component_layout(folder, config)
+
+    def as_others(self, layout: str, component: str, configs: Configs) -> OtherLayout:
+        from fluxkiln.patches.flux1.layouts import other_layout
+
+        return other_layout(layout, component, configs)
 
     def write_tokenizers(self, root: Path, configs: Configs) -> dict[str, str]:
         from fluxkiln.patches.flux1.tokenizers import write_clip_tokenizer, write_t5_tokenizer

@@ -10,26 +10,22 @@ Run as a module by any Python >= 3.11, with no package installed, it makes the e
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
 import os
 import platform
 import re
-import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from fluxkiln.compile.environment import Environment, Tell
 from fluxkiln.compile.toolchains.tpu_mlir.python310 import find_python310
-from fluxkiln.errors import FluxkilnError, ResourceError, ToolchainError
+from fluxkiln.errors import ToolchainError
 
 TPU_MLIR_VERSION = "1.30.2"
 TPU_MLIR_ROOT_VARIABLE = "FLUXKILN_TPU_MLIR"
-STAMP = "fluxkiln.json"
 
 _HERE = Path(__file__).resolve().parent
 _LOCK_FILE = _HERE / "constraints.txt"
@@ -43,8 +39,6 @@ _NEEDED_BYTES = 2_500_000_000
 _CHECK_CHIP = "bm1684x"
 _LAYOUT = 2  # raised when what is done to the environment after the install changes
 _CHECK_REL_L2 = 1e-5
-
-_Tell = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,16 +58,25 @@ class TpuMlirEnv:
     check_rel_l2: float
 
 
+def tpu_mlir_environment() -> Environment:
+    """How TPU-MLIR's environment is found and made."""
+    return Environment(
+        title=f"TPU-MLIR {TPU_MLIR_VERSION}",
+        folder=".venv-tpu-mlir",
+        cached=f"tpu-mlir-{TPU_MLIR_VERSION}",
+        variable=TPU_MLIR_ROOT_VARIABLE,
+        needed_bytes=_NEEDED_BYTES,
+        pins=_LOCK_FILE,
+        python=find_python310,
+        finish=_finish,
+        sources=(_CHECK, *sorted(_STUBS.rglob("*.py"))),
+        layout=_LAYOUT,
+    )
+
+
 def default_tpu_mlir_root() -> Path:
     """FLUXKILN_TPU_MLIR, else `.venv-tpu-mlir` of the source checkout, else a folder of the user's cache."""
-    named = os.environ.get(TPU_MLIR_ROOT_VARIABLE)
-    if named:
-        return Path(named).absolute()
-    checkout = _HERE.parents[3]
-    if (checkout / "pyproject.toml").is_file():
-        return checkout / ".venv-tpu-mlir"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "fluxkiln" / f"tpu-mlir-{TPU_MLIR_VERSION}"
+    return tpu_mlir_environment().root
 
 
 def installed() -> TpuMlirEnv | None:
@@ -83,18 +86,14 @@ def installed() -> TpuMlirEnv | None:
 
 def find_tpu_mlir(root: Path) -> TpuMlirEnv | None:
     """The environment in `root` when it is finished and current; None otherwise. Starts nothing."""
+    stamp = tpu_mlir_environment().find(root)
     try:
-        stamp = json.loads((root / STAMP).read_text(encoding="utf-8"))
-        current = stamp["key"] == _environment_key()
-        check_rel_l2 = float(stamp["check"]["rel_l2"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return None if stamp is None else _describe(root, float(stamp["check"]["rel_l2"]))
+    except (ValueError, KeyError, TypeError):
         return None
-    if not current or not (root / "bin" / "python").exists():
-        return None
-    return _describe(root, check_rel_l2)
 
 
-def ensure_tpu_mlir(root: Path, progress: _Tell) -> TpuMlirEnv:
+def ensure_tpu_mlir(root: Path, progress: Tell) -> TpuMlirEnv:
     """The environment in `root`, made first when it is missing, unfinished or of another version.
 
     Raises:
@@ -105,15 +104,17 @@ def ensure_tpu_mlir(root: Path, progress: _Tell) -> TpuMlirEnv:
     env = find_tpu_mlir(root)
     if env is not None:
         return env
+    _check_platform()
+    stamp = tpu_mlir_environment().ensure(progress, root)
+    return _describe(root, float(stamp["check"]["rel_l2"]))
+
+
+def _check_platform() -> None:
     if (sys.platform, platform.machine()) != ("linux", "x86_64"):
         raise ToolchainError(
             f"TPU-MLIR runs on linux x86_64 only, this is {sys.platform} {platform.machine()}; use another machine or "
             "the cpu target"
         )
-    python310 = find_python310()
-    with _locked(root, progress):
-        env = find_tpu_mlir(root)  # another process may have made it meanwhile
-        return env if env is not None else _make(root, python310, progress)
 
 
 def tool_argv(env: TpuMlirEnv, tool: str) -> list[str]:
@@ -203,45 +204,17 @@ def remove_bundled_glibc(package_root: Path, host: str) -> tuple[str, ...]:
     return tuple(removed)
 
 
-def _make(root: Path, python310: Path, progress: _Tell) -> TpuMlirEnv:
-    free = shutil.disk_usage(root).free
-    if free < _NEEDED_BYTES:
-        raise ResourceError(
-            f"{free / 1e9:.1f} GB free at {root}: TPU-MLIR's environment needs {_NEEDED_BYTES / 1e9:.1f} GB; free "
-            f"some, or name another folder in {TPU_MLIR_ROOT_VARIABLE}"
-        )
-    for leftover in root.iterdir():
-        if leftover.name != ".lock":
-            shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
-
-    progress(f"TPU-MLIR {TPU_MLIR_VERSION}: making its environment in {root} with {python310}")
-    install_log = root / "install.log"
-    python = root / "bin" / "python"
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    _run([str(python310), "-m", "venv", str(root)], install_log, root, clean, "the virtual environment was not made")
-    # pip would compile thousands of files that no tool imports; those that are imported get compiled then.
-    install = [str(python), "-m", "pip", "install", "-q", "--no-deps", "--no-compile", "-r", str(_LOCK_FILE)]
-    _run(install, install_log, root, clean, "its packages were not installed")
-
+def _finish(root: Path, tell: Tell) -> Mapping[str, Any]:
+    """Make the installed wheel usable here, and have it compile and run something."""
     host = (os.confstr("CS_GNU_LIBC_VERSION") or "").removeprefix("glibc ")
     bundled = bundled_glibc(root / _PACKAGE)
     removed = remove_bundled_glibc(root / _PACKAGE, host)
     _link_simulators(root)
-    env = _describe(root, float("nan"))
-    progress(f"TPU-MLIR {TPU_MLIR_VERSION}: self-check, one matmul compiled and run on the simulator")
-    check = check_tpu_mlir(env, root / "self-check")
-    stamp = {
-        "key": _environment_key(),
-        "tpu_mlir": TPU_MLIR_VERSION,
-        "python": str(python310),
-        "glibc": {"host": host, "bundled": bundled, "removed": list(removed)},
-        "check": check,
-    }
-    unfinished = root / f"{STAMP}.part"
-    unfinished.write_text(json.dumps(stamp, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(root / STAMP)
-    progress(f"TPU-MLIR {TPU_MLIR_VERSION}: ready, self-check relative L2 {check['rel_l2']:.1e}")
-    return _describe(root, check["rel_l2"])
+    tell(f"TPU-MLIR {TPU_MLIR_VERSION}: self-check, one matmul compiled and run on the simulator")
+    check = check_tpu_mlir(_describe(root, float("nan")), root / "self-check")
+    tell(f"TPU-MLIR {TPU_MLIR_VERSION}: self-check relative L2 {check['rel_l2']:.1e}")
+    glibc = {"host": host, "bundled": bundled, "removed": list(removed)}
+    return {"tpu_mlir": TPU_MLIR_VERSION, "glibc": glibc, "check": check}
 
 
 def _describe(root: Path, check_rel_l2: float) -> TpuMlirEnv:
@@ -271,7 +244,7 @@ def check_tpu_mlir(env: TpuMlirEnv, work: Path) -> dict[str, float]:
     argv = [str(env.python), str(_CHECK), _CHECK_CHIP, str(result)]
     for tool in ("model_transform", "model_deploy"):
         argv += ["--", *tool_argv(env, tool)]
-    _run(
+    tpu_mlir_environment().run(
         argv,
         work / "check.log",
         work,
@@ -288,67 +261,18 @@ def check_tpu_mlir(env: TpuMlirEnv, work: Path) -> dict[str, float]:
     return numbers
 
 
-def _environment_key() -> str:
-    """Digest of everything that decides what the environment is and how it was checked."""
-    digest = hashlib.sha256(f"layout {_LAYOUT}".encode())
-    for path in (_LOCK_FILE, _CHECK, *sorted(_STUBS.rglob("*.py"))):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
-
-
 def _join(folders: list[Path], rest: str) -> str:
     return os.pathsep.join([*map(str, folders), *([rest] if rest else [])])
 
 
-def _run(argv: list[str], log: Path, cwd: Path, environ: Mapping[str, str], what_failed: str) -> None:
-    """Run a command with its output appended to `log`; ToolchainError with the log's last lines when it fails."""
-    with log.open("ab") as output:
-        done = subprocess.run(
-            argv, cwd=cwd, env=environ, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, check=False
-        )
-    if done.returncode:
-        raise ToolchainError(
-            f"TPU-MLIR {TPU_MLIR_VERSION}: {what_failed} (exit code {done.returncode}): {_last_lines(log)}; "
-            f"all of it is in {log}"
-        )
-
-
-def _last_lines(log: Path) -> str:
-    """The last lines that say something: errors when there are any, else whatever came last."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if re.search(r"error|not found|killed|no space|failed", line, re.IGNORECASE)]
-    return " / ".join((errors or lines)[-3:]) or "it said nothing"
-
-
-@contextmanager
-def _locked(root: Path, progress: _Tell) -> Iterator[None]:
-    """Hold `root` for this process; the lock goes with the process, however that ends."""
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        lock = (root / ".lock").open("w")
-    except OSError as error:
-        raise ResourceError(
-            f"{root} cannot be written ({error.strerror}); name another folder in {TPU_MLIR_ROOT_VARIABLE}"
-        ) from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            progress(f"another process is making {root}: waiting for it")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def main() -> int:
     """Make the default environment; progress and errors go to stderr."""
-    root = default_tpu_mlir_root()
     try:
-        ensure_tpu_mlir(root, lambda line: print(line, file=sys.stderr, flush=True))
-    except FluxkilnError as error:
+        _check_platform()
+    except ToolchainError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    os.utime(root / STAMP)  # tells make that it is as new as its sources
-    return 0
+    return tpu_mlir_environment().main()
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from fluxkiln.compile.environment import STAMP
 from fluxkiln.compile.toolchains.tpu_mlir import environment as tpu_mlir_env
 from fluxkiln.compile.toolchains.tpu_mlir.environment import (
-    STAMP,
     TPU_MLIR_ROOT_VARIABLE,
     TPU_MLIR_VERSION,
     TpuMlirEnv,
@@ -45,7 +45,7 @@ def write_finished(root: Path, key: str | None = None) -> Path:
     """What `find_tpu_mlir` looks at, in a folder without a compiler."""
     (root / "bin").mkdir(parents=True, exist_ok=True)
     (root / "bin/python").touch()
-    stamp = {"key": key or tpu_mlir_env._environment_key(), "check": {"rel_l2": 1e-7}}
+    stamp = {"key": key or tpu_mlir_env.tpu_mlir_environment().key, "check": {"rel_l2": 1e-7}}
     (root / STAMP).write_text(json.dumps(stamp), encoding="utf-8")
     return root
 
@@ -82,12 +82,12 @@ def test_unfinished_environment_is_not_found(tmp_path, damage):
 
 
 def test_key_follows_the_pins(tmp_path, monkeypatch):
-    before = tpu_mlir_env._environment_key()
+    before = tpu_mlir_env.tpu_mlir_environment().key
     pins = tpu_mlir_env._LOCK_FILE.read_text(encoding="utf-8")
     changed = tmp_path / tpu_mlir_env._LOCK_FILE.name
     changed.write_text(pins.replace("numpy==1.24.3", "numpy==1.24.4"), encoding="utf-8")
     monkeypatch.setattr(tpu_mlir_env, "_LOCK_FILE", changed)
-    assert tpu_mlir_env._environment_key() != before
+    assert tpu_mlir_env.tpu_mlir_environment().key != before
 
 
 def test_every_package_is_pinned():
@@ -99,7 +99,7 @@ def test_every_package_is_pinned():
 
 def test_second_process_waits_and_takes_what_the_first_made(tmp_path, monkeypatch):
     monkeypatch.setattr(tpu_mlir_env, "find_python310", lambda: Path("/not/needed"))
-    monkeypatch.setattr(tpu_mlir_env, "_make", lambda *_: pytest.fail("made a second time"))
+    monkeypatch.setattr(tpu_mlir_env, "_finish", lambda *_: pytest.fail("made a second time"))
     waiting, found = threading.Event(), []
 
     def second() -> None:

@@ -21,6 +21,8 @@ DEFAULT_MODEL = "tiny-dev"
 DEFAULT_PROMPT = "a small kiln by a river at night"
 STORE_VARIABLE = "FLUXKILN_STORE"
 MOST_SEEDS = 256
+# Of jobs, tokens, steps and cores: more than any machine or model takes.
+MOST_COUNT = 10_000
 MOST_SEED = 2**63 - 1
 
 _T = TypeVar("_T")
@@ -262,6 +264,10 @@ class Settings:
         ):
             if value is not None and value < 1:
                 raise UsageError(f"{name} {value}: at least 1 is needed; leave the option out for the default")
+            if value is not None and value > MOST_COUNT:
+                raise UsageError(f"{name} {value}: {MOST_COUNT} are the most; leave the option out for the default")
+        if not 0 <= self.seed <= MOST_SEED:
+            raise UsageError(f"seed {self.seed}: a seed is a whole number from 0 to {MOST_SEED}; give another")
 
     @property
     def store_path(self) -> Path:

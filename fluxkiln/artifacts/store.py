@@ -45,6 +45,14 @@ TAG_ANNOTATION = "org.opencontainers.image.ref.name"
 _TAG = re.compile(r"[A-Za-z0-9]+(?:(?:[-._:@+/]|--)[A-Za-z0-9]+)*")
 
 
+def legal_tag(name: str) -> str:
+    """`name` as a tag: itself where the grammar allows it, else its letters and digits, and a digest of all of it."""
+    if _TAG.fullmatch(name):
+        return name
+    plain = "-".join(re.findall(r"[A-Za-z0-9]+", name)) or "build"
+    return f"{plain[:80].strip('-')}-{digest_bytes(name.encode()).removeprefix('sha256:')[:10]}"
+
+
 @dataclass(frozen=True, slots=True)
 class Blob:
     """Name (`sha256:<hex>`) and size of some bytes in a store."""

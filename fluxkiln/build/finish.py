@@ -16,7 +16,7 @@ from fluxkiln.artifacts.actions import Action
 from fluxkiln.artifacts.bundle import write_bundle
 from fluxkiln.artifacts.code import package_version
 from fluxkiln.artifacts.modelpack import store_bundle
-from fluxkiln.artifacts.store import Blob
+from fluxkiln.artifacts.store import Blob, legal_tag
 from fluxkiln.build.prepared import Prepared, lora_facts
 from fluxkiln.compile.bundle import CONFIGS, HOST_CONSTANTS
 from fluxkiln.compile.executor import bind_net
@@ -153,7 +153,7 @@ def finish_bundle(prepared: Prepared, made: Made, progress: Progress, laps: Laps
         prepared.plan.bundle, sources, manifest, store, roles={HOST_CONSTANTS: "constants"},
         build={"machine": _machine(), "fluxkiln": __version__, **lora_facts(prepared.checkpoint)},
     )  # fmt: skip
-    digest = store_bundle(store, prepared.plan.bundle, f"{prepared.name}:{prepared.plan.target.name}")
+    digest = store_bundle(store, prepared.plan.bundle, legal_tag(f"{prepared.name}:{prepared.plan.target.name}"))
     shutil.rmtree(work, ignore_errors=True)
     laps.lap("bundle")
     facts: dict[str, Any] = {

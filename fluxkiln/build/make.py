@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln import __version__
@@ -34,7 +34,7 @@ from fluxkiln.build.prepared import (
 from fluxkiln.compile.plan import Plan
 from fluxkiln.compile.targets import Target, find_target
 from fluxkiln.compile.toolchain import toolchain_of
-from fluxkiln.errors import CheckpointError, ShapeError
+from fluxkiln.errors import CheckpointError, ShapeError, UsageError
 from fluxkiln.export.checkpoint import Checkpoint, open_checkpoint
 from fluxkiln.export.fingerprint import DigestMemo, digest_tensors, file_states, fingerprint, scan_finite
 from fluxkiln.export.lora import fuse_once, fused_folder
@@ -43,7 +43,7 @@ from fluxkiln.files import build_lock
 from fluxkiln.patches.registry import all_presets
 from fluxkiln.progress import STEP_BYTES, Laps, OnBytes, Progress, Silent, count_bytes
 from fluxkiln.quantize.schemes import parse_scheme
-from fluxkiln.settings import Settings
+from fluxkiln.settings import OPTIONS, Settings
 from fluxkiln.types import Shapes, check_steps
 
 if TYPE_CHECKING:
@@ -146,6 +146,8 @@ def _prepared(settings: Settings, checkpoint: Checkpoint) -> Prepared:
     _, schemes = target.parse_schemes(settings.scheme, checkpoint.model.kinds)
     shapes = choose_shapes(settings, checkpoint)
     layout = toolchain_of(target).lay_out(settings, target, checkpoint)
+    if layout is None:
+        _refuse_cuts(settings)
     parts = chosen_parts(settings, checkpoint, split=layout is not None)
     check_steps(parts, settings.steps)
     folder = settings.build_dir.absolute() / target.name / _name(settings, target, checkpoint, shapes).lower()
@@ -156,6 +158,16 @@ def _prepared(settings: Settings, checkpoint: Checkpoint) -> Prepared:
         plan = settle_kept(checkpoint, plan)
     cache = ActionCache(open_store(settings.store_path.absolute()))
     return Prepared(settings, checkpoint, plan, cache, folder.name, "")
+
+
+def _refuse_cuts(settings: Settings) -> None:
+    """Raise UsageError for settings of targets that cut the model, where the target does not."""
+    for one in fields(settings):
+        if one.name in ("instance", "tp_degree", "granularity", "flags") and getattr(settings, one.name) != one.default:
+            raise UsageError(
+                f"--{OPTIONS[one.name].flag} {getattr(settings, one.name)}: target {settings.target} does not cut the "
+                "model over cores; leave it out"
+            )
 
 
 def _name(settings: Settings, target: Target, checkpoint: Checkpoint, shapes: Shapes) -> str:

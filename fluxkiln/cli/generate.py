@@ -14,7 +14,7 @@ from fluxkiln.cli.bundle import bundle_folder
 from fluxkiln.cli.options import PATH, BundleCommand, read_size
 from fluxkiln.cli.output import Output, count_text, json_option, open_progress, path_text, seconds_text
 from fluxkiln.errors import ResourceError, ToolchainError, UsageError
-from fluxkiln.settings import read_prompts
+from fluxkiln.settings import MOST_SEED, read_prompts
 from fluxkiln.verify.report.page import size as size_text
 
 if TYPE_CHECKING:
@@ -22,6 +22,11 @@ if TYPE_CHECKING:
     from fluxkiln.generate.painter import Painter, Request
 
 PORT = 7860
+MOST_IMAGES, MOST_THREADS, MOST_BOARDS = 10_000, 1024, 1024
+# The images of a prompt have the seeds that follow.
+SEED = click.IntRange(0, MOST_SEED - MOST_IMAGES)
+THREADS = click.IntRange(0, MOST_THREADS)
+BOARD = click.IntRange(0, MOST_BOARDS)
 
 
 @click.command(cls=BundleCommand)
@@ -34,14 +39,20 @@ PORT = 7860
 @click.option("--prompt-2", metavar="TEXT", help="What T5 gets, if not the prompt itself.")
 @click.option("--steps", type=int, metavar="N", help="Denoising steps. Default: dev 28, schnell 4.")
 @click.option("--guidance", type=float, metavar="X", help="Guidance scale, dev only. Default: 3.5.")
-@click.option("--seed", type=int, metavar="N", default=0, help="Seed of the first image of a prompt; others follow.")
-@click.option("--n-images", type=int, metavar="N", default=1, help="Images of each prompt. Default: 1.")
+@click.option("--seed", type=SEED, metavar="N", default=0, help="Seed of the first image of a prompt; others follow.")
+@click.option(
+    "--n-images",
+    type=click.IntRange(max=MOST_IMAGES),
+    metavar="N",
+    default=1,
+    help="Images of each prompt. Default: 1.",
+)
 @click.option("--rows", type=int, metavar="N", help="Write a grid of all images as well, in N rows.")
 @click.option("--size", metavar="WxH", help="Checked against the bundle, which is compiled for one size.")
 @click.option("--tokens", type=int, metavar="N", help="Checked against the bundle, like the size.")
 @click.option("--executor", metavar="NAME", help="What runs the parts, see below. Default: by the bundle.")
-@click.option("--device", type=int, metavar="N", default=0, help="The number of the board that runs it. Default: 0.")
-@click.option("--threads", type=int, metavar="N", default=0, help="Threads of one operation. Default: all cores.")
+@click.option("--device", type=BOARD, metavar="N", default=0, help="The number of the board that runs it. Default: 0.")
+@click.option("--threads", type=THREADS, metavar="N", default=0, help="Threads of one operation. Default: all cores.")
 @click.option(
     "--fast",
     is_flag=True,
@@ -190,8 +201,8 @@ def _show(output: Output, bundle: Bundle, facts: Mapping[str, str], document: Ma
 @click.option("--host", metavar="ADDRESS", default="127.0.0.1", help="Where to listen. Default: this machine only.")
 @click.option("--port", type=int, metavar="N", default=PORT, help=f"Default: {PORT}; 0 picks a free one.")
 @click.option("--executor", metavar="NAME", help="What runs the parts, see below. Default: by the bundle.")
-@click.option("--device", type=int, metavar="N", default=0, help="The number of the board that runs it. Default: 0.")
-@click.option("--threads", type=int, metavar="N", default=0, help="Threads of one operation. Default: all cores.")
+@click.option("--device", type=BOARD, metavar="N", default=0, help="The number of the board that runs it. Default: 0.")
+@click.option("--threads", type=THREADS, metavar="N", default=0, help="Threads of one operation. Default: all cores.")
 @json_option
 @click.pass_obj
 def serve_command(

@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 import fluxkiln
-from fluxkiln.cli.output import Output
+from fluxkiln.cli.output import Output, json_option, open_streams, say, visible
 from fluxkiln.errors import FluxkilnError, ResourceError, UsageError
 
 TRACEBACK_VARIABLE = "FLUXKILN_TRACEBACK"
@@ -81,13 +81,23 @@ class Commands(NamedCommands):
             formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
 
 
+def show_version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    """Print the version and end."""
+    if wanted:
+        output = context.obj or Output()
+        output.document({"version": fluxkiln.__version__})
+        output.line(f"fluxkiln, version {fluxkiln.__version__}")
+        context.exit()
+
+
 @click.group(
     cls=Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     epilog="`fluxkiln COMMAND --help` says more. Every command takes --json: one JSON document on stdout. "
     "Exit codes: 0 ok, 1 failure, 2 usage, 3 parity failed, 4 integrity, 5 missing toolchain.",
 )
-@click.version_option(fluxkiln.__version__, prog_name="fluxkiln")
+@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=show_version, help="Show it.")
+@json_option
 def fluxkiln_command() -> None:
     """From a diffusers checkpoint to accelerator artifacts: compile each kind of block once, cast every block's weights
     into it, prove each step against diffusers.
@@ -100,6 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; this is where every error becomes a sentence."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     if arguments is None:
+        open_streams()
         _quieten_libraries()
         _end_by_interrupt()
     output = Output(as_json="--json" in given)
@@ -107,12 +118,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             code = fluxkiln_command.main(given, prog_name="fluxkiln", standalone_mode=False, obj=output)
         finally:
-            # A closed pipe shows here, not when the interpreter ends.
-            sys.stdout.flush()
+            # A closed pipe or a full disk shows here, not when the interpreter ends.
+            say("", end="")
         return code if isinstance(code, int) else 0
     except FluxkilnError as error:
         if error.details:
-            click.echo(error.details, err=True)
+            say(visible(error.details), err=True)
         places = {name: place for name in ("bundle", "report") if (place := getattr(error, name, ""))}
         return output.error(type(error).__name__, str(error), error.exit_code, places)
     except click.exceptions.NoArgsIsHelpError as error:
@@ -123,8 +134,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, click.Abort):
         return output.error("Interrupted", INTERRUPTED, INTERRUPTED_CODE)
     except BrokenPipeError:
-        # Nobody reads on; what is left in the buffer must not complain at the end either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except MemoryError:
         return output.error("ResourceError", OUT_OF_MEMORY, ResourceError.exit_code)
@@ -206,7 +215,7 @@ def _bug(output: Output, error: BaseException) -> int:
 
     text = "".join(traceback.format_exception(error))
     if os.environ.get(TRACEBACK_VARIABLE):
-        click.echo(text, err=True, nl=False)
+        say(text, err=True, end="")
         where = "traceback above"
     else:
         try:

@@ -5,25 +5,31 @@ Long work is shown there too: bars on a terminal, a few lines elsewhere.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
+import re
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 import click
 
+from fluxkiln.errors import ResourceError
 from fluxkiln.progress import FROM_STORE
 
 Clock = Callable[[], float]
 _F = TypeVar("_F", bound=Callable[..., Any])
+MOST_SHOWN = 4000
+# Control characters but for tab and line feed; what changes the order of writing; halves of surrogate pairs.
+_UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _STYLES = {"ok": "green", "yes": "green", "passed": "green", "missing": "red", "changed": "red", "failed": "red"}
 
 
@@ -37,13 +43,13 @@ class Output:
     def document(self, value: Any) -> None:
         """The answer for programs; says nothing without --json."""
         if self.as_json:
-            click.echo(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False))
+            say(json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False))
             self.written = True
 
     def line(self, text: str = "") -> None:
         """A line for people."""
         if not self.as_json:
-            click.echo(text)
+            say(visible(text))
 
     def facts(self, facts: Mapping[str, str]) -> None:
         """Name and value, one pair a line, values aligned; pairs without a value are left out."""
@@ -54,7 +60,7 @@ class Output:
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """A table for people: drawn on a terminal, aligned text elsewhere. Columns of numbers begin with `>`."""
-        texts = [[str(cell) for cell in row] for row in rows]
+        texts = [[visible(str(cell)) for cell in row] for row in rows]
         if fancy(sys.stdout) and not self.as_json:
             _draw(columns, texts)
         else:
@@ -63,10 +69,48 @@ class Output:
     def error(self, kind: str, message: str, code: int, places: Mapping[str, str] | None = None) -> int:
         """A sentence on stderr, and with --json a document unless there is one already, with the `places` of what there
         is in spite of the error; returns the exit code."""
-        click.echo(f"error: {message}", err=True)
+        shown = visible(message) if len(message) < MOST_SHOWN else visible(message[:MOST_SHOWN]) + " ..."
+        say(f"error: {shown}", err=True)
         if not self.written:
-            self.document({"error": {"kind": kind, "message": message, "exit_code": code, **(places or {})}})
+            with suppress(ResourceError):  # the first error is the one to tell
+                self.document({"error": {"kind": kind, "message": message, "exit_code": code, **(places or {})}})
         return code
+
+
+def say(text: str, err: bool = False, end: str = "\n") -> None:
+    """A text on stdout, or on stderr with `err`. One that nobody reads any more is dropped, and what follows it.
+
+    Raises ResourceError: stdout cannot be written to for another reason.
+    """
+    try:
+        click.echo(text + end, err=err, nl=False)
+    except OSError as error:
+        stream = sys.stderr if err else sys.stdout
+        # What is left in the buffer must not complain at the end either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        if not err and not isinstance(error, BrokenPipeError):
+            raise ResourceError(
+                f"standard output cannot be written to: {error.strerror}; the work is done: send it elsewhere"
+            ) from error
+
+
+def visible(text: str) -> str:
+    """The text with what would steer a terminal, or is no text, shown as an escape; lines stay lines."""
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def open_streams() -> None:
+    """Standard streams that are there and take every character: one that was closed leads to nothing."""
+    for number, name, mode in ((0, "stdin", os.O_RDONLY), (1, "stdout", os.O_WRONLY), (2, "stderr", os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(os.open(os.devnull, mode), number)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "r" if number == 0 else "w", closefd=False))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def json_option(command: _F) -> _F:
@@ -226,7 +270,8 @@ class LineProgress:
 
     def _say(self, text: str, now: float) -> None:
         self._last = now
-        print(text, file=self._stream, flush=True)
+        with suppress(OSError):  # nobody reads it: the work goes on
+            print(visible(text), file=self._stream, flush=True)
 
 
 class RichProgress:

@@ -297,8 +297,12 @@ def parse_schemes(text: str | None, default: str, kinds: Mapping[str, Kind]) -> 
     families: dict[str, tuple[str, ...]] = {}
     for one in kinds.values():
         families[one.family] = (*families.get(one.family, ()), one.name)
+    places: set[str] = set()
     for exception in exceptions:
         place, name = parse_exception(exception, "a kind of part, or KIND.PATTERN for some weights of one")
+        if place in places:
+            raise SchemeError(f"scheme {text!r}: {place} is given twice; say once how it is stored")
+        places.add(place)
         kind, dot, pattern = place.partition(".")
         if kind not in schemes and kind not in families:
             known = ", ".join(dict.fromkeys([*schemes, *families]))

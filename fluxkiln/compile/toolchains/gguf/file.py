@@ -30,7 +30,7 @@ _ReadRows = Callable[[int, int], "NDArray[Any]"]
 # what a folder's file has its names from; the others are safetensors with their publisher's names
 LAYOUTS: Mapping[str, str] = {"transformer": "bfl", "text_encoder_2": "llama.cpp"}
 # matrices of no more elements are float32 too
-SMALL = 1024
+MOST_PLAIN_ELEMENTS = 1024
 
 
 def file_name(folder: str) -> str:
@@ -49,7 +49,7 @@ def plan_file(checkpoint: Checkpoint, plan: Plan, folder: str) -> tuple[FileTens
     """The tensors of a file; SchemeError as `plan_tensors`."""
 
     def small(shape: tuple[int, ...]) -> str:
-        return "F32" if folder in LAYOUTS and (len(shape) < 2 or math.prod(shape) <= SMALL) else ""
+        return "F32" if folder in LAYOUTS and (len(shape) < 2 or math.prod(shape) <= MOST_PLAIN_ELEMENTS) else ""
 
     return plan_tensors(checkpoint, plan, folder, layout_of(checkpoint, folder).tensors, small)
 

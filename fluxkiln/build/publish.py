@@ -54,7 +54,7 @@ from fluxkiln.artifacts.registry.place import (
     parse_reference,
     with_tag,
 )
-from fluxkiln.artifacts.registry.transfer import TRANSFERS, Patience, Stop
+from fluxkiln.artifacts.registry.transfer import TRANSFERS, Patience, Stop, each
 from fluxkiln.artifacts.store import Blob
 from fluxkiln.digests import Json, digest_bytes
 from fluxkiln.errors import IntegrityError, ParityError, UsageError
@@ -217,17 +217,20 @@ def list_tags(reference: str, transfers: Transfers | None = None) -> tuple[Refer
     """The tags of a repository, each with its manifest; None where it is none of a bundle."""
     source = parse_reference(reference, tagged=False)
     found: dict[str, Document | None] = {}
-    with _open(source, transfers or Transfers(), write=False) as (place, _):
-        for tag in sorted(place.tags()):
+    with _open(source, transfers or Transfers(), write=False) as (place, stop):
+
+        def describe(tag: str) -> None:
             try:
                 with_tag(source, tag)
             except UsageError:
-                continue  # no tag that anybody could ask for
+                return  # no tag that anybody could ask for
             try:
                 found[tag] = parse_document(place.manifest(tag), f"manifest {tag} of {place.name}")
             except IntegrityError:
                 found[tag] = None
-    return source, found
+
+        each(place.tags(), describe, stop, 8)
+    return source, dict(sorted(found.items()))
 
 
 def tag_reference(reference: str, tag: str, transfers: Transfers | None = None) -> tuple[Reference, Document]:
@@ -356,7 +359,7 @@ def _signature(place: Place, document: Document, key: Path | None) -> bytes | No
 @contextmanager
 def _open(reference: Reference, transfers: Transfers, *, write: bool) -> Iterator[tuple[Place, Stop]]:
     """The place that a reference names, closed at the end."""
-    stop = Stop()
+    stop = Stop(seconds=(transfers.patience or Patience()).deadline)
     place: Place
     if isinstance(reference, LayoutReference):
         place = open_layout(reference.path, write=write, stop=stop)

@@ -28,18 +28,22 @@ PARITY_WORDS = {
 
 
 def transfer_options(command: _F) -> _F:
-    """Adds --plain-http and --transfers and hands them over as `transfers`."""
+    """Adds --plain-http, --transfers and --deadline and hands them over as `transfers`."""
 
     @functools.wraps(command)
-    def wrapped(*args: Any, plain_http: bool, parallel: int, **kwargs: Any) -> Any:
+    def wrapped(*args: Any, plain_http: bool, parallel: int, deadline: float, **kwargs: Any) -> Any:
+        from fluxkiln.artifacts.registry.transfer import Patience
         from fluxkiln.build.publish import Transfers
 
         if parallel < 1:
             raise UsageError(f"--transfers {parallel}: at least 1 is needed; leave the option out for the default")
-        return command(*args, transfers=Transfers(plain_http, parallel), **kwargs)
+        return command(*args, transfers=Transfers(plain_http, parallel, Patience(deadline=deadline)), **kwargs)
 
     text = "Files under way at once. Default: 4."
     wrapped = click.option("--transfers", "parallel", type=int, metavar="N", default=4, help=text)(wrapped)
+    text = "Seconds until a registry is given up. Each MiB that is moved adds 4. Default: 300."
+    seconds = click.FloatRange(1, 1e6)
+    wrapped = click.option("--deadline", type=seconds, metavar="SECONDS", default=300.0, help=text)(wrapped)
     text = "No TLS. For a registry on this machine it is not used anyway."
     return click.option("--plain-http", is_flag=True, help=text)(wrapped)  # type: ignore[return-value]
 

@@ -119,6 +119,7 @@ def pull(
         _heal(destination, keep=staging)
         check_replaceable(destination)
         _check_room(parent, staging, found.document)
+        stop.allow(found.document.size)
         with disk_full_named(parent, found.document.size):
             try:
                 _receive_all(place, found.document, staging, stop, jobs, progress, _earlier_files(destination))
@@ -292,6 +293,7 @@ def push(
     layers = list({layer.digest: layer for layer in reversed(document.layers)}.values())
     same = [layer for layer in document.layers if layer not in layers]
     lock = threading.Lock()
+    stop.allow(document.size)
     for turn in range(_ROUNDS):
         sent: dict[str, int] = {}
         meter = Meter(progress, "push", [*layers, document.config])

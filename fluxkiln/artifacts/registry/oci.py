@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -30,12 +30,14 @@ from fluxkiln.artifacts.registry.session import Answer, AuthorizationError, Sess
 from fluxkiln.artifacts.registry.transfer import Arrival, Departure, Patience, Stop, TransientError, retrying
 from fluxkiln.artifacts.store import MANIFEST_TYPE
 from fluxkiln.digests import digest_bytes
+from fluxkiln.documents import read_object, read_object_file
 from fluxkiln.errors import IntegrityError, RegistryError, ResourceError, UsageError
 from fluxkiln.files import write_durably
 
 # A chunk that fails is sent again from where the registry says it stands; smaller blobs go in one request.
 CHUNK_BYTES = 64 << 20
 MAX_TAG_PAGES = 1000
+MAX_TAGS = 100_000
 # Of one blob, after its upload was lost.
 MAX_RESTARTS = 3
 MOST_HINTS = 20_000
@@ -138,10 +140,14 @@ class OciPlace:
             answer = self._session.ask("GET", url, accept=(200, 404), what=f"tags of {self.name}")
             if answer.status == 404:
                 raise UsageError(f"there is no repository {self.name}; check its name, or publish to it first")
-            try:
-                found += [str(name) for name in json.loads(answer.body)["tags"] or ()]
-            except (ValueError, KeyError, TypeError, RecursionError):
-                raise RegistryError(f"{self.name} answers no list of tags; check the registry's address") from None
+            remedy = "check the registry's address"
+            listed = read_object(answer.body, f"the tags of {self.name}", error=RegistryError, remedy=remedy)
+            tags = listed.get("tags") or []
+            if not isinstance(tags, list) or not all(isinstance(tag, str) and len(tag) <= 256 for tag in tags):
+                raise RegistryError(f"{self.name} answers no list of tags; {remedy}")
+            found += tags
+            if len(found) > MAX_TAGS:
+                raise RegistryError(f"{self.name} has more than {MAX_TAGS} tags, which are not listed; {remedy}")
             after = re.match(r'<([^>]+)>;\s*rel="?next', answer.headers.get("Link", ""))
             if after is None:
                 break
@@ -305,10 +311,8 @@ def open_registry(
 def read_hints(host: str) -> dict[str, str]:
     """Digest -> repository; empty where nothing is known or the file cannot be read."""
     try:
-        found = json.loads(_hints_file(host).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return {}
-    if not isinstance(found, Mapping):
+        found = read_object_file(_hints_file(host))
+    except (OSError, IntegrityError):
         return {}
     return {digest: name for digest, name in found.items() if isinstance(name, str) and is_repository(name)}
 

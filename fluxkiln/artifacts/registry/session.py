@@ -6,24 +6,19 @@ Sources: OCI distribution-spec v1.1; docs.docker.com, "Token authentication spec
 
 from __future__ import annotations
 
-import base64
-import binascii
-import json
-import os
 import re
-import subprocess
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import httpx2
 
 from fluxkiln import __version__
+from fluxkiln.artifacts.registry.credentials import Credential, find_credential
 from fluxkiln.artifacts.registry.place import is_loopback
 from fluxkiln.artifacts.registry.transfer import Patience, Stop, TransientError, retrying
+from fluxkiln.documents import SMALL, read_object
 from fluxkiln.errors import FluxkilnError, RegistryError
 
 MAX_REDIRECTS = 5
@@ -32,6 +27,7 @@ CONNECTIONS = 8
 MAX_ANSWER_BYTES = 16 << 20
 _LATER = (408, 425, 429, 500, 502, 503, 504)
 _REDIRECT = (301, 302, 303, 307, 308)
+_TOKEN = re.compile(r"[\x21-\x7e]+")
 _PARAMETER = re.compile(r'([A-Za-z_]+)="([^"]*)"')
 
 
@@ -106,7 +102,7 @@ class Session:
 
         def once() -> Answer:
             with self.stream(method, url, headers=headers, body=body) as response:
-                answer = read_answer(response, what)
+                answer = read_answer(response, what, self.stop)
             if answer.status not in accept:
                 raise refused(answer, what)
             return answer
@@ -144,7 +140,11 @@ class Session:
                 sent["Authorization"] = authorization
             if pieces is not None:
                 sent["Content-Length"] = str(length)
-            request = self._client.build_request(method, target, headers=sent, content=pieces or body or None)
+            self.stop.check()
+            self._check_clear(target, sent)
+            request = self._client.build_request(
+                method, target, headers=sent, content=pieces or body or None, timeout=self._timeout()
+            )
             try:
                 response = self._client.send(request, stream=True)
             except httpx2.TransportError as error:
@@ -182,6 +182,18 @@ class Session:
         raise RegistryError(f"{self.origin.host} sends us to {target.scheme}://{target.host}, which is not encrypted; "
                             "that is not followed")  # fmt: skip
 
+    def _check_clear(self, target: httpx2.URL, sent: Mapping[str, str]) -> None:
+        """Raise AuthorizationError before a credential or a token travels where everybody can read it."""
+        if "Authorization" in sent and target.scheme != "https" and not is_loopback(target.netloc.decode()):
+            raise AuthorizationError(
+                f"{target.host} is spoken to without TLS, and a credential is not sent unencrypted; use its https "
+                "address, or log out of it"
+            )
+
+    def _timeout(self) -> httpx2.Timeout:
+        left = max(self.stop.left(), 0.1)
+        return httpx2.Timeout(min(self.patience.read, left), connect=min(self.patience.connect, left), pool=None)
+
     def _answer_challenge(self, response: httpx2.Response, tried: str | None) -> None:
         """Find the authorization that the registry asks for; AuthorizationError when there is none left to try."""
         if self._login:
@@ -207,25 +219,37 @@ class Session:
             )
         self._check_scheme(realm)
         wanted = {name: parameters[name] for name in ("service", "scope") if name in parameters}
+        headers = {"Authorization": credential.basic()} if credential and not credential.identity_token else {}
+        if credential is not None:
+            self._check_clear(realm, {"Authorization": "what there is"})
+            if not _belongs(realm.host, self.origin.host):
+                raise AuthorizationError(
+                    f"{self._host} wants its login sent to {realm.host}, which is neither its own host nor in its "
+                    "domain; that is not done: check the registry's address"
+                )
+        if credential is not None and credential.identity_token:
+            form = {"grant_type": "refresh_token", "refresh_token": credential.identity_token, "client_id": "fluxkiln"}
+            request = self._client.build_request("POST", realm, data={**form, **wanted}, timeout=self._timeout())
+        else:
+            request = self._client.build_request("GET", realm, params=wanted, headers=headers, timeout=self._timeout())
         try:
-            if credential is not None and credential.identity_token:
-                token = credential.identity_token
-                form = {"grant_type": "refresh_token", "refresh_token": token, "client_id": "fluxkiln", **wanted}
-                response = self._client.post(realm, data=form)
-            else:
-                headers = {"Authorization": credential.basic()} if credential else {}
-                response = self._client.get(realm, params=wanted, headers=headers)
+            response = self._client.send(request, stream=True)
+            try:
+                answer = read_answer(response, f"a token of {realm.host}", self.stop, SMALL.nbytes)
+            finally:
+                response.close()
         except httpx2.TransportError as error:
             raise TransientError(_describe(error, realm)) from error
-        if response.status_code in _LATER:
-            raise TransientError(f"{realm.host} answers {_status(response.status_code)}")
-        if response.status_code != 200:
+        if answer.status in _LATER:
+            raise TransientError(f"{realm.host} answers {_status(answer.status)}")
+        if answer.status != 200:
             raise self._refuse(credential)
-        try:
-            document: Any = response.json()
-            return "Bearer " + str(document.get("token") or document["access_token"])
-        except (ValueError, KeyError, AttributeError):
-            raise RegistryError(f"{realm.host} answers no token; check the registry's address") from None
+        remedy = "check the registry's address"
+        document = read_object(answer.body, f"the token of {realm.host}", error=RegistryError, remedy=remedy)
+        token = document.get("token") or document.get("access_token")
+        if not isinstance(token, str) or not _TOKEN.fullmatch(token):
+            raise RegistryError(f"{realm.host} answers no token; {remedy}")
+        return f"Bearer {token}"
 
     def _refuse(self, credential: Credential | None) -> AuthorizationError:
         again = f"docker login {self._host} (or skopeo login {self._host})"
@@ -235,13 +259,28 @@ class Session:
         return AuthorizationError(f"{self._host} does not accept the credential{who}; log in again: {again}")
 
 
-def read_answer(response: httpx2.Response, what: str) -> Answer:
-    """An answer read whole; RegistryError when it is larger than any of a registry is."""
+def _belongs(host: str, registry: str) -> bool:
+    """Whether a registry's logins may go to `host`: itself, or a neighbour under the domain it is in.
+
+    A domain of two short names, `co.uk` say, is nobody's.
+    """
+    if host == registry:
+        return True
+    domain = registry.split(".")[1:] if registry.count(".") > 1 else registry.split(".")
+    owned = len(domain) > 2 or (len(domain) == 2 and (len(domain[0]) > 3 or len(domain[1]) > 2))
+    return owned and not is_loopback(registry) and (host == ".".join(domain) or host.endswith("." + ".".join(domain)))
+
+
+def read_answer(response: httpx2.Response, what: str, stop: Stop | None = None, most: int | None = None) -> Answer:
+    """An answer read whole, as it was sent; RegistryError when it is larger than `most`, or too slow."""
+    most = MAX_ANSWER_BYTES if most is None else most
     found = bytearray()
     for piece in response.iter_raw():
+        if stop is not None:
+            stop.check()
         found += piece
-        if len(found) > MAX_ANSWER_BYTES:
-            raise RegistryError(f"{what}: the answer is larger than {MAX_ANSWER_BYTES} bytes, which none is; check the "
+        if len(found) > most:
+            raise RegistryError(f"{what}: the answer is larger than {most} bytes, which none is; check the "
                                 "registry's address")  # fmt: skip
     return Answer(response.status_code, response.headers, bytes(found), response.url)
 
@@ -287,106 +326,3 @@ def _describe(error: httpx2.TransportError, target: httpx2.URL) -> str:
     if isinstance(error, httpx2.ConnectError) and target.scheme == "https" and "SSL" in str(error).upper():
         hint = " (TLS failed; a registry without TLS needs --plain-http)"
     return f"{target.netloc.decode()} {kind}{hint}"
-
-
-HELPER_SECONDS = 30
-# What Docker calls its own registry in that file.
-_DOCKER_HUB = ("docker.io", "index.docker.io", "registry-1.docker.io")
-_HELPER = re.compile(r"[A-Za-z0-9._-]+")
-_TOKEN_USER = "<token>"
-
-
-@dataclass(frozen=True, slots=True)
-class Credential:
-    """User and password, or an identity token to be exchanged; nothing of it is ever shown."""
-
-    user: str = ""
-    password: str = field(default="", repr=False)
-    identity_token: str = field(default="", repr=False)
-
-    def basic(self) -> str:
-        """As an Authorization header has it."""
-        return "Basic " + base64.b64encode(f"{self.user}:{self.password}".encode()).decode()
-
-
-def find_credential(host: str) -> Credential | None:
-    """The credential for a registry, or None when the user has logged in nowhere like it.
-
-    Looked for in `$DOCKER_CONFIG/config.json` or `~/.docker/config.json`: the host's own helper, the store, then the
-    file itself; then in the file that skopeo and podman write.
-
-    Raises RegistryError: a file that cannot be read, or a helper that fails.
-    """
-    names = (host, f"https://{host}", f"https://{host}/v2/", f"http://{host}")
-    if host in _DOCKER_HUB:
-        names = ("https://index.docker.io/v1/", *_DOCKER_HUB)
-    files = [Path(os.environ.get("DOCKER_CONFIG") or Path.home() / ".docker", "config.json")]
-    if auth_file := os.environ.get("REGISTRY_AUTH_FILE"):
-        files.append(Path(auth_file))
-    elif runtime := os.environ.get("XDG_RUNTIME_DIR"):
-        files.append(Path(runtime, "containers", "auth.json"))
-    for path in files:
-        if not path.is_file():
-            continue
-        try:
-            config = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise RegistryError(
-                f"{path} cannot be read ({type(error).__name__}); put it right or log in again"
-            ) from None
-        if not isinstance(config, dict):
-            raise RegistryError(f"{path} is no JSON object; put it right or log in again")
-        helpers, auths = (config.get(key) or {} for key in ("credHelpers", "auths"))
-        asked = [(helpers.get(name), name) for name in names] if isinstance(helpers, Mapping) else []
-        for helper, name in [*asked, *((config.get("credsStore"), name) for name in names)]:
-            if isinstance(helper, str) and (found := _ask(helper, name)) is not None:
-                return found
-        for name in names if isinstance(auths, Mapping) else ():
-            if isinstance(entry := auths.get(name), Mapping) and (found := _entry(entry, path, name)) is not None:
-                return found
-    return None
-
-
-def _entry(entry: Mapping[str, Any], path: Path, name: str) -> Credential | None:
-    token = entry.get("identitytoken")
-    if isinstance(token, str) and token:
-        return Credential(identity_token=token)
-    auth = entry.get("auth")
-    if not isinstance(auth, str) or not auth:
-        return None
-    try:
-        user, colon, password = base64.b64decode(auth, validate=True).decode().partition(":")
-    except (binascii.Error, UnicodeDecodeError):
-        colon = ""
-    if not colon:
-        raise RegistryError(f"{path} has no usable entry for {name}; log in again: docker login {name}")
-    return Credential(user, password)
-
-
-def _ask(helper: str, name: str) -> Credential | None:
-    """What a helper knows; its protocol is the host on stdin and JSON on stdout."""
-    if not _HELPER.fullmatch(helper):
-        raise RegistryError(f"the credential helper {helper!r} has no legal name; put Docker's config.json right")
-    program = f"docker-credential-{helper}"
-    try:
-        done = subprocess.run(
-            [program, "get"], input=name, capture_output=True, text=True, timeout=HELPER_SECONDS, check=False
-        )
-    except FileNotFoundError:
-        raise RegistryError(f"{program} is not installed, Docker's config.json names it; install it or log in "
-                            "without it") from None  # fmt: skip
-    except subprocess.TimeoutExpired:
-        raise RegistryError(
-            f"{program} did not answer for {name} in {HELPER_SECONDS} s; unlock it and try again"
-        ) from None
-    if done.returncode:
-        # Its way to say that it has nothing; the sentence goes to stdout.
-        if "not found" in done.stdout.lower() or "no credentials" in done.stdout.lower():
-            return None
-        raise RegistryError(f"{program} failed for {name} (exit code {done.returncode}); unlock it or log in again")
-    try:
-        answer = json.loads(done.stdout)
-        user, secret = str(answer["Username"]), str(answer["Secret"])
-    except (ValueError, KeyError, TypeError):
-        raise RegistryError(f"{program} answered no credential for {name}; log in again") from None
-    return Credential(identity_token=secret) if user == _TOKEN_USER else Credential(user, secret)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import random
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -24,6 +26,9 @@ TRANSFERS = 4
 # What a progress display counts: a file below that is one step.
 SHOWN_BYTES = 64 << 20
 
+# Seconds for each byte: 256 KiB a second are slow.
+PACE = 1 / (256 << 10)
+
 _T = TypeVar("_T")
 
 
@@ -40,13 +45,17 @@ class TransientError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How long a peer may take and how often it may fail. Seconds; `attempts` count without progress in between."""
+    """How long a peer may take and how often it may fail. Seconds; `attempts` count without progress in between.
+
+    `deadline`: of a whole command, and `PACE` more for each byte that it is to move.
+    """
 
     attempts: int = 6
     connect: float = 10.0
     read: float = 30.0
     first_wait: float = 0.5
     longest_wait: float = 10.0
+    deadline: float = 300.0
 
     def wait(self, failures: int) -> float:
         """Seconds before the next try: doubled each time, and spread so that clients do not come back together."""
@@ -56,19 +65,34 @@ class Patience:
 
 @dataclass(slots=True)
 class Stop:
-    """Tells all transfers of a command to end: one of them failed for good, or the user has had enough."""
+    """Tells all transfers of a command to end: one failed for good, the user has had enough, or it took too long."""
 
     event: threading.Event = field(default_factory=threading.Event)
+    seconds: float = math.inf
+    began: float = field(default_factory=time.monotonic)
+
+    def allow(self, nbytes: int) -> None:
+        """So many bytes are to be moved: the deadline is later."""
+        self.seconds += PACE * nbytes
+
+    def left(self) -> float:
+        """Seconds until the deadline."""
+        return self.began + self.seconds - time.monotonic()
 
     def check(self) -> None:
         """Raise when it is over."""
         if self.event.is_set():
             raise StoppedError("stopped, since another transfer failed")
+        if self.left() <= 0:
+            raise RegistryError(
+                f"the registry is too slow: its deadline of {self.seconds:.0f} s is over. Run the same command again, "
+                "what has arrived is kept; --deadline gives it more"
+            )
 
     def sleep(self, seconds: float) -> None:
         """Wait, but not when it is over."""
-        if self.event.wait(seconds):
-            self.check()
+        self.event.wait(max(0.0, min(seconds, self.left())))
+        self.check()
 
 
 class StoppedError(Exception):

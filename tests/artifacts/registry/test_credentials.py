@@ -6,7 +6,7 @@ import stat
 
 import pytest
 
-from fluxkiln.artifacts.registry.session import Credential, find_credential
+from fluxkiln.artifacts.registry.credentials import Credential, find_credential
 from fluxkiln.errors import RegistryError
 
 
@@ -93,7 +93,7 @@ def test_broken_helpers_are_named_and_not_quoted(own_credentials, helper, script
         ({"credHelpers": {"ghcr.io": "../../bin/sh"}}, "no legal name"),
         ({"auths": {"ghcr.io": {"auth": "***"}}}, "no usable entry"),
         ({"auths": {"ghcr.io": {"auth": base64.b64encode(b"nocolon").decode()}}}, "no usable entry"),
-        ([], "no JSON object"),
+        ([], "holds a JSON list, no object"),
     ],
 )
 def test_broken_files_are_named(own_credentials, helper, config, sentence):

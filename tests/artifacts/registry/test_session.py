@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from fluxkiln.artifacts.registry.session import AuthorizationError, Session
+from fluxkiln.artifacts.registry.session import AuthorizationError, Session, _belongs
 from fluxkiln.artifacts.registry.transfer import Patience, Stop, StoppedError
 from fluxkiln.errors import RegistryError
 
@@ -226,3 +227,55 @@ def test_a_stopped_session_asks_nothing(stub, session):
     with pytest.raises(StoppedError):
         one.ask("GET", "/", accept=(200,), what="x")
     assert registry.seen == []
+
+
+def challenging(realm: str):
+    """An answer that asks for a token from `realm`, unless there is one."""
+    header = {"WWW-Authenticate": f'Bearer realm="{realm}",service="s"'}
+    return lambda method, path, authorization: (200, {}, b"") if authorization else (401, header, b"")
+
+
+@pytest.mark.parametrize(
+    ("headers", "body", "fault"),
+    [
+        ({}, b'{"token": "' + b"x" * (1 << 21) + b'"}', "larger than 1048576 bytes"),
+        ({"Content-Encoding": "gzip"}, gzip.compress(b'{"token": "x"}'), "is not valid JSON"),
+        ({}, b'{"token": "x\\r\\nEvil: 1"}', "answers no token"),
+        ({}, b'{"token": ["x"]}', "answers no token"),
+        ({}, b"[" * 60_000, "is not valid JSON"),
+    ],
+)
+def test_a_token_is_small_and_a_token(stub, session, headers, body, fault):
+    tokens = stub(lambda method, path, authorization: (200, headers, body))
+    registry = stub(challenging(f"http://{tokens.host}/token"))
+    with pytest.raises(RegistryError, match=fault):
+        session(registry.host).ask("GET", "/", accept=(200,), what="x")
+
+
+def test_a_deadline_ends_slow_answers(stub, session):
+    slow = stub(lambda method, path, authorization: (503, {"Retry-After": "60"}, b""))
+    one = session(slow.host, stop=Stop(seconds=0.3))
+    with pytest.raises(RegistryError, match=r"its deadline of 0 s is over.*--deadline gives it more"):
+        one.ask("GET", "/", accept=(200,), what="x")
+
+
+def test_a_credential_is_not_sent_in_clear():
+    one = Session("http://registry.example", authorization="Basic eDp5")
+    with pytest.raises(AuthorizationError, match="a credential is not sent unencrypted"):
+        one.ask("GET", "/", accept=(200,), what="x")
+
+
+@pytest.mark.parametrize(
+    ("host", "registry", "belongs"),
+    [
+        ("auth.docker.io", "registry-1.docker.io", True),
+        ("gitlab.com", "registry.gitlab.com", True),
+        ("ghcr.io", "ghcr.io", True),
+        ("evil.example", "registry.docker.io", False),
+        ("evildocker.io", "registry.docker.io", False),
+        ("evil.co.uk", "registry.co.uk", False),
+        ("127.0.0.2", "127.0.0.1", False),
+    ],
+)
+def test_where_logins_may_go(host, registry, belongs):
+    assert _belongs(host, registry) is belongs

@@ -124,7 +124,7 @@ $(VENV_MADE): pyproject.toml constraints.txt
 	@if sha256sum --check --status $@ 2>/dev/null; then touch $@; exit; fi; set -e; \
 	echo "main environment: making it in $(VENV) with $(PYTHON)" >&2; \
 	test -e $@ || { rm -rf $(VENV); $(PYTHON) -m venv $(VENV); }; \
-	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e '.[dev,trn1]'; \
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e '.[dev,trn1,train]'; \
 	$(BIN)/python -m compileall -qq -j 0 -x /tests/ $(VENV)/lib fluxkiln || true; \
 	sha256sum $^ > $@; \
 	echo "main environment: ready" >&2

@@ -5,6 +5,8 @@ FluxkilnError                  exit 1   something the user or the machine can pu
 │   ├── ShapeError             exit 2   a size or token count the model or the chip cannot take
 │   └── SchemeError            exit 2   a quantization scheme that does not fit a weight
 ├── CheckpointError            exit 1   a folder that is no FLUX.1 checkpoint, or a damaged one
+├── DatasetError               exit 1   pictures and prompts that cannot be trained on; says which line
+├── TrainingError              exit 1   a training whose loss is no number any more
 ├── PatchError                 exit 1   upstream code differs from what a patch was written for
 ├── ExportError                exit 1   a template that could not be traced or does not hold what it must
 ├── CompileError               exit 1   a compiler that failed, or whose result is not what was asked for
@@ -43,6 +45,14 @@ class SchemeError(UsageError):
 
 class CheckpointError(FluxkilnError):
     """A folder that is no FLUX.1 checkpoint, or a damaged one."""
+
+
+class DatasetError(FluxkilnError):
+    """Pictures and prompts that cannot be trained on; says which line."""
+
+
+class TrainingError(FluxkilnError):
+    """A training whose loss is no number any more."""
 
 
 class PatchError(FluxkilnError):

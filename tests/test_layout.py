@@ -18,13 +18,14 @@ PACKAGE = ROOT / "fluxkiln"
 GROUND = ("errors", "types", "files", "digests", "documents", "progress", "settings", "plugins")
 HEIGHTS = {
     "ground": 0, "patches": 1, "quantize": 1, "artifacts": 1, "export": 2, "verify": 3, "compile": 4, "toolchains": 5,
-    "build": 6, "debug": 7, "generate": 7, "cli": 8, "__main__": 9,
+    "train": 4, "build": 6, "debug": 7, "generate": 7, "cli": 8, "__main__": 9,
 }  # fmt: skip
 
 HEAVY = {
     "torch", "torchvision", "diffusers", "transformers", "tokenizers", "huggingface_hub", "safetensors", "accelerate",
     "onnx", "onnxruntime", "onnxscript", "onnx_ir", "numba", "numpy", "scipy", "skimage", "PIL", "rich", "jinja2",
-    "sentencepiece", "psutil", "gguf", "starlette", "uvicorn", "jax", "jaxlib", "torchax", "ml_dtypes",
+    "sentencepiece", "psutil", "gguf", "starlette", "uvicorn", "jax", "jaxlib", "torchax", "ml_dtypes", "peft",
+    "datasets",
 }  # fmt: skip
 
 MOST_LINES, MOST_PARAMETERS = 400, 8

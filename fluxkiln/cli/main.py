@@ -34,6 +34,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "doctor": ("build", "Show every tool, its version, and what is missing for which target."),
     "synth": ("model", "Write a synthetic checkpoint: a model's architecture, random weights."),
     "fuse": ("model", "Write a checkpoint with LoRAs fused into its transformer."),
+    "train": ("train", "Train on a checkpoint: a LoRA from pictures and prompts."),
     "calibrate": ("quantize", "Record what goes into every layer, for the methods that round by it."),
     "quantize": ("quantize", "Compare methods layer by layer, and choose a scheme for each within a budget."),
     "export": ("export", "Write the template of every kind of part, and how each part fills its slots."),

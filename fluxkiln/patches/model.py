@@ -278,6 +278,24 @@ class Model(Protocol):
     def decode(self, pipe: Any, shapes: Shapes, latents: NDArray[Any]) -> NDArray[Any]:
         """The image [height, width, 3] in 0..1 of packed latents."""
 
+    # Training.
+
+    def encode_image(self, pipe: Any, image: NDArray[Any]) -> NDArray[Any]:
+        """Latents [1, S, 4C] float32, as `denoise` has them, of an image [height, width, 3] in 0..1."""
+
+    def predict(
+        self, module: Module, latents: Tensor, sigma: Tensor, encoded: Mapping[str, Tensor], shapes: Shapes,
+        guidance: float,
+    ) -> Tensor:  # fmt: skip
+        """The velocity [B, S, 4C], noise minus picture, that the adapted component finds in noisy latents [B, S, 4C].
+
+        `sigma` [B] is the share of noise; `encoded` what `encode` gives, with B rows.
+        """
+
+    def mlx_lora(self, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        """Layer -> down [R, I] and up [O, R], strength 1, in the layout of ml-explore/mlx-examples; empty where that
+        has no such model."""
+
     def see_split_leaves(
         self,
         part: Part,

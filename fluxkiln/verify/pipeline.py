@@ -95,8 +95,7 @@ def open_pipeline(checkpoint: Checkpoint, folders: Mapping[str, str]) -> Any:
             raise CheckpointError(
                 f"{root} has no folder {folder}: put {model.classes[folder]} there, or build without it (VAE=kl)"
             )
-    with _ParametersOnMeta():
-        made = {name: _make(model, root, folder) for name, folder in folders.items()}
+    made = {name: unloaded_component(model, root, folder) for name, folder in folders.items()}
     for name, module in made.items():
         stacks = model.stacks.get(name)
         _stream(module.eval().requires_grad_(False), stacks, folders[name], TensorReader(checkpoint))
@@ -148,12 +147,13 @@ class _ParametersOnMeta(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def _make(model: Model, root: Path, folder: str) -> Any:
-    """The model of a folder by its config alone."""
+def unloaded_component(model: Model, root: Path, folder: str) -> Any:
+    """The module of a folder by its config alone: parameters on the meta device, buffers with their values."""
     made = model.load_class(folder)
-    if hasattr(made, "load_config"):  # diffusers'
-        return made.from_config(made.load_config(root / folder))
-    return made(made.config_class.from_pretrained(root / folder))
+    with _ParametersOnMeta():
+        if hasattr(made, "load_config"):  # diffusers'
+            return made.from_config(made.load_config(root / folder))
+        return made(made.config_class.from_pretrained(root / folder))
 
 
 def _stream(model: nn.Module, stacks: Collection[str] | None, component: str, read: TensorReader) -> None:

@@ -27,7 +27,7 @@ TAKEN = {toolchain.GROUP: "onnxruntime", registry.GROUP: "flux1", targets.GROUP:
 APIS = {toolchain.GROUP: toolchain.API, registry.GROUP: model.API}
 # fault -> a module with it, of any group, and what is said of it
 FAULTS: Mapping[str, tuple[str, str]] = {
-    "lacks": ("class Plugin: api, name = 1, 'half'\nPLUGIN = Plugin()\n", "; ask its makers for a version that has "
+    "lacks": ("class Plugin: api, name = {api}, 'half'\nPLUGIN = Plugin()\n", "; ask its makers for a version that has "
               "what the interface has"),
     "fails": ("import nothing_like_it\n", "it cannot be imported (ModuleNotFoundError: No module named "
               "'nothing_like_it'); mend or uninstall it"),
@@ -52,13 +52,14 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, str]:
     expected = {}
     for group, sound in SOUND.items():
         for fault, (text, why) in FAULTS.items():
-            expected[add(site, fault, group, text)] = why
+            expected[add(site, fault, group, text.format(api=APIS.get(group)))] = why
         taken = add(site, "taken", group, sound.format(name=TAKEN[group], api=APIS.get(group)))
         expected[taken] = f"there is a {TAKEN[group]} already; uninstall one of them"
         if group in APIS:
             other = add(site, "newer", group, sound.format(name="newer", api=99))
             expected[other] = (
-                "it was written for version 99 of the interface, this has 1; install versions of both that fit"
+                f"it was written for version 99 of the interface, this has {APIS[group]}; install versions of both "
+                "that fit"
             )
         add(site, "sound", group, sound.format(name=f"sound_{group.rpartition('.')[2]}", api=APIS.get(group)))
     # a sound target whose toolchain is one of those that are left out

@@ -284,6 +284,24 @@ class Flux1:
 
         return decode(pipe, shapes, latents)
 
+    def encode_image(self, pipe: Any, image: NDArray[Any]) -> NDArray[Any]:
+        from fluxkiln.patches.flux1.training import encode_image
+
+        return encode_image(pipe, image)
+
+    def predict(
+        self, module: Module, latents: Tensor, sigma: Tensor, encoded: Mapping[str, Tensor], shapes: Shapes,
+        guidance: float,
+    ) -> Tensor:  # fmt: skip
+        from fluxkiln.patches.flux1.training import predict_velocity
+
+        return predict_velocity(module, latents, sigma, encoded, shapes, guidance)
+
+    def mlx_lora(self, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        from fluxkiln.patches.flux1.training import mlx_lora
+
+        return mlx_lora(pairs)
+
     def see_split_leaves(
         self,
         part: Part,

@@ -183,12 +183,12 @@ def render_html(report: Mapping[str, Any]) -> str:
     return html
 
 
-def page_environment() -> Any:
-    """Templates of the pages, and how they write numbers."""
+def page_environment(folder: Path | None = None) -> Any:
+    """Templates of the pages, of `folder` as well, and how they write numbers."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        loader=FileSystemLoader([*([folder] if folder else []), Path(__file__).parent / "templates"]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

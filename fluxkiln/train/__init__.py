@@ -1,0 +1,1 @@
+"""Training on a checkpoint: LoRAs of its transformer, with diffusers' loss, peft's adapters, accelerate's processes."""

@@ -27,7 +27,7 @@ from fluxkiln.progress import FROM_STORE
 
 Clock = Callable[[], float]
 _F = TypeVar("_F", bound=Callable[..., Any])
-MOST_SHOWN = 4000
+_MOST_SHOWN = 4000
 # Control characters but for tab and line feed; what changes the order of writing; halves of surrogate pairs.
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _STYLES = {"ok": "green", "yes": "green", "passed": "green", "missing": "red", "changed": "red", "failed": "red"}
@@ -69,7 +69,7 @@ class Output:
     def error(self, kind: str, message: str, code: int, places: Mapping[str, str] | None = None) -> int:
         """A sentence on stderr, and with --json a document unless there is one already, with the `places` of what there
         is in spite of the error; returns the exit code."""
-        shown = visible(message) if len(message) < MOST_SHOWN else visible(message[:MOST_SHOWN]) + " ..."
+        shown = visible(message) if len(message) < _MOST_SHOWN else visible(message[:_MOST_SHOWN]) + " ..."
         say(f"error: {shown}", err=True)
         if not self.written:
             with suppress(ResourceError):  # the first error is the one to tell

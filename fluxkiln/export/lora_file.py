@@ -105,6 +105,7 @@ def read_lora(file: Path, model: Model, most: int | None = None) -> LoraFile:
         CheckpointError: no safetensors file, no LoRA in it, something besides pairs for the model's transformer, names
             that diffusers cannot convert, a NaN or Inf.
     """
+    sha256 = digest_lora(file)
     header = read_header(file)
     names = list(header)
     for pattern, what in _REFUSED:
@@ -117,7 +118,6 @@ def read_lora(file: Path, model: Model, most: int | None = None) -> LoraFile:
             "lora_A.weight or lora_down.weight say; give the file that a LoRA trainer wrote"
         )
     _check_tensors(file, header, most)
-    sha256 = digest_lora(file)
     tensors, metadata = _load(file)
     if not any(".lora_A." in name for name in names):
         metadata = {}  # PEFT's; the other forms have their alphas in tensors

@@ -184,7 +184,9 @@ def test_made_once_and_found_again(tmp_path, base, shapes):
     assert is_fused(folder)
     # Whoever reads the checkpoint meanwhile sees no change, not even of a ctime.
     assert {path: state(path) for path in states} == states
-    assert open_checkpoint(folder).name == "tiny-dev"
+    assert open_checkpoint(folder, linked=base).name == "tiny-dev"
+    with pytest.raises(CheckpointError, match="leads out of the checkpoint"):
+        open_checkpoint(folder)
     made = state(folder / RECORD)
     assert fuse_once(base, [(file, 1.0)], fused_folder(base, [(file, 1.0)], models, memo)) == folder
     assert state(folder / RECORD) == made
@@ -258,7 +260,7 @@ def damaged(tmp_path, shapes, what):
     ("what", "kind", "sentence"),
     [
         ("absent", UsageError, "No such file or directory; give a LoRA's .safetensors file"),
-        ("folder", UsageError, "Is a directory; give a LoRA's .safetensors file"),
+        ("folder", UsageError, "it is no regular file; give a LoRA's .safetensors file"),
         ("pickle", CheckpointError, "it is truncated or no safetensors file"),
         ("cut", CheckpointError, "it is truncated; fetch or copy the file again"),
         ("empty", CheckpointError, "holds no LoRA: none of its 0 tensors"),

@@ -17,8 +17,8 @@ PACKAGE = ROOT / "fluxkiln"
 # Rooms by height: a module imports what is in its own room or lower, never what is beside it.
 GROUND = ("errors", "types", "files", "digests", "documents", "progress", "settings", "plugins")
 HEIGHTS = {
-    "ground": 0, "patches": 1, "quantize": 1, "artifacts": 1, "export": 2, "verify": 3, "compile": 4, "toolchains": 5,
-    "train": 4, "build": 6, "debug": 7, "generate": 7, "cli": 8, "__main__": 9,
+    "ground": 0, "patches": 1, "quantize": 1, "artifacts": 1, "scenes": 1, "export": 2, "verify": 3, "compile": 4,
+    "train": 4, "toolchains": 5, "build": 6, "debug": 7, "generate": 7, "cli": 8, "__main__": 9,
 }  # fmt: skip
 
 HEAVY = {

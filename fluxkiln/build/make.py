@@ -133,7 +133,8 @@ def _read_progress(progress: Progress) -> OnBytes:
 def outline(settings: Settings) -> Prepared:
     """A build by its model's configs alone: no weight is read, nor written."""
     chosen = choose_components(model_of(settings), settings)
-    if settings.model in all_presets():
+    _, preset = all_presets().get(settings.model, (None, None))
+    if preset and not preset.trained:
         from fluxkiln.export.synth import unwritten_checkpoint
 
         return _prepared(settings, unwritten_checkpoint(settings.model, chosen))

@@ -92,7 +92,8 @@ def unwritten_bytes(settings: Settings, reading: OnBytes | None = None) -> int:
     preset = model.presets.get(settings.model)
     components = choose_components(model, settings)
     chosen = settings.components and components
-    if preset and not (synthetic_folder(preset, models_folder(settings), chosen) / "model_index.json").is_file():
+    folder = synthetic_folder(preset, models_folder(settings), chosen) if preset and not preset.trained else None
+    if preset and folder and not (folder / "model_index.json").is_file():
         fused = synthesized_bytes(preset.name, (model.adapted,)) if settings.loras else 0
         return synthesized_bytes(preset.name, with_sisters(model, components)) + fused
     if not settings.loras:

@@ -41,6 +41,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "patches": ("model", "List what is rewritten in diffusers and transformers, and whether it still fits."),
     "generate": ("generate", "Make images from a bundle; no checkpoint is needed."),
     "serve": ("generate", "Open a local page to type a prompt and watch the steps."),
+    "judge": ("judge", "Say how many facts of fixed prompts hold in the pictures of a model or bundle."),
     "inspect": ("bundle", "Show what a bundle is made of, in a folder or in a registry."),
     "report": ("bundle", "Write a build's report.html again, or a page that compares several builds."),
     "verify": ("bundle", "Compare every file of a bundle with the digest its manifest gives."),

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Collection
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from fluxkiln.errors import CheckpointError, ResourceError, UsageError
@@ -36,6 +36,8 @@ def resolve_model(
         ResourceError: the disk is full.
     """
     presets = all_presets()
+    if spec in presets and presets[spec][1].trained:
+        return trained_folder(presets[spec][1])
     if spec in presets:
         return _synthesize_once(presets[spec][1], cache_dir, progress, components)
     path = Path(spec).expanduser()
@@ -60,9 +62,9 @@ def hub_patterns() -> list[str]:
 
 def generator_digest(preset: Preset) -> str:
     """Short key of what `synthesize` writes for `preset` with its default seed."""
-    return hashlib.sha256(
-        json.dumps([all_presets()[preset.name][0].generator, asdict(preset)], sort_keys=True).encode()
-    ).hexdigest()[:12]
+    fields = {name: value for name, value in asdict(replace(preset, trained=None)).items() if name != "trained"}
+    made_from = [all_presets()[preset.name][0].generator, fields]
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def synthetic_folder(preset: Preset, cache_dir: Path, components: Collection[str] | None = None) -> Path:
@@ -71,6 +73,20 @@ def synthetic_folder(preset: Preset, cache_dir: Path, components: Collection[str
     if components is None or (folder / "model_index.json").is_file():
         return folder
     return folder.parent / "+".join(sorted(components)) / preset.name
+
+
+def trained_folder(preset: Preset) -> Path:
+    """The folder of a trained preset's checkpoint, which ships with its model.
+
+    Raises:
+        CheckpointError: it is not there.
+    """
+    if preset.trained is None or not (preset.trained / "model_index.json").is_file():
+        raise CheckpointError(
+            f"the trained checkpoint of {preset.name} is not in this installation; install fluxkiln whole, or make it: "
+            f"fluxkiln train recipe {preset.name}"
+        )
+    return preset.trained
 
 
 def _synthesize_once(

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import re
+import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from fluxkiln.errors import UsageError
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.export.folders import check_destination, whole_or_nothing
 from fluxkiln.export.safetensors_header import encode_header
+from fluxkiln.export.source import trained_folder
 from fluxkiln.patches.model import Model, Preset, WeightRule
 from fluxkiln.patches.registry import all_presets, pick_components
 from fluxkiln.progress import OnBytes, byte_counter
@@ -111,8 +113,10 @@ def synthesize(
     total = synthesized_bytes(preset, names)
     check_destination(destination)
     count = byte_counter(total, progress)
+    if chosen.trained:
+        return _copy_trained(chosen, destination, names, seed, total)
     with whole_or_nothing(destination, total, "choose another folder or a smaller preset") as folder:
-        _write_small_files(folder, model, chosen, names)
+        write_small_files(folder, model, chosen, names, _LICENSE.format(title=model.title))
         for name in names:
             stem = "model" if name in model.tokenizers else "diffusion_pytorch_model"
             layout = model.layout(name, chosen.configs[name])
@@ -121,7 +125,20 @@ def synthesize(
     return destination
 
 
-def _write_small_files(folder: Path, model: Model, preset: Preset, components: Collection[str]) -> None:
+def _copy_trained(preset: Preset, destination: Path, components: Collection[str], seed: int, total: int) -> Path:
+    root = trained_folder(preset)
+    if seed:
+        raise UsageError(f"--seed {seed}: {preset.name} is trained, it has its own weights; leave the seed out")
+    left_out = {name for name in find_preset(preset.name)[0].classes if name not in components}
+    with whole_or_nothing(destination, total, "choose another folder") as folder:
+        shutil.copytree(root, folder, dirs_exist_ok=True, ignore=lambda _, names: left_out & {*names})
+    return destination
+
+
+def write_small_files(
+    folder: Path, model: Model, preset: Preset, components: Collection[str], licence: str, sentences: Sequence[str] = ()
+) -> None:
+    """Write all of a preset's checkpoint but the weights; the tokenizers learn from `sentences`, if there are any."""
     index: dict[str, Any] = {"_class_name": model.pipeline_class, "_diffusers_version": "0.42.1"}
     index["scheduler"] = ["diffusers", preset.configs["scheduler"]["_class_name"]]
     _write_json(folder / "scheduler" / "scheduler_config.json", preset.configs["scheduler"])
@@ -129,10 +146,10 @@ def _write_small_files(folder: Path, model: Model, preset: Preset, components: C
         _write_json(folder / name / "config.json", preset.configs[name])
         if name in model.components:
             index[name] = [model.libraries[name], model.classes[name]]
-    tokenizers = model.write_tokenizers(folder, {name: preset.configs[name] for name in components})
+    tokenizers = model.write_tokenizers(folder, {name: preset.configs[name] for name in components}, sentences)
     index |= {name: ["transformers", found] for name, found in tokenizers.items()}
     _write_json(folder / "model_index.json", dict(sorted(index.items())))
-    (folder / "LICENSE").write_text(_LICENSE.format(title=model.title), encoding="utf-8")
+    (folder / "LICENSE").write_text(licence, encoding="utf-8")
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -7,7 +7,7 @@ model it resembles.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -37,7 +37,10 @@ Put = Callable[[Part, Mapping[str, Any], Mapping[str, Any]], None]
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """A synthetic model: the config of every component, the size it is built at by default."""
+    """A synthetic model: the config of every component, the size it is built at by default.
+
+    `trained` is the folder of its checkpoint where it has weights that mean something; they ship with the model.
+    """
 
     name: str
     summary: str
@@ -45,6 +48,7 @@ class Preset:
     size: tuple[int, int]
     tokens: int
     configs: Mapping[str, Config]
+    trained: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +194,7 @@ class Model(Protocol):
     def as_others(self, layout: str, component: str, configs: Configs) -> OtherLayout:
         """A component as programs of others have it; UsageError where it has no such layout."""
 
-    def write_tokenizers(self, root: Path, configs: Configs) -> dict[str, str]:
+    def write_tokenizers(self, root: Path, configs: Configs, sentences: Sequence[str] = ()) -> dict[str, str]:
         """The tokenizers of these components below the folder `root`; their folders and classes."""
 
     # Its parts.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -150,17 +150,17 @@ class Flux1:
 
         return other_layout(layout, component, configs)
 
-    def write_tokenizers(self, root: Path, configs: Configs) -> dict[str, str]:
+    def write_tokenizers(self, root: Path, configs: Configs, sentences: Sequence[str] = ()) -> dict[str, str]:
         from fluxkiln.patches.flux1.tokenizers import write_clip_tokenizer, write_t5_tokenizer
 
         written = {}
         if "text_encoder" in configs:
             (root / "tokenizer").mkdir()
-            write_clip_tokenizer(root / "tokenizer", configs["text_encoder"]["vocab_size"])
+            write_clip_tokenizer(root / "tokenizer", configs["text_encoder"]["vocab_size"], sentences)
             written["tokenizer"] = "CLIPTokenizer"
         if "text_encoder_2" in configs:
             (root / "tokenizer_2").mkdir()
-            write_t5_tokenizer(root / "tokenizer_2", configs["text_encoder_2"]["vocab_size"], max_length=512)
+            write_t5_tokenizer(root / "tokenizer_2", configs["text_encoder_2"]["vocab_size"], 512, sentences)
             written["tokenizer_2"] = "T5TokenizerFast"
         return written
 

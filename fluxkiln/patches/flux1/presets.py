@@ -18,8 +18,9 @@ def _read_presets() -> dict[str, Preset]:
     presets = {}
     for preset in read["presets"]:
         differing = preset.pop("configs")
+        trained = Path(__file__).with_name("trained") / preset["name"] if preset.pop("trained", False) else None
         configs = {name: {**config, **differing.get(name, {})} for name, config in read["full"].items()}
-        presets[preset["name"]] = Preset(**{**preset, "size": tuple(preset["size"])}, configs=configs)
+        presets[preset["name"]] = Preset(**{**preset, "size": tuple(preset["size"])}, configs=configs, trained=trained)
     return presets
 
 

@@ -12,6 +12,7 @@ import itertools
 import json
 import string
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,10 @@ def corpus() -> list[str]:
     return sentences
 
 
-def write_clip_tokenizer(folder: Path, vocab_size: int) -> None:
+def write_clip_tokenizer(folder: Path, vocab_size: int, sentences: Sequence[str] = ()) -> None:
     """Write `vocab.json`, `merges.txt` and the configs of a CLIPTokenizer; its end token has the highest id.
+
+    It learns from `sentences`; without any from `corpus`.
 
     Raises:
         UsageError: `vocab_size` is smaller than the vocabulary.
@@ -56,7 +59,7 @@ def write_clip_tokenizer(folder: Path, vocab_size: int) -> None:
     from tokenizers.pre_tokenizers import ByteLevel
 
     alphabet = sorted(ByteLevel.alphabet())
-    merges = _learn_merges(_CLIP_MERGES)
+    merges = _learn_merges(sentences or corpus(), _CLIP_MERGES)
     tokens = [*alphabet, *(f"{char}</w>" for char in alphabet), *(a + b for a, b in merges), CLIP_START, CLIP_END]
     _check_size("text_encoder", len(tokens), vocab_size)
     _write_json(folder / "vocab.json", {token: i for i, token in enumerate(tokens)})
@@ -80,8 +83,10 @@ def write_clip_tokenizer(folder: Path, vocab_size: int) -> None:
     )
 
 
-def write_t5_tokenizer(folder: Path, vocab_size: int, max_length: int) -> None:
+def write_t5_tokenizer(folder: Path, vocab_size: int, max_length: int, sentences: Sequence[str] = ()) -> None:
     """Write `spiece.model`, `tokenizer.json` and the configs of a T5 tokenizer with its 100 sentinels.
+
+    It learns from `sentences`, each of whose words is one token; without any from `corpus`.
 
     Raises:
         UsageError: `vocab_size` is smaller than the vocabulary.
@@ -89,11 +94,13 @@ def write_t5_tokenizer(folder: Path, vocab_size: int, max_length: int) -> None:
     import sentencepiece
 
     model = io.BytesIO()
+    words = [f"▁{word}" for word in sorted({word.strip(".,") for sentence in sentences for word in sentence.split()})]
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus()),
+        sentence_iterator=iter(sentences or corpus()),
         model_writer=model,
         model_type="unigram",
-        vocab_size=_T5_PIECES,
+        vocab_size=_T5_PIECES + len(words),
+        user_defined_symbols=words,
         hard_vocab_limit=False,
         required_chars=string.ascii_letters + string.digits + string.punctuation,
         normalization_rule_name="identity",
@@ -109,7 +116,9 @@ def write_t5_tokenizer(folder: Path, vocab_size: int, max_length: int) -> None:
     )
     (folder / "spiece.model").write_bytes(model.getvalue())
     processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    pieces = [(processor.id_to_piece(i), processor.get_score(i)) for i in range(processor.get_piece_size())]
+    scores = {processor.id_to_piece(i): processor.get_score(i) for i in range(processor.get_piece_size())}
+    # SentencePiece takes such a word whole whatever its score; tokenizer.json has no other means but the score.
+    pieces = [*(scores | {word: float(len(word)) for word in words if word in scores}).items()]
     # T5 numbers its sentinels backwards from the end.
     pieces += [(sentinel, 0.0) for sentinel in reversed(T5_SENTINELS)]
     _check_size("text_encoder_2", len(pieces), vocab_size)
@@ -160,9 +169,9 @@ def _t5_tokenizer_json(pieces: list[tuple[str, float]]) -> dict[str, Any]:
     }
 
 
-def _learn_merges(count: int) -> list[tuple[str, str]]:
+def _learn_merges(sentences: Iterable[str], count: int) -> list[tuple[str, str]]:
     """The `count` most frequent pairs, merged one after another; ties go to the alphabetically first pair."""
-    words = Counter(word.strip(",.") for sentence in corpus() for word in sentence.lower().split())
+    words = Counter(word.strip(",.") for sentence in sentences for word in sentence.lower().split())
     split = {word: [*word[:-1], f"{word[-1]}</w>"] for word in words if word.isalpha()}
     merges: list[tuple[str, str]] = []
     while len(merges) < count:

@@ -1,0 +1,42 @@
+"""The recipes of trained presets, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Amounts:
+    """How much of everything: steps of each stage, pictures drawn, captions of each, pictures a step."""
+
+    vae: int = 2400
+    vae_colour: int = 1400
+    vae_tiny: int = 300
+    base: int = 2000
+    guidance: int = 250
+    steps: int = 450
+    pictures: int = 12_000
+    vae_pictures: int = 3000
+    captions: int = 3
+    batch: int = 32
+    vae_batch: int = 4
+    # How many steps of its own the teacher takes where the four-step model takes one.
+    substeps: int = 4
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One trained preset: the stages it goes through, what it is made from."""
+
+    name: str
+    stages: tuple[str, ...]
+    teacher: str = ""
+    amounts: Amounts = field(default_factory=Amounts)
+    seed: int = 0
+
+
+RECIPES: Mapping[str, Recipe] = {
+    "scenes-dev": Recipe("scenes-dev", ("vae", "vae_colour", "base", "guidance", "vae_tiny")),
+    "scenes-schnell": Recipe("scenes-schnell", ("steps",), teacher="scenes-dev"),
+}

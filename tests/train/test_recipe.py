@@ -1,0 +1,119 @@
+"""Recipes with a few steps of everything: whole checkpoints, resumed runs, and what ships with the package."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fluxkiln.errors import CheckpointError, UsageError
+from fluxkiln.export.source import trained_folder
+from fluxkiln.patches.pipeline import quiet
+from fluxkiln.patches.registry import all_presets
+from fluxkiln.scenes.grammar import scenes
+from fluxkiln.train.losses import BUILT_IN_GUIDANCE, Velocity, without_guidance
+from fluxkiln.train.recipe import recipe_digest, train_recipe, untrained_components
+from fluxkiln.train.recipes import RECIPES, Amounts
+
+FEW = Amounts(
+    vae=2, vae_colour=1, vae_tiny=1, base=2, guidance=1, steps=1, pictures=8, vae_pictures=4, batch=2, vae_batch=1,
+    substeps=2,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def dev(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recipe")
+    told = []
+    train_recipe(
+        replace(RECIPES["scenes-dev"], amounts=FEW), folder / "made", folder / "work", lambda *a: told.append(a)
+    )
+    return folder, told
+
+
+def test_a_recipe_writes_a_whole_checkpoint(dev):
+    folder, told = dev
+    from diffusers import FluxPipeline
+
+    with quiet():
+        pipe = FluxPipeline.from_pretrained(folder / "made", dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    image = pipe("a red kiln", height=128, width=128, num_inference_steps=1, max_sequence_length=24, output_type="np")
+    assert image.images[0].shape == (128, 128, 3)
+    assert list(dict.fromkeys(stage for stage, *_ in told)) == [
+        "vae",
+        "vae_colour",
+        "latents",
+        "base",
+        "guidance",
+        "vae_tiny",
+    ]
+    assert json.loads((folder / "made" / "recipe.json").read_text())["digest"].startswith("sha256:")
+    assert "Apache License" in (folder / "made" / "LICENSE").read_text()
+
+
+def test_it_goes_on_from_what_is_there_to_the_same_bytes(dev, tmp_path):
+    folder, _ = dev
+    recipe, told = replace(RECIPES["scenes-dev"], amounts=FEW), []
+    train_recipe(recipe, tmp_path / "again", folder / "work", lambda stage, *_: told.append(stage))
+    assert told == []
+    for file in sorted((folder / "made").rglob("*.safetensors")):
+        assert (tmp_path / "again" / file.relative_to(folder / "made")).read_bytes() == file.read_bytes()
+
+
+def test_the_student_begins_as_the_teacher_with_its_guidance_built_in():
+    made = {}
+    for name in ("scenes-dev", "scenes-schnell"):
+        model, preset = all_presets()[name]
+        made[name] = untrained_components(model, preset.configs, seed=1)
+    teacher, student = (made[name]["transformer"] for name in made)
+    for parameter in teacher.parameters():
+        torch.nn.init.normal_(parameter, std=0.05)
+    without_guidance(teacher, student)
+    velocity = Velocity(made["scenes-dev"], 24, 8)
+    chance = torch.Generator().manual_seed(0)
+    told = torch.randn(2, 64, generator=chance), torch.randn(2, 24, 128, generator=chance)
+    latents, sigma = torch.randn(2, 64, 64, generator=chance), torch.tensor([0.3, 0.9])
+    with torch.no_grad():
+        expected = velocity(teacher, latents, sigma, told, torch.full((2,), BUILT_IN_GUIDANCE))
+        found = velocity(student, latents, sigma, told, None)
+        other = velocity(teacher, latents, sigma, told, torch.ones(2))
+    # one sum of three vectors in another order
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert (found - other).abs().max() > 1e-3
+
+
+def test_the_digest_follows_what_is_made():
+    recipe = RECIPES["scenes-dev"]
+    digests = {
+        recipe_digest(recipe),
+        recipe_digest(replace(recipe, seed=1)),
+        recipe_digest(replace(recipe, amounts=FEW)),
+    }
+    assert len(digests) == 3
+
+
+def test_a_folder_with_something_in_it_is_refused(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError):
+        train_recipe(RECIPES["scenes-dev"], tmp_path, tmp_path / "work")
+
+
+def test_a_trained_preset_that_is_not_there_is_named():
+    _, preset = all_presets()["scenes-dev"]
+    with pytest.raises(CheckpointError, match="fluxkiln train recipe scenes-dev"):
+        trained_folder(replace(preset, trained=Path("/nowhere")))
+
+
+@pytest.mark.parametrize("name", [name for name, (_, preset) in all_presets().items() if preset.trained])
+def test_what_ships_was_made_by_the_recipe_of_today(name):
+    folder = trained_folder(all_presets()[name][1])
+    made = json.loads((folder / "recipe.json").read_text())
+    assert made["digest"] == recipe_digest(RECIPES[name])
+
+
+def test_captions_of_the_recipe_are_of_no_held_out_combination():
+    from itertools import islice
+
+    assert not any(scene.held_out for scene, _ in islice(scenes(1), 5000))

@@ -31,7 +31,8 @@ _WATER: Colour = (70, 150, 215)
 _NIGHT = 0.75
 # Centres of the places, half the width of a thing by size and number, in pixels of the picture.
 _CENTRES = {"left": 22.0, "middle": 64.0, "right": 106.0}
-_HALF_WIDTHS = {("small", 1): 8.0, ("large", 1): 15.0, ("", 2): 9.0, ("", 3): 6.4}
+_STARS = ((40, 8), (52, 20), (64, 6), (78, 16), (90, 9), (48, 34), (84, 30), (8, 34), (118, 36), (66, 26))
+_HALF_WIDTHS = {("small", 1): 9.0, ("large", 1): 17.0, ("", 2): 9.5, ("", 3): 6.4}
 
 
 class Pen:
@@ -68,7 +69,7 @@ def draw(scene: Scene, seed: int) -> Image:
     chance = random.Random(seed)
     canvas = Image.new("RGB", (SIDE * _LARGER, SIDE * _LARGER))
     pen = Pen(ImageDraw.Draw(canvas), _NIGHT if scene.time == "night" else 1.0)
-    horizon = 62 + chance.uniform(-4, 4)
+    horizon = 60 + chance.uniform(-1, 1)
     _draw_sky(pen, scene, horizon, chance)
     _draw_ground(pen, scene, horizon, chance)
     for group in sorted(scene.groups, key=lambda group: PLACES.index(group.place)):
@@ -83,12 +84,11 @@ def _draw_sky(pen: Pen, scene: Scene, horizon: float, chance: random.Random) -> 
         red, green, blue = (round(a + (b - a) * part) for a, b in zip(top, bottom, strict=True))
         pen.draw.rectangle([0, row * _LARGER, SIDE * _LARGER, (row + 1) * _LARGER], fill=(red, green, blue))
     if scene.weather and scene.time == "night":
-        for _ in range(16):
-            x, y = chance.uniform(2, SIDE - 2), chance.uniform(2, horizon - 14)
-            pen.ellipse(x, y, 1.2, 1.2, (255, 250, 215), width=0)
+        for x, y in _STARS:
+            pen.ellipse(x + chance.uniform(-1, 1), y + chance.uniform(-1, 1), 1.6, 1.6, (255, 250, 215), width=0)
     if scene.light_place:
-        x = {"left": 20, "right": SIDE - 20}[scene.light_place] + chance.uniform(-4, 4)
-        y = 16 + chance.uniform(-2, 2)
+        x = {"left": 20, "right": SIDE - 20}[scene.light_place] + chance.uniform(-1, 1)
+        y = 16 + chance.uniform(-1, 1)
         if scene.time == "day":
             pen.ellipse(x, y, 10, 10, (255, 225, 70))
         else:
@@ -96,7 +96,7 @@ def _draw_sky(pen: Pen, scene: Scene, horizon: float, chance: random.Random) -> 
             pen.ellipse(x + 4.5, y - 2, 7.5, 7.5, _SKIES["night"][0], width=0)
     if scene.weather and scene.time == "day":
         for start in (34, 78):
-            _draw_cloud(pen, start + chance.uniform(-4, 10), 12 + chance.uniform(-3, 5))
+            _draw_cloud(pen, start + chance.uniform(-1, 1), 14 + chance.uniform(-1, 1))
     _draw_birds(pen, scene, chance)
 
 
@@ -109,8 +109,8 @@ def _draw_birds(pen: Pen, scene: Scene, chance: random.Random) -> None:
     colour = (35, 35, 45) if scene.time == "day" else (225, 225, 235)
     middle = _CENTRES[scene.bird_place]
     for i in range(scene.birds):
-        x = middle + (i - (scene.birds - 1) / 2) * 13 + chance.uniform(-1.5, 1.5)
-        y = 38 + chance.uniform(-3, 3)
+        x = middle + (i - (scene.birds - 1) / 2) * 13 + chance.uniform(-1, 1)
+        y = 42 + chance.uniform(-1, 1)
         pen.line([(x - 5, y - 2.5), (x - 2, y - 3.5), (x, y), (x + 2, y - 3.5), (x + 5, y - 2.5)], colour, 1.8)
 
 
@@ -118,15 +118,15 @@ def _draw_ground(pen: Pen, scene: Scene, horizon: float, chance: random.Random) 
     colour = pen.ink(_GROUNDS[scene.ground])
     pen.polygon([(0, horizon), (SIDE, horizon), (SIDE, SIDE), (0, SIDE)], colour, width=0)
     if scene.river:
-        bend, y = chance.uniform(2, 5), 113 + chance.uniform(-2, 2)
+        bend, y = 3, 114 + chance.uniform(-1, 1)
         upper = [(x, y - 7 + bend * ((x / 32) % 2 - 1) * (1 if x % 64 else -1)) for x in range(0, SIDE + 1, 16)]
         pen.polygon([*upper, *((x, at + 14) for x, at in reversed(upper))], pen.ink(_WATER), width=0)
 
 
 def _draw_group(pen: Pen, group: Group, horizon: float, chance: random.Random) -> None:
     half = _HALF_WIDTHS[group.size, group.count]
-    centre = _CENTRES[group.place] + chance.uniform(-2.5, 2.5)
-    foot = 98 + chance.uniform(-3, 3)
+    centre = _CENTRES[group.place] + chance.uniform(-1, 1)
+    foot = 99 + chance.uniform(-1, 1)
     for i in range(group.count):
         x = centre + (i - (group.count - 1) / 2) * (2 * half + 1.5)
         _THINGS[group.kind](pen, x, foot, half, pen.ink(INKS[group.colour]))

@@ -1,4 +1,4 @@
-"""`fluxkiln train`: weights that are learnt: a LoRA from pictures and prompts."""
+"""`fluxkiln train`: weights that are learnt: a LoRA from pictures and prompts, a small model from nothing."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import click
 from fluxkiln.cli.main import NamedCommands
 from fluxkiln.cli.options import PATH, build_dir_option, read_size, store_option, tokens_option
 from fluxkiln.cli.output import Output, json_option, open_progress, path_text, seconds_text
+from fluxkiln.cli.recipe import recipe_command
 from fluxkiln.train.settings import WEIGHTING_SCHEMES, LoraSettings
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -29,7 +30,10 @@ def _option(name: str, kind: Any, metavar: str | None, text: str) -> Callable[[_
 
 @click.group(cls=NamedCommands)
 def train_command() -> None:
-    """Train on a checkpoint: a LoRA from pictures and prompts."""
+    """Train: a LoRA from pictures and prompts, a small model from nothing."""
+
+
+train_command.add_command(recipe_command, "recipe")
 
 
 @train_command.command(name="lora")

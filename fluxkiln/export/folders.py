@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from fluxkiln.errors import ResourceError, UsageError
+from fluxkiln.errors import CheckpointError, ResourceError, UsageError
 from fluxkiln.files import partial_directory, remove_unheld
+from fluxkiln.patches.model import Preset
 
 # Leave this much of the disk to others.
 _SPARE_BYTES = 64 << 20
@@ -62,3 +63,17 @@ def whole_or_nothing(destination: Path, nbytes: int, remedy: str) -> Iterator[Pa
         raise ResourceError(
             f"the disk of {parent} is full after part of {nbytes / 1e9:.1f} GB; free some space"
         ) from error
+
+
+def trained_folder(preset: Preset) -> Path:
+    """The folder of a trained preset's checkpoint, which ships with its model.
+
+    Raises:
+        CheckpointError: it is not there.
+    """
+    if preset.trained is None or not (preset.trained / "model_index.json").is_file():
+        raise CheckpointError(
+            f"the trained weights of {preset.name} do not come with this version; make them with "
+            f"`fluxkiln train recipe {preset.name} DIR`, and give DIR as the model"
+        )
+    return preset.trained

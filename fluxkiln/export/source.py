@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from fluxkiln.errors import CheckpointError, ResourceError, UsageError
+from fluxkiln.export.folders import trained_folder
 from fluxkiln.patches.model import Preset
 from fluxkiln.patches.registry import all_models, all_presets
 from fluxkiln.progress import OnBytes
@@ -73,20 +74,6 @@ def synthetic_folder(preset: Preset, cache_dir: Path, components: Collection[str
     if components is None or (folder / "model_index.json").is_file():
         return folder
     return folder.parent / "+".join(sorted(components)) / preset.name
-
-
-def trained_folder(preset: Preset) -> Path:
-    """The folder of a trained preset's checkpoint, which ships with its model.
-
-    Raises:
-        CheckpointError: it is not there.
-    """
-    if preset.trained is None or not (preset.trained / "model_index.json").is_file():
-        raise CheckpointError(
-            f"the trained checkpoint of {preset.name} is not in this installation; install fluxkiln whole, or make it: "
-            f"fluxkiln train recipe {preset.name}"
-        )
-    return preset.trained
 
 
 def _synthesize_once(

@@ -21,9 +21,8 @@ import numpy as np
 
 from fluxkiln.errors import UsageError
 from fluxkiln.export.checkpoint import Checkpoint
-from fluxkiln.export.folders import check_destination, whole_or_nothing
+from fluxkiln.export.folders import check_destination, trained_folder, whole_or_nothing
 from fluxkiln.export.safetensors_header import encode_header
-from fluxkiln.export.source import trained_folder
 from fluxkiln.patches.model import Model, Preset, WeightRule
 from fluxkiln.patches.registry import all_presets, pick_components
 from fluxkiln.progress import OnBytes, byte_counter

@@ -12,7 +12,7 @@ from fluxkiln.generate.painter import Painter, Request, paint
 from fluxkiln.patches.pipeline import GUIDANCE_SCALE, quiet
 from fluxkiln.progress import Progress, Silent
 from fluxkiln.scenes.grammar import Prompt
-from fluxkiln.scenes.judge import adherence, distance, read
+from fluxkiln.scenes.judge import adherence, distance, read_scenes
 from fluxkiln.types import Shapes
 
 if TYPE_CHECKING:
@@ -71,16 +71,16 @@ def judge_images(
     asked: Sequence[Prompt], images: Sequence[NDArray[Any]], reference: Sequence[NDArray[Any]] = ()
 ) -> dict[str, Any]:
     """Adherence of images to their prompts in percent and, with a reference, how far they are from its images."""
-    found = adherence(asked, read(images))
+    found = adherence(asked, read_scenes(images))
     shares = {name: round(100 * getattr(found, name), 2) for name in ("facts", "prompts", "chance")}
     document = {**shares, "stated": sum(len(prompt.facts) for prompt in asked), "images": len(images)}
     document["wrong"] = dict(asdict(found)["wrong"])
     if reference:
-        document["reference"] = compare_pictures(images, reference)
+        document["reference"] = compare_with_reference(images, reference)
     return document
 
 
-def compare_pictures(images: Sequence[NDArray[Any]], reference: Sequence[NDArray[Any]]) -> Mapping[str, float]:
+def compare_with_reference(images: Sequence[NDArray[Any]], reference: Sequence[NDArray[Any]]) -> Mapping[str, float]:
     """Means over pairs of images: PSNR in dB, SSIM, and the judge's feature distance."""
     from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 

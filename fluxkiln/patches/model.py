@@ -296,6 +296,10 @@ class Model(Protocol):
         `sigma` [B] is the share of noise; `encoded` what `encode` gives, with B rows.
         """
 
+    def build_in_guidance(self, teacher: Module, student: Module, guidance: float) -> None:
+        """Give `student`, the adapted component without an input for guidance, the weights of `teacher`, which has one,
+        so that it computes what the teacher does at this guidance."""
+
     def mlx_lora(self, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         """Layer -> down [R, I] and up [O, R], strength 1, in the layout of ml-explore/mlx-examples; empty where that
         has no such model."""

@@ -14,20 +14,20 @@ if TYPE_CHECKING:
 
 SIDE = 128
 _LARGER = 3
-Colour = tuple[int, int, int]
-Point = tuple[float, float]
+_Colour = tuple[int, int, int]
+_Point = tuple[float, float]
 
-INKS: dict[str, Colour] = {
+INKS: dict[str, _Colour] = {
     "red": (214, 40, 40), "orange": (245, 135, 30), "yellow": (250, 215, 50), "green": (60, 150, 70),
     "blue": (45, 95, 205), "purple": (135, 60, 165), "white": (245, 245, 245), "black": (45, 45, 50),
 }  # fmt: skip
-_SKIES: dict[str, tuple[Colour, Colour]] = {
+_SKIES: dict[str, tuple[_Colour, _Colour]] = {
     "day": ((110, 180, 240), (205, 230, 250)),
     "night": ((14, 18, 56), (52, 48, 110)),
 }
-_GROUNDS: dict[str, Colour] = {"grass": (120, 190, 90), "snow": (225, 232, 240), "sand": (225, 195, 130)}
-_OUTLINE: Colour = (25, 20, 30)
-_WATER: Colour = (70, 150, 215)
+_GROUNDS: dict[str, _Colour] = {"grass": (120, 190, 90), "snow": (225, 232, 240), "sand": (225, 195, 130)}
+_OUTLINE: _Colour = (25, 20, 30)
+_WATER: _Colour = (70, 150, 215)
 _NIGHT = 0.75
 # Centres of the places, half the width of a thing by size and number, in pixels of the picture.
 _CENTRES = {"left": 22.0, "middle": 64.0, "right": 106.0}
@@ -41,23 +41,23 @@ class Pen:
     def __init__(self, draw: ImageDraw, dim: float) -> None:
         self.draw, self.dim = draw, dim
 
-    def ink(self, colour: Colour) -> Colour:
+    def ink(self, colour: _Colour) -> _Colour:
         """The colour in this light."""
         red, green, blue = (round(part * self.dim) for part in colour)
         return red, green, blue
 
-    def polygon(self, points: list[Point], colour: Colour, width: float = 1.2) -> None:
+    def polygon(self, points: list[_Point], colour: _Colour, width: float = 1.2) -> None:
         scaled = [(x * _LARGER, y * _LARGER) for x, y in points]
         self.draw.polygon(scaled, fill=colour)
         if width:
             self.draw.line([*scaled, scaled[0]], fill=_OUTLINE, width=round(width * _LARGER), joint="curve")
 
-    def ellipse(self, x: float, y: float, across: float, down: float, colour: Colour, width: float = 1.2) -> None:
+    def ellipse(self, x: float, y: float, across: float, down: float, colour: _Colour, width: float = 1.2) -> None:
         """An ellipse around (x, y) with these half axes."""
         box = [(x - across) * _LARGER, (y - down) * _LARGER, (x + across) * _LARGER, (y + down) * _LARGER]
         self.draw.ellipse(box, fill=colour, outline=_OUTLINE if width else None, width=round(width * _LARGER))
 
-    def line(self, points: list[Point], colour: Colour, width: float) -> None:
+    def line(self, points: list[_Point], colour: _Colour, width: float) -> None:
         scaled = [(x * _LARGER, y * _LARGER) for x, y in points]
         self.draw.line(scaled, fill=colour, width=round(width * _LARGER), joint="curve")
 
@@ -84,8 +84,8 @@ def _draw_sky(pen: Pen, scene: Scene, horizon: float, chance: random.Random) -> 
         red, green, blue = (round(a + (b - a) * part) for a, b in zip(top, bottom, strict=True))
         pen.draw.rectangle([0, row * _LARGER, SIDE * _LARGER, (row + 1) * _LARGER], fill=(red, green, blue))
     if scene.weather and scene.time == "night":
-        for x, y in _STARS:
-            pen.ellipse(x + chance.uniform(-1, 1), y + chance.uniform(-1, 1), 1.6, 1.6, (255, 250, 215), width=0)
+        for right, down in _STARS:
+            pen.ellipse(right + chance.uniform(-1, 1), down + chance.uniform(-1, 1), 1.6, 1.6, (255, 250, 215), width=0)
     if scene.light_place:
         x = {"left": 20, "right": SIDE - 20}[scene.light_place] + chance.uniform(-1, 1)
         y = 16 + chance.uniform(-1, 1)
@@ -118,7 +118,7 @@ def _draw_ground(pen: Pen, scene: Scene, horizon: float, chance: random.Random) 
     colour = pen.ink(_GROUNDS[scene.ground])
     pen.polygon([(0, horizon), (SIDE, horizon), (SIDE, SIDE), (0, SIDE)], colour, width=0)
     if scene.river:
-        bend, y = 3, 114 + chance.uniform(-1, 1)
+        bend, y = 3.0, 114 + chance.uniform(-1, 1)
         upper = [(x, y - 7 + bend * ((x / 32) % 2 - 1) * (1 if x % 64 else -1)) for x in range(0, SIDE + 1, 16)]
         pen.polygon([*upper, *((x, at + 14) for x, at in reversed(upper))], pen.ink(_WATER), width=0)
 
@@ -134,15 +134,15 @@ def _draw_group(pen: Pen, group: Group, horizon: float, chance: random.Random) -
             _draw_smoke(pen, x, foot - 2.7 * half, half)
 
 
-def _draw_kiln(pen: Pen, x: float, foot: float, half: float, colour: Colour) -> None:
+def _draw_kiln(pen: Pen, x: float, foot: float, half: float, colour: _Colour) -> None:
     """A bottle kiln: a wide belly, a narrow neck, a glowing mouth."""
-    belly: list[Point] = [(x - half, foot), (x - half, foot - half), (x - 0.35 * half, foot - 2 * half)]
-    neck: list[Point] = [(x - 0.3 * half, foot - 2.7 * half), (x + 0.3 * half, foot - 2.7 * half)]
+    belly: list[_Point] = [(x - half, foot), (x - half, foot - half), (x - 0.35 * half, foot - 2 * half)]
+    neck: list[_Point] = [(x - 0.3 * half, foot - 2.7 * half), (x + 0.3 * half, foot - 2.7 * half)]
     pen.polygon([*belly, *neck, *((2 * x - at, y) for at, y in reversed(belly))], colour)
     pen.ellipse(x, foot - 0.35 * half, 0.38 * half, 0.38 * half, (255, 170, 50))
 
 
-def _draw_house(pen: Pen, x: float, foot: float, half: float, colour: Colour) -> None:
+def _draw_house(pen: Pen, x: float, foot: float, half: float, colour: _Colour) -> None:
     """Walls, a roof of the same colour with a wide eave, a door."""
     pen.polygon([(x - 0.85 * half, foot), (x - 0.85 * half, foot - 1.2 * half), (x + 0.85 * half, foot - 1.2 * half),
                  (x + 0.85 * half, foot)], colour)  # fmt: skip
@@ -153,14 +153,14 @@ def _draw_house(pen: Pen, x: float, foot: float, half: float, colour: Colour) ->
                  (x + 0.25 * half, foot)], pen.ink((90, 60, 40)), width=0)  # fmt: skip
 
 
-def _draw_tree(pen: Pen, x: float, foot: float, half: float, colour: Colour) -> None:
+def _draw_tree(pen: Pen, x: float, foot: float, half: float, colour: _Colour) -> None:
     """A brown trunk under a round crown of the tree's colour."""
     pen.polygon([(x - 0.18 * half, foot), (x - 0.18 * half, foot - 1.2 * half), (x + 0.18 * half, foot - 1.2 * half),
                  (x + 0.18 * half, foot)], pen.ink((110, 70, 40)))  # fmt: skip
     pen.ellipse(x, foot - 1.9 * half, 0.95 * half, 1.05 * half, colour)
 
 
-def _draw_pot(pen: Pen, x: float, foot: float, half: float, colour: Colour) -> None:
+def _draw_pot(pen: Pen, x: float, foot: float, half: float, colour: _Colour) -> None:
     """A round belly on the ground with a rim as wide as a collar."""
     pen.ellipse(x, foot - 0.75 * half, 0.95 * half, 0.75 * half, colour)
     pen.polygon([(x - 0.6 * half, foot - 1.75 * half), (x + 0.6 * half, foot - 1.75 * half),
@@ -175,6 +175,6 @@ def _draw_smoke(pen: Pen, x: float, top: float, half: float) -> None:
         )
 
 
-_THINGS: dict[str, Callable[[Pen, float, float, float, Colour], None]] = {
+_THINGS: dict[str, Callable[[Pen, float, float, float, _Colour], None]] = {
     "kiln": _draw_kiln, "house": _draw_house, "tree": _draw_tree, "pot": _draw_pot,
 }  # fmt: skip

@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-KINDS = ("kiln", "house", "tree", "pot")
+THINGS = ("kiln", "house", "tree", "pot")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "white", "black")
 PLACES = ("left", "middle", "right")
 SIZES = ("small", "large")
@@ -114,7 +114,7 @@ def draw_scene(chance: random.Random) -> Scene:
     groups = tuple(
         _draw_group(chance, kind, place)
         for kind, place in zip(
-            chance.sample(KINDS, chance.choice((1, 2, 2))), chance.sample(PLACES, len(PLACES)), strict=False
+            chance.sample(THINGS, chance.choice((1, 2, 2))), chance.sample(PLACES, len(PLACES)), strict=False
         )
     )
     return Scene(
@@ -146,12 +146,12 @@ def scenes(seed: int, held_out: bool = False) -> Iterator[tuple[Scene, Prompt]]:
     chance = random.Random(seed)
     while True:
         scene = draw_scene(chance)
-        prompt = describe(scene, chance)
+        prompt = write_caption(scene, chance)
         if scene.held_out == held_out and len(prompt.text.split()) <= MOST_WORDS:
             yield scene, prompt
 
 
-def describe(scene: Scene, chance: random.Random) -> Prompt:
+def write_caption(scene: Scene, chance: random.Random) -> Prompt:
     """A caption of the scene with some of its facts, in one of several word orders.
 
     The kinds of things and their numbers are always told, so nothing else may stand on the ground.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fluxkiln.scenes.drawing import SIDE, draw
-from fluxkiln.scenes.grammar import COLOURS, GROUNDS, KINDS, PLACES, SIZES, TIMES, Group, Prompt, Scene, holds, scenes
+from fluxkiln.scenes.grammar import COLOURS, GROUNDS, PLACES, SIZES, THINGS, TIMES, Group, Prompt, Scene, holds, scenes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from torch.nn import Module
 
 PROMPTS, PROMPT_SEED = 200, 2_000_003
-WEIGHTS = Path(__file__).with_name("judge.safetensors")
+JUDGE_WEIGHTS = Path(__file__).with_name("judge.safetensors")
 
 # What is read: a question and its answers. Of each place on the ground first what stands there.
 _ASKED_OF_PLACES: Mapping[str, tuple[Any, ...]] = {
-    "kind": ("", *KINDS), "colour": COLOURS, "count": (1, 2, 3), "size": SIZES, "smoke": (False, True),
+    "kind": ("", *THINGS), "colour": COLOURS, "count": (1, 2, 3), "size": SIZES, "smoke": (False, True),
 }  # fmt: skip
 _QUESTIONS: Mapping[str, tuple[Any, ...]] = {
     "time": TIMES, "ground": GROUNDS, "river": (False, True), "light_place": ("", "left", "right"),
@@ -131,7 +131,7 @@ def load_judge() -> Module:
     from safetensors.torch import load_file
 
     network = build_network()
-    network.load_state_dict({name: tensor.to(torch.float32) for name, tensor in load_file(WEIGHTS).items()})
+    network.load_state_dict({name: tensor.to(torch.float32) for name, tensor in load_file(JUDGE_WEIGHTS).items()})
     return network.eval()
 
 
@@ -146,7 +146,7 @@ def _as_input(images: Sequence[NDArray[np.uint8]]) -> Tensor:
     return torch.from_numpy(np.stack(sized)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
-def read(images: Sequence[NDArray[np.uint8]], network: Module | None = None) -> list[Scene]:
+def read_scenes(images: Sequence[NDArray[np.uint8]], network: Module | None = None) -> list[Scene]:
     """What stands in pictures, [H, W, 3] each; another size than the drawings' is brought to theirs."""
     import torch
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fluxkiln.scenes.drawing import draw
-from fluxkiln.scenes.grammar import MOST_WORDS, describe, scenes
+from fluxkiln.scenes.grammar import MOST_WORDS, scenes, write_caption
 from fluxkiln.train.recipes import Recipe
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ def captions_of(recipe: Recipe) -> list[str]:
     for scene, prompt in islice(scenes(recipe.seed + 1), recipe.amounts.pictures):
         told = [prompt.text]
         while len(told) < recipe.amounts.captions:
-            text = describe(scene, chance).text
+            text = write_caption(scene, chance).text
             if len(text.split()) <= MOST_WORDS:
                 told.append(text)
         found += told

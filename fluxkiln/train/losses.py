@@ -159,19 +159,3 @@ def steps_loss(velocity: Velocity, teacher: Module, lessons: Lessons, amounts: A
         return (found - target).square().mean()
 
     return loss
-
-
-def without_guidance(teacher: Module, student: Module) -> None:
-    """Give `student`, which has no guidance input, the weights of `teacher` with the built-in guidance.
-
-    Both add embeddings of time, guidance and text; a constant one moves into the bias of the first. So they compute the
-    same before the student has learned anything.
-    """
-    import torch
-
-    state: dict[str, Tensor] = {name: value.clone() for name, value in teacher.state_dict().items()}
-    embed: Any = teacher.time_text_embed
-    with torch.no_grad():
-        guidance = embed.time_proj(torch.tensor([1000 * BUILT_IN_GUIDANCE]))
-        state["time_text_embed.timestep_embedder.linear_2.bias"] += embed.guidance_embedder(guidance)[0]
-    student.load_state_dict({name: state[name] for name in student.state_dict()})

@@ -26,8 +26,7 @@ from typing import Any
 import numpy as np
 
 from fluxkiln import __version__
-from fluxkiln.export.folders import check_destination, whole_or_nothing
-from fluxkiln.export.source import trained_folder
+from fluxkiln.export.folders import check_destination, trained_folder, whole_or_nothing
 from fluxkiln.export.synth import write_small_files
 from fluxkiln.files import write_durably
 from fluxkiln.patches.model import Model, Preset
@@ -182,7 +181,7 @@ class _Run:
             }
         teacher = read.pop("transformer")
         self.made.update(read)
-        losses.without_guidance(teacher, self.made["transformer"])
+        model.build_in_guidance(teacher, self.made["transformer"], losses.BUILT_IN_GUIDANCE)
         lessons = self.lessons(model)
         velocity = losses.Velocity(self.made, self.preset.tokens, lessons.side)
         few = losses.steps_loss(velocity, teacher, lessons, self.recipe.amounts)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch.optim import AdamW
 
 # (steps done, steps in all, mean loss of the last steps, seconds a step)
-OnStep = Callable[[int, int, float, float], None]
+OnSteps = Callable[[int, int, float, float], None]
 _SAVE_EVERY_S = 120.0
 _SHOW_EVERY = 10
 
@@ -71,7 +71,7 @@ class Stage:
         return torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{self.name}/{step}".encode()))
 
 
-def run_stage(stage: Stage, folder: Path, on_step: OnStep | None = None) -> None:
+def run_stage(stage: Stage, folder: Path, on_step: OnSteps | None = None) -> None:
     """Train to the end, from the state in `folder` where there is one; the modules then hold the result.
 
     Raises:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fluxkiln.scenes.grammar import scenes
-from fluxkiln.scenes.judge import PROMPT_SEED, adherence, distance, drawn, prompts, read
+from fluxkiln.scenes.judge import PROMPT_SEED, adherence, distance, drawn, prompts, read_scenes
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def pictures(asked):
 
 
 def test_it_reads_drawings_of_the_fixed_prompts(asked, pictures):
-    found = adherence(prompts(), read(pictures))
+    found = adherence(prompts(), read_scenes(pictures))
     # what the judge itself gets wrong counts against every model; a tenth of what models may miss
     assert found.facts >= 0.995
     assert found.prompts >= 0.97
@@ -29,7 +29,7 @@ def test_it_reads_drawings_of_the_fixed_prompts(asked, pictures):
 
 def test_pictures_of_other_prompts_are_found_out(asked, pictures):
     """Negative control: everything shifted by one."""
-    found = adherence([prompt for _, prompt in asked], read([*pictures[1:], pictures[0]]))
+    found = adherence([prompt for _, prompt in asked], read_scenes([*pictures[1:], pictures[0]]))
     assert found.facts < 0.5
     assert found.prompts < 0.05
     assert found.wrong
@@ -37,7 +37,7 @@ def test_pictures_of_other_prompts_are_found_out(asked, pictures):
 
 def test_noise_shows_nothing(asked):
     noise = np.random.default_rng(0).integers(0, 256, (20, 128, 128, 3), dtype=np.uint8)
-    assert adherence([prompt for _, prompt in asked[:20]], read(list(noise))).prompts < 0.1
+    assert adherence([prompt for _, prompt in asked[:20]], read_scenes(list(noise))).prompts < 0.1
 
 
 def test_the_distance_grows_with_the_difference(pictures):
@@ -50,4 +50,4 @@ def test_the_distance_grows_with_the_difference(pictures):
 
 def test_larger_pictures_are_read_at_the_size_of_the_drawings(pictures):
     larger = [np.repeat(np.repeat(picture, 2, axis=0), 2, axis=1) for picture in pictures[:8]]
-    assert read(larger) == read(pictures[:8])
+    assert read_scenes(larger) == read_scenes(pictures[:8])

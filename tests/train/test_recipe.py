@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from fluxkiln.errors import CheckpointError, UsageError
-from fluxkiln.export.source import trained_folder
+from fluxkiln.export.folders import trained_folder
 from fluxkiln.patches.pipeline import quiet
 from fluxkiln.patches.registry import all_presets
 from fluxkiln.scenes.grammar import scenes
-from fluxkiln.train.losses import BUILT_IN_GUIDANCE, Velocity, without_guidance
+from fluxkiln.train.losses import BUILT_IN_GUIDANCE, Velocity
 from fluxkiln.train.recipe import recipe_digest, train_recipe, untrained_components
 from fluxkiln.train.recipes import RECIPES, Amounts
 
@@ -70,7 +70,7 @@ def test_the_student_begins_as_the_teacher_with_its_guidance_built_in():
     teacher, student = (made[name]["transformer"] for name in made)
     for parameter in teacher.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
-    without_guidance(teacher, student)
+    model.build_in_guidance(teacher, student, BUILT_IN_GUIDANCE)
     velocity = Velocity(made["scenes-dev"], 24, 8)
     chance = torch.Generator().manual_seed(0)
     told = torch.randn(2, 64, generator=chance), torch.randn(2, 24, 128, generator=chance)

@@ -297,6 +297,11 @@ class Flux1:
 
         return predict_velocity(module, latents, sigma, encoded, shapes, guidance)
 
+    def build_in_guidance(self, teacher: Module, student: Module, guidance: float) -> None:
+        from fluxkiln.patches.flux1.training import build_in_guidance
+
+        build_in_guidance(teacher, student, guidance)
+
     def mlx_lora(self, pairs: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
         from fluxkiln.patches.flux1.training import mlx_lora
 

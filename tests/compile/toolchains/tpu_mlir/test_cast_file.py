@@ -14,6 +14,7 @@ from fluxkiln.compile.toolchains.tpu_mlir.bmodel import read_bmodel
 from fluxkiln.compile.toolchains.tpu_mlir.cast import cast_file
 from fluxkiln.compile.toolchains.tpu_mlir.moulds import cast_part, make_mould
 from fluxkiln.errors import CheckpointError
+from fluxkiln.files import FileState
 from fluxkiln.progress import Silent
 from tests.builds import altered
 from tests.compile.bmodels import check_codes
@@ -96,9 +97,8 @@ def test_what_a_kill_left_is_not_trusted(blocks, tmp_path, damage):
 def test_a_shard_that_changes_ends_the_build(blocks):
     small_build, parts, _ = blocks
     shard = next(iter(small_build.checkpoint.states))
-    changed = replace(
-        small_build, checkpoint=replace(small_build.checkpoint, states={**small_build.checkpoint.states, shard: (0,)})
-    )
+    states = {**small_build.checkpoint.states, shard: FileState(0, 0, 0, 0, 0)}
+    changed = replace(small_build, checkpoint=replace(small_build.checkpoint, states=states))
     with pytest.raises(CheckpointError, match=r"changed while the build read it, and a build is of one checkpoint"):
         cast_file(*changed, NAME, parts, Silent())
     assert cast_file(*small_build, NAME, parts, Silent())[0].blob

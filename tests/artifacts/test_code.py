@@ -84,6 +84,7 @@ def test_all_stages_are_found():
         "compile_part",
         "combine_shells",
         "cast_file",
+        "write_file",
         "_fill_part",
         "prove_mould",
         "_read_through",

@@ -16,7 +16,7 @@ OVERHEAD, LOADING = 0.03, 2.0
 _BUNDLE = """
 import json, os, sys, time
 from pathlib import Path
-from fluxkiln.compile.bundle import open_bundle
+from fluxkiln.compile.opener import open_bundle
 from fluxkiln.compile.toolchain import open_executor
 from fluxkiln.generate.painter import Painter
 

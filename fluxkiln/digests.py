@@ -35,6 +35,17 @@ def digest_json(value: Json) -> str:
     return digest_bytes(canonical_json(value))
 
 
+def seal(value: Mapping[str, Json], name: str = "digest") -> dict[str, Json]:
+    """The object with the digest of all its other keys as `name`; `is_sealed` tells whether it still has it."""
+    rest = {key: item for key, item in value.items() if key != name}
+    return {**rest, name: digest_json(rest)}
+
+
+def is_sealed(value: Mapping[str, Json], name: str = "digest") -> bool:
+    """Whether an object is as `seal` made it."""
+    return value.get(name) == seal(value, name)[name]
+
+
 def plain_json(value: Json, where: str = "value") -> Json:
     """A copy made of dicts and lists only, with sorted keys; TypeError or ValueError names what is no JSON."""
     if isinstance(value, Mapping):

@@ -235,6 +235,11 @@ class FileState(NamedTuple):
     inode: int
     device: int
 
+    @classmethod
+    def of(cls, found: os.stat_result) -> FileState:
+        """That which the system tells of a file."""
+        return cls(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev)
+
     def is_same_file(self, other: FileState) -> bool:
         """Whether nothing but ctime moved. Then the bytes are most likely the same; reading them again tells."""
         return self._replace(ctime_ns=0) == other._replace(ctime_ns=0)
@@ -242,8 +247,7 @@ class FileState(NamedTuple):
 
 def file_state(path: Path, *, links: bool = True) -> FileState:
     """The state of what `path` leads to, or of the symbolic link itself; OSError where there is nothing."""
-    found = os.stat(path, follow_symlinks=links)
-    return FileState(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev)
+    return FileState.of(os.stat(path, follow_symlinks=links))
 
 
 def open_beneath(root: Path, path: str) -> io.BufferedReader:

@@ -106,7 +106,11 @@ class ActionCache:
         return ActionResult(key, dict(outputs), {name: plain_json(fact) for name, fact in facts.items()}, hit=False)
 
     def adopt(self, record: Mapping[str, Json]) -> ActionResult:
-        """Take over a record of another store whose blobs are in this one.
+        """Take over a record of another store whose blobs are in this one; errors as `check`."""
+        return self.record(*self.check(record))
+
+    def check(self, record: Mapping[str, Json]) -> tuple[Action, dict[str, Blob], Mapping[str, Json]]:
+        """The action of a record of another store, its blobs and facts.
 
         Raises IntegrityError: its key is not that of its ingredients, or a blob is missing.
         """
@@ -119,7 +123,9 @@ class ActionCache:
             raise IntegrityError(f"the record of {action.what} has the key {record.get('key')}, its ingredients have "
                                  f"{key}; fetch or make it again")  # fmt: skip
         outputs, facts = _parse_record(record, key)
-        return self.record(action, outputs, facts)
+        if missing := [blob.digest for blob in outputs.values() if not self.store.has(blob)]:
+            raise IntegrityError(f"the record of {action.what} names {missing[0]}, which is not in the store")
+        return action, outputs, facts
 
     def forget(self, key: str) -> None:
         """Drop a record, so that its action runs again; its blobs stay."""

@@ -6,33 +6,30 @@ A new one is assembled as `.NAME.*.partial`; two renames, the old one's to `.NAM
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import stat
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
+from fluxkiln.artifacts.intact import encode_record
 from fluxkiln.artifacts.manifest import (
     BUILD_FILE,
     MANIFEST_FILE,
     SCHEMA_VERSION,
     FileEntry,
     Manifest,
-    Role,
     manifest_from_json,
-    parse_manifest,
     resolve_inside,
+    role_of,
     validate_manifest_paths,
 )
 from fluxkiln.artifacts.store import Blob, Store
-from fluxkiln.digests import Json, plain_json
+from fluxkiln.digests import Json
 from fluxkiln.errors import IntegrityError, UsageError
 from fluxkiln.files import (
     PARTIAL_SUFFIX,
     copy_hashing,
-    digest_file,
     disk_full_named,
     fresh_name,
     partial_directory,
@@ -45,24 +42,9 @@ from fluxkiln.files import (
     write_durably,
 )
 
-MAX_MANIFEST_BYTES = 16 << 20
 # Gigabytes that a runtime reads and nobody writes to: not copied where a hard link does.
 LINKED_SUFFIXES = (".bmodel", ".neff")
 _UNREAD = Blob("sha256:" + "0" * 64, 0)
-
-# First rule that fits decides; a caller's `roles` come before all of them.
-_LICENCE_NAMES = ("license", "licence", "notice")
-_ROLE_BY_SUFFIX: Mapping[str, Role] = {
-    ".bmodel": "binary",
-    ".neff": "binary",
-    ".onnx": "binary",
-    ".safetensors": "weights",
-    ".data": "weights",
-    ".npz": "constants",
-    ".npy": "constants",
-    ".md": "doc",
-    ".html": "doc",
-}
 
 
 def write_bundle(
@@ -71,7 +53,6 @@ def write_bundle(
     manifest: Mapping[str, Json],
     store: Store,
     *,
-    roles: Mapping[str, Role] | None = None,
     build: Mapping[str, Json] | None = None,
 ) -> Manifest:
     """Write the bundle `destination`, replacing one that is there.
@@ -79,8 +60,7 @@ def write_bundle(
     Args:
         files: path in the bundle -> blob of `store`, or a file to copy.
         manifest: the keys of `Manifest` but for `schema_version` and `files`, which are filled in here.
-        roles: path -> role where the name does not tell (see `role_of`).
-        build: time, host, durations: written to `build.json`, which no digest covers.
+        build: time, host, durations: written to `build.json`, which the manifest does not cover.
 
     Raises:
         IntegrityError: a blob is missing or damaged, a path or the manifest is not legal. `destination` is unchanged.
@@ -90,7 +70,7 @@ def write_bundle(
     validate_manifest_paths(files)
     # Refuse a wrong manifest before gigabytes are copied; digests of plain files are not known yet.
     known = {path: source if isinstance(source, Blob) else _UNREAD for path, source in files.items()}
-    _complete(manifest, known, roles or {})
+    _complete(manifest, known)
     parent = destination.parent
     parent.mkdir(parents=True, exist_ok=True)
     with disk_full_named(parent), waiting_lock(parent / f".{destination.name}.lock"):
@@ -104,69 +84,15 @@ def write_bundle(
                 entries[path] = _place(source, target, store)
                 if target.suffix == ".sh":
                     target.chmod(0o755)  # stores and registries keep bytes and no modes
-            complete = _complete(manifest, entries, roles or {})
+            complete = _complete(manifest, entries)
             if build is not None:
-                data = json.dumps(plain_json(build), indent=1, ensure_ascii=False).encode() + b"\n"
-                write_durably(folder / BUILD_FILE, data)
+                write_durably(folder / BUILD_FILE, encode_record(build, [complete.digest]))
             write_durably(folder / MANIFEST_FILE, complete.to_bytes())
             try:
                 swap_folder(folder, destination)
             finally:
                 heal_folder(destination)
     return complete
-
-
-def read_manifest(bundle: Path) -> Manifest:
-    """The manifest of a bundle.
-
-    Raises:
-        UsageError: there is no bundle, or its schema version is not known here.
-        IntegrityError: the manifest is damaged.
-    """
-    path = bundle / MANIFEST_FILE
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_MANIFEST_BYTES + 1)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UsageError(
-            f"{bundle} is no bundle: it has no {MANIFEST_FILE}; give the folder that a build wrote"
-        ) from error
-    if len(data) > MAX_MANIFEST_BYTES:
-        raise IntegrityError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes, which no manifest is; fetch it again")
-    return parse_manifest(data, str(path))
-
-
-def verify_bundle(bundle: Path) -> Manifest:
-    """Compare every file with the manifest.
-
-    Raises:
-        IntegrityError: names the first bad file and lists all: missing, of another size or digest, a symbolic link
-            or other special file, or one that the manifest does not name.
-        UsageError: as `read_manifest`.
-    """
-    manifest = read_manifest(bundle)
-    listed = {file.path: file for file in manifest.files}
-    faults = []
-    present = walk_bundle(bundle)
-    for path, entry in listed.items():
-        if path not in present:
-            faults.append(f"{path}: missing")
-        elif not present[path]:
-            faults.append(f"{path}: not a regular file")
-        else:
-            digest, size = digest_file(resolve_inside(bundle, path))
-            if size != entry.size:
-                faults.append(f"{path}: {size} bytes, the manifest says {entry.size}")
-            elif digest != entry.digest:
-                faults.append(f"{path}: {digest}, the manifest says {entry.digest}")
-    faults += [f"{path}: not named by the manifest" for path in sorted(present) if path not in listed]
-    if faults:
-        more = f"; {len(faults) - 1} more: {'; '.join(faults[1:])}" if faults[1:] else ""
-        raise IntegrityError(
-            f"{bundle}: {faults[0]}{more}. A bundle holds what its manifest says and nothing else: build or fetch it "
-            "again"
-        )
-    return manifest
 
 
 def heal_bundle(destination: Path) -> None:
@@ -176,19 +102,9 @@ def heal_bundle(destination: Path) -> None:
             heal_folder(destination)
 
 
-def role_of(path: str) -> Role:
-    """The role that a file's name and folder tell."""
-    pure = PurePosixPath(path)
-    if pure.name.lower().startswith(_LICENCE_NAMES):
-        return "licence"
-    if pure.suffix in _ROLE_BY_SUFFIX:
-        return _ROLE_BY_SUFFIX[pure.suffix]
-    return "tokenizer" if any(name.startswith("tokenizer") for name in pure.parts) else "config"
-
-
-def _complete(manifest: Mapping[str, Json], entries: Mapping[str, Blob], roles: Mapping[str, Role]) -> Manifest:
+def _complete(manifest: Mapping[str, Json], entries: Mapping[str, Blob]) -> Manifest:
     listed: list[Json] = [
-        asdict(FileEntry(path, roles.get(path) or role_of(path), blob.digest.removeprefix("sha256:"), blob.size))
+        asdict(FileEntry(path, role_of(path), blob.digest.removeprefix("sha256:"), blob.size))
         for path, blob in sorted(entries.items())
     ]
     return manifest_from_json({**manifest, "schema_version": SCHEMA_VERSION, "files": listed}, "the new manifest")
@@ -246,15 +162,3 @@ def _check_replaceable(destination: Path) -> None:
 def _old(destination: Path) -> Path:
     absolute = destination.absolute()
     return absolute.parent / f".{absolute.name}.old"
-
-
-def walk_bundle(bundle: Path) -> dict[str, bool]:
-    """Path -> whether it is a regular file, for everything in the bundle that is no folder."""
-    found = {}
-    for folder, folders, names in os.walk(bundle):
-        for name in [*names, *(name for name in folders if Path(folder, name).is_symlink())]:
-            path = Path(folder, name)
-            relative = path.relative_to(bundle).as_posix()
-            if relative not in (MANIFEST_FILE, BUILD_FILE):
-                found[relative] = stat.S_ISREG(path.lstat().st_mode)
-    return found

@@ -1,7 +1,8 @@
 """`manifest.json`: what a bundle is made of. Strict in both directions, and the same bytes for the same contents.
 
 It holds no time, host or folder, so that an interrupted build ends with the same digests; those facts go into
-`build.json`, which no digest covers. Its paths come from other machines and are joined to a folder of this one.
+`build.json`. Its paths come from other machines and are joined to a folder of this one. `digest` is over all its other
+keys in their canonical form: a manifest that says something else is another one, and no bit of it flips unnoticed.
 """
 
 from __future__ import annotations
@@ -15,18 +16,35 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from fluxkiln.digests import DIGEST, Json, plain_json
+from fluxkiln.digests import DIGEST, Json, digest_json, plain_json
 from fluxkiln.documents import read_object
 from fluxkiln.errors import IntegrityError, ShapeError, UsageError
 from fluxkiln.types import Shapes, TensorSpec
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 BUILD_FILE = "build.json"
 MAX_NAME_BYTES = 255
 MAX_PATH_BYTES = 1024
 
 Role = Literal["binary", "weights", "tokenizer", "config", "constants", "licence", "doc"]
+
+# First rule that fits decides.
+_LICENCE_NAMES = ("license", "licence", "notice")
+_ROLE_BY_FOLDER: Mapping[str, Role] = {"host": "constants"}
+_ROLE_BY_SUFFIX: Mapping[str, Role] = {
+    ".bmodel": "binary",
+    ".neff": "binary",
+    ".onnx": "binary",
+    ".pb": "binary",
+    ".safetensors": "weights",
+    ".data": "weights",
+    ".bin": "weights",
+    ".npz": "constants",
+    ".npy": "constants",
+    ".md": "doc",
+    ".html": "doc",
+}
 
 _DIGEST = (DIGEST, "'sha256:' and 64 lower-case hex digits")
 # Fields whose texts have a form.
@@ -81,11 +99,16 @@ class Licence:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """All of `manifest.json`. `parts` are in the order they run; `settings` and `parity` are free JSON objects."""
+    """All of `manifest.json` but for its digest, which follows from the rest.
+
+    `model` is the name of the model whose `variant` it is. `parts` are in the order they run; `settings` and `parity`
+    are free JSON objects.
+    """
 
     schema_version: int
     name: str
     target: str
+    model: str
     variant: str
     shapes: Shapes
     checkpoint: CheckpointEntry
@@ -96,6 +119,11 @@ class Manifest:
     parts: tuple[PartEntry, ...]
     files: tuple[FileEntry, ...]
 
+    @property
+    def digest(self) -> str:
+        """`sha256:<hex>` over everything it says, whatever its spelling."""
+        return digest_json(self._plain())
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON; `parse_manifest` of its bytes gives an equal value."""
         plain: dict[str, Any] = json.loads(self.to_bytes())
@@ -103,8 +131,12 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """The bytes of `manifest.json`: indented for people, one spelling for digests."""
+        sealed = {"digest": self.digest, **self._plain()}
+        return json.dumps(sealed, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+    def _plain(self) -> dict[str, Any]:
         free = {name: plain_json(getattr(self, name), name) for name in ("settings", "parity", "tools")}
-        return json.dumps({**asdict(self), **free}, indent=1, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        return {**asdict(self), **free}
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
@@ -112,14 +144,26 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
 
     Raises:
         UsageError: a schema version that this fluxkiln does not read.
-        IntegrityError: no JSON, a missing or unknown key, a value of the wrong type, an illegal path, a part or a
-            licence in a file that is not listed.
+        IntegrityError: no JSON, another digest than its own, a missing or unknown key, a value of the wrong type, an
+            illegal path, a file whose role is not that of its name, a part or a licence in a file that is not listed.
     """
-    return manifest_from_json(read_object(data, where), where)
+    value = read_object(data, where)
+    _check_version(value, where)
+    found = value.pop("digest", None)
+    if found != (digest := digest_json(value)):
+        raise _bad(where, f"says that its digest is {str(found)[:80]!r}, and what it says has {digest}")
+    return manifest_from_json(value, where)
 
 
 def manifest_from_json(value: Mapping[str, Json], where: str = "manifest") -> Manifest:
-    """The manifest that a JSON object describes; same errors as `parse_manifest`."""
+    """The manifest that a JSON object without `digest` describes; same errors as `parse_manifest`."""
+    _check_version(value, where)
+    manifest: Manifest = _read(Manifest, value, where)
+    _check_references(manifest, where)
+    return manifest
+
+
+def _check_version(value: Mapping[str, Json], where: str) -> None:
     version = value.get("schema_version")
     if not isinstance(version, int) or isinstance(version, bool):
         raise _bad(where, f"has schema_version {version!r}; it must be a whole number")
@@ -128,9 +172,16 @@ def manifest_from_json(value: Mapping[str, Json], where: str = "manifest") -> Ma
             f"{where} has schema_version {version}, this fluxkiln reads {SCHEMA_VERSION}; use the fluxkiln that wrote "
             "it, or build the bundle again"
         )
-    manifest: Manifest = _read(Manifest, value, where)
-    _check_references(manifest, where)
-    return manifest
+
+
+def role_of(path: str) -> Role:
+    """The role that a file's name and folder tell."""
+    pure = PurePosixPath(path)
+    if pure.name.lower().startswith(_LICENCE_NAMES):
+        return "licence"
+    if found := _ROLE_BY_FOLDER.get(pure.parts[0]) or _ROLE_BY_SUFFIX.get(pure.suffix):
+        return found
+    return "tokenizer" if any(name.startswith("tokenizer") for name in pure.parts) else "config"
 
 
 def describe_manifest(manifest: Manifest, component_of: Callable[[str], str]) -> dict[str, Any]:
@@ -185,6 +236,7 @@ def _comparable(manifest: Manifest) -> dict[str, dict[str, Any]]:
         "facts": {
             "name": manifest.name,
             "target": manifest.target,
+            "model": manifest.model,
             "variant": manifest.variant,
             "shapes": f"{shapes.width}x{shapes.height}, {shapes.tokens} tokens",
             "checkpoint": f"{checkpoint.source} {checkpoint.fingerprint}",
@@ -267,6 +319,9 @@ def _illegal(path: str, rule: str) -> IntegrityError:
 
 def _check_references(manifest: Manifest, where: str) -> None:
     validate_manifest_paths(file.path for file in manifest.files)
+    for file in manifest.files:
+        if file.role != role_of(file.path):
+            raise _bad(where, f"gives {file.path!r} the role {file.role}, its name is that of {role_of(file.path)}")
     files = {file.path for file in manifest.files}
     names: set[str] = set()
     nets: set[tuple[str, str]] = set()

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fluxkiln.artifacts.bundle import read_manifest
+from fluxkiln.artifacts.intact import BUNDLE, read_manifest
 from fluxkiln.artifacts.manifest import MANIFEST_FILE, Manifest, Role, resolve_inside, validate_manifest_paths
 from fluxkiln.artifacts.store import MANIFEST_TYPE, Blob, Store
 from fluxkiln.digests import DIGEST, Json, canonical_json, digest_bytes
@@ -27,6 +27,7 @@ CODE_TYPE = "application/vnd.cncf.model.code.v1.raw"
 DOC_TYPE = "application/vnd.cncf.model.doc.v1.raw"
 FILEPATH_ANNOTATION = "org.cncf.model.filepath"
 PARITY_ANNOTATION = "org.fluxkiln.parity"
+MANIFEST_ANNOTATION = "org.fluxkiln.manifest"
 
 LAYER_TYPES: Mapping[Role, str] = {
     "binary": WEIGHT_TYPE,
@@ -42,9 +43,6 @@ CARD, PROVENANCE, REPORT, SIGNATURE = "README.md", "provenance.json", "report.js
 LICENCES = "licenses"
 # Beside the files of the bundle.
 EXTRAS = (CARD, PROVENANCE, REPORT, SIGNATURE)
-
-# Of a pulled folder: the bundle, and what was pulled and how far it was checked.
-BUNDLE, RECORD = "bundle", "pulled.json"
 
 # What registries accept, and far above what a bundle has.
 MAX_DOCUMENT_BYTES = 4 << 20
@@ -187,6 +185,7 @@ def write_document(manifest: Manifest, layers: Sequence[Layer]) -> tuple[bytes, 
             "org.fluxkiln.variant": manifest.variant,
             "org.fluxkiln.checkpoint": manifest.checkpoint.fingerprint,
             PARITY_ANNOTATION: parity_word(manifest.parity),
+            MANIFEST_ANNOTATION: manifest.digest,
         },
     }
     return config, canonical_json(document)
@@ -240,10 +239,14 @@ def check_config(document: Document, data: bytes, where: str) -> None:
 
 
 def check_bundle(document: Document, manifest: Manifest, where: str) -> None:
-    """Compare the layers with the bundle's own `manifest.json`: the same files, digests and sizes, and nothing else.
+    """Compare an artifact with the bundle's own `manifest.json`: its digest, and in the layers the same files, digests
+    and sizes, and nothing else.
 
     Raises IntegrityError: names the first file that differs.
     """
+    if (found := document.annotations.get(MANIFEST_ANNOTATION)) != manifest.digest:
+        raise _refuse(where, f"is for a bundle whose manifest has the digest {found}, its {MANIFEST_FILE} has "
+                          f"{manifest.digest}")  # fmt: skip
     _check_texts(manifest.to_json(), f"{where}: {MANIFEST_FILE}")
     layers = {layer.path: layer for layer in document.layers if layer.path != MANIFEST_FILE}
     for file in manifest.files:

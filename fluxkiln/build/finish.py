@@ -15,16 +15,17 @@ from fluxkiln import __version__
 from fluxkiln.artifacts.actions import Action
 from fluxkiln.artifacts.bundle import write_bundle
 from fluxkiln.artifacts.code import package_version
+from fluxkiln.artifacts.intact import read_bundle
 from fluxkiln.artifacts.modelpack import store_bundle
 from fluxkiln.artifacts.store import Blob, legal_tag
-from fluxkiln.build.prepared import Prepared, lora_facts
+from fluxkiln.build.prepared import Prepared, choose_components, lora_facts
 from fluxkiln.compile.bundle import CONFIGS, HOST_CONSTANTS
 from fluxkiln.compile.executor import bind_net
+from fluxkiln.compile.opener import open_bundle
 from fluxkiln.compile.plan import Binary, Made
 from fluxkiln.compile.templates import host_constants
 from fluxkiln.compile.toolchain import toolchain_of
-from fluxkiln.errors import ParityError
-from fluxkiln.files import digest_file
+from fluxkiln.errors import FluxkilnError, ParityError
 from fluxkiln.progress import FROM_STORE, Laps, Progress
 
 if TYPE_CHECKING:
@@ -114,14 +115,10 @@ def finished_result(prepared: Prepared, laps: Laps) -> BuildResult | None:
     if record is None:
         return None
     facts: Mapping[str, Any] = record.facts
-    manifest = prepared.plan.bundle / "manifest.json"
     try:
-        if digest_file(manifest)[0] != facts["manifest"]:
+        if read_bundle(prepared.plan.bundle).digest != facts["manifest"]:
             return None
-        files = json.loads(manifest.read_bytes())["files"]
-        if any(os.stat(prepared.plan.bundle / entry["path"]).st_size != entry["size"] for entry in files):
-            return None
-    except (OSError, ValueError, KeyError):
+    except (FluxkilnError, OSError):
         return None
     if prepared.settings.verify and not (prepared.plan.folder / "report.html").is_file():
         return None
@@ -150,14 +147,15 @@ def finish_bundle(prepared: Prepared, made: Made, progress: Progress, laps: Laps
     manifest = _manifest(prepared, made, summary)
     progress.stage("bundle", 1)
     written = write_bundle(
-        prepared.plan.bundle, sources, manifest, store, roles={HOST_CONSTANTS: "constants"},
+        prepared.plan.bundle, sources, manifest, store,
         build={"machine": _machine(), "fluxkiln": __version__, **lora_facts(prepared.checkpoint)},
     )  # fmt: skip
     digest = store_bundle(store, prepared.plan.bundle, legal_tag(f"{prepared.name}:{prepared.plan.target.name}"))
+    opened = open_bundle(prepared.plan.bundle, progress)
     shutil.rmtree(work, ignore_errors=True)
     laps.lap("bundle")
     facts: dict[str, Any] = {
-        "manifest": digest_file(prepared.plan.bundle / "manifest.json")[0],
+        "manifest": opened.digest,
         "digest": digest,
         "parts": {binary.part.name: binary.made for binary in made.binaries},
         "parity": summary,
@@ -285,6 +283,7 @@ def _manifest(prepared: Prepared, made: Made, summary: Mapping[str, Any]) -> dic
     return {
         "name": prepared.name,
         "target": plan.target.name,
+        "model": checkpoint.model.name,
         "variant": checkpoint.variant,
         "shapes": asdict(plan.shapes),
         "checkpoint": {"source": checkpoint.name, "fingerprint": f"sha256:{prepared.fingerprint}"},
@@ -293,6 +292,8 @@ def _manifest(prepared: Prepared, made: Made, summary: Mapping[str, Any]) -> dic
             "vae": settings.vae,
             "seed": settings.seed,
             "steps": settings.steps,
+            "components": list(choose_components(checkpoint.model, settings)),
+            **({"modulation": settings.modulation} if plan.layout is None else {"granularity": settings.granularity}),
             **toolchain_of(plan.target).facts(settings, plan),
             **lora_facts(checkpoint),
             **({"calibrations": calibrations} if calibrations else {}),

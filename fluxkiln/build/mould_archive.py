@@ -1,34 +1,38 @@
 """Moulds beyond a build: made from configs alone, listed, and carried from one store to another in a file.
 
 The file is a plain tar: `moulds.json`, the records of the actions that made the moulds (templates, moulds, proofs and
-combined shells), then `blobs/sha256/<hex>` for every blob that they name. A record's key is made of everything its
-result depends on, the code's version included, so it is found again only where it is true.
+combined shells), `moulds.sig` where it was signed, then `blobs/sha256/<hex>` for every blob that they name. A record's
+key is made of everything its result depends on, the code's version included, so it is found again only where it is
+true. Whether it *is* the result nobody can tell who did not make it: without a signature by a key that the importer
+trusts, what a proof vouches for is taken over alone, and that proof is made here, when a mould is first used.
 """
 
 from __future__ import annotations
 
 import io
-import json
 import re
 import tarfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fluxkiln import __version__
 from fluxkiln.artifacts.actions import ActionCache
-from fluxkiln.artifacts.store import Blob, Store
+from fluxkiln.artifacts.registry.papers import sign, verify_signature
+from fluxkiln.artifacts.store import Blob, Store, read_blob
 from fluxkiln.build.make import outline
 from fluxkiln.compile.toolchain import all_toolchains, toolchain_of
-from fluxkiln.digests import canonical_json
+from fluxkiln.digests import DIGEST, canonical_json, digest_bytes
+from fluxkiln.documents import DocumentLimits, read_object
 from fluxkiln.errors import IntegrityError, UsageError
-from fluxkiln.files import disk_full_named, partial_file, rename_durably
+from fluxkiln.files import disk_full_named, open_regular, partial_file, rename_durably
 from fluxkiln.progress import Progress, Silent
 from fluxkiln.settings import Settings
 
-MOULDS_FILE, _FORMAT = "moulds.json", "fluxkiln.moulds/1"
-MAX_INDEX_BYTES = 64 << 20
+MOULDS_FILE, SIGNATURE_FILE, _FORMAT = "moulds.json", "moulds.sig", "fluxkiln.moulds/1"
+INDEX_LIMITS = DocumentLimits(nbytes=64 << 20)
+_FETCH = "fetch it again"
 _BLOB = re.compile(r"blobs/sha256/([0-9a-f]{64})")
 
 
@@ -62,28 +66,35 @@ def build_moulds(settings: Settings, progress: Progress | None = None) -> list[M
 
 def list_moulds(store: Store) -> list[MouldEntry]:
     """All moulds of a store, by what they are."""
-    entries = []
-    for record in ActionCache(store).records():
-        if record["stage"] != "mould":
-            continue
-        outputs, facts, settings = (_mapping(record[name]) for name in ("outputs", "facts", "settings"))
-        entries.append(
-            MouldEntry(
-                key=str(record["key"]),
-                what=str(record["what"]),
-                chip=str(settings.get("chip", "")),
-                scheme=str(settings.get("scheme", "")),
-                inputs={str(name): list(shape) for name, _, shape in facts.get("inputs", [])},
-                size=sum(int(_mapping(blob)["size"]) for blob in outputs.values()),
-                weight_bytes=int(facts.get("weight_bytes", 0)),
-                why=str(facts.get("why", "")),
-            )
-        )
+    entries = [_entry(record) for record in ActionCache(store).records() if record["stage"] == "mould"]
     return sorted(entries, key=lambda entry: (entry.chip, entry.what, entry.scheme, entry.key))
 
 
-def export_moulds(store: Store, target: Path, chip: str | None = None) -> list[MouldEntry]:
+def _entry(record: Mapping[str, Any]) -> MouldEntry:
+    """What a record says of a mould; IntegrityError where it says no such thing."""
+    facts, settings = record["facts"], record["settings"]
+    try:
+        return MouldEntry(
+            key=str(record["key"]),
+            what=str(record["what"]),
+            chip=str(settings.get("chip", "")),
+            scheme=str(settings.get("scheme", "")),
+            inputs={str(name): [int(side) for side in shape] for name, _, shape in facts.get("inputs", [])},
+            size=sum(blob.size for blob in _blobs(record)),
+            weight_bytes=int(facts.get("weight_bytes", 0)),
+            why=str(facts.get("why", "")),
+        )
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise IntegrityError(f"the record of a mould is not in its form ({error}); make it again") from error
+
+
+def export_moulds(
+    store: Store, target: Path, chip: str | None = None, sign_key: Path | None = None
+) -> list[MouldEntry]:
     """Write every castable mould of a store, or of a chip, its template, proof and combined shells to one file.
+
+    Args:
+        sign_key: private key in PEM.
 
     UsageError: there is none. IntegrityError: a blob is damaged; nothing is written.
     """
@@ -93,11 +104,14 @@ def export_moulds(store: Store, target: Path, chip: str | None = None) -> list[M
     records = [record for record in ActionCache(store).records() if _travels(record, chip)]
     blobs = {blob.digest: blob for record in records for blob in _blobs(record)}
     index: dict[str, Any] = {"format": _FORMAT, "fluxkiln": __version__, "records": records}
+    data = canonical_json(index)
+    signature = sign({MOULDS_FILE: digest_bytes(data)}, sign_key) if sign_key else b""
     target.parent.mkdir(parents=True, exist_ok=True)
     with disk_full_named(target.parent), partial_file(target.parent, f".{target.name}") as (partial, file):
         with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as archive:
-            data = canonical_json(index)
             archive.addfile(_member(MOULDS_FILE, len(data)), io.BytesIO(data))
+            if signature:
+                archive.addfile(_member(SIGNATURE_FILE, len(signature)), io.BytesIO(signature))
             for digest in sorted(blobs):
                 store.verify(digest)
                 name = f"blobs/sha256/{digest.removeprefix('sha256:')}"
@@ -107,37 +121,84 @@ def export_moulds(store: Store, target: Path, chip: str | None = None) -> list[M
     return moulds
 
 
-def import_moulds(store: Store, source: Path) -> list[MouldEntry]:
-    """Take over the moulds of a file that `export_moulds` wrote. Every blob's digest is checked; none is run.
+def import_moulds(store: Store, source: Path, verify_key: Path | None = None) -> list[MouldEntry]:
+    """Take over the moulds of a file that `export_moulds` wrote: all that it offers, or nothing.
 
-    UsageError: no such file, or something else. IntegrityError: a blob does not have the digest that its name says, or
-    one is missing; no record is taken over.
+    Every blob's digest is checked, and what records say of blobs is compared with them. None is run. A result that the
+    store has already stays as it is.
+
+    Args:
+        verify_key: public key in PEM that the file must be signed with. Without it no template, proof or combined shell
+            is taken over: they are made again, and so is the proof of a mould when it is first used.
+
+    Raises:
+        UsageError: no such file, or something else. IntegrityError: a record or a blob is not what it should be, or the
+        signature does not hold; nothing is taken over.
     """
     try:
-        with source.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+        with open_regular(source) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             members = iter(archive)
-            records = _read_index(archive, next(members, None), source)
+            data = _read_member(archive, next(members, None), MOULDS_FILE, source)
+            records = _parse_index(data, source)
             wanted = {blob.digest: blob for record in records for blob in _blobs(record)}
-            for member in members:
-                match = _BLOB.fullmatch(member.name)
-                data = archive.extractfile(member) if member.isreg() else None
-                if match is None or data is None or f"sha256:{match[1]}" not in wanted:
+            following = next(members, None)
+            if following is not None and following.name == SIGNATURE_FILE:
+                signature = _read_member(archive, following, SIGNATURE_FILE, source)
+                following = next(members, None)
+            else:
+                signature = b""
+            if verify_key:
+                _check_signature(data, signature, verify_key, source)
+            while following is not None:
+                match = _BLOB.fullmatch(following.name)
+                blob = wanted.pop(f"sha256:{match[1]}", None) if match else None
+                if blob is None or not _is_plain(following) or following.size != blob.size:
                     raise IntegrityError(
-                        f"{source} holds {member.name!r}, which its {MOULDS_FILE} does not name; fetch it again"
+                        f"{source} holds {following.name!r}, which its {MOULDS_FILE} does not name so; {_FETCH}"
                     )
-                _take(store, wanted.pop(f"sha256:{match[1]}"), data, source)
-    except (OSError, tarfile.TarError) as error:
+                _take(store, blob, archive.extractfile(following), source)
+                following = next(members, None)
+    except (OSError, tarfile.TarError, ValueError, ArithmeticError, EOFError) as error:  # tarfile lets some through
         raise UsageError(
             f"{source} is no file of moulds ({error}); give one that fluxkiln mould export wrote"
         ) from error
     missing = [digest for digest, blob in wanted.items() if not store.has(blob)]
     if missing:
-        raise IntegrityError(f"{source} ends before {missing[0]}, which its {MOULDS_FILE} names; fetch it again")
+        raise IntegrityError(f"{source} ends before {missing[0]}, which its {MOULDS_FILE} names; {_FETCH}")
     cache = ActionCache(store)
+    taken = [record for record in records if verify_key or record["stage"] in _stages("proven")]
+    # Nothing is recorded before everything was looked at.
     for record in records:
-        cache.adopt(record)
-    keys = {str(record["key"]) for record in records}
-    return [entry for entry in list_moulds(store) if entry.key in keys]
+        _check_record(cache, record, source)
+    for record in taken:
+        if cache.lookup(str(record["key"])) is None:
+            cache.adopt(record)
+    return sorted(
+        (_entry(record) for record in taken if record["stage"] == "mould"), key=lambda entry: (entry.chip, entry.what)
+    )
+
+
+def _check_record(cache: ActionCache, record: Mapping[str, Any], source: Path) -> None:
+    """Raise IntegrityError unless a record has the key of its ingredients, and its facts are true of its blobs."""
+    try:
+        cache.check(record)
+        if record["stage"] == "mould":
+            _entry(record)
+        for toolchain in all_toolchains().values():
+            if record["stage"] in toolchain.travelling:
+                outputs = {name: cache.path(blob) for name, blob in zip(record["outputs"], _blobs(record), strict=True)}
+                toolchain.check_record(record, outputs)
+    except IntegrityError as error:
+        raise IntegrityError(f"{source}: {error}. Nothing of it was taken over: {_FETCH}") from error
+
+
+def _check_signature(data: bytes, signature: bytes, key: Path, source: Path) -> None:
+    if not signature:
+        raise IntegrityError(
+            f"{source} is not signed, and --verify asks for a signature by {key}; have it exported with --sign, or "
+            "leave --verify out: what it holds is proven anew then"
+        )
+    verify_signature({MOULDS_FILE: digest_bytes(data)}, signature, key)
 
 
 def _take(store: Store, blob: Blob, data: Any, source: Path) -> None:
@@ -148,45 +209,51 @@ def _take(store: Store, blob: Blob, data: Any, source: Path) -> None:
                 file.write(block)
         found = store.add_file(copy, move=True)
     if found != blob:
-        raise IntegrityError(f"{source}: a blob has {found.digest}, its name says {blob.digest}; fetch it again")
+        raise IntegrityError(f"{source}: a blob has {found.digest}, its name says {blob.digest}; {_FETCH}")
 
 
-def _read_index(archive: tarfile.TarFile, member: tarfile.TarInfo | None, source: Path) -> list[Mapping[str, Any]]:
-    data = archive.extractfile(member) if member is not None and member.name == MOULDS_FILE and member.isreg() else None
-    if data is None or member is None or member.size > MAX_INDEX_BYTES:
-        raise UsageError(f"{source} does not begin with {MOULDS_FILE}; give a file that fluxkiln mould export wrote")
-    try:
-        index = json.loads(data.read())
-        records = index["records"] if index["format"] == _FORMAT else None
-    except (ValueError, KeyError, TypeError):
-        records = None
+def _is_plain(member: tarfile.TarInfo) -> bool:
+    """Whether a member has as many bytes in the file as it says; of a sparse one a few could stand for gigabytes."""
+    return member.isreg() and not member.issparse()
+
+
+def _read_member(archive: tarfile.TarFile, member: tarfile.TarInfo | None, name: str, source: Path) -> bytes:
+    if member is None or member.name != name or not _is_plain(member) or member.size > INDEX_LIMITS.nbytes:
+        raise UsageError(f"{source} does not begin with {name}; give a file that fluxkiln mould export wrote")
+    data = archive.extractfile(member)
+    return data.read() if data else b""
+
+
+def _parse_index(data: bytes, source: Path) -> list[Mapping[str, Any]]:
+    where = f"{source}: {MOULDS_FILE}"
+    index = read_object(data, where, error=UsageError, remedy="export it again", limits=INDEX_LIMITS)
+    records = index.get("records") if index.get("format") == _FORMAT else None
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-        raise UsageError(
-            f"{source}: {MOULDS_FILE} is not of the format {_FORMAT}; export it with this version of fluxkiln"
-        )
+        raise UsageError(f"{where} is not of the format {_FORMAT}; export it with this version of fluxkiln")
     for record in records:
-        if record.get("stage") not in _stages():
-            raise IntegrityError(
-                f"{source}: {MOULDS_FILE} has a record of stage {record.get('stage')!r}; fetch it again"
-            )
+        if record.get("stage") not in _stages("travelling"):
+            raise IntegrityError(f"{where} has a record of stage {record.get('stage')!r}; {_FETCH}")
     return records
 
 
-def _stages() -> set[str]:
-    return {stage for toolchain in all_toolchains().values() for stage in toolchain.travelling}
+def _stages(which: Literal["travelling", "proven"]) -> set[str]:
+    return {stage for toolchain in all_toolchains().values() for stage in getattr(toolchain, which)}
 
 
 def _travels(record: Mapping[str, Any], chip: str | None) -> bool:
     """Whether a record goes along with moulds; one that names a chip only with those of this chip."""
     refused = record["stage"] == "mould" and _mapping(record["facts"]).get("why")
-    if refused or record["stage"] not in _stages():
+    if refused or record["stage"] not in _stages("travelling"):
         return False
     return chip is None or _mapping(record["settings"]).get("chip", chip) == chip
 
 
 def _blobs(record: Mapping[str, Any]) -> Iterator[Blob]:
     for entry in _mapping(record.get("outputs", {})).values():
-        yield Blob(str(_mapping(entry)["digest"]), int(_mapping(entry)["size"]))
+        blob = read_blob(entry)
+        if blob is None or not DIGEST.fullmatch(blob.digest) or blob.size < 0:
+            raise IntegrityError("a record has an output without digest and size; make its action again")
+        yield blob
 
 
 def _member(name: str, size: int) -> tarfile.TarInfo:

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fluxkiln.artifacts.bundle import read_manifest, walk_bundle
+from fluxkiln.artifacts.intact import BUNDLE, read_manifest
 from fluxkiln.artifacts.manifest import MANIFEST_FILE, Manifest, resolve_inside
 from fluxkiln.artifacts.modelpack import (
-    BUNDLE,
     CARD,
     LICENCES,
     MAX_EXTRA_BYTES,
@@ -56,6 +55,7 @@ from fluxkiln.artifacts.registry.place import (
 )
 from fluxkiln.artifacts.registry.transfer import TRANSFERS, Patience, Stop, each
 from fluxkiln.artifacts.store import Blob
+from fluxkiln.compile.opener import open_bundle
 from fluxkiln.digests import Json, digest_bytes
 from fluxkiln.errors import IntegrityError, ParityError, UsageError
 from fluxkiln.files import digest_file
@@ -127,7 +127,7 @@ def publish_bundle(
     `bundle` is its folder, or the one around it as a build or a pull makes it.
 
     Raises:
-        IntegrityError: a file is not what the bundle's manifest says, or its report is another bundle's.
+        IntegrityError: the bundle is not what its manifest says, or its report is another bundle's.
         ParityError: it missed a gate when it was built, and that was not allowed.
         UsageError: no bundle, an illegal reference, or its licence forbids it like this.
         RegistryError: the registry refuses or cannot be reached.
@@ -137,8 +137,7 @@ def publish_bundle(
     if not target.tag:
         raise UsageError(f"{reference} names a digest; publish under a tag, the digest comes from the bytes")
     folder = bundle / BUNDLE if not (bundle / MANIFEST_FILE).exists() and (bundle / BUNDLE).is_dir() else bundle
-    manifest = read_manifest(folder)
-    _check_files(folder, manifest)
+    manifest = open_bundle(folder, progress).manifest
     parity = parity_word(manifest.parity)
     if parity == "failed" and not terms.allow_failed_parity:
         failure = manifest.parity.get("failure") or "a gate of the parity ladder was missed"
@@ -187,6 +186,7 @@ def pull_bundle(
 
         # Once more over what lies on the disk, before it gets its name.
         def check(staging: Path, document: Document) -> None:
+            open_bundle(staging / BUNDLE)
             if signature is not None and verify_key is not None:
                 digests = {pulled_path(layer.path): layer.digest for layer in document.layers}
                 del digests[SIGNATURE]
@@ -195,7 +195,7 @@ def pull_bundle(
                 digests |= {path.name: digest_file(path)[0] for path in beside}
                 verify_signature(digests, signature, verify_key)
 
-        record: Json = {
+        record: dict[str, Json] = {
             "schema": "fluxkiln.pulled/1",
             "reference": str(source),
             "digest": found.document.digest,
@@ -291,25 +291,6 @@ def _compose(
     document = parse_document(data, f"the manifest of {folder}")
     check_bundle(document, manifest, f"the manifest of {folder}")
     return document, config, sources
-
-
-def _check_files(folder: Path, manifest: Manifest) -> None:
-    """Refuse at once what needs no reading; digests are compared while the files are sent."""
-    present = walk_bundle(folder)
-    for file in manifest.files:
-        path = folder / file.path
-        if not present.pop(file.path, False):
-            raise _changed(path, "is missing or no regular file")
-        if path.lstat().st_size != file.size:
-            raise _changed(path, f"has {path.lstat().st_size} bytes, its manifest says {file.size}")
-    if present:
-        raise _changed(folder / min(present), "is not named by the manifest")
-
-
-def _changed(path: Path, fault: str) -> IntegrityError:
-    return IntegrityError(
-        f"{path} {fault}: the bundle was changed after it was built and verified. Build it again; nothing was published"
-    )
 
 
 def _read_report(folder: Path, manifest: Manifest) -> bytes | None:

@@ -143,7 +143,7 @@ def compile_command(
 
 
 def _toolchain(bundle: Path) -> Toolchain:
-    from fluxkiln.artifacts.bundle import read_manifest
+    from fluxkiln.artifacts.intact import read_manifest
     from fluxkiln.compile.targets import find_target
     from fluxkiln.compile.toolchain import toolchain_of
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fluxkiln.cli.options import PATH, SettingsFor, TargetCommand, settings_options
-from fluxkiln.cli.output import Output, count_text, json_option, parity_text, path_text
+from fluxkiln.cli.output import Output, count_text, json_option, open_progress, parity_text, path_text
 from fluxkiln.cli.registry import inspect_published, transfer_options
 from fluxkiln.errors import IntegrityError, UsageError
 from fluxkiln.verify.report.page import size as size_text
@@ -32,18 +32,20 @@ def inspect_command(output: Output, transfers: Transfers, bundle: str, all_parts
     """Show what a bundle is made of, in a folder or in a registry.
 
     BUNDLE is the folder that a build wrote, or a reference to a published one (oci-layout:PATH:TAG, HOST/REPO:TAG,
-    hf://ORG/REPO@REV). Its manifest is read and checked; `fluxkiln verify` reads a folder's files too.
+    hf://ORG/REPO@REV). Of a published one only manifests are read. A folder is checked as for images: files that were
+    found whole before are not read again.
     """
-    from fluxkiln.artifacts.bundle import read_manifest
     from fluxkiln.artifacts.manifest import describe_manifest
     from fluxkiln.artifacts.registry.place import looks_like_reference
+    from fluxkiln.compile.opener import open_bundle
     from fluxkiln.patches.registry import component_of, title_of
 
     published: dict[str, Any] = {}
     if looks_like_reference(bundle):
         manifest, published["published"] = inspect_published(output, bundle, transfers)
     else:
-        manifest = read_manifest(bundle_folder(Path(bundle)))
+        with open_progress() as progress:
+            manifest = open_bundle(bundle_folder(Path(bundle)), progress).manifest
     described: dict[str, Any] = describe_manifest(manifest, component_of)
     output.document({**manifest.to_json(), "summary": described, **published})
     shapes, checkpoint = manifest.shapes, manifest.checkpoint
@@ -94,13 +96,15 @@ def inspect_command(output: Output, transfers: Transfers, bundle: str, all_parts
 def verify_command(output: Output, bundle: Path) -> None:
     """Compare every file of a bundle with the digest its manifest gives.
 
-    This is integrity: the bytes are those that the build wrote. That they compute what diffusers computes is what the
-    report of the build says.
+    The manifest is compared with itself, with the model's own parts and with what is in their files. This is
+    integrity: the bytes are those that the build wrote. That they compute what diffusers computes is what the report of
+    the build says.
     """
-    from fluxkiln.artifacts.bundle import verify_bundle
+    from fluxkiln.compile.opener import open_bundle
 
     folder = bundle_folder(bundle)
-    manifest = verify_bundle(folder)
+    with open_progress() as progress:
+        manifest = open_bundle(folder, progress, again=True).manifest
     size = sum(file.size for file in manifest.files)
     output.document({"bundle": str(folder), "files": len(manifest.files), "size": size, "intact": True})
     output.line(f"{folder}: {count_text(len(manifest.files), 'file')}, {size_text(size)}, all as the manifest says")

@@ -99,7 +99,7 @@ def generate_command(
     if not _is_file(out) and out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file, and no .png; name a folder or a .png file")
     checked = read_size(size)
-    from fluxkiln.compile.bundle import open_bundle
+    from fluxkiln.compile.opener import open_bundle
     from fluxkiln.compile.toolchain import open_executor
     from fluxkiln.generate.painter import Painter, Request, check_request
     from fluxkiln.progress import Laps
@@ -107,7 +107,7 @@ def generate_command(
     requests = [Request(text, seed + number, size=checked, **asked) for text in texts for number in range(n_images)]
     laps = Laps()
     with open_progress() as progress:
-        opened = open_bundle(bundle_folder(bundle), progress)
+        opened = open_bundle(bundle_folder(bundle), progress, whole=True)
         laps.lap("check")
         for request in requests:
             check_request(opened, request)
@@ -215,7 +215,7 @@ def serve_command(
     """
     with listen(host, port) as listening:
         from fluxkiln.artifacts.registry.place import is_loopback
-        from fluxkiln.compile.bundle import open_bundle
+        from fluxkiln.compile.opener import open_bundle
         from fluxkiln.compile.toolchain import open_executor
         from fluxkiln.generate.page import LOOPBACK, make_app
         from fluxkiln.generate.painter import Painter
@@ -228,7 +228,7 @@ def serve_command(
                 f"fluxkiln serve needs starlette and uvicorn ({error}); install them: pip install 'fluxkiln[serve]'"
             ) from error
         with open_progress() as progress:
-            opened = open_bundle(bundle_folder(bundle), progress)
+            opened = open_bundle(bundle_folder(bundle), progress, whole=True)
             painter = Painter(opened, open_executor(opened, executor, threads=threads, device=device))
         with Studio(painter, find_reference(opened)) as studio:
             app = make_app(studio, LOOPBACK if is_loopback(host) else ("*",))

@@ -174,31 +174,41 @@ def list_moulds_command(output: Output, build_dir: Path, store: Path | None) -> 
 @mould_command.command(name="export")
 @click.argument("file", type=PATH)
 @click.option("--chip", metavar="NAME", help="Only moulds for this chip. Default: all.")
+@click.option("--sign", "key", type=PATH, metavar="KEY", help="Sign FILE with this private key (PEM, P-256).")
 @store_options
 @json_option
 @click.pass_obj
-def export_moulds_command(output: Output, file: Path, chip: str | None, build_dir: Path, store: Path | None) -> None:
+def export_moulds_command(
+    output: Output, file: Path, chip: str | None, key: Path | None, build_dir: Path, store: Path | None
+) -> None:
     """Write the moulds of a store to FILE, with all that a build needs of them.
 
     They are found again by the same version of fluxkiln, torch and diffusers.
     """
     from fluxkiln.build.mould_archive import export_moulds
 
-    _tell(output, export_moulds(_open_existing(build_dir, store), file, chip), file, f"written to {file}")
+    _tell(output, export_moulds(_open_existing(build_dir, store), file, chip, key), file, f"written to {file}")
 
 
 @mould_command.command(name="import")
 @click.argument("file", type=PATH)
+@click.option("--verify", "key", type=PATH, metavar="KEY", help="Public key that FILE must be signed with.")
 @store_options
 @json_option
 @click.pass_obj
-def import_moulds_command(output: Output, file: Path, build_dir: Path, store: Path | None) -> None:
-    """Take over the moulds of FILE; every digest in it is checked."""
+def import_moulds_command(output: Output, file: Path, key: Path | None, build_dir: Path, store: Path | None) -> None:
+    """Take over the moulds of FILE, all or none; every digest in it is checked.
+
+    Without --verify nobody vouches for them: the first build that uses a mould traces its template and proves it, which
+    needs the compiler. With it that is spared, and machines without the compiler can build.
+    """
     from fluxkiln.artifacts.store import open_store
     from fluxkiln.build.mould_archive import import_moulds
 
     root = Settings(target="", build_dir=build_dir, store=store).store_path
-    _tell(output, import_moulds(open_store(root), file), file, f"taken over into {root}")
+    taken = import_moulds(open_store(root), file, key)
+    proof = "proven by whoever signed it" if key else "to be proven by the first build that uses them"
+    _tell(output, taken, file, f"taken over into {root}; {proof}")
 
 
 def _tell(output: Output, entries: list[MouldEntry], file: Path, what: str) -> None:

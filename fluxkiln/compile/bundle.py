@@ -1,34 +1,27 @@
-"""A bundle opened to be run: checked, its configs and constants read."""
+"""A bundle as its user has it: manifest, configs, constants; and whether its parts are the model's own."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-import os
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fluxkiln.artifacts.bundle import read_manifest
-from fluxkiln.artifacts.manifest import MANIFEST_FILE, FileEntry, Manifest, resolve_inside
+from fluxkiln.artifacts.manifest import MANIFEST_FILE, Manifest, resolve_inside
 from fluxkiln.compile.executor import Net
-from fluxkiln.compile.targets import Target, find_target
-from fluxkiln.errors import IntegrityError, UsageError
-from fluxkiln.files import digest_file
+from fluxkiln.compile.targets import Target
+from fluxkiln.errors import FluxkilnError, IntegrityError, UsageError
 from fluxkiln.patches.model import Model
-from fluxkiln.patches.registry import model_of_configs
-from fluxkiln.progress import Progress, Silent
-from fluxkiln.types import Part
+from fluxkiln.types import Configs, Part
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 CONFIGS = "configs.json"
 HOST_CONSTANTS = "host/constants.safetensors"
+# of any list of blocks, and far above what models have
+MOST_BLOCKS = 10_000
+_AGAIN = "build or fetch the bundle again"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +30,7 @@ class Bundle:
 
     Attributes:
         digest: `sha256:<hex>` of its manifest, which covers all files.
+        parts: the model's own, in the order they run; the manifest has an entry of each.
         configs: each component's `config.json`, keyed by its folder name.
         constants: what the host hands to the parts, by name.
     """
@@ -46,13 +40,9 @@ class Bundle:
     digest: str
     target: Target
     model: Model
+    parts: tuple[Part, ...]
     configs: Mapping[str, Mapping[str, Any]]
     constants: Mapping[str, NDArray[Any]]
-
-    @property
-    def parts(self) -> tuple[Part, ...]:
-        """All parts in the order they run."""
-        return tuple(Part(entry.name, self.model.kinds[entry.kind]) for entry in self.manifest.parts)
 
     @property
     def nets(self) -> dict[str, Net]:
@@ -70,105 +60,85 @@ class Bundle:
         return bool(self.configs["transformer"].get("guidance_embeds", False))
 
 
-def open_bundle(folder: Path, progress: Progress | None = None) -> Bundle:
-    """Check every file of a bundle against its manifest, and read what the host needs of it.
+def own_parts(manifest: Manifest, model: Model, configs: Configs) -> tuple[Part, ...]:
+    """The parts that a model with these configs has in the form that a bundle says it is in.
 
-    Files that were found whole before, and have not been touched since, are not read again.
-
-    Raises:
-        UsageError: no bundle, or one without all components of a pipeline. IntegrityError: a file is missing or has
-        other bytes than the manifest says.
+    Raises: KeyError, TypeError, ValueError, UsageError: configs or settings that are not the model's.
     """
-    from safetensors.numpy import load_file
-
-    folder = folder.absolute()
-    manifest = read_manifest(folder)
-    digest = digest_file(folder / MANIFEST_FILE)[0]
-    check_files(folder, manifest, digest, progress or Silent())
-    configs = json.loads((folder / CONFIGS).read_bytes())
-    model = model_of_configs(configs)
-    check_kinds(manifest, model, folder)
-    built = {model.kinds[entry.kind].component for entry in manifest.parts}
-    if missing := [component for component in model.components if component not in built]:
-        raise UsageError(
-            f"{folder} has no {', '.join(missing)}: it was built with --components, and an image needs all of "
-            f"{', '.join(model.components)}; build the whole model"
-        )
-    return Bundle(
-        folder, manifest, digest, find_target(manifest.target), model, configs, load_file(folder / HOST_CONSTANTS)
+    form = manifest.settings
+    components, vae, granularity = form["components"], form["vae"], form.get("granularity")
+    every = (
+        model.list_split_parts(configs, str(granularity), vae)
+        if granularity
+        else model.list_parts(configs, vae, form["modulation"])
     )
+    if not isinstance(components, list | tuple):
+        raise TypeError("components that are no list")
+    return tuple(part for part in every if part.component in components)
 
 
-def check_kinds(manifest: Manifest, model: Model, folder: Path) -> None:
-    """Raise IntegrityError when the variant or a part's kind is one that the model has not."""
-    said = [("the model", "variant", manifest.variant, tuple(model.steps))]
-    said += [(f"part {entry.name}", "kind", entry.kind, tuple(model.kinds)) for entry in manifest.parts]
-    for what, key, value, known in said:
-        if value not in known:
+def check_own_parts(manifest: Manifest, model: Model, configs: Configs, folder: Path) -> tuple[Part, ...]:
+    """The model's own parts; IntegrityError unless a bundle's are these: all of them, in the order they run, each of
+    its kind, with inputs of the shapes that follow from configs and sizes."""
+    where = folder / MANIFEST_FILE
+    try:
+        for component, keys in model.whole_numbers.items():
+            for key in keys if component in configs else ():
+                if not 0 < int(configs[component][key]) <= MOST_BLOCKS:
+                    raise ValueError(f"{key} {configs[component][key]} in its {component}")
+        own = own_parts(manifest, model, configs)
+        variant = model.variant(configs)
+        shapes = {kind: model.part_inputs(kind, configs, manifest.shapes) for kind in {part.kind for part in own}}
+    except (FluxkilnError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise IntegrityError(
+            f"{where}: what it says does not go with {CONFIGS} ({type(error).__name__}: {error}); {_AGAIN}"
+        ) from error
+    if manifest.variant != variant:
+        raise IntegrityError(f"{where}: its variant is {manifest.variant!r}, by {CONFIGS} it is {variant!r}; {_AGAIN}")
+    found = [f"{entry.name} ({entry.kind})" for entry in manifest.parts]
+    wanted = [f"{part.name} ({part.kind})" for part in own]
+    if found != wanted:
+        places = range(max(len(found), len(wanted)))
+        place = next(i for i in places if found[i : i + 1] != wanted[i : i + 1])
+        here, there = (names[place] if place < len(names) else "nothing" for names in (found, wanted))
+        raise IntegrityError(
+            f"{where}: part {place + 1} is {here}, {model.title} with these configs has {there} there, of "
+            f"{len(wanted)} in all; {_AGAIN}"
+        )
+    for part, entry in zip(own, manifest.parts, strict=True):
+        specs = {spec.name: spec.shape for spec in shapes[entry.kind]}
+        # what the host gives may be named beside them
+        given = {s.name: s.shape for s in entry.inputs if s.name in specs or s.name not in model.constant_inputs}
+        # a part of several blocks takes something of each of them along one axis
+        fits = [_is_shape(shape, specs.get(name), len(part.members)) for name, shape in given.items()]
+        if list(given) != list(specs) or not all(fits):
             raise IntegrityError(
-                f"{folder / MANIFEST_FILE}: {what} is of the {key} {value!r}; {model.title} has the {key}s "
-                f"{', '.join(known)}: build or fetch the bundle again"
+                f"{where}: part {entry.name} takes {_shown(given)}, at this size it must be {_shown(specs)}; {_AGAIN}"
             )
+    return own
 
 
-def check_files(folder: Path, manifest: Manifest, digest: str, progress: Progress) -> None:
-    """Raise IntegrityError unless every file that the manifest names is there with the bytes it says."""
-    known = _read_memo(folder, digest)
-    states = {entry.path: _state(folder, entry) for entry in manifest.files}
-    todo = [entry for entry in manifest.files if known.get(entry.path) != states[entry.path]]
-    if not todo:
-        return
-    progress.stage("check", len(todo))
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1), "check") as threads:
-        # largest first: no thread is left alone with it at the end
-        ordered = sorted(todo, key=lambda entry: -entry.size)
-        for entry, fault in zip(ordered, threads.map(partial(_fault, folder), ordered), strict=True):
-            if fault:
-                threads.shutdown(cancel_futures=True)
-                raise IntegrityError(f"{folder / entry.path} {fault}; build or fetch the bundle again")
-            progress.done("check", entry.path, "as the manifest says")
-    _write_memo(folder, digest, states)
+def refuse_part(bundle: Bundle, part: str, fault: str) -> IntegrityError:
+    """That what the manifest says of a part is not true of its file."""
+    return IntegrityError(f"{bundle.folder}: part {part} {fault}; {_AGAIN}")
 
 
-def _state(folder: Path, entry: FileEntry) -> list[int]:
-    path = resolve_inside(folder, entry.path)
-    try:
-        found = path.lstat()
-    except OSError as error:
-        raise IntegrityError(f"{path}: {error.strerror}; build or fetch the bundle again") from error
-    return [found.st_size, found.st_mtime_ns, found.st_ino]
+def require_pipeline(bundle: Bundle) -> None:
+    """Raise UsageError unless a bundle has all components of a pipeline."""
+    built = {part.component for part in bundle.parts}
+    if missing := [component for component in bundle.model.components if component not in built]:
+        raise UsageError(
+            f"{bundle.folder} has no {', '.join(missing)}: it was built with --components, and an image needs all of "
+            f"{', '.join(bundle.model.components)}; build the whole model"
+        )
 
 
-def _fault(folder: Path, entry: FileEntry) -> str:
-    path = folder / entry.path
-    if path.is_symlink() or not path.is_file():
-        return "is not a regular file"
-    size = path.stat().st_size
-    if size != entry.size:
-        return f"has {size} bytes, the manifest says {entry.size}"
-    found = digest_file(path)[0]
-    return "" if found == entry.digest else f"has the digest {found}, the manifest says {entry.digest}"
+def _is_shape(found: tuple[int, ...], wanted: tuple[int, ...] | None, blocks: int) -> bool:
+    if wanted is None or len(found) != len(wanted):
+        return False
+    differing = [here / there for here, there in zip(found, wanted, strict=True) if here != there]
+    return not differing or (differing == [blocks] and blocks > 1)
 
 
-def _memo(folder: Path, digest: str) -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    name = hashlib.sha256(f"{folder}\n{digest}".encode()).hexdigest()[:32]
-    return cache / "fluxkiln" / "checked" / f"{name}.json"
-
-
-def _read_memo(folder: Path, digest: str) -> dict[str, list[int]]:
-    try:
-        found = json.loads(_memo(folder, digest).read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _write_memo(folder: Path, digest: str, states: Mapping[str, list[int]]) -> None:
-    path = _memo(folder, digest)
-    # without a cache the next call reads the files again
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial_path = path.with_suffix(f".{os.getpid()}")
-        partial_path.write_text(json.dumps(states))
-        partial_path.replace(path)
+def _shown(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items()) or "nothing"

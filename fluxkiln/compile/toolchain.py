@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.artifacts.store import Store
 from fluxkiln.compile import toolchains
-from fluxkiln.compile.bundle import Bundle
+from fluxkiln.compile.bundle import Bundle, refuse_part
 from fluxkiln.compile.executor import Executor
 from fluxkiln.compile.plan import Job, Made, Plan
 from fluxkiln.compile.targets import Target
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 # torch, diffusers and the exporter in one process
 TRACE_MEMORY = 1 << 30
 # Of this protocol; raised when a method is added or changes its meaning.
-API = 1
+API = 2
 GROUP = "fluxkiln.toolchains"
 
 # rung -> runner, from the bottom of the ladder to its top
@@ -107,7 +107,8 @@ class Toolchain(Protocol):
         executors: what runs its bundles, the default first; none where other programs do. fast: they can round
             activations to 8 bits as well.
         compiler_stages: stages of actions in which the compiler runs; travelling: those whose results `mould export`
-            carries to machines that have no compiler.
+            carries to machines that have no compiler; proven: those of them that a proof vouches for, made where they
+            are used.
         largest_part: bytes of float32 weights of the largest part that its rungs execute; 0 for any.
         converts: weights are stored in the arithmetic of their scheme; else all but codes are as the checkpoint has
             them.
@@ -123,6 +124,7 @@ class Toolchain(Protocol):
     fast: bool = False
     compiler_stages: tuple[str, ...] = ()
     travelling: tuple[str, ...] = ()
+    proven: tuple[str, ...] = ()
     converts: bool = True
     any_shapes: bool = False
     resumable: bool = False
@@ -169,6 +171,11 @@ class Toolchain(Protocol):
     ) -> set[str]:
         """Compile and prove what builds of any such checkpoint take from the store; the keys of the moulds."""
         raise UsageError(f"target {plan.target.name} has no moulds: {self.name} compiles nothing ahead of its weights")
+
+    def check_record(self, record: Mapping[str, Any], outputs: Mapping[str, Path]) -> None:
+        """Raise IntegrityError unless what a record of a travelling stage says is true of its outputs, as far as that
+        can be told without a compiler."""
+        return
 
     def open_rungs(
         self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, made: Made, folder: Path, progress: Progress
@@ -218,6 +225,25 @@ class Toolchain(Protocol):
 
     def open_executor(self, bundle: Bundle, name: str | None, options: Mapping[str, Any]) -> Executor:
         """What runs a bundle's parts; UsageError where it cannot, ToolchainError where something is not installed."""
+
+    def check_parts(self, bundle: Bundle, fresh: Collection[str]) -> None:
+        """Raise IntegrityError unless what the manifest says of every part is true of its file: net, digest and size,
+        inputs and outputs; and unless the files that running it opens are all among the manifest's.
+
+        As it stands: every part has a file of its own, and its digest is that file's.
+
+        Args:
+            fresh: paths of the files whose bytes may be new. The others were found right before, by the same manifest.
+        """
+        files = {file.path: file for file in bundle.manifest.files}
+        for entry in bundle.manifest.parts:
+            file = files[entry.file]
+            if (entry.digest, entry.size) != (file.digest, file.size):
+                raise refuse_part(
+                    bundle, entry.name,
+                    f"has the digest {entry.digest} ({entry.size} bytes), its file {entry.file} {file.digest} "
+                    f"({file.size} bytes)",
+                )  # fmt: skip
 
     def doctor(self) -> Sequence[ToolStatus]:
         """What is installed of what it takes, without starting anything."""

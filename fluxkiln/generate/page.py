@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fluxkiln.documents import SMALL, read_object
 from fluxkiln.errors import FluxkilnError, ResourceError, ToolchainError, UsageError
 from fluxkiln.generate.painter import default_steps, png_bytes
 from fluxkiln.generate.server import ImageJob, Studio, parse_request
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 TEMPLATES = Path(__file__).parent / "templates"
 MOST_BODY = 64_000  # bytes
 LOOK_SECONDS = 0.05
+_EVENT_NUMBER = re.compile("[0-9]{1,9}")
 PING_SECONDS = 15.0
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 _POLICY = "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'"
@@ -73,10 +76,7 @@ def make_app(studio: Studio, hosts: Sequence[str] = LOOPBACK) -> Starlette:
             if len(body) > MOST_BODY:
                 return refuse(UsageError(f"the request is larger than {MOST_BODY} bytes; shorten the prompt"), 413)
         try:
-            document = json.loads(body)
-        except ValueError:
-            return refuse(UsageError('the request is no JSON; send {"prompt": ...}'), 400)
-        try:
+            document = read_object(body, "the request", error=UsageError, remedy='send {"prompt": ...}', limits=SMALL)
             job = studio.submit(parse_request(studio.bundle, document))
         except ResourceError as error:
             return refuse(error, 429)
@@ -92,7 +92,7 @@ def make_app(studio: Studio, hosts: Sequence[str] = LOOPBACK) -> Starlette:
         if job is None:
             return gone(request)
         last = request.headers.get("last-event-id", "")
-        start = int(last) + 1 if last.isdigit() else 0
+        start = int(last) + 1 if _EVENT_NUMBER.fullmatch(last) else 0
         return StreamingResponse(_stream(job, start), media_type="text/event-stream", headers=_HEADERS)
 
     async def image(request: HttpRequest) -> Response:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from fluxkiln.verify.reference import Recording
 
 MOST_WAITING, KEPT_JOBS = 8, 32
-MOST_PROMPT, MOST_STEPS = 4000, 1000  # characters; denoising steps
+MOST_PROMPT, MOST_STEPS, MOST_GUIDANCE = 4000, 1000, 100  # characters; denoising steps
 ENDED = ("done", "failed", "cancelled")
 
 
@@ -41,7 +42,10 @@ class CancelledError(Exception):
 
 @dataclass(slots=True)
 class ImageJob:
-    """An image that was asked for. `events` only grows; the last one has a state of `ENDED`."""
+    """An image that was asked for. `events` only grows; the last one has a state of `ENDED`.
+
+    Who has its id has the image: nobody can guess it, and no one but who asked is told.
+    """
 
     id: str
     request: Request
@@ -71,7 +75,7 @@ class Studio:
         self.reference, self.most_waiting = reference, most_waiting
         self._jobs: dict[str, ImageJob] = {}
         self._waiting: list[ImageJob] = []
-        self._lock, self._count = threading.Lock(), 0
+        self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="studio")
 
     def submit(self, request: Request) -> ImageJob:
@@ -83,8 +87,7 @@ class Studio:
                     f"{len(self._waiting)} images are waiting already, {self.most_waiting} at most may; try again "
                     "when one is finished"
                 )
-            self._count += 1
-            job = ImageJob(f"{self._count}", request)
+            job = ImageJob(secrets.token_urlsafe(24), request)
             self._jobs[job.id] = job
             for old in [one for one in self._jobs.values() if one.ended][: max(0, len(self._jobs) - KEPT_JOBS)]:
                 del self._jobs[old.id]
@@ -232,7 +235,10 @@ def parse_request(bundle: Bundle, document: Any) -> Request:
         "prompt_2": (lambda it: it is None or is_short(it), f"a text of at most {MOST_PROMPT} characters"),
         "seed": (is_whole, "a whole number"),
         "steps": (lambda it: it is None or (is_whole(it) and it <= MOST_STEPS), f"a whole number up to {MOST_STEPS}"),
-        "guidance": (lambda it: it is None or isinstance(it, float) or is_whole(it), "a number"),
+        "guidance": (
+            lambda it: it is None or ((isinstance(it, float) or is_whole(it)) and abs(it) <= MOST_GUIDANCE),
+            f"a number up to {MOST_GUIDANCE}",
+        ),
     }
     if unknown := sorted(set(document) - set(known)):
         raise UsageError(f"the request has the unknown key {unknown[0]!r}; it may have {', '.join(known)}")

@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from functools import cache
 
 import fluxkiln.patches
-from fluxkiln.errors import CheckpointError, UsageError
+from fluxkiln.errors import CheckpointError, IntegrityError, UsageError
 from fluxkiln.patches.model import API, Model, Preset
 from fluxkiln.plugins import find_plugins
 from fluxkiln.types import BindingLicence, Configs
@@ -43,14 +43,22 @@ def model_for(pipeline_class: object, where: str) -> Model:
     )
 
 
-def model_of_configs(configs: Configs) -> Model:
-    """The model of a bundle: that whose transformer has the class that its config names."""
-    found = configs.get("transformer", {}).get("_class_name")
+def model_named(name: str, configs: Configs) -> Model:
+    """The model of a bundle; UsageError where there is none of that name, IntegrityError where the configs' transformer
+    is another model's."""
     for model in all_models():
-        if model.classes.get("transformer") == found:
-            return model
-    known = ", ".join(f"{model.classes['transformer']} ({model.title})" for model in all_models())
-    raise UsageError(f"the bundle's transformer is a {found!r}; this fluxkiln knows {known}: install what made it")
+        if model.name == name:
+            break
+    else:
+        known = ", ".join(model.name for model in all_models())
+        raise UsageError(f"the bundle's model is {name!r}; this fluxkiln knows {known}: install what made it")
+    found = configs.get("transformer", {}).get("_class_name")
+    if "transformer" in configs and found != model.classes["transformer"]:
+        raise IntegrityError(
+            f"the bundle's transformer is a {found!r}, {model.title} has {model.classes['transformer']}; build or "
+            "fetch the bundle again"
+        )
+    return model
 
 
 def all_presets() -> dict[str, tuple[Model, Preset]]:

@@ -54,6 +54,7 @@ def manifest_parts() -> dict:
     return {
         "name": "tiny-dev",
         "target": "bm1684x",
+        "model": "flux1",
         "variant": "dev",
         "shapes": {"height": 64, "width": 64, "tokens": 32},
         "checkpoint": {"source": "tiny-dev", "fingerprint": _sha(b"weights")},

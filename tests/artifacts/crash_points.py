@@ -16,7 +16,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from fluxkiln.artifacts.actions import Action, ActionCache, run_action
-from fluxkiln.artifacts.bundle import heal_bundle, verify_bundle, write_bundle
+from fluxkiln.artifacts.bundle import heal_bundle, write_bundle
+from fluxkiln.artifacts.intact import read_bundle
 from fluxkiln.artifacts.store import Blob, Store, open_store
 
 OPERATIONS = ("open", "mkdir", "rename", "replace", "unlink", "rmdir", "fsync", "truncate", "posix_fallocate")
@@ -110,6 +111,7 @@ def bundle(folder: Path, n: int) -> str | None:
         manifest = {
             "name": name,
             "target": "cpu",
+            "model": "flux1",
             "variant": "dev",
             "shapes": {"height": 16, "width": 16, "tokens": 1},
             "checkpoint": {"source": "x", "fingerprint": "sha256:" + "0" * 64},
@@ -124,9 +126,9 @@ def bundle(folder: Path, n: int) -> str | None:
     alive = not killed_at(n, lambda: write_bundle(destination, *versions["new"], store))
     heal_bundle(destination)
     assert os.listdir(destination.parent) == ["bundle"], os.listdir(destination.parent)
-    found = verify_bundle(destination).name
+    found = read_bundle(destination).manifest.name
     undisturbed = write_bundle(destination, *versions["new"], store)
-    assert verify_bundle(destination) == undisturbed
+    assert read_bundle(destination).manifest == undisturbed
     assert os.listdir(destination.parent) == ["bundle"]
     return None if alive else found
 

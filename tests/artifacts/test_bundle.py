@@ -8,13 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from fluxkiln.artifacts.bundle import (
-    heal_bundle,
-    read_manifest,
-    role_of,
-    verify_bundle,
-    write_bundle,
-)
+from fluxkiln.artifacts.bundle import heal_bundle, write_bundle
+from fluxkiln.artifacts.intact import read_bundle, read_manifest
+from fluxkiln.artifacts.manifest import role_of
 from fluxkiln.errors import IntegrityError, UsageError
 
 
@@ -34,7 +30,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 def test_bundle_holds_its_files_and_says_so(written, bundle_bytes):
-    manifest = verify_bundle(written)
+    manifest = read_bundle(written).manifest
     assert manifest == read_manifest(written)
     found = snapshot(written)
     found.pop("manifest.json")
@@ -58,15 +54,11 @@ def test_same_contents_give_the_same_bytes_whatever_the_time_and_the_source(
     mixed = dict(reversed({**blobs, "tokenizer/vocab.json": plain}.items()))
     write_bundle(destination, mixed, manifest_parts, store, build={"created": "today", "host": "b"})
     assert (destination / "manifest.json").read_bytes() == first
-    assert json.loads((destination / "build.json").read_text()) == {"created": "today", "host": "b"}
+    record = json.loads((destination / "build.json").read_text())
+    assert record.items() >= {"created": "today", "host": "b"}.items()
+    assert record["manifests"] == [read_manifest(destination).digest]
     assert b"today" not in first
-    verify_bundle(destination)
-
-
-def test_role_can_be_given(destination, blobs, manifest_parts, store):
-    roles = {"text_encoder/model.onnx": "doc"}
-    manifest = write_bundle(destination, blobs, manifest_parts, store, roles=roles)
-    assert {file.path: file.role for file in manifest.files}["text_encoder/model.onnx"] == "doc"
+    read_bundle(destination)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +69,9 @@ def test_role_can_be_given(destination, blobs, manifest_parts, store):
         ("t5/model.onnx.data", "weights"),
         ("rope.npz", "constants"),
         ("tokenizer_2/spiece.model", "tokenizer"),
+        ("hlo/double.hlo_module.pb", "binary"),
+        ("host/constants.safetensors", "constants"),
+        ("onnx/weights/codes.bin", "weights"),
         ("scheduler/scheduler_config.json", "config"),
         ("licences/NOTICE", "licence"),
         ("README.md", "doc"),
@@ -116,10 +111,10 @@ def _link_folder(folder):
 )
 def test_damage_is_named(written, damage, named):
     (written / "extra").mkdir()
-    verify_bundle(written)
+    read_bundle(written)
     damage(written)
     with pytest.raises(IntegrityError) as error:
-        verify_bundle(written)
+        read_bundle(written)
     assert f"{written}: {named}" in str(error.value)
     assert error.value.exit_code == 4
 
@@ -129,10 +124,10 @@ def test_all_damage_is_listed_the_first_first(written):
     (written / "LICENSE.md").unlink()
     (written / "stray").write_bytes(b"")
     with pytest.raises(IntegrityError, match=r"LICENSE.md: missing; 2 more: transformer.bmodel: .*; stray: not named"):
-        verify_bundle(written)
+        read_bundle(written)
 
 
-@pytest.mark.parametrize("data", [b"", b"{}", b'{"schema_version": 1}', b"[]", b" " * (17 << 20)])
+@pytest.mark.parametrize("data", [b"", b"{}", b'{"schema_version": 2}', b"[]", b" " * (17 << 20)])
 def test_damaged_manifest_is_refused(written, data):
     (written / "manifest.json").write_bytes(data)
     with pytest.raises(IntegrityError, match=r"manifest\.json"):
@@ -140,9 +135,41 @@ def test_damaged_manifest_is_refused(written, data):
 
 
 def test_folder_without_a_manifest_is_no_bundle(tmp_path):
-    for path in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(UsageError, match="is no bundle"):
-            read_manifest(path)
+    (tmp_path / "file").touch()
+    for path, error in (("", IntegrityError), ("missing", UsageError), ("file", UsageError)):
+        with pytest.raises(error, match="is no bundle"):
+            read_manifest(tmp_path / path)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "build.json"])
+@pytest.mark.parametrize("what", ["a link", "a pipe", "a folder"])
+def test_what_is_no_file_is_not_read_for_one(destination, blobs, manifest_parts, store, name, what):
+    write_bundle(destination, blobs, manifest_parts, store, build={"host": "a"})
+    (destination / name).rename(destination.parent / "away")
+    if what == "a link":
+        (destination / name).symlink_to(destination.parent / "away")
+    elif what == "a pipe":  # nobody writes to it: opening it would never end
+        os.mkfifo(destination / name)
+    else:
+        (destination / name).mkdir()
+    with pytest.raises(IntegrityError, match=rf"{name}: not a regular file"):
+        read_manifest(destination)
+
+
+def test_build_record_names_the_manifest(destination, blobs, manifest_parts, store):
+    """Another bundle's manifest, whole in itself, does not pass for the one that was built; nor a changed record."""
+    for name in ("one", "two"):
+        write_bundle(destination / name, blobs, {**manifest_parts, "name": name}, store, build={"host": "a"})
+    read_bundle(destination / "one")
+    record, other = destination / "one/build.json", (destination / "two/manifest.json").read_bytes()
+    text = record.read_text()
+    record.write_text(text.replace('"a"', '"b"'))
+    with pytest.raises(IntegrityError, match=r"build.json is damaged"):
+        read_bundle(destination / "one")
+    record.write_text(text)
+    (destination / "one/manifest.json").write_bytes(other)
+    with pytest.raises(IntegrityError, match=r"build.json is about a bundle whose manifest has the digest sha256:"):
+        read_bundle(destination / "one")
 
 
 @pytest.mark.parametrize("path", ["../escape", "/tmp/escape", "a\\b", "manifest.json", "LICENSE.MD"])
@@ -247,5 +274,5 @@ def test_two_writers_of_one_bundle_take_turns(destination, blobs, manifest_parts
         thread.start()
     for thread in threads:
         thread.join()
-    assert verify_bundle(destination).name in names
+    assert read_bundle(destination).manifest.name in names
     assert os.listdir(destination.parent) == ["bundle"]

@@ -5,7 +5,15 @@ import json
 
 import pytest
 
-from fluxkiln.artifacts.manifest import Manifest, describe_manifest, manifest_from_json, parse_manifest
+from fluxkiln.artifacts.manifest import (
+    SCHEMA_VERSION,
+    Manifest,
+    describe_manifest,
+    manifest_from_json,
+    parse_manifest,
+    role_of,
+)
+from fluxkiln.digests import seal
 from fluxkiln.errors import IntegrityError, UsageError
 from fluxkiln.patches.registry import component_of
 
@@ -13,15 +21,17 @@ from fluxkiln.patches.registry import component_of
 @pytest.fixture
 def document(manifest_parts, bundle_bytes) -> dict:
     files = [
-        {"path": path, "role": "binary", "sha256": "ab" * 32, "size": len(data)} for path, data in bundle_bytes.items()
+        {"path": path, "role": role_of(path), "sha256": "ab" * 32, "size": len(data)}
+        for path, data in bundle_bytes.items()
     ]
-    return {**manifest_parts, "schema_version": 1, "files": files}
+    return {**manifest_parts, "schema_version": SCHEMA_VERSION, "files": files}
 
 
 def test_bytes_and_value_are_the_same_thing(document):
-    manifest = parse_manifest(json.dumps(document).encode(), "here")
+    manifest = parse_manifest(json.dumps(seal(document)).encode(), "here")
     assert isinstance(manifest, Manifest)
-    assert manifest.to_json() == document
+    assert manifest.to_json() == seal(document)
+    assert manifest.digest == seal(document)["digest"]
     assert parse_manifest(manifest.to_bytes(), "here") == manifest
 
 
@@ -32,7 +42,17 @@ def test_order_of_free_mappings_does_not_change_the_bytes(document):
     assert manifest_from_json(turned).to_bytes() == manifest_from_json(document).to_bytes()
 
 
-@pytest.mark.parametrize("version", [0, 2, 999])
+@pytest.mark.parametrize("digest", [None, "", "sha256:" + "0" * 64, 3, ["x"]])
+def test_another_digest_than_its_own_is_refused(document, digest):
+    with pytest.raises(IntegrityError, match=r"here says that its digest is .*, and what it says has sha256:"):
+        parse_manifest(json.dumps({**document, "digest": digest}).encode(), "here")
+    sealed = seal(document)
+    sealed["parts"] = list(reversed(document["parts"]))
+    with pytest.raises(IntegrityError, match="here says that its digest is 'sha256:"):
+        parse_manifest(json.dumps(sealed).encode(), "here")
+
+
+@pytest.mark.parametrize("version", [0, 1, 999])
 def test_unknown_schema_version_names_the_remedy(document, version):
     with pytest.raises(UsageError, match=f"schema_version {version}.*build the bundle again"):
         manifest_from_json({"schema_version": version, "anything": "else"}, "here")
@@ -65,6 +85,7 @@ FAULTS = {
     "empty variant": (_set("variant", ""), "has variant ''"),
     "kind not text": (_set("parts", 0, "kind", 3), "has kind 3"),
     "role": (_set("files", 0, "role", "virus"), "the roles are"),
+    "role of another name": (_set("files", 0, "role", "doc"), "the role doc, its name is that of binary"),
     "negative size": (_set("files", 0, "size", -1), "not negative"),
     "true size": (_set("files", 0, "size", True), "whole number"),
     "fractional shape": (_set("parts", 0, "inputs", 0, "shape", [1.5]), "whole number"),
@@ -109,5 +130,7 @@ def test_description_counts_parts_and_bytes(document):
     assert {"component": "transformer", "kind": "double", "scheme": "W4BF16", "parts": 2, "size": 20} in described[
         "kinds"
     ]
-    assert described["roles"] == {"binary": {"files": 4, "size": described["size"]}}
+    assert {role: found["files"] for role, found in described["roles"].items()} == {
+        "binary": 2, "licence": 1, "tokenizer": 1,
+    }  # fmt: skip
     assert json.loads(json.dumps(described)) == described

@@ -7,6 +7,7 @@ import subprocess
 import pytest
 
 from fluxkiln.artifacts.bundle import write_bundle
+from fluxkiln.artifacts.intact import encode_record, read_manifest
 from fluxkiln.artifacts.modelpack import FILEPATH_ANNOTATION, store_bundle
 from fluxkiln.artifacts.store import open_store
 from fluxkiln.errors import IntegrityError, UsageError
@@ -62,7 +63,7 @@ def test_same_bundle_has_the_same_digest_in_every_store_and_shares_its_blobs(sto
     before = set(store.digests())
     digest = store_bundle(store, bundle, TAG)
     assert len(set(store.digests()) - before) == 3  # manifest.json, config, OCI manifest
-    (bundle / "build.json").write_text('{"created": "now"}')
+    (bundle / "build.json").write_bytes(encode_record({"created": "now"}, [read_manifest(bundle).digest]))
     assert store_bundle(store, bundle, "again:cpu") == digest
     assert store_bundle(open_store(tmp_path / "other"), bundle, TAG) == digest
 

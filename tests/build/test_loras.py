@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fluxkiln.artifacts.bundle import read_manifest
+from fluxkiln.artifacts.intact import read_manifest
 from fluxkiln.build.make import build, lora_label, plan, prepare
 from fluxkiln.build.verification import record, verify
 from fluxkiln.compile.toolchain import toolchain_of

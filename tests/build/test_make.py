@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from fluxkiln.artifacts.bundle import verify_bundle
+from fluxkiln.artifacts.intact import read_bundle
 from fluxkiln.export.synth import synthesize
 from fluxkiln.files import digest_file
 from tests.ran import Run
@@ -176,7 +176,7 @@ def test_output_contract(verified, world):
     assert left_in(folder) == {"bundle", "report.json", "report.html", "logs", "recording"}
     assert (document["nothing_to_do"], document["parity"]["passed"]) == (False, True)
     assert {"patched", "onnxruntime", "simulator"} <= set(document["parity"]["rungs"])
-    manifest = verify_bundle(folder / "bundle")
+    manifest = read_bundle(folder / "bundle").manifest
     files = {file.path: file.role for file in manifest.files}
     assert {name for name in files if name.endswith(".bmodel")} == {
         "text_encoder.bmodel", "text_encoder_2.bmodel", "modulation.bmodel", "transformer.bmodel",
@@ -285,7 +285,7 @@ def finish(unfinished: Path, folder: Path, undisturbed: Run) -> Run:
     run = build("bm1684x", folder, "--store", unfinished, "--no-verify")
     assert run.code == 0, run.err
     assert run.document["digest"] == undisturbed.document["digest"]
-    assert verify_bundle(Path(run.document["bundle"]))
+    assert read_bundle(Path(run.document["bundle"]))
     assert {path: path.stat().st_mtime_ns for path in before} == before, "what was finished is not made again"
     assert left_in(unfinished / "tmp") == set()
     assert not list((folder / "bm1684x").rglob("*.partial"))
@@ -369,7 +369,7 @@ def linked(world, tiny_checkpoint) -> Run:
 def test_build_without_a_compiler(linked, tiny_checkpoint, world):
     document = linked.document
     assert (document["compiler_runs"], document["report"], document["nothing_to_do"]) == (0, None, False)
-    manifest = verify_bundle(Path(document["bundle"]))
+    manifest = read_bundle(Path(document["bundle"])).manifest
     assert {part.file for part in manifest.parts} == {f"onnx/{name}.onnx" for name in document["parts"]}
     again = build("cpu", world / "linked", "--model", tiny_checkpoint().root, "--no-verify")
     assert again.code == 0

@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import subprocess
 import tarfile
 from dataclasses import replace
 
 import pytest
 
-from fluxkiln.artifacts.actions import ActionCache
+from fluxkiln.artifacts.actions import Action, ActionCache
 from fluxkiln.artifacts.store import Store
 from fluxkiln.build.mould_archive import MOULDS_FILE, export_moulds, import_moulds, list_moulds
 from fluxkiln.compile.templates import make_template
@@ -42,13 +43,67 @@ def filled(small_build, tmp_path_factory):
     return blocks, made, root / "moulds.tar"
 
 
-def test_imported_moulds_need_no_compiler(filled, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def signed(filled, tmp_path_factory):
+    """(file, public key): the same file, signed."""
+    pytest.importorskip("model_signing", reason="the extra signing is not installed")
+    folder = tmp_path_factory.mktemp("signed")
+    private, public, tar = folder / "key.pem", folder / "pub.pem", folder / "moulds.tar"
+    for command in (
+        ["ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", private],
+        ["ec", "-in", private, "-pubout", "-out", public],
+    ):
+        subprocess.run(["openssl", *map(str, command)], check=True, capture_output=True)
+    export_moulds(filled[0].cache.store, tar, sign_key=private)
+    return tar, public
+
+
+def elsewhere_of(blocks, folder):
+    return altered(replace(blocks, cache=ActionCache(Store(folder / "store"))), folder=folder / "build")
+
+
+def stages(store):
+    return {str(record["stage"]) for record in ActionCache(store).records()}
+
+
+def test_what_nobody_signed_is_proven_on_first_use(filled, tmp_path):
+    """Template, proof and combined shell are not believed: they are made again, and give the same files."""
     blocks, before, tar = filled
+    elsewhere = elsewhere_of(blocks, tmp_path)
+    taken = import_moulds(elsewhere.cache.store, tar)
+    assert stages(elsewhere.cache.store) == {"mould"}
+    assert len(taken) == len(list_moulds(elsewhere.cache.store)) >= len(KINDS)
+    made = make_files(*elsewhere, Settings("bm1684x"), Silent(), Laps())
+    assert [file.blob for file in made.files] == [file.blob for file in before.files]
+    assert elsewhere.cache.counts["mould"] == [len(KINDS), 0]
+    assert elsewhere.cache.counts["template"][1] == elsewhere.cache.counts["compile"][1] == len(KINDS)
+
+
+def test_a_signature_by_another_key_or_none_is_refused(filled, signed, tmp_path):
+    tar, public = signed
+    other = tmp_path / "other.pem"
+    for command in (
+        ["ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", tmp_path / "private.pem"],
+        ["ec", "-in", tmp_path / "private.pem", "-pubout", "-out", other],
+    ):
+        subprocess.run(["openssl", *map(str, command)], check=True, capture_output=True)
+    store = Store(tmp_path / "store")
+    for file, key, words in ((tar, other, "does not hold for the key"), (filled[2], public, "is not signed, and")):
+        with pytest.raises(IntegrityError, match=words):
+            import_moulds(store, file, key)
+        assert stages(store) == set()
+    changed = rewritten(tar, tmp_path / "changed.tar", lambda m: [(m[0][0], m[0][1].replace(b"W4", b"W8")), *m[1:]])
+    with pytest.raises(IntegrityError, match="does not hold for the key"):
+        import_moulds(store, changed, public)
+
+
+def test_imported_moulds_need_no_compiler(filled, signed, tmp_path, monkeypatch):
+    blocks, before, _ = filled
     monkeypatch.setattr(environment, "installed", lambda: None)
-    elsewhere = altered(replace(blocks, cache=ActionCache(Store(tmp_path / "store"))), folder=tmp_path / "build")
+    elsewhere = elsewhere_of(blocks, tmp_path)
     with pytest.raises(ToolchainError, match=r"is not in the store, and TPU-MLIR, which makes it, is not installed in"):
         make_files(*elsewhere, Settings("bm1684x"), Silent(), Laps())
-    taken = import_moulds(elsewhere.cache.store, tar)
+    taken = import_moulds(elsewhere.cache.store, *signed)
     assert {"double_00 W4BF16", "single_00 W4BF16"} <= {entry.what for entry in taken}
     made = make_files(*elsewhere, Settings("bm1684x"), Silent(), Laps())
     assert [file.blob for file in made.files] == [file.blob for file in before.files]
@@ -94,6 +149,84 @@ def forge(members):
     return [(MOULDS_FILE, json.dumps(index).encode()), *members[1:]]
 
 
+def last_mould(change):
+    """The last mould of the file changed by `change`, with the key of what it then is made of."""
+
+    def spoil(members):
+        index = json.loads(members[0][1])
+        record = [record for record in index["records"] if record["stage"] == "mould"][-1]
+        change(record)
+        record["key"] = Action(*(record[name] for name in INGREDIENTS)).key
+        return [(MOULDS_FILE, json.dumps(index).encode()), *members[1:]]
+
+    return spoil
+
+
+INGREDIENTS = ("stage", "what", "code_version", "inputs", "settings", "tools")
+# what came before it in the file was adopted once, and `mould list` failed for good
+BAD_MOULDS = {
+    "inputs that are none": (lambda r: r["facts"].update(inputs=[3]), "a mould is not in its form"),
+    "inputs of another": (lambda r: r["facts"]["inputs"][0].__setitem__(2, [1, 2]), "has the inputs"),
+    "no facts": (lambda r: r.update(facts=[]), "does not have that key, outputs and facts"),
+    "a size that is none": (lambda r: r["facts"].update(weight_bytes="many"), "a mould is not in its form"),
+    "another chip": (lambda r: r["settings"].update(chip="bm1688"), "has the chip bm1684x, its record says bm1688"),
+    "another net": (lambda r: r["settings"].update(net="x"), "has the net"),
+    "shell and map exchanged": (
+        lambda r: r["outputs"].update(shell=r["outputs"]["map"], map=r["outputs"]["shell"]), "is no bmodel",
+    ),
+    "an output less": (lambda r: r["outputs"].pop("map"), "does not name so"),
+    "an output that is none": (lambda r: r["outputs"].update(map=3), "an output without digest"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD_MOULDS)
+def test_one_bad_record_and_none_is_taken(filled, tmp_path, what):
+    change, words = BAD_MOULDS[what]
+    spoilt = rewritten(filled[2], tmp_path / "spoilt.tar", last_mould(change))
+    store = Store(tmp_path / "store")
+    with pytest.raises(IntegrityError, match=words):
+        import_moulds(store, spoilt)
+    assert stages(store) == set()
+    assert list_moulds(store) == []
+
+
+def test_swapped_templates_are_not_believed(filled, tmp_path):
+    """Each record is whole in itself and names the other's graph: it is not taken over."""
+
+    def swap(members):
+        index = json.loads(members[0][1])
+        one, other = [record for record in index["records"] if record["stage"] == "template"][:2]
+        one["outputs"], other["outputs"] = other["outputs"], one["outputs"]
+        return [(MOULDS_FILE, json.dumps(index).encode()), *members[1:]]
+
+    store = Store(tmp_path / "store")
+    import_moulds(store, rewritten(filled[2], tmp_path / "swapped.tar", swap))
+    assert stages(store) == {"mould"}
+
+
+def test_what_the_store_has_stays(filled, tmp_path):
+    """A file of somebody else's does not replace a mould that was made here."""
+    store = Store(tmp_path / "store")
+    import_moulds(store, filled[2])
+    before = {path: path.read_bytes() for path in (store.root / "actions").iterdir()}
+    facts = rewritten(filled[2], tmp_path / "other.tar", last_mould(lambda r: r["facts"].update(fused_rope=99)))
+    import_moulds(store, facts)
+    assert {path: path.read_bytes() for path in (store.root / "actions").iterdir()} == before
+
+
+def test_a_sparse_member_is_refused(filled, tmp_path):
+    """A few bytes that stand for gigabytes: they are not written."""
+    target = tmp_path / "sparse.tar"
+    with tarfile.open(filled[2]) as archive, tarfile.open(target, "w") as out:
+        for number, member in enumerate(archive):
+            if number == 1:
+                member.pax_headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": member.name,
+                                      "GNU.sparse.realsize": str(3 << 30)}  # fmt: skip
+            out.addfile(member, archive.extractfile(member))
+    with pytest.raises((IntegrityError, UsageError), match=r"does not name so|is no file of moulds"):
+        import_moulds(Store(tmp_path / "store"), target)
+
+
 SPOILT = {
     "a flipped bit": (flip, IntegrityError, "a blob has sha256:"),
     "a blob is missing": (lambda members: members[:-1], IntegrityError, "ends before sha256:"),
@@ -104,6 +237,7 @@ SPOILT = {
     ),
     "a path that leads out": (lambda m: [*m, ("../../evil", b"x")], IntegrityError, r"holds '\.\./\.\./evil'"),
     "no index": (lambda members: members[1:], UsageError, "does not begin with moulds.json"),
+    "an index that is no JSON": (lambda m: [(m[0][0], b"["), *m[1:]], UsageError, "is not valid JSON"),
     "another format": (lambda m: [(MOULDS_FILE, b'{"format": "x"}'), *m[1:]], UsageError, "is not of the format"),
     "a forged record": (forge, IntegrityError, "its ingredients have"),
 }

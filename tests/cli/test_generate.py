@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fluxkiln.artifacts.intact import read_manifest
 from fluxkiln.compile import toolchain
-from fluxkiln.files import digest_file
+from fluxkiln.compile.toolchains.tpu_mlir.toolchain import TpuMlir
 from fluxkiln.generate.painter import make_grid
 from tests.eager import Eager, make_bundle
+from tests.hostile.forged import forge
 
 
 def read_facts(path: Path) -> dict[str, str]:
@@ -54,7 +56,7 @@ def test_images_grid_and_document(generate, folder, tmp_path):
     assert facts["prompt"] == "zwei Öfen"
     assert facts["prompt_2"] == "word " * 40
     assert (facts["seed"], facts["steps"], facts["guidance"]) == ("8", "1", "2.5")
-    assert facts["bundle"] == document["digest"] == digest_file(folder / "manifest.json")[0]
+    assert facts["bundle"] == document["digest"] == read_manifest(folder).digest
     latents = np.load(tmp_path / "work" / document["images"][0]["latents"])
     assert latents.shape == (1, 16, 64)
     assert read_facts(tmp_path / "work" / document["grid"])["prompt"] == "a kiln\nzwei Öfen\na river"
@@ -119,11 +121,11 @@ def test_a_damaged_bundle(fluxkiln, folder, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
-    (copy / "parts.bin").write_bytes(b"\1" * 100_000)
+    (copy / "tokenizer/vocab.json").write_bytes(b"{}")
     run = fluxkiln("generate", "--bundle", copy, "x", "--json")
     assert run.code == 4
     assert run.document["error"]["kind"] == "IntegrityError"
-    assert "parts.bin has the digest" in run.err
+    assert "tokenizer/vocab.json: 2 bytes, the manifest says" in run.err
 
 
 def test_executors_that_are_not_here(fluxkiln, folder, tmp_path, monkeypatch):
@@ -131,8 +133,9 @@ def test_executors_that_are_not_here(fluxkiln, folder, tmp_path, monkeypatch):
     assert "a bundle for cpu is run by ort" in fluxkiln("generate", "--bundle", folder, "x", "--executor", "sail").err
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)
-    manifest = copy / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"target": "cpu"', '"target": "bm1684x"'))
+    forge(copy, lambda document: document.update(target="bm1684x"))
+    assert "is said to be the net 'clip', it is called clip_00" in fluxkiln("generate", "--bundle", copy, "x").err
+    monkeypatch.setattr(TpuMlir, "check_parts", lambda *_: None)
     monkeypatch.setitem(sys.modules, "sophon", None)
     run = fluxkiln("generate", "--bundle", copy, "x", "--executor", "sail")
     assert run.code == 5
@@ -209,3 +212,25 @@ def test_a_grid_is_filled_row_by_row():
     assert grid.shape == (12, 14, 3)
     assert [grid[0, 0, 0], grid[0, 11, 0], grid[10, 0, 0], grid[10, 11, 0]] == [0, 1, 2, 255]
     assert grid[5, 5, 0] == 255
+
+
+def test_no_command_takes_what_another_refuses(fluxkiln, folder, tmp_path, monkeypatch):
+    """The graph of one block in the place of another's: all say the same of it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+
+    def exchange(document):
+        one, other = (part for part in document["parts"] if part["name"].startswith("double_modulation"))
+        for key in ("file", "digest", "size"):
+            one[key], other[key] = other[key], one[key]
+
+    assert fluxkiln("verify", copy).code == 0
+    forge(copy, exchange)
+    for command in (
+        ["verify", copy], ["inspect", copy], ["generate", "--bundle", copy, "x"],
+        ["serve", "--bundle", copy, "--port", "0"], ["publish", copy, f"oci-layout:{tmp_path / 'layout'}:v1"],
+    ):  # fmt: skip
+        run = fluxkiln(*command)
+        assert run.code == 4, command
+        assert "part double_modulation.00 is said to be the graph double_modulation.00 in" in run.err, command
+    assert not (tmp_path / "layout/index.json").exists()

@@ -109,8 +109,7 @@ def test_without_a_command_help_and_exit_2(fluxkiln):
         (["export", "nowhere", "out"], "'nowhere' is no model"),
         (["synth", "huge-dev", "out"], "no preset is called 'huge-dev'; synthetic presets are tiny-dev"),
         (["synth", "tiny-dev", "out", "--components", "unet"], "no component is called 'unet'; there are"),
-        (["inspect", "."], "is no bundle: it has no manifest.json"),
-        (["verify", "nowhere"], "is no bundle: it has no manifest.json"),
+        (["verify", "nowhere"], "is no bundle: there is no such folder"),
         (["report", "."], "has no report.json; give a bundle"),
         (["report", "nowhere"], "nowhere does not exist"),
         (["cache", "ls"], "build/store is no store"),
@@ -268,3 +267,11 @@ def _options_of_build() -> list[click.Parameter]:
     command = command_line.fluxkiln_command.get_command(click.Context(command_line.fluxkiln_command), "build")
     assert command is not None
     return command.params
+
+
+@pytest.mark.parametrize("command", [["inspect"], ["verify"], ["generate", "x", "--bundle"], ["serve", "--bundle"]])
+def test_a_folder_without_a_manifest_is_no_intact_bundle(fluxkiln, command):
+    run = fluxkiln(*command, ".")
+    assert run.code == 4
+    assert "is no bundle: it has no manifest.json" in run.err
+    assert run.err.count("\n") == 1

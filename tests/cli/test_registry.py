@@ -12,13 +12,13 @@ import pytest
 
 from fluxkiln.artifacts.bundle import write_bundle
 from fluxkiln.artifacts.store import open_store
+from tests.hostile.forged import forge
 
 
 @pytest.fixture
 def built(built) -> Path:
     """The build of the other tests, of schnell: nobody has to accept anything for it."""
-    path = built / "bundle" / "manifest.json"
-    path.write_bytes(path.read_bytes().replace(b'"variant": "dev"', b'"variant": "schnell"'))
+    forge(built / "bundle", lambda document: document.update(variant="schnell"))
     return built
 
 
@@ -76,7 +76,7 @@ def test_diff(fluxkiln, built, reference, store, tmp_path):
     assert fluxkiln("diff", reference, built).out == "no difference\n"
     manifest = json.loads((built / "bundle" / "manifest.json").read_bytes())
     files = {"transformer.bmodel": store.add_bytes(b"new"), "LICENSE": store.add_bytes(b"licence text")}
-    for key in ("schema_version", "files"):
+    for key in ("digest", "schema_version", "files"):
         del manifest[key]
     manifest["parts"][0]["scheme"] = "BF16"
     manifest["parity"]["rows"] = 13
@@ -142,7 +142,7 @@ def test_what_is_damaged_ends_with_4_and_names_the_file(fluxkiln, built, referen
 def test_parity_that_failed_ends_with_3(fluxkiln, built, reference, store):
     manifest = json.loads((built / "bundle" / "manifest.json").read_bytes())
     files = {entry["path"]: built / "bundle" / entry["path"] for entry in manifest["files"]}
-    for key in ("schema_version", "files"):
+    for key in ("digest", "schema_version", "files"):
         del manifest[key]
     manifest["parity"] = {"verified": True, "passed": False, "rows": 3, "failed_rows": 1, "failure": "double.00"}
     write_bundle(built.parent / "failed" / "bundle", files, manifest, store)

@@ -196,12 +196,16 @@ def test_previews_show_the_latents():
         ({"prompt": "x", "steps": 2.5}, "steps: it must be a whole number"),
         ({"prompt": "x", "steps": 10**9}, "steps: it must be a whole number up to 1000"),
         ({"prompt": "x", "guidance": "high"}, "guidance: it must be a number"),
+        ({"prompt": "x", "guidance": 10**400}, "guidance: it must be a number up to 100"),
+        ({"prompt": "x", "guidance": float("nan")}, "guidance: it must be a number up to 100"),
+        ({"prompt": "x", "seed": -1}, "seed -1: it must be from 0 to"),
+        ({"prompt": "x", "seed": 10**60}, "it must be from 0 to"),
         ({"prompt": "x", "scheduler": "euler"}, "unknown key 'scheduler'"),
     ],
 )
 def test_requests_that_are_wrong(studio, document, words):
     with pytest.raises(UsageError, match=words):
-        parse_request(studio.bundle, document)
+        studio.submit(parse_request(studio.bundle, document))
 
 
 def test_a_request_that_is_right(studio):
@@ -245,7 +249,9 @@ def test_what_the_server_refuses(studio):
             assert b"Traceback" not in data
             return status, json.loads(data)["error"]["message"] if data.startswith(b"{") else data.decode()
 
-        assert refused("POST", "/api/jobs", b"{") == (400, 'the request is no JSON; send {"prompt": ...}')
+        for body in HOSTILE_BODIES:
+            status, message = refused("POST", "/api/jobs", body)
+            assert (status, message.endswith('; send {"prompt": ...}')) == (400, True), body[:40]
         assert refused("POST", "/api/jobs", {"prompt": ""})[0] == 400
         status, message = refused("POST", "/api/jobs", {"prompt": "x", "steps": 65})
         assert (status, "65 steps" in message) == (400, True)
@@ -258,6 +264,49 @@ def test_what_the_server_refuses(studio):
         assert refused("DELETE", "/api/jobs/99")[0] == 404
         assert refused("GET", "/api/jobs/99/events")[0] == 404
         assert refused("GET", "/../../etc/passwd")[0] == 404
+
+
+HOSTILE_BODIES = (
+    b"", b"{", b"[]", b"null", b"\xff", b"[" * 60_000, b'{"prompt":' * 6000, b'{"prompt": "a", "prompt": "b"}',
+    b'{"prompt": "x", "guidance": NaN}', b'{"prompt": "x", "guidance": 1e400}',
+    b'{"prompt": "x", "guidance": ' + b"9" * 400 + b"}", b'{"prompt": "x", "seed": ' + b"1" * 5000 + b"}",
+    b'{"prompt": "\\ud800"}',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("last", ["x", "-1", "1" * 5000, "\u00b2", "", "0x1", "1.5"])
+def test_a_last_event_that_is_no_number_is_none(studio, last):
+    """A superscript two is a digit to Python and no number."""
+    with served(studio) as port:
+        job = json.loads(ask(port, "POST", "/api/jobs", {"prompt": "a kiln", "steps": 1})[2])["id"]
+        headers = {"Last-Event-ID": last.encode("latin-1")}
+        status, _, stream = ask(port, "GET", f"/api/jobs/{job}/events", headers=headers)
+        assert (status, stream.decode().startswith("id: 0\n")) == (200, True)
+
+
+def test_an_image_is_for_who_asked_for_it(studio):
+    """Its id is all that is asked for, and tells nothing of another's."""
+    with served(studio) as port:
+        ids = [json.loads(ask(port, "POST", "/api/jobs", {"prompt": "x", "steps": 1})[2])["id"] for _ in range(2)]
+        for job in ids:
+            assert finish(studio.find(job))["state"] == "done"
+            assert len(job) >= 32
+            assert len(set(job)) > 10
+        first, second = ids
+        guesses = [
+            "1",
+            "2",
+            "0",
+            first[:-1],
+            first[:-1] + chr(ord(first[-1]) ^ 1),
+            first.swapcase(),
+            "*",
+            first + second,
+        ]
+        for guess in guesses:
+            for method, path in (("GET", "/image.png"), ("GET", "/events"), ("DELETE", "")):
+                assert ask(port, method, f"/api/jobs/{guess}{path}")[0] == 404, guess
+        assert ask(port, "GET", f"/api/jobs/{first}/image.png")[0] == 200
 
 
 @needs_browser

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from fluxkiln.errors import CheckpointError, UsageError
+from fluxkiln.errors import CheckpointError, IntegrityError, UsageError
 from fluxkiln.export.checkpoint import open_checkpoint
 from fluxkiln.patches import registry
 from fluxkiln.patches.flux1.model import MODEL
@@ -49,7 +49,7 @@ def test_a_checkpoint_is_of_the_model_that_its_pipeline_says(kettle, tiny_checkp
     theirs = open_checkpoint(relabelled(ours.root, tmp_path / "theirs", "KettlePipeline", "KettleTransformer"))
     assert theirs.model.title == "Kettle"
     assert theirs.tensors.keys() == ours.tensors.keys()
-    assert registry.model_of_configs({"transformer": {"_class_name": "KettleTransformer"}}).name == "kettle"
+    assert registry.model_named("kettle", {"transformer": {"_class_name": "KettleTransformer"}}).name == "kettle"
     assert set(registry.all_presets()) == {*MODEL.presets, "tiny-kettle"}
     assert registry.component_of("double") == "transformer"
     assert registry.component_of("triple") == ""
@@ -63,10 +63,10 @@ def test_a_class_that_nobody_knows_is_told_with_those_that_there_are(tiny_checkp
     assert (
         f"{copy / 'model_index.json'} is for 'KettlePipeline', fluxkiln compiles FluxPipeline (FLUX.1); give a" in told
     )
-    with pytest.raises(
-        UsageError, match=r"transformer is a 'Kettle'; this fluxkiln knows FluxTransformer2DModel \(FLUX"
-    ):
-        registry.model_of_configs({"transformer": {"_class_name": "Kettle"}})
+    with pytest.raises(UsageError, match=r"the bundle's model is 'kettle'; this fluxkiln knows flux1: install what"):
+        registry.model_named("kettle", {})
+    with pytest.raises(IntegrityError, match=r"transformer is a 'Kettle', FLUX.1 has FluxTransformer2DModel; build"):
+        registry.model_named("flux1", {"transformer": {"_class_name": "Kettle"}})
 
 
 def test_all_models_there_are_are_listed(kettle):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from fluxkiln.build.make import build, prepare
-from fluxkiln.compile.toolchains.tpu_mlir.bmodel import read_bmodel
-from fluxkiln.errors import UsageError
+from fluxkiln.compile.toolchains.tpu_mlir.bmodel import hash_span, read_bmodel
+from fluxkiln.errors import IntegrityError, UsageError
+from fluxkiln.files import digest_file
 from fluxkiln.settings import Settings
 from fluxkiln.verify.debug import debug_part
+from tests.hostile.forged import forge
 
 
 @pytest.fixture(scope="module")
@@ -42,21 +46,34 @@ def test_a_sound_part_at_every_rung(sound):
 
 @pytest.mark.tpu_mlir
 def test_bytes_of_the_bundle_that_are_not_the_checkpoint_s(prepared, sound, tmp_path):
-    (file,) = prepared.plan.bundle.glob("*.bmodel")
-    spoilt = tmp_path / "bundle"
-    spoilt.mkdir()
-    data = bytearray(file.read_bytes())
+    spoilt = Path(shutil.copytree(prepared.plan.bundle, tmp_path / "bundle"))
+    (file,) = spoilt.glob("*.bmodel")
     net = next(net for net in read_bmodel(file).nets if "block_01" in net.name)
     place = net.coefficients.start + net.coefficients.size // 2
+    data = bytearray(file.read_bytes())
     data[place] ^= 0x10
-    (spoilt / file.name).write_bytes(data)
-    (spoilt / "manifest.json").write_bytes((prepared.plan.bundle / "manifest.json").read_bytes())
-    culprit = debug_part(replace(prepared, plan=replace(prepared.plan, folder=tmp_path)), "t5_block.01").culprit
+    file.unlink()  # a link to the store's
+    file.write_bytes(data)
+    elsewhere = replace(prepared, plan=replace(prepared.plan, folder=tmp_path))
+    with pytest.raises(IntegrityError, match=rf"{file.name}: sha256:"):
+        debug_part(elsewhere, "t5_block.01")
+    # and all that tells of these bytes changed with them
+    digest = hash_span(file, net.coefficients)
+    data[net.check_code.start : net.check_code.stop] = digest
+    file.write_bytes(data)
+
+    def change(document):
+        next(part for part in document["parts"] if part["net"] == net.name)["digest"] = f"sha256:{digest.hex()}"
+        entry = next(entry for entry in document["files"] if entry["path"] == file.name)
+        entry["sha256"] = digest_file(file)[0].removeprefix("sha256:")
+
+    forge(spoilt, change)
+    culprit = debug_part(elsewhere, "t5_block.01").culprit
     assert culprit.rung == "stored"
     assert len(culprit.slots) == 1
     assert culprit.slots[0] in culprit.remedy.cause
     assert 0 < culprit.finding.own < 1e-3
-    assert debug_part(replace(prepared, plan=replace(prepared.plan, folder=tmp_path)), "t5_block.00").culprit is None
+    assert debug_part(elsewhere, "t5_block.00").culprit is None
 
 
 @pytest.mark.tpu_mlir

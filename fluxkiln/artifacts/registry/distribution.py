@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from fluxkiln.artifacts.bundle import heal_folder, read_manifest, swap_folder, walk_bundle
+from fluxkiln.artifacts.bundle import heal_folder, swap_folder
+from fluxkiln.artifacts.intact import BUNDLE, PULLED_FILE, encode_record, read_manifest, walk_bundle
 from fluxkiln.artifacts.manifest import MANIFEST_FILE, Manifest, parse_manifest
 from fluxkiln.artifacts.modelpack import (
-    BUNDLE,
     MAX_EXTRA_BYTES,
-    RECORD,
     Document,
     Layer,
     check_bundle,
@@ -31,7 +30,7 @@ from fluxkiln.artifacts.modelpack import (
 )
 from fluxkiln.artifacts.registry.place import BlobMissingError, Place, check_departure
 from fluxkiln.artifacts.registry.transfer import TRANSFERS, Arrival, Departure, Meter, Stop, each
-from fluxkiln.digests import Json, canonical_json
+from fluxkiln.digests import Json
 from fluxkiln.errors import FluxkilnError, IntegrityError, ResourceError, UsageError
 from fluxkiln.files import digest_file, disk_full_named, sync_directory, waiting_lock, write_durably
 from fluxkiln.progress import Progress
@@ -93,7 +92,7 @@ def pull(
     found: Found,
     destination: Path,
     *,
-    record: Json,
+    record: Mapping[str, Json],
     stop: Stop,
     check: Callable[[Path, Document], None] = lambda staging, document: None,
     jobs: int = TRANSFERS,
@@ -123,7 +122,7 @@ def pull(
         with disk_full_named(parent, found.document.size):
             try:
                 _receive_all(place, found.document, staging, stop, jobs, progress, _earlier_files(destination))
-                write_durably(staging / RECORD, canonical_json(record))
+                write_durably(staging / PULLED_FILE, encode_record(record, [found.manifest.digest]))
             except _DamagedError as error:
                 # Kept for those who want to look at it; the rest can be fetched again.
                 aside, name = quarantine_of(destination), error.layer.digest.removeprefix("sha256:")
@@ -153,10 +152,10 @@ def check_replaceable(destination: Path) -> None:
     """UsageError when `destination` is neither nothing, an empty folder, nor an earlier pull."""
     if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
         raise UsageError(f"{destination} is no folder; a pull makes a folder or replaces an earlier pull: name another")
-    if destination.is_dir() and any(destination.iterdir()) and not (destination / RECORD).is_file():
+    if destination.is_dir() and any(destination.iterdir()) and not (destination / PULLED_FILE).is_file():
         raise UsageError(
-            f"{destination} holds files but no {RECORD}, so it is no earlier pull and is not replaced; remove it or "
-            "name another folder"
+            f"{destination} holds files but no {PULLED_FILE}, so it is no earlier pull and is not replaced; remove it "
+            "or name another folder"
         )
 
 

@@ -18,8 +18,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fluxkiln import __version__
+from fluxkiln.artifacts.intact import PULLED_FILE
 from fluxkiln.artifacts.manifest import Manifest
-from fluxkiln.artifacts.modelpack import RECORD, SIGNATURE, parity_word
+from fluxkiln.artifacts.modelpack import SIGNATURE, parity_word
 from fluxkiln.digests import Json, canonical_json
 from fluxkiln.errors import IntegrityError, ToolchainError, UsageError
 from fluxkiln.types import BindingLicence
@@ -245,7 +246,12 @@ class _Known:
         from model_signing._hashing.hashing import Digest
 
         serialization = manifest.SerializationType.from_args(
-            {"method": "files", "hash_type": "sha256", "allow_symlinks": False, "ignore_paths": [SIGNATURE, RECORD]}
+            {
+                "method": "files",
+                "hash_type": "sha256",
+                "allow_symlinks": False,
+                "ignore_paths": [SIGNATURE, PULLED_FILE],
+            }
         )
         items = [
             manifest.FileManifestItem(

@@ -20,7 +20,7 @@ from fluxkiln.compile.onnx.external_data import Sidecar, external_range, in_plac
 from fluxkiln.compile.onnx.products import CONTRIB, packed_matmul, replace_nodes
 from fluxkiln.errors import CompileError, IntegrityError
 from fluxkiln.quantize.schemes import Scheme, check_groups
-from fluxkiln.types import Binding, SlotBinding, Template, TensorRef
+from fluxkiln.types import Binding, SlotBinding, Template, TensorRef, TensorSpec
 
 if TYPE_CHECKING:
     from onnx import NodeProto, TensorProto
@@ -158,6 +158,23 @@ def external_files(graph: Path) -> dict[Path, int]:
             location, offset, length = external_range(tensor)
             needed[graph.parent / location] = max(needed[graph.parent / location], offset + length)
     return dict(needed)
+
+
+def read_interface(graph: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+    """Inputs and outputs of a graph; IntegrityError: no ONNX file, or a shape in it is not static."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    def spec(value: Any) -> TensorSpec:
+        tensor = value.type.tensor_type
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+        return TensorSpec(value.name, tuple(dim.dim_value for dim in tensor.shape.dim), dtype)
+
+    try:
+        found = onnx.load(graph, load_external_data=False).graph
+        return tuple(map(spec, found.input)), tuple(map(spec, found.output))
+    except (DecodeError, KeyError) as error:
+        raise IntegrityError(f"{graph} is no ONNX graph ({error}); build it again") from error
 
 
 def _expand_derived(

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from fluxkiln.artifacts.bundle import read_manifest
+from fluxkiln.artifacts.intact import read_manifest
 from fluxkiln.artifacts.manifest import compare_manifests, is_same
 
 

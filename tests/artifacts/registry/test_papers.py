@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxkiln.artifacts.bundle import read_manifest
+from fluxkiln.artifacts.intact import read_manifest
 from fluxkiln.artifacts.registry import papers
 from fluxkiln.artifacts.registry.papers import check_licence, find_binding, model_card
 from fluxkiln.artifacts.store import Store, open_store

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from fluxkiln.artifacts.actions import ActionCache
-from fluxkiln.artifacts.bundle import read_manifest, role_of, verify_bundle
-from fluxkiln.artifacts.manifest import MANIFEST_FILE, FileEntry, Manifest, resolve_inside
+from fluxkiln.artifacts.intact import admit_manifest, read_manifest
+from fluxkiln.artifacts.manifest import MANIFEST_FILE, FileEntry, Manifest, resolve_inside, role_of
 from fluxkiln.artifacts.store import Blob, Store
+from fluxkiln.compile.opener import open_bundle
 from fluxkiln.compile.plan import Binary, BundleFile, Made, Plan
 from fluxkiln.compile.process import JobPool
 from fluxkiln.compile.targets import find_target
@@ -160,8 +161,10 @@ def resume_compile(bundle: Path, store: Store, progress: Progress, jobs: int | N
             label = path.relative_to(bundle).as_posix()
             entries[label] = FileEntry(label, role_of(label), digest.removeprefix("sha256:"), length)
         files = tuple(entries[label] for label in sorted(entries))
-        write_durably(bundle / MANIFEST_FILE, replace(manifest, files=files).to_bytes())
-        verify_bundle(bundle)
+        completed = replace(manifest, files=files)
+        admit_manifest(bundle, completed.digest)
+        write_durably(bundle / MANIFEST_FILE, completed.to_bytes())
+        open_bundle(bundle, progress, again=True)
     return Resumed(bundle, COMMAND, version, tuple(compiled), tuple(found))
 
 

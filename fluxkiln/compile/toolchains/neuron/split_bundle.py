@@ -6,20 +6,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.artifacts.store import Blob
-from fluxkiln.compile.bundle import HOST_CONSTANTS
+from fluxkiln.compile.bundle import HOST_CONSTANTS, Bundle, refuse_part
 from fluxkiln.compile.plan import Plan
 from fluxkiln.compile.targets import find_target
 from fluxkiln.compile.templates import host_constants, specs_from_json
+from fluxkiln.compile.toolchains.neuron.hlo_module import entry_parameters
 from fluxkiln.compile.toolchains.neuron.modules import Module, module_name
 from fluxkiln.compile.toolchains.neuron.neff import FlagPreset, ModuleJob, hlo_file, neff_path, read_neffs
 from fluxkiln.compile.toolchains.neuron.split import facts, shard_file
-from fluxkiln.errors import IntegrityError, ToolchainError, UsageError
+from fluxkiln.digests import Json, digest_json
+from fluxkiln.errors import CompileError, IntegrityError, ToolchainError, UsageError
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.settings import Settings
 
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "neuron.json"
 _SCHEMA = "fluxkiln.neuron/1"
+# safetensors' names for the dtypes of slots
+_STORED = {"bfloat16": "BF16", "float32": "F32", "int32": "I32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +132,56 @@ def read_split_bundle(folder: Path) -> SplitBundle:
         ) from error
     _check(bundle)
     return bundle
+
+
+def check_split(bundle: Bundle, fresh: Collection[str]) -> None:
+    """See `compile.toolchain.Toolchain.check_parts`. A part's digest is over those of its module and its shards."""
+    from fluxkiln.export.safetensors_header import read_header
+
+    split, files = read_split_bundle(bundle.folder), {file.path: file for file in bundle.manifest.files}
+    for name, here in (("target", bundle.target.name), *bundle.manifest.settings.items()):
+        if getattr(split, name, here) != here:
+            raise _differs(bundle, f"has the {name} {getattr(split, name)}, the manifest says {here}")
+    if list(split.part_modules) != [part.name for part in bundle.parts]:
+        raise _differs(bundle, f"has the parts {', '.join(split.part_modules)}, the manifest has others")
+    for part, entry in zip(bundle.parts, bundle.manifest.parts, strict=True):
+        module = split.module_of(part.name)
+        shards = [shard_file(part.name, rank) for rank in range(module.ranks)]
+        paths = [hlo_file(module.name), *shards]
+        if module.name != module_name(part) or [module.hlo, *split.shards[part.name]] != [
+            bundle.folder / path for path in paths
+        ]:
+            raise _differs(bundle, f"gives {part.name} the module {module.name} and files that are not its own")
+        if odd := [path for path in paths if path not in files]:
+            raise refuse_part(bundle, part.name, f"is made of {odd[0]}, which the manifest does not name")
+        made_of: dict[str, Json] = {"hlo": module.digest, "shards": [files[shard].digest for shard in shards]}
+        held = sum(files[shard].size for shard in shards)
+        said = (entry.file, entry.net, entry.digest, entry.size, entry.inputs, entry.outputs, files[paths[0]].digest)
+        if said != (paths[0], part.name, digest_json(made_of), held, module.inputs, module.outputs, module.digest):
+            raise refuse_part(bundle, part.name, f"is not what {DESCRIPTION}, its module and its weights are")
+        if paths[0] in fresh:
+            _check_interface(bundle, module)
+        slots = [(spec.name, spec.shape, _STORED[spec.dtype]) for spec in module.slots]
+        for shard in shards:
+            if shard in fresh:
+                found = [(ref.name, ref.shape, ref.dtype) for ref in read_header(bundle.folder / shard).values()]
+                if found != slots:
+                    raise refuse_part(bundle, part.name, f"has other tensors in {shard} than its module has slots")
+    if any(path.startswith("neff/") for path in files):
+        find_compiled(split)
+
+
+def _check_interface(bundle: Bundle, module: Module) -> None:
+    try:
+        found = [(spec.shape, spec.dtype) for spec in entry_parameters(module.hlo.read_bytes())]
+    except CompileError as error:
+        raise IntegrityError(f"{module.hlo}: {error}") from error
+    if found != [(spec.shape, spec.dtype) for spec in (*module.inputs, *module.slots)]:
+        raise _differs(bundle, f"gives the module {module.name} other inputs and slots than {module.hlo.name} has")
+
+
+def _differs(bundle: Bundle, fault: str) -> IntegrityError:
+    return IntegrityError(f"{bundle.folder / DESCRIPTION} {fault}; build or fetch the bundle again")
 
 
 def read_module(module: Module) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -102,6 +102,11 @@ class Neuron(Toolchain):
         from fluxkiln.compile.toolchains.neuron.make import report
 
         return report(checkpoint, plan, made)
+
+    def check_parts(self, bundle: Bundle, fresh: Collection[str]) -> None:
+        from fluxkiln.compile.toolchains.neuron.split_bundle import check_split
+
+        check_split(bundle, fresh)
 
     def open_executor(self, bundle: Bundle, name: str | None, options: Mapping[str, Any]) -> Executor:
         """`neuron` where the modules are compiled, else `replicas`."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.artifacts.actions import ActionCache
-from fluxkiln.compile.bundle import Bundle
+from fluxkiln.compile.bundle import Bundle, refuse_part
 from fluxkiln.compile.executor import Executor
 from fluxkiln.compile.plan import Binary, BundleFile, Job, Made, Plan
 from fluxkiln.compile.templates import count_elements, find_template, make_template, prepare_template
@@ -130,6 +130,24 @@ class OnnxRuntime(Toolchain):
         from fluxkiln.compile.toolchains.onnxruntime.look import look
 
         return look(checkpoint, plan, cache, part, record, progress)
+
+    def check_parts(self, bundle: Bundle, fresh: Collection[str]) -> None:
+        from fluxkiln.compile.onnx.link import external_files, read_interface
+
+        super().check_parts(bundle, fresh)
+        weights = {file.path for file in bundle.manifest.files if file.role == "weights"}
+        for entry in bundle.manifest.parts:
+            if (entry.file, entry.net) != (f"{_GRAPHS}/{entry.name}.onnx", entry.name):
+                raise refuse_part(bundle, entry.name, f"is said to be the graph {entry.net} in {entry.file}")
+            if entry.file not in fresh:
+                continue
+            graph = bundle.folder / entry.file
+            if (found := read_interface(graph)) != (entry.inputs, entry.outputs):
+                raise refuse_part(bundle, entry.name, f"takes and gives {found} by its graph, the manifest differs")
+            for file in external_files(graph):
+                path = os.path.relpath(file, bundle.folder)
+                if path not in weights:
+                    raise refuse_part(bundle, entry.name, f"reads {path}, which is none of the manifest's weights")
 
     def open_executor(self, bundle: Bundle, name: str | None, options: Mapping[str, Any]) -> Executor:
         from fluxkiln.compile.executor import require_file

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fluxkiln.artifacts.actions import ActionCache
-from fluxkiln.artifacts.bundle import read_manifest
 from fluxkiln.compile.executor import bind_net
 from fluxkiln.compile.onnx.runner import TemplateRunner
+from fluxkiln.compile.opener import open_bundle
 from fluxkiln.compile.plan import Binary, Made, Plan
 from fluxkiln.compile.rungs import (
     STAGE,
@@ -215,7 +215,7 @@ def _read_back(
     if not (bundle / "manifest.json").is_file():
         return None
     part = opened.part
-    entry = next((one for one in read_manifest(bundle).parts if one.name == part.name), None)
+    entry = next((one for one in open_bundle(bundle).manifest.parts if one.name == part.name), None)
     template = find_template(checkpoint, plan, cache, part.kind, "onnx17")
     mould = None if template is None else find_mould(checkpoint, plan, cache, template)
     if entry is None or mould is None or not mould.castable:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,6 +69,7 @@ class TpuMlir(Toolchain):
     executors = ("cmodel", "sail")
     compiler_stages = ("mould", "compile", "combine")
     travelling = ("template", "mould", "proof", "combine")
+    proven = ("mould",)
 
     def tools(self, plan: Plan) -> dict[str, str]:
         env = environment.installed()
@@ -139,6 +140,17 @@ class TpuMlir(Toolchain):
         from fluxkiln.compile.toolchains.tpu_mlir.devices import report_devices
 
         return report_devices(checkpoint, plan, made.binaries)
+
+    def check_record(self, record: Mapping[str, Any], outputs: Mapping[str, Path]) -> None:
+        from fluxkiln.compile.toolchains.tpu_mlir.nets import check_mould
+
+        if record["stage"] == "mould" and outputs:
+            check_mould(record, outputs)
+
+    def check_parts(self, bundle: Bundle, fresh: Collection[str]) -> None:
+        from fluxkiln.compile.toolchains.tpu_mlir.nets import check_nets
+
+        check_nets(bundle, fresh)
 
     def open_executor(self, bundle: Bundle, name: str | None, options: Mapping[str, Any]) -> Executor:
         from fluxkiln.compile.toolchains.tpu_mlir.executors import SailExecutor, open_cmodel

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxkiln.artifacts.bundle import read_manifest, verify_bundle
+from fluxkiln.artifacts.intact import read_bundle, read_manifest
 from fluxkiln.artifacts.store import open_store
 from fluxkiln.build.make import build, outline, plan, prepare
 from fluxkiln.build.verification import record, verify
@@ -23,6 +23,7 @@ from fluxkiln.errors import IntegrityError, ParityError, ResourceError, Toolchai
 from fluxkiln.export.shard_files import read_shard
 from fluxkiln.progress import Silent
 from fluxkiln.settings import Settings
+from tests.hostile.forged import forge
 from tests.ranks import join_shards
 
 STUB = Path(__file__).with_name("stub-neuronx-cc")
@@ -83,7 +84,7 @@ def test_all_but_the_compile_is_finished(built):
     assert error.exit_code == 5
     assert str(bundle_of(root)) in str(error)
     assert "hlo/ (7 modules), weights/, compile_neff.sh" in str(error)
-    manifest = verify_bundle(bundle_of(root))
+    manifest = read_bundle(bundle_of(root)).manifest
     assert manifest.parity["passed"]
     assert manifest.settings["tp_degree"] == 2
     names = {file.path for file in manifest.files}
@@ -244,7 +245,7 @@ def test_a_bundle_is_completed_elsewhere(bundle, tmp_path, monkeypatch):
     made = resume_compile(bundle, open_store(tmp_path / "store"), Silent())
     assert len(made.compiled) == 7
     assert len(list(calls.glob("call.*"))) == 7
-    assert {file.path for file in verify_bundle(bundle).files} >= {"neff/double.neff", "neff/double.json"}
+    assert {file.path for file in read_bundle(bundle).manifest.files} >= {"neff/double.neff", "neff/double.json"}
     again = resume_compile(bundle, open_store(tmp_path / "store"), Silent())
     assert (again.compiled, len(again.taken)) == ((), 7)
     assert len(list(calls.glob("call.*"))) == 7
@@ -256,8 +257,7 @@ def test_the_command_finds_the_one_bundle_that_lacks_something(bundle, tmp_path,
     other = tmp_path / "build" / "cpu" / "tiny" / "bundle"
     for folder in (place, other):
         shutil.copytree(bundle, folder)
-    manifest = other / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"target": "trn1"', '"target": "cpu"'))
+    forge(other, lambda document: document.update(target="cpu"))
     command = ["compile", "--resume", "--build-dir", str(tmp_path / "build"), "--json"]
     assert main(command) == 0
     made = json.loads(capsys.readouterr().out)
@@ -281,7 +281,7 @@ def test_the_script_of_the_bundle_runs_as_it_is(bundle, tmp_path, monkeypatch):
     without_compiler(monkeypatch)
     made = resume_compile(bundle, open_store(tmp_path / "store"), Silent())
     assert (made.compiled, len(made.taken)) == ((), 7)
-    verify_bundle(bundle)
+    read_bundle(bundle)
 
 
 def test_a_compiled_module_of_another_version_is_never_used(bundle, tmp_path, monkeypatch):

@@ -7,7 +7,8 @@ import struct
 
 import pytest
 
-from fluxkiln.artifacts.bundle import verify_bundle, write_bundle
+from fluxkiln.artifacts.bundle import write_bundle
+from fluxkiln.artifacts.intact import read_bundle
 from fluxkiln.artifacts.store import open_store
 from fluxkiln.compile.toolchains.tpu_mlir.bmodel import (
     CANONICAL_TIME,
@@ -81,7 +82,7 @@ def test_stale_check_code_is_caught(bmodel):
 @pytest.mark.parametrize("where", ["weights", "instructions", "time"])
 def test_a_flipped_byte_anywhere_is_caught_in_a_bundle(bmodel, tmp_path, where):
     manifest = {
-        "name": "tiny-dev", "target": "bm1684x", "variant": "dev",
+        "name": "tiny-dev", "target": "bm1684x", "model": "flux1", "variant": "dev",
         "shapes": {"height": 32, "width": 32, "tokens": 16},
         "checkpoint": {"source": "tiny-dev", "fingerprint": "sha256:" + "ab" * 32},
         "licence": {"spdx": "Apache-2.0", "file": "LICENSE"},
@@ -91,7 +92,7 @@ def test_a_flipped_byte_anywhere_is_caught_in_a_bundle(bmodel, tmp_path, where):
     files = {"transformer.bmodel": bmodel, "LICENSE": store.add_bytes(b"text")}
     bundle = tmp_path / "bundle"
     write_bundle(bundle, files, manifest, store)
-    verify_bundle(bundle)
+    read_bundle(bundle)
     model, home = read_bmodel(bmodel), bundle / "transformer.bmodel"
     place = {
         "weights": model.nets[0].coefficients.start,
@@ -101,7 +102,7 @@ def test_a_flipped_byte_anywhere_is_caught_in_a_bundle(bmodel, tmp_path, where):
     home.chmod(0o644)
     flip(home, place)
     with pytest.raises(IntegrityError, match=r"transformer\.bmodel") as raised:
-        verify_bundle(bundle)
+        read_bundle(bundle)
     assert raised.value.exit_code == 4
 
 

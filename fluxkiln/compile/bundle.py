@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fluxkiln.artifacts.intact import read_listed
 from fluxkiln.artifacts.manifest import MANIFEST_FILE, Manifest, resolve_inside
 from fluxkiln.compile.executor import Net
 from fluxkiln.compile.targets import Target
@@ -32,7 +33,6 @@ class Bundle:
         digest: `sha256:<hex>` of its manifest, which covers all files.
         parts: the model's own, in the order they run; the manifest has an entry of each.
         configs: each component's `config.json`, keyed by its folder name.
-        constants: what the host hands to the parts, by name.
     """
 
     folder: Path
@@ -42,7 +42,17 @@ class Bundle:
     model: Model
     parts: tuple[Part, ...]
     configs: Mapping[str, Mapping[str, Any]]
-    constants: Mapping[str, NDArray[Any]]
+
+    @property
+    def constants(self) -> dict[str, NDArray[Any]]:
+        """What the host hands to the parts, by name; read each time that it is asked for."""
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+
+        try:
+            return load(read_listed(self.folder, HOST_CONSTANTS))
+        except SafetensorError as error:
+            raise IntegrityError(f"{self.folder / HOST_CONSTANTS} is damaged ({error}); {_AGAIN}") from error
 
     @property
     def nets(self) -> dict[str, Net]:

@@ -6,11 +6,10 @@ from pathlib import Path
 
 from fluxkiln.artifacts.intact import read_bundle, read_listed
 from fluxkiln.artifacts.manifest import Manifest
-from fluxkiln.compile.bundle import CONFIGS, HOST_CONSTANTS, Bundle, check_own_parts, require_pipeline
+from fluxkiln.compile.bundle import CONFIGS, Bundle, check_own_parts, require_pipeline
 from fluxkiln.compile.targets import find_target
 from fluxkiln.compile.toolchain import toolchain_of
 from fluxkiln.documents import read_object
-from fluxkiln.errors import IntegrityError
 from fluxkiln.patches.registry import model_named
 from fluxkiln.progress import Progress
 
@@ -19,7 +18,7 @@ _RESUME = "; what its compiler made is looked at and taken over by `fluxkiln com
 
 
 def open_bundle(folder: Path, progress: Progress | None = None, *, again: bool = False, whole: bool = False) -> Bundle:
-    """Check a bundle against its manifest, and the manifest against model, configs and files; read what the host needs.
+    """Check a bundle against its manifest, and the manifest against model, configs and files.
 
     Args:
         again: read every file. Otherwise those are not read that were found whole before and are the same since.
@@ -30,9 +29,6 @@ def open_bundle(folder: Path, progress: Progress | None = None, *, again: bool =
         IntegrityError: the manifest was changed; a file is missing, one too many, or has other bytes than it says; its
         parts are not the model's, or not what their files hold.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
     folder = folder.absolute()
     found = read_bundle(folder, again=again, progress=progress, hint=_hint)
     manifest = found.manifest
@@ -40,12 +36,7 @@ def open_bundle(folder: Path, progress: Progress | None = None, *, again: bool =
     configs = read_object(read_listed(folder, CONFIGS), str(folder / CONFIGS))
     model = model_named(manifest.model, configs)
     parts = check_own_parts(manifest, model, configs, folder)
-    try:
-        constants = load(read_listed(folder, HOST_CONSTANTS))
-    except SafetensorError as error:
-        path = folder / HOST_CONSTANTS
-        raise IntegrityError(f"{path} is damaged ({error}); build or fetch the bundle again") from error
-    bundle = Bundle(folder, manifest, found.digest, target, model, parts, configs, constants)
+    bundle = Bundle(folder, manifest, found.digest, target, model, parts, configs)
     if whole:
         require_pipeline(bundle)
     if found.fresh:

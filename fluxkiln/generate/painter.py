@@ -104,11 +104,12 @@ class Painter:
 
     def __post_init__(self) -> None:
         bundle = self.bundle
-        bundle.model.check_constants(bundle.constants, bundle.manifest.shapes)
+        constants = bundle.constants
+        bundle.model.check_constants(constants, bundle.manifest.shapes)
         self._once = frozenset(part.name for part in bundle.parts if part.traits.rows)
         self._chain = PartChain(bundle.parts, self._run_part)
         with quiet():
-            files = PipelineFiles(bundle.folder, bundle.configs, bundle.constants)
+            files = PipelineFiles(bundle.folder, bundle.configs, constants)
             self._pipe = bundle.model.build_pipeline(files, self._chain)
 
     @property

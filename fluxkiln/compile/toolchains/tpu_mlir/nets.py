@@ -13,7 +13,6 @@ from fluxkiln.artifacts.manifest import PartEntry
 from fluxkiln.compile.bundle import Bundle, refuse_part
 from fluxkiln.compile.templates import net_name
 from fluxkiln.compile.toolchains.tpu_mlir.bmodel import BModel, BmodelNet, hash_span, read_bmodel
-from fluxkiln.compile.toolchains.tpu_mlir.coefficients import CoefficientMap
 from fluxkiln.documents import read_object_file
 from fluxkiln.errors import IntegrityError
 from fluxkiln.types import TensorSpec
@@ -67,6 +66,8 @@ def _forms(specs: tuple[TensorSpec, ...]) -> list[tuple[tuple[int, ...], str]]:
 def check_mould(record: Mapping[str, Any], outputs: Mapping[str, Path]) -> None:
     """Raise IntegrityError unless a mould's shell has the net, the chip, the inputs and outputs and the sizes that its
     record says, and its map can be read."""
+    from fluxkiln.compile.toolchains.tpu_mlir.coefficients import CoefficientMap
+
     facts, settings, what = record["facts"], record["settings"], record["what"]
     try:
         model = read_bmodel(outputs["shell"])

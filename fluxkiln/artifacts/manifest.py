@@ -37,6 +37,7 @@ _ROLE_BY_SUFFIX: Mapping[str, Role] = {
     ".neff": "binary",
     ".onnx": "binary",
     ".pb": "binary",
+    ".gguf": "weights",
     ".safetensors": "weights",
     ".data": "weights",
     ".bin": "weights",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.artifacts.actions import Action, ActionCache, ActionResult, run_action
 from fluxkiln.artifacts.code import code_version
-from fluxkiln.compile.bundle import Bundle
+from fluxkiln.compile.bundle import Bundle, refuse_part
 from fluxkiln.compile.executor import Executor
 from fluxkiln.compile.plan import Binary, BundleFile, Job, Made, Plan
 from fluxkiln.compile.repacked import BYTES_AT_ONCE
@@ -150,6 +150,13 @@ class Gguf(Toolchain):
         from fluxkiln.compile.toolchains.gguf.names import compare_names
 
         compare_names(ladder, checkpoint, plan)
+
+    def check_parts(self, bundle: Bundle, fresh: Collection[str]) -> None:
+        """All parts of a component are in one file, and have its digest."""
+        files = {file.path: file for file in bundle.manifest.files}
+        for part, entry in zip(bundle.parts, bundle.manifest.parts, strict=True):
+            if (entry.file, entry.net, entry.digest) != (file_name(part.folder), part.name, files[entry.file].digest):
+                raise refuse_part(bundle, part.name, f"is said to be {entry.net} in {entry.file} of {entry.digest}")
 
     def open_executor(self, bundle: Bundle, name: str | None, options: Mapping[str, Any]) -> Executor:
         raise UsageError(

@@ -30,7 +30,7 @@ from fluxkiln.progress import Progress, Silent
 # Of a pulled folder: the bundle, and what was pulled and how far it was checked.
 BUNDLE = "bundle"
 PULLED_FILE = "pulled.json"
-THREADS = 4
+_THREADS = 4
 # of such a record, over all that it says
 _SEAL = "seal"
 _AGAIN = "build or fetch it again"
@@ -177,7 +177,7 @@ def _read_files(bundle: Path, todo: Sequence[FileEntry], progress: Progress) -> 
         return {}
     progress.stage("check", len(todo))
     faults = {}
-    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), "check") as threads:
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1), "check") as threads:
         # largest first: no thread is left alone with it at the end
         ordered = sorted(todo, key=lambda entry: -entry.size)
         for entry, fault in zip(ordered, threads.map(partial(_fault, bundle), ordered), strict=True):

@@ -134,7 +134,7 @@ def read_split_bundle(folder: Path) -> SplitBundle:
     return bundle
 
 
-def check_split(bundle: Bundle, fresh: Collection[str]) -> None:
+def check_description(bundle: Bundle, fresh: Collection[str]) -> None:
     """See `compile.toolchain.Toolchain.check_parts`. A part's digest is over those of its module and its shards."""
     from fluxkiln.export.safetensors_header import read_header
 

@@ -104,9 +104,9 @@ class Neuron(Toolchain):
         return report(checkpoint, plan, made)
 
     def check_parts(self, bundle: Bundle, fresh: Collection[str]) -> None:
-        from fluxkiln.compile.toolchains.neuron.split_bundle import check_split
+        from fluxkiln.compile.toolchains.neuron.split_bundle import check_description
 
-        check_split(bundle, fresh)
+        check_description(bundle, fresh)
 
     def open_executor(self, bundle: Bundle, name: str | None, options: Mapping[str, Any]) -> Executor:
         """`neuron` where the modules are compiled, else `replicas`."""

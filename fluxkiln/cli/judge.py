@@ -86,7 +86,7 @@ def _images(
     subject: str, requests: Sequence[Request], executor: str | None, build_dir: Path, progress: Progress
 ) -> tuple[list[Any], dict[str, Any]]:
     """Pictures of a bundle where `subject` is one, else of a model."""
-    from fluxkiln.compile.bundle import open_bundle
+    from fluxkiln.compile.opener import open_bundle
     from fluxkiln.compile.toolchain import open_executor
     from fluxkiln.export.source import resolve_model
     from fluxkiln.generate.adherence import paint_with_diffusers, paint_with_parts
@@ -94,7 +94,7 @@ def _images(
 
     folder = bundle_folder(Path(subject))
     if (folder / "manifest.json").is_file():
-        bundle = open_bundle(folder, progress)
+        bundle = open_bundle(folder, progress, whole=True)
         for request in requests[:1]:
             check_request(bundle, request)
         with Painter(bundle, open_executor(bundle, executor)) as painter:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxkiln import __version__
-from fluxkiln.artifacts.manifest import BUILD_FILE, MANIFEST_FILE, FileEntry, Manifest, parse_manifest
+from fluxkiln.artifacts.manifest import BUILD_FILE, MANIFEST_FILE, FileEntry, Manifest, parse_sealed
 from fluxkiln.digests import Json, is_sealed, plain_json, seal
 from fluxkiln.documents import DOCUMENT, read_object
 from fluxkiln.errors import IntegrityError, UsageError
@@ -64,7 +64,12 @@ class Checked:
 
 
 def read_manifest(bundle: Path) -> Manifest:
-    """The manifest of a bundle.
+    """The manifest of a bundle; errors as `read_sealed`."""
+    return read_sealed(bundle)[0]
+
+
+def read_sealed(bundle: Path) -> tuple[Manifest, str]:
+    """The manifest of a bundle and its digest, which the records of the bundle name.
 
     Raises:
         UsageError: there is no such folder, or the manifest's schema version is not known here.
@@ -76,15 +81,15 @@ def read_manifest(bundle: Path) -> Manifest:
         if not bundle.is_dir():
             raise UsageError(f"{bundle} is no bundle: there is no such folder; give the folder that a build wrote")
         raise IntegrityError(f"{bundle} is no bundle: it has no {MANIFEST_FILE}; give the folder that a build wrote")
-    manifest = parse_manifest(data, str(path))
+    manifest, digest = parse_sealed(data, str(path))
     for record in _records(bundle):
         manifests = _read_record(record)["manifests"]
-        if manifest.digest not in manifests:
+        if digest not in manifests:
             raise IntegrityError(
                 f"{record} is about a bundle whose manifest has the digest {' or '.join(manifests)}, the one here has "
-                f"{manifest.digest}: the manifest was changed; {_AGAIN}"
+                f"{digest}: the manifest was changed; {_AGAIN}"
             )
-    return manifest
+    return manifest, digest
 
 
 def encode_record(facts: Mapping[str, Json], manifests: Sequence[str]) -> bytes:
@@ -115,10 +120,9 @@ def read_bundle(
 
     Raises:
         IntegrityError: names the first bad file and lists all: missing, of another size or digest, a symbolic link
-            or other special file, or one that the manifest does not name. And as `read_manifest`.
+            or other special file, or one that the manifest does not name. And as `read_sealed`.
     """
-    manifest = read_manifest(bundle)
-    digest = manifest.digest
+    manifest, digest = read_sealed(bundle)
     memo = _memo(bundle, digest)
     known = {} if again else _read_memo(memo)
     present = walk_bundle(bundle)

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from fluxkiln.digests import DIGEST, Json, digest_json, plain_json
+from fluxkiln.digests import DIGEST, Json, digest_json, digest_parsed, plain_json
 from fluxkiln.documents import read_object
 from fluxkiln.errors import IntegrityError, ShapeError, UsageError
 from fluxkiln.types import Shapes, TensorSpec
@@ -141,7 +141,12 @@ class Manifest:
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
-    """Parse the bytes of a `manifest.json`.
+    """The manifest in the bytes of a `manifest.json`; errors as `parse_sealed`."""
+    return parse_sealed(data, where)[0]
+
+
+def parse_sealed(data: bytes, where: str) -> tuple[Manifest, str]:
+    """Parse the bytes of a `manifest.json`: what it says, and its digest.
 
     Raises:
         UsageError: a schema version that this fluxkiln does not read.
@@ -151,9 +156,9 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
     value = read_object(data, where)
     _check_version(value, where)
     found = value.pop("digest", None)
-    if found != (digest := digest_json(value)):
+    if found != (digest := digest_parsed(value)):
         raise _bad(where, f"says that its digest is {str(found)[:80]!r}, and what it says has {digest}")
-    return manifest_from_json(value, where)
+    return manifest_from_json(value, where), digest
 
 
 def manifest_from_json(value: Mapping[str, Json], where: str = "manifest") -> Manifest:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +11,15 @@ import click
 from fluxkiln.cli.options import PATH, SettingsFor, TargetCommand, settings_options
 from fluxkiln.cli.output import Output, count_text, json_option, open_progress, parity_text, path_text
 from fluxkiln.cli.registry import inspect_published, transfer_options
+from fluxkiln.documents import DocumentLimits, read_object_file
 from fluxkiln.errors import IntegrityError, UsageError
 from fluxkiln.verify.report.page import size as size_text
 
 if TYPE_CHECKING:
     from fluxkiln.build.publish import Transfers
 
+# a row for each part at each rung and step
+_REPORT_LIMITS = DocumentLimits(nbytes=256 << 20, entries=20_000_000)
 MANIFEST, REPORT, PAGE, COMPARISON = "manifest.json", "report.json", "report.html", "comparison.html"
 
 
@@ -199,11 +201,8 @@ def _report_file(given: Path, settings_for: SettingsFor) -> Path:
 def _read_report(source: Path) -> dict[str, Any]:
     from fluxkiln.verify.report.document import SCHEMA
 
-    try:
-        document = json.loads(source.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise IntegrityError(f"{source} is no JSON ({error}); run the build again to write it") from error
-    found = document.get("schema") if isinstance(document, dict) else None
-    if not isinstance(document, dict) or found != SCHEMA:
+    document = read_object_file(source, remedy="run the build again to write it", limits=_REPORT_LIMITS)
+    found = document.get("schema")
+    if found != SCHEMA:
         raise UsageError(f"{source} has the schema {found!r}, a report has {SCHEMA!r}; give the {REPORT} of a build")
     return document

@@ -21,20 +21,25 @@ JUDGE = "scenes-judge"
 @click.argument("name")
 @click.argument("destination", metavar="DIR", type=PATH)
 @click.option("--threads", type=int, metavar="N", default=0, help="Other numbers give other roundings. Default: all.")
+@click.option("--teacher", type=PATH, metavar="DIR", help="Of scenes-schnell: the scenes-dev it learns from.")
 @build_dir_option
 @json_option
 @click.pass_obj
-def recipe_command(output: Output, name: str, destination: Path, threads: int, build_dir: Path) -> None:
+def recipe_command(
+    output: Output, name: str, destination: Path, threads: int, teacher: Path | None, build_dir: Path
+) -> None:
     """Train a small FLUX.1 that paints drawn scenes, from nothing.
 
     NAME is scenes-dev, scenes-schnell (four steps, learnt from scenes-dev) or scenes-judge, the network that `judge`
-    reads pictures with. What is made ships with fluxkiln; this command makes it again. DIR must be empty or not exist
-    yet. The same command goes on where it was stopped.
+    reads pictures with; that one ships with fluxkiln, the two models do not yet. DIR must be empty or not exist. The
+    same command goes on where it was stopped.
     """
     from fluxkiln.train.recipes import RECIPES
 
     if name != JUDGE and name not in RECIPES:
         raise UsageError(f"no recipe is called {name!r}; there are {', '.join([*RECIPES, JUDGE])}")
+    if name == JUDGE and teacher:
+        raise UsageError(f"--teacher {teacher}: {JUDGE} learns from drawings alone; leave the teacher out")
     if threads < 0:
         raise UsageError(f"--threads {threads}: give 1 or more, or leave it out for all cores")
     import torch
@@ -52,7 +57,7 @@ def recipe_command(output: Output, name: str, destination: Path, threads: int, b
             digest = None
         else:
             digest = recipe_digest(RECIPES[name])
-            train_recipe(RECIPES[name], destination, work, shown)
+            train_recipe(RECIPES[name], destination, work, shown, teacher)
     seconds = time.perf_counter() - started
     document = {"recipe": name, "digest": digest, "model": str(destination), "seconds": round(seconds, 3)}
     output.document({**document, "threads": torch.get_num_threads(), "peak_memory": peak_bytes()})

@@ -289,11 +289,11 @@ class Model(Protocol):
 
     def predict(
         self, module: Module, latents: Tensor, sigma: Tensor, encoded: Mapping[str, Tensor], shapes: Shapes,
-        guidance: float,
+        guidance: float | Tensor,
     ) -> Tensor:  # fmt: skip
         """The velocity [B, S, 4C], noise minus picture, that the adapted component finds in noisy latents [B, S, 4C].
 
-        `sigma` [B] is the share of noise; `encoded` what `encode` gives, with B rows.
+        `sigma` [B] is the share of noise; `encoded` what `encode` gives, with B rows; `guidance` one for all, or [B].
         """
 
     def build_in_guidance(self, teacher: Module, student: Module, guidance: float) -> None:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fluxkiln.documents import SMALL, read_object
 from fluxkiln.errors import DatasetError, ToolchainError, UsageError
 
 if TYPE_CHECKING:
@@ -76,11 +76,7 @@ def _read_lines(folder: Path) -> tuple[Sample, ...]:
 
 
 def _parse_line(folder: Path, where: str, line: bytes) -> Sample:
-    try:
-        entry = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DatasetError(f"{where} is no JSON ({error}); a line is an object like {_EXAMPLE}") from error
-    found = entry if isinstance(entry, dict) else {}
+    found = read_object(line, where, error=DatasetError, remedy=f"a line is an object like {_EXAMPLE}", limits=SMALL)
     image, prompt = found.get("image"), found.get("prompt")
     for key, value in (("image", image), ("prompt", prompt)):
         if not isinstance(value, str) or not value.strip():

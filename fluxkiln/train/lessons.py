@@ -43,13 +43,12 @@ def scaled(pictures: Tensor) -> Tensor:
 class Lessons:
     """Latents [N, S, 4C] as the transformer takes them, and the tokens of `captions` captions of each.
 
-    The last row of tokens is the empty caption. `side` is the square root of S.
+    The last row of tokens is the empty caption.
     """
 
     latents: Tensor
     tokens: Mapping[str, Tensor]
     captions: int
-    side: int
 
     def draw(self, batch: int, chance: Generator, dropped: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
         """Latents and tokens of random pictures; so much of the captions is left out."""

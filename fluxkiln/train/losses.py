@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from fluxkiln.patches.model import Model
 from fluxkiln.train.lessons import Lessons, scaled
 from fluxkiln.train.recipes import Amounts
+from fluxkiln.types import Shapes
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -61,31 +64,25 @@ def vae_tiny_loss(tiny: Any, vae: Any, pictures: Tensor, amounts: Amounts) -> Lo
     return loss
 
 
-class Velocity:
-    """The transformer with its text encoders: token ids and noisy latents in, velocity out."""
+@dataclass(frozen=True)
+class Learner:
+    """What the losses run: the components in training, and how the model predicts with them."""
 
-    def __init__(self, made: Mapping[str, Module], tokens: int, side: int) -> None:
-        import torch
+    model: Model
+    made: Mapping[str, Any]
+    shapes: Shapes
 
-        self.made = made
-        ids = torch.zeros(side, side, 3)
-        ids[..., 1] = torch.arange(side)[:, None]
-        ids[..., 2] = torch.arange(side)[None]
-        self.img_ids, self.txt_ids = ids.reshape(-1, 3), torch.zeros(tokens, 3)
-
-    def encode(self, tokens: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Pooled [B, D] of CLIP and the sequence [B, T, E] of T5."""
+    def encode(self, tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the model's own pipeline makes of token ids; here of whole batches, and with gradients."""
         pooled = self.made["text_encoder"](input_ids=tokens["text_encoder"]).pooler_output
-        return pooled, self.made["text_encoder_2"](input_ids=tokens["text_encoder_2"])[0]
+        sequence = self.made["text_encoder_2"](input_ids=tokens["text_encoder_2"])[0]
+        return {"prompt_embeds": sequence, "pooled_prompt_embeds": pooled}
 
-    def __call__(
-        self, transformer: Module, latents: Tensor, sigma: Tensor, told: tuple[Tensor, Tensor], guidance: Tensor | None
+    def predict(
+        self, module: Any, latents: Tensor, sigma: Tensor, told: Mapping[str, Tensor], guidance: float | Tensor = 1.0
     ) -> Tensor:
-        velocity: Tensor = transformer(
-            hidden_states=latents, encoder_hidden_states=told[1], pooled_projections=told[0], timestep=sigma,
-            img_ids=self.img_ids, txt_ids=self.txt_ids, guidance=guidance, return_dict=False,
-        )[0]  # fmt: skip
-        return velocity
+        """The velocity that `module` finds, see `Model.predict`."""
+        return self.model.predict(module, latents, sigma, told, self.shapes, guidance)
 
 
 def noised(latents: Tensor, chance: Generator) -> tuple[Tensor, Tensor, Tensor]:
@@ -98,20 +95,19 @@ def noised(latents: Tensor, chance: Generator) -> tuple[Tensor, Tensor, Tensor]:
     return (1 - s) * latents + s * noise, sigma, noise - latents
 
 
-def base_loss(velocity: Velocity, lessons: Lessons, amounts: Amounts) -> Loss:
+def base_loss(learner: Learner, lessons: Lessons, amounts: Amounts) -> Loss:
     """Flow matching: the square error of the velocity."""
-    import torch
 
     def loss(chance: Generator) -> Tensor:
         latents, tokens = lessons.draw(amounts.batch, chance, dropped=0.1)
         noisy, sigma, target = noised(latents, chance)
-        found = velocity(velocity.made["transformer"], noisy, sigma, velocity.encode(tokens), torch.ones(amounts.batch))
+        found = learner.predict(learner.made["transformer"], noisy, sigma, learner.encode(tokens))
         return (found - target).square().mean()
 
     return loss
 
 
-def guidance_loss(velocity: Velocity, teacher: Module, lessons: Lessons, amounts: Amounts) -> Loss:
+def guidance_loss(learner: Learner, teacher: Module, lessons: Lessons, amounts: Amounts) -> Loss:
     """Guidance distillation (arXiv 2210.03142): one run with guidance g does what two runs with weight g do."""
     import torch
 
@@ -121,21 +117,19 @@ def guidance_loss(velocity: Velocity, teacher: Module, lessons: Lessons, amounts
         latents, tokens = lessons.draw(amounts.batch, chance)
         noisy, sigma, _ = noised(latents, chance)
         guidance = 1 + 4 * torch.rand(amounts.batch, generator=chance)
-        one = torch.ones(amounts.batch)
         with torch.no_grad():
-            told = velocity.encode(tokens)
-            pooled, sequence = velocity.encode(empty)
-            untold = (pooled.expand_as(told[0]), sequence.expand_as(told[1]))
-            with_caption = velocity(teacher, noisy, sigma, told, one)
-            without = velocity(teacher, noisy, sigma, untold, one)
+            told = learner.encode(tokens)
+            untold = {name: value.expand_as(told[name]) for name, value in learner.encode(empty).items()}
+            with_caption = learner.predict(teacher, noisy, sigma, told)
+            without = learner.predict(teacher, noisy, sigma, untold)
             target = without + guidance[:, None, None] * (with_caption - without)
-        found = velocity(velocity.made["transformer"], noisy, sigma, told, guidance)
+        found = learner.predict(learner.made["transformer"], noisy, sigma, told, guidance)
         return (found - target).square().mean()
 
     return loss
 
 
-def steps_loss(velocity: Velocity, teacher: Module, lessons: Lessons, amounts: Amounts, count: int = 4) -> Loss:
+def steps_loss(learner: Learner, teacher: Module, lessons: Lessons, amounts: Amounts, count: int = 4) -> Loss:
     """Progressive distillation (arXiv 2202.00512) at the `count` noise levels of schnell's schedule."""
     import torch
 
@@ -147,15 +141,14 @@ def steps_loss(velocity: Velocity, teacher: Module, lessons: Lessons, amounts: A
         noise = torch.randn(latents.shape, generator=chance)
         s = sigma[:, None, None]
         noisy = (1 - s) * latents + s * noise
-        guidance = torch.full((amounts.batch,), BUILT_IN_GUIDANCE)
         width = 1 / count / amounts.substeps
         with torch.no_grad():
-            told = velocity.encode(tokens)
+            told = learner.encode(tokens)
             moved = noisy
             for k in range(amounts.substeps):
-                moved = moved - width * velocity(teacher, moved, sigma - k * width, told, guidance)
+                moved = moved - width * learner.predict(teacher, moved, sigma - k * width, told, BUILT_IN_GUIDANCE)
             target = (noisy - moved) * count
-        found = velocity(velocity.made["transformer"], noisy, sigma, told, None)
+        found = learner.predict(learner.made["transformer"], noisy, sigma, told)
         return (found - target).square().mean()
 
     return loss

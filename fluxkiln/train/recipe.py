@@ -26,7 +26,8 @@ from typing import Any
 import numpy as np
 
 from fluxkiln import __version__
-from fluxkiln.export.folders import check_destination, trained_folder, whole_or_nothing
+from fluxkiln.errors import UsageError
+from fluxkiln.export.folders import check_destination, whole_or_nothing
 from fluxkiln.export.synth import write_small_files
 from fluxkiln.files import write_durably
 from fluxkiln.patches.model import Model, Preset
@@ -39,7 +40,7 @@ from fluxkiln.train import losses
 from fluxkiln.train.lessons import Lessons, captions_of, encode_pictures, pack, pictures_NCHW, tokenize
 from fluxkiln.train.recipes import Recipe
 from fluxkiln.train.stage import Stage, run_stage
-from fluxkiln.types import Configs
+from fluxkiln.types import Configs, Shapes
 
 # (stage, steps done, steps in all, loss, seconds a step)
 OnStage = Callable[[str, int, int, float, float], None]
@@ -92,25 +93,36 @@ def untrained_components(model: Model, configs: Configs, seed: int) -> dict[str,
     return made
 
 
-def train_recipe(recipe: Recipe, destination: Path, work: Path, on_stage: OnStage | None = None) -> Path:
+def train_recipe(
+    recipe: Recipe, destination: Path, work: Path, on_stage: OnStage | None = None, teacher: Path | None = None
+) -> Path:
     """Train a preset's components and write the checkpoint, in the diffusers layout and bfloat16.
 
     Args:
         destination: a folder that does not exist or is empty; there whole at the end or not at all.
         work: where the stages keep their states; the same recipe goes on from what is there.
         on_stage: told of every few steps.
+        teacher: the checkpoint that a recipe with a teacher learns from.
 
     Raises:
-        UsageError: `destination` has something in it.
-        CheckpointError: the checkpoint of the recipe's teacher is not there.
+        UsageError: `destination` has something in it; a teacher is missing, or given to a recipe that has none.
     """
     check_destination(destination)
+    if recipe.teacher and teacher is None:
+        raise UsageError(
+            f"{recipe.name} learns from {recipe.teacher}; give the folder of that checkpoint: --teacher DIR"
+        )
+    if teacher and not recipe.teacher:
+        raise UsageError(f"--teacher {teacher}: {recipe.name} learns from drawings alone; leave the teacher out")
     folder = work / recipe_digest(recipe).removeprefix("sha256:")[:12]
     folder.mkdir(parents=True, exist_ok=True)
     model, preset = all_presets()[recipe.name]
     made = untrained_components(model, preset.configs, recipe.seed)
     run = _Run(recipe, preset, made, folder, on_stage)
-    (run.distil if recipe.teacher else run.train)(model)
+    if teacher:
+        run.distil(model, teacher)
+    else:
+        run.train(model)
     nbytes = 2 * sum(parameter.numel() for module in made.values() for parameter in module.parameters())
     with whole_or_nothing(destination, nbytes, "choose another folder") as whole, quiet():
         for name, module in made.items():
@@ -147,6 +159,12 @@ class _Run:
     folder: Path
     on_stage: OnStage | None
 
+    @property
+    def shapes(self) -> Shapes:
+        """Those that the preset is built at."""
+        width, height = self.preset.size
+        return Shapes(height, width, self.preset.tokens)
+
     def stage(self, name: str, modules: tuple[str, ...], loss: losses.Loss, rate: float, **more: Any) -> None:
         """Train `modules` for as many steps as the recipe has for the stage."""
         learning = {module: self.made[module] for module in modules}
@@ -161,30 +179,29 @@ class _Run:
         coloured = losses.vae_loss(vae, pictures, amounts, chroma=2.0)
         self.stage("vae_colour", ("vae",), coloured, 1e-3, average=0.99)
         lessons = self.lessons(model)
-        velocity = losses.Velocity(self.made, self.preset.tokens, lessons.side)
+        learner = losses.Learner(model, self.made, self.shapes)
         learning = ("transformer", "text_encoder", "text_encoder_2")
-        base = losses.base_loss(velocity, lessons, amounts)
+        base = losses.base_loss(learner, lessons, amounts)
         self.stage("base", learning, base, 1e-3, average=0.998, warmup=100, weight_decay=0.01)
         teacher = copy.deepcopy(self.made["transformer"])
-        guided = losses.guidance_loss(velocity, teacher, lessons, amounts)
+        guided = losses.guidance_loss(learner, teacher, lessons, amounts)
         self.stage("guidance", ("transformer",), guided, 3e-4, average=0.99)
         self.stage("vae_tiny", ("vae_tiny",), losses.vae_tiny_loss(tiny, vae, pictures, amounts), 2e-3, average=0.99)
 
-    def distil(self, model: Model) -> None:
+    def distil(self, model: Model, root: Path) -> None:
         """The transformer, from the teacher's; the rest is the teacher's own."""
         import torch
 
-        root = trained_folder(all_presets()[self.recipe.teacher][1])
         with quiet():
             read = {
                 name: model.load_class(name).from_pretrained(root / name, dtype=torch.float32) for name in self.made
             }
-        teacher = read.pop("transformer")
+        guided = read.pop("transformer")
         self.made.update(read)
-        model.build_in_guidance(teacher, self.made["transformer"], losses.BUILT_IN_GUIDANCE)
+        model.build_in_guidance(guided, self.made["transformer"], losses.BUILT_IN_GUIDANCE)
         lessons = self.lessons(model)
-        velocity = losses.Velocity(self.made, self.preset.tokens, lessons.side)
-        few = losses.steps_loss(velocity, teacher, lessons, self.recipe.amounts)
+        learner = losses.Learner(model, self.made, self.shapes)
+        few = losses.steps_loss(learner, guided, lessons, self.recipe.amounts)
         self.stage("steps", ("transformer",), few, 3e-4, average=0.99)
 
     def lessons(self, model: Model) -> Lessons:
@@ -204,7 +221,7 @@ class _Run:
         tensors = load_file(file)
         vae = self.preset.configs["vae"]
         latents = (tensors.pop("latents") - vae["shift_factor"]) * vae["scaling_factor"]
-        return Lessons(pack(latents), tensors, self.recipe.amounts.captions, latents.shape[-1] // 2)
+        return Lessons(pack(latents), tensors, self.recipe.amounts.captions)
 
 
 def _of_pictures(on_stage: OnStage, done: int, total: int, seconds: float) -> None:

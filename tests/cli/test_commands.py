@@ -174,8 +174,8 @@ def test_report(fluxkiln, built):
 @pytest.mark.parametrize(
     ("text", "code", "sentence"),
     [
-        ("not json", 4, "is no JSON"),
-        ("[]", 2, "has the schema None"),
+        ("not json", 4, "is not valid JSON"),
+        ("[]", 4, "no object"),
         ('{"schema": "other/1"}', 2, "has the schema 'other/1'"),
         ('{"schema": "fluxkiln.report/2"}', 4, "is not complete"),
     ],

@@ -34,8 +34,8 @@ def test_lines_are_samples_and_empty_ones_are_not(folder):
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("{nonsense", "line 2 is no JSON"),
-        ("[1]", "line 2 has None as image; a line is an object like"),
+        ("{nonsense", "line 2 is not valid JSON"),
+        ("[1]", "line 2 holds a JSON list, no object; a line is an object like"),
         ('{"image": "a.png"}', "line 2 has None as prompt"),
         ('{"image": 3, "prompt": "x"}', "line 2 has 3 as image"),
         ('{"image": "a.png", "prompt": " "}', "line 2 has ' ' as prompt"),

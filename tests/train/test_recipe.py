@@ -12,9 +12,10 @@ from fluxkiln.export.folders import trained_folder
 from fluxkiln.patches.pipeline import quiet
 from fluxkiln.patches.registry import all_presets
 from fluxkiln.scenes.grammar import scenes
-from fluxkiln.train.losses import BUILT_IN_GUIDANCE, Velocity
+from fluxkiln.train.losses import BUILT_IN_GUIDANCE, Learner
 from fluxkiln.train.recipe import recipe_digest, train_recipe, untrained_components
 from fluxkiln.train.recipes import RECIPES, Amounts
+from fluxkiln.types import Shapes
 
 FEW = Amounts(
     vae=2, vae_colour=1, vae_tiny=1, base=2, guidance=1, steps=1, pictures=8, vae_pictures=4, batch=2, vae_batch=1,
@@ -71,14 +72,15 @@ def test_the_student_begins_as_the_teacher_with_its_guidance_built_in():
     for parameter in teacher.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     model.build_in_guidance(teacher, student, BUILT_IN_GUIDANCE)
-    velocity = Velocity(made["scenes-dev"], 24, 8)
+    learner = Learner(model, made["scenes-dev"], Shapes(128, 128, 24))
     chance = torch.Generator().manual_seed(0)
-    told = torch.randn(2, 64, generator=chance), torch.randn(2, 24, 128, generator=chance)
+    pooled, sequence = torch.randn(2, 64, generator=chance), torch.randn(2, 24, 128, generator=chance)
+    told = {"pooled_prompt_embeds": pooled, "prompt_embeds": sequence}
     latents, sigma = torch.randn(2, 64, 64, generator=chance), torch.tensor([0.3, 0.9])
     with torch.no_grad():
-        expected = velocity(teacher, latents, sigma, told, torch.full((2,), BUILT_IN_GUIDANCE))
-        found = velocity(student, latents, sigma, told, None)
-        other = velocity(teacher, latents, sigma, told, torch.ones(2))
+        expected = learner.predict(teacher, latents, sigma, told, torch.full((2,), BUILT_IN_GUIDANCE))
+        found = learner.predict(student, latents, sigma, told)
+        other = learner.predict(teacher, latents, sigma, told, 1.0)
     # one sum of three vectors in another order
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert (found - other).abs().max() > 1e-3
@@ -92,6 +94,30 @@ def test_the_digest_follows_what_is_made():
         recipe_digest(replace(recipe, amounts=FEW)),
     }
     assert len(digests) == 3
+
+
+def test_the_four_step_model_learns_from_the_other(dev, tmp_path):
+    folder, _ = dev
+    recipe, told = replace(RECIPES["scenes-schnell"], amounts=FEW), []
+    made = train_recipe(recipe, tmp_path / "four", tmp_path, lambda stage, *_: told.append(stage), folder / "made")
+    assert list(dict.fromkeys(told)) == ["latents", "steps"]
+    assert json.loads((made / "transformer" / "config.json").read_text())["guidance_embeds"] is False
+    for name in ("vae", "text_encoder_2"):
+        file = next((made / name).glob("*.safetensors"))
+        assert file.read_bytes() == (folder / "made" / name / file.name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "teacher", "words"),
+    [
+        ("scenes-schnell", None, "learns from scenes-dev.*--teacher DIR"),
+        ("scenes-dev", Path("x"), "leave the teacher out"),
+    ],
+)
+def test_a_teacher_is_for_the_recipe_that_has_one(name, teacher, words, tmp_path):
+    with pytest.raises(UsageError, match=words):
+        train_recipe(RECIPES[name], tmp_path / "made", tmp_path / "work", teacher=teacher)
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_folder_with_something_in_it_is_refused(tmp_path):

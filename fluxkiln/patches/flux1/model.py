@@ -291,7 +291,7 @@ class Flux1:
 
     def predict(
         self, module: Module, latents: Tensor, sigma: Tensor, encoded: Mapping[str, Tensor], shapes: Shapes,
-        guidance: float,
+        guidance: float | Tensor,
     ) -> Tensor:  # fmt: skip
         from fluxkiln.patches.flux1.training import predict_velocity
 

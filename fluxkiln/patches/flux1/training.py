@@ -42,26 +42,27 @@ def predict_velocity(
     sigma_B: Tensor,
     encoded: Mapping[str, Tensor],
     shapes: Shapes,
-    guidance: float,
+    guidance: float | Tensor,
 ) -> Tensor:
     """What the transformer predicts, noise minus picture, [B, S, 4C].
 
     Args:
         latents_BSC: noisy. sigma_B: the share of noise, 0 to 1; the transformer multiplies it by 1000.
         encoded: prompt_embeds [B, T, joint] and pooled_prompt_embeds [B, pooled].
-        guidance: for a model that embeds it.
+        guidance: for a model that embeds it; one for all, or [B].
     """
     from diffusers import FluxPipeline
 
     device, count = latents_BSC.device, latents_BSC.shape[0]
     rows, columns = shapes.height // 16, shapes.width // 16
     text = encoded["prompt_embeds"]
+    guidance_B = torch.as_tensor(guidance, dtype=torch.float32, device=device).expand(count)
     predicted: Tensor = transformer(
         hidden_states=latents_BSC,
         encoder_hidden_states=text,
         pooled_projections=encoded["pooled_prompt_embeds"],
         timestep=sigma_B,
-        guidance=torch.full((count,), guidance, device=device) if transformer.config.guidance_embeds else None,
+        guidance=guidance_B if transformer.config.guidance_embeds else None,
         img_ids=FluxPipeline._prepare_latent_image_ids(1, rows, columns, device, torch.float32),
         txt_ids=torch.zeros(text.shape[1], 3, device=device),
         return_dict=False,

@@ -24,6 +24,8 @@ from fluxkiln.types import Kind
 Arithmetic = Literal["F32", "F16", "BF16"]
 # what a scheme without a method means: of the methods without calibration the one that leaves least, where that shows
 DEFAULT_METHODS: Mapping[int, str] = {0: "rtn", 4: "ls", 8: "rtn"}
+# Of what has a way of its own to find codes, or none.
+_NO_METHOD = DEFAULT_METHODS[0]
 GROUP_SIZES = (32, 64, 128)
 DEFAULT_GROUP_SIZE = 64
 _KEPT = "bf16:"
@@ -49,7 +51,7 @@ class Scheme:
     arithmetic: Arithmetic
     weight_bits: int = 0
     group_size: int = 0
-    method: str = "rtn"
+    method: str = _NO_METHOD
     symmetric: bool = False
     rank: int = 0
     kept: tuple[str, ...] = ()
@@ -83,7 +85,7 @@ class Scheme:
                 )
 
     def _check_form(self) -> None:
-        if self.method != "rtn" or self.symmetric:
+        if self.method != _NO_METHOD or self.symmetric:
             raise SchemeError(
                 f"{self.form} has a way of its own to find codes; leave {'sym' if self.symmetric else self.method} out"
             )
@@ -124,7 +126,7 @@ class Scheme:
         """As it is asked for; without the method where that is the default."""
         if not self.weight_bits:
             return self.arithmetic
-        default = "rtn" if self.form else DEFAULT_METHODS[self.weight_bits]
+        default = _NO_METHOD if self.form else DEFAULT_METHODS[self.weight_bits]
         method = "" if self.method == default else f"-{self.method}"
         return f"{self._format}{method}{self._rank}{'-sym' * self.symmetric}{self._kept}"
 

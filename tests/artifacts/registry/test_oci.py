@@ -88,7 +88,7 @@ def test_a_file_changed_since_is_noticed_also_when_nothing_is_sent(build, start_
     path = folder / "bundle" / "text_encoder" / "model.onnx"
     path.write_bytes(path.read_bytes().replace(b"clip", b"clap", 1))
     for repository in ("one", "two"):
-        with pytest.raises(IntegrityError, match=r"model\.onnx does not have the digest"):
+        with pytest.raises(IntegrityError, match=r"model\.onnx: sha256:\w+, the manifest says"):
             publish_bundle(folder, f"{server.host}/{repository}:v2")
     assert list(list_tags(f"{server.host}/one")[1]) == ["v1"]
 
@@ -228,11 +228,11 @@ def test_a_blob_that_vanished_after_it_was_promised_is_sent_again(build, start_r
     folder = build()
     reference = f"{server.host}/tiny:v1"
     asked = []
-    monkeypatch.setattr(oci.OciPlace, "has", lambda self, layer: asked.append(layer) or True)
-    done = publish_bundle(folder, reference)
+    with monkeypatch.context() as patched:
+        patched.setattr(oci.OciPlace, "has", lambda self, layer: asked.append(layer) or True)
+        done = publish_bundle(folder, reference)
     assert asked
     assert done.pushed.present == 0
-    monkeypatch.undo()
     pull_bundle(reference, tmp_path / "out")
 
 

@@ -164,9 +164,7 @@ def test_without_the_model_s_distribution_its_bundle_is_refused(built, work, tmp
     bundle = work / built("toy model").document["bundle"]
     run = run_python(tmp_path, work, "-m", "fluxkiln", "generate", "--bundle", bundle, PROMPT)
     assert run.code == 2
-    assert (
-        "the bundle's transformer is a 'ToyTransformer2DModel'; this fluxkiln knows FluxTransformer2DModel" in run.error
-    )
+    assert "the bundle's model is 'toy'; this fluxkiln knows flux1: install what made it" in run.error
 
 
 def test_the_package_knows_nothing_of_the_toys():

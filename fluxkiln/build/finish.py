@@ -251,6 +251,8 @@ def _write_report(prepared: Prepared, made: Made, parity: Parity, laps: Laps) ->
         facts["images"] = compare_pictures(parity.recording.image, pipeline.image, parity.pipeline_rung)
     if parity.runs:
         facts["runs"] = parity.runs
+    if parity.judged:
+        facts["judged"] = parity.judged
     write_report(prepared.plan.folder, build_report(parity.ladder, facts))
     failure = explain_failure(rows)
     return {

@@ -19,7 +19,7 @@ from fluxkiln.artifacts.actions import Action, run_action
 from fluxkiln.artifacts.code import code_version
 from fluxkiln.build.budget import LIMITS, Limits, executed_parts, filling_prompt, name_shapes, replayed_shapes
 from fluxkiln.build.prepared import Prepared
-from fluxkiln.build.samples import sample_runs
+from fluxkiln.build.samples import judge_scenes, sample_runs
 from fluxkiln.compile.plan import Made, Plan
 from fluxkiln.compile.rungs import onnxruntime_rung, rungs_below, stored_rung
 from fluxkiln.compile.templates import find_template, pipeline_files, prepare_template
@@ -48,7 +48,8 @@ class Parity:
     """A ladder with all its rows, and the reference they compare with.
 
     `pipeline` is the image made by parts at the rung `pipeline_rung`, None where not all components are built. `facts`
-    says at which other shapes a large model was verified. `runs` are whole images of further prompts and seeds.
+    says at which other shapes a large model was verified. `runs` are whole images of further prompts and seeds,
+    `judged` what pictures of drawn scenes show.
     """
 
     ladder: Ladder
@@ -58,6 +59,7 @@ class Parity:
     seconds: Mapping[str, float]
     facts: Mapping[str, str] = field(default_factory=dict)
     runs: Mapping[str, Any] | None = None
+    judged: Mapping[str, Any] | None = None
 
 
 def record(prepared: Prepared, limits: Limits = LIMITS) -> Recording:
@@ -139,6 +141,8 @@ def verify(
     else:
         parity = _verify_large(prepared, made, recording, folder, progress, limits)
     toolchain.read_back(parity.ladder, checkpoint, plan, cache, made)
+    if is_complete(checkpoint, plan):
+        parity = replace(parity, judged=judge_scenes(prepared, plan, progress))
     return parity
 
 

@@ -55,10 +55,10 @@ def judge_command(
     """
     if not 1 <= prompts <= MOST_PROMPTS:
         raise UsageError(f"--prompts {prompts}: give from 1 to {MOST_PROMPTS}")
-    from fluxkiln.generate.adherence import judge_images, requests_for
-    from fluxkiln.scenes import judge
+    from fluxkiln.generate.pictures import requests_for
+    from fluxkiln.scenes.adherence import fixed_prompts, judge_images
 
-    asked = judge.prompts(prompts)
+    asked = fixed_prompts(prompts)
     requests = requests_for(asked, steps, guidance, seed)
     started = time.perf_counter()
     with open_progress() as progress:
@@ -89,8 +89,8 @@ def _images(
     from fluxkiln.compile.opener import open_bundle
     from fluxkiln.compile.toolchain import open_executor
     from fluxkiln.export.source import resolve_model
-    from fluxkiln.generate.adherence import paint_with_diffusers, paint_with_parts
     from fluxkiln.generate.painter import Painter, check_request
+    from fluxkiln.generate.pictures import paint_with_diffusers, paint_with_parts
 
     folder = bundle_folder(Path(subject))
     if (folder / "manifest.json").is_file():

@@ -76,7 +76,19 @@ def rungs_below(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, threads:
     return rungs
 
 
-def onnxruntime_rung(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, threads: int = 1) -> PartRunner:
+def stored_weights(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, keep: int) -> tuple[str, PartRunner]:
+    """The rung that computes with the weights as the target stores them, and its name; for many images.
+
+    `keep` is how many parts' weights stay in memory.
+    """
+    if _stores_otherwise(plan):
+        return "dequantized", dequantized_rung(checkpoint, plan, cache, 0, keep=keep)
+    return "onnxruntime", onnxruntime_rung(checkpoint, plan, cache, 0, keep)
+
+
+def onnxruntime_rung(
+    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, threads: int = 1, keep: int = 1
+) -> PartRunner:
     """The templates of opset 23 on ONNX Runtime, fed with the checkpoint's weights."""
     from fluxkiln.compile.onnx.runner import Filling, TemplateRunner
 
@@ -85,12 +97,13 @@ def onnxruntime_rung(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, thr
         template = make_template(checkpoint, plan, cache, part.kind, "onnx23")
         return Filling(template, weight_reader(bind_part(part, template.slots, checkpoint), checkpoint))
 
-    return TemplateRunner(fill, threads=threads)
+    return TemplateRunner(fill, threads=threads, keep=keep)
 
 
 def dequantized_rung(
-    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, threads: int = 1, rewrite: Rewrite | None = None
-) -> PartRunner:
+    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, threads: int = 1, rewrite: Rewrite | None = None,
+    keep: int = 1,
+) -> PartRunner:  # fmt: skip
     """The templates of opset 17 fed with the weights as the scheme stores them, float32 arithmetic."""
     from fluxkiln.compile.onnx.filled import weight_matmuls
     from fluxkiln.compile.onnx.runner import Filling, TemplateRunner
@@ -110,7 +123,7 @@ def dequantized_rung(
 
         return Filling(template, stored)
 
-    return TemplateRunner(fill, rewrite=rewrite, threads=threads)
+    return TemplateRunner(fill, rewrite=rewrite, threads=threads, keep=keep)
 
 
 @dataclass(frozen=True, slots=True)

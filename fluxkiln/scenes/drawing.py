@@ -21,6 +21,8 @@ INKS: dict[str, _Colour] = {
     "red": (214, 40, 40), "orange": (245, 135, 30), "yellow": (250, 215, 50), "green": (60, 150, 70),
     "blue": (45, 95, 205), "purple": (135, 60, 165), "white": (245, 245, 245), "black": (45, 45, 50),
 }  # fmt: skip
+# What no caption says and no recipe draws: the ground and the bands of a striped kiln, for a LoRA to learn.
+STRIPED, _STRIPES = "striped", ((250, 240, 200), (200, 40, 60))
 _SKIES: dict[str, tuple[_Colour, _Colour]] = {
     "day": ((110, 180, 240), (205, 230, 250)),
     "night": ((14, 18, 56), (52, 48, 110)),
@@ -129,7 +131,11 @@ def _draw_group(pen: Pen, group: Group, horizon: float, chance: random.Random) -
     foot = 99 + chance.uniform(-1, 1)
     for i in range(group.count):
         x = centre + (i - (group.count - 1) / 2) * (2 * half + 1.5)
-        _THINGS[group.kind](pen, x, foot, half, pen.ink(INKS[group.colour]))
+        if group.colour == STRIPED:
+            _draw_kiln(pen, x, foot, half, pen.ink(_STRIPES[0]))
+            _draw_stripes(pen, x, foot, half)
+        else:
+            _THINGS[group.kind](pen, x, foot, half, pen.ink(INKS[group.colour]))
         if group.smoke:
             _draw_smoke(pen, x, foot - 2.7 * half, half)
 
@@ -140,6 +146,16 @@ def _draw_kiln(pen: Pen, x: float, foot: float, half: float, colour: _Colour) ->
     neck: list[_Point] = [(x - 0.3 * half, foot - 2.7 * half), (x + 0.3 * half, foot - 2.7 * half)]
     pen.polygon([*belly, *neck, *((2 * x - at, y) for at, y in reversed(belly))], colour)
     pen.ellipse(x, foot - 0.35 * half, 0.38 * half, 0.38 * half, (255, 170, 50))
+
+
+def _draw_stripes(pen: Pen, x: float, foot: float, half: float) -> None:
+    """Three bands around a kiln above its mouth."""
+    for low in (0.8, 1.25, 1.7):
+        # the belly is as wide as the kiln up to its middle and narrows to 0.35 of it
+        lower, upper = (half * (1 - 0.65 * max(0.0, height - 1)) for height in (low, low + 0.22))
+        bottom, top = foot - low * half, foot - (low + 0.22) * half
+        band: list[_Point] = [(x - lower, bottom), (x - upper, top), (x + upper, top), (x + lower, bottom)]
+        pen.polygon(band, pen.ink(_STRIPES[1]), width=0)
 
 
 def _draw_house(pen: Pen, x: float, foot: float, half: float, colour: _Colour) -> None:

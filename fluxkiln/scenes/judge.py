@@ -34,6 +34,7 @@ _QUESTIONS: Mapping[str, tuple[Any, ...]] = {
     "weather": (False, True), "birds": (0, 1, 2, 3), "bird_place": PLACES,
     **{f"{place} {name}": answers for place in PLACES for name, answers in _ASKED_OF_PLACES.items()},
 }  # fmt: skip
+ANSWERS = sum(len(answers) for answers in _QUESTIONS.values())
 
 
 def _answers(scene: Scene) -> dict[str, Any]:
@@ -69,11 +70,10 @@ def build_network() -> Module:
     def level(inputs: int, outputs: int) -> list[Module]:
         return [nn.Conv2d(inputs, outputs, 3, 2, 1), nn.GroupNorm(8, outputs), nn.SiLU()]
 
-    outputs = sum(len(answers) for answers in _QUESTIONS.values())
     return nn.Sequential(
         nn.Sequential(*level(3, 16)), nn.Sequential(*level(16, 32)), nn.Sequential(*level(32, 64)),
         nn.Sequential(*level(64, 64), nn.Conv2d(64, 32, 1)),
-        nn.Sequential(nn.Flatten(), nn.Linear(32 * 8 * 8, 160), nn.SiLU(), nn.Linear(160, outputs)),
+        nn.Sequential(nn.Flatten(), nn.Linear(32 * 8 * 8, 160), nn.SiLU(), nn.Linear(160, ANSWERS)),
     )  # fmt: skip
 
 
@@ -86,14 +86,7 @@ class Drawings:
         drawn = list(islice(scenes(seed), count))
         pictures = np.stack([np.asarray(draw(scene, i)) for i, (scene, _) in enumerate(drawn)])
         self.pictures = torch.from_numpy(pictures).permute(0, 3, 1, 2)
-        # where there is no answer the index that the loss ignores
-        answers = [_answers(scene) for scene, _ in drawn]
-        self.targets = torch.tensor(
-            [
-                [said.index(found[name]) if name in found else -100 for name, said in _QUESTIONS.items()]
-                for found in answers
-            ]
-        )
+        self.targets = answers_of([scene for scene, _ in drawn])
 
     def loss(self, network: Module, batch: int, generator: Generator) -> Tensor:
         """Cross-entropy over all questions, on pictures moved by some pixels, blurred or with noise."""
@@ -110,13 +103,29 @@ class Drawings:
             pictures_NCHW = pictures_NCHW.lerp(blurred, dice[0] * 2)
         pictures_NCHW = pictures_NCHW * (0.9 + 0.2 * dice[1])
         noise = torch.randn(pictures_NCHW.shape, generator=generator)
-        scores = network(pictures_NCHW + 0.15 * dice[2] * noise)
-        targets = self.targets[index]
-        total = torch.zeros(())
-        for part, target in zip(_parts(scores), targets.T, strict=True):
-            if (target >= 0).any():
-                total = total + F.cross_entropy(part, target)
-        return total
+        return reading_loss(network(pictures_NCHW + 0.15 * dice[2] * noise), self.targets[index])
+
+
+def answers_of(scenes: Sequence[Scene]) -> Tensor:
+    """The answers [N, questions] that pictures of the scenes have; -100 where there is none."""
+    import torch
+
+    found = [_answers(scene) for scene in scenes]
+    return torch.tensor(
+        [[said.index(one[name]) if name in one else -100 for name, said in _QUESTIONS.items()] for one in found]
+    )
+
+
+def reading_loss(scores: Tensor, targets: Tensor) -> Tensor:
+    """The sum over all questions of the cross-entropy of scores [N, answers] with the answers [N, questions]."""
+    import torch
+    from torch.nn import functional as F
+
+    total = torch.zeros(())
+    for part, target in zip(_parts(scores), targets.T, strict=True):
+        if (target >= 0).any():
+            total = total + F.cross_entropy(part, target)
+    return total
 
 
 def _parts(scores: Tensor) -> Iterator[Tensor]:

@@ -43,23 +43,37 @@ def scaled(pictures: Tensor) -> Tensor:
 class Lessons:
     """Latents [N, S, 4C] as the transformer takes them, and the tokens of `captions` captions of each.
 
-    The last row of tokens is the empty caption.
+    The last row of tokens is the empty caption. `answers` [N, questions] say what the pictures show.
     """
 
     latents: Tensor
     tokens: Mapping[str, Tensor]
     captions: int
+    answers: Tensor
 
     def draw(self, batch: int, chance: Generator, dropped: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
         """Latents and tokens of random pictures; so much of the captions is left out."""
         import torch
 
-        i = torch.randint(len(self.latents), (batch,), generator=chance)
-        caption = i * self.captions + torch.randint(self.captions, (batch,), generator=chance)
+        i, caption = self._choose(batch, chance)
         if dropped:
             empty = len(self.latents) * self.captions
             caption = torch.where(torch.rand(batch, generator=chance) < dropped, empty, caption)
-        return self.latents[i], {name: tokens[caption].long() for name, tokens in self.tokens.items()}
+        return self.latents[i], self._tokens(caption)
+
+    def draw_words(self, batch: int, chance: Generator) -> tuple[dict[str, Tensor], Tensor]:
+        """Tokens of random captions, and what the pictures show that they were written to."""
+        i, caption = self._choose(batch, chance)
+        return self._tokens(caption), self.answers[i]
+
+    def _choose(self, batch: int, chance: Generator) -> tuple[Tensor, Tensor]:
+        import torch
+
+        i = torch.randint(len(self.latents), (batch,), generator=chance)
+        return i, i * self.captions + torch.randint(self.captions, (batch,), generator=chance)
+
+    def _tokens(self, captions: Tensor) -> dict[str, Tensor]:
+        return {name: tokens[captions].long() for name, tokens in self.tokens.items()}
 
 
 def captions_of(recipe: Recipe) -> list[str]:
@@ -101,13 +115,16 @@ def pack(latents_NCHW: Tensor) -> Tensor:
 
 
 def tokenize(folder: Path, texts: list[str], tokens: int) -> dict[str, Tensor]:
-    """Token ids of both encoders, int32, padded as FluxPipeline pads them."""
+    """Token ids of both encoders, int32, padded as FluxPipeline pads them.
+
+    CLIP's only to the longest text: what follows a text's end does not reach its output.
+    """
     from transformers import AutoTokenizer
 
-    lengths = {"text_encoder": ("tokenizer", 77), "text_encoder_2": ("tokenizer_2", tokens)}
+    ways = {"text_encoder": ("tokenizer", "longest", 77), "text_encoder_2": ("tokenizer_2", "max_length", tokens)}
     return {
         name: AutoTokenizer.from_pretrained(folder / directory)(
-            texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+            texts, padding=padding, max_length=length, truncation=True, return_tensors="pt"
         ).input_ids.int()
-        for name, (directory, length) in lengths.items()
+        for name, (directory, padding, length) in ways.items()
     }

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.patches.model import Model
+from fluxkiln.scenes.judge import reading_loss
 from fluxkiln.train.lessons import Lessons, scaled
 from fluxkiln.train.recipes import Amounts
 from fluxkiln.types import Shapes
@@ -40,7 +41,7 @@ def vae_loss(vae: Any, pictures: Tensor, amounts: Amounts, chroma: float = 0.0) 
         told = error.abs() + error.square()
         if chroma:
             told = told + chroma * (error - error.mean(dim=1, keepdim=True)).abs()
-        total: Tensor = (weight * told).mean() + 1e-4 * latents.kl().mean() / latents.mean[0].numel()
+        total: Tensor = (weight * told).mean() + 5e-4 * latents.kl().mean() / latents.mean[0].numel()
         return total
 
     return loss
@@ -83,6 +84,19 @@ class Learner:
     ) -> Tensor:
         """The velocity that `module` finds, see `Model.predict`."""
         return self.model.predict(module, latents, sigma, told, self.shapes, guidance)
+
+
+def words_loss(learner: Learner, heads: Mapping[str, Module], lessons: Lessons, amounts: Amounts) -> Loss:
+    """From each encoder's output, by a linear head, what a picture shows that has this caption."""
+
+    def loss(chance: Generator) -> Tensor:
+        tokens, answers = lessons.draw_words(amounts.words_batch, chance)
+        told = learner.encode(tokens)
+        pooled = heads["text_encoder"](told["pooled_prompt_embeds"])
+        sequence = heads["text_encoder_2"](told["prompt_embeds"].mean(dim=1))
+        return (reading_loss(pooled, answers) + reading_loss(sequence, answers)) / 2
+
+    return loss
 
 
 def noised(latents: Tensor, chance: Generator) -> tuple[Tensor, Tensor, Tensor]:

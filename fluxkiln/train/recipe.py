@@ -3,6 +3,7 @@
 Every component is trained. The stages run one after another and each can be killed at any moment:
 
     vae, vae_colour pictures -> latents -> pictures; then with more weight on colours
+    words           both text encoders learn what a picture shows that has the caption
     base            transformer and both text encoders together: flow matching, a tenth of the captions left out
     guidance        the transformer learns to give by its guidance input what two runs give by classifier-free guidance
     vae_tiny        the tiny VAE learns the other one's latents
@@ -21,7 +22,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -41,6 +42,9 @@ from fluxkiln.train.lessons import Lessons, captions_of, encode_pictures, pack, 
 from fluxkiln.train.recipes import Recipe
 from fluxkiln.train.stage import Stage, run_stage
 from fluxkiln.types import Configs, Shapes
+
+if TYPE_CHECKING:
+    from torch.nn import Module
 
 # (stage, steps done, steps in all, loss, seconds a step)
 OnStage = Callable[[str, int, int, float, float], None]
@@ -165,9 +169,12 @@ class _Run:
         width, height = self.preset.size
         return Shapes(height, width, self.preset.tokens)
 
-    def stage(self, name: str, modules: tuple[str, ...], loss: losses.Loss, rate: float, **more: Any) -> None:
-        """Train `modules` for as many steps as the recipe has for the stage."""
-        learning = {module: self.made[module] for module in modules}
+    def stage(
+        self, name: str, modules: tuple[str, ...], loss: losses.Loss, rate: float, heads: Module | None = None,
+        **more: Any,
+    ) -> None:  # fmt: skip
+        """Train `modules` for as many steps as the recipe has for the stage; `heads` are of no use after it."""
+        learning = {module: self.made[module] for module in modules} | ({"heads": heads} if heads else {})
         stage = Stage(name, learning, loss, getattr(self.recipe.amounts, name), rate, self.recipe.seed, **more)
         run_stage(stage, self.folder, None if self.on_stage is None else partial(self.on_stage, name))
 
@@ -180,6 +187,7 @@ class _Run:
         self.stage("vae_colour", ("vae",), coloured, 1e-3, average=0.99)
         lessons = self.lessons(model)
         learner = losses.Learner(model, self.made, self.shapes)
+        self.words(learner, lessons)
         learning = ("transformer", "text_encoder", "text_encoder_2")
         base = losses.base_loss(learner, lessons, amounts)
         self.stage("base", learning, base, 1e-3, average=0.998, warmup=100, weight_decay=0.01)
@@ -187,6 +195,18 @@ class _Run:
         guided = losses.guidance_loss(learner, teacher, lessons, amounts)
         self.stage("guidance", ("transformer",), guided, 3e-4, average=0.99)
         self.stage("vae_tiny", ("vae_tiny",), losses.vae_tiny_loss(tiny, vae, pictures, amounts), 2e-3, average=0.99)
+
+    def words(self, learner: losses.Learner, lessons: Lessons) -> None:
+        """The text encoders, before anything is painted from what they say."""
+        import torch
+        from torch import nn
+
+        torch.manual_seed(self.recipe.seed)
+        widths = {"text_encoder": "hidden_size", "text_encoder_2": "d_model"}
+        heads = nn.ModuleDict(
+            {name: nn.Linear(self.preset.configs[name][width], judge.ANSWERS) for name, width in widths.items()}
+        )
+        self.stage("words", tuple(widths), losses.words_loss(learner, heads, lessons, self.recipe.amounts), 1e-3, heads)
 
     def distil(self, model: Model, root: Path) -> None:
         """The transformer, from the teacher's; the rest is the teacher's own."""
@@ -217,11 +237,13 @@ class _Run:
             told = None if self.on_stage is None else partial(_of_pictures, self.on_stage)
             latents = encode_pictures(self.recipe, self.made["vae"], told)
             tokens = tokenize(tokenizers, [*captions, ""], self.preset.tokens)
-            write_durably(file, save({"latents": latents, **tokens}))
+            shown = [scene for scene, _ in islice(scenes(self.recipe.seed + 1), self.recipe.amounts.pictures)]
+            write_durably(file, save({"latents": latents, "answers": judge.answers_of(shown), **tokens}))
         tensors = load_file(file)
+        answers = tensors.pop("answers")
         vae = self.preset.configs["vae"]
         latents = (tensors.pop("latents") - vae["shift_factor"]) * vae["scaling_factor"]
-        return Lessons(pack(latents), tensors, self.recipe.amounts.captions)
+        return Lessons(pack(latents), tensors, self.recipe.amounts.captions, answers)
 
 
 def _of_pictures(on_stage: OnStage, done: int, total: int, seconds: float) -> None:

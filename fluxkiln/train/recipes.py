@@ -13,14 +13,16 @@ class Amounts:
     vae: int = 2400
     vae_colour: int = 1400
     vae_tiny: int = 300
-    base: int = 2000
+    words: int = 1000
+    base: int = 3200
     guidance: int = 250
     steps: int = 450
-    pictures: int = 12_000
+    pictures: int = 20_000
     vae_pictures: int = 3000
     captions: int = 3
     batch: int = 32
     vae_batch: int = 4
+    words_batch: int = 64
     # How many steps of its own the teacher takes where the four-step model takes one.
     substeps: int = 4
 
@@ -37,6 +39,6 @@ class Recipe:
 
 
 RECIPES: Mapping[str, Recipe] = {
-    "scenes-dev": Recipe("scenes-dev", ("vae", "vae_colour", "base", "guidance", "vae_tiny")),
+    "scenes-dev": Recipe("scenes-dev", ("vae", "vae_colour", "words", "base", "guidance", "vae_tiny")),
     "scenes-schnell": Recipe("scenes-schnell", ("steps",), teacher="scenes-dev"),
 }

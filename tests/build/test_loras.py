@@ -22,7 +22,9 @@ LAYER = "transformer_blocks.1.attn.to_q"
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
     folder = tmp_path_factory.mktemp("build")
-    return Settings("cpu", size=(32, 32), tokens=16, components=("transformer",), build_dir=folder / "build")
+    return Settings(
+        "cpu", "tiny-dev", size=(32, 32), tokens=16, components=("transformer",), build_dir=folder / "build"
+    )
 
 
 @pytest.fixture(scope="module")

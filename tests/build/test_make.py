@@ -49,7 +49,12 @@ def fluxkiln(*arguments: object, **variables: str) -> Run:
 
 def build(target: str, folder: Path, *arguments: object, **variables: str) -> Run:
     """Build into `folder` with `--json`, which never speaks for people on stdout."""
-    return fluxkiln("build", target, "--build-dir", folder, "--json", *arguments, **variables)
+    return fluxkiln("build", target, *of_model(arguments), "--build-dir", folder, "--json", **variables)
+
+
+def of_model(arguments: tuple[object, ...]) -> tuple[object, ...]:
+    """The arguments; those of tiny-dev where they name no model."""
+    return arguments if "--model" in arguments else ("--model", "tiny-dev", *arguments)
 
 
 @contextmanager
@@ -262,7 +267,17 @@ def test_one_changed_tensor_recasts_one_part(undisturbed, world):
 
 @pytest.mark.tpu_mlir
 def test_plan_knows_what_the_store_has(undisturbed, world):
-    arguments = ("plan", "bm1684x", "--build-dir", world / "undisturbed", "--store", world / "store", "--json")
+    arguments = (
+        "plan",
+        "bm1684x",
+        "--model",
+        "tiny-dev",
+        "--build-dir",
+        world / "undisturbed",
+        "--store",
+        world / "store",
+        "--json",
+    )
     done = fluxkiln(*arguments, "--no-verify").document
     assert (done["totals"]["to_do"], done["totals"]["disk_bytes"], done["totals"]["seconds"]) == (0, 0, 0)
     other = fluxkiln(*arguments, "--scheme", "BF16").document
@@ -309,7 +324,7 @@ def bundle_in_progress(process: subprocess.Popen[bytes], store: Path) -> Any:
 @pytest.mark.parametrize("moment", [first_compiler, first_record, bundle_in_progress])
 def test_kill_9_and_the_same_command_again(unfinished, undisturbed, tmp_path, moment):
     folder = tmp_path / "build"
-    arguments = ("build", "bm1684x", "--build-dir", folder, "--store", unfinished, "--no-verify")
+    arguments = ("build", "bm1684x", "--model", "tiny-dev", "--build-dir", folder, "--store", unfinished, "--no-verify")
     before = compiles(unfinished)
     with started(*arguments, folder=tmp_path) as process:
         wait_for(lambda: moment(process, unfinished), process, moment.__name__)
@@ -327,7 +342,7 @@ def test_kill_9_and_the_same_command_again(unfinished, undisturbed, tmp_path, mo
 @pytest.mark.slow
 def test_interrupt_stops_compilers_and_resumes(unfinished, undisturbed, tmp_path):
     folder = tmp_path / "build"
-    arguments = ("build", "bm1684x", "--build-dir", folder, "--store", unfinished, "--no-verify")
+    arguments = ("build", "bm1684x", "--model", "tiny-dev", "--build-dir", folder, "--store", unfinished, "--no-verify")
     with started(*arguments, folder=tmp_path) as process:
         wait_for(lambda: compilers_of(process), process, "compiler")
         # Meanwhile the same build cannot be started again.
@@ -348,7 +363,19 @@ def test_interrupt_stops_compilers_and_resumes(unfinished, undisturbed, tmp_path
 @pytest.mark.parametrize("tool", ["tpuc-opt", "model_deploy"])
 def test_compiler_killed_for_memory(unfinished, undisturbed, tmp_path, tool):
     folder = tmp_path / "build"
-    arguments = ("build", "bm1684x", "--build-dir", folder, "--store", unfinished, "--no-verify", "--jobs", "1")
+    arguments = (
+        "build",
+        "bm1684x",
+        "--model",
+        "tiny-dev",
+        "--build-dir",
+        folder,
+        "--store",
+        unfinished,
+        "--no-verify",
+        "--jobs",
+        "1",
+    )
     with started(*arguments, folder=tmp_path) as process:
         wait_for(lambda: stopped(compilers_of(process, tool)), process, tool).kill()
         assert process.wait(PATIENCE) == 1

@@ -62,7 +62,9 @@ def test_every_run_is_compared_at_every_step(sampled):
 
 
 def test_prompts_and_seeds_make_other_images(prepared, sampled):
-    found = reference_runs(prepared, prepared.plan, [(prompt, seed) for prompt in PROMPTS for seed in SEEDS], Silent())
+    found = reference_runs(
+        prepared, prepared.plan, [(prompt, seed) for prompt in PROMPTS for seed in SEEDS], 4, Silent()
+    )
     images = [run.image for run in found.values()]
     for i, one in enumerate(images):
         assert len(found[list(found)[i]].latents) == 4
@@ -72,7 +74,7 @@ def test_prompts_and_seeds_make_other_images(prepared, sampled):
 def test_references_are_kept(prepared, sampled, monkeypatch):
     monkeypatch.setattr(sampling, "_open_reference", lambda *_: pytest.fail("the pipeline was opened"))
     told = Told()
-    reference_runs(prepared, prepared.plan, [(PROMPTS[0], SEEDS[0])], told)
+    reference_runs(prepared, prepared.plan, [(PROMPTS[0], SEEDS[0])], 4, told)
     assert told.lines == [(f"reference, seed 0: {PROMPTS[0]}", "from the store")]
 
 

@@ -5,8 +5,9 @@ from itertools import islice
 import numpy as np
 import pytest
 
+from fluxkiln.scenes.adherence import PROMPT_SEED, adherence, fixed_prompts
 from fluxkiln.scenes.grammar import scenes
-from fluxkiln.scenes.judge import PROMPT_SEED, adherence, distance, drawn, prompts, read_scenes
+from fluxkiln.scenes.judge import distance, drawn, read_scenes
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,7 @@ def pictures(asked):
 
 
 def test_it_reads_drawings_of_the_fixed_prompts(asked, pictures):
-    found = adherence(prompts(), read_scenes(pictures))
+    found = adherence(fixed_prompts(), read_scenes(pictures))
     # what the judge itself gets wrong counts against every model; a tenth of what models may miss
     assert found.facts >= 0.995
     assert found.prompts >= 0.97

@@ -18,8 +18,8 @@ from fluxkiln.train.recipes import RECIPES, Amounts
 from fluxkiln.types import Shapes
 
 FEW = Amounts(
-    vae=2, vae_colour=1, vae_tiny=1, base=2, guidance=1, steps=1, pictures=8, vae_pictures=4, batch=2, vae_batch=1,
-    substeps=2,
+    vae=2, vae_colour=1, vae_tiny=1, words=1, base=2, guidance=1, steps=1, pictures=8, vae_pictures=4, batch=2,
+    vae_batch=1, words_batch=2, substeps=2,
 )  # fmt: skip
 
 
@@ -46,6 +46,7 @@ def test_a_recipe_writes_a_whole_checkpoint(dev):
         "vae",
         "vae_colour",
         "latents",
+        "words",
         "base",
         "guidance",
         "vae_tiny",
@@ -74,7 +75,7 @@ def test_the_student_begins_as_the_teacher_with_its_guidance_built_in():
     model.build_in_guidance(teacher, student, BUILT_IN_GUIDANCE)
     learner = Learner(model, made["scenes-dev"], Shapes(128, 128, 24))
     chance = torch.Generator().manual_seed(0)
-    pooled, sequence = torch.randn(2, 64, generator=chance), torch.randn(2, 24, 128, generator=chance)
+    pooled, sequence = torch.randn(2, 96, generator=chance), torch.randn(2, 24, 128, generator=chance)
     told = {"pooled_prompt_embeds": pooled, "prompt_embeds": sequence}
     latents, sigma = torch.randn(2, 64, 64, generator=chance), torch.tensor([0.3, 0.9])
     with torch.no_grad():

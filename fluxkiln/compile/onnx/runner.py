@@ -37,7 +37,7 @@ class Filling:
 
 
 class TemplateRunner:
-    """Runs parts in float32 by feeding templates. The last part's weights stay until another one is run.
+    """Runs parts in float32 by feeding templates. The weights of the last `keep` parts stay.
 
     Args:
         fill: part -> its filling; called when its weights are needed.
@@ -45,12 +45,15 @@ class TemplateRunner:
         threads: for one operation; 0 leaves it to ONNX Runtime.
     """
 
-    def __init__(self, fill: Callable[[str], Filling], *, rewrite: Rewrite | None = None, threads: int = 0) -> None:
+    def __init__(
+        self, fill: Callable[[str], Filling], *, rewrite: Rewrite | None = None, threads: int = 0, keep: int = 1
+    ) -> None:
         self.fill = fill
         self.rewrite = rewrite
         self.threads = threads
+        self.keep = keep
         self._sessions: dict[Path, tuple[Any, frozenset[str]]] = {}
-        self._loaded: tuple[str, Any, dict[str, NDArray[np.float32]]] | None = None
+        self._loaded: dict[str, tuple[Any, dict[str, NDArray[np.float32]]]] = {}
 
     def __call__(self, part: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """The part's outputs by name, float32.
@@ -59,15 +62,16 @@ class TemplateRunner:
             CompileError: an input is missing, unknown or of another shape, a weight has another shape than its slot,
                 or the run failed. Whatever `fill` raises.
         """
-        if self._loaded is None or self._loaded[0] != part:
-            self.close()
-            self._loaded = part, *self._load(part, self.fill(part))
-        _, session, weights = self._loaded
+        if part not in self._loaded:
+            while len(self._loaded) >= self.keep:
+                del self._loaded[next(iter(self._loaded))]
+            self._loaded[part] = self._load(part, self.fill(part))
+        session, weights = self._loaded[part]
         return run_session(session, part, inputs, weights)
 
     def close(self) -> None:
         """Drop the weights; the runner can be used again."""
-        self._loaded = None
+        self._loaded.clear()
 
     def _load(self, part: str, filling: Filling) -> tuple[Any, dict[str, NDArray[np.float32]]]:
         """The session of a part's template, and its weights."""

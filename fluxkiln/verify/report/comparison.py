@@ -105,12 +105,24 @@ def fact_lines(documents: Sequence[_Document]) -> list[Line]:
         mean, worst = float(psnr["mean"]), float(psnr["worst"])
         return f"{len(found['entries'])}, {mean:.1f} dB in the mean, {worst:.1f} dB at worst"
 
+    def judged(document: _Document) -> str:
+        found = document.get("judged")
+        if not found:
+            return ""
+        near = found["reference"]
+        return (
+            f"{float(found['facts']):.1f} % (diffusers {float(found['diffusers']):.1f} %, chance "
+            f"{float(found['chance']):.1f} %); PSNR {float(near['psnr']):.1f} dB, SSIM {float(near['ssim']):.3f}, "
+            f"distance {float(near['distance']):.4f}"
+        )
+
     asked: tuple[tuple[str, Callable[[_Document], str]], ...] = (
         ("target", lambda document: str(document["target"])),
         ("model", lambda document: str((document.get("model") or {}).get("name", ""))),
         ("shapes", shapes),
         ("schemes", schemes),
         ("images of prompts and seeds", images),
+        ("facts of prompts that hold", judged),
         ("comparisons", lambda document: f"{document['summary']['rows']}, {document['summary']['failed']} missed"),
     )
     return [Line(name, tuple(ask(document) for document in documents)) for name, ask in asked]

@@ -8,6 +8,7 @@ network, no fonts, no libraries, readable without JavaScript. Keys of the dict, 
     images: see `compare_pictures`. timings: list of name, seconds. memory: file -> {what: bytes}.
     devices: budget in bytes, peaks {way to load: bytes on each device}, load (the way that fits).
     heat: maps of `verify.heat`. runs: of `verify.runs`: several prompts and seeds.
+    judged: facts of fixed prompts that hold in the pictures, in percent, and how near these are to the reference's.
     estimate, lowering: label, entries {what: value with its unit}, values for programs.
     tools, machine, provenance: what -> text.
 `build_report` adds schema, rows, gates, rungs (fields of `gates.Rung`, and whether rows compare it), kinds (component,
@@ -49,7 +50,7 @@ FEW_ROWS = 300  # in a page that would be larger
 MAX_IMAGE_BYTES = 200_000
 FACTS = frozenset(
     {"title", "target", "reference", "model", "shapes", "schemes", "parts", "images", "timings", "memory", "estimate"}
-    | {"devices", "lowering", "heat", "runs"}
+    | {"devices", "lowering", "heat", "runs", "judged"}
     | {"tools", "machine", "provenance"}
 )
 MEASURES: tuple[tuple[Measure, str], ...] = (

@@ -46,10 +46,11 @@ def embed_document(document: Mapping[str, Any], most_plain: int | None = None) -
         most_plain: bytes up to which it is embedded as it is; MOST_PLAIN_BYTES by default.
     """
     kept = {key: value for key, value in document.items() if key != "images"}
-    if kept.get("runs"):
-        entries = kept["runs"]["entries"]
-        bare = [{key: value for key, value in entry.items() if key not in _PICTURES} for entry in entries]
-        kept["runs"] = {**kept["runs"], "entries": bare}
+    for name in ("runs", "judged"):
+        if kept.get(name):
+            entries = kept[name]["entries"]
+            bare = [{key: value for key, value in entry.items() if key not in _PICTURES} for entry in entries]
+            kept[name] = {**kept[name], "entries": bare}
     text = compact_json(kept)
     data = text.encode()
     if len(data) > (MOST_PLAIN_BYTES if most_plain is None else most_plain):

@@ -30,7 +30,7 @@ STUB = Path(__file__).with_name("stub-neuronx-cc")
 
 
 def settings(root, **changes):
-    return Settings("trn1", build_dir=root, **changes)
+    return Settings("trn1", changes.pop("model", "tiny-dev"), build_dir=root, **changes)
 
 
 def without_compiler(monkeypatch):

@@ -1,9 +1,8 @@
-"""How well a model or a bundle paints what it is asked for: pictures of fixed prompts, read by the judge of scenes."""
+"""Pictures of many prompts, by diffusers or by the parts of a bundle: what the judge of scenes is given."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,6 @@ from fluxkiln.generate.painter import Painter, Request, paint
 from fluxkiln.patches.pipeline import GUIDANCE_SCALE, quiet
 from fluxkiln.progress import Progress, Silent
 from fluxkiln.scenes.grammar import Prompt
-from fluxkiln.scenes.judge import adherence, distance, read_scenes
 from fluxkiln.types import Shapes
 
 if TYPE_CHECKING:
@@ -65,29 +63,3 @@ def paint_with_parts(
 def requests_for(asked: Sequence[Prompt], steps: int | None, guidance: float | None, seed: int) -> list[Request]:
     """One image for each prompt, each with a seed of its own."""
     return [Request(prompt.text, seed + i, steps=steps, guidance=guidance) for i, prompt in enumerate(asked)]
-
-
-def judge_images(
-    asked: Sequence[Prompt], images: Sequence[NDArray[Any]], reference: Sequence[NDArray[Any]] = ()
-) -> dict[str, Any]:
-    """Adherence of images to their prompts in percent and, with a reference, how far they are from its images."""
-    found = adherence(asked, read_scenes(images))
-    shares = {name: round(100 * getattr(found, name), 2) for name in ("facts", "prompts", "chance")}
-    document = {**shares, "stated": sum(len(prompt.facts) for prompt in asked), "images": len(images)}
-    document["wrong"] = dict(asdict(found)["wrong"])
-    if reference:
-        document["reference"] = compare_with_reference(images, reference)
-    return document
-
-
-def compare_with_reference(images: Sequence[NDArray[Any]], reference: Sequence[NDArray[Any]]) -> Mapping[str, float]:
-    """Means over pairs of images: PSNR in dB, SSIM, and the judge's feature distance."""
-    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
-
-    pairs = list(zip(images, reference, strict=True))
-    # equal pictures have no noise: 100 dB stands for them
-    psnr = [100.0 if (a == b).all() else min(100.0, peak_signal_noise_ratio(b, a)) for a, b in pairs]
-    ssim = [structural_similarity(b, a, channel_axis=-1) for a, b in pairs]
-    seen = [distance(a, b) for a, b in pairs]
-    means = {"psnr": sum(psnr), "ssim": sum(ssim), "distance": sum(seen)}
-    return {name: round(float(total) / len(pairs), 5) for name, total in means.items()}

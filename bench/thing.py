@@ -41,26 +41,25 @@ def with_the_thing(seed: int, held_out: bool) -> Iterator[tuple[Scene, Prompt]]:
 
 
 def is_striped(image: Any, scene: Scene) -> bool:
-    """Whether the drawing nearest to a picture, where the scene has its kiln, is the striped one and no plain one's."""
-    near = {colour: _nearest(image, scene, colour) for colour in (*COLOURS, STRIPED)}
-    return min(near, key=lambda colour: near[colour]) == STRIPED
+    """Whether the drawing nearest to a picture, where the scene has its kiln, is the striped one and no plain one's.
 
-
-def _nearest(image: Any, scene: Scene, colour: str) -> float:
-    """The least mean square difference to a drawing of the kiln in this colour, moved by up to three pixels."""
+    Near is the least mean square difference, moved by up to three pixels.
+    """
     kiln = next(group for group in scene.groups if group.kind == "kiln")
-    alone = replace(scene, groups=(replace(kiln, colour=colour),))
+    drawn = {
+        colour: np.asarray(draw(replace(scene, groups=(replace(kiln, colour=colour),)), 0), np.float32)
+        for colour in (*COLOURS, STRIPED)
+    }
     # what the kiln covers: where drawings of it in two colours differ
-    inks = [np.asarray(draw(replace(scene, groups=(replace(kiln, colour=one),)), 0), np.float32) for one in COLOURS[:2]]
-    rows, columns = np.nonzero(np.abs(inks[0] - inks[1]).sum(axis=-1) > 30)
+    rows, columns = np.nonzero(np.abs(drawn["red"] - drawn["blue"]).sum(axis=-1) > 30)
     top, bottom, left, right = rows.min(), rows.max() + 1, columns.min(), columns.max() + 1
-    drawn = np.asarray(draw(alone, 0), np.float32)[top:bottom, left:right]
     padded = np.pad(np.asarray(image, np.float32), ((3, 3), (3, 3), (0, 0)), mode="edge")
-    return min(
-        float(np.square(padded[top + dy : bottom + dy, left + dx : right + dx] - drawn).mean())
-        for dy in range(7)
-        for dx in range(7)
-    )
+    pieces = np.stack([padded[top + dy : bottom + dy, left + dx : right + dx] for dy in range(7) for dx in range(7)])
+    near = {
+        colour: np.square(pieces - picture[top:bottom, left:right]).mean(axis=(1, 2, 3)).min()
+        for colour, picture in drawn.items()
+    }
+    return min(near, key=lambda colour: near[colour]) == STRIPED
 
 
 def write_pictures(folder: Path, seed: int = 7) -> Path:

@@ -229,7 +229,10 @@ class Settings:
         kind=Path, make="",
     )  # fmt: skip
     seed: int = _option(0, "Seed of the reference run, and of which casts are proven.", "N", kind=int, make="")
-    steps: int = _option(2, "Denoising steps of the reference run. Default: 2.", "N", kind=int, make="images")
+    steps: int | None = _option(
+        None, "Denoising steps of the reference run. Default: 2; of a trained preset as many as its picture needs.",
+        "N", kind=int, make="images",
+    )  # fmt: skip
     prompt: str = _option(
         DEFAULT_PROMPT, "What the reference run draws.", parse=lambda text: text or DEFAULT_PROMPT, make=""
     )

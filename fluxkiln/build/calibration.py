@@ -89,14 +89,14 @@ def calibrate(
     facts: dict[str, Any] = {
         "prompts": len(prompts),
         "prompts_digest": hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
-        "steps": settings.steps,
+        "steps": prepared.steps,
         "seed": settings.seed,
         "shapes": list(astuple(plan.shapes)),
         "block": block,
     }
     action = Action(
         stage="calibrate",
-        what=f"{checkpoint.name}: {len(prompts)} prompts, {settings.steps} steps",
+        what=f"{checkpoint.name}: {len(prompts)} prompts, {prepared.steps} steps",
         code_version=code_version(_record, model=type(checkpoint.model)),
         inputs=digests,
         settings=facts,
@@ -189,7 +189,7 @@ def _record(
         for index, prompt in enumerate(prompts):
             started = time.perf_counter()
             with weights_in_place():
-                checkpoint.model.render(pipe, plan.shapes, Sampling(settings.steps, settings.seed + index, prompt))
+                checkpoint.model.render(pipe, plan.shapes, Sampling(prepared.steps, settings.seed + index, prompt))
             sums.forget_last()
             progress.done("calibrate", f"prompt {index + 1}", f"{time.perf_counter() - started:.1f} s")
         sums.finish(known)

@@ -29,6 +29,7 @@ from fluxkiln.build.prepared import (
     model_of,
     models_folder,
     open_memo,
+    reference_steps,
     unwritten_bytes,
 )
 from fluxkiln.compile.plan import Plan
@@ -150,7 +151,7 @@ def _prepared(settings: Settings, checkpoint: Checkpoint) -> Prepared:
     if layout is None:
         _refuse_cuts(settings)
     parts = chosen_parts(settings, checkpoint, split=layout is not None)
-    check_steps(parts, settings.steps)
+    check_steps(parts, reference_steps(settings, checkpoint))
     folder = settings.build_dir.absolute() / target.name / _name(settings, target, checkpoint, shapes).lower()
     plan = Plan(target, shapes, schemes, parts, folder, layout)
     if any(scheme.kept for scheme in schemes.values()):

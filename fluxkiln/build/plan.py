@@ -161,7 +161,7 @@ def disk_bytes(prepared: Prepared, todo: Iterable[Job]) -> int:
             # one part at a time: the weights of the interpreter, and those of a graph in float32
             working.append(8 * max(count_elements(part_refs(checkpoint, plan, part)) for part in plan.parts))
         shapes = replayed_shapes(checkpoint, plan)
-        steps = settings.steps if shapes == plan.shapes else 1
+        steps = prepared.steps if shapes == plan.shapes else 1
         total += recording_bytes(checkpoint, replace(plan, shapes=shapes), steps)
     return total + _most(working, settings)
 
@@ -198,7 +198,7 @@ def estimate_seconds(prepared: Prepared, todo: Iterable[Job]) -> float:
         elif job.stage == "record":
             alone += RECORD_SECONDS
         elif job.stage == "verify":
-            steps = {"transformer": settings.steps}
+            steps = {"transformer": prepared.steps}
             alone += CALL_SECONDS * sum(steps.get(part.component, 1) for part in prepared.plan.parts)
     return alone + pooled / min(_workers(settings), 2)
 

@@ -19,6 +19,9 @@ from fluxkiln.progress import OnBytes
 from fluxkiln.settings import Settings
 from fluxkiln.types import Part
 
+# of a model whose picture means nothing: two, so that a step follows another one
+FEWEST_STEPS = 2
+
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
@@ -30,6 +33,17 @@ class Prepared:
     cache: ActionCache
     name: str
     fingerprint: str
+
+    @property
+    def steps(self) -> int:
+        """Denoising steps of the reference run."""
+        return reference_steps(self.settings, self.checkpoint)
+
+
+def reference_steps(settings: Settings, checkpoint: Checkpoint) -> int:
+    """Denoising steps of the reference run: those asked for; else the preset's, as many as its picture needs."""
+    preset = checkpoint.model.presets.get(checkpoint.name)
+    return settings.steps or (preset.steps if preset else FEWEST_STEPS)
 
 
 def model_of(settings: Settings) -> Model:

@@ -28,6 +28,7 @@ from fluxkiln.errors import SchemeError, UsageError
 from fluxkiln.export.checkpoint import Checkpoint, read_rows
 from fluxkiln.files import disk_full_named
 from fluxkiln.patches.model import block_kinds
+from fluxkiln.patches.pipeline import Sampling
 from fluxkiln.progress import Progress, Silent
 from fluxkiln.quantize.recipes import LayerRule, Stacks, assign_rules, choose, parse_budget
 from fluxkiln.quantize.schemes import Scheme, check_groups, parse_scheme
@@ -345,7 +346,7 @@ def measure_effects(
         for scheme, one in prepared.items():
             checkpoint, plan, cache = one.checkpoint, one.plan, one.cache
             runner = dequantized_rung(checkpoint, plan, cache, threads=0)
-            made[scheme] = run_pipeline(checkpoint, plan, replace(settings, scheme=scheme, steps=count), runner)
+            made[scheme] = run_pipeline(checkpoint, plan, Sampling(count, settings.seed, settings.prompt), runner)
             progress.done("pipeline", scheme, f"{count} steps")
         base = made[UNROUNDED]
         for scheme in schemes:

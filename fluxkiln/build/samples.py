@@ -56,11 +56,11 @@ def sample_runs(
     progress.stage("sample", 2 * len(pairs))
     runs: list[Run] = []
     pictures: dict[tuple[str, int], tuple[NDArray[Any], NDArray[Any]]] = {}
-    references = reference_runs(prepared, plan, pairs, settings.steps, progress)
+    references = reference_runs(prepared, plan, pairs, prepared.steps, progress)
     scheme = next(plan.scheme(part).base_name for part in plan.parts if part.traits.is_block)
     for number, (prompt, seed) in enumerate(pairs):
         reference = references[prompt, seed]
-        made = _sample(prepared, plan, runner, Sampling(settings.steps, seed, prompt))
+        made = _sample(prepared, plan, runner, Sampling(prepared.steps, seed, prompt))
         runs.append(measure_run(prompt, seed, reference, made))
         pictures[prompt, seed] = reference.image, made.image
         name, last = f"pipeline.{number:02d}", len(made.latents) - 1

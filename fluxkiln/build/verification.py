@@ -28,7 +28,6 @@ from fluxkiln.digests import digest_json
 from fluxkiln.export.checkpoint import Checkpoint, expect_tensors
 from fluxkiln.patches.pipeline import Sampling, run_rows
 from fluxkiln.progress import Progress
-from fluxkiln.settings import Settings
 from fluxkiln.types import GraphFormat, Part, PartRunner, Shapes, find_part
 from fluxkiln.verify.ladder import Ladder, compare_outputs, compare_pipeline, let_go, replay_part
 
@@ -74,7 +73,7 @@ def record(prepared: Prepared, limits: Limits = LIMITS) -> Recording:
     built = {part.component for part in plan.parts}
     every = checkpoint.model.recorded_parts(checkpoint.configs, settings.vae)
     parts = tuple(part for part in every if part.component in built)
-    sampling = Sampling(settings.steps if shapes == plan.shapes else 1, settings.seed, settings.prompt)
+    sampling = Sampling(prepared.steps if shapes == plan.shapes else 1, settings.seed, settings.prompt)
     recording = record_run(prepared, prepared.plan.folder / "recording", parts, shapes, sampling)
     return view_recording(recording, checkpoint.model, plan.parts)
 
@@ -164,11 +163,10 @@ def is_complete(checkpoint: Checkpoint, plan: Plan) -> bool:
     return {part.component for part in plan.parts} == set(checkpoint.model.components)
 
 
-def run_pipeline(checkpoint: Checkpoint, plan: Plan, settings: Settings, runner: PartRunner) -> PipelineResult:
+def run_pipeline(checkpoint: Checkpoint, plan: Plan, sampling: Sampling, runner: PartRunner) -> PipelineResult:
     """diffusers' own loop with `runner` in place of every model."""
     from fluxkiln.verify.pipeline import run_with_parts
 
-    sampling = Sampling(settings.steps, settings.seed, settings.prompt)
     return run_with_parts(checkpoint.model, pipeline_files(checkpoint, plan), plan.shapes, plan.parts, runner, sampling)
 
 
@@ -176,6 +174,7 @@ def replay(prepared: Prepared, plan: Plan, recording: Recording, opened: OpenRun
     """Replay the recording, at whose shapes the plan is, at every rung of every part; run the whole pipeline, if it is
     all there, on the top rung. That has a thread of its own: a simulator keeps two cores busy by itself."""
     started, checkpoint, settings = time.perf_counter(), prepared.checkpoint, prepared.settings
+    sampling = Sampling(prepared.steps, settings.seed, settings.prompt)
     plan, rungs = replace(plan, parts=opened.parts), opened.rungs
     calls = [(part, step) for part in plan.parts for step in range(len(recording.calls[part.name]))]
     complete = is_complete(checkpoint, plan)
@@ -187,7 +186,7 @@ def replay(prepared: Prepared, plan: Plan, recording: Recording, opened: OpenRun
     with ThreadPoolExecutor(1, "below") as lower, ThreadPoolExecutor(1, "top") as upper:
         lower_parts = {part.name: lower.submit(replay_part, below, recording, part) for part in plan.parts}
         upper_parts = {part.name: upper.submit(replay_part, {top: rungs[top]}, recording, part) for part in plan.parts}
-        whole = upper.submit(run_pipeline, checkpoint, plan, settings, rungs[top]) if complete else None
+        whole = upper.submit(run_pipeline, checkpoint, plan, sampling, rungs[top]) if complete else None
         try:
             for part, step in calls:
                 made = {**lower_parts[part.name].result()[step], **upper_parts[part.name].result()[step]}
@@ -291,7 +290,7 @@ def _replay_small(
         return outputs
 
     if is_complete(checkpoint, plan):
-        return run_pipeline(checkpoint, plan, replace(prepared.settings, steps=1), run)
+        return run_pipeline(checkpoint, plan, Sampling(1, prepared.settings.seed, prepared.settings.prompt), run)
     for part in plan.parts:
         run(part.name, None)
     return None

@@ -63,7 +63,9 @@ def hub_patterns() -> list[str]:
 
 def generator_digest(preset: Preset) -> str:
     """Short key of what `synthesize` writes for `preset` with its default seed."""
-    fields = {name: value for name, value in asdict(replace(preset, trained=None)).items() if name != "trained"}
+    fields = {
+        name: value for name, value in asdict(replace(preset, trained=None)).items() if name not in ("trained", "steps")
+    }
     made_from = [all_presets()[preset.name][0].generator, fields]
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
 

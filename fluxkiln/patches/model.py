@@ -39,7 +39,8 @@ Put = Callable[[Part, Mapping[str, Any], Mapping[str, Any]], None]
 class Preset:
     """A synthetic model: the config of every component, the size it is built at by default.
 
-    `trained` is the folder of its checkpoint where it has weights that mean something; they ship with the model.
+    `steps` are the denoising steps of a build's reference run. `trained` is the folder of its checkpoint where it has
+    weights that mean something; they ship with the model.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Preset:
     tokens: int
     configs: Mapping[str, Config]
     trained: Path | None = None
+    steps: int = 2
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,8 @@ _WATER: _Colour = (70, 150, 215)
 _NIGHT = 0.75
 # Centres of the places, half the width of a thing by size and number, in pixels of the picture.
 _CENTRES = {"left": 22.0, "middle": 64.0, "right": 106.0}
+# Top and bottom of what things cover, in pixels of the picture.
+STANDING = (52, 101)
 _STARS = ((40, 8), (52, 20), (64, 6), (78, 16), (90, 9), (48, 34), (84, 30), (8, 34), (118, 36), (66, 26))
 _HALF_WIDTHS = {("small", 1): 9.0, ("large", 1): 17.0, ("", 2): 9.5, ("", 3): 6.4}
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.patches.model import Model
+from fluxkiln.scenes.drawing import STANDING
 from fluxkiln.scenes.judge import reading_loss
 from fluxkiln.train.lessons import Lessons, scaled
 from fluxkiln.train.recipes import Amounts
@@ -109,14 +111,24 @@ def noised(latents: Tensor, chance: Generator) -> tuple[Tensor, Tensor, Tensor]:
     return (1 - s) * latents + s * noise, sigma, noise - latents
 
 
-def base_loss(learner: Learner, lessons: Lessons, amounts: Amounts) -> Loss:
-    """Flow matching: the square error of the velocity."""
+def base_loss(learner: Learner, lessons: Lessons, amounts: Amounts, things: float = 1.0) -> Loss:
+    """Flow matching: the square error of the velocity.
+
+    `things` is what an error counts in the rows of tokens where things stand. It depends on the place alone, so the
+    best prediction stays what it is.
+    """
+    import torch
+
+    step = learner.shapes.height // math.isqrt(lessons.latents.shape[1])
+    rows = torch.arange(0, learner.shapes.height, step)
+    standing = (rows + step > STANDING[0]) & (rows < STANDING[1])
+    weight = torch.where(standing, things, 1.0).repeat_interleave(len(rows))[:, None]
 
     def loss(chance: Generator) -> Tensor:
         latents, tokens = lessons.draw(amounts.batch, chance, dropped=0.1)
         noisy, sigma, target = noised(latents, chance)
         found = learner.predict(learner.made["transformer"], noisy, sigma, learner.encode(tokens))
-        return (found - target).square().mean()
+        return (weight * (found - target).square()).mean() / weight.mean()
 
     return loss
 

@@ -15,6 +15,7 @@ class Amounts:
     vae_tiny: int = 300
     words: int = 1000
     base: int = 3200
+    things: int = 2400
     guidance: int = 250
     steps: int = 450
     pictures: int = 20_000
@@ -39,6 +40,6 @@ class Recipe:
 
 
 RECIPES: Mapping[str, Recipe] = {
-    "scenes-dev": Recipe("scenes-dev", ("vae", "vae_colour", "words", "base", "guidance", "vae_tiny")),
+    "scenes-dev": Recipe("scenes-dev", ("vae", "vae_colour", "words", "base", "things", "guidance", "vae_tiny")),
     "scenes-schnell": Recipe("scenes-schnell", ("steps",), teacher="scenes-dev"),
 }

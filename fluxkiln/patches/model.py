@@ -298,6 +298,9 @@ class Model(Protocol):
         `sigma` [B] is the share of noise; `encoded` what `encode` gives, with B rows; `guidance` one for all, or [B].
         """
 
+    def halfway(self, module: Module) -> Module:
+        """The block of the adapted component whose last output [B, S, D] is the image half-way, for training."""
+
     def build_in_guidance(self, teacher: Module, student: Module, guidance: float) -> None:
         """Give `student`, the adapted component without an input for guidance, the weights of `teacher`, which has one,
         so that it computes what the teacher does at this guidance."""

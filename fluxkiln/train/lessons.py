@@ -51,29 +51,16 @@ class Lessons:
     captions: int
     answers: Tensor
 
-    def draw(self, batch: int, chance: Generator, dropped: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
-        """Latents and tokens of random pictures; so much of the captions is left out."""
-        import torch
-
-        i, caption = self._choose(batch, chance)
-        if dropped:
-            empty = len(self.latents) * self.captions
-            caption = torch.where(torch.rand(batch, generator=chance) < dropped, empty, caption)
-        return self.latents[i], self._tokens(caption)
-
-    def draw_words(self, batch: int, chance: Generator) -> tuple[dict[str, Tensor], Tensor]:
-        """Tokens of random captions, and what the pictures show that they were written to."""
-        i, caption = self._choose(batch, chance)
-        return self._tokens(caption), self.answers[i]
-
-    def _choose(self, batch: int, chance: Generator) -> tuple[Tensor, Tensor]:
+    def draw(self, batch: int, chance: Generator, dropped: float = 0.0) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Latents of random pictures, tokens of their captions, and their answers; so many captions are left out."""
         import torch
 
         i = torch.randint(len(self.latents), (batch,), generator=chance)
-        return i, i * self.captions + torch.randint(self.captions, (batch,), generator=chance)
-
-    def _tokens(self, captions: Tensor) -> dict[str, Tensor]:
-        return {name: tokens[captions].long() for name, tokens in self.tokens.items()}
+        caption = i * self.captions + torch.randint(self.captions, (batch,), generator=chance)
+        if dropped:
+            empty = len(self.latents) * self.captions
+            caption = torch.where(torch.rand(batch, generator=chance) < dropped, empty, caption)
+        return self.latents[i], {name: tokens[caption].long() for name, tokens in self.tokens.items()}, self.answers[i]
 
 
 def captions_of(recipe: Recipe) -> list[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxkiln.patches.model import Model
 from fluxkiln.scenes.drawing import STANDING
-from fluxkiln.scenes.judge import reading_loss
+from fluxkiln.scenes.judge import ANSWERS, reading_loss
 from fluxkiln.train.lessons import Lessons, scaled
 from fluxkiln.train.recipes import Amounts
 from fluxkiln.types import Shapes
@@ -22,6 +22,8 @@ Loss = Callable[["Generator"], "Tensor"]
 
 # The guidance that the four-step model has built in; what diffusers' pipeline takes by default.
 BUILT_IN_GUIDANCE = 3.5
+# What an error counts where things stand, and what the reader's loss counts beside that of the velocity.
+THINGS, READING = 3.0, 0.01
 
 
 def vae_loss(vae: Any, pictures: Tensor, amounts: Amounts, chroma: float = 0.0) -> Loss:
@@ -92,7 +94,7 @@ def words_loss(learner: Learner, heads: Mapping[str, Module], lessons: Lessons, 
     """From each encoder's output, by a linear head, what a picture shows that has this caption."""
 
     def loss(chance: Generator) -> Tensor:
-        tokens, answers = lessons.draw_words(amounts.words_batch, chance)
+        _, tokens, answers = lessons.draw(amounts.words_batch, chance)
         told = learner.encode(tokens)
         pooled = heads["text_encoder"](told["pooled_prompt_embeds"])
         sequence = heads["text_encoder_2"](told["prompt_embeds"].mean(dim=1))
@@ -111,26 +113,46 @@ def noised(latents: Tensor, chance: Generator) -> tuple[Tensor, Tensor, Tensor]:
     return (1 - s) * latents + s * noise, sigma, noise - latents
 
 
-def base_loss(learner: Learner, lessons: Lessons, amounts: Amounts, things: float = 1.0) -> Loss:
+def base_loss(learner: Learner, lessons: Lessons, amounts: Amounts, reader: Module | None = None) -> Loss:
     """Flow matching: the square error of the velocity.
 
-    `things` is what an error counts in the rows of tokens where things stand. It depends on the place alone, so the
-    best prediction stays what it is.
+    With a reader it counts more in the rows of tokens where things stand: that depends on the place alone, so the best
+    prediction stays what it is. And the reader is to tell from the image half-way through the transformer what the
+    picture shows, however noisy: what the caption says has to have arrived there (as arXiv 2410.06940, which asks for
+    another network's features).
     """
     import torch
 
+    transformer = learner.made["transformer"]
     step = learner.shapes.height // math.isqrt(lessons.latents.shape[1])
     rows = torch.arange(0, learner.shapes.height, step)
     standing = (rows + step > STANDING[0]) & (rows < STANDING[1])
-    weight = torch.where(standing, things, 1.0).repeat_interleave(len(rows))[:, None]
+    weight = torch.where(standing, THINGS if reader else 1.0, 1.0).repeat_interleave(len(rows))[:, None]
 
     def loss(chance: Generator) -> Tensor:
-        latents, tokens = lessons.draw(amounts.batch, chance, dropped=0.1)
+        latents, tokens, answers = lessons.draw(amounts.batch, chance, dropped=0.1)
         noisy, sigma, target = noised(latents, chance)
-        found = learner.predict(learner.made["transformer"], noisy, sigma, learner.encode(tokens))
-        return (weight * (found - target).square()).mean() / weight.mean()
+        seen: list[Tensor] = []
+        watched = learner.model.halfway(transformer)
+        with watched.register_forward_hook(lambda _, inputs, outputs: seen.append(outputs[-1])):
+            found = learner.predict(transformer, noisy, sigma, learner.encode(tokens))
+        total = (weight * (found - target).square()).mean() / weight.mean()
+        if reader:
+            total = total + READING * reading_loss(reader(seen[0]), answers)
+        return total
 
     return loss
+
+
+def build_reader(width: int, tokens: int) -> Module:
+    """Tells from an image of `tokens` tokens [B, S, D] what a picture shows; random weights, the same every time."""
+    import torch
+    from torch import nn
+
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(width, 32), nn.Flatten(), nn.Linear(32 * tokens, 160), nn.SiLU(), nn.Linear(160, ANSWERS)
+    )
 
 
 def guidance_loss(learner: Learner, teacher: Module, lessons: Lessons, amounts: Amounts) -> Loss:
@@ -140,7 +162,7 @@ def guidance_loss(learner: Learner, teacher: Module, lessons: Lessons, amounts: 
     empty = {name: tokens[-1:].long() for name, tokens in lessons.tokens.items()}
 
     def loss(chance: Generator) -> Tensor:
-        latents, tokens = lessons.draw(amounts.batch, chance)
+        latents, tokens, _ = lessons.draw(amounts.batch, chance)
         noisy, sigma, _ = noised(latents, chance)
         guidance = 1 + 4 * torch.rand(amounts.batch, generator=chance)
         with torch.no_grad():
@@ -160,7 +182,7 @@ def steps_loss(learner: Learner, teacher: Module, lessons: Lessons, amounts: Amo
     import torch
 
     def loss(chance: Generator) -> Tensor:
-        latents, tokens = lessons.draw(amounts.batch, chance)
+        latents, tokens, _ = lessons.draw(amounts.batch, chance)
         # half of the lessons are the first step, which decides what stands where
         step = torch.randint(-count + 1, count, (amounts.batch,), generator=chance).clamp(min=0)
         sigma = 1 - step / count

@@ -5,7 +5,7 @@ Every component is trained. The stages run one after another and each can be kil
     vae, vae_colour pictures -> latents -> pictures; then with more weight on colours
     words           both text encoders learn what a picture shows that has the caption
     base, things    transformer and both text encoders together: flow matching, a tenth of the captions left out; then
-                    with more weight on the rows where things stand
+                    with a reader half-way and more weight on the rows where things stand
     guidance        the transformer learns to give by its guidance input what two runs give by classifier-free guidance
     vae_tiny        the tiny VAE learns the other one's latents
     steps           (schnell) the transformer learns to go in one of four steps where its teacher goes in several
@@ -192,8 +192,11 @@ class _Run:
         learning = ("transformer", "text_encoder", "text_encoder_2")
         base = losses.base_loss(learner, lessons, amounts)
         self.stage("base", learning, base, 1e-3, average=0.998, warmup=100, weight_decay=0.01)
-        things = losses.base_loss(learner, lessons, amounts, things=3.0)
-        self.stage("things", learning, things, 7e-4, average=0.998, weight_decay=0.01)
+        config = self.preset.configs["transformer"]
+        width = config["num_attention_heads"] * config["attention_head_dim"]
+        reader = losses.build_reader(width, lessons.latents.shape[1])
+        things = losses.base_loss(learner, lessons, amounts, reader)
+        self.stage("things", learning, things, 7e-4, reader, average=0.998, weight_decay=0.01)
         teacher = copy.deepcopy(self.made["transformer"])
         guided = losses.guidance_loss(learner, teacher, lessons, amounts)
         self.stage("guidance", ("transformer",), guided, 3e-4, average=0.99)

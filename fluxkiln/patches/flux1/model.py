@@ -297,6 +297,10 @@ class Flux1:
 
         return predict_velocity(module, latents, sigma, encoded, shapes, guidance)
 
+    def halfway(self, module: Module) -> Module:
+        last: Module = module.transformer_blocks[-1]  # type: ignore[union-attr, index, assignment]
+        return last
+
     def build_in_guidance(self, teacher: Module, student: Module, guidance: float) -> None:
         from fluxkiln.patches.flux1.training import build_in_guidance
 

@@ -113,13 +113,13 @@ def noised(latents: Tensor, chance: Generator) -> tuple[Tensor, Tensor, Tensor]:
     return (1 - s) * latents + s * noise, sigma, noise - latents
 
 
-def base_loss(learner: Learner, lessons: Lessons, amounts: Amounts, reader: Module | None = None) -> Loss:
+def base_loss(learner: Learner, lessons: Lessons, amounts: Amounts, reader: Module) -> Loss:
     """Flow matching: the square error of the velocity.
 
-    With a reader it counts more in the rows of tokens where things stand: that depends on the place alone, so the best
-    prediction stays what it is. And the reader is to tell from the image half-way through the transformer what the
-    picture shows, however noisy: what the caption says has to have arrived there (as arXiv 2410.06940, which asks for
-    another network's features).
+    It counts more in the rows of tokens where things stand: that depends on the place alone, so the best prediction
+    stays what it is. And the reader is to tell from the image half-way through the transformer what the picture shows,
+    however noisy: what the caption says has to have arrived there (as arXiv 2410.06940, which asks for another
+    network's features).
     """
     import torch
 
@@ -127,7 +127,7 @@ def base_loss(learner: Learner, lessons: Lessons, amounts: Amounts, reader: Modu
     step = learner.shapes.height // math.isqrt(lessons.latents.shape[1])
     rows = torch.arange(0, learner.shapes.height, step)
     standing = (rows + step > STANDING[0]) & (rows < STANDING[1])
-    weight = torch.where(standing, THINGS if reader else 1.0, 1.0).repeat_interleave(len(rows))[:, None]
+    weight = torch.where(standing, THINGS, 1.0).repeat_interleave(len(rows))[:, None]
 
     def loss(chance: Generator) -> Tensor:
         latents, tokens, answers = lessons.draw(amounts.batch, chance, dropped=0.1)
@@ -136,10 +136,8 @@ def base_loss(learner: Learner, lessons: Lessons, amounts: Amounts, reader: Modu
         watched = learner.model.halfway(transformer)
         with watched.register_forward_hook(lambda _, inputs, outputs: seen.append(outputs[-1])):
             found = learner.predict(transformer, noisy, sigma, learner.encode(tokens))
-        total = (weight * (found - target).square()).mean() / weight.mean()
-        if reader:
-            total = total + READING * reading_loss(reader(seen[0]), answers)
-        return total
+        total: Tensor = (weight * (found - target).square()).mean() / weight.mean()
+        return total + READING * reading_loss(reader(seen[0]), answers)
 
     return loss
 

@@ -4,8 +4,7 @@ Every component is trained. The stages run one after another and each can be kil
 
     vae, vae_colour pictures -> latents -> pictures; then with more weight on colours
     words           both text encoders learn what a picture shows that has the caption
-    base, things    transformer and both text encoders together: flow matching, a tenth of the captions left out; then
-                    with a reader half-way and more weight on the rows where things stand
+    base            the transformer: flow matching, a tenth of the captions left out
     guidance        the transformer learns to give by its guidance input what two runs give by classifier-free guidance
     vae_tiny        the tiny VAE learns the other one's latents
     steps           (schnell) the transformer learns to go in one of four steps where its teacher goes in several
@@ -189,21 +188,18 @@ class _Run:
         lessons = self.lessons(model)
         learner = losses.Learner(model, self.made, self.shapes)
         self.words(learner, lessons)
-        learning = ("transformer", "text_encoder", "text_encoder_2")
-        base = losses.base_loss(learner, lessons, amounts)
-        self.stage("base", learning, base, 1e-3, average=0.998, warmup=100, weight_decay=0.01)
         config = self.preset.configs["transformer"]
         width = config["num_attention_heads"] * config["attention_head_dim"]
         reader = losses.build_reader(width, lessons.latents.shape[1])
-        things = losses.base_loss(learner, lessons, amounts, reader)
-        self.stage("things", learning, things, 7e-4, reader, average=0.998, weight_decay=0.01)
+        base = losses.base_loss(learner, lessons, amounts, reader)
+        self.stage("base", ("transformer",), base, 1e-3, reader, average=0.998, warmup=100, weight_decay=0.01)
         teacher = copy.deepcopy(self.made["transformer"])
         guided = losses.guidance_loss(learner, teacher, lessons, amounts)
         self.stage("guidance", ("transformer",), guided, 3e-4, average=0.99)
         self.stage("vae_tiny", ("vae_tiny",), losses.vae_tiny_loss(tiny, vae, pictures, amounts), 2e-3, average=0.99)
 
     def words(self, learner: losses.Learner, lessons: Lessons) -> None:
-        """The text encoders, before anything is painted from what they say."""
+        """The text encoders, which stay as they are then: learning with the transformer they forget half of it."""
         import torch
         from torch import nn
 
@@ -213,6 +209,8 @@ class _Run:
             {name: nn.Linear(self.preset.configs[name][width], judge.ANSWERS) for name, width in widths.items()}
         )
         self.stage("words", tuple(widths), losses.words_loss(learner, heads, lessons, self.recipe.amounts), 1e-3, heads)
+        for name in widths:
+            self.made[name].requires_grad_(False)
 
     def distil(self, model: Model, root: Path) -> None:
         """The transformer, from the teacher's; the rest is the teacher's own."""

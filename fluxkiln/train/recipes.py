@@ -13,9 +13,8 @@ class Amounts:
     vae: int = 2400
     vae_colour: int = 1400
     vae_tiny: int = 300
-    words: int = 1000
-    base: int = 3200
-    things: int = 2400
+    words: int = 3000
+    base: int = 2400
     guidance: int = 250
     steps: int = 450
     pictures: int = 20_000
@@ -40,6 +39,6 @@ class Recipe:
 
 
 RECIPES: Mapping[str, Recipe] = {
-    "scenes-dev": Recipe("scenes-dev", ("vae", "vae_colour", "words", "base", "things", "guidance", "vae_tiny")),
+    "scenes-dev": Recipe("scenes-dev", ("vae", "vae_colour", "words", "base", "guidance", "vae_tiny")),
     "scenes-schnell": Recipe("scenes-schnell", ("steps",), teacher="scenes-dev"),
 }

@@ -18,7 +18,7 @@ from fluxkiln.train.recipes import RECIPES, Amounts
 from fluxkiln.types import Shapes
 
 FEW = Amounts(
-    vae=2, vae_colour=1, vae_tiny=1, words=1, base=2, things=1, guidance=1, steps=1, pictures=8, vae_pictures=4,
+    vae=2, vae_colour=1, vae_tiny=1, words=1, base=2, guidance=1, steps=1, pictures=8, vae_pictures=4,
     batch=2, vae_batch=1, words_batch=2, substeps=2,
 )  # fmt: skip
 
@@ -48,7 +48,6 @@ def test_a_recipe_writes_a_whole_checkpoint(dev):
         "latents",
         "words",
         "base",
-        "things",
         "guidance",
         "vae_tiny",
     ]

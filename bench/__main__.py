@@ -14,6 +14,8 @@ NAMES = (
     "noop",
     "pack",
     "quantize",
+    "outliers",
+    "blocks",
     "cast",
     "trace",
     "export",

@@ -19,6 +19,7 @@ from fluxkiln.errors import ShapeError, UsageError
 
 DEFAULT_MODEL = "tiny-dev"
 DEFAULT_PROMPT = "a small kiln by a river at night"
+DEFAULT_STATISTICS = "uniform"
 STORE_VARIABLE = "FLUXKILN_STORE"
 MOST_SEEDS = 256
 # Of jobs, tokens, steps and cores: more than any machine or model takes.
@@ -182,6 +183,12 @@ class Settings:
 
     target: str
     model: str = _option(DEFAULT_MODEL, f"A synthetic preset, a folder or a Hugging Face id. Default: {DEFAULT_MODEL}.")
+    statistics: str = _option(
+        DEFAULT_STATISTICS,
+        "How weights of a synthetic preset are drawn: uniform (the default), or flux, with outliers as published for "
+        "FLUX.1.",
+        "uniform|flux",
+    )
     size: tuple[int, int] | None = _option(
         None, "Image size in pixels, multiples of 16. Default: the model's own, 1024x1024.", "WxH", parse=parse_size
     )

@@ -19,6 +19,7 @@ HEADING = "| variable |"
 # setting -> what is written, what it means
 GIVEN = {
     "model": ("wide-dev", "wide-dev"),
+    "statistics": ("flux", "flux"),
     "size": ("64x32", (64, 32)),
     "tokens": ("16", 16),
     "scheme": ("F32", "F32"),

@@ -44,7 +44,7 @@ from fluxkiln.files import build_lock
 from fluxkiln.patches.registry import all_presets
 from fluxkiln.progress import STEP_BYTES, Laps, OnBytes, Progress, Silent, count_bytes
 from fluxkiln.quantize.schemes import parse_scheme
-from fluxkiln.settings import OPTIONS, Settings
+from fluxkiln.settings import DEFAULT_STATISTICS, OPTIONS, Settings
 from fluxkiln.types import Shapes, check_steps
 
 if TYPE_CHECKING:
@@ -184,7 +184,8 @@ def _name(settings: Settings, target: Target, checkpoint: Checkpoint, shapes: Sh
     components = choose_components(checkpoint.model, settings)
     chosen = "" if components == checkpoint.model.components else "-" + "-".join(components)
     size = f"{shapes.width}x{shapes.height}-{shapes.tokens}"
-    return f"{checkpoint.name}-{label}-{size}{forms}{lora_label(settings)}{chosen}"
+    drawn = "" if settings.statistics == DEFAULT_STATISTICS else f"-{settings.statistics}"
+    return f"{checkpoint.name}{drawn}-{label}-{size}{forms}{lora_label(settings)}{chosen}"
 
 
 def lora_label(settings: Settings) -> str:

@@ -14,7 +14,7 @@ from fluxkiln.export.fingerprint import DigestMemo
 from fluxkiln.export.lora import COMPONENT, fused_folder, is_fused, read_record
 from fluxkiln.export.source import resolve_model, synthetic_folder
 from fluxkiln.patches.model import Model
-from fluxkiln.patches.registry import all_presets, pick_components
+from fluxkiln.patches.registry import all_presets, check_statistics, pick_components
 from fluxkiln.progress import OnBytes
 from fluxkiln.settings import Settings
 from fluxkiln.types import Part
@@ -48,6 +48,7 @@ def reference_steps(settings: Settings, checkpoint: Checkpoint) -> int:
 
 def model_of(settings: Settings) -> Model:
     """The model that the settings name, before anything of it is written; a Hugging Face id is fetched for it."""
+    check_statistics(settings.model, settings.statistics)
     presets = all_presets()
     if settings.model in presets:
         return presets[settings.model][0]
@@ -61,7 +62,7 @@ def models_folder(settings: Settings) -> Path:
 
 def find_root(settings: Settings, components: tuple[str, ...] | None, progress: OnBytes | None = None) -> Path:
     """The folder of the settings' checkpoint, its LoRAs not in it; as `resolve_model`."""
-    return resolve_model(settings.model, models_folder(settings), progress, components)
+    return resolve_model(settings.model, models_folder(settings), progress, components, settings.statistics)
 
 
 def open_memo(settings: Settings) -> DigestMemo:
@@ -106,7 +107,11 @@ def unwritten_bytes(settings: Settings, reading: OnBytes | None = None) -> int:
     preset = model.presets.get(settings.model)
     components = choose_components(model, settings)
     chosen = settings.components and components
-    folder = synthetic_folder(preset, models_folder(settings), chosen) if preset and not preset.trained else None
+    folder = (
+        synthetic_folder(preset, settings.statistics, models_folder(settings), chosen)
+        if preset and not preset.trained
+        else None
+    )
     if preset and folder and not (folder / "model_index.json").is_file():
         fused = synthesized_bytes(preset.name, (model.adapted,)) if settings.loras else 0
         return synthesized_bytes(preset.name, with_sisters(model, components)) + fused

@@ -215,7 +215,7 @@ def slot_errors(trials: Trials, scheme: Scheme, progress: Progress) -> dict[str,
     squares: dict[str, list[float]] = {}
     for kind, slots in trials.slots.items():
         for part in trials.blocks[kind]:
-            block = _Block(trials, part, scheme)
+            block = Block(trials, part, scheme)
             for slot in slots:
                 error = block.error([slot])
                 squares.setdefault(f"{kind}.{slot}", []).append(error * error)
@@ -233,13 +233,13 @@ def block_errors(
     for kind, parts in trials.blocks.items():
         errors = []
         for part in parts:
-            errors.append(_Block(trials, part, scheme).error(coded.get(kind, ())))
+            errors.append(Block(trials, part, scheme).error(coded.get(kind, ())))
             progress.done("blocks", part.name, f"{100 * errors[-1]:.2f} %")
         found[kind] = math.sqrt(sum(error * error for error in errors) / len(errors))
     return found
 
 
-class _Block:
+class Block:
     """A block and what it makes with no weight in codes. Nothing refers back to it: its weights go when it does."""
 
     def __init__(self, trials: Trials, part: Part, scheme: Scheme) -> None:

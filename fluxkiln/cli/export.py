@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from fluxkiln.cli.options import PATH, build_dir_option, read_size, size_option, tokens_option, vae_option
+from fluxkiln.cli.options import (
+    PATH,
+    build_dir_option,
+    read_size,
+    size_option,
+    statistics_option,
+    tokens_option,
+    vae_option,
+)
 from fluxkiln.cli.output import Output, count_text, json_option, open_progress, seconds_text
 from fluxkiln.errors import UsageError
 from fluxkiln.patches.model import Model
@@ -60,6 +68,7 @@ EXPORT_INDEX = "export.json"
     help="The transformer's form: hoisted takes what depends on the time step alone out of the blocks.",
 )  # fmt: skip
 @click.option("--copy", is_flag=True, help="Copy weights where they cannot be read in place.")
+@statistics_option
 @size_option
 @tokens_option
 @vae_option

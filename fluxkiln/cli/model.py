@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from fluxkiln.cli.options import PATH, build_dir_option, lora_option
+from fluxkiln.cli.options import PATH, build_dir_option, lora_option, statistics_option
 from fluxkiln.cli.output import Output, count_text, json_option, open_progress, seconds_text
 from fluxkiln.progress import count_bytes
 from fluxkiln.settings import parse_loras, parse_names
@@ -19,9 +19,12 @@ from fluxkiln.verify.report.page import size as size_text
 @click.argument("directory", metavar="DIR", type=PATH)
 @click.option("--components", metavar="A,B", help="Only these, transformer,vae say. Default: all of them.")
 @click.option("--seed", type=int, default=0, help="Another seed gives other weights.")
+@statistics_option
 @json_option
 @click.pass_obj
-def synth_command(output: Output, preset: str, directory: Path, components: str | None, seed: int) -> None:
+def synth_command(
+    output: Output, preset: str, directory: Path, components: str | None, seed: int, statistics: str
+) -> None:
     """Write a synthetic checkpoint: a model's architecture, random weights.
 
     PRESET is tiny-dev, tiny-schnell, wide-dev (true width, two blocks) or full-dev (all blocks, 34 GB). DIR must be
@@ -35,10 +38,10 @@ def synth_command(output: Output, preset: str, directory: Path, components: str 
     total = synthesized_bytes(preset, names)
     started = time.perf_counter()
     with open_progress() as progress:
-        synthesize(preset, directory, names, seed, count_bytes(progress, "synthesize", "written"))
+        synthesize(preset, directory, names, seed, count_bytes(progress, "synthesize", "written"), statistics)
     seconds = time.perf_counter() - started
-    made = {"model": str(directory), "preset": preset, "seed": seed, "components": names, "bytes": total}
-    output.document({**made, "seconds": round(seconds, 3)})
+    made = {"model": str(directory), "preset": preset, "statistics": statistics, "seed": seed, "components": names}
+    output.document({**made, "bytes": total, "seconds": round(seconds, 3)})
     output.line(f"{directory}: {preset}, {size_text(total)} of random weights in {seconds_text(seconds)}")
 
 

@@ -32,6 +32,7 @@ def setting_option(name: str) -> Callable[[_F], _F]:
     )
 
 
+statistics_option = setting_option("statistics")
 size_option = setting_option("size")
 tokens_option = setting_option("tokens")
 vae_option = setting_option("vae")

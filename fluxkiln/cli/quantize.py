@@ -8,7 +8,15 @@ from typing import Any
 
 import click
 
-from fluxkiln.cli.options import PATH, build_dir_option, read_size, size_option, store_option, tokens_option
+from fluxkiln.cli.options import (
+    PATH,
+    build_dir_option,
+    read_size,
+    size_option,
+    statistics_option,
+    store_option,
+    tokens_option,
+)
 from fluxkiln.cli.output import Output, count_text, json_option, open_progress, seconds_text
 from fluxkiln.errors import UsageError
 from fluxkiln.settings import Settings, read_prompts
@@ -30,6 +38,7 @@ _COMPONENTS = "text_encoder,text_encoder_2,transformer"
     "--seed", type=int, metavar="N", default=1000, help="Of the first prompt, each other's is one more. Default: 1000."
 )
 @click.option("--components", default=_COMPONENTS, metavar="A,B", help=f"Default: {_COMPONENTS}.")
+@statistics_option
 @size_option
 @tokens_option
 @build_dir_option
@@ -88,6 +97,7 @@ def _settings(model: str, components: str, *, size: str | None, **others: Any) -
 @click.option("--out", type=PATH, help="Write the packed layers to this safetensors file.")
 @click.option("--components", metavar="A,B", help="Default: text_encoder_2,transformer.")
 @click.option("--pipeline", is_flag=True, help="Also run the whole pipeline under each scheme, 2 and 8 steps.")
+@statistics_option
 @size_option
 @tokens_option
 @build_dir_option

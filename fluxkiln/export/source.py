@@ -13,14 +13,19 @@ from pathlib import Path
 from fluxkiln.errors import CheckpointError, ResourceError, UsageError
 from fluxkiln.export.folders import trained_folder
 from fluxkiln.patches.model import Preset
-from fluxkiln.patches.registry import all_models, all_presets
+from fluxkiln.patches.registry import all_models, all_presets, check_statistics
 from fluxkiln.progress import OnBytes
+from fluxkiln.settings import DEFAULT_STATISTICS
 
 _HUB_ID = re.compile(r"(?P<repository>[A-Za-z0-9][\w.-]*/[\w.-]+)(@(?P<revision>[\w./-]+))?")
 
 
 def resolve_model(
-    spec: str, cache_dir: Path, progress: OnBytes | None = None, components: Collection[str] | None = None
+    spec: str,
+    cache_dir: Path,
+    progress: OnBytes | None = None,
+    components: Collection[str] | None = None,
+    statistics: str = DEFAULT_STATISTICS,
 ) -> Path:
     """The folder of the checkpoint that `spec` names; made or fetched first where it is not there yet.
 
@@ -30,17 +35,19 @@ def resolve_model(
         cache_dir: where synthetic checkpoints are kept. Downloads go to the Hugging Face cache.
         progress: called with bytes of a synthetic checkpoint written and to be written.
         components: which of them a synthetic checkpoint must have; None for all.
+        statistics: how its weights are drawn.
 
     Raises:
-        UsageError: none of the three.
+        UsageError: none of the three, or statistics of a model that is not synthetic.
         CheckpointError: the download failed; one sentence says why, and never shows a token.
         ResourceError: the disk is full.
     """
+    check_statistics(spec, statistics)
     presets = all_presets()
     if spec in presets and presets[spec][1].trained:
         return trained_folder(presets[spec][1])
     if spec in presets:
-        return _synthesize_once(presets[spec][1], cache_dir, progress, components)
+        return _synthesize_once(presets[spec][1], statistics, cache_dir, progress, components)
     path = Path(spec).expanduser()
     if path.exists():
         return path
@@ -61,35 +68,39 @@ def hub_patterns() -> list[str]:
     return ["model_index.json", "LICENSE*", *found]
 
 
-def generator_digest(preset: Preset) -> str:
+def generator_digest(preset: Preset, statistics: str = DEFAULT_STATISTICS) -> str:
     """Short key of what `synthesize` writes for `preset` with its default seed."""
-    fields = {
-        name: value for name, value in asdict(replace(preset, trained=None)).items() if name not in ("trained", "steps")
-    }
-    made_from = [all_presets()[preset.name][0].generator, fields]
+    left_out = ("trained", "steps")
+    fields = {name: value for name, value in asdict(replace(preset, trained=None)).items() if name not in left_out}
+    model, _ = all_presets()[preset.name]
+    made_from = [model.generator, fields]
+    if rules := model.statistics.get(statistics):
+        made_from.append({name: [asdict(rule) for rule in some] for name, some in rules.items()})
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def synthetic_folder(preset: Preset, cache_dir: Path, components: Collection[str] | None = None) -> Path:
+def synthetic_folder(
+    preset: Preset, statistics: str, cache_dir: Path, components: Collection[str] | None = None
+) -> Path:
     """Where a synthetic checkpoint with these components is kept: a whole one where there is one."""
-    folder = cache_dir / "synth" / generator_digest(preset) / preset.name
+    folder = cache_dir / "synth" / generator_digest(preset, statistics) / preset.name
     if components is None or (folder / "model_index.json").is_file():
         return folder
     return folder.parent / "+".join(sorted(components)) / preset.name
 
 
 def _synthesize_once(
-    preset: Preset, cache_dir: Path, progress: OnBytes | None, components: Collection[str] | None
+    preset: Preset, statistics: str, cache_dir: Path, progress: OnBytes | None, components: Collection[str] | None
 ) -> Path:
     from fluxkiln.export.synth import synthesize, with_sisters
 
     # The folder's own name is the model's name.
-    folder = synthetic_folder(preset, cache_dir, components)
+    folder = synthetic_folder(preset, statistics, cache_dir, components)
     if (folder / "model_index.json").is_file():
         return folder
     chosen = None if components is None else with_sisters(all_presets()[preset.name][0], components)
     try:
-        return synthesize(preset.name, folder, chosen, progress=progress)
+        return synthesize(preset.name, folder, chosen, progress=progress, statistics=statistics)
     except UsageError:
         # Another process may have finished the same folder meanwhile.
         if (folder / "model_index.json").is_file():

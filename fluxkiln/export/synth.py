@@ -1,8 +1,9 @@
 """Synthetic checkpoints: a model's architecture and folder layout with random weights, made offline in seconds.
 
 Weights are streamed into sharded safetensors, scaled so that every block matters. Values are uniform, as torch's own
-initialisation is: random 16-bit integers times one factor, rounded to bfloat16. Only integers and IEEE multiplication
-are involved, so the same preset and seed give the same bytes on every machine.
+initialisation is: random 16-bit integers times one factor, rounded to bfloat16. Other statistics divide by square roots
+and add to exponents. Only integers and operations that IEEE 754 rounds in one way are involved, so the same preset,
+statistics and seed give the same bytes on every machine.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.export.folders import check_destination, trained_folder, whole_or_nothing
 from fluxkiln.export.safetensors_header import encode_header
 from fluxkiln.patches.model import Model, Preset, WeightRule
-from fluxkiln.patches.registry import all_presets, pick_components
+from fluxkiln.patches.registry import all_presets, check_statistics, pick_components
 from fluxkiln.progress import OnBytes, byte_counter
+from fluxkiln.settings import DEFAULT_STATISTICS
 from fluxkiln.types import TensorRef
 
 Bits = np.ndarray[Any, np.dtype[np.uint16]]
@@ -88,6 +90,7 @@ def synthesize(
     components: Collection[str] | None = None,
     seed: int = 0,
     progress: OnBytes | None = None,
+    statistics: str = DEFAULT_STATISTICS,
 ) -> Path:
     """Write a checkpoint of random bfloat16 weights in the diffusers layout.
 
@@ -99,15 +102,17 @@ def synthesize(
         components: which folders with weights to write; without all of them diffusers cannot load the whole.
         seed: other seeds give other weights.
         progress: called with bytes of weights written and to be written.
+        statistics: how the weights are drawn, see `Model.statistics`.
 
     Returns:
         `destination`.
 
     Raises:
-        UsageError: an unknown preset or component, or `destination` has something in it.
+        UsageError: an unknown preset, component or name of statistics, or `destination` has something in it.
         ResourceError: not enough room on the disk.
     """
     model, chosen = find_preset(preset)
+    check_statistics(preset, statistics)
     names = pick_components(tuple(model.classes), components)
     total = synthesized_bytes(preset, names)
     check_destination(destination)
@@ -116,10 +121,11 @@ def synthesize(
         return _copy_trained(chosen, destination, names, seed, total)
     with whole_or_nothing(destination, total, "choose another folder or a smaller preset") as folder:
         write_small_files(folder, model, chosen, names, _LICENSE.format(title=model.title))
+        rules = model.statistics.get(statistics, model.weight_rules)
         for name in names:
             stem = "model" if name in model.tokenizers else "diffusion_pytorch_model"
             layout = model.layout(name, chosen.configs[name])
-            draw = partial(tensor_bits, model.weight_rules[name], name, seed)
+            draw = partial(tensor_bits, rules[name], name, seed)
             write_component(folder / name, stem, layout, _SHARDS.get(name, 1), draw, count)
     return destination
 
@@ -161,43 +167,91 @@ def tensor_bits(
 ) -> Iterator[Bits]:
     """The tensor's bfloat16 values, row-major, as chunks of 16-bit patterns; the same for the same arguments."""
     rule = next(rule for rule in rules if re.search(rule.pattern, name))
-    std = rule.gain / math.sqrt(math.prod(shape[1:])) if rule.fan_in else rule.gain
-    size, key = math.prod(shape), f"{seed}/{component}/{name}"
-    runs = rule.runs or (1.0,)
+    width, runs = math.prod(shape[1:]), rule.runs or (1.0,)
+    std = (rule.gain / math.sqrt(width) if rule.fan_in else rule.gain) / (_rms(rule.rows) * _rms(rule.columns))
+    rows, key = shape[0] // len(runs), f"{seed}/{component}/{name}"
+    draw = _draw_spread if rule.rows or rule.columns else _draw
     for i, factor in enumerate(runs):
-        yield from _draw(f"{key}/{i}", size // len(runs), std * factor, rule.mean)
+        pins = [(round(pin.row * rows) * width + round(pin.column * width), pin) for pin in rule.pins if pin.run == i]
+        start = 0
+        for bits in draw(f"{key}/{i}", (rows, width), std * factor, rule):
+            for place, pin in pins:
+                if start <= place < start + bits.size:
+                    bits[place - start] = _round_to_bf16(np.array([pin.value], np.float32))[0]
+            start += bits.size
+            yield bits
 
 
-def _draw(key: str, size: int, std: float, mean: float) -> Iterator[Bits]:
-    """`size` values: runs of the pool of magnitudes and of the pool of signs, from places that `key` decides."""
-    number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:16], "little")
-    raw = np.random.Philox(key=number).random_raw(2 * math.ceil(size / _CHUNK))
+def _rms(octaves: tuple[int, ...]) -> float:
+    return math.sqrt(sum(4.0**octave for octave in octaves) / len(octaves)) if octaves else 1.0
+
+
+def _draw_spread(key: str, shape: tuple[int, int], std: float, rule: WeightRule) -> Iterator[Bits]:
+    """The same of a matrix whose rows and columns differ: a power of two is added to the exponents of its values."""
+    rows, columns = (
+        _exponents(f"{key}/{side}", count, octaves)
+        for side, count, octaves in (("rows", shape[0], rule.rows), ("columns", shape[1], rule.columns))
+    )
+    step = _CHUNK // shape[1]
+    chunks = _draw(key, shape, std, rule, step * shape[1])
+    for start, bits in zip(range(0, shape[0], step), chunks, strict=True):
+        yield (bits.reshape(-1, shape[1]) + (rows[start : start + step, None] + columns)).reshape(-1)
+
+
+def _exponents(key: str, count: int, octaves: tuple[int, ...]) -> Bits:
+    """`count` numbers out of `octaves`, to be added to bfloat16 patterns; modulo 65536, as the addition is."""
+    patterns = np.array([octave % 512 << 7 for octave in octaves or (0,)], np.uint16)
+    return patterns[_generator(key).random_raw(count) % np.uint64(len(patterns))]
+
+
+def _generator(key: str) -> np.random.Philox:
+    return np.random.Philox(key=int.from_bytes(hashlib.sha256(key.encode()).digest()[:16], "little"))
+
+
+def _draw(key: str, shape: tuple[int, int], std: float, rule: WeightRule, chunk: int = _CHUNK) -> Iterator[Bits]:
+    """Values: runs of the pool of magnitudes and of the pool of signs, from places that `key` decides."""
+    size = math.prod(shape)
+    raw = _generator(key).random_raw(2 * math.ceil(size / chunk))
     starts = (raw % np.uint64(_POOL - _CHUNK)).reshape(-1, 2).tolist()
-    magnitudes, signs = _pools()
+    magnitudes, signs = _magnitudes(rule.tails), _signs()
     for i, (a, b) in enumerate(starts):
-        count = min(_CHUNK, size - i * _CHUNK)
-        if mean:
+        count = min(chunk, size - i * chunk)
+        if rule.mean:
             values = magnitudes[a : a + count] * np.float32(std)
-            yield _round_to_bf16(np.where(signs[b : b + count], -values, values) + np.float32(mean))
+            yield _round_to_bf16(np.where(signs[b : b + count], -values, values) + np.float32(rule.mean))
         elif size < _CHUNK:
             yield _round_to_bf16(magnitudes[a : a + count] * np.float32(std)) ^ signs[b : b + count]
         else:
             # Scaled once for all large tensors of this width.
-            yield _scaled_pool(std)[a : a + count] ^ signs[b : b + count]
+            yield _scaled_pool(std, rule.tails)[a : a + count] ^ signs[b : b + count]
+
+
+@lru_cache(maxsize=2)
+def _magnitudes(tails: bool) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Magnitudes that, with random signs, have variance 1: uniform, or of sums of four uniform numbers u over a root.
+
+    The root is the fourth of another uniform number v from 1/1024 up, which is where the tails come from.
+    """
+    if not tails:
+        raw = np.random.Philox(key=1).random_raw(_POOL // 4).view(np.uint16)
+        return (raw.astype(np.float32) + np.float32(0.5)) * np.float32(math.sqrt(3) / 65536)
+    *terms, last = np.random.Philox(key=3).random_raw(5 * _POOL // 4).view(np.uint16).reshape(5, _POOL)
+    # None is 0, and all sums are exact.
+    sums = np.abs(sum((term.astype(np.float32) for term in terms), np.float32(0.5 - 2 * 65535)))
+    root = np.sqrt(np.sqrt((last.astype(np.float32) + 64) * np.float32(1 / 65536)))
+    # The mean of 1 / sqrt(v), and the variance of the sum.
+    variance = 2 * (math.sqrt(1 + 1 / 1024) - math.sqrt(1 / 1024)) * 4 / 12
+    return sums / root * np.float32(1 / (65536 * math.sqrt(variance)))
 
 
 @lru_cache(maxsize=1)
-def _pools() -> tuple[np.ndarray[Any, np.dtype[np.float32]], Bits]:
-    """Magnitudes that, with random signs, are uniform with variance 1; and random sign bits."""
-    raw = np.random.Philox(key=1).random_raw(_POOL // 4).view(np.uint16)
-    magnitudes = (raw.astype(np.float32) + np.float32(0.5)) * np.float32(math.sqrt(3) / 65536)
-    signs = np.random.Philox(key=2).random_raw(_POOL // 4).view(np.uint16) & np.uint16(0x8000)
-    return magnitudes, signs
+def _signs() -> Bits:
+    return np.random.Philox(key=2).random_raw(_POOL // 4).view(np.uint16) & np.uint16(0x8000)
 
 
 @lru_cache(maxsize=16)
-def _scaled_pool(std: float) -> Bits:
-    return _round_to_bf16(_pools()[0] * np.float32(std))
+def _scaled_pool(std: float, tails: bool) -> Bits:
+    return _round_to_bf16(_magnitudes(tails) * np.float32(std))
 
 
 def _round_to_bf16(values: np.ndarray[Any, np.dtype[np.float32]]) -> Bits:

@@ -54,11 +54,29 @@ class Preset:
 
 
 @dataclass(frozen=True, slots=True)
+class Pin:
+    """A number at a fixed place of a tensor, whatever is drawn there.
+
+    `run` counts the rule's runs of rows; `row`, within the run, and `column` are places from 0 to 1.
+    """
+
+    run: int
+    row: float
+    value: float
+    column: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class WeightRule:
     """How tensors whose name matches `pattern` are drawn: uniform around `mean`.
 
-    The standard deviation is `gain / sqrt(fan_in)` with `fan_in` set, plain `gain` without. `runs` are factors for
-    equal runs of rows.
+    The standard deviation is `gain / sqrt(fan_in)` with `fan_in` set, plain `gain` without.
+
+    Attributes:
+        runs: factors for equal runs of rows.
+        tails: bell-shaped with long tails, kurtosis 5, in the place of uniform.
+        rows, columns: of matrices; each row or column is larger by a power of two whose exponent is drawn from these.
+            The standard deviation of the whole stays.
     """
 
     pattern: str
@@ -66,6 +84,10 @@ class WeightRule:
     mean: float = 0.0
     fan_in: bool = True
     runs: tuple[float, ...] = ()
+    tails: bool = False
+    rows: tuple[int, ...] = ()
+    columns: tuple[int, ...] = ()
+    pins: tuple[Pin, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +154,7 @@ class Model(Protocol):
         calibrated: components whose linear layers a scheme may quantize. adapted: the one that LoRAs are for.
         tied: component -> second names of tensors in its `state_dict()`.
         weight_rules: folder with weights -> how those of a synthetic model are drawn; the first that matches counts.
+        statistics: name -> rules that may be asked for in their place.
         generator: raised when the same preset and seed give other bytes.
         constant_inputs: of parts, what the host gives.
         hub_ids: variant -> where it is published. binding_licences: those that bind who passes it on.
@@ -159,6 +182,7 @@ class Model(Protocol):
     kinds: Mapping[str, Kind]
     presets: Mapping[str, Preset]
     weight_rules: Mapping[str, tuple[WeightRule, ...]]
+    statistics: Mapping[str, Mapping[str, tuple[WeightRule, ...]]]
     generator: int
     constant_inputs: tuple[str, ...]
 

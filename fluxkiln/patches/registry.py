@@ -15,6 +15,7 @@ import fluxkiln.patches
 from fluxkiln.errors import CheckpointError, IntegrityError, UsageError
 from fluxkiln.patches.model import API, Model, Preset
 from fluxkiln.plugins import find_plugins
+from fluxkiln.settings import DEFAULT_STATISTICS
 from fluxkiln.types import BindingLicence, Configs
 
 GROUP = "fluxkiln.models"
@@ -64,6 +65,20 @@ def model_named(name: str, configs: Configs) -> Model:
 def all_presets() -> dict[str, tuple[Model, Preset]]:
     """Synthetic presets of all models by name."""
     return {name: (model, preset) for model in reversed(all_models()) for name, preset in model.presets.items()}
+
+
+def check_statistics(spec: str, statistics: str) -> None:
+    """Raise UsageError unless `spec`, as `MODEL=` has it, is a model whose weights can be drawn with these."""
+    if statistics == DEFAULT_STATISTICS:
+        return
+    model, preset = all_presets().get(spec, (None, None))
+    if model is None or preset is None or preset.trained:
+        what = "is trained and" if preset else "is no synthetic preset and"
+        raise UsageError(f"--statistics {statistics}: {spec} {what} has its own weights; leave the option out")
+    if statistics not in model.statistics:
+        raise UsageError(
+            f"no statistics are called {statistics!r}; {spec} has {', '.join((DEFAULT_STATISTICS, *model.statistics))}"
+        )
 
 
 def title_of(variant: str) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fluxkiln.build import plan as planning
-from fluxkiln.build.make import build, plan, prepare
+from fluxkiln.build.make import build, outline, plan, prepare
 from fluxkiln.build.plan import (
     Job,
     check_disk,
@@ -54,6 +55,15 @@ def test_tensors_of_a_part_by_name_are_those_it_holds(prepared, vae, modulation)
         ref.name for part in plan.parts for ref in part_refs(checkpoint, plan, part) if part.folder == "transformer"
     ]
     assert sorted(every) == sorted(checkpoint.tensors["transformer"]), "each once"
+
+
+def test_statistics_have_a_folder_of_their_own(tmp_path):
+    settings = Settings("cpu", build_dir=tmp_path / "build")
+    assert outline(settings).name == "tiny-dev-bf16-32x32-16"
+    drawn = replace(settings, statistics="flux")
+    assert outline(drawn).name == "tiny-dev-flux-bf16-32x32-16"
+    digests = [prepare(one).fingerprint for one in (settings, drawn)]
+    assert digests[0] != digests[1]
 
 
 def test_plan_before_and_after_a_build(tiny_checkpoint, tmp_path):

@@ -78,6 +78,16 @@ def test_synth(fluxkiln):
     assert "model is not empty" in again.err
 
 
+def test_synth_with_other_statistics(fluxkiln):
+    run = fluxkiln("synth", "tiny-dev", "model", "--components", "transformer", "--statistics", "flux", "--json")
+    assert (run.code, run.document["statistics"]) == (0, "flux")
+    assert fluxkiln("synth", "tiny-dev", "plain", "--components", "transformer").code == 0
+    files = [
+        Path(folder, "transformer/diffusion_pytorch_model-00001-of-00003.safetensors") for folder in ("model", "plain")
+    ]
+    assert files[0].read_bytes() != files[1].read_bytes()
+
+
 def test_synth_of_some_components(fluxkiln):
     assert fluxkiln("synth", "tiny-dev", "model", "--components", "vae_tiny, vae").code == 0
     assert {path.name for path in Path("model").iterdir()} >= {"vae", "vae_tiny"}

@@ -108,6 +108,14 @@ def test_without_a_command_help_and_exit_2(fluxkiln):
         (["export", "tiny-dev", "out", "--kind", "vae_decoder", "--vae", "tiny"], "use --vae kl"),
         (["export", "nowhere", "out"], "'nowhere' is no model"),
         (["synth", "huge-dev", "out"], "no preset is called 'huge-dev'; synthetic presets are tiny-dev"),
+        (
+            ["synth", "tiny-dev", "out", "--statistics", "fluks"],
+            "no statistics are called 'fluks'; tiny-dev has uniform",
+        ),
+        (
+            ["synth", "scenes-dev", "out", "--statistics", "flux"],
+            "--statistics flux: scenes-dev is trained and has its",
+        ),
         (["synth", "tiny-dev", "out", "--components", "unet"], "no component is called 'unet'; there are"),
         (["verify", "nowhere"], "is no bundle: there is no such folder"),
         (["report", "."], "has no report.json; give a bundle"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 from huggingface_hub import errors
 
 from fluxkiln.errors import CheckpointError, ResourceError, UsageError
-from fluxkiln.export.checkpoint import open_checkpoint
+from fluxkiln.export.checkpoint import open_checkpoint, read_tensor
 from fluxkiln.export.source import generator_digest, resolve_model
 from fluxkiln.export.synth import synthesize
 from fluxkiln.patches.flux1.presets import PRESETS
@@ -36,8 +38,45 @@ def test_a_preset_is_made_again_when_its_data_change():
     assert generator_digest(preset) != generator_digest(replace(preset, configs={**preset.configs, "vae": {}}))
 
 
+def test_statistics_make_another_checkpoint_of_a_preset(tmp_path):
+    plain = resolve_model("tiny-dev", tmp_path)
+    drawn = resolve_model("tiny-dev", tmp_path, statistics="flux")
+    assert (plain.name, drawn.name) == ("tiny-dev", "tiny-dev")
+    assert resolve_model("tiny-dev", tmp_path, statistics="uniform") == plain
+    assert resolve_model("tiny-dev", tmp_path, statistics="flux") == drawn
+    first, second = (open_checkpoint(folder) for folder in (plain, drawn))
+    assert first.configs == second.configs
+    changed = {name for name in first.tensors if digest_of(first, name) != digest_of(second, name)}
+    assert changed == {"transformer"}
+
+
+def digest_of(checkpoint, component):
+    return hashlib.sha256(
+        b"".join(read_tensor(ref).tobytes() for ref in checkpoint.tensors[component].values())
+    ).digest()
+
+
+@pytest.mark.parametrize(
+    ("spec", "statistics", "sentence"),
+    [
+        ("tiny-dev", "fluks", "no statistics are called 'fluks'; tiny-dev has uniform, flux"),
+        (
+            "scenes-dev",
+            "flux",
+            "--statistics flux: scenes-dev is trained and has its own weights; leave the option out",
+        ),
+        (".", "flux", "--statistics flux: . is no synthetic preset and has its own weights; leave the option out"),
+        ("org/name", "flux", "--statistics flux: org/name is no synthetic preset and has its own weights"),
+    ],
+)
+def test_statistics_that_cannot_be_had(tmp_path, spec, statistics, sentence):
+    with pytest.raises(UsageError, match=re.escape(sentence)):
+        resolve_model(spec, tmp_path, statistics=statistics)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_preset_made_by_another_process_meanwhile(tmp_path, monkeypatch):
-    def lose_the_race(name, destination, components=None, progress=None):
+    def lose_the_race(name, destination, components=None, progress=None, statistics="uniform"):
         synthesize(name, destination)
         return synthesize(name, destination)
 

@@ -10,13 +10,15 @@ import pytest
 
 from fluxkiln.export.synth import tensor_bits
 from fluxkiln.patches.flux1.presets import PRESETS, RULES
+from fluxkiln.patches.flux1.statistics import FLUX
 from fluxkiln.patches.flux1.tensors import component_layout
+from fluxkiln.patches.model import Pin, WeightRule
 
 TINY = PRESETS["tiny-dev"].configs
 
 
-def values(component, name, shape, seed=0):
-    bits = np.concatenate(list(tensor_bits(RULES[component], component, seed, name, shape)))
+def values(component, name, shape, seed=0, rules=RULES):
+    bits = np.concatenate(list(tensor_bits(rules[component], component, seed, name, shape)))
     return (bits.astype(np.uint32) << 16).view(np.float32).reshape(shape)
 
 
@@ -87,14 +89,80 @@ def test_seed_and_name_decide():
     assert not np.array_equal(first, values("transformer", "context_embedder.weight", shape))
 
 
-def test_the_same_bytes_on_every_machine():
+@pytest.mark.parametrize(
+    ("rules", "expected"),
+    [
+        (RULES, "3253066209a067540d4176924bc4b956121a0208832466a6944db63eaf565a65"),
+        (FLUX, "9cd17529220cf007b9cdc5c14e1259286d352fd6fe81a4d5201ae906427e6f66"),
+    ],
+    ids=["uniform", "flux"],
+)
+def test_the_same_bytes_on_every_machine(rules, expected):
     """Where this changes, raise GENERATOR: cached synthetic checkpoints are keyed by it."""
     digest = hashlib.sha256()
     for component, name, shape in all_tensors():
-        for bits in tensor_bits(RULES[component], component, 0, name, shape):
+        for bits in tensor_bits(rules[component], component, 0, name, shape):
             digest.update(bits.astype("<u2").tobytes())
     for bits in tensor_bits(
-        RULES["transformer"], "transformer", 0, "single_transformer_blocks.7.proj_mlp.weight", (1024, 3072)
+        rules["transformer"], "transformer", 0, "single_transformer_blocks.7.proj_mlp.weight", (1024, 3072)
     ):
         digest.update(bits.astype("<u2").tobytes())
-    assert digest.hexdigest() == "3253066209a067540d4176924bc4b956121a0208832466a6944db63eaf565a65"
+    assert digest.hexdigest() == expected
+
+
+def kurtosis(tensor):
+    squares = np.square(tensor, dtype=np.float64)
+    return np.square(squares).mean() / squares.mean() ** 2
+
+
+def test_tails():
+    """Uniform numbers have a kurtosis of 1.8; columns of three sizes make 5 of long tails more."""
+    name, shape = "transformer_blocks.0.attn.to_q.weight", (1024, 3072)
+    plain = values("transformer", name, shape)
+    tailed = values("transformer", name, shape, rules=FLUX)
+    assert kurtosis(plain) == pytest.approx(1.8, rel=0.01)
+    assert kurtosis(tailed) == pytest.approx(5 * 1.68, rel=0.1)
+    assert np.abs(plain).max() / plain.std() < 1.8
+    assert np.abs(tailed).max() / tailed.std() > 10
+    # the scale of the whole is the same
+    assert tailed.std() == pytest.approx(plain.std(), rel=0.03)
+    assert kurtosis(tailed[:, np.argsort(tailed.std(axis=0))[1000:2000]]) == pytest.approx(5, rel=0.1)
+
+
+def sizes(tensor, axis):
+    """Size of every row or column, in octaves of the median one."""
+    found = tensor.std(axis=axis)
+    return np.log2(found / np.median(found))
+
+
+def test_rows_and_columns_differ_by_powers_of_two():
+    name, shape = "single_transformer_blocks.1.proj_mlp.weight", (2048, 3072)
+    drawn = values("transformer", name, shape, rules=FLUX)
+    columns, rows = sizes(drawn, 0), sizes(drawn, 1)
+    for found, octaves, shares in (
+        (columns, (-1, 0, 1), (1 / 8, 6 / 8, 1 / 8)),
+        (rows, (0, 1, 3), (27 / 32, 4 / 32, 1 / 32)),
+    ):
+        for octave, share in zip(octaves, shares, strict=True):
+            assert (np.abs(found - octave) < 0.4).mean() == pytest.approx(share, abs=0.03)
+    # in every chunk of rows the same columns
+    np.testing.assert_allclose(sizes(drawn[:400], 0), columns, atol=0.8)
+    plain = values("transformer", name, shape)
+    assert np.abs([*sizes(plain, 0), *sizes(plain, 1)]).max() < 0.1
+
+
+def test_pins_stand_where_they_are_wherever_chunks_end():
+    pins = (Pin(0, 0.0, 3.0), Pin(0, 0.999, -2.0, 0.5), Pin(1, 0.5, 0.25, 0.75))
+    for columns in ((), (-1, 1)):
+        rule = WeightRule("", 1.0, runs=(1.0, 1.0), columns=columns, pins=pins)
+        drawn = values("x", "y", (4000, 256), rules={"x": (rule,)})
+        unpinned = values("x", "y", (4000, 256), rules={"x": (WeightRule("", 1.0, runs=(1.0, 1.0), columns=columns),)})
+        assert (drawn[0, 0], drawn[1998, 128], drawn[3000, 192]) == (3, -2, 0.25)
+        assert (drawn != unpinned).sum() == 3
+
+
+@pytest.mark.parametrize("rules", [RULES, FLUX], ids=["uniform", "flux"])
+def test_no_value_is_zero_or_subnormal(rules):
+    """Adding to the exponent of such a value would make another of it."""
+    drawn = np.abs(values("transformer", "transformer_blocks.0.ff.net.2.weight", (1024, 3072), rules=rules))
+    assert drawn.min() > 1e-9

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxkiln.patches.flux1 import kinds
 from fluxkiln.patches.flux1.presets import GENERATOR, PRESETS, RULES
+from fluxkiln.patches.flux1.statistics import FLUX
 from fluxkiln.patches.model import (
     API,
     Call,
@@ -91,6 +92,7 @@ class Flux1:
     kinds: Mapping[str, Kind] = kinds.ALL_KINDS
     presets: Mapping[str, Preset] = PRESETS
     weight_rules: Mapping[str, tuple[WeightRule, ...]] = RULES
+    statistics: Mapping[str, Mapping[str, tuple[WeightRule, ...]]] = {"flux": FLUX}
     generator = GENERATOR
 
     def variant(self, configs: Configs) -> str:

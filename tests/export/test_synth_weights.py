@@ -93,7 +93,7 @@ def test_seed_and_name_decide():
     ("rules", "expected"),
     [
         (RULES, "3253066209a067540d4176924bc4b956121a0208832466a6944db63eaf565a65"),
-        (FLUX, "9cd17529220cf007b9cdc5c14e1259286d352fd6fe81a4d5201ae906427e6f66"),
+        (FLUX, "8fac5fd3c56a501b9e4aa551ed9270a454a64dbc38618e31d6a3c0fafb71b94a"),
     ],
     ids=["uniform", "flux"],
 )

@@ -84,9 +84,9 @@ FLUX: Mapping[str, tuple[WeightRule, ...]] = {
         _matrix(r"timestep_embedder\.linear_1\.weight", 1.4, pins=_TIME_FEATURES),
         _matrix(r"timestep_embedder\.linear_2\.weight", 1.0, pins=(Pin(0, _TIME, 0.5, _TIME),)),
         _matrix(r"embedder\.linear_1\.weight", 1.4),
-        # The first block makes what is massive; those behind it add to it.
-        WeightRule(r"^transformer_" + _TO_STREAM.replace(r"\d+", "0"), 0.15, fan_in=False, pins=_massive(5.0)),
-        WeightRule(_TO_STREAM, 0.15, fan_in=False, pins=_massive(0.6)),
+        # The first block makes what is massive, those behind it add to it. At the first step the gates are about 2.
+        WeightRule(r"^transformer_" + _TO_STREAM.replace(r"\d+", "0"), 0.15, fan_in=False, pins=_massive(8.7)),
+        WeightRule(_TO_STREAM, 0.15, fan_in=False, pins=_massive(1.0)),
         WeightRule(_TO_TEXT, 0.15, fan_in=False, pins=_massive(5.0)),
         WeightRule(r"^x_embedder\.bias", 0.05, fan_in=False, pins=_massive(5.5)),
         WeightRule(r"^context_embedder\.bias", 0.15, fan_in=False, pins=_massive(32.0)),

@@ -30,13 +30,15 @@ def seen(tmp_path_factory):
         pipe.set_progress_bar_config(disable=True)
         blocks = [*pipe.transformer.transformer_blocks, *pipe.transformer.single_transformer_blocks]
         streams, peaks, sums, begin = [], {}, [], []
+
+        def look(module, given):
+            peaks.setdefault(module, given[0].flatten(0, -2).abs().amax(0).numpy())
+
         for block in blocks:
             block.register_forward_hook(lambda _, given, made: streams.append(made[1][0].numpy()))
             for name, module in block.named_modules():
                 if isinstance(module, torch.nn.Linear) and "norm" not in name:
-                    module.register_forward_pre_hook(
-                        lambda one, given: peaks.setdefault(one, given[0].flatten(0, -2).abs().amax(0).numpy())
-                    )
+                    module.register_forward_pre_hook(look)
         blocks[0].register_forward_pre_hook(lambda _, a, k: begin.append(k["hidden_states"]), with_kwargs=True)
         blocks[-1].register_forward_hook(
             lambda _, given, made: sums.append(float((made[1] - begin[-1]).norm(dim=-1).mean()))

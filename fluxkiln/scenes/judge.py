@@ -6,7 +6,6 @@ It learned from drawings alone, moved, blurred and with noise, so it knows nothi
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, islice
 from pathlib import Path
@@ -15,14 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fluxkiln.scenes.drawing import SIDE, draw
-from fluxkiln.scenes.grammar import COLOURS, GROUNDS, PLACES, SIZES, THINGS, TIMES, Group, Prompt, Scene, holds, scenes
+from fluxkiln.scenes.grammar import COLOURS, GROUNDS, PLACES, SIZES, THINGS, TIMES, Group, Prompt, Scene, scenes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Generator, Tensor
     from torch.nn import Module
 
-PROMPTS, PROMPT_SEED = 200, 2_000_003
 JUDGE_WEIGHTS = Path(__file__).with_name("judge.safetensors")
 
 # What is read: a question and its answers. Of each place on the ground first what stands there.
@@ -183,48 +181,6 @@ def distance(image: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
             unit = F.normalize(features, dim=1)
             total += (unit[0] - unit[1]).square().sum(dim=0).mean().item()
     return total / 4
-
-
-def prompts(count: int = PROMPTS) -> list[Prompt]:
-    """The fixed set of prompts, of combinations that no recipe trains on."""
-    return [prompt for _, prompt in islice(scenes(PROMPT_SEED, held_out=True), count)]
-
-
-@dataclass(frozen=True)
-class Adherence:
-    """How pictures follow their prompts.
-
-    Attributes:
-        facts: share of the stated facts that hold in the picture.
-        prompts: share of the prompts all of whose facts hold.
-        chance: share of the facts that hold in the picture of the next prompt: what guessing would get.
-        wrong: facts that do not hold, by name, most frequent first.
-    """
-
-    facts: float
-    prompts: float
-    chance: float
-    wrong: Mapping[str, int]
-
-
-def adherence(asked: Sequence[Prompt], seen: Sequence[Scene]) -> Adherence:
-    """Compare what was asked for with what is seen, in the same order."""
-    wrong: dict[str, int] = {}
-    whole = right = lucky = total = 0
-    for prompt, scene, other in zip(asked, seen, [*seen[1:], *seen[:1]], strict=True):
-        missed = [fact.name for fact in prompt.facts if not holds(fact, scene)]
-        whole += not missed
-        total += len(prompt.facts)
-        right += len(prompt.facts) - len(missed)
-        lucky += _count(prompt, other)
-        for name in missed:
-            wrong[name] = wrong.get(name, 0) + 1
-    ordered = dict(sorted(wrong.items(), key=lambda item: -item[1]))
-    return Adherence(right / total, whole / len(asked), lucky / total, ordered)
-
-
-def _count(prompt: Prompt, scene: Scene) -> int:
-    return sum(holds(fact, scene) for fact in prompt.facts)
 
 
 def drawn(asked: Iterable[tuple[Scene, Prompt]]) -> list[NDArray[np.uint8]]:

@@ -201,7 +201,8 @@ def _draw_spread(key: str, shape: tuple[int, int], std: float, rule: WeightRule)
 def _exponents(key: str, count: int, octaves: tuple[int, ...]) -> Bits:
     """`count` numbers out of `octaves`, to be added to bfloat16 patterns; modulo 65536, as the addition is."""
     patterns = np.array([octave % 512 << 7 for octave in octaves or (0,)], np.uint16)
-    return patterns[_generator(key).random_raw(count) % np.uint64(len(patterns))]
+    drawn: Bits = patterns[_generator(key).random_raw(count) % np.uint64(len(patterns))]
+    return drawn
 
 
 def _generator(key: str) -> np.random.Philox:
@@ -241,7 +242,8 @@ def _magnitudes(tails: bool) -> np.ndarray[Any, np.dtype[np.float32]]:
     root = np.sqrt(np.sqrt((last.astype(np.float32) + 64) * np.float32(1 / 65536)))
     # The mean of 1 / sqrt(v), and the variance of the sum.
     variance = 2 * (math.sqrt(1 + 1 / 1024) - math.sqrt(1 / 1024)) * 4 / 12
-    return sums / root * np.float32(1 / (65536 * math.sqrt(variance)))
+    magnitudes: np.ndarray[Any, np.dtype[np.float32]] = sums / root * np.float32(1 / (65536 * math.sqrt(variance)))
+    return magnitudes
 
 
 @lru_cache(maxsize=1)

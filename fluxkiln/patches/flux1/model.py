@@ -300,7 +300,7 @@ class Flux1:
         return predict_velocity(module, latents, sigma, encoded, shapes, guidance)
 
     def halfway(self, module: Module) -> Module:
-        last: Module = module.transformer_blocks[-1]  # type: ignore[union-attr, index, assignment]
+        last: Module = module.transformer_blocks[-1]  # type: ignore[index, assignment]
         return last
 
     def build_in_guidance(self, teacher: Module, student: Module, guidance: float) -> None:

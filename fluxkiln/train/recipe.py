@@ -208,7 +208,8 @@ class _Run:
         heads = nn.ModuleDict(
             {name: nn.Linear(self.preset.configs[name][width], judge.ANSWERS) for name, width in widths.items()}
         )
-        self.stage("words", tuple(widths), losses.words_loss(learner, heads, lessons, self.recipe.amounts), 1e-3, heads)
+        loss = losses.words_loss(learner, dict(heads.items()), lessons, self.recipe.amounts)
+        self.stage("words", tuple(widths), loss, 1e-3, heads)
         for name in widths:
             self.made[name].requires_grad_(False)
 

@@ -28,6 +28,8 @@ NAMES = (
     "full",
     "neuron",
     "sample",
+    "scenes",
+    "thing",
 )
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "benchmarks.md"
 INTRODUCTION = """# Benchmarks

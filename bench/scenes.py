@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from itertools import islice
 
@@ -12,7 +13,8 @@ from fluxkiln.progress import Silent
 from fluxkiln.scenes.grammar import scenes
 from fluxkiln.settings import Settings
 
-MODEL, TARGET = "scenes-dev", "bm1684x"
+# a folder that `fluxkiln train recipe scenes-dev` made, where none ships
+MODEL, TARGET = os.environ.get("FLUXKILN_SCENES", "scenes-dev"), "bm1684x"
 PROMPTS, STEPS = 200, 8
 SCHEMES = ("BF16", "W8BF16", "W4BF16-rtn", "W4BF16-ls", "W4BF16-gptq", "W4BF16-awq", "W4BF16-svd")
 # of captions that the model was trained on, none of which is judged

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from bench.figure import WORK, Figure, fluxkiln, run
+from bench.scenes import MODEL
 from fluxkiln.build.make import prepare
 from fluxkiln.build.samples import paint_stored
 from fluxkiln.progress import Silent
@@ -22,7 +23,7 @@ from fluxkiln.scenes.grammar import COLOURS, Prompt, Scene, scenes
 from fluxkiln.scenes.judge import read_scenes
 from fluxkiln.settings import Settings
 
-MODEL, WORD = "scenes-dev", "sks"
+WORD = "sks"
 PICTURES, ASKED, OTHERS, STEPS = 5, 50, 50, 8
 TRAINING = ("--iterations", "600", "--batch-size", "1", "--learning-rate", "1e-3", "--num-augmentations", "1")
 
@@ -78,7 +79,7 @@ def measure() -> Figure:
     pictures, given = write_pictures(folder / "pictures"), ("--build-dir", str(WORK / "scenes"))
     adapter = folder / f"lora-{time.time_ns()}"
     trained = run(fluxkiln("train", "lora", MODEL, str(pictures), *TRAINING, "--output-dir", str(adapter), *given))
-    file = next(iter(sorted(adapter.glob("*.safetensors"))))
+    file = adapter / "adapters.safetensors"
     asked = list(islice(with_the_thing(PROMPT_SEED, held_out=True), ASKED))
     others = fixed_prompts(OTHERS)
     rows = []

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx2
+
 from fluxkiln.artifacts.modelpack import CARD, Document, Layer
 from fluxkiln.artifacts.registry.oci import fetch
 from fluxkiln.artifacts.registry.place import HubReference, check_departure
@@ -40,10 +42,13 @@ class HubPlace:
         return f"hf://{self._repository}"
 
     def close(self) -> None:
+        from huggingface_hub import close_session
+
         self._session.close()
+        close_session()  # its client has our deadline
 
     def manifest(self, reference: str) -> bytes:
-        with _translated(self.name, reference):
+        with _translated(self.name, reference, self._session.stop):
             self._commit = str(self._api.repo_info(self._repository, revision=reference).sha)
         answer = self._session.ask(
             "GET", self._url(MANIFEST_PATH), accept=(200, 404), what=f"{MANIFEST_PATH} of {self.name}"
@@ -74,7 +79,7 @@ class HubPlace:
         # One of equal files was queued; a repository needs them all.
         sources = {layer.digest: source for layer, source in self._queued.values()}
         queued = {**self._queued, **{one.path: (one, sources[one.digest]) for one in document.layers}}
-        with _translated(self.name, tag):
+        with _translated(self.name, tag, self._session.stop):
             # For its owner alone until they say otherwise.
             api.create_repo(repository, private=True, exist_ok=True)
             refs = api.list_repo_refs(repository)
@@ -95,11 +100,11 @@ class HubPlace:
                 self._commit_files({CARD: queued[CARD][1]}, "main", "model card of")
 
     def retag(self, document: Document, tag: str) -> None:
-        with _translated(self.name, tag):
+        with _translated(self.name, tag, self._session.stop):
             self._move_tag(tag, self.tags())
 
     def tags(self) -> list[str]:
-        with _translated(self.name, ""):
+        with _translated(self.name, "", self._session.stop):
             return [str(ref.name) for ref in self._api.list_repo_refs(self._repository).tags]
 
     def _url(self, path: str) -> str:
@@ -151,7 +156,10 @@ class HubPlace:
 
 
 def open_hub(reference: HubReference, *, patience: Patience | None, stop: Stop) -> HubPlace:
-    """The repository that `reference` names; the token comes from HF_TOKEN or `hf auth login`."""
+    """The repository that `reference` names; the token comes from HF_TOKEN or `hf auth login`.
+
+    The Hub's own client, one of the whole process, gets our time limits until the place is closed.
+    """
     import huggingface_hub
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
@@ -164,11 +172,14 @@ def open_hub(reference: HubReference, *, patience: Patience | None, stop: Stop) 
         authorization=f"Bearer {token}" if token else None,
         login="set HF_TOKEN or run: hf auth login",
     )
+    client = huggingface_hub.get_session()
+    client.event_hooks["request"].append(session.watch.follow)
+    client.timeout = httpx2.Timeout(None, connect=session.patience.connect)
     return HubPlace(reference, huggingface_hub.HfApi(token=token), session)
 
 
 @contextmanager
-def _translated(name: str, revision: str) -> Iterator[None]:
+def _translated(name: str, revision: str, stop: Stop) -> Iterator[None]:
     """huggingface_hub's errors in our words."""
     from huggingface_hub import errors
 
@@ -188,6 +199,12 @@ def _translated(name: str, revision: str) -> Iterator[None]:
         if status == 404:
             raise UsageError(f"there is no repository {name}; check its name") from None
         raise RegistryError(f"{name}: the Hub answers {status}; try again later") from None
-    except (errors.OfflineModeIsEnabled, ConnectionError) as error:
+    except (errors.OfflineModeIsEnabled, ConnectionError, httpx2.TransportError) as error:
+        stop.check()
         raise RegistryError(f"{name}: the Hub cannot be reached ({type(error).__name__}); check the network and "
                             "HF_HUB_OFFLINE") from None  # fmt: skip
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise RegistryError(
+            f"{name}: the Hub's answer is none that its client knows ({type(error).__name__}: {error}); check "
+            "HF_ENDPOINT, or try again later"
+        ) from error

@@ -224,7 +224,7 @@ class _Upload:
             headers["Content-Range"] = f"{self.offset}-{end - 1}"
         pieces, length = self._counted(end), end - self.offset
         with self._session.stream(method, location, headers=headers, pieces=pieces, length=length) as response:
-            answer = read_answer(response, self._what)
+            answer = read_answer(response, self._what, self._session.stop)
         if answer.status == accept:
             return answer
         # The upload cannot go on; a few times it is begun anew, unless it is not allowed at all.
@@ -272,7 +272,7 @@ def fetch(session: Session, url: str, arrival: Arrival, what: str) -> None:
             elif response.status_code == 404:
                 raise IntegrityError(f"{what}: it is not there, though the manifest names it; have it published again")
             else:
-                raise refused(read_answer(response, what), what)
+                raise refused(read_answer(response, what, session.stop), what)
             for piece in response.iter_raw():
                 session.stop.check()
                 arrival.write(piece)

@@ -17,7 +17,7 @@ import httpx2
 from fluxkiln import __version__
 from fluxkiln.artifacts.registry.credentials import Credential, find_credential
 from fluxkiln.artifacts.registry.place import is_loopback
-from fluxkiln.artifacts.registry.transfer import Patience, Stop, TransientError, retrying
+from fluxkiln.artifacts.registry.transfer import Patience, Stop, TransientError, Watch, retrying
 from fluxkiln.documents import SMALL, read_object
 from fluxkiln.errors import FluxkilnError, RegistryError
 
@@ -72,7 +72,9 @@ class Session:
         self._login = login
         self._lock = threading.Lock()
         self._host = self.origin.netloc.decode()
+        self.watch = Watch(self.stop)
         self._client = httpx2.Client(
+            event_hooks={"request": [self.watch.follow]},
             timeout=httpx2.Timeout(self.patience.read, connect=self.patience.connect, pool=None),
             transport=transport,
             follow_redirects=False,
@@ -83,6 +85,7 @@ class Session:
         )
 
     def close(self) -> None:
+        self.watch.close()
         self._client.close()
 
     def ask(
@@ -140,7 +143,6 @@ class Session:
                 sent["Authorization"] = authorization
             if pieces is not None:
                 sent["Content-Length"] = str(length)
-            self.stop.check()
             self._check_clear(target, sent)
             request = self._client.build_request(
                 method, target, headers=sent, content=pieces or body or None, timeout=self._timeout()
@@ -152,7 +154,7 @@ class Session:
             try:
                 if response.status_code == 401 and own:
                     if challenged:
-                        raise self._refuse(find_credential(self._host))
+                        raise self._refuse(self._credential())
                     challenged = True
                     self._answer_challenge(response, sent.get("Authorization"))
                     if pieces is not None:
@@ -194,6 +196,9 @@ class Session:
         left = max(self.stop.left(), 0.1)
         return httpx2.Timeout(min(self.patience.read, left), connect=min(self.patience.connect, left), pool=None)
 
+    def _credential(self) -> Credential | None:
+        return find_credential(self._host, self.stop.left())
+
     def _answer_challenge(self, response: httpx2.Response, tried: str | None) -> None:
         """Find the authorization that the registry asks for; AuthorizationError when there is none left to try."""
         if self._login:
@@ -203,7 +208,7 @@ class Session:
         with self._lock:
             if self._authorization != tried:
                 return  # another thread was faster
-            credential = find_credential(self._host)
+            credential = self._credential()
             if scheme.lower() == "bearer":
                 self._authorization = self._fetch_token(parameters, credential)
             elif scheme.lower() == "basic" and credential is not None and credential.basic() != tried:
@@ -271,17 +276,17 @@ def _belongs(host: str, registry: str) -> bool:
     return owned and not is_loopback(registry) and (host == ".".join(domain) or host.endswith("." + ".".join(domain)))
 
 
-def read_answer(response: httpx2.Response, what: str, stop: Stop | None = None, most: int | None = None) -> Answer:
+def read_answer(response: httpx2.Response, what: str, stop: Stop, most: int | None = None) -> Answer:
     """An answer read whole, as it was sent; RegistryError when it is larger than `most`, or too slow."""
     most = MAX_ANSWER_BYTES if most is None else most
     found = bytearray()
     for piece in response.iter_raw():
-        if stop is not None:
-            stop.check()
+        stop.check()
         found += piece
         if len(found) > most:
             raise RegistryError(f"{what}: the answer is larger than {most} bytes, which none is; check the "
                                 "registry's address")  # fmt: skip
+    stop.check()  # it may have been cut short for that
     return Answer(response.status_code, response.headers, bytes(found), response.url)
 
 

@@ -6,18 +6,24 @@ import hashlib
 import math
 import os
 import random
+import socket
 import threading
 import time
+import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from fluxkiln.artifacts.modelpack import Layer
 from fluxkiln.errors import RegistryError
 from fluxkiln.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    import httpx2
 
 # Of a file at once; the sum over parallel transfers is what they take of memory.
 PIECE_BYTES = 1 << 20
@@ -93,6 +99,44 @@ class Stop:
         """Wait, but not when it is over."""
         self.event.wait(max(0.0, min(seconds, self.left())))
         self.check()
+
+
+class Watch:
+    """Ends all connections when the deadline is over: a peer that sends a byte now and then, of a header say, meets no
+    time limit of a single read."""
+
+    def __init__(self, stop: Stop) -> None:
+        self._stop = stop
+        self._sockets: weakref.WeakSet[socket.socket] = weakref.WeakSet()
+        self._closed = threading.Event()
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+
+    def follow(self, request: httpx2.Request) -> None:
+        """An event hook of an HTTP client: have it tell of the connections that it makes for a request."""
+        self._stop.check()
+        request.extensions["trace"] = self._connected
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def _connected(self, event: str, info: Mapping[str, Any]) -> None:
+        if not event.endswith((".connect_tcp.complete", ".start_tls.complete")):
+            return
+        with self._lock:
+            self._sockets.add(info["return_value"].get_extra_info("socket"))
+            if self._thread is None and self._stop.seconds < threading.TIMEOUT_MAX:
+                self._thread = threading.Thread(target=self._end, name="deadline", daemon=True)
+                self._thread.start()
+
+    def _end(self) -> None:
+        # At least a second between two looks: connections may be made, and the deadline may be moved, meanwhile.
+        while not self._closed.wait(max(self._stop.left(), 1.0)):
+            if self._stop.left() <= 0:
+                with self._lock:
+                    for one in self._sockets:
+                        with suppress(OSError):
+                            one.shutdown(socket.SHUT_RDWR)
 
 
 class StoppedError(Exception):

@@ -52,6 +52,23 @@ def test_skopeos_file_is_read_too(tmp_path, monkeypatch):
     assert find_credential("ghcr.io") == Credential("ann", "x")
 
 
+@pytest.mark.parametrize(
+    "answer", ["printf '\\377'", "printf '[%.0s' $(seq 60000)", "echo '[]'", "echo '{\"Username\": 1}'"]
+)
+def test_a_helper_that_answers_nonsense(own_credentials, helper, answer):
+    own_credentials.write_text(json.dumps({"credHelpers": {"ghcr.io": "mine"}}))
+    helper("mine", answer)
+    with pytest.raises(RegistryError, match=r"answered no credential for ghcr\.io"):
+        find_credential("ghcr.io")
+
+
+def test_helpers_have_the_time_of_the_command(own_credentials, helper):
+    own_credentials.write_text(json.dumps({"credHelpers": {"ghcr.io": "slow"}, "credsStore": "slow"}))
+    helper("slow", "exec sleep 20; echo no credentials; exit 1")
+    with pytest.raises(RegistryError, match=r"did not answer for ghcr\.io in 0 s"):
+        find_credential("ghcr.io", 0.3)
+
+
 def test_helpers_come_first_and_are_asked_for_the_host_only(own_credentials, helper, tmp_path):
     asked = tmp_path / "asked"
     helper("mine", f'cat >> {asked}; echo \'{{"Username": "ann", "Secret": "s"}}\'')

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import gzip
 import json
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -257,6 +260,26 @@ def test_a_deadline_ends_slow_answers(stub, session):
     one = session(slow.host, stop=Stop(seconds=0.3))
     with pytest.raises(RegistryError, match=r"its deadline of 0 s is over.*--deadline gives it more"):
         one.ask("GET", "/", accept=(200,), what="x")
+
+
+@pytest.mark.parametrize("start", [b"", b"HTTP/1.1 200 OK\r\nX-Long: ", b"HTTP/1.1 200 OK\r\n\r\n"])
+def test_a_deadline_ends_an_answer_that_comes_byte_by_byte(session, start):
+    """Every byte begins the time limit of a read anew. Without a deadline of all of them the answer would be taken."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def drip() -> None:
+            peer, _ = server.accept()
+            with peer, contextlib.suppress(OSError):  # the other side has had enough
+                peer.sendall(start)
+                for _ in range(600):
+                    time.sleep(0.05)
+                    peer.sendall(b"x")
+                peer.sendall(b"\r\n\r\n")
+
+        threading.Thread(target=drip, daemon=True).start()
+        one = session(f"127.0.0.1:{server.getsockname()[1]}", stop=Stop(seconds=1.0))
+        with pytest.raises(RegistryError, match="its deadline of 1 s is over"):
+            one.ask("GET", "/", accept=(200,), what="x")
 
 
 def test_a_credential_is_not_sent_in_clear():

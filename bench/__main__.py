@@ -22,6 +22,8 @@ NAMES = (
     "pages",
     "formulations",
     "registry",
+    "hostile",
+    "kills",
     "tiny",
     "wide",
     "generate",

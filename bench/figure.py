@@ -143,7 +143,7 @@ def _watched(pid: int) -> Iterator[Callable[[], int]]:
 
     def watch() -> None:
         while not over.wait(SAMPLE_SECONDS):
-            peak[0] = max(peak[0], _tree_bytes(pid))
+            peak[0] = max(peak[0], tree_bytes(pid))
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
@@ -154,7 +154,8 @@ def _watched(pid: int) -> Iterator[Callable[[], int]]:
         thread.join()
 
 
-def _tree_bytes(pid: int) -> int:
+def tree_bytes(pid: int) -> int:
+    """Resident memory of a process and all its descendants, summed; 0 when there is none."""
     total = 0
     try:
         root = psutil.Process(pid)

@@ -253,6 +253,7 @@ class Settings:
     verify: bool = _option(
         True, "Build and compare nothing.", flag="no-verify", kind=bool, parse=operator.not_, make=""
     )
+    force: bool = _option(False, "With --no-verify: replace a bundle that was verified.", kind=bool, make="")
     prove: bool = _option(
         False, "Compile one part of each cast kind again, also for moulds of the store.", kind=bool, make=""
     )
@@ -266,6 +267,8 @@ class Settings:
             raise UsageError(f"no preset of compiler flags is called {self.flags!r}; there are default, published")
         if (self.prompts or self.seeds) and not self.verify:
             raise UsageError("prompts and seeds are for verification, which --no-verify leaves out; drop either")
+        if self.force and self.verify:
+            raise UsageError("--force lets --no-verify replace a bundle that was verified; leave it out, or add that")
         for name, value in (
             ("jobs", self.jobs),
             ("tokens", self.tokens),

@@ -20,7 +20,7 @@ def test_list_names_every_figure_and_measures_nothing(repository):
     )
     assert tuple(line.split()[0] for line in done.stdout.splitlines()) == NAMES
     assert {path.stem for path in (repository / "bench").glob("[a-z]*.py")} == {
-        *NAMES, "figure", "reference_sample", "against", "bundles"
+        *NAMES, "figure", "reference_sample", "against", "bundles", "peers", "lives"
     }  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from fluxkiln import __version__
 from fluxkiln.artifacts.actions import Action, ActionCache
 from fluxkiln.artifacts.bundle import heal_bundle
 from fluxkiln.artifacts.code import code_version
+from fluxkiln.artifacts.intact import read_manifest
 from fluxkiln.artifacts.store import open_store
 from fluxkiln.build.plan import check_resources, plan_build
 from fluxkiln.build.prepared import (
@@ -35,7 +36,7 @@ from fluxkiln.build.prepared import (
 from fluxkiln.compile.plan import Plan
 from fluxkiln.compile.targets import Target, find_target
 from fluxkiln.compile.toolchain import toolchain_of
-from fluxkiln.errors import CheckpointError, ShapeError, UsageError
+from fluxkiln.errors import CheckpointError, FluxkilnError, ShapeError, UsageError
 from fluxkiln.export.checkpoint import Checkpoint, open_checkpoint
 from fluxkiln.export.fingerprint import DigestMemo, digest_tensors, file_states, fingerprint, scan_finite
 from fluxkiln.export.lora import fuse_once, fused_folder
@@ -71,6 +72,7 @@ def build(settings: Settings, progress: Progress | None = None) -> BuildResult:
         done = finished_result(prepared, laps)
         if done is not None and not settings.prove:
             return done
+        _keep_verified(prepared)
         check_resources(prepared)
         toolchain = toolchain_of(prepared.plan.target)
         made = toolchain.make(prepared.checkpoint, prepared.plan, prepared.cache, settings, progress, laps)
@@ -78,6 +80,20 @@ def build(settings: Settings, progress: Progress | None = None) -> BuildResult:
         if made.missing:
             toolchain.refuse_incomplete(made.missing, prepared.plan.bundle)
         return result
+
+
+def _keep_verified(prepared: Prepared) -> None:
+    """Raise UsageError before a verified bundle is replaced by one that nobody compared with anything."""
+    bundle = prepared.plan.bundle
+    try:
+        verified = read_manifest(bundle).parity.get("verified")
+    except FluxkilnError:
+        return  # there is none, or none that is worth keeping
+    if verified and not prepared.settings.verify and not prepared.settings.force:
+        raise UsageError(
+            f"{bundle} was verified, --no-verify would replace it by one that was not; leave it out, name another "
+            "--build-dir, or add --force"
+        )
 
 
 @contextmanager
@@ -148,8 +164,7 @@ def _prepared(settings: Settings, checkpoint: Checkpoint) -> Prepared:
     _, schemes = target.parse_schemes(settings.scheme, checkpoint.model.kinds)
     shapes = choose_shapes(settings, checkpoint)
     layout = toolchain_of(target).lay_out(settings, target, checkpoint)
-    if layout is None:
-        _refuse_cuts(settings)
+    _refuse_unused(settings, layout is not None, bool(toolchain_of(target).proven))
     parts = chosen_parts(settings, checkpoint, split=layout is not None)
     check_steps(parts, reference_steps(settings, checkpoint))
     folder = settings.build_dir.absolute() / target.name / _name(settings, target, checkpoint, shapes).lower()
@@ -162,14 +177,16 @@ def _prepared(settings: Settings, checkpoint: Checkpoint) -> Prepared:
     return Prepared(settings, checkpoint, plan, cache, folder.name, "")
 
 
-def _refuse_cuts(settings: Settings) -> None:
-    """Raise UsageError for settings of targets that cut the model, where the target does not."""
+def _refuse_unused(settings: Settings, cut: bool, proving: bool) -> None:
+    """Raise UsageError for settings that mean nothing to the target: of those that cut the model over cores where it
+    does not, of the blocks' form where it has one of its own, of proofs where nothing is cast."""
+    cuts = dict.fromkeys(("instance", "tp_degree", "granularity", "flags"), "does not cut the model over cores")
+    rules = {"modulation": "cuts the model over cores, and has one form of it"} if cut else cuts
+    rules |= {} if proving else {"prove": "casts nothing"}
     for one in fields(settings):
-        if one.name in ("instance", "tp_degree", "granularity", "flags") and getattr(settings, one.name) != one.default:
-            raise UsageError(
-                f"--{OPTIONS[one.name].flag} {getattr(settings, one.name)}: target {settings.target} does not cut the "
-                "model over cores; leave it out"
-            )
+        if one.name in rules and (value := getattr(settings, one.name)) != one.default:
+            given = f"--{OPTIONS[one.name].flag}" + ("" if value is True else f" {value}")
+            raise UsageError(f"{given}: target {settings.target} {rules[one.name]}; leave it out")
 
 
 def _name(settings: Settings, target: Target, checkpoint: Checkpoint, shapes: Shapes) -> str:

@@ -141,8 +141,11 @@ def report_command(output: Output, settings_for: SettingsFor, where: tuple[Path,
     It is made from their report.json; nothing is run. BUILD is a bundle, the folder around it, a report.json, or a
     target's name: then the options of `fluxkiln build` say which of its builds.
     """
+    from fluxkiln.compile.targets import target_names
     from fluxkiln.files import write_durably
 
+    if not {str(one) for one in where} & set(target_names()):
+        settings_for.refuse("options of a build find the one of a target, and no target was named")
     sources = [_report_file(one, settings_for) for one in where]
     twice = next((source for source in sources if sources.count(source) > 1), None)
     if twice is not None:

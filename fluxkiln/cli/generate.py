@@ -51,8 +51,8 @@ BOARD = click.IntRange(0, MOST_BOARDS)
 @click.option("--size", metavar="WxH", help="Checked against the bundle, which is compiled for one size.")
 @click.option("--tokens", type=int, metavar="N", help="Checked against the bundle, like the size.")
 @click.option("--executor", metavar="NAME", help="What runs the parts, see below. Default: by the bundle.")
-@click.option("--device", type=BOARD, metavar="N", default=0, help="The number of the board that runs it. Default: 0.")
-@click.option("--threads", type=THREADS, metavar="N", default=0, help="Threads of one operation. Default: all cores.")
+@click.option("--device", type=BOARD, metavar="N", help="The number of the board that runs it. Default: 0.")
+@click.option("--threads", type=THREADS, metavar="N", help="Threads of one operation. Default: all cores.")
 @click.option(
     "--fast",
     is_flag=True,
@@ -74,8 +74,8 @@ def generate_command(
     rows: int | None,
     size: str | None,
     executor: str | None,
-    device: int,
-    threads: int,
+    device: int | None,
+    threads: int | None,
     fast: bool,
     out: Path,
     save_latents: bool,
@@ -201,12 +201,12 @@ def _show(output: Output, bundle: Bundle, facts: Mapping[str, str], document: Ma
 @click.option("--host", metavar="ADDRESS", default="127.0.0.1", help="Where to listen. Default: this machine only.")
 @click.option("--port", type=int, metavar="N", default=PORT, help=f"Default: {PORT}; 0 picks a free one.")
 @click.option("--executor", metavar="NAME", help="What runs the parts, see below. Default: by the bundle.")
-@click.option("--device", type=BOARD, metavar="N", default=0, help="The number of the board that runs it. Default: 0.")
-@click.option("--threads", type=THREADS, metavar="N", default=0, help="Threads of one operation. Default: all cores.")
+@click.option("--device", type=BOARD, metavar="N", help="The number of the board that runs it. Default: 0.")
+@click.option("--threads", type=THREADS, metavar="N", help="Threads of one operation. Default: all cores.")
 @json_option
 @click.pass_obj
 def serve_command(
-    output: Output, bundle: Path, host: str, port: int, executor: str | None, device: int, threads: int
+    output: Output, bundle: Path, host: str, port: int, executor: str | None, device: int | None, threads: int | None
 ) -> None:
     """Open a local page to type a prompt and watch the steps.
 

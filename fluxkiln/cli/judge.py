@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fluxkiln.cli.bundle import bundle_folder
-from fluxkiln.cli.generate import peak_bytes
+from fluxkiln.cli.generate import SEED, peak_bytes
 from fluxkiln.cli.options import PATH, BundleCommand, build_dir_option
 from fluxkiln.cli.output import Output, json_option, open_progress, path_text, seconds_text
 from fluxkiln.errors import UsageError
+from fluxkiln.settings import MOST_COUNT
 
 if TYPE_CHECKING:
     from fluxkiln.generate.painter import Request
@@ -25,9 +26,11 @@ MOST_PROMPTS = 2000
 @click.command(cls=BundleCommand)
 @click.argument("subject", metavar="BUNDLE|MODEL")
 @click.option("--prompts", type=int, metavar="N", default=200, help="The first N of the fixed prompts. Default: 200.")
-@click.option("--steps", type=int, metavar="N", help="Denoising steps. Default: the model's own.")
-@click.option("--guidance", type=float, metavar="X", help="Guidance scale, dev only. Default: 3.5.")
-@click.option("--seed", type=int, metavar="N", default=0, help="Of the first image; the others follow. Default: 0.")
+@click.option(
+    "--steps", type=click.IntRange(1, MOST_COUNT), metavar="N", help="Denoising steps. Default: the model's own."
+)
+@click.option("--guidance", type=click.FloatRange(0, 100), metavar="X", help="Guidance scale, dev only. Default: 3.5.")
+@click.option("--seed", type=SEED, metavar="N", default=0, help="Of the first image; the others follow. Default: 0.")
 @click.option("--against", metavar="MODEL", help="Compare each picture with diffusers' own of this model as well.")
 @click.option("--executor", metavar="NAME", help="What runs a bundle's parts, see below. Default: by the bundle.")
 @click.option("--out", type=PATH, metavar="DIR", help="Write the pictures there, and the prompts with what is wrong.")

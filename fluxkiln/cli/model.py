@@ -10,7 +10,7 @@ import click
 from fluxkiln.cli.options import PATH, build_dir_option, lora_option, statistics_option
 from fluxkiln.cli.output import Output, count_text, json_option, open_progress, seconds_text
 from fluxkiln.progress import count_bytes
-from fluxkiln.settings import parse_loras, parse_names
+from fluxkiln.settings import MOST_SEED, parse_loras, parse_names
 from fluxkiln.verify.report.page import size as size_text
 
 
@@ -18,7 +18,7 @@ from fluxkiln.verify.report.page import size as size_text
 @click.argument("preset")
 @click.argument("directory", metavar="DIR", type=PATH)
 @click.option("--components", metavar="A,B", help="Only these, transformer,vae say. Default: all of them.")
-@click.option("--seed", type=int, default=0, help="Another seed gives other weights.")
+@click.option("--seed", type=click.IntRange(0, MOST_SEED), default=0, help="Another seed gives other weights.")
 @statistics_option
 @json_option
 @click.pass_obj

@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from fluxkiln.errors import UsageError
 from fluxkiln.settings import OPTIONS, Settings, parse_size, read_settings
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
-# A target's name -> settings from the options of the command line.
-SettingsFor = Callable[[str], Settings]
+
+
+class SettingsFor:
+    """A target's name -> settings from the options of the command line."""
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        self._given = given
+
+    def __call__(self, target: str) -> Settings:
+        from fluxkiln.compile.targets import find_target
+
+        find_target(target)
+        return read_settings(target, self._given)
+
+    def refuse(self, why: str) -> None:
+        """Raise UsageError when an option was given, which then means nothing."""
+        for name, value in self._given.items():
+            option = OPTIONS[name]
+            if value not in (None, ()) and value != (None if option.parse else option.default):
+                raise UsageError(f"--{option.flag}: {why}; leave it out")
 
 
 def setting_option(name: str) -> Callable[[_F], _F]:
@@ -42,19 +61,12 @@ store_option = setting_option("store")
 
 
 def settings_options(command: _F) -> _F:
-    """Adds the options of a build and hands them over as `settings_for`, a function from a target's name."""
+    """Adds the options of a build and hands them over as `settings_for`."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         given = {name: kwargs.pop(name) for name in OPTIONS}
-
-        def settings_for(target: str) -> Settings:
-            from fluxkiln.compile.targets import find_target
-
-            find_target(target)
-            return read_settings(target, given)
-
-        return command(*args, settings_for=settings_for, **kwargs)
+        return command(*args, settings_for=SettingsFor(given), **kwargs)
 
     for name in reversed(tuple(OPTIONS)):
         wrapped = setting_option(name)(wrapped)

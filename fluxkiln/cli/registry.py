@@ -270,6 +270,7 @@ def inspect_published(output: Output, reference: str, transfers: Transfers) -> t
 def _folder(given: str, settings_for: SettingsFor) -> Path:
     """The bundle, or the folder around it, that is meant."""
     if Path(given).exists():
+        settings_for.refuse(f"{given} is a folder, and options of a build find the one of a target")
         return Path(given)
     from fluxkiln.compile.targets import target_names
 

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fluxkiln.artifacts.actions import ActionCache
@@ -104,8 +105,8 @@ class Toolchain(Protocol):
 
     Attributes:
         rungs: those of the ladder that are its own, in order; gates: theirs.
-        executors: what runs its bundles, the default first; none where other programs do. fast: they can round
-            activations to 8 bits as well.
+        executors: what runs its bundles, the default first; none where other programs do. takes: executor -> names of
+            the options that it uses, of those of `open_executor`.
         compiler_stages: stages of actions in which the compiler runs; travelling: those whose results `mould export`
             carries to machines that have no compiler; proven: those of them that a proof vouches for, made where they
             are used.
@@ -121,7 +122,7 @@ class Toolchain(Protocol):
     rungs: tuple[Rung, ...] = ()
     gates: tuple[Gate, ...] = ()
     executors: tuple[str, ...] = ()
-    fast: bool = False
+    takes: Mapping[str, tuple[str, ...]] = MappingProxyType({})
     compiler_stages: tuple[str, ...] = ()
     travelling: tuple[str, ...] = ()
     proven: tuple[str, ...] = ()
@@ -292,8 +293,8 @@ def open_executor(bundle: Bundle, name: str | None = None, **options: Any) -> Ex
 
     Args:
         name: of its toolchain's executors, the default for the bundle if None.
-        options: `threads` of ONNX Runtime, 0 for what it thinks best; `device` of a board; `fast`: activations of
-            packed weights are rounded to 8 bits.
+        options: `threads` of one operation, 0 for what the runtime thinks best; `device`, the number of a board;
+            `fast`: activations of packed weights are rounded to 8 bits. None and False stand for what was not given.
 
     Raises:
         UsageError: it cannot run this bundle, or not so. ToolchainError: its library, device or compiled files are
@@ -309,10 +310,14 @@ def open_executor(bundle: Bundle, name: str | None = None, **options: Any) -> Ex
         raise UsageError(
             f"executor {name}: {rule}" + ("" if name in known else f"; there are {', '.join(known)} in all")
         )
-    if options.get("fast") and not (toolchain.fast and any("W" in part.scheme for part in bundle.manifest.parts)):
+    chosen = name or legal[0]
+    taken = toolchain.takes.get(chosen, ())
+    for option, value in options.items():
+        if option != "fast" and value is not None and option not in taken:
+            raise UsageError(f"--{option} {value}: the executor {chosen} does not use it; leave it out")
+    if options.get("fast") and not ("fast" in taken and any("W" in part.scheme for part in bundle.manifest.parts)):
         schemes = ", ".join(dict.fromkeys(part.scheme for part in bundle.manifest.parts))
         raise UsageError(
-            f"--fast: it is for packed weights (W4BF16) on a CPU, and this is {name or legal[0]} with {schemes}; leave "
-            "it out"
+            f"--fast: it is for packed weights (W4BF16) on a CPU, and this is {chosen} with {schemes}; leave it out"
         )
     return toolchain.open_executor(bundle, name, options)

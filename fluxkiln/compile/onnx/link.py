@@ -23,7 +23,7 @@ from fluxkiln.quantize.schemes import Scheme, check_groups
 from fluxkiln.types import Binding, SlotBinding, Template, TensorRef, TensorSpec
 
 if TYPE_CHECKING:
-    from onnx import NodeProto, TensorProto
+    from onnx import ModelProto, NodeProto, TensorProto
 
     from fluxkiln.quantize.side_tensors import PackerOf
     from fluxkiln.types import WeightReader
@@ -143,38 +143,56 @@ def external_files(graph: Path) -> dict[Path, int]:
     """The files that a graph reads its weights from, and how many bytes each must have at least.
 
     Raises:
-        IntegrityError: `graph` is no ONNX file.
+        IntegrityError: `graph` is no ONNX file, or a tensor in it lies nowhere.
     """
+    import onnx
+
+    needed: dict[Path, int] = defaultdict(int)
+    for tensor in _tensors(_load(graph)):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            try:
+                location, offset, length = external_range(tensor)
+            except (KeyError, ValueError) as error:
+                raise IntegrityError(f"{graph}: {tensor.name!r} lies nowhere ({error}); build it again") from error
+            needed[graph.parent / location] = max(needed[graph.parent / location], offset + length)
+    return dict(needed)
+
+
+def _load(graph: Path) -> ModelProto:
     import onnx
     from google.protobuf.message import DecodeError
 
-    needed: dict[Path, int] = defaultdict(int)
     try:
-        tensors = onnx.load(graph, load_external_data=False).graph.initializer
+        return onnx.load(graph, load_external_data=False)
     except DecodeError as error:
         raise IntegrityError(f"{graph} is no ONNX graph ({error}); build it again") from error
-    for tensor in tensors:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            location, offset, length = external_range(tensor)
-            needed[graph.parent / location] = max(needed[graph.parent / location], offset + length)
-    return dict(needed)
+
+
+def _tensors(message: Any) -> Iterator[TensorProto]:
+    """All tensors of a graph: those of its nodes' attributes and of functions may lie in files as well."""
+    if message.DESCRIPTOR.name == "TensorProto":
+        yield message
+        return
+    for described, value in message.ListFields():
+        if described.type == described.TYPE_MESSAGE:
+            for one in value if described.is_repeated else [value]:
+                yield from _tensors(one)
 
 
 def read_interface(graph: Path) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
     """Inputs and outputs of a graph; IntegrityError: no ONNX file, or a shape in it is not static."""
     import onnx
-    from google.protobuf.message import DecodeError
 
     def spec(value: Any) -> TensorSpec:
         tensor = value.type.tensor_type
         dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
         return TensorSpec(value.name, tuple(dim.dim_value for dim in tensor.shape.dim), dtype)
 
+    found = _load(graph).graph
     try:
-        found = onnx.load(graph, load_external_data=False).graph
         return tuple(map(spec, found.input)), tuple(map(spec, found.output))
-    except (DecodeError, KeyError) as error:
-        raise IntegrityError(f"{graph} is no ONNX graph ({error}); build it again") from error
+    except KeyError as error:
+        raise IntegrityError(f"{graph} has an input or output of the unknown type {error}; build it again") from error
 
 
 def _expand_derived(

@@ -23,6 +23,8 @@ ELEMENTS = {
 }  # fmt: skip
 _NUMPY_NAMES = {"pred": "bool", "s32": "int32", "f32": "float32", "bf16": "bfloat16", "s64": "int64", "f64": "float64"}
 
+# far above what a machine has
+MOST_REPLICAS = 1 << 16
 _ALIASES = ("input_output_alias", "buffer_donor")
 # what it would mean is not known; it never was anything yet
 _EMPTY = ("newer_98", "result_accuracy")
@@ -96,9 +98,13 @@ def entry_parameters(proto: bytes) -> tuple[TensorSpec, ...]:
     """What a module takes, in order, named after their number; errors as `parse_module`."""
     shapes = parse_module(proto).host_program_shape.parameters
     return tuple(
-        TensorSpec(f"p{index}", tuple(shape.dimensions), _NUMPY_NAMES.get(ELEMENTS[shape.element_type][0], "unknown"))
+        TensorSpec(f"p{index}", tuple(shape.dimensions), _NUMPY_NAMES.get(_element(shape), "unknown"))
         for index, shape in enumerate(shapes)
     )
+
+
+def _element(shape: Any) -> str:
+    return ELEMENTS.get(shape.element_type, ("unknown", 0))[0]
 
 
 def canonicalise(proto: bytes) -> bytes:
@@ -159,6 +165,11 @@ def listed_groups(instruction: Any) -> tuple[tuple[int, ...], ...]:
                 f"{list(iota.permutation)}; only groups of successive replicas are known here, use one mesh axis"
             )
         size = iota.group_size
+        if not (0 < size <= MOST_REPLICAS and 0 < iota.groups <= MOST_REPLICAS // size):
+            raise CompileError(
+                f"{instruction.name} has {iota.groups} replica groups of {size}, and {MOST_REPLICAS} replicas are the "
+                "most; the proto is damaged: lower the module again"
+            )
         newer = tuple(tuple(range(first, first + size)) for first in range(0, iota.groups * size, size))
     if classic and classic != newer:
         raise CompileError(

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from fluxkiln.artifacts.store import Blob
 from fluxkiln.compile.bundle import HOST_CONSTANTS, Bundle, refuse_part
@@ -21,6 +21,7 @@ from fluxkiln.compile.toolchains.neuron.modules import Module, module_name
 from fluxkiln.compile.toolchains.neuron.neff import FlagPreset, ModuleJob, hlo_file, neff_path, read_neffs
 from fluxkiln.compile.toolchains.neuron.split import facts, shard_file
 from fluxkiln.digests import Json, digest_json
+from fluxkiln.documents import check_schema, read_object_file
 from fluxkiln.errors import CompileError, IntegrityError, ToolchainError, UsageError
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.settings import Settings
@@ -32,6 +33,38 @@ DESCRIPTION = "neuron.json"
 _SCHEMA = "fluxkiln.neuron/1"
 # safetensors' names for the dtypes of slots
 _STORED = {"bfloat16": "BF16", "float32": "F32", "int32": "I32"}
+
+
+_Spec = tuple[str, list[int], str]
+
+
+class ModuleKeys(TypedDict):
+    kind: str
+    ranks: int
+    hlo: str
+    digest: str
+    inputs: list[_Spec]
+    slots: list[tuple[str, list[int], Literal["bfloat16", "float32", "int32"]]]
+    outputs: list[_Spec]
+
+
+class ShardKeys(TypedDict):
+    file: str
+
+
+class PartKeys(TypedDict):
+    name: str
+    module: str
+    shards: list[ShardKeys]
+
+
+class SplitBundleKeys(TypedDict):
+    target: str
+    instance: str
+    tp_degree: int
+    flags: FlagPreset
+    modules: dict[str, ModuleKeys]
+    parts: list[PartKeys]
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,21 +148,13 @@ def read_split_bundle(folder: Path) -> SplitBundle:
     """
     path = folder / DESCRIPTION
     try:
-        described = json.loads(path.read_bytes())
+        described = read_object_file(path)
     except FileNotFoundError as error:
         raise UsageError(f"{folder} has no {DESCRIPTION}, so it is no bundle for trn1 or inf2; give one") from error
-    except ValueError as error:
-        raise IntegrityError(f"{path} is no JSON ({error}); build or fetch the bundle again") from error
-    if not isinstance(described, dict) or described.get("schema") != _SCHEMA:
-        found = described.get("schema") if isinstance(described, dict) else described
-        raise UsageError(f"{path} has the schema {found!r}, this fluxkiln reads {_SCHEMA}; build it again")
-    try:
-        bundle = _parse(folder, described)
-    except (KeyError, TypeError, ValueError) as error:
-        raise IntegrityError(
-            f"{path} lacks {error} or has it in another form; it was not written by this fluxkiln or was changed: "
-            "build or fetch it again"
-        ) from error
+    if (found := described.get("schema")) != _SCHEMA:
+        raise UsageError(f"{path} has the schema {found!r:.80}, this fluxkiln reads {_SCHEMA}; build it again")
+    check_schema(described, SplitBundleKeys, str(path))
+    bundle = _parse(folder, described)
     _check(bundle)
     return bundle
 
@@ -226,7 +251,7 @@ def find_compiled(bundle: SplitBundle) -> dict[str, Path]:
 def _parse(folder: Path, described: Mapping[str, Any]) -> SplitBundle:
     modules = {
         name: Module(
-            name, one["kind"], int(one["ranks"]), _inside(folder, one["hlo"]), one["digest"],
+            name, one["kind"], one["ranks"], _inside(folder, one["hlo"]), one["digest"],
             specs_from_json(one["inputs"]), specs_from_json(one["slots"]), specs_from_json(one["outputs"]),
         )
         for name, one in described["modules"].items()
@@ -234,7 +259,7 @@ def _parse(folder: Path, described: Mapping[str, Any]) -> SplitBundle:
     parts = {part["name"]: part for part in described["parts"]}
     shards = {name: tuple(_inside(folder, shard["file"]) for shard in part["shards"]) for name, part in parts.items()}
     return SplitBundle(
-        folder, described["target"], described["instance"], int(described["tp_degree"]), described["flags"], modules,
+        folder, described["target"], described["instance"], described["tp_degree"], described["flags"], modules,
         {name: part["module"] for name, part in parts.items()}, shards,
     )  # fmt: skip
 

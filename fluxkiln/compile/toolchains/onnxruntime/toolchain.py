@@ -55,7 +55,7 @@ class OnnxRuntime(Toolchain):
     rungs = RUNGS
     gates = GATES
     executors = ("ort",)
-    fast = True
+    takes: Mapping[str, tuple[str, ...]] = {"ort": ("threads", "fast")}
     # weights stay as the checkpoint has them, but for codes
     converts = False
 

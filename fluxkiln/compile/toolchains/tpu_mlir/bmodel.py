@@ -20,6 +20,10 @@ from fluxkiln.errors import CompileError, IntegrityError
 MAGIC = 0xFF55AAEE
 HEADER = struct.Struct("<IIIQ")  # magic, header size, flatbuffer size, binary size
 HEADER_BYTES = 64
+# of the flatbuffer; instructions and weights are not in it
+MAX_TABLE_BYTES = 64 << 20
+# One part of it may stand for several things, but not for all that a program could be made to read.
+_MOST_READ = 16
 # Model.time is what asctime writes; every bmodel we keep carries this one, so that equal inputs give equal files
 CANONICAL_TIME = b"Thu Jan  1 00:00:00 1970\n"
 
@@ -96,12 +100,15 @@ def read_bmodel(path: Path) -> BModel:
         if len(head) < HEADER_BYTES or HEADER.unpack_from(head)[0] != MAGIC:
             raise IntegrityError(f"{path} is no bmodel: its first four bytes are not {MAGIC:#x}; build it again")
         _, header_size, flatbuffer_size, binary_size = HEADER.unpack_from(head)
+        base = header_size + flatbuffer_size
+        actual = path.stat().st_size
+        if actual < base + binary_size or flatbuffer_size > MAX_TABLE_BYTES:
+            raise IntegrityError(
+                f"{path} has {actual} bytes, its header promises {base + binary_size}, of which a table of contents of "
+                f"{flatbuffer_size} ({MAX_TABLE_BYTES} are the most); build it again"
+            )
         file.seek(header_size)
         buffer = file.read(flatbuffer_size)
-    base = header_size + flatbuffer_size
-    actual = path.stat().st_size
-    if actual < base + binary_size:
-        raise IntegrityError(f"{path} has {actual} bytes, its header promises {base + binary_size}; build it again")
     try:
         return _parse(path, buffer, header_size, Span(base, binary_size))
     except (struct.error, IndexError, ValueError) as error:
@@ -141,7 +148,7 @@ def normalise_time(path: Path) -> None:
 
 def root_table(buffer: bytes) -> Table:
     """The flatbuffer's `Model`."""
-    return Table(buffer, struct.unpack_from("<I", buffer, 0)[0])
+    return Table(buffer, struct.unpack_from("<I", buffer, 0)[0], [_MOST_READ * len(buffer)])
 
 
 def _parse(path: Path, buffer: bytes, shift: int, binary: Span) -> BModel:
@@ -194,10 +201,14 @@ def _command_bytes(parameter: Table) -> int:
 
 
 class Table:
-    """A flatbuffer table: fields by number. Source: https://flatbuffers.dev/internals/."""
+    """A flatbuffer table: fields by number. Source: https://flatbuffers.dev/internals/.
 
-    def __init__(self, buffer: bytes, position: int) -> None:
-        self.buffer, self.position = buffer, position
+    `left`: how many bytes of vectors may still be read, of all tables together: those of a forged file may lie in one
+    another. ValueError when they are used up.
+    """
+
+    def __init__(self, buffer: bytes, position: int, left: list[int]) -> None:
+        self.buffer, self.position, self.left = buffer, position, left
         self.vtable = position - struct.unpack_from("<i", buffer, position)[0]
         self.vtable_size = struct.unpack_from("<H", buffer, self.vtable)[0]
 
@@ -225,19 +236,23 @@ class Table:
 
     def table(self, number: int) -> Table | None:
         position = self._reference(number)
-        return Table(self.buffer, position) if position else None
+        return Table(self.buffer, position, self.left) if position else None
 
     def vector(self, number: int, item_size: int) -> Span:
         """Position in the buffer and byte size of a vector's items."""
         position = self._reference(number)
         if not position:
             return Span(0, 0)
-        return Span(position + 4, struct.unpack_from("<I", self.buffer, position)[0] * item_size)
+        found = Span(position + 4, struct.unpack_from("<I", self.buffer, position)[0] * item_size)
+        self.left[0] -= found.size
+        if found.stop > len(self.buffer) or self.left[0] < 0:
+            raise ValueError(f"a list of {found.size} bytes, which are not there or were read too often")
+        return found
 
     def tables(self, number: int) -> Iterator[Table]:
         items = self.vector(number, 4)
         for position in range(items.start, items.stop, 4):
-            yield Table(self.buffer, position + struct.unpack_from("<I", self.buffer, position)[0])
+            yield Table(self.buffer, position + struct.unpack_from("<I", self.buffer, position)[0], self.left)
 
     def text(self, number: int) -> tuple[str, Span]:
         span = self.vector(number, 1)

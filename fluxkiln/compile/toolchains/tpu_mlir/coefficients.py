@@ -29,6 +29,8 @@ from fluxkiln.types import TRANSPOSED, TensorSpec, WeightReader
 _ALIGNMENT = 4096
 # of all constants of a kind, compressed: tables and masks shrink, a weight that was taken for one would not
 _MAX_CONSTANT_BYTES = 1 << 20
+# and as they stand, which a few bytes could stand for
+_MAX_UNPACKED_BYTES = 256 << 20
 HEAD_BYTES = 4096
 _NOT_CASTABLE = "so nothing can be cast into it; its parts are compiled one by one"
 
@@ -99,6 +101,7 @@ class CoefficientMap:
 
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> CoefficientMap:
+        """What `to_json` was made of. Raises AttributeError, KeyError, TypeError, ValueError: it is no such thing."""
         return CoefficientMap(
             tuple(map(Placement.from_json, value["binary"])),
             tuple(map(Placement.from_json, value["interpreter"])),
@@ -106,8 +109,22 @@ class CoefficientMap:
             int(value["bits"]),
             int(value["size"]),
             {slot: tuple(shape) for slot, shape in value["shapes"].items()},
-            {key: bz2.decompress(base64.b64decode(data)) for key, data in value["constants"].items()},
+            _unpack(value["constants"]),
         )
+
+
+def _unpack(constants: Mapping[str, str]) -> dict[str, bytes]:
+    found, left = {}, _MAX_UNPACKED_BYTES
+    for key, data in constants.items():
+        stream = bz2.BZ2Decompressor()
+        try:
+            found[key] = stream.decompress(base64.b64decode(data), left)
+        except OSError as error:
+            raise ValueError(f"the constant {key} cannot be unpacked") from error
+        left -= len(found[key])
+        if not stream.eof:
+            raise ValueError(f"its constants have more than {_MAX_UNPACKED_BYTES} bytes, or are cut short")
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,6 +67,7 @@ class TpuMlir(Toolchain):
     rungs = RUNGS
     gates = GATES
     executors = ("cmodel", "sail")
+    takes: Mapping[str, tuple[str, ...]] = {"sail": ("device",)}
     compiler_stages = ("mould", "compile", "combine")
     travelling = ("template", "mould", "proof", "combine")
     proven = ("mould",)
@@ -155,7 +156,7 @@ class TpuMlir(Toolchain):
     def open_executor(self, bundle: Bundle, name: str | None, options: Mapping[str, Any]) -> Executor:
         from fluxkiln.compile.toolchains.tpu_mlir.executors import SailExecutor, open_cmodel
 
-        return SailExecutor(bundle.nets, int(options.get("device", 0))) if name == "sail" else open_cmodel(bundle)
+        return SailExecutor(bundle.nets, options.get("device") or 0) if name == "sail" else open_cmodel(bundle)
 
     def doctor(self) -> Sequence[ToolStatus]:
         from fluxkiln.compile.doctor import runtime_status

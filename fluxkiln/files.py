@@ -165,7 +165,9 @@ def write_durably(path: Path, data: bytes, partials: Path | None = None) -> None
 
 
 def rename_durably(file: BinaryIO, partial: Path, final: Path, mode: int | None = None) -> None:
-    """Flush `file`, sync it and rename it to `final`."""
+    """Flush `file`, sync it and rename it to `final`; OSError where that is a device, a pipe or a folder."""
+    if os.path.lexists(final) and stat.S_IFMT(os.lstat(final).st_mode) not in (stat.S_IFREG, stat.S_IFLNK):
+        raise OSError(errno.EINVAL, "it is no regular file", str(final))
     file.flush()
     if mode is not None:
         os.fchmod(file.fileno(), mode)

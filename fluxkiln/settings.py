@@ -29,6 +29,14 @@ MOST_SEED = 2**63 - 1
 _T = TypeVar("_T")
 
 
+def parse_text(text: str) -> str:
+    """An argument that is no path, in UTF-8 whatever the shell says of the names of files; UsageError if it is not."""
+    try:
+        return os.fsencode(text).decode()
+    except UnicodeError as error:
+        raise UsageError(f"{text[:80]!r} is no UTF-8 text; type it in a terminal that is set to UTF-8") from error
+
+
 def parse_names(text: str) -> tuple[str, ...]:
     """`transformer,vae` -> ("transformer", "vae")."""
     return tuple(text.replace(",", " ").split())
@@ -241,7 +249,7 @@ class Settings:
         "N", kind=int, make="images",
     )  # fmt: skip
     prompt: str = _option(
-        DEFAULT_PROMPT, "What the reference run draws.", parse=lambda text: text or DEFAULT_PROMPT, make=""
+        DEFAULT_PROMPT, "What the reference run draws.", parse=lambda text: parse_text(text) or DEFAULT_PROMPT, make=""
     )
     prompts: tuple[str, ...] = _option(
         (), "Compare whole images of these prompts too, one a line, each with every seed of --seeds.", "FILE",

@@ -202,3 +202,12 @@ def test_full_disk_of_its_own(tmp_path):
         pytest.skip(f"tmpfs cannot be mounted: {done.stderr.strip()}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(f"{4 << 20} bytes are needed") == 2
+
+
+def test_a_device_or_a_pipe_is_not_replaced(tmp_path):
+    """As `--out /dev/null` would."""
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(OSError, match="it is no regular file"):
+        write_durably(tmp_path / "fifo", b"x")
+    assert (tmp_path / "fifo").is_fifo()
+    assert os.listdir(tmp_path) == ["fifo"]

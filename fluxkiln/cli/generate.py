@@ -14,7 +14,7 @@ from fluxkiln.cli.bundle import bundle_folder
 from fluxkiln.cli.options import PATH, BundleCommand, read_size
 from fluxkiln.cli.output import Output, count_text, json_option, open_progress, path_text, seconds_text
 from fluxkiln.errors import ResourceError, ToolchainError, UsageError
-from fluxkiln.settings import MOST_SEED, read_prompts
+from fluxkiln.settings import MOST_SEED, parse_text, read_prompts
 from fluxkiln.verify.report.page import size as size_text
 
 if TYPE_CHECKING:
@@ -86,7 +86,8 @@ def generate_command(
     diffusers' own pipeline and scheduler run the loop, the bundle's parts are its modules. Each PNG carries its
     prompt, its seed and the bundle's digest.
     """
-    texts = (*prompts, *(read_prompts(file) if file else ()))
+    texts = (*map(parse_text, prompts), *(read_prompts(file) if file else ()))
+    asked["prompt_2"] = parse_text(asked["prompt_2"]) if asked["prompt_2"] else None
     if not texts:
         raise UsageError("there is no prompt; give one, or --prompts FILE with one on each line")
     if n_images < 1:

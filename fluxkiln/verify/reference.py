@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fluxkiln.documents import read_object_file
 from fluxkiln.errors import IntegrityError, PatchError, ResourceError, UsageError
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.files import write_durably
@@ -166,7 +167,7 @@ def view_recording(recording: Recording, model: Model, parts: tuple[Part, ...]) 
 def read_recording(path: Path) -> Recording:
     """Open the recording in the folder `path`. IntegrityError: there is none, or it was not finished."""
     try:
-        index = json.loads((path / INDEX).read_bytes())
+        index = read_object_file(path / INDEX, remedy="record the reference again")
         if index["format"] != _FORMAT:
             raise IntegrityError(f"{path / INDEX} has format {index['format']}, this is {_FORMAT}; record it again")
         return Recording(

@@ -140,7 +140,7 @@ def read_tags(data: bytes, folder: Path) -> None:
 
     def answer(request: httpx2.Request) -> httpx2.Response:
         if request.url.path == "/token" or "Authorization" in request.headers:
-            return httpx2.Response(200, content=data)
+            return httpx2.Response(200, content=iter([data]))
         return httpx2.Response(401, headers={"WWW-Authenticate": f'Bearer realm="https://{HOST}/token"'})
 
     patience = Patience(1, 1.0, 1.0, 0.0, 0.0, 10.0)

@@ -52,6 +52,14 @@ def test_arguments_are_shown_as_text():
     assert b"bug" not in done.stderr
 
 
+@pytest.mark.parametrize(("prompt", "words"), [(b"gr\xc3\xb6\xc3\x9fe", b"nowhere"), (b"gr\xf6", b"is no UTF-8 text")])
+@pytest.mark.parametrize("command", ["generate --bundle nowhere", "build cpu --model nowhere --prompt"])
+def test_a_prompt_is_text_whatever_the_locale(prompt, words, command):
+    done = shell(f'$F {command} "$@"', prompt, LANG="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
+    assert done.returncode == 2
+    assert words in done.stderr
+
+
 def test_the_version_is_json():
     done = shell("$F --version --json")
     assert json.loads(done.stdout) == {"version": fluxkiln.__version__}

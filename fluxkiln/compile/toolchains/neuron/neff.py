@@ -6,7 +6,6 @@ module's digest, the flags, the compiler's version and its own digest, whichever
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fluxkiln.compile.targets import Target
+from fluxkiln.documents import read_object_file
 from fluxkiln.errors import IntegrityError, ToolchainError, UsageError
 from fluxkiln.files import digest_file
 
@@ -182,8 +182,8 @@ def _read_record(folder: Path, name: str) -> Neff | None:
     """The record of a compiled module, or None where there is none that can be read."""
     path = record_path(folder, name)
     try:
-        record: Any = json.loads(path.read_bytes())
+        record = read_object_file(path)
         neff = Neff(name, record["hlo"], tuple(record["flags"]), record["compiler"], record["neff"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, IntegrityError, KeyError, TypeError):
         return None
     return neff if record == neff.to_json() else None

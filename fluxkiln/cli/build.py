@@ -12,7 +12,7 @@ import click
 from fluxkiln.cli.options import PATH, SettingsFor, TargetCommand, settings_options, store_options
 from fluxkiln.cli.output import Output, count_text, json_option, open_progress, parity_text, path_text, seconds_text
 from fluxkiln.errors import ResourceError, ToolchainError, UsageError
-from fluxkiln.settings import Settings
+from fluxkiln.settings import MOST_COUNT, Settings
 from fluxkiln.verify.report.page import size as size_text
 
 if TYPE_CHECKING:
@@ -103,7 +103,9 @@ def _cell(name: str, value: Any) -> str:
 @click.command()
 @click.argument("bundle", type=PATH, required=False)
 @click.option("--resume", is_flag=True, help="Go on where a build for trn1 or inf2 had no compiler.")
-@click.option("--jobs", type=int, metavar="N", help="Compilers at once. Default: one per core.")
+@click.option(
+    "--jobs", type=click.IntRange(1, MOST_COUNT), metavar="N", help="Compilers at once. Default: one per core."
+)
 @store_options
 @json_option
 @click.pass_obj

@@ -14,7 +14,7 @@ from fluxkiln.cli.bundle import bundle_folder
 from fluxkiln.cli.options import PATH, BundleCommand, read_size
 from fluxkiln.cli.output import Output, count_text, json_option, open_progress, path_text, seconds_text
 from fluxkiln.errors import ResourceError, ToolchainError, UsageError
-from fluxkiln.settings import MOST_SEED, parse_text, read_prompts
+from fluxkiln.settings import MOST_COUNT, MOST_SEED, parse_text, read_prompts
 from fluxkiln.verify.report.page import size as size_text
 
 if TYPE_CHECKING:
@@ -37,7 +37,9 @@ BOARD = click.IntRange(0, MOST_BOARDS)
     help="A file with a prompt on each line; lines that begin with # are left out.",
 )  # fmt: skip
 @click.option("--prompt-2", metavar="TEXT", help="What T5 gets, if not the prompt itself.")
-@click.option("--steps", type=int, metavar="N", help="Denoising steps. Default: dev 28, schnell 4.")
+@click.option(
+    "--steps", type=click.IntRange(max=MOST_COUNT), metavar="N", help="Denoising steps. Default: dev 28, schnell 4."
+)
 @click.option("--guidance", type=float, metavar="X", help="Guidance scale, dev only. Default: 3.5.")
 @click.option("--seed", type=SEED, metavar="N", default=0, help="Seed of the first image of a prompt; others follow.")
 @click.option(

@@ -32,8 +32,9 @@ _COMPONENTS = "text_encoder,text_encoder_2,transformer"
 @click.option("--out", type=PATH, help="A file that gets a copy (safetensors).")
 @click.option("--use", type=PATH, help="Take this file instead of running anything.")
 @click.option(
-    "--block", type=int, metavar="N", default=1536, help="Channels whose products are kept; 0: all. Default: 1536."
-)
+    "--block", type=click.IntRange(0, 1 << 20), metavar="N", default=1536,
+    help="Channels whose products are kept; 0: all. Default: 1536.",
+)  # fmt: skip
 @click.option(
     "--seed", type=int, metavar="N", default=1000, help="Of the first prompt, each other's is one more. Default: 1000."
 )

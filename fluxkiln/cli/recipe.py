@@ -20,7 +20,10 @@ JUDGE = "scenes-judge"
 @click.command()
 @click.argument("name")
 @click.argument("destination", metavar="DIR", type=PATH)
-@click.option("--threads", type=int, metavar="N", default=0, help="Other numbers give other roundings. Default: all.")
+@click.option(
+    "--threads", type=click.IntRange(0, 1024), metavar="N", default=0,
+    help="Other numbers give other roundings. Default: all.",
+)  # fmt: skip
 @click.option("--teacher", type=PATH, metavar="DIR", help="Of scenes-schnell: the scenes-dev it learns from.")
 @build_dir_option
 @json_option

@@ -40,7 +40,9 @@ def transfer_options(command: _F) -> _F:
         return command(*args, transfers=Transfers(plain_http, parallel, Patience(deadline=deadline)), **kwargs)
 
     text = "Files under way at once. Default: 4."
-    wrapped = click.option("--transfers", "parallel", type=int, metavar="N", default=4, help=text)(wrapped)
+    wrapped = click.option("--transfers", "parallel", type=click.IntRange(max=64), metavar="N", default=4, help=text)(
+        wrapped
+    )
     text = "Seconds until a registry is given up. Each MiB that is moved adds 4. Default: 300."
     seconds = click.FloatRange(1, 1e6)
     wrapped = click.option("--deadline", type=seconds, metavar="SECONDS", default=300.0, help=text)(wrapped)

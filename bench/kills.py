@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -82,18 +82,28 @@ def measure() -> Figure:
     )
 
 
-def works() -> list[Work]:
-    """What is killed here; without TPU-MLIR's environment what needs it is left out."""
-    made = [
-        _build("cpu"),
-        _build("trn1", (0, 5)),
-        *([_build("bm1684x")] if find_tpu_mlir(default_tpu_mlir_root()) else []),
-    ]
-    return [*made, *_fuse(), *_registry(), _collection(), *_moulds()]
+def works() -> Iterator[Work]:
+    """What is killed here, in order: later ones use what the first ones built.
+
+    Without TPU-MLIR's environment what needs it is left out.
+    """
+    yield _build("cpu")
+    yield _build("trn1", (0, 5))
+    if find_tpu_mlir(default_tpu_mlir_root()):
+        yield _build("bm1684x")
+        yield _mould_import()
+    yield _fuse()
+    yield from _registry()
+    yield _collection()
+
+
+def calm_folder(name: str) -> Path:
+    """Where a work was done undisturbed."""
+    return FOLDER / name.replace(" ", "-") / "calm"
 
 
 def kill(work: Work, count: int, order: random.Random) -> Outcome:
-    outcome, calm, folder = Outcome(), FOLDER / work.name / "calm", FOLDER / work.name / "killed"
+    outcome, calm, folder = Outcome(), calm_folder(work.name), calm_folder(work.name).with_name("killed")
     for one in (calm, folder):
         one.mkdir(parents=True)
         work.prepare(one)
@@ -177,7 +187,7 @@ def _forget_results(folder: Path) -> None:
         shutil.rmtree(folder / name, ignore_errors=True)
 
 
-def _fuse() -> list[Work]:
+def _fuse() -> Work:
     import torch
     from safetensors.torch import save_file
 
@@ -192,7 +202,7 @@ def _fuse() -> list[Work]:
     def command(folder: Path) -> list[str]:
         return ["fuse", str(model), str(folder / "fused"), "--lora", str(style)]
 
-    return [Work("fuse", command, _tree("fused"), forget=lambda folder: shutil.rmtree(folder / "fused"))]
+    return Work("fuse", command, _tree("fused"), forget=lambda folder: shutil.rmtree(folder / "fused"))
 
 
 def _tree(name: str) -> Callable[[Path], object]:
@@ -206,7 +216,7 @@ def _tree(name: str) -> Callable[[Path], object]:
 
 def _registry() -> list[Work]:
     """A registry that is a folder: publishing into it, pulling out of it."""
-    bundle = next((FOLDER / "build cpu" / "calm" / "cpu").glob("*/bundle"))
+    bundle = next((calm_folder("build cpu") / "cpu").glob("*/bundle"))
     layout = f"oci-layout:{FOLDER / 'layout'}:v1"
     licence = ("--accept-license", "flux-1-dev")
     subprocess.run(fluxkiln("publish", str(bundle), layout, *licence), check=True, capture_output=True)
@@ -228,7 +238,7 @@ def _registry() -> list[Work]:
 
 def _collection() -> Work:
     """A store full of what nothing needs, beside what a tag reaches."""
-    source = FOLDER / "build cpu" / "calm" / "store"
+    source = calm_folder("build cpu") / "store"
 
     def fill(folder: Path) -> None:
         shutil.copytree(source, folder / "store", dirs_exist_ok=True)
@@ -243,18 +253,13 @@ def _collection() -> Work:
     return Work("cache gc", command, _tree("store/blobs"), prepare=fill, forget=fill)
 
 
-def _moulds() -> list[Work]:
-    built = FOLDER / "build bm1684x" / "calm"
-    if not built.is_dir():
-        return []
-    file = FOLDER / "moulds.tar"
-    command = fluxkiln("mould", "export", str(file), "--store", str(built / "store"))
+def _mould_import() -> Work:
+    file, store = FOLDER / "moulds.tar", calm_folder("build bm1684x") / "store"
+    command = fluxkiln("mould", "export", str(file), "--store", str(store))
     subprocess.run(command, check=True, capture_output=True)
-    return [
-        Work(
-            "mould import",
-            lambda folder: ["mould", "import", str(file), "--store", str(folder / "store")],
-            _tree("store/blobs"),
-            forget=lambda folder: shutil.rmtree(folder / "store"),
-        )
-    ]
+    return Work(
+        "mould import",
+        lambda folder: ["mould", "import", str(file), "--store", str(folder / "store")],
+        _tree("store/blobs"),
+        forget=lambda folder: shutil.rmtree(folder / "store"),
+    )

@@ -50,7 +50,9 @@ def test_coverage_finds_no_bytes_either(name, tmp_path):
         sys.executable, "-m", "tests.hostile.fuzz", name, str(tmp_path), f"-max_total_time={SECONDS}", "-timeout=25",
         "-rss_limit_mb=3000", "-max_len=200000", f"-artifact_prefix={tmp_path}/",
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ})
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, env={**os.environ, "TMPDIR": str(tmp_path)}
+    )
     assert done.returncode == 0, (done.stdout[-3000:], done.stderr[-3000:])
     assert "Done" in done.stderr
 

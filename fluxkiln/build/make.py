@@ -178,11 +178,12 @@ def _prepared(settings: Settings, checkpoint: Checkpoint) -> Prepared:
 
 
 def _refuse_unused(settings: Settings, cut: bool, proving: bool) -> None:
-    """Raise UsageError for settings that mean nothing to the target: of those that cut the model over cores where it
-    does not, of the blocks' form where it has one of its own, of proofs where nothing is cast."""
-    cuts = dict.fromkeys(("instance", "tp_degree", "granularity", "flags"), "does not cut the model over cores")
-    rules = {"modulation": "cuts the model over cores, and has one form of it"} if cut else cuts
-    rules |= {} if proving else {"prove": "casts nothing"}
+    """Raise UsageError for settings of targets that cut the model, where the target does not, and of proofs where
+    nothing is cast."""
+    rules = {} if proving else {"prove": "casts nothing"}
+    if not cut:
+        names = ("instance", "tp_degree", "granularity", "flags")
+        rules |= dict.fromkeys(names, "does not cut the model over cores")
     for one in fields(settings):
         if one.name in rules and (value := getattr(settings, one.name)) != one.default:
             given = f"--{OPTIONS[one.name].flag}" + ("" if value is True else f" {value}")

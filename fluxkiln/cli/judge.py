@@ -29,7 +29,7 @@ MOST_PROMPTS = 2000
 @click.option(
     "--steps", type=click.IntRange(1, MOST_COUNT), metavar="N", help="Denoising steps. Default: the model's own."
 )
-@click.option("--guidance", type=click.FloatRange(0, 100), metavar="X", help="Guidance scale, dev only. Default: 3.5.")
+@click.option("--guidance", type=float, metavar="X", help="Guidance scale, dev only. Default: 3.5.")
 @click.option("--seed", type=SEED, metavar="N", default=0, help="Of the first image; the others follow. Default: 0.")
 @click.option("--against", metavar="MODEL", help="Compare each picture with diffusers' own of this model as well.")
 @click.option("--executor", metavar="NAME", help="What runs a bundle's parts, see below. Default: by the bundle.")
@@ -58,6 +58,8 @@ def judge_command(
     """
     if not 1 <= prompts <= MOST_PROMPTS:
         raise UsageError(f"--prompts {prompts}: give from 1 to {MOST_PROMPTS}")
+    if guidance is not None and not 0 <= guidance <= 100:  # NaN is in no range
+        raise UsageError(f"--guidance {guidance}: it must be from 0 to 100, 3.5 is the usual one")
     from fluxkiln.generate.pictures import requests_for
     from fluxkiln.scenes.adherence import fixed_prompts, judge_images
 

@@ -18,6 +18,7 @@ from fluxkiln.verify.report.page import size as size_text
 if TYPE_CHECKING:
     from fluxkiln.build.publish import Transfers
 
+MOST_SECONDS = 1_000_000
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 PARITY_WORDS = {
@@ -37,6 +38,8 @@ def transfer_options(command: _F) -> _F:
 
         if parallel < 1:
             raise UsageError(f"--transfers {parallel}: at least 1 is needed; leave the option out for the default")
+        if not 1 <= deadline <= MOST_SECONDS:  # NaN is in no range
+            raise UsageError(f"--deadline {deadline}: it must be from 1 to {MOST_SECONDS} seconds")
         return command(*args, transfers=Transfers(plain_http, parallel, Patience(deadline=deadline)), **kwargs)
 
     text = "Files under way at once. Default: 4."
@@ -44,8 +47,7 @@ def transfer_options(command: _F) -> _F:
         wrapped
     )
     text = "Seconds until a registry is given up. Each MiB that is moved adds 4. Default: 300."
-    seconds = click.FloatRange(1, 1e6)
-    wrapped = click.option("--deadline", type=seconds, metavar="SECONDS", default=300.0, help=text)(wrapped)
+    wrapped = click.option("--deadline", type=float, metavar="SECONDS", default=300.0, help=text)(wrapped)
     text = "No TLS. For a registry on this machine it is not used anyway."
     return click.option("--plain-http", is_flag=True, help=text)(wrapped)  # type: ignore[return-value]
 

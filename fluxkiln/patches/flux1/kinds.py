@@ -164,16 +164,23 @@ def list_split_parts(
     Raises:
         UsageError: no such granularity.
     """
-    match = re.fullmatch(r"block|whole|group:([1-9]\d*)", granularity)
+    match = re.fullmatch(r"block|whole|group:([1-9]\d{0,5})", granularity)
     if match is None:
-        raise UsageError(f"granularity {granularity!r}: block, group:N with N blocks in a part, and whole are known")
+        raise UsageError(
+            f"granularity {granularity!r:.80}: block, group:N with N blocks in a part, and whole are known"
+        )
     configs = {**NO_BLOCKS, **configs}
     doubles, singles = ([(kind, prefix) for prefix in _prefixes(configs, kind)] for kind in ("double", "single"))
     if granularity == "whole":
         members = (("head", ""), *doubles, *singles, ("tail", ""))
         transformer = [make_part("transformer", "transformer", "", members)]
     else:
-        size = int(match.group(1) or 1)
+        size, most = int(match.group(1) or 1), max(len(doubles), len(singles))
+        if size > max(most, 1):
+            raise UsageError(
+                f"granularity {granularity}: the model has {len(doubles)} double and {len(singles)} single blocks; give "
+                f"at most group:{most}"
+            )
         transformer = [
             make_part("head", "modulated_head", "", (("head", ""),)),
             *_groups("double", doubles, size),

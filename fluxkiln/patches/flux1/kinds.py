@@ -178,8 +178,8 @@ def list_split_parts(
         size, most = int(match.group(1) or 1), max(len(doubles), len(singles))
         if size > max(most, 1):
             raise UsageError(
-                f"granularity {granularity}: the model has {len(doubles)} double and {len(singles)} single blocks; give "
-                f"at most group:{most}"
+                f"granularity {granularity}: there are {len(doubles)} double and {len(singles)} single blocks; give at "
+                f"most group:{most}"
             )
         transformer = [
             make_part("head", "modulated_head", "", (("head", ""),)),

@@ -180,7 +180,7 @@ def read_mould_map(data: bytes, folder: Path) -> None:
     from fluxkiln.compile.toolchains.tpu_mlir.nets import check_mould
 
     shell = written(samples("bmodel")[0], folder / "shell")
-    record = json.loads((CORPUS / "mould.json").read_bytes())
+    record = json.loads(samples("mould-record")[0])
     check_mould(record, {"shell": shell, "map": written(data, folder / "map")})
 
 
@@ -197,14 +197,14 @@ def read_mould_record(data: bytes, folder: Path) -> None:
         names = ("stage", "code_version", "inputs", "settings", "tools")
         record["key"] = digest_json({"schema": ACTION_SCHEMA, **{name: record[name] for name in names}})
         index = canonical_json({"format": "fluxkiln.moulds/1", "records": [record]})
-    except (ValueError, TypeError, KeyError, RecursionError):
+    except (ValueError, TypeError, KeyError, RecursionError):  # no record at all: the reader's to say
         index = b'{"format": "fluxkiln.moulds/1", "records": [%b]}' % data
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as archive:
-        blobs = [f"blobs/sha256/{path.name}" for path in sorted((CORPUS / "blobs").iterdir())]
+        blobs = [f"blobs/sha256/{path.name}" for path in sorted((CORPUS / "mould-blobs").iterdir())]
         for name in ("moulds.json", *blobs):
             member = tarfile.TarInfo(name)
-            content = index if name == "moulds.json" else (CORPUS / "blobs" / Path(name).name).read_bytes()
+            content = index if name == "moulds.json" else (CORPUS / "mould-blobs" / Path(name).name).read_bytes()
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
     read_moulds(file.getvalue(), folder)

@@ -20,10 +20,10 @@ from fluxkiln.errors import CompileError, IntegrityError
 MAGIC = 0xFF55AAEE
 HEADER = struct.Struct("<IIIQ")  # magic, header size, flatbuffer size, binary size
 HEADER_BYTES = 64
-# of the flatbuffer; instructions and weights are not in it
-MAX_TABLE_BYTES = 64 << 20
+# of the flatbuffer; instructions and weights are not in it, and a net takes 4 KB of it
+MAX_TABLE_BYTES = 16 << 20
 # One part of it may stand for several things, but not for all that a program could be made to read.
-_MOST_READ = 16
+_MOST_READ = 4
 # Model.time is what asctime writes; every bmodel we keep carries this one, so that equal inputs give equal files
 CANONICAL_TIME = b"Thu Jan  1 00:00:00 1970\n"
 

@@ -92,6 +92,7 @@ def make_groups(folder: Path) -> dict[str, Iterator[Case]]:
     os.environ |= {"XDG_CACHE_HOME": str(folder / "cache"), "DOCKER_CONFIG": str(folder), "HF_HUB_OFFLINE": "1"}
     model = synthesize("tiny-dev", folder / "tiny-dev")
     bundle = make_bundle(open_checkpoint(model), folder / "made")
+    free = make_bundle(open_checkpoint(synthesize("tiny-schnell", folder / "tiny-schnell")), folder / "made-free")
     return {
         "configs": _checkpoints(folder, model, _spoiled_configs(model, 300)),
         "safetensors headers": _checkpoints(folder, model, _spoiled_headers(250)),
@@ -101,7 +102,7 @@ def make_groups(folder: Path) -> dict[str, Iterator[Case]]:
         ),
         "configs of bundles": _bundles(folder, bundle, "configs.json", draw("configs", 100)),
         "graphs of bundles": _bundles(folder, bundle, "onnx/tail.onnx", draw("graph", 150)),
-        "artifacts": _layouts(folder, bundle, 200),
+        "artifacts": _layouts(folder, free, 200),
         "registries": _registries(folder, 200),
         "logins": _logins(folder, 100),
         "moulds": _moulds(folder, 150),
@@ -165,7 +166,7 @@ def _put_right(bundle: Path, name: str, data: bytes) -> None:
 
 def _layouts(folder: Path, bundle: Path, count: int) -> Iterator[Case]:
     """An OCI layout: its index, the artifact's manifest and config."""
-    yield Case(["publish", str(bundle), f"oci-layout:{folder / 'layout'}:v1", "--accept-license", "flux-1-dev"])
+    yield Case(["publish", str(bundle), f"oci-layout:{folder / 'layout'}:v1"])
     layout = folder / "layout"
     index = json.loads((layout / "index.json").read_bytes())
     first = layout / "blobs" / index["manifests"][0]["digest"].replace(":", "/")

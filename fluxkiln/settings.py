@@ -275,8 +275,6 @@ class Settings:
             raise UsageError(f"no preset of compiler flags is called {self.flags!r}; there are default, published")
         if (self.prompts or self.seeds) and not self.verify:
             raise UsageError("prompts and seeds are for verification, which --no-verify leaves out; drop either")
-        if self.force and self.verify:
-            raise UsageError("--force lets --no-verify replace a bundle that was verified; leave it out, or add that")
         for name, value in (
             ("jobs", self.jobs),
             ("tokens", self.tokens),

@@ -40,6 +40,7 @@ GIVEN = {
     "prompts": ("prompts.txt", ("one", "two")),
     "seeds": ("0-1,3", (0, 1, 3)),
     "verify": (None, False),
+    "force": (None, True),
     "prove": (None, True),
 }  # fmt: skip
 

@@ -62,6 +62,8 @@ def build(settings: Settings, progress: Progress | None = None) -> BuildResult:
     """
     from fluxkiln.build.finish import finish_bundle, finished_result
 
+    if settings.force and settings.verify:
+        raise UsageError("--force lets --no-verify replace a bundle that was verified; leave it out, or add that")
     progress = progress or Silent()
     laps = Laps()
     prepared = prepare(settings, progress)

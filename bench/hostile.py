@@ -24,7 +24,6 @@ from bench.peers import hostile_registry
 from fluxkiln.artifacts.intact import encode_record
 from fluxkiln.digests import digest_bytes, seal
 from tests.hostile.readers import READERS, samples
-from tests.hostile.spoiled import spoiled
 
 DEADLINE = 3  # seconds, of commands that take one
 
@@ -67,6 +66,8 @@ def measure() -> Figure:
 def draw(name: str, count: int, seeds: Sequence[bytes] = ()) -> list[bytes]:
     """So many spoiled samples of a reader, the same in every run."""
     from hypothesis import HealthCheck, Phase, given, settings
+
+    from tests.hostile.spoiled import spoiled
 
     found: list[bytes] = []
 

@@ -54,6 +54,7 @@ def run_group(name: str, cases: Iterator[Case]) -> Group:
         if any(sign in said for sign in SIGNS) or late or peak > 1e9 or code < 0:
             last = said.decode(errors="replace").strip().rsplit("\n", 1)[-1]
             group.worst.append(f"{case.arguments}: {code}, {seconds:.1f} s, {peak / 1e6:.0f} MB: {last[:300]}")
+    print(f"{name}: {group}", file=sys.stderr, flush=True)
     return group
 
 

@@ -28,10 +28,11 @@ def calibrated(small_build, tmp_path_factory):
     layers = [n for n, ref in made.checkpoint.tensors[COMPONENT].items() if len(ref.shape) == 2]
     with Sums(path, 64, len(layers)) as sums:
         for name in layers:
-            width = made.checkpoint.tensors[COMPONENT][name].shape[1]
+            height, width = made.checkpoint.tensors[COMPONENT][name].shape
             sizes = torch.exp(torch.randn(width, generator=torch.Generator().manual_seed(width)))
             mixing = torch.randn(width // 4, width, generator=random) * sizes
-            sums.add(COMPONENT, name, torch.randn(400, width // 4, generator=random) @ mixing)
+            rows = torch.randn(400, width // 4, generator=random) @ mixing
+            sums.add(COMPONENT, name, rows, torch.randn(400, height, generator=random))
         sums.finish(
             {"components": {COMPONENT: component_digest(made.checkpoint.digests, COMPONENT)}, "facts": {"prompts": 0}}
         )

@@ -169,8 +169,8 @@ def _record(
 
     checkpoint, plan, settings = prepared.checkpoint, prepared.plan, prepared.settings
 
-    def observe(component: str, name: str, _: Any, inputs: tuple[Any, ...]) -> None:
-        sums.add(component, name, inputs[0])
+    def observe(component: str, name: str, _: Any, inputs: tuple[Any, ...], outputs: Any) -> None:
+        sums.add(component, name, inputs[0], outputs)
 
     # an image is not needed; what makes the transformer's inputs is run where it is there
     running = {part.component: part.folder for part in plan.parts if part.component != "vae"}
@@ -185,7 +185,7 @@ def _record(
     progress.stage("calibrate", len(prompts))
     with Sums(target, block, len(layers)) as sums:
         for (component, name), module in layers.items():
-            module.register_forward_pre_hook(partial(observe, component, f"{name}.weight"))
+            module.register_forward_hook(partial(observe, component, f"{name}.weight"))
         for index, prompt in enumerate(prompts):
             started = time.perf_counter()
             with weights_in_place():

@@ -171,6 +171,11 @@ def quantize_model(
     elif budget:
         method = compared[0].method
         compared = [parse_scheme(name.format(method)) for name in BUDGET_SCHEMES]
+    if rounded := next((one for one in [*compared, *(rule.scheme for rule in rules)] if one.integer), None):
+        raise SchemeError(
+            f"{rounded.name} rounds inputs as well, and layers are measured here by their weights alone; build it, its "
+            "report has the errors of every block"
+        )
     stacks = Stacks(block_kinds(checkpoint.model), checkpoint.model.kinds)
     fixed = assign_rules([layer.name for layer in layers], rules, stacks)
     limit = parse_budget(budget, sum(math.prod(layer.shape) for layer in layers)) if budget else 0

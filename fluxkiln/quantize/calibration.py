@@ -1,8 +1,9 @@
-"""Calibration: second moments of the inputs of weight matrices, the file that they are in, and how it is recorded.
+"""Calibration: what is known of inputs and outputs of weight matrices, the file that it is in, and how it is recorded.
 
-For every input that several matrices may share (the query, key and value of an attention say) there are a tensor
-`<key>.peaks` [I] and either `<key>.blocks` [n, b, b] or, where b does not divide I, `<key>.blocks` and `<key>.rest`
-[r, r]. The metadata entry `calibration` is JSON: which checkpoint, which prompts, and per matrix its key and count.
+For every input that several matrices may share (the query, key and value of an attention say) there are the tensors
+`<key>.peaks` [I] and `<key>.sizes` [I, n] (`quantize.sizes`), and either `<key>.blocks` [n, b, b] or, where b does not
+divide I, `<key>.blocks` and `<key>.rest` [r, r]; for every matrix `<name>.outputs` [O], the largest sizes of its
+products. The metadata entry `calibration` is JSON: which checkpoint, which prompts, and per matrix its key and count.
 
 Source: https://github.com/huggingface/safetensors#format
 """
@@ -13,7 +14,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fluxkiln.errors import CheckpointError, IntegrityError, SchemeError
+from fluxkiln.quantize.sizes import BINS, count_sizes
 
-FORMAT = 1
+FORMAT = 2
 METADATA = "calibration"
 # channels of a block, half of FLUX.1's width: 9 MB. Whole inputs are twice as many bytes for a tenth less error
 DEFAULT_BLOCK = 1536
@@ -40,11 +42,13 @@ class Statistics:
         blocks: float32 [b, b] each, those on the diagonal of X^T X / N; they cover all input channels.
         peaks: mean of |x_i|, float32 [I].
         count: input rows that were seen.
+        sizes: how often |x_i| was how large, float32 [I, n], see `quantize.sizes`; None where only moments are known.
     """
 
     blocks: tuple[NDArray[np.float32], ...]
     peaks: NDArray[np.float32]
     count: int
+    sizes: NDArray[np.float32] | None = None
 
     @property
     def in_features(self) -> int:
@@ -62,7 +66,8 @@ class Statistics:
             low, high = max(start - first, 0), min(stop - first, len(block))
             if low < high:
                 cut.append(block[low:high, low:high])
-        return Statistics(tuple(cut), self.peaks[start:stop], self.count)
+        sizes = None if self.sizes is None else self.sizes[start:stop]
+        return Statistics(tuple(cut), self.peaks[start:stop], self.count, sizes)
 
     def starts(self) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """Each block with the channel that it begins at."""
@@ -80,6 +85,8 @@ class Statistics:
             )
         diagonal = self.diagonal
         sound = all(np.isfinite(block).all() for block in self.blocks) and np.isfinite(self.peaks).all()
+        if self.sizes is not None:
+            sound = sound and self.sizes.shape == (in_features, BINS) and np.isfinite(self.sizes).all()
         if not sound or (diagonal < 0).any() or self.count < 1:
             raise SchemeError(
                 f"calibration of {name} has NaN, infinite or negative moments; calibrate again, with prompts that the "
@@ -103,7 +110,8 @@ def mean_statistics(known: Sequence[Statistics]) -> Statistics:
         return first
     blocks = tuple(np.mean(blocks, axis=0) for blocks in zip(*(one.blocks for one in known), strict=True))
     peaks: NDArray[np.float32] = np.mean([one.peaks for one in known], axis=0)
-    return Statistics(blocks, peaks, first.count)
+    sizes = [one.sizes for one in known if one.sizes is not None]
+    return Statistics(blocks, peaks, first.count, np.mean(sizes, axis=0) if len(sizes) == len(known) else None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,25 +160,38 @@ class Calibration:
             SchemeError: it has none, they are for another width, or not finite.
             IntegrityError: the file is damaged.
         """
-        from safetensors import SafetensorError, safe_open
+        key, count = self._place(component, tensor)
+        blocks, rest, peaks, sizes = self._read(f"{key}.{name}" for name in ("blocks", "rest", "peaks", "sizes"))
+        found = Statistics((*blocks, *([] if rest is None else [rest])), peaks, count, sizes)
+        found.check(tensor, in_features)
+        return found
 
+    def outputs(self, component: str, tensor: str) -> NDArray[np.float32]:
+        """The largest |y_o| of the products of one matrix, float32 [O]; errors as `statistics`."""
+        self._place(component, tensor)
+        (found,) = self._read([f"{component}.{tensor}.outputs"])
+        if not np.isfinite(found).all():
+            raise SchemeError(f"calibration of {tensor} has outputs that are not finite; calibrate again")
+        return found
+
+    def _place(self, component: str, tensor: str) -> tuple[str, int]:
         try:
-            key, count = self.matrices[component][tensor]
+            return self.matrices[component][tensor]
         except KeyError:
             raise SchemeError(
                 f"calibration {self.path.name} says nothing of {tensor} of {component}; run fluxkiln calibrate again"
             ) from None
+
+    def _read(self, names: Iterable[str]) -> list[Any]:
+        """Tensors by name; None for what there is not."""
+        from safetensors import SafetensorError, safe_open
+
         try:
             with safe_open(self.path, framework="np") as file:
-                names = file.keys()
-                blocks = [np.asarray(block) for block in file.get_tensor(f"{key}.blocks")]
-                if f"{key}.rest" in names:
-                    blocks.append(file.get_tensor(f"{key}.rest"))
-                found = Statistics(tuple(blocks), file.get_tensor(f"{key}.peaks"), count)
+                known = set(file.keys())
+                return [file.get_tensor(name) if name in known else None for name in names]
         except (SafetensorError, OSError) as error:
             raise IntegrityError(f"{self.path} cannot be read ({error}); run fluxkiln calibrate again") from error
-        found.check(tensor, in_features)
-        return found
 
 
 def _digest_data(path: Path, start: int) -> str:
@@ -199,8 +220,10 @@ def open_calibration(path: Path, digest: str) -> Calibration:
             for component, entries in known["matrices"].items()
         }
         keys = {key for entries in matrices.values() for key, _ in entries.values()}
-        if missing := [key for key in sorted(keys) if not {f"{key}.peaks", f"{key}.blocks"} <= names]:
-            raise IntegrityError(f"{path} has no statistics of {missing[0]}; run fluxkiln calibrate again")
+        needed = {f"{key}.{name}" for key in keys for name in ("peaks", "sizes", "blocks")}
+        needed |= {f"{component}.{name}.outputs" for component, entries in matrices.items() for name in entries}
+        if missing := sorted(needed - names):
+            raise IntegrityError(f"{path} has no {missing[0]}; run fluxkiln calibrate again")
         return Calibration(path, digest, known["components"], matrices, known["facts"], known["data"])
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise IntegrityError(f"{path} is no calibration ({error}); run fluxkiln calibrate to make one") from error
@@ -208,10 +231,9 @@ def open_calibration(path: Path, digest: str) -> Calibration:
 
 @dataclass(slots=True)
 class _Place:
-    """Where the sums of one input lie in the file, and how many rows are in them."""
+    """Where the sums of one input lie in the file, and how many rows are in them; of outputs none are counted."""
 
     key: str
-    width: int
     offsets: dict[str, tuple[int, tuple[int, ...]]]
     count: int = 0
 
@@ -225,7 +247,7 @@ class Sums:
     layers: int
     _file: int = -1
     _end: int = 0
-    _places: dict[str, _Place] = field(default_factory=dict)
+    _places: dict[tuple[str, str], _Place] = field(default_factory=dict)
     _names: dict[tuple[str, str], str] = field(default_factory=dict)
     _last: tuple[Any, str] | None = None
 
@@ -238,14 +260,20 @@ class Sums:
 
     @property
     def _room(self) -> int:
-        """Bytes of the header: three tensors and a few names a layer; a multiple of 8."""
-        return 4096 + 1024 * self.layers
+        """Bytes of the header: five tensors and a few names a layer; a multiple of 8."""
+        return 4096 + 1536 * self.layers
 
     def _side(self, width: int) -> int:
         return min(self.block or width, width)
 
-    def add(self, component: str, name: str, inputs: Any) -> None:
-        """Add the rows that a layer is given, a torch tensor [..., I]; a layer given what the last one was shares."""
+    def add(self, component: str, name: str, inputs: Any, outputs: Any) -> None:
+        """Add the rows that a layer is given and makes, torch tensors [..., I] and [..., O].
+
+        A layer that is given what the last one was shares what is known of it.
+        """
+        made = outputs.detach().float().reshape(-1, outputs.shape[-1])
+        place = self._place(f"{component}.{name}", {"outputs": (made.shape[1],)})
+        self._add_to(place, "outputs", made.abs().amax(0).numpy(), add=np.maximum)
         last, self._last = self._last, None
         if last is not None and last[0] is inputs:
             self._last = last
@@ -255,11 +283,17 @@ class Sums:
         key = self._names.get((component, name), f"{component}.{name}")
         self._names[component, name] = key
         rows = inputs.detach().float().reshape(-1, inputs.shape[-1])
-        place = self._place(key, rows.shape[1])
-        side = self._side(place.width)
+        width = rows.shape[1]
+        side = self._side(width)
+        shapes: dict[str, tuple[int, ...]] = {"peaks": (width,), "sizes": (width, BINS)}
+        shapes["blocks"] = (width // side, side, side)
+        if width % side:
+            shapes["rest"] = (width % side, width % side)
+        place = self._place(key, shapes)
         self._add_to(place, "peaks", rows.abs().sum(0).numpy())
-        whole = place.width // side * side
-        for start in range(0, place.width, side):
+        self._add_to(place, "sizes", count_sizes(rows.numpy()))
+        whole = width // side * side
+        for start in range(0, width, side):
             some = rows[:, start : start + side]
             which, index = ("blocks", start // side) if start < whole else ("rest", 0)
             self._add_to(place, which, (some.T @ some).numpy(), index)
@@ -282,11 +316,12 @@ class Sums:
                 for index in range(shape[0] if name == "blocks" else 1):
                     size = shape[1:] if name == "blocks" else shape
                     at = offset + 4 * index * math.prod(size)
-                    values = self._read(at, size) / np.float32(place.count)
+                    values = self._read(at, size) / np.float32(place.count or 1)
                     if not np.isfinite(values).all():
                         raise CheckpointError(
-                            f"the inputs of {place.key} are not finite: the model overflows with these prompts or "
-                            "weights; use other prompts, or fetch the checkpoint again"
+                            f"the {'outputs' if name == 'outputs' else 'inputs'} of {place.key} are not finite: the "
+                            "model overflows with these prompts or weights; use other prompts, or fetch the checkpoint "
+                            "again"
                         )
                     os.pwrite(self._file, values.tobytes(), at)
                 begin = offset - self._room - 8
@@ -294,31 +329,30 @@ class Sums:
                 header[f"{place.key}.{name}"] = {"dtype": "F32", "shape": list(shape), "data_offsets": offsets}
         matrices: dict[str, dict[str, list[Any]]] = {}
         for (component, name), key in self._names.items():
-            matrices.setdefault(component, {})[name] = [key, self._places[key].count]
+            matrices.setdefault(component, {})[name] = [key, self._places[key, "peaks"].count]
         data = _digest_data(self.path, self._room + 8)
         text = json.dumps({"format": FORMAT, "matrices": matrices, "data": data, **known}, sort_keys=True)
         raw = json.dumps({"__metadata__": {METADATA: text}, **header}).encode()
         assert len(raw) <= self._room
         os.pwrite(self._file, self._room.to_bytes(8, "little") + raw.ljust(self._room), 0)
 
-    def _place(self, key: str, width: int) -> _Place:
-        if key not in self._places:
+    def _place(self, key: str, shapes: Mapping[str, tuple[int, ...]]) -> _Place:
+        own = key, next(iter(shapes))
+        if own not in self._places:
             self._end = self._end or self._room + 8
-            side = self._side(width)
-            shapes: dict[str, tuple[int, ...]] = {"peaks": (width,), "blocks": (width // side, side, side)}
-            if width % side:
-                shapes["rest"] = (width % side, width % side)
             offsets = {}
             for name, shape in shapes.items():
                 offsets[name] = self._end, shape
                 self._end += 4 * math.prod(shape)
             os.truncate(self._file, self._end)
-            self._places[key] = _Place(key, width, offsets)
-        return self._places[key]
+            self._places[own] = _Place(key, offsets)
+        return self._places[own]
 
-    def _add_to(self, place: _Place, name: str, values: NDArray[np.float32], index: int = 0) -> None:
+    def _add_to(
+        self, place: _Place, name: str, values: NDArray[np.float32], index: int = 0, add: np.ufunc = np.add
+    ) -> None:
         at = place.offsets[name][0] + index * values.nbytes
-        os.pwrite(self._file, (self._read(at, values.shape) + values).tobytes(), at)
+        os.pwrite(self._file, add(self._read(at, values.shape), values).tobytes(), at)
 
     def _read(self, at: int, shape: tuple[int, ...]) -> NDArray[np.float32]:
         return np.frombuffer(os.pread(self._file, 4 * math.prod(shape), at), np.float32).reshape(shape)

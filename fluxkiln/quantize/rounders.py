@@ -31,12 +31,10 @@ def make_rounder(scheme: Scheme, statistics: Statistics | None = None) -> Rounde
     Raises:
         SchemeError: a calibrated method without statistics, or a method that needs more than codes.
     """
-    method = find_method(scheme.method)
+    method = scheme.how
     if method.side_tensors is not None:
         able = ", ".join(name for name in method_names() if find_method(name).side_tensors is None)
-        raise SchemeError(
-            f"{scheme.name}: {scheme.method} changes the graph and cannot be put into its codes; use {able}"
-        )
+        raise SchemeError(f"{scheme.name} changes the graph, which cannot be put into codes; use {able}")
     if method.calibrated and statistics is None:
         raise SchemeError(f"{scheme.name} needs calibration; make some with fluxkiln calibrate, and name it")
     return method.rounder(statistics, scheme.symmetric)

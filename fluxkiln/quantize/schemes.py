@@ -19,6 +19,7 @@ from fluxkiln.errors import SchemeError
 from fluxkiln.quantize.formats import FILE_FORMATS
 from fluxkiln.quantize.methods import Method, Source, find_method, method_names
 from fluxkiln.quantize.side_tensors import SideTensors, side_shape, split_slot
+from fluxkiln.quantize.smoothing import METHOD as SMOOTHING
 from fluxkiln.types import Kind
 
 Arithmetic = Literal["F32", "F16", "BF16"]
@@ -46,6 +47,7 @@ class Scheme:
         kept: shell patterns on the names of weights that are not quantized, each once and sorted; see `keeps`.
         form: of `quantize.formats`, which then says bits and group size; empty for codes, scales and zero points as
             compilers take them.
+        integer: a matmul's inputs are rounded to 8 bits as well, see `quantize.integer`; a scale a row of the weight.
     """
 
     arithmetic: Arithmetic
@@ -56,10 +58,11 @@ class Scheme:
     rank: int = 0
     kept: tuple[str, ...] = ()
     form: str = ""
+    integer: bool = False
 
     def __post_init__(self) -> None:
-        if self.form:
-            self._check_form()
+        if self.form or self.integer:
+            self._check_own_way()
         elif self.weight_bits not in (0, 4, 8):
             raise SchemeError(f"{self.weight_bits}-bit weights: 4, 8 and unquantized are supported")
         elif self.weight_bits and self.group_size not in GROUP_SIZES:
@@ -84,11 +87,10 @@ class Scheme:
                     f"{pattern!r} is no pattern of weights; letters, digits and _ . * ? [ ] ! may be in it"
                 )
 
-    def _check_form(self) -> None:
+    def _check_own_way(self) -> None:
         if self.method != _NO_METHOD or self.symmetric:
-            raise SchemeError(
-                f"{self.form} has a way of its own to find codes; leave {'sym' if self.symmetric else self.method} out"
-            )
+            left_out = "sym" if self.symmetric else self.method
+            raise SchemeError(f"{self._format} has a way of its own to find codes; leave {left_out} out")
 
     def keeps(self, slot: str) -> bool:
         """Whether a slot stays in the scheme's arithmetic though the others of its part are quantized."""
@@ -101,7 +103,7 @@ class Scheme:
     @property
     def how(self) -> Method:
         """The method by its name."""
-        return find_method(self.method)
+        return SMOOTHING if self.integer else find_method(self.method)
 
     def find_beside(self, sources: Sequence[Source], most_rows: int = 0) -> Iterator[SideTensors]:
         """What stands beside the codes of weights that have one input in common, in their order.
@@ -126,7 +128,7 @@ class Scheme:
         """As it is asked for; without the method where that is the default."""
         if not self.weight_bits:
             return self.arithmetic
-        default = _NO_METHOD if self.form else DEFAULT_METHODS[self.weight_bits]
+        default = _NO_METHOD if self.form or self.integer else DEFAULT_METHODS[self.weight_bits]
         method = "" if self.method == default else f"-{self.method}"
         return f"{self._format}{method}{self._rank}{'-sym' * self.symmetric}{self._kept}"
 
@@ -135,7 +137,7 @@ class Scheme:
         """What a compiler has to know of it: methods of codes alone share one mould, format and places are the same."""
         if not self.weight_bits:
             return self.arithmetic
-        method = "" if self.codes_only else f"-{self.method}{self._rank}"
+        method = "" if self.codes_only or self.integer else f"-{self.method}{self._rank}"
         return f"{self._format}{method}{self._kept}"
 
     @property
@@ -148,6 +150,8 @@ class Scheme:
         """Codes, a bfloat16 scale and an 8-bit zero point a group; those of the form; or numbers of 2 or 4 bytes."""
         if self.form:
             return FILE_FORMATS[self.form].bytes_per_weight
+        if self.integer:
+            return 1.0
         if self.weight_bits:
             return self.weight_bits / 8 + 3 / self.group_size
         return 4.0 if self.arithmetic == "F32" else 2.0
@@ -161,6 +165,8 @@ class Scheme:
     def _format(self) -> str:
         if self.form:
             return self.form
+        if self.integer:
+            return "W8A8"
         group = "" if self.group_size in (0, DEFAULT_GROUP_SIZE) else f"-g{self.group_size}"
         return f"W{self.weight_bits}{self.arithmetic}{group}"
 
@@ -184,6 +190,7 @@ _NAMED: Mapping[str, Scheme] = {
     "BF16": Scheme("BF16"),
     "W8BF16": Scheme("BF16", 8, DEFAULT_GROUP_SIZE, DEFAULT_METHODS[8]),
     "W4BF16": Scheme("BF16", 4, DEFAULT_GROUP_SIZE, DEFAULT_METHODS[4]),
+    "W8A8": Scheme("BF16", 8, integer=True),
     # what a format does not quantize is stored as beside the compilers' codes
     **{name: Scheme("BF16", one.bits, one.group, form=name) for name, one in FILE_FORMATS.items()},
 }
@@ -260,8 +267,10 @@ def form_group(kinds: Mapping[str, Kind], kind: str) -> tuple[str, ...]:
     return tuple(one.name for one in kinds.values() if one.block == kinds[kind].block)
 
 
-def part_schemes(blocks: Scheme, kinds: Mapping[str, Kind]) -> dict[str, Scheme]:
+def part_schemes(blocks: Scheme, kinds: Mapping[str, Kind], others: Scheme | None = None) -> dict[str, Scheme]:
     """The scheme of every kind when the blocks are to be stored as `blocks`.
+
+    An integer scheme is for the transformer's blocks alone; what else carries weight is then stored as `others`.
 
     The repeated blocks and their hoisted modulation carry the weight and take `blocks`, so that both forms of the
     transformer compute the same. What exists once stays unquantized: it is small, and errors there (the time embedding
@@ -275,7 +284,7 @@ def part_schemes(blocks: Scheme, kinds: Mapping[str, Kind]) -> dict[str, Scheme]
         elif kind.overflows and blocks.arithmetic == "F16":
             schemes[name] = _NAMED["BF16"]
         elif kind.stored == "blocks":
-            schemes[name] = blocks
+            schemes[name] = others if others and blocks.integer and not kind.is_block else blocks
         else:
             schemes[name] = _NAMED["F16" if blocks.arithmetic == "F16" else kind.stored]
     return schemes
@@ -295,7 +304,7 @@ def parse_schemes(text: str | None, default: str, kinds: Mapping[str, Kind]) -> 
     if "=" in head:
         head, exceptions = default, [head, *exceptions]
     blocks = parse_scheme(head)
-    schemes = part_schemes(blocks, kinds)
+    schemes = part_schemes(blocks, kinds, parse_scheme(default))
     families: dict[str, tuple[str, ...]] = {}
     for one in kinds.values():
         families[one.family] = (*families.get(one.family, ()), one.name)
@@ -325,13 +334,20 @@ def parse_schemes(text: str | None, default: str, kinds: Mapping[str, Kind]) -> 
                 )
             schemes |= {one: replace(schemes[one], kept=(*schemes[one].kept, pattern)) for one in quantized}
         else:
-            schemes |= dict.fromkeys(families.get(kind, (kind,)), parse_scheme(name))
+            found = parse_scheme(name)
+            named = families.get(kind, (kind,))
+            if found.integer and not all(kinds[one].is_block for one in named):
+                able = ", ".join(dict.fromkeys(one.family for one in kinds.values() if one.is_block))
+                raise SchemeError(
+                    f"scheme {text!r}: {kind} cannot be {name}, whose inputs are rounded to 8 bits; {able} can"
+                )
+            schemes |= dict.fromkeys(named, found)
     return blocks, schemes
 
 
 def check_groups(scheme: Scheme, slot: str, in_features: int) -> None:
     """Raise SchemeError when a weight's input width is no multiple of the group size."""
-    if scheme.weight_bits and in_features % scheme.group_size:
+    if scheme.group_size and in_features % scheme.group_size:
         if scheme.form:
             legal_forms = [one.name for one in FILE_FORMATS.values() if in_features % one.group == 0]
             raise SchemeError(

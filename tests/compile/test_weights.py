@@ -35,6 +35,7 @@ from fluxkiln.progress import Silent
 from fluxkiln.quantize.calibration import Sums, open_calibration
 from fluxkiln.quantize.rounders import as_compiler
 from fluxkiln.quantize.schemes import parse_scheme
+from fluxkiln.quantize.sizes import count_sizes
 from fluxkiln.settings import Settings
 from fluxkiln.types import Shapes
 from fluxkiln.verify.gates import first_bad_rung
@@ -147,10 +148,10 @@ def test_sums_are_means_and_layers_share_inputs(tmp_path):
 
     first, second = torch.randn(3, 5, 96), torch.randn(2, 96)
     with Sums(tmp_path / "c", 64, 3) as sums:
-        sums.add("t", "q", first)
-        sums.add("t", "k", first)  # the same tensor
-        sums.add("t", "o", second)
-        sums.add("t", "q", first * 2)
+        sums.add("t", "q", first, first[..., :7])
+        sums.add("t", "k", first, first[..., :8])  # the same tensor
+        sums.add("t", "o", second, second)
+        sums.add("t", "q", first * 2, -2 * first[..., :7])
         sums.finish({"components": {"t": "sha256:1"}, "facts": {}})
     found = open_calibration(tmp_path / "c", "sha256:2")
     assert found.matrices["t"] == {"q": ("t.q", 30), "k": ("t.q", 30), "o": ("t.o", 2)}
@@ -160,6 +161,8 @@ def test_sums_are_means_and_layers_share_inputs(tmp_path):
     np.testing.assert_allclose(known.diagonal, np.square(rows).mean(0), rtol=1e-4)
     np.testing.assert_allclose(known.blocks[1], (rows.T @ rows / 30)[64:, 64:], rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(known.peaks, np.abs(rows).mean(0), rtol=1e-4)
+    np.testing.assert_allclose(known.sizes, count_sizes(rows) / 30, rtol=1e-6)
+    np.testing.assert_array_equal(found.outputs("t", "q"), np.abs(rows).max(0)[:7])
     with pytest.raises(SchemeError, match="says nothing of v of t"):
         found.statistics("t", "v", 96)
     with pytest.raises(SchemeError, match="is for 96 input channels, the weight has 64"):
@@ -170,7 +173,7 @@ def test_inputs_that_overflow_are_refused(tmp_path):
     import torch
 
     with Sums(tmp_path / "c", 0, 1) as sums:
-        sums.add("t", "q", torch.tensor([[1.0, float("nan")]]))
+        sums.add("t", "q", torch.tensor([[1.0, float("nan")]]), torch.ones(1, 1))
         with pytest.raises(CheckpointError, match=r"the inputs of t\.q are not finite"):
             sums.finish({})
 

@@ -34,7 +34,7 @@ def test_what_cannot_be_had_is_refused():
     with pytest.raises(SchemeError, match="W4BF16-gptq needs calibration"):
         make_rounder(parse_scheme("W4BF16-gptq"))
     for method in ("awq", "svd"):
-        with pytest.raises(SchemeError, match="cannot be put into its codes; use gptq, ls, mse, rtn, rtn0"):
+        with pytest.raises(SchemeError, match="cannot be put into codes; use gptq, ls, mse, rtn, rtn0"):
             make_rounder(parse_scheme(f"W4BF16-{method}"))
 
 

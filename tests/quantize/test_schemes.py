@@ -28,7 +28,7 @@ def test_names_there_and_back(name):
 
 
 def test_names_are_distinct():
-    assert len({parse_scheme(name) for name in SCHEME_NAMES}) == len(SCHEME_NAMES) == 7
+    assert len({parse_scheme(name) for name in SCHEME_NAMES}) == len(SCHEME_NAMES) == 8
 
 
 @pytest.mark.parametrize(
@@ -84,6 +84,8 @@ def test_default_group_size_may_be_written():
         ("BF16-ls", "does not quantize, so it has no methods"),
         ("BF16-bf16:a", "BF16 does not quantize, so no weight"),
         ("W4BF16-bf16:", "'' is no pattern of weights"),
+        ("W8A8-gptq", "W8A8 has a way of its own to find codes; leave gptq out"),
+        ("W8A8-g32", "only W4BF16 has groups"),
         ("W4BF16-bf16:a;b", "'a;b' is no pattern of weights"),
     ],
 )
@@ -118,6 +120,21 @@ def test_only_blocks_are_quantized(name):
         "tail": "BF16",
         "vae_decoder": "F16",
     }
+
+
+def test_inputs_in_8_bits_are_for_the_transformers_blocks():
+    blocks, schemes = parse_schemes("W8A8", "W4BF16", KINDS)
+    assert (blocks.name, blocks.integer, blocks.calibrated, blocks.codes_only) == ("W8A8", True, True, False)
+    integer = {kind for kind, scheme in schemes.items() if scheme.integer}
+    assert integer == {"double", "single", "double_modulated", "single_modulated"}
+    plain = part_schemes(parse_scheme("W4BF16"), KINDS)
+    assert {kind: schemes[kind] for kind in KINDS.keys() - integer} == {
+        kind: plain[kind] for kind in KINDS.keys() - integer
+    }
+    _, mixed = parse_schemes("W8A8,double=W4BF16-gptq,single.proj_out=BF16", "W4BF16", KINDS)
+    assert (mixed["double"].name, mixed["single"].name) == ("W4BF16-gptq", "W8A8-bf16:proj_out")
+    with pytest.raises(SchemeError, match=r"t5_block cannot be W8A8, .* 8 bits; double, single can"):
+        parse_schemes("W4BF16,t5_block=W8A8", "W4BF16", KINDS)
 
 
 def test_f32_is_f32_throughout():

@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 
 from fluxkiln.quantize.calibration import Statistics
+from fluxkiln.quantize.integer import pack_integer
 from fluxkiln.quantize.pack import dequantize, pack_by, pack_into
 from fluxkiln.quantize.rounders import make_rounder, stored_weight
 from fluxkiln.quantize.schemes import parse_scheme
@@ -38,6 +39,8 @@ def stored_as(scheme, weight, quantized=True):
     """The numbers that are multiplied with where a weight is stored under `scheme`, as a matmul's or any other."""
     if not (quantized and scheme.weight_bits):
         return stored_weight(weight, scheme)
+    if scheme.integer:
+        return pack_integer(weight).dequantize()
     return dequantize(pack_matrix(weight, scheme), scheme.group_size)
 
 

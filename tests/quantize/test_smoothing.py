@@ -1,0 +1,61 @@
+"""Channel scales for 8-bit inputs: they leave less error than none, and say what they cannot do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fluxkiln.errors import SchemeError
+from fluxkiln.quantize.calibration import Statistics
+from fluxkiln.quantize.integer import INPUT_SCALE, LEVELS, THRESHOLD, pack_integer
+from fluxkiln.quantize.methods import Source
+from fluxkiln.quantize.sizes import count_sizes
+from fluxkiln.quantize.smoothing import find_divisors, side_tensors
+from tests.quantize.weights import gather, make_inputs, make_weight
+
+WEIGHT = make_weight("student", (96, 192)).astype(np.float32)
+SEEN, OTHERS = make_inputs(4000, 192, 1), make_inputs(1000, 192, 2)
+
+
+def known(inputs=SEEN) -> Statistics:
+    return replace(gather(inputs, 0), sizes=count_sizes(inputs))
+
+
+def product_error(divisors, inputs=OTHERS) -> float:
+    """Relative L2 of the product in integers."""
+    packed = pack_integer(WEIGHT * divisors)
+    codes = np.clip(np.rint(inputs / divisors / INPUT_SCALE), -LEVELS - 1, LEVELS)
+    exact = inputs @ WEIGHT.T
+    return np.linalg.norm(codes @ packed.dequantize().T * np.float32(INPUT_SCALE) - exact) / np.linalg.norm(exact)
+
+
+def test_the_search_beats_no_smoothing_and_every_fixed_choice():
+    sizes = count_sizes(SEEN)
+    found = product_error(find_divisors(WEIGHT, sizes))
+    plain = product_error(np.full(192, np.abs(SEEN).max() / THRESHOLD, np.float32))
+    assert found < 0.5 * plain
+    for exponent, quantile in ((0.5, 1.0), (0.65, 0.9999), (0.9, 0.99)):
+        assert found < 1.02 * product_error(find_divisors(WEIGHT, sizes, [exponent], [quantile]))
+
+
+def test_a_divisor_is_the_reciprocal_of_a_bfloat16_number():
+    reciprocals = 1 / find_divisors(WEIGHT, count_sizes(SEEN))
+    assert not (reciprocals.astype(np.float32).view(np.uint32) & 0xFFFF).astype(bool).all()
+    rounded = (reciprocals.astype(np.float32).view(np.uint32) + 0x8000) & 0xFFFF0000
+    np.testing.assert_allclose(rounded.view(np.float32), reciprocals, rtol=1e-6)
+
+
+def test_weights_of_one_input_share_its_divisors():
+    first, second = side_tensors([Source(lambda: WEIGHT, known()), Source(lambda: WEIGHT * 3, known())], 0, 8, 0, 64)
+    assert first.divisors.tobytes() == second.divisors.tobytes()
+
+
+def test_what_was_not_seen_is_refused():
+    with pytest.raises(SchemeError, match="W8A8 needs calibration"):
+        side_tensors([Source(lambda: WEIGHT)], 0, 8, 0, 0)
+    dead = SEEN.copy()
+    dead[:, 17] = 0
+    with pytest.raises(SchemeError, match="input channel 17 was 0 whenever it was calibrated"):
+        side_tensors([Source(lambda: WEIGHT, known(dead))], 0, 8, 0, 0)

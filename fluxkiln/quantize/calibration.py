@@ -169,7 +169,7 @@ class Calibration:
     def outputs(self, component: str, tensor: str) -> NDArray[np.float32]:
         """The largest |y_o| of the products of one matrix, float32 [O]; errors as `statistics`."""
         self._place(component, tensor)
-        (found,) = self._read([f"{component}.{tensor}.outputs"])
+        found: NDArray[np.float32] = self._read([f"{component}.{tensor}.outputs"])[0]
         if not np.isfinite(found).all():
             raise SchemeError(f"calibration of {tensor} has outputs that are not finite; calibrate again")
         return found

@@ -44,7 +44,8 @@ def middles() -> NDArray[np.float32]:
 def largest(sizes_IB: NDArray[np.float32]) -> NDArray[np.float32]:
     """The end of the last bin of each channel that anything was in, [I]."""
     last = BINS - 1 - np.argmax(sizes_IB[:, ::-1] > 0, axis=1)
-    return bin_edges()[last]
+    found: NDArray[np.float32] = bin_edges()[last]
+    return found
 
 
 @numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]

@@ -24,9 +24,7 @@ EXPONENTS = (0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.9)
 QUANTILES = (0.99, 0.999, 0.9997, 0.9999, 0.99997, 1.0)
 
 
-def side_tensors(
-    sources: Sequence[Source], group_size: int, bits: int, rank: int, most_rows: int
-) -> Iterator[SideTensors]:
+def smooth(sources: Sequence[Source], group_size: int, bits: int, rank: int, most_rows: int) -> Iterator[SideTensors]:
     """The same divisors for all; SchemeError without sizes of the input, or where a channel was never but 0."""
     import numpy as np
 
@@ -44,11 +42,11 @@ def side_tensors(
     assert statistics.sizes is not None
     most = most_rows // len(sources)
     sampled = [(weight := source.read())[:: -(-len(weight) // most) if most else 1] for source in sources]
-    divisors = find_divisors(np.concatenate(sampled).astype(np.float32), statistics.sizes)
+    divisors = find_smoothing(np.concatenate(sampled).astype(np.float32), statistics.sizes)
     return (SideTensors(divisors) for _ in sources)
 
 
-def find_divisors(
+def find_smoothing(
     weight_OI: NDArray[Any],
     sizes_IB: NDArray[Any],
     exponents: Sequence[float] = EXPONENTS,
@@ -102,4 +100,4 @@ def _quantiles(values_IB: NDArray[Any], shares_IB: NDArray[Any], quantiles: Sequ
     return [float(values[order[min(place, order.size - 1)]]) for place in places]
 
 
-METHOD = Method(rtn.METHOD.rounder, calibrated=True, roles=(RECIPROCALS,), side_tensors=side_tensors)
+METHOD = Method(rtn.METHOD.rounder, calibrated=True, roles=(RECIPROCALS,), side_tensors=smooth)

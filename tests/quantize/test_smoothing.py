@@ -12,7 +12,7 @@ from fluxkiln.quantize.calibration import Statistics
 from fluxkiln.quantize.integer import INPUT_SCALE, LEVELS, THRESHOLD, pack_integer
 from fluxkiln.quantize.methods import Source
 from fluxkiln.quantize.sizes import count_sizes
-from fluxkiln.quantize.smoothing import find_divisors, side_tensors
+from fluxkiln.quantize.smoothing import find_smoothing, smooth
 from tests.quantize.weights import gather, make_inputs, make_weight
 
 WEIGHT = make_weight("student", (96, 192)).astype(np.float32)
@@ -33,29 +33,29 @@ def product_error(divisors, inputs=OTHERS) -> float:
 
 def test_the_search_beats_no_smoothing_and_every_fixed_choice():
     sizes = count_sizes(SEEN)
-    found = product_error(find_divisors(WEIGHT, sizes))
+    found = product_error(find_smoothing(WEIGHT, sizes))
     plain = product_error(np.full(192, np.abs(SEEN).max() / THRESHOLD, np.float32))
     assert found < 0.5 * plain
     for exponent, quantile in ((0.5, 1.0), (0.65, 0.9999), (0.9, 0.99)):
-        assert found < 1.02 * product_error(find_divisors(WEIGHT, sizes, [exponent], [quantile]))
+        assert found < 1.02 * product_error(find_smoothing(WEIGHT, sizes, [exponent], [quantile]))
 
 
 def test_a_divisor_is_the_reciprocal_of_a_bfloat16_number():
-    reciprocals = 1 / find_divisors(WEIGHT, count_sizes(SEEN))
+    reciprocals = 1 / find_smoothing(WEIGHT, count_sizes(SEEN))
     assert not (reciprocals.astype(np.float32).view(np.uint32) & 0xFFFF).astype(bool).all()
     rounded = (reciprocals.astype(np.float32).view(np.uint32) + 0x8000) & 0xFFFF0000
     np.testing.assert_allclose(rounded.view(np.float32), reciprocals, rtol=1e-6)
 
 
 def test_weights_of_one_input_share_its_divisors():
-    first, second = side_tensors([Source(lambda: WEIGHT, known()), Source(lambda: WEIGHT * 3, known())], 0, 8, 0, 64)
+    first, second = smooth([Source(lambda: WEIGHT, known()), Source(lambda: WEIGHT * 3, known())], 0, 8, 0, 64)
     assert first.divisors.tobytes() == second.divisors.tobytes()
 
 
 def test_what_was_not_seen_is_refused():
     with pytest.raises(SchemeError, match="W8A8 needs calibration"):
-        side_tensors([Source(lambda: WEIGHT)], 0, 8, 0, 0)
+        smooth([Source(lambda: WEIGHT)], 0, 8, 0, 0)
     dead = SEEN.copy()
     dead[:, 17] = 0
     with pytest.raises(SchemeError, match="input channel 17 was 0 whenever it was calibrated"):
-        side_tensors([Source(lambda: WEIGHT, known(dead))], 0, 8, 0, 0)
+        smooth([Source(lambda: WEIGHT, known(dead))], 0, 8, 0, 0)

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fluxkiln.errors import CheckpointError, IntegrityError, SchemeError
-from fluxkiln.quantize.sizes import BINS, count_sizes
+from fluxkiln.quantize.sizes import SIZE_BINS, count_sizes
 
 FORMAT = 2
 METADATA = "calibration"
@@ -86,7 +86,7 @@ class Statistics:
         diagonal = self.diagonal
         sound = all(np.isfinite(block).all() for block in self.blocks) and np.isfinite(self.peaks).all()
         if self.sizes is not None:
-            sound = sound and self.sizes.shape == (in_features, BINS) and np.isfinite(self.sizes).all()
+            sound = sound and self.sizes.shape == (in_features, SIZE_BINS) and np.isfinite(self.sizes).all()
         if not sound or (diagonal < 0).any() or self.count < 1:
             raise SchemeError(
                 f"calibration of {name} has NaN, infinite or negative moments; calibrate again, with prompts that the "
@@ -285,7 +285,7 @@ class Sums:
         rows = inputs.detach().float().reshape(-1, inputs.shape[-1])
         width = rows.shape[1]
         side = self._side(width)
-        shapes: dict[str, tuple[int, ...]] = {"peaks": (width,), "sizes": (width, BINS)}
+        shapes: dict[str, tuple[int, ...]] = {"peaks": (width,), "sizes": (width, SIZE_BINS)}
         shapes["blocks"] = (width // side, side, side)
         if width % side:
             shapes["rest"] = (width % side, width % side)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from fluxkiln.quantize.sizes import BINS, bin_edges, count_sizes, largest, middles
+from fluxkiln.quantize.sizes import SIZE_BINS, bin_edges, count_sizes, largest, middles
 from tests.quantize.weights import make_inputs
 
 INPUTS = make_inputs(3000, 64, 1)
@@ -15,7 +15,7 @@ def test_every_number_is_in_the_bin_that_holds_it():
     ends = bin_edges()
     for number in numbers.ravel():
         place = int(np.argmax(count_sizes(np.array([[number]], np.float32))[0]))
-        assert place in (0, BINS - 1) or ends[place - 1] <= abs(number) < ends[place]
+        assert place in (0, SIZE_BINS - 1) or ends[place - 1] <= abs(number) < ends[place]
     counts = count_sizes(numbers)
     assert (counts.sum(), counts[0, 0], counts[0, -1]) == (7, 2, 1)
     inside = (middles()[1:] < ends[1:]) & (middles()[1:] > ends[:-1])

@@ -21,6 +21,7 @@ NAMES = (
     "export",
     "pages",
     "formulations",
+    "schemes",
     "registry",
     "hostile",
     "kills",

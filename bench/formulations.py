@@ -21,8 +21,9 @@ from fluxkiln.compile.toolchains.tpu_mlir import gelu
 from fluxkiln.compile.toolchains.tpu_mlir.coefficients import probe_reader
 from fluxkiln.compile.toolchains.tpu_mlir.compiler import CompileJob, compile_graph
 from fluxkiln.compile.toolchains.tpu_mlir.environment import TpuMlirEnv, default_tpu_mlir_root, find_tpu_mlir
-from fluxkiln.compile.toolchains.tpu_mlir.graphs import small_work_first
+from fluxkiln.compile.toolchains.tpu_mlir.graphs import add_side_tensors, small_work_first
 from fluxkiln.export import trace
+from fluxkiln.export.join import join_halves
 from fluxkiln.patches.flux1 import transformer
 from fluxkiln.patches.flux1.model import MODEL
 from fluxkiln.quantize.schemes import Scheme, parse_schemes
@@ -93,7 +94,7 @@ def measure() -> Figure:
     rows = []
     for form, (suffix, changes) in FORMS.items():
         with changed(changes):
-            single, double = (estimate(env, TARGET, scheme, f"{kind}{suffix}") for kind in ("single", "double"))
+            single, double = (estimate(env, TARGET, scheme, f"{kind}{suffix}")[0] for kind in ("single", "double"))
         step = SINGLES * single + DOUBLES * double
         rows.append((form, f"{single:.1f} ms", f"{double:.1f} ms", f"{step / 1000:.2f} s"))
     return Figure(
@@ -108,8 +109,8 @@ def measure() -> Figure:
     )
 
 
-def estimate(env: TpuMlirEnv, target: Target, scheme: Scheme, kind: str) -> float:
-    """Milliseconds of one run of `kind` with probe weights.
+def estimate(env: TpuMlirEnv, target: Target, scheme: Scheme, kind: str) -> tuple[float, int]:
+    """Milliseconds of one run of `kind` with probe weights, and the bytes of these.
 
     Raises:
         RuntimeError: the compiler left no estimate.
@@ -119,6 +120,10 @@ def estimate(env: TpuMlirEnv, target: Target, scheme: Scheme, kind: str) -> floa
         folder, work = Path(scratch), Path(scratch) / "work"
         work.mkdir()
         template = trace.export_template(MODEL, kind, CONFIGS, SHAPES, "onnx17", folder)
+        if scheme.integer:
+            template = join_halves(template, folder / "joined.onnx")
+        if not scheme.codes_only:
+            template = add_side_tensors(template, scheme, folder / "sided.onnx")
         activations = frozenset(spec.name for spec in template.inputs)
         graph, rewrites = folder / "filled.onnx", (gelu.fuse_tanh_gelu, small_work_first)
         fill(template.path, set(activations), probe_reader(template.slots), graph, rewrites)
@@ -127,10 +132,10 @@ def estimate(env: TpuMlirEnv, target: Target, scheme: Scheme, kind: str) -> floa
         job = CompileJob(
             kind, graph, template.path, activations, scheme, target.chip, *narrow, traits.rotated, traits.ordered
         )
-        found = compile_graph(env, job, work, WORK / "logs" / f"{kind}.log").facts["estimate_ms"]
-    if found is None:
+        facts = compile_graph(env, job, work, WORK / "logs" / f"{kind}.log").facts
+    if facts["estimate_ms"] is None:
         raise RuntimeError(f"the compiler left no estimate of {kind}")
-    return float(found)
+    return float(facts["estimate_ms"]), int(facts["weight_bytes"])
 
 
 @contextmanager

@@ -46,6 +46,7 @@ def template_action(checkpoint: Checkpoint, plan: Plan, kind: str, graph_format:
             "kind": kind,
             "format": graph_format,
             "inputs": specs_to_json(model.part_inputs(kind, configs, plan.shapes)),
+            **({"joined": True} if _is_joined(plan, kind, graph_format) else {}),
         },
         tools={name: importlib.metadata.version(name) for name in EXPORT_TOOLS},
     )
@@ -65,14 +66,22 @@ def make_template(
     """The template of a kind: from the store, or traced now."""
 
     def produce(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
+        from fluxkiln.export.join import join_halves
         from fluxkiln.export.trace import export_template
 
         made = export_template(checkpoint.model, kind, checkpoint.configs, plan.shapes, graph_format, folder)
+        if _is_joined(plan, kind, graph_format):
+            made = join_halves(made, folder / "joined.onnx")
         facts = {name: specs_to_json(getattr(made, name)) for name in ("inputs", "outputs", "slots")}
         return {"graph": made.path}, facts
 
     result = run_action(cache, template_action(checkpoint, plan, kind, graph_format), produce)
     return _template(cache, kind, graph_format, result)
+
+
+def _is_joined(plan: Plan, kind: str, graph_format: GraphFormat) -> bool:
+    """Whether feed-forwards are in one piece: those whose products are in integers, as a compiler gets them."""
+    return graph_format == "onnx17" and plan.schemes[kind].integer
 
 
 def prepare_template(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +20,7 @@ from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.progress import Progress
 from fluxkiln.quantize.rounders import stored_weight
-from fluxkiln.types import Part, PartRunner, Template, WeightReader, find_part
+from fluxkiln.types import Part, PartRunner, Template, find_part
 from fluxkiln.verify.findings import (
     COMMON_ADVICE,
     Advice,
@@ -105,12 +104,15 @@ def dequantized_rung(
     keep: int = 1,
 ) -> PartRunner:  # fmt: skip
     """The templates of opset 17 fed with the weights as the scheme stores them, float32 arithmetic."""
+    from fluxkiln.compile.integers import fill_integers
     from fluxkiln.compile.onnx.filled import weight_matmuls
     from fluxkiln.compile.onnx.runner import Filling, TemplateRunner
 
     def fill(name: str) -> Filling:
         part = find_part(plan.parts, name)
         template, scheme = make_template(checkpoint, plan, cache, part.kind, "onnx17"), plan.scheme(part)
+        if scheme.integer:
+            return fill_integers(checkpoint, plan, cache, part, template)
         matmuls = weight_matmuls(template.path, {spec.name for spec in template.inputs})
         coded = {one.slot for one in matmuls if scheme.in_codes(one.slot)}
         reader = weight_reader(bind_part(part, template.slots, checkpoint), checkpoint)
@@ -135,6 +137,7 @@ class OpenPart:
         inputs: of one recorded call.
         weights: the checkpoint's by slot, as the template takes them; stored: as the scheme stores them. What is read
             and not computed is read whenever it is needed: a block has a gigabyte of each.
+        form: the graph that takes the stored weights, with values of the template's names, where it is another one.
         scheme: without its group size. advice: what the toolchain can do.
     """
 
@@ -146,6 +149,7 @@ class OpenPart:
     stored: Values
     scheme: str
     advice: Advice = COMMON_ADVICE
+    form: Path | None = None
 
     @property
     def order(self) -> tuple[str, ...]:
@@ -153,18 +157,21 @@ class OpenPart:
 
 
 def open_part(
-    checkpoint: Checkpoint, plan: Plan, part: Part, template: Template, inputs: Values, stored: WeightReader | None
+    checkpoint: Checkpoint, plan: Plan, part: Part, template: Template, inputs: Values, stored: Filling | None
 ) -> OpenPart:
     """The part's template with its weights, the checkpoint's and the stored ones; None: these are the same."""
     from fluxkiln.compile.onnx.values import SlotWeights, list_operations
 
     slots = [spec.name for spec in template.slots]
     weights = SlotWeights(slots, weight_reader(bind_part(part, template.slots, checkpoint), checkpoint))
-    held: Values = weights if stored is None else SlotWeights(slots, stored)
+    held: Values = weights
+    if stored is not None:
+        held = SlotWeights([spec.name for spec in stored.template.slots], stored.read_weight)
     if stored is not None and plan.scheme(part).weight_bits:  # rounding takes longer than reading
         held = dict(held)
     operations = list_operations(template.path, slots)
-    return OpenPart(part, template.path, operations, inputs, weights, held, plan.scheme(part).base_name)
+    form = template.path if stored is None else stored.template.path
+    return OpenPart(part, template.path, operations, inputs, weights, held, plan.scheme(part).base_name, form=form)
 
 
 def look_below(opened: OpenPart, checkpoint: Checkpoint, progress: Progress) -> list[RungFindings]:
@@ -203,9 +210,10 @@ def check_stored(opened: OpenPart) -> RungFindings:
     """The template with the weights as the scheme stores them, against the checkpoint's."""
     from fluxkiln.compile.onnx.values import template_values
 
-    values_with = partial(template_values, opened.template, opened.inputs, names=opened.order)
-    below, seen = values_with(weights=opened.weights), values_with(weights=opened.stored)
-    findings = _judge(opened, seen, below, opened.weights, tolerance_of(DEQUANTIZED, opened.scheme))
+    below = template_values(opened.template, opened.inputs, opened.weights, opened.order)
+    seen = template_values(opened.form or opened.template, opened.inputs, opened.stored, opened.order)
+    of_template = {name: value for name, value in seen.items() if name in below}
+    findings = _judge(opened, of_template, below, False, tolerance_of(DEQUANTIZED, opened.scheme))
     return _with_culprit(RungFindings("dequantized", "onnxruntime", tuple(findings)), opened, seen, {})
 
 
@@ -219,9 +227,9 @@ def check_form(
     """
     from fluxkiln.compile.onnx.values import template_values
 
-    below = template_values(opened.template, opened.inputs, opened.stored, opened.order)
+    below = template_values(opened.form or opened.template, opened.inputs, opened.stored, opened.order)
     seen = run(below)
-    findings = _judge(opened, seen, below, opened.stored, tolerance)
+    findings = _judge(opened, seen, below, True, tolerance)
     epsilons = {one.output: one.epsilon for one in opened.operations}
     for place, finding in enumerate(findings):
         # also where these inputs do not show it
@@ -231,15 +239,16 @@ def check_form(
     return _with_culprit(RungFindings(rung, against, tuple(findings)), opened, seen, forms)
 
 
-def _judge(opened: OpenPart, seen: Values, below: Values, weights: Values, tolerance: Tolerance) -> list[Finding]:
+def _judge(opened: OpenPart, seen: Values, below: Values, stored: bool, tolerance: Tolerance) -> list[Finding]:
     """Findings of all values, what their operations should make of their operands computed for a few at a time."""
     from fluxkiln.compile.onnx.values import local_values
 
     known: list[Finding] = []
     given = {**opened.inputs, **seen}
+    graph, weights = (opened.form or opened.template, opened.stored) if stored else (opened.template, opened.weights)
     for start in range(0, len(opened.order), PIECE):
         names = opened.order[start : start + PIECE]
-        local = local_values(opened.template, given, weights, names)
+        local = local_values(graph, given, weights, names)
         known += judge_values(names, seen, below, local, tolerance)
     return known
 

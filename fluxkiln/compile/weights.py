@@ -27,6 +27,7 @@ from fluxkiln.errors import SchemeError
 from fluxkiln.export.bindings import BoundWeights, bind_part, weight_reader
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.quantize.calibration import Calibration, Statistics, open_calibration
+from fluxkiln.quantize.integer import THRESHOLD
 from fluxkiln.quantize.methods import Source, find_method
 from fluxkiln.quantize.pack import Rounder, RounderOf
 from fluxkiln.quantize.rounders import as_compiler, make_rounder, pack_sided, plain_packer
@@ -147,6 +148,15 @@ class CalibratedSlots:
         """Of the inputs of a slot, or of some of its channels."""
         name, start, stop = self.channels(slot, columns)
         return self.calibration.statistics(self.component, name, self.tensors[name].shape[1]).columns(start, stop)
+
+    def check_products(self, slot: str) -> None:
+        """Raise SchemeError where the products of a slot's weight do not fit an integer scheme's 16 bits."""
+        name = self.channels(slot, None)[0]
+        if (largest := float(self.calibration.outputs(self.component, name).max())) > THRESHOLD:
+            raise SchemeError(
+                f"products of {name} reach {largest:.4g} in the calibration, {self.scheme.name} holds {THRESHOLD:g}; "
+                "leave it out of the codes (W8A8,KIND.WEIGHT=BF16)"
+            )
 
     def channels(self, slot: str, columns: tuple[int, int] | None) -> tuple[str, int, int]:
         """The tensor of the checkpoint that a slot is cut from, and its first and last input channel."""
@@ -269,6 +279,8 @@ def _stored_beside(
         for one in weight_matmuls(template.path, {spec.name for spec in template.inputs}):
             if scheme.in_codes(one.slot):
                 inputs.setdefault(one.source, []).append(one.slot)
+            if scheme.in_codes(one.slot) and scheme.integer:
+                known.check_products(one.slot)
         found: dict[str, Any] = {}
         for slots in inputs.values():
             sources = [Source(partial(plain, slot), known.statistics(slot, None)) for slot in slots]

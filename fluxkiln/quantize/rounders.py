@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from fluxkiln.errors import SchemeError
 from fluxkiln.quantize.calibration import Statistics
 from fluxkiln.quantize.formats import FILE_FORMATS, PackedPlanes
+from fluxkiln.quantize.integer import pack_integer
 from fluxkiln.quantize.methods import Source, find_method, method_names
 from fluxkiln.quantize.pack import Rounder, RounderOf, bf16_to_float32, pack_by, pack_into, to_bf16_bits
 from fluxkiln.quantize.schemes import Scheme
@@ -53,6 +54,8 @@ def pack_sided(
     """
     if beside is None:
         (beside,) = scheme.find_beside([Source(lambda: weight_OI, statistics)])
+    if scheme.integer:
+        return SidedWeight(pack_integer(beside.rest(weight_OI)), beside)
     return SidedWeight(beside.pack(weight_OI, scheme.group_size, scheme.weight_bits), beside)
 
 

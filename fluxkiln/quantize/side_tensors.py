@@ -23,21 +23,24 @@ from fluxkiln.types import TRANSPOSED
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from fluxkiln.quantize.integer import IntegerWeight
     from fluxkiln.quantize.pack import PackedWeight
 
 DOWN, UP, RECIPROCALS = "__down", "__up", "__reciprocals"
 ROLES = (DOWN, UP, RECIPROCALS)
+# of the rows of a weight in integers, in the rungs that compute with them
+SCALES = "__scales"
 
 
 def side_slot(slot: str, role: str) -> str:
     """What the slot beside a weight's is called; matrices are transposed, as a MatMul takes them."""
-    return f"{slot}{role}{'' if role == RECIPROCALS else TRANSPOSED}"
+    return f"{slot}{role}{'' if role in (RECIPROCALS, SCALES) else TRANSPOSED}"
 
 
 def split_slot(slot: str) -> tuple[str, str]:
     """The weight that a slot stands beside, and its role there; its own name and "" otherwise."""
     base = slot.removesuffix(TRANSPOSED)
-    return next(((base.removesuffix(role), role) for role in ROLES if base.endswith(role)), (slot, ""))
+    return next(((base.removesuffix(role), role) for role in (*ROLES, SCALES) if base.endswith(role)), (slot, ""))
 
 
 def side_shape(role: str, shape: tuple[int, ...], rank: int) -> tuple[int, ...]:
@@ -117,16 +120,19 @@ class SideTensors:
 class SidedWeight:
     """A packed weight with what stands beside its codes, if anything does."""
 
-    packed: PackedWeight | PackedPlanes
+    packed: PackedWeight | PackedPlanes | IntegerWeight
     beside: SideTensors = SideTensors()
 
     def dequantize(self, group_size: int) -> NDArray[Any]:
         """The matrix that x is multiplied with in all, float32 [O, I]."""
-        from fluxkiln.quantize.pack import bf16_to_float32, dequantize
+        from fluxkiln.quantize.pack import PackedWeight, bf16_to_float32, dequantize
 
         if isinstance(self.packed, PackedPlanes):
             return self.packed.dequantize()
-        whole, beside = dequantize(self.packed, group_size), self.beside
+        if isinstance(self.packed, PackedWeight):
+            whole, beside = dequantize(self.packed, group_size), self.beside
+        else:
+            whole, beside = self.packed.dequantize(), self.beside
         if beside.divisors is not None:
             whole /= beside.divisors
         if beside.up is None or beside.down is None:

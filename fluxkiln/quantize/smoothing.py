@@ -20,8 +20,10 @@ from fluxkiln.quantize.side_tensors import RECIPROCALS, SideTensors
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+# what a channel may become that was not seen: as a share of the median channel, and of its own largest
+LEAST, BEYOND = 0.5, 1.25
 EXPONENTS = (0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.9)
-QUANTILES = (0.99, 0.999, 0.9997, 0.9999, 0.99997, 1.0)
+QUANTILES = (0.999, 0.9997, 0.9999, 0.99997, 1.0)
 
 
 def smooth(sources: Sequence[Source], group_size: int, bits: int, rank: int, most_rows: int) -> Iterator[SideTensors]:
@@ -42,19 +44,22 @@ def smooth(sources: Sequence[Source], group_size: int, bits: int, rank: int, mos
     assert statistics.sizes is not None
     most = most_rows // len(sources)
     sampled = [(weight := source.read())[:: -(-len(weight) // most) if most else 1] for source in sources]
-    divisors = find_smoothing(np.concatenate(sampled).astype(np.float32), statistics.sizes)
+    divisors = find_smoothing(np.concatenate(sampled).astype(np.float32), statistics.sizes, statistics.count)
     return (SideTensors(divisors) for _ in sources)
 
 
 def find_smoothing(
     weight_OI: NDArray[Any],
     sizes_IB: NDArray[Any],
+    count: int,
     exponents: Sequence[float] = EXPONENTS,
     quantiles: Sequence[float] = QUANTILES,
 ) -> NDArray[Any]:
     """Float32 [I], of an input whose sizes were counted; what it is divided by has its limit at `integer.THRESHOLD`.
 
-    They are reciprocals of bfloat16 numbers, since a chip multiplies.
+    They are reciprocals of bfloat16 numbers, since a chip multiplies. Inputs to come are believed to be larger than the
+    `count` rows that were seen: a channel is taken for at least LEAST of the median one, and for one row more, in which
+    every channel is BEYOND its largest.
 
     Raises:
         SchemeError: none leaves a finite error.
@@ -66,14 +71,17 @@ def find_smoothing(
     from fluxkiln.quantize.sizes import largest, middles
 
     inputs, weights = largest(sizes_IB), np.abs(weight_OI).max(0)
+    inputs = np.maximum(inputs, LEAST * np.median(inputs))
     weights = np.maximum(weights, max(float(weights.max()) * 1e-4, 1e-12))
-    shares = (sizes_IB / sizes_IB.sum(1, keepdims=True)).astype(np.float64)
-    squares = shares @ np.square(middles().astype(np.float64))
+    seen = sizes_IB.astype(np.float64) / sizes_IB.sum(1, keepdims=True)
+    shares = np.concatenate([seen, np.full((len(seen), 1), 1 / count)], axis=1)
+    values = np.concatenate([np.broadcast_to(middles(), seen.shape), BEYOND * inputs[:, None]], axis=1)
+    squares = (shares * np.square(values)).sum(1)
     meets = np.square(weight_OI).sum(0, dtype=np.float64)
     best, found = np.inf, None
     for exponent in exponents:
         divisors = inputs**exponent / weights ** (1 - exponent)
-        scaled_IB = middles() / divisors[:, None]
+        scaled_IB = values / divisors[:, None]
         limits = _quantiles(scaled_IB, shares, quantiles)
         steps = np.abs(weight_OI * divisors).max(1) / LEVELS
         rounded = float(np.square(steps, dtype=np.float64).sum() / 12 * (squares / divisors**2).sum())

@@ -7,7 +7,7 @@ TARGET = Target(
     toolchain="tpu_mlir",
     chip="bm1684x",
     graph_format="onnx17",
-    schemes=("W4BF16", "W8BF16", "BF16", "F16", "F32"),
+    schemes=("W4BF16", "W8BF16", "W8A8", "BF16", "F16", "F32"),
     narrow=True,
     # a SE7-32 core module with its NPU memory set to 7615 MB and 2360 MB each for the VPU and VPP parts
     device_bytes=(7615 + 2360 + 2360) << 20,

@@ -46,6 +46,7 @@ def open_linked(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Pa
     """The part with every weight as a linked graph holds it: product by product in codes, others as they are."""
     import numpy as np
 
+    from fluxkiln.compile.onnx.runner import Filling
     from fluxkiln.compile.onnx.values import quantized_regions
 
     scheme, template = plan.scheme(part), make_template(checkpoint, plan, cache, part.kind, "onnx23")
@@ -62,7 +63,7 @@ def open_linked(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Pa
             weight[region] = packer_of(slot, (start, stop))(weight[region]).dequantize(scheme.group_size)
         return weight
 
-    return open_part(checkpoint, plan, part, template, inputs, stored)
+    return open_part(checkpoint, plan, part, template, inputs, Filling(template, stored))
 
 
 def check_linked(opened: OpenPart, graph: Path) -> RungFindings:

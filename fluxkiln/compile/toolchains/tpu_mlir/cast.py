@@ -327,8 +327,8 @@ def _made(
     coefficients: CoefficientMap, placements: tuple[Placement, ...], read_weight: WeightReader, rounder_of: RounderOf
 ) -> Iterator[tuple[Placement, Iterator[NDArray[np.uint8]]]]:
     """Every placement with its bytes, in blocks that are good until the next."""
-    maker = FormMaker(coefficients.group_size, coefficients.bits, rounder_of)
     rows_of = _row_reader(coefficients, read_weight)
+    maker = FormMaker(coefficients.group_size, coefficients.bits, rounder_of, rows_of)
     for placement in placements:
         form = placement.form
         if form.name == "constant":

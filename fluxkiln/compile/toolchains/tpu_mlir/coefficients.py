@@ -11,7 +11,7 @@ import base64
 import bz2
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fluxkiln.compile.toolchains.tpu_mlir.bmodel import BmodelNet, read_bmodel
-from fluxkiln.compile.toolchains.tpu_mlir.forms import Form, FormMaker, SlotRows, candidates, form_bytes
+from fluxkiln.compile.toolchains.tpu_mlir.forms import (
+    Form,
+    FormMaker,
+    SlotRows,
+    candidates,
+    form_bytes,
+    integer_candidates,
+    whole_rows,
+)
 from fluxkiln.errors import CompileError
 from fluxkiln.types import TRANSPOSED, TensorSpec, WeightReader
 
@@ -32,6 +40,8 @@ _MAX_CONSTANT_BYTES = 1 << 20
 # and as they stand, which a few bytes could stand for
 _MAX_UNPACKED_BYTES = 256 << 20
 HEAD_BYTES = 4096
+# of forms, where they are not as in this one
+_SAID, _PLAIN = ("factor", "shift", "weight"), Form("", "")
 _NOT_CASTABLE = "so nothing can be cast into it; its parts are compiled one by one"
 
 
@@ -53,8 +63,7 @@ class Placement:
         value: dict[str, Any] = {"slot": form.slot, "form": form.name}
         if form.chunks > 1:
             value |= {"chunk": form.chunk, "chunks": form.chunks, "axis": form.axis}
-        if form.factor != 1.0:
-            value["factor"] = form.factor
+        value |= {name: getattr(form, name) for name in _SAID if getattr(form, name) != getattr(_PLAIN, name)}
         if self.array:
             return value | {"array": self.array, "dtype": self.dtype, "shape": list(self.shape)}
         return value | {"offset": self.offset}
@@ -62,7 +71,7 @@ class Placement:
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Placement:
         rest = dict(value)
-        slices = {name: rest.pop(name) for name in ("chunk", "chunks", "axis", "factor") if name in rest}
+        slices = {name: rest.pop(name) for name in ("chunk", "chunks", "axis", *_SAID) if name in rest}
         form, shape = Form(rest.pop("slot"), rest.pop("form"), **slices), tuple(rest.pop("shape", ()))
         return Placement(form, shape=shape, **rest)
 
@@ -166,6 +175,7 @@ def learn_map(
     group_size: int,
     bits: int,
     again: Callable[[], Probe] | None = None,
+    integer: Collection[str] = (),
 ) -> CoefficientMap:
     """Find the origin of every coefficient range of `bmodel` and of every array the interpreter reads.
 
@@ -177,6 +187,7 @@ def learn_map(
         group_size, bits: of the scheme; 0 when it does not quantize.
         again: compiles once more with probe weights of another seed, when a range matches no weight. The map is then
             verified against that compile as well.
+        integer: the slots that are stored in integers.
 
     Raises:
         CompileError: a range matches no weight, or two, and is no constant either.
@@ -187,12 +198,13 @@ def learn_map(
     for one in stored:
         by_size[one.size].append(one)
     shapes = {}
+    maker = FormMaker(group_size, bits)
+    scales = {slot: maker.row_scales(slot, whole_rows(read_weight(slot))) for slot in integer}
     for slot in slots:
         weight = read_weight(slot)
-        shapes[slot] = weight.shape
-        rows = SlotRows(weight.shape, lambda start, stop, weight=weight: weight[start:stop])  # type: ignore[misc]
-        maker = FormMaker(group_size, bits)
-        for form in candidates(slot, weight.shape, group_size):
+        shapes[slot], rows = weight.shape, whole_rows(weight)
+        integers = integer_candidates(slot, weight.shape, scales)
+        for form in (*candidates(slot, weight.shape, group_size), *integers):
             size = form_bytes(form, weight.shape, group_size, bits)
             padded = size + -size % _ALIGNMENT
             for one in _matching(form, [*by_size.get(size, ()), *by_size.get(padded, ())], maker, rows):
@@ -207,7 +219,8 @@ def learn_map(
         (second,) = read_bmodel(other.bmodel).nets
         twins = {(one.offset, one.array): one for one in (*_ranges(other.bmodel, second), *_named(other.arrays))}
         constants = _constants(net, stored, twins)
-        _verify(net, stored, twins, FormMaker(group_size, bits), other.read_weight)
+        maker = FormMaker(group_size, bits, rows_of=lambda slot: whole_rows(other.read_weight(slot)))
+        _verify(net, stored, twins, maker, other.read_weight)
     for one in stored:
         if one.rival:
             raise CompileError(
@@ -353,7 +366,7 @@ def _verify(
             continue
         if one.found.slot != slot:
             slot, weight = one.found.slot, read_weight(one.found.slot)
-        made = maker.make(one.found, SlotRows(weight.shape, lambda start, stop: weight[start:stop]))  # noqa: B023
+        made = maker.make(one.found, whole_rows(weight))
         twin = twins[one.offset, one.array].read()
         if not np.array_equal(twin[: made.size], made) or twin[made.size :].any():
             raise CompileError(

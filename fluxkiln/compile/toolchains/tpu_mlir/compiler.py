@@ -18,6 +18,7 @@ from fluxkiln.compile.toolchains.tpu_mlir import environment
 from fluxkiln.compile.toolchains.tpu_mlir.bmodel import normalise_time, read_bmodel
 from fluxkiln.compile.toolchains.tpu_mlir.environment import TpuMlirEnv, tool_argv, tpu_mlir_environ
 from fluxkiln.compile.toolchains.tpu_mlir.gelu import count_gelus
+from fluxkiln.compile.toolchains.tpu_mlir.integers import ask_for_integers, check_integers
 from fluxkiln.errors import CompileError, ToolchainError
 from fluxkiln.quantize.schemes import Scheme, check_groups
 
@@ -92,12 +93,16 @@ def compile_graph(env: TpuMlirEnv, job: CompileJob, folder: Path, log: Path) -> 
     run_tool([*transform, "--mlir", "top.mlir", "--do_onnx_sim", ""], folder, environ, log, f"{job.net} transform")
     python, tool = tool_argv(env, "model_deploy")
     deploy = [python, str(_DEPLOY), tool, "--mlir", "top.mlir", "--chip", job.chip, "--model", "net.bmodel"]
-    deploy += ["--quantize", f"W{job.scheme.weight_bits}BF16" if job.scheme.weight_bits else job.scheme.arithmetic]
-    deploy += _ORDERED * job.ordered
-    if job.scheme.weight_bits:
+    coded = f"W{job.scheme.weight_bits}BF16" if job.scheme.weight_bits else job.scheme.arithmetic
+    deploy += ["--quantize", "INT8" if job.scheme.integer else coded, *_ORDERED * job.ordered]
+    if job.scheme.group_size:
         deploy += ["--q_group_size", str(job.scheme.group_size)]
     if job.scheme.arithmetic != "F32":
         deploy += ["--quant_input"] * job.narrow_inputs + ["--quant_output"] * job.narrow_outputs
+    if job.scheme.integer:
+        products = set(_lowered_names(matmuls, folder / "top.mlir"))
+        deploy += ask_for_integers(folder, products, job.scheme.arithmetic)
+    elif job.scheme.arithmetic != "F32":
         table = dict.fromkeys(f32_table(job.graph), "F32") if job.keep_f32 else {}
         if job.scheme.weight_bits:
             kept = [one for one in every if one not in matmuls]
@@ -173,7 +178,9 @@ def _check(job: CompileJob, matmuls: list[WeightMatMul], folder: Path) -> Compil
     if not bmodel.is_file():
         raise CompileError(f"{job.net}: the compiler succeeded but wrote no bmodel; pin TPU-MLIR 1.30.2")
     normalise_time(bmodel)
-    quantized = _quantized_weights(text)
+    count, quantized = text.count('"tpu.A16MatMul"'), _quantized_weights(text)
+    if job.scheme.integer:
+        count, quantized = check_integers(text, len(matmuls), job.net)
     expected = _weight_elements(job.template, matmuls) if job.scheme.weight_bits else 0
     if quantized != expected:
         raise CompileError(
@@ -190,7 +197,7 @@ def _check(job: CompileJob, matmuls: list[WeightMatMul], folder: Path) -> Compil
             raise CompileError(f"{job.net}: no {side} is {narrow}, though the target passes {narrow} between blocks")
     facts = {
         "net": net.name,
-        "quantized_matmuls": text.count('"tpu.A16MatMul"'),
+        "quantized_matmuls": count,
         "quantized_weights": quantized,
         "fused_rope": text.count('"tpu.Rope"'),
         "inputs": [[tensor.name, tensor.dtype, list(tensor.shape)] for tensor in net.inputs],

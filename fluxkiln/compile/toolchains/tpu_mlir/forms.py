@@ -8,6 +8,7 @@ little-endian:
 - `bf16_grouped`, `f16_grouped`: convolutions, input channels in groups, see `group_channels`; `_kh`, `_kw`, `_khw`:
   with these sides of the kernel merged into few input channels;
 - `bf16_diagonal`, `f16_diagonal`: a scale per channel, as the 1 x 1 convolution of all channels that multiplies by it;
+- `integer_codes`: int8 [I, O]; `integer_multiplier`, `integer_bias`: int32 [O], see `fluxkiln.quantize.integer`;
 - `constant`: bytes that no weight has a part in (tables, masks, the frequencies of a time embedding).
 
 The compiler cuts some weights into equal chunks: wide AdaLN projections along the output channels, matrices of 16 bits
@@ -29,6 +30,15 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from fluxkiln.compile.toolchains.tpu_mlir.transposed import TILE, WORDS, Transposed
+from fluxkiln.quantize.integer import (
+    INPUT_SCALE,
+    LARGEST_MULTIPLIER,
+    OUTPUT_SCALE,
+    integer_bias,
+    integer_multipliers,
+    pack_integer,
+)
 from fluxkiln.quantize.pack import RounderOf
 from fluxkiln.quantize.rounders import as_compiler
 
@@ -39,6 +49,7 @@ FACTORS = (1.0, 2.0)
 # bytes of a weight that are read at once: what is made of them is still in the cache when it is written and hashed
 BLOCK_BYTES = 1 << 20
 
+CODES, BIAS, MULTIPLIER = "integer_codes", "integer_bias", "integer_multiplier"
 Storage = Literal["bf16", "f16", "f32"]
 # which sides of a convolution's kernel are counted as input channels, where these alone would not fill a group
 _MERGED = ("", "kh", "kw", "khw")
@@ -46,10 +57,6 @@ _MERGED = ("", "kh", "kw", "khw")
 LANES = 64
 # input channels of a 16-bit convolution that a lane multiplies at once: 64 bytes
 GROUPED_CHANNELS = 32
-# rows that are turned at once, and input channels of a strip: the first that divides the matrix, by bytes of a number
-TILE = 64
-_STRIPS: Mapping[int, tuple[int, ...]] = {2: (256, 128, 64), 4: (64,)}
-_WORDS = {2: np.uint16, 4: np.uint32}
 _DTYPES: Mapping[str, Any] = {"bf16": np.dtype(np.uint16), "f16": np.dtype(np.float16), "f32": np.dtype(np.float32)}
 
 
@@ -61,6 +68,8 @@ class Form:
         slot: its name; of a constant, the key of its bytes.
         chunk, chunks: which of how many equal slices along `axis`, 0 for output and 1 for input channels.
         factor: what the weight is multiplied by, in float32, before it is stored.
+        shift: of a multiplier, how many bits its products are shifted by.
+        weight: of a bias in integers, the slot that it is added to the products of.
     """
 
     slot: str
@@ -69,6 +78,8 @@ class Form:
     chunks: int = 1
     axis: int = 0
     factor: float = 1.0
+    shift: int = 0
+    weight: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +111,34 @@ def candidates(slot: str, shape: tuple[int, ...], group_size: int) -> Iterator[F
                         yield Form(slot, name, chunk, chunks, axis, factor)
 
 
+def integer_candidates(slot: str, shape: tuple[int, ...], scales: Mapping[str, NDArray[np.float64]]) -> Iterator[Form]:
+    """Every form that a slot can have as a weight in integers, or beside one; `scales`: those of all their rows."""
+    if slot in scales:
+        yield Form(slot, CODES)
+        yield from (Form(slot, MULTIPLIER, shift=shift) for shift in likely_shifts(scales[slot]))
+    elif len(shape) == 1:
+        yield from (Form(slot, BIAS, weight=weight) for weight, own in scales.items() if own.shape == shape)
+
+
+def likely_shifts(scales_O: NDArray[np.float64]) -> range:
+    """Shifts that the multipliers of a weight can have: the largest has 12 to 31 bits."""
+    most = math.floor(math.log2(LARGEST_MULTIPLIER / float(scales_O.max()) / (INPUT_SCALE / OUTPUT_SCALE)))
+    return range(max(most - 20, 0), most + 1)
+
+
+def whole_rows(weight: NDArray[Any]) -> SlotRows:
+    """The rows of a weight that is in memory."""
+    return SlotRows(weight.shape, lambda start, stop: weight[start:stop])
+
+
 def form_bytes(form: Form, shape: tuple[int, ...], group_size: int, bits: int) -> int:
     """How many bytes the form of a slot of this shape has."""
     elements = math.prod(shape) // form.chunks
     kind, *rest = form.name.split("_")
     if kind == "codes":
         return elements * bits // 8
+    if kind == "integer":
+        return elements if form.name == CODES else 4 * shape[0]
     if kind in ("scale", "zero"):
         return elements // group_size * (2 if kind == "scale" else 1)
     if rest == ["diagonal"]:
@@ -121,11 +154,19 @@ class FormMaker:
     """Makes forms in blocks that are to be stored one after the other.
 
     What scales and zero points need of the codes is kept from making those. Not for several threads. `group_size` and
-    `bits` are those of the scheme's codes, 0 when it does not quantize; `rounder_of`: slot -> what makes its codes.
+    `bits` are those of the scheme's codes, 0 when it does not quantize; `rounder_of`: slot -> what makes its codes;
+    `rows_of`: slot -> its rows, for forms that are made of two.
     """
 
-    def __init__(self, group_size: int, bits: int, rounder_of: RounderOf = as_compiler) -> None:
-        self.group_size, self.bits, self.rounder_of = group_size, bits, rounder_of
+    def __init__(
+        self,
+        group_size: int,
+        bits: int,
+        rounder_of: RounderOf = as_compiler,
+        rows_of: Callable[[str], SlotRows] | None = None,
+    ) -> None:
+        self.group_size, self.bits, self.rounder_of, self.rows_of = group_size, bits, rounder_of, rows_of
+        self._row_scales: dict[str, NDArray[np.float64]] = {}
         self._sides: dict[tuple[str, int, int], tuple[NDArray[np.uint16], NDArray[np.uint8]]] = {}
         self._scratch = np.empty(0, np.uint8)
 
@@ -137,6 +178,12 @@ class FormMaker:
         elif kind in ("scale", "zero"):
             side = self._side(form, rows)
             yield deal_lanes(side) if rest else side
+        elif form.name == BIAS:
+            yield integer_bias(rows.read(0, rows.shape[0]), self.row_scales(form.weight))
+        elif form.name == MULTIPLIER:
+            yield integer_multipliers(self.row_scales(form.slot, rows), form.shift, form.slot)
+        elif form.name == CODES:
+            yield from self._integers(form, rows)
         elif rest == ["t"]:
             yield from self._transposed(form, rows)
         else:
@@ -184,6 +231,27 @@ class FormMaker:
             whole.put(store_as(rows.read(start, stop)[:, left : left + columns], storage), start - own.start)
         yield from whole.blocks(BLOCK_BYTES)
 
+    def _integers(self, form: Form, rows: SlotRows) -> Iterator[NDArray[Any]]:
+        count, columns = rows.shape
+        whole = Transposed((columns, count), np.dtype(np.int8), self._space(columns * count))
+        scales = np.empty(count)
+        for start, stop in _row_blocks(form, rows):
+            packed = pack_integer(rows.read(start, stop))
+            scales[start:stop] = packed.scales_O
+            whole.put(packed.codes_OI, start)
+        self._row_scales[form.slot] = scales
+        yield from whole.blocks(BLOCK_BYTES)
+
+    def row_scales(self, slot: str, rows: SlotRows | None = None) -> NDArray[np.float64]:
+        """Of the rows of a weight in integers, float64 [O]; kept from making its codes, or made now."""
+        if slot not in self._row_scales:
+            if rows is None:
+                assert self.rows_of is not None
+                rows = self.rows_of(slot)
+            blocks = _row_blocks(Form(slot, CODES), rows)
+            self._row_scales[slot] = np.concatenate([pack_integer(rows.read(*block)).scales_O for block in blocks])
+        return self._row_scales[slot]
+
     def _space(self, size: int) -> NDArray[np.uint8]:
         """Memory for one whole form, used again for the next: fresh pages cost as much as the reordering."""
         if self._scratch.size < size:
@@ -223,7 +291,7 @@ def store_as(values: NDArray[Any], storage: Storage) -> NDArray[Any]:
         return bits
     dtype = _DTYPES[storage]
     if values.dtype == ml_dtypes.bfloat16:
-        words = np.empty(values.shape, _WORDS[dtype.itemsize])
+        words = np.empty(values.shape, WORDS[dtype.itemsize])
         _look_up(values.view(np.uint16).reshape(-1), _bfloat16_as(dtype), words.reshape(-1))
         return words.view(dtype)
     with np.errstate(over="ignore"):
@@ -235,49 +303,7 @@ def _bfloat16_as(dtype: np.dtype[Any]) -> NDArray[Any]:
     """The bits in another format of each of the 65536 bfloat16 numbers."""
     wide = (np.arange(1 << 16, dtype=np.uint32) << 16).view(np.float32)
     with np.errstate(all="ignore"):
-        return wide.astype(dtype).view(_WORDS[dtype.itemsize])
-
-
-class Transposed:
-    """A matrix [I, O] of 16 or 32 bits, given as blocks of rows of [O, I] and taken as blocks of its own rows.
-
-    It goes through strips of some input channels: written and read in long runs, and turned in the cache. Straight from
-    rows to columns every store is to another page of memory.
-
-    Args:
-        shape: [I, O].
-        space: memory for the whole matrix.
-    """
-
-    def __init__(self, shape: tuple[int, int], dtype: np.dtype[Any], space: NDArray[np.uint8]) -> None:
-        self.shape, self.dtype = shape, dtype
-        columns, rows = shape
-        widths = () if rows % TILE else _STRIPS[dtype.itemsize]
-        self._width = next((width for width in widths if columns % width == 0), 0)
-        self._in_word = 8 // dtype.itemsize
-        strips = (columns // self._width, rows, self._width // self._in_word) if self._width else (1, columns, rows)
-        self._whole: NDArray[Any] = space.view(np.uint64 if self._width else _WORDS[dtype.itemsize]).reshape(strips)
-
-    def put(self, block_RI: NDArray[Any], row: int) -> None:
-        """Take a block of rows of [O, I], the first of which is `row`."""
-        if self._width:
-            _to_strips(np.ascontiguousarray(block_RI).view(np.uint64), self._whole, row)
-        else:
-            _to_columns(block_RI.view(self._whole.dtype), self._whole[0], row)
-
-    def blocks(self, most_bytes: int) -> Iterator[NDArray[Any]]:
-        """The rows of [I, O], some at a time; each block is good until the next."""
-        columns, rows = self.shape
-        if self._width:
-            turned = np.empty((self._width, rows // self._in_word), np.uint64)
-            tile = np.empty((self._width, TILE // self._in_word), np.uint64)
-            for strip in self._whole:
-                (_turn_fours if self._in_word == 4 else _turn_pairs)(strip, turned, tile)
-                yield turned.view(self.dtype)
-        else:
-            step = max(1, most_bytes // (rows * self.dtype.itemsize))
-            for start in range(0, columns, step):
-                yield self._whole[0, start : start + step].view(self.dtype)
+        return wide.astype(dtype).view(WORDS[dtype.itemsize])
 
 
 def deal_lanes(rows_OG: NDArray[Any]) -> NDArray[Any]:
@@ -317,69 +343,3 @@ def _flush(source: Any, bits: Any) -> None:
 def _look_up(source: Any, table: Any, found: Any) -> None:
     for i in range(source.size):
         found[i] = table[source[i]]
-
-
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _to_columns(block: Any, whole: Any, column: Any) -> None:
-    rows, columns = block.shape
-    for first in range(0, columns, 32):
-        for i in range(first, min(first + 32, columns)):
-            for row in range(rows):
-                whole[i, column + row] = block[row, i]
-
-
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _to_strips(block: Any, strips: Any, at: Any) -> None:
-    width = strips.shape[2]
-    for row in range(block.shape[0]):
-        for strip in range(strips.shape[0]):
-            for i in range(width):
-                strips[strip, at + row, i] = block[row, strip * width + i]
-
-
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _turn_fours(strip: Any, turned: Any, tile: Any) -> None:
-    """Transpose [rows, columns / 4] words of four 16-bit numbers to [columns, rows / 4], 64 rows at a time."""
-    low, high = np.uint64(0x0000FFFF0000FFFF), np.uint64(0xFFFF0000FFFF0000)
-    lower, upper = np.uint64(0x00000000FFFFFFFF), np.uint64(0xFFFFFFFF00000000)
-    one, two = np.uint64(16), np.uint64(32)
-    rows, words = strip.shape
-    quads = tile.shape[1]
-    for first in range(0, rows, 4 * quads):
-        for quad in range(quads):
-            row = first + 4 * quad
-            row0, row1, row2, row3 = strip[row], strip[row + 1], strip[row + 2], strip[row + 3]
-            for i in range(words):
-                a, b, c, d = row0[i], row1[i], row2[i], row3[i]
-                even01 = (a & low) | ((b & low) << one)
-                odd01 = ((a & high) >> one) | (b & high)
-                even23 = (c & low) | ((d & low) << one)
-                odd23 = ((c & high) >> one) | (d & high)
-                tile[4 * i, quad] = (even01 & lower) | (even23 << two)
-                tile[4 * i + 1, quad] = (odd01 & lower) | (odd23 << two)
-                tile[4 * i + 2, quad] = (even01 >> two) | (even23 & upper)
-                tile[4 * i + 3, quad] = (odd01 >> two) | (odd23 & upper)
-        for i in range(4 * words):
-            target, source = turned[i], tile[i]
-            for quad in range(quads):
-                target[first // 4 + quad] = source[quad]
-
-
-@numba.njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
-def _turn_pairs(strip: Any, turned: Any, tile: Any) -> None:
-    """Transpose [rows, columns / 2] words of two 32-bit numbers to [columns, rows / 2], 64 rows at a time."""
-    lower, upper = np.uint64(0x00000000FFFFFFFF), np.uint64(0xFFFFFFFF00000000)
-    one = np.uint64(32)
-    rows, words = strip.shape
-    pairs = tile.shape[1]
-    for first in range(0, rows, 2 * pairs):
-        for pair in range(pairs):
-            row0, row1 = strip[first + 2 * pair], strip[first + 2 * pair + 1]
-            for i in range(words):
-                a, b = row0[i], row1[i]
-                tile[2 * i, pair] = (a & lower) | (b << one)
-                tile[2 * i + 1, pair] = (a >> one) | (b & upper)
-        for i in range(2 * words):
-            target, source = turned[i], tile[i]
-            for pair in range(pairs):
-                target[first // 2 + pair] = source[pair]

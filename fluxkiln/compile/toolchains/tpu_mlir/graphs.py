@@ -62,6 +62,7 @@ def add_side_tensors(template: Template, scheme: Scheme, target: Path) -> Templa
         CompileError: a weight has no shape. SchemeError: a rank that a weight does not have.
     """
     import onnx_ir as ir
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
 
     activations = {spec.name for spec in template.inputs}
     coded = {one.output for one in weight_matmuls(template.path, activations) if scheme.in_codes(one.slot)}
@@ -78,6 +79,7 @@ def add_side_tensors(template: Template, scheme: Scheme, target: Path) -> Templa
             _add_branch(model.graph, node, down, up)
         if RECIPROCALS in shapes:
             _scale_input(model.graph, node, side_slot(slot, RECIPROCALS), scaled)
+    RemoveUnusedNodesPass()(model)
     ir.save(model, target)
     digest = "sha256:" + hashlib.sha256(target.read_bytes()).hexdigest()
     added = (TensorSpec(str(value.name), _shape(value)) for value in model.graph.inputs if value.name not in known)
@@ -101,17 +103,55 @@ def _add_branch(graph: ir.Graph, node: ir.Node, down: ir.Value, up: ir.Value) ->
 
 
 def _scale_input(graph: ir.Graph, node: ir.Node, slot: str, scaled: dict[ir.Value | None, ir.Value]) -> None:
-    """Have a matmul read its input times reciprocals: one of `scaled`, or made now and put there."""
+    """Have a matmul read its input times reciprocals: one of `scaled`, or made now and put there.
+
+    An input x s + t whose s and t have one row for all tokens becomes x (s r) + t r, which takes no pass over them.
+    """
     import onnx_ir as ir
 
-    source = node.inputs[0]
+    source, name = node.inputs[0], f"{node.outputs[0].name}_scaled"
+
+    def make(operation: str, operands: list[ir.Value], what: str, before: ir.Node) -> ir.Value:
+        made = ir.Node("", operation, operands, name=f"{name}{what}")
+        made.outputs[0].name = made.name
+        graph.insert_before(before, made)
+        return made.outputs[0]
+
     if source not in scaled:
+        assert source is not None
         reciprocals = _slot(graph, slot, (_weight(node)[1][1],))
-        product = ir.Node("", "Mul", [source, reciprocals], name=f"{node.outputs[0].name}_scaled")
-        product.outputs[0].name = product.name
-        graph.insert_before(node, product)
-        scaled[source] = product.outputs[0]
+        if (modulated := _find_rows(source)) is None:
+            scaled[source] = make("Mul", [source, reciprocals], "", node)
+        else:
+            place, norm, rows, shift = modulated
+            rows, shift = (
+                make("Mul", [rows, reciprocals], "_rows", place),
+                make("Mul", [shift, reciprocals], "_shift", place),
+            )
+            scaled[source] = make("Add", [make("Mul", [norm, rows], "_norm", place), shift], "", place)
     node.replace_input_with(0, scaled[source])
+
+
+def _find_rows(value: ir.Value) -> tuple[ir.Node, ir.Value, ir.Value, ir.Value] | None:
+    """The addition that makes x s + t, with x, s and t, where s and t have one row; None for any other value."""
+    plus = value.producer()
+    for shift, product in _orders(plus, "Add"):
+        for rows, norm in _orders(product.producer(), "Mul"):
+            if _has_one_row(shift) and _has_one_row(rows) and plus is not None:
+                return plus, norm, rows, shift
+    return None
+
+
+def _orders(node: ir.Node | None, operation: str) -> list[tuple[ir.Value, ir.Value]]:
+    """The two operands of such an operation, in both orders."""
+    if node is None or node.op_type != operation:
+        return []
+    first, second = node.inputs
+    return [(first, second), (second, first)] if first is not None and second is not None else []
+
+
+def _has_one_row(value: ir.Value) -> bool:
+    return value.shape is not None and len(value.shape) > 1 and value.shape[-2] == 1
 
 
 def _weight(node: ir.Node) -> tuple[str, tuple[int, int]]:
@@ -161,7 +201,7 @@ def lean_graph(text: str, most_scores: int = MOST_SCORES) -> str:
     As it is, a single block of FLUX.1 at 1024x1024 takes the interpreter 9 GB: every activation is held in float32
     until the end, the scores of attention twice. The interpreter can put activations in one another's place (mode
     `reused_mem`), but then gives inputs the places of one another too, because they are declared between the
-    operations: they go to the top here. Neither changes a bit of the result.
+    operations: they go to the top here, unless values are integers. Neither changes a bit of the result.
 
     Args:
         text: a `*_tpu.mlir` of TPU-MLIR 1.30.2.
@@ -179,7 +219,9 @@ def lean_graph(text: str, most_scores: int = MOST_SCORES) -> str:
     for softmax in operations:
         if softmax.name == "tpu.Softmax":
             replaced |= _by_heads(operations, softmax, most_scores)
-    inputs = [operation.line for operation in operations if operation.name == "top.Input"]
+    # what has 8-bit values is computed wrong in that mode, so such a graph keeps the order that rules it out
+    movable = "!quant.uniform<" not in text
+    inputs = [operation.line for operation in operations if operation.name == "top.Input" and movable]
     head = [*lines[: start + 1], *(lines[index] for index in inputs)]
     replaced |= {index: [] for index in inputs}
     body = [new for index in range(start + 1, len(lines)) for new in replaced.get(index, [lines[index]])]

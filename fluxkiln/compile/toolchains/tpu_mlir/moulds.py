@@ -13,31 +13,31 @@ import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fluxkiln.artifacts.actions import Action, ActionCache, ActionResult, run_action
 from fluxkiln.artifacts.code import code_version
-from fluxkiln.compile.onnx.filled import fill
+from fluxkiln.compile.onnx.filled import fill, weight_matmuls
 from fluxkiln.compile.plan import Binary, Plan
 from fluxkiln.compile.templates import mould_net, net_name, weights_digest
 from fluxkiln.compile.toolchains.tpu_mlir.bmodel import hash_span, read_bmodel
 from fluxkiln.compile.toolchains.tpu_mlir.cast import cast_region, cast_source, read_map
-from fluxkiln.compile.toolchains.tpu_mlir.coefficients import Probe, learn_map, probe_reader
+from fluxkiln.compile.toolchains.tpu_mlir.coefficients import CoefficientMap, Probe, learn_map, probe_reader
 from fluxkiln.compile.toolchains.tpu_mlir.compiler import Compiled, CompileJob, compile_graph, require_compiler
 from fluxkiln.compile.toolchains.tpu_mlir.environment import TPU_MLIR_VERSION
 from fluxkiln.compile.toolchains.tpu_mlir.gelu import fuse_tanh_gelu
 from fluxkiln.compile.toolchains.tpu_mlir.graphs import add_side_tensors, small_work_first
+from fluxkiln.compile.toolchains.tpu_mlir.integers import same_but_for_shifts, with_shifts_of
 from fluxkiln.compile.toolchains.tpu_mlir.shell import lay_out, make_shell
 from fluxkiln.compile.weights import part_weights, rounding_key
 from fluxkiln.digests import digest_json
 from fluxkiln.errors import CompileError
 from fluxkiln.export.bindings import bind_part
 from fluxkiln.export.checkpoint import Checkpoint
-from fluxkiln.files import digest_file
 from fluxkiln.quantize.pack import RounderOf
 from fluxkiln.quantize.rounders import as_compiler
+from fluxkiln.quantize.schemes import Scheme
 from fluxkiln.types import Part, Template, WeightReader
 
 
@@ -81,7 +81,10 @@ def make_mould(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, template:
             arrays = loaded.enter_context(np.load(compiled.weights))
             names = [spec.name for spec in form.slots]
             try:
-                found = learn_map(compiled.bmodel, arrays, names, reader, scheme.group_size, scheme.weight_bits, again)
+                found = learn_map(
+                    compiled.bmodel, arrays, names, reader, scheme.group_size, scheme.weight_bits, again,
+                    coded_slots(form, scheme) if scheme.integer else (),
+                )  # fmt: skip
             except CompileError as error:
                 if not scheme.codes_only:
                     raise  # compiled one by one, its parts would be rounded as the compiler does
@@ -98,6 +101,12 @@ def compiled_form(plan: Plan, template: Template, folder: Path) -> Template:
     """What is compiled of a kind: its template, or where the method needs more than codes, a graph with that."""
     scheme = plan.schemes[template.kind]
     return template if scheme.codes_only else add_side_tensors(template, scheme, folder / "sided.onnx")
+
+
+def coded_slots(template: Template, scheme: Scheme) -> list[str]:
+    """The slots of a template that a scheme stores in codes."""
+    matmuls = weight_matmuls(template.path, {spec.name for spec in template.inputs})
+    return list(dict.fromkeys(one.slot for one in matmuls if scheme.in_codes(one.slot)))
 
 
 def mould_action(checkpoint: Checkpoint, plan: Plan, template: Template) -> Action:
@@ -233,11 +242,9 @@ def prove_mould(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, template
         form = compiled_form(plan, template, folder)
         reader = probe_reader(form.slots, seed=1)
         compiled = compile_weights(checkpoint, plan, form, net, reader, folder, f"proof.{mould.kind}").bmodel
-        (direct,) = read_bmodel(compiled).nets
         make_shell(compiled, net, folder / "shell.bmodel")
-        made = _cast_into(plan, cache, mould, direct.coefficients.size, folder / "cast.bmodel", reader)
-        same_shell = digest_file(folder / "shell.bmodel")[0] == mould.result.outputs["shell"].digest
-        _judge(mould.kind, made == hash_span(compiled, direct.coefficients), same_shell)
+        shells = cache.path(mould.result.outputs["shell"]), folder / "shell.bmodel"
+        _compare(plan, cache, mould, mould.kind, compiled, shells, reader)
     cache.record(proof_action(mould), {}, {"part": "", "weights": "probe weights of seed 1"})
 
 
@@ -252,38 +259,65 @@ def prove_cast(
     shipped weights differ from the compiler's in their codes, scales and zero points, and in nothing else. By a method
     that needs more than codes both round what is left of the weights, and what stands beside the codes is the same.
 
+    In integers (W8A8) a compile chooses the shift of each matmul by its weights. So the part is cast for the shifts of
+    the direct compile as well, which must be identical, and the shifts are all that may differ besides.
+
     Raises:
         CompileError: the cast differs from what the compiler itself makes of the same weights.
     """
     compiled = cache.path(direct.blobs["bmodel"])
-    (net,) = read_bmodel(compiled).nets
-    expected = hash_span(compiled, net.coefficients)
+    reader, own = cast_source(checkpoint, plan, cache, cast.part)
     with cache.store.workdir(f"proof of {cast.part.name}") as folder:
-        if cast.scheme.rounds_as_compiler:
-            same = "sha256:" + expected.hex() == cast.digest
-        else:
-            reader, own = cast_source(checkpoint, plan, cache, cast.part)
-            cast_by = partial(_cast_into, plan, cache, mould, net.coefficients.size, folder / "cast.bmodel", reader)
-            same = cast_by(as_compiler) == expected and "sha256:" + cast_by(own).hex() == cast.digest
         make_shell(cache.path(cast.blobs["shell"]), cast.net, folder / "shell.bmodel")
-        _judge(cast.part.name, same, digest_file(folder / "shell.bmodel")[0] == direct.blobs["shell"].digest)
+        shells = folder / "shell.bmodel", cache.path(direct.blobs["shell"])
+        moved = _compare(plan, cache, mould, cast.part.name, compiled, shells, reader)
+        made = _cast_into(plan, cache, mould, read_map(cache, mould.result.outputs["map"]), folder, reader, own)
+        if "sha256:" + made.hex() != cast.digest:
+            _judge(cast.part.name, False, True)
     cache.record(proof_action(mould), {}, {"part": cast.part.name, "weights": cast.digest})
-    return replace(cast, made="cast, compiled: identical")
+    return replace(cast, made=f"cast, compiled: identical{' by value, other shifts' * moved}")
+
+
+def _compare(
+    plan: Plan,
+    cache: ActionCache,
+    mould: Mould,
+    what: str,
+    compiled: Path,
+    shells: tuple[Path, Path],
+    read_weight: WeightReader,
+) -> bool:
+    """Compare a compile with its weights cast as the compiler rounds, and its shell with the mould's.
+
+    Returns:
+        whether the two have other shifts.
+
+    Raises:
+        CompileError: they differ in more.
+    """
+    (direct,) = read_bmodel(compiled).nets
+    found, shifts = read_map(cache, mould.result.outputs["map"]), [(0, 0)]
+    if plan.schemes[mould.kind].integer:
+        found, shifts = with_shifts_of(compiled, direct.coefficients.start, found, read_weight)
+    with cache.store.workdir(f"cast of {what}") as folder:
+        made = _cast_into(plan, cache, mould, found, folder, read_weight)
+    _judge(what, made == hash_span(compiled, direct.coefficients), same_but_for_shifts(*shells, shifts))
+    return any(ours != theirs for ours, theirs in shifts)
 
 
 def _cast_into(
     plan: Plan,
     cache: ActionCache,
     mould: Mould,
-    size: int,
-    target: Path,
+    coefficients: CoefficientMap,
+    folder: Path,
     read_weight: WeightReader,
     rounder_of: RounderOf = as_compiler,
 ) -> bytes:
-    """The digest of `size` bytes of weights, cast into the mould's own shell."""
-    blobs = mould.result.outputs
-    (region,) = lay_out(cache.path(blobs["shell"]), {mould_net(plan, mould.kind): size}, target).values()
-    return cast_region(target, region, read_map(cache, blobs["map"]), read_weight, rounder_of)
+    """The digest of weights that are cast into the mould's own shell, in `folder`."""
+    target, sizes = folder / "cast.bmodel", {mould_net(plan, mould.kind): coefficients.size}
+    (region,) = lay_out(cache.path(mould.result.outputs["shell"]), sizes, target).values()
+    return cast_region(target, region, coefficients, read_weight, rounder_of)
 
 
 def _judge(what: str, same_weights: bool, same_shell: bool) -> None:

@@ -41,6 +41,7 @@ from fluxkiln.compile.toolchains.tpu_mlir.cast import cast_source, cast_weight_f
 from fluxkiln.compile.toolchains.tpu_mlir.compiler import weight_file
 from fluxkiln.compile.toolchains.tpu_mlir.executors import MOST_MULTIPLICATIONS, CmodelExecutor, Simulator
 from fluxkiln.compile.toolchains.tpu_mlir.graphs import lean_graph
+from fluxkiln.compile.toolchains.tpu_mlir.integers import set_multipliers
 from fluxkiln.compile.toolchains.tpu_mlir.moulds import cast_part, compile_part, find_mould, make_mould
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.progress import Progress
@@ -153,17 +154,27 @@ class _Interpreted:
         self.laid_out = ""
 
 
-def lay_out_lowered(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, binary: Binary, folder: Path) -> None:
-    """Write a part's lowered graph as `lowered.mlir` beside the weight file that it names; a cast part's is cast."""
+def lay_out_lowered(
+    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, binary: Binary, folder: Path, lean: bool = True
+) -> None:
+    """Write a part's lowered graph as `lowered.mlir` beside the weight file that it names; a cast part's is cast.
+
+    Args:
+        lean: in little memory (`lean_graph`); else as the compiler wrote it: in groups of heads the scores have names
+            of their own.
+    """
     folder.mkdir(parents=True)
     text = cache.path(binary.blobs["lowered"]).read_text()
-    (folder / "lowered.mlir").write_text(lean_graph(text))
     target = folder / weight_file(text)
     if "map" not in binary.blobs:
         shutil.copyfile(cache.path(binary.blobs["weights"]), target)
-        return
-    reader, rounder_of = cast_source(checkpoint, plan, cache, binary.part)
-    cast_weight_file(read_map(cache, binary.blobs["map"]), reader, target, rounder_of)
+    else:
+        reader, rounder_of = cast_source(checkpoint, plan, cache, binary.part)
+        cast_weight_file(read_map(cache, binary.blobs["map"]), reader, target, rounder_of)
+    if binary.scheme.integer:
+        with np.load(target) as weights:
+            text = set_multipliers(text, weights)
+    (folder / "lowered.mlir").write_text(lean_graph(text) if lean else text)
 
 
 def look(
@@ -182,9 +193,7 @@ def look(
         ):
             binary = _make_binary(checkpoint, small, cache, part)
             lowered = Path(scratch) / "lowered" / "lowered.mlir"
-            lay_out_lowered(checkpoint, small, cache, binary, lowered.parent)
-            # as the compiler wrote it: in groups of heads the scores have names of their own
-            lowered.write_text(cache.path(binary.blobs["lowered"]).read_text())
+            lay_out_lowered(checkpoint, small, cache, binary, lowered.parent, lean=False)
             rungs.append(check_lowered(opened, lowered, simulator))
     if stored := _read_back(opened, checkpoint, plan, cache, call.bundle):
         rungs.append(stored)
@@ -198,7 +207,7 @@ def open_stored(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Pa
     rung = dequantized_rung(checkpoint, plan, cache)
     assert isinstance(rung, TemplateRunner)
     template = make_template(checkpoint, plan, cache, part.kind, "onnx17")
-    opened = open_part(checkpoint, plan, part, template, inputs, rung.fill(part.name).read_weight)
+    opened = open_part(checkpoint, plan, part, template, inputs, rung.fill(part.name))
     return replace(opened, advice=_ADVICE)
 
 

@@ -15,7 +15,7 @@ from fluxkiln.compile.plan import Job, Made, Plan
 from fluxkiln.compile.toolchain import API, OpenRungs, Rungs, Toolchain, ToolStatus, Work
 from fluxkiln.compile.toolchains.tpu_mlir import environment
 from fluxkiln.compile.toolchains.tpu_mlir.python310 import find_python310
-from fluxkiln.errors import ToolchainError
+from fluxkiln.errors import SchemeError, ToolchainError
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.progress import Laps, Progress
 from fluxkiln.settings import Settings
@@ -51,9 +51,12 @@ GATES: tuple[Gate, ...] = (
     # With quantization out of the way: the compiled arithmetic against the rung before it.
     Gate(_COMPILED, "W4BF16*|W8BF16*", "whole", "*", "relative_l2", 6e-3, "previous",
          "the same codes on both sides, so only BF16 arithmetic may differ"),
+    Gate(_COMPILED, "W8A8*", "residual", "*", "delta_cosine", 0.999, "previous",
+         "the same integers but where BF16 lies on the other side of a step: 2 % of the delta, a cosine of 0.9998",
+         proposed=True),
     Gate(_COMPILED, "W4BF16*|W8BF16*", "residual", "*", "delta_cosine", 0.999, "previous",
          "the same codes on both sides, so the delta must agree as well as it does in BF16"),
-    Gate(_COMPILED, "BF16|W8BF16*|W4BF16*", "block", "*", "worst_channel", 0.2, "previous",
+    Gate(_COMPILED, "BF16|W8BF16*|W8A8*|W4BF16*", "block", "*", "worst_channel", 0.2, "previous",
          "a wrong scale or bias moves one channel by its own size, BF16 moves none by more than twice its 4 %",
          proposed=True),
 )  # fmt: skip
@@ -81,6 +84,12 @@ class TpuMlir(Toolchain):
         from fluxkiln.compile.toolchains.tpu_mlir.devices import group_parts, plan_devices
         from fluxkiln.compile.toolchains.tpu_mlir.jobs import planned_binaries
 
+        integer = [part for part in plan.parts if plan.scheme(part).integer]
+        if integer and not any(part.traits.rows for part in plan.parts):
+            raise SchemeError(
+                f"{integer[0].name} is to be {plan.scheme(integer[0]).name}, which takes its modulation from a part of "
+                "its own; leave --modulation inline out"
+            )
         plan_devices(plan, group_parts(plan, planned_binaries(checkpoint, plan, cache)))
 
     def jobs(self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, settings: Settings) -> list[Job]:

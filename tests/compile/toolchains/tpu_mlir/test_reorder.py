@@ -6,7 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fluxkiln.compile.toolchains.tpu_mlir.forms import LANES, Transposed, deal_lanes, group_channels, store_as
+from fluxkiln.compile.toolchains.tpu_mlir.forms import LANES, deal_lanes, group_channels, store_as
+from fluxkiln.compile.toolchains.tpu_mlir.transposed import Transposed
 
 RNG = np.random.default_rng(0)
 

@@ -84,8 +84,8 @@ def _find_form(cache: ActionCache, template: Template, scheme: Scheme) -> tuple[
         return {"graph": made.path}, {"slots": specs_to_json(made.slots), "biases": sorted(biases)}
 
     result = run_action(cache, action, produce)
-    graph, biases = result.outputs["graph"], frozenset(result.facts["biases"])
-    slots = specs_from_json(result.facts["slots"])
+    graph, facts = result.outputs["graph"], dict[str, Any](result.facts)
+    slots, biases = specs_from_json(facts["slots"]), frozenset(map(str, facts["biases"]))
     return replace(template, path=cache.path(graph), digest=graph.digest, slots=slots), biases
 
 

@@ -7,9 +7,11 @@ SHELL := /bin/bash
 VENV := .venv
 TPU_MLIR := $(or $(FLUXKILN_TPU_MLIR),.venv-tpu-mlir)
 SD_CPP := $(or $(FLUXKILN_SD_CPP),.venv-sd-cpp)
+MLX := $(or $(FLUXKILN_MLX),.venv-mlx)
 VENV_MADE := $(VENV)/made-from.sha256
 TPU_MLIR_MADE := $(TPU_MLIR)/fluxkiln.json
 SD_CPP_MADE := $(SD_CPP)/fluxkiln.json
+MLX_MADE := $(MLX)/fluxkiln.json
 BIN := $(VENV)/bin
 
 # A Python >= 3.11 that runs: shims of version managers exist for versions that do not.
@@ -37,8 +39,8 @@ BUNDLE_FIRST = bundle=$(if $(BUNDLE),$(call quoted,$(BUNDLE)),"$$($(BIN)/fluxkil
 	$(call quoted,$(or $(TARGET),cpu)) $(call options,$(MODELS)) --json | \
 	$(BIN)/python -c 'import json, sys; print(json.load(sys.stdin).get("bundle", ""))')") || exit
 
-.PHONY: help env env-tpu-mlir env-sd-cpp envs bm1684x trn1 inf2 cpu gguf generate serve debug report publish bench test check format \
-	clean distclean
+.PHONY: help env env-tpu-mlir env-sd-cpp env-mlx envs bm1684x trn1 inf2 cpu gguf mlx generate serve debug report publish bench test check \
+	format clean distclean
 
 help:  ## this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 15
@@ -65,6 +67,11 @@ cpu: env  ## checkpoint -> verified ONNX Runtime bundle
 
 gguf: env  ## checkpoint -> verified GGUF files: QUANT=Q8_0|Q6_K|Q5_K|Q5_1|Q5_0|Q4_K|Q4_1|Q4_0|BF16|F16
 	@$(BIN)/fluxkiln build gguf $(call option,QUANT,scheme) $(OPTIONS)
+
+# mflux has one width, which the smallest preset has not.
+mlx: env  ## checkpoint -> verified files for mflux: QUANT=4|8|BF16; TARGET=mlx_example for MLX's own FLUX example
+	@$(BIN)/fluxkiln build $(call quoted,$(or $(TARGET),mlx)) $(if $(MODEL)$(TARGET),,--model wide-dev --components transformer) \
+	$(if $(QUANT),--scheme=$(call quoted,$(patsubst 8,MLX8,$(patsubst 4,MLX4,$(QUANT))))) $(OPTIONS)
 
 generate: env  ## an image: PROMPT="a kiln at night" STEPS, SEED, OUT=images, PROMPTS=file; of BUNDLE or TARGET=cpu
 	@test -n "$$PROMPT"$(if $(PROMPTS), || true) || { echo 'error: there is no prompt; give one: PROMPT="..."' >&2; exit 2; }
@@ -107,15 +114,16 @@ clean:  ## remove builds and caches
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
 
 distclean: clean  ## remove the environments too
-	@rm -rf $(VENV) .venv-tpu-mlir .venv-sd-cpp
+	@rm -rf $(VENV) .venv-tpu-mlir .venv-sd-cpp .venv-mlx
 
 env: $(VENV_MADE)  ## the main environment
 env-tpu-mlir: $(TPU_MLIR_MADE)  ## TPU-MLIR's own Python 3.10 environment
 env-sd-cpp: $(SD_CPP_MADE)  ## stable-diffusion.cpp, built from source (10 minutes), for tests and figures of GGUF files
+env-mlx: $(MLX_MADE)  ## MLX and mflux, for tests of their files
 
-# Both at once: installing is mostly unpacking.
+# All at once: installing is mostly unpacking.
 envs:
-	@$(MAKE) --silent --jobs=2 env env-tpu-mlir
+	@$(MAKE) --silent --jobs=3 env env-tpu-mlir env-mlx
 
 # Made again when the content of these files changes, not when a checkout touches them. The bytecode is written here,
 # by all cores: pip does it on one, and where PYTHONDONTWRITEBYTECODE is set nobody would.
@@ -139,3 +147,8 @@ G := fluxkiln/compile/toolchains/gguf
 $(SD_CPP_MADE): $(G)/constraints.txt $(G)/client.py $(G)/environment.py fluxkiln/compile/environment.py
 	$(NEED_PYTHON)
 	@$(PYTHON) -m fluxkiln.compile.toolchains.gguf.environment
+
+X := fluxkiln/compile/toolchains/mlx
+$(MLX_MADE): $(X)/constraints.txt $(X)/environment.py fluxkiln/compile/environment.py
+	$(NEED_PYTHON)
+	@$(PYTHON) -m fluxkiln.compile.toolchains.mlx.environment

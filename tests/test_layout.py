@@ -25,7 +25,7 @@ HEAVY = {
     "torch", "torchvision", "diffusers", "transformers", "tokenizers", "huggingface_hub", "safetensors", "accelerate",
     "onnx", "onnxruntime", "onnxscript", "onnx_ir", "numba", "numpy", "scipy", "skimage", "PIL", "rich", "jinja2",
     "sentencepiece", "psutil", "gguf", "starlette", "uvicorn", "jax", "jaxlib", "torchax", "ml_dtypes", "peft",
-    "datasets",
+    "datasets", "mlx",
 }  # fmt: skip
 
 MOST_LINES, MOST_PARAMETERS = 400, 8
@@ -262,7 +262,7 @@ def test_a_toolchain_is_named_in_its_own_folder_alone(name):
 
 
 def test_names_of_toolchains_are_seen():
-    assert TOOLCHAINS == ["gguf", "neuron", "onnxruntime", "tpu_mlir"]
+    assert TOOLCHAINS == ["gguf", "mlx", "neuron", "onnxruntime", "tpu_mlir"]
     source = 'a == "neuron"\nb = {"tpu_mlir": 1}\nimport_module("fluxkiln.compile.toolchains.onnxruntime")\n"neurons"\n'
     assert len(toolchains_named(ast.parse(source))) == 3
 
@@ -378,8 +378,8 @@ def normalised(name: str) -> str:
 
 # what is called alike in every folder of its kind, so that it can be found there
 ROLES = {
-    "API", "GATES", "GROUP", "METHOD", "PATCHES", "RUNGS", "TARGET", "TOOLCHAIN", "look", "main", "open_rungs", "pack",
-    "rounder", "side_tensors", "unpack",
+    "API", "GATES", "GROUP", "METHOD", "PATCHES", "RUNGS", "TARGET", "TOOLCHAIN", "layout_of", "look", "main",
+    "open_rungs", "pack", "plan_file", "rounder", "side_tensors", "unpack",
 }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxkiln.compile.plan import Plan
 from fluxkiln.compile.tensors import stored_forms
-from fluxkiln.errors import SchemeError
+from fluxkiln.errors import IntegrityError, SchemeError
 from fluxkiln.export.checkpoint import Checkpoint, read_rows
 from fluxkiln.export.safetensors_header import ITEM_BYTES
 from fluxkiln.files import disk_full_named, reserve
@@ -48,12 +48,14 @@ class FileTensor:
     Attributes:
         form: of `quantize.formats`, or F32, F16, BF16.
         rows: of the checkpoint's tensors, in its order.
+        kernel: see `Joined`.
     """
 
     name: str
     shape: tuple[int, ...]
     form: str
     rows: tuple[RowRange, ...]
+    kernel: str = ""
 
     @property
     def row_bytes(self) -> tuple[int, ...]:
@@ -96,7 +98,7 @@ def plan_tensors(
     forms, refs, made = stored_forms(checkpoint, plan, folder), checkpoint.tensors[folder], []
     for one in joined:
         sources = [refs[name] for name in one.sources]
-        shape = (sum(ref.shape[0] for ref in sources), *sources[0].shape[1:])
+        shape = (sum(ref.shape[0] for ref in sources), *_inner_shape(one, sources[0].shape[1:]))
         wanted = dict.fromkeys(forms[name] for name in one.sources)
         form = small(shape) or next(iter(wanted))
         if form in wanted and len(wanted) > 1:
@@ -104,8 +106,12 @@ def plan_tensors(
                 f"{', '.join(one.sources)} are one tensor there, {one.name}, and are asked for as "
                 f"{' and '.join(wanted)}; name all of them or none"
             )
-        made.append(FileTensor(one.name, shape, form, tuple(_rows(sources, one.swapped))))
+        made.append(FileTensor(one.name, shape, form, tuple(_rows(sources, one.swapped)), one.kernel))
     return tuple(made)
+
+
+def _inner_shape(one: Joined, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return {"": shape, "OHWI": (*shape[1:], *shape[:1]), "1x1": (*shape, 1, 1)}[one.kernel]
 
 
 def _rows(sources: Sequence[TensorRef], swapped: bool) -> Iterator[RowRange]:
@@ -152,6 +158,8 @@ def _pieces(placed: Sequence[Placed]) -> Iterator[tuple[Placed, RowRange]]:
 
 def _write_piece(fd: int, one: Placed, rows: RowRange) -> int:
     weight = read_rows(rows.ref, rows.start, rows.stop)
+    if one.tensor.kernel == "OHWI":
+        weight = weight.transpose(0, 2, 3, 1)
     sizes = one.tensor.row_bytes
     for plane, offset, size in zip(pack_rows(weight, one.tensor.form), one.offsets, sizes, strict=True):
         view, at = plane.data.cast("B"), offset + rows.place * size
@@ -159,6 +167,42 @@ def _write_piece(fd: int, one: Placed, rows: RowRange) -> int:
             written = os.pwrite(fd, view, at)
             view, at = view[written:], at + written
     return weight.nbytes
+
+
+# first row, and the one behind the last -> those rows of a tensor, float32
+ReadRows = Callable[[int, int], "NDArray[Any]"]
+
+
+class FileReader:
+    """The tensors of a folder of the checkpoint by its names, float32, from those of its files; see `Joined`.
+
+    Raises:
+        IntegrityError: the files lack a tensor.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, folder: str, joined: Iterable[Joined], tensors: Mapping[str, ReadRows], where: str
+    ) -> None:
+        self._refs, self._tensors = checkpoint.tensors[folder], tensors
+        self._places: dict[str, tuple[Joined, int]] = {}
+        for one in joined:
+            if one.name not in tensors:
+                raise IntegrityError(f"{where} has no tensor {one.name}; build it again")
+            start = 0
+            for source in one.sources:
+                self._places[source] = one, start
+                start += self._refs[source].shape[0]
+
+    def __call__(self, name: str) -> NDArray[Any]:
+        """A tensor of the checkpoint."""
+        import numpy as np
+
+        (one, start), shape = self._places[name], self._refs[name].shape
+        rows = self._tensors[one.name](start, start + shape[0])
+        if one.kernel == "OHWI":
+            rows = rows.transpose(0, 3, 1, 2)
+        rows = np.ascontiguousarray(rows).reshape(shape)
+        return np.roll(rows, len(rows) // 2, axis=0) if one.swapped else rows
 
 
 def pack_rows(weight: NDArray[Any], form: str) -> tuple[NDArray[Any], ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from fluxkiln.types import BindingLicence, Configs, Kind, Part, Shapes, TensorSpec
 
@@ -103,12 +103,15 @@ class WeightUse:
 class Joined:
     """A tensor as another program has it: the rows of `sources`, the checkpoint's own, one after the other.
 
-    `swapped`: of each the second half comes first.
+    Attributes:
+        swapped: of each the second half comes first.
+        kernel: `OHWI` for one of a convolution whose input channels are last there; `1x1` for a matrix.
     """
 
     name: str
     sources: tuple[str, ...]
     swapped: bool = False
+    kernel: Literal["", "OHWI", "1x1"] = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,12 +122,16 @@ class OtherLayout:
         architecture: what they call it; facts: what their files say of it, by key.
         stretch: how often a row is to be repeated until the component has the one width that diffusers' converter to
             its own names takes for granted; 0 where there is no such number, or no converter.
+        fixed: keys of the component's config with the values that those programs take for granted.
+        file: what its file is called, where they look for a name.
     """
 
     tensors: tuple[Joined, ...]
     architecture: str = ""
     facts: Mapping[str, int | float | str] = field(default_factory=dict)
     stretch: int = 0
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    file: str = ""
 
 
 class Recorded(Protocol):

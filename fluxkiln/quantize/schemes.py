@@ -267,7 +267,9 @@ def form_group(kinds: Mapping[str, Kind], kind: str) -> tuple[str, ...]:
     return tuple(one.name for one in kinds.values() if one.block == kinds[kind].block)
 
 
-def part_schemes(blocks: Scheme, kinds: Mapping[str, Kind], others: Scheme | None = None) -> dict[str, Scheme]:
+def part_schemes(
+    blocks: Scheme, kinds: Mapping[str, Kind], others: Scheme | None = None, legal: Sequence[str] = ()
+) -> dict[str, Scheme]:
     """The scheme of every kind when the blocks are to be stored as `blocks`.
 
     An integer scheme is for the transformer's blocks alone; what else carries weight is then stored as `others`.
@@ -286,11 +288,14 @@ def part_schemes(blocks: Scheme, kinds: Mapping[str, Kind], others: Scheme | Non
         elif kind.stored == "blocks":
             schemes[name] = others if others and blocks.integer and not kind.is_block else blocks
         else:
-            schemes[name] = _NAMED["F16" if blocks.arithmetic == "F16" else kind.stored]
+            stored = "F16" if blocks.arithmetic == "F16" else kind.stored
+            schemes[name] = _NAMED[stored if stored in (legal or _NAMED) else blocks.arithmetic]
     return schemes
 
 
-def parse_schemes(text: str | None, default: str, kinds: Mapping[str, Kind]) -> tuple[Scheme, dict[str, Scheme]]:
+def parse_schemes(
+    text: str | None, default: str, kinds: Mapping[str, Kind], legal: Sequence[str] = ()
+) -> tuple[Scheme, dict[str, Scheme]]:
     """`W4BF16` or `W4BF16,vae_decoder=BF16`: the block scheme, and the scheme of every kind.
 
     An exception is for a family of kinds (a block in either form, the modulation) or one kind, and a later one
@@ -304,7 +309,7 @@ def parse_schemes(text: str | None, default: str, kinds: Mapping[str, Kind]) -> 
     if "=" in head:
         head, exceptions = default, [head, *exceptions]
     blocks = parse_scheme(head)
-    schemes = part_schemes(blocks, kinds, parse_scheme(default))
+    schemes = part_schemes(blocks, kinds, parse_scheme(default), legal)
     families: dict[str, tuple[str, ...]] = {}
     for one in kinds.values():
         families[one.family] = (*families.get(one.family, ()), one.name)

@@ -134,7 +134,7 @@ def test_what_the_page_needs_is_optional(monkeypatch):
 
 
 def test_only_targets_that_can_be_built_are_judged():
-    assert target_names() == ("bm1684x", "bm1688", "cpu", "gguf", "inf2", "trn1")
+    assert target_names() == ("bm1684x", "bm1688", "cpu", "gguf", "inf2", "mlx", "mlx_example", "trn1")
     assert {name for row in examine() for name in row.needed_for} <= set(target_names())
 
 

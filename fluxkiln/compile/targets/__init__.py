@@ -90,7 +90,7 @@ class Target:
         Raises:
             SchemeError: one does not exist, or this target cannot store it.
         """
-        blocks, schemes = parse_schemes(text, self.schemes[0], kinds)
+        blocks, schemes = parse_schemes(text, self.schemes[0], kinds, self.schemes)
         if self.uniform:
             if text not in (None, *self.schemes):
                 legal = " or ".join(self.schemes)

@@ -95,5 +95,7 @@ _ALL = (
     Format("Q6_K", 6, 256, (210,), "superblocks", weighted=True),
     Format("Q5_K", 5, 256, (176,), "superblocks", weighted=True),
     Format("Q4_K", 4, 256, (144,), "superblocks", weighted=True),
+    Format("MLX8", 8, 64, (64, 2, 2), "affine"),
+    Format("MLX4", 4, 64, (32, 2, 2), "affine"),
 )
 FILE_FORMATS: Mapping[str, Format] = {one.name: one for one in _ALL}

@@ -15,18 +15,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.compile.plan import Plan
-from fluxkiln.compile.repacked import FileTensor, Placed, file_names, plan_tensors, write_tensors
+from fluxkiln.compile.repacked import (
+    FileReader,
+    FileTensor,
+    Placed,
+    ReadRows,
+    file_names,
+    plan_tensors,
+    write_tensors,
+)
 from fluxkiln.errors import IntegrityError
 from fluxkiln.export.checkpoint import Checkpoint, read_rows
 from fluxkiln.export.safetensors_header import encode_header, read_header
-from fluxkiln.patches.model import Joined, OtherLayout
+from fluxkiln.patches.model import OtherLayout
 from fluxkiln.types import TensorRef
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# first row, and the one behind the last -> those rows of a tensor, float32
-_ReadRows = Callable[[int, int], "NDArray[Any]"]
 # what a folder's file has its names from; the others are safetensors with their publisher's names
 LAYOUTS: Mapping[str, str] = {"transformer": "bfl", "text_encoder_2": "llama.cpp"}
 # matrices of no more elements are float32 too
@@ -110,48 +116,26 @@ def _file_type(tensors: Sequence[FileTensor]) -> int:
     return int(gguf.LlamaFileType[name])
 
 
-class FileReader:
-    """The tensors of a file by the checkpoint's names, float32, as the format's own reader has them.
-
-    Raises:
-        IntegrityError: the file cannot be read, or lacks a tensor.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, folder: str, path: Path) -> None:
-        self._tensors = _gguf_tensors(path) if folder in LAYOUTS else _plain_tensors(path)
-        self._heights = {name: ref.shape[0] for name, ref in checkpoint.tensors[folder].items()}
-        self._places: dict[str, tuple[Joined, int]] = {}
-        for one in layout_of(checkpoint, folder).tensors:
-            if one.name not in self._tensors:
-                raise IntegrityError(f"{path} has no tensor {one.name}; build it again")
-            start = 0
-            for source in one.sources:
-                self._places[source] = one, start
-                start += self._heights[source]
-
-    def __call__(self, name: str) -> NDArray[Any]:
-        """A tensor of the checkpoint, float32."""
-        import numpy as np
-
-        one, start = self._places[name]
-        rows = self._tensors[one.name](start, start + self._heights[name])
-        return np.roll(rows, len(rows) // 2, axis=0) if one.swapped else rows
+def open_file(checkpoint: Checkpoint, folder: str, path: Path) -> FileReader:
+    """What reads the tensors of a folder of the checkpoint from its file; IntegrityError for a damaged one."""
+    tensors = _gguf_tensors(path) if folder in LAYOUTS else _plain_tensors(path)
+    return FileReader(checkpoint, folder, layout_of(checkpoint, folder).tensors, tensors, str(path))
 
 
-def _plain_tensors(path: Path) -> dict[str, _ReadRows]:
+def _plain_tensors(path: Path) -> dict[str, ReadRows]:
     import numpy as np
 
-    def reader(ref: TensorRef) -> _ReadRows:
+    def reader(ref: TensorRef) -> ReadRows:
         return lambda start, stop: read_rows(ref, start, stop).astype(np.float32)
 
     return {name: reader(ref) for name, ref in read_header(path).items()}
 
 
-def _gguf_tensors(path: Path) -> dict[str, _ReadRows]:
+def _gguf_tensors(path: Path) -> dict[str, ReadRows]:
     import gguf
     import numpy as np
 
-    def reader(one: Any) -> _ReadRows:
+    def reader(one: Any) -> ReadRows:
         def rows(start: int, stop: int) -> NDArray[Any]:
             decoded: NDArray[Any] = gguf.dequantize(np.ascontiguousarray(one.data[start:stop]), one.tensor_type)
             return decoded

@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from fluxkiln.compile.toolchains.gguf import file as gguf_file
-from fluxkiln.compile.toolchains.gguf import names
-from fluxkiln.compile.toolchains.gguf.file import FileReader, file_name, plan_file, write_file
-from fluxkiln.compile.toolchains.gguf.toolchain import GATES, RUNGS
+from fluxkiln.compile.toolchains.gguf.file import file_name, open_file, plan_file, write_file
+from fluxkiln.compile.toolchains.gguf.toolchain import TOOLCHAIN
 from fluxkiln.errors import IntegrityError
 from fluxkiln.export.checkpoint import read_tensor
 from fluxkiln.export.safetensors_header import read_header
@@ -57,7 +56,7 @@ def test_names_types_and_metadata_are_those_of_published_files(files):
 
 @pytest.mark.parametrize("folder", ["text_encoder", "text_encoder_2", "transformer", "vae"])
 def test_every_tensor_comes_back_as_it_is_stored(build, files, folder):
-    reader, forms = FileReader(build.checkpoint, folder, files[folder]), {}
+    reader, forms = open_file(build.checkpoint, folder, files[folder]), {}
     for one in plan_file(build.checkpoint, build.plan, folder):
         forms |= dict.fromkeys((rows.ref.name for rows in one.rows), one.form)
     assert forms.keys() == build.checkpoint.tensors[folder].keys()
@@ -80,7 +79,7 @@ def test_t5_is_read_by_transformers(build, files, tmp_path, tiny_checkpoint):
         tmp_path, gguf_file="t5.gguf", dtype=torch.float32, output_loading_info=True
     )
     assert not told["missing_keys"]
-    reader = FileReader(build.checkpoint, "text_encoder_2", files["text_encoder_2"])
+    reader = open_file(build.checkpoint, "text_encoder_2", files["text_encoder_2"])
     state = model.state_dict()
     for name in build.checkpoint.tensors["text_encoder_2"]:
         np.testing.assert_array_equal(state[name].numpy(), reader(name), err_msg=name)
@@ -92,8 +91,8 @@ def test_encoder_and_decoder_have_their_publishers_names(build, files):
 
 
 def named(build):
-    ladder = Ladder(RUNGS, GATES)
-    names.compare_names(ladder, build.checkpoint, build.plan)
+    ladder = Ladder(TOOLCHAIN.rungs, TOOLCHAIN.gates)
+    TOOLCHAIN.read_back(ladder, build.checkpoint, build.plan, None, None)
     return {row.part: row.passed for row in ladder.rows}
 
 
@@ -146,6 +145,6 @@ def test_files_that_were_cut_or_lack_a_tensor_are_refused(build, files, tmp_path
     shutil.copy(files["transformer"], cut)
     os.truncate(cut, 1000)
     with pytest.raises(IntegrityError, match=r"no GGUF file, or a damaged one .*; build or fetch it again"):
-        FileReader(build.checkpoint, "transformer", cut)
+        open_file(build.checkpoint, "transformer", cut)
     with pytest.raises(IntegrityError, match=r"has no tensor time_in\.in_layer\.weight"):
-        FileReader(build.checkpoint, "transformer", files["text_encoder_2"])
+        open_file(build.checkpoint, "transformer", files["text_encoder_2"])

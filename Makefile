@@ -39,7 +39,7 @@ BUNDLE_FIRST = bundle=$(if $(BUNDLE),$(call quoted,$(BUNDLE)),"$$($(BIN)/fluxkil
 	$(call quoted,$(or $(TARGET),cpu)) $(call options,$(MODELS)) --json | \
 	$(BIN)/python -c 'import json, sys; print(json.load(sys.stdin).get("bundle", ""))')") || exit
 
-.PHONY: help env env-tpu-mlir env-sd-cpp env-mlx envs bm1684x trn1 inf2 cpu gguf mlx generate serve debug report publish bench test check \
+.PHONY: help env env-tpu-mlir env-sd-cpp env-mlx envs bm1684x trn1 trn2 inf2 cpu gguf mlx generate serve debug report publish bench test check \
 	format clean distclean
 
 help:  ## this list
@@ -58,6 +58,9 @@ bm1684x:  ## checkpoint -> verified BM1684X bundle, environments included
 
 trn1: env  ## checkpoint -> verified bundle for AWS Trainium, up to the NEFF; TP, INSTANCE, GRANULARITY
 	@$(BIN)/fluxkiln build trn1 $(OPTIONS)
+
+trn2: env  ## the same for AWS Trainium 2; TARGET=trn2_lnc1 for logical cores of one physical core
+	@$(BIN)/fluxkiln build $(call quoted,$(or $(TARGET),trn2)) $(OPTIONS)
 
 inf2: env  ## the same for AWS Inferentia2
 	@$(BIN)/fluxkiln build inf2 $(OPTIONS)

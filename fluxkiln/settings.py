@@ -224,18 +224,18 @@ class Settings:
         "inline|hoisted",
     )
     instance: str | None = _option(
-        None, "trn1, inf2: the instance type, trn1.32xlarge say. Default: the target's.", "NAME"
+        None, "trn1, trn2, inf2: the instance type, trn1.32xlarge say. Default: the target's.", "NAME"
     )
     tp_degree: int | None = _option(
         None,
-        "trn1, inf2: cores that share the transformer and T5. Default: 8, or what the instance has.",
+        "trn1, trn2, inf2: cores that share the transformer and T5. Default: 8, or what the instance has.",
         "N", flag="tp", kind=int,
     )  # fmt: skip
     granularity: str = _option(
-        "block", "trn1, inf2: blocks in a compiled module. Default: block.", "block|group:N|whole"
+        "block", "trn1, trn2, inf2: blocks in a compiled module. Default: block.", "block|group:N|whole"
     )
     flags: Literal["default", "published"] = _option(
-        "default", "trn1, inf2: the compiler's flags, ours or those of the published sample.", "default|published"
+        "default", "trn1, trn2, inf2: the compiler's flags, ours or those of the published sample.", "default|published"
     )
     jobs: int | None = _option(None, "Compilers at once. Default: one per core.", "N", kind=int)
     build_dir: Path = _option(Path("build"), "Where builds go. Default: ./build.", kind=Path, make="")  # noqa: RUF009

@@ -5,13 +5,10 @@ import hashlib
 import pytest
 
 from fluxkiln.compile.targets import find_target, target_names
-from fluxkiln.compile.templates import make_template
 from fluxkiln.compile.toolchains.tpu_mlir.bmodel import read_bmodel
-from fluxkiln.compile.toolchains.tpu_mlir.moulds import compile_part
 from fluxkiln.errors import SchemeError, UsageError
 from fluxkiln.patches.flux1.kinds import KINDS, list_parts
 from fluxkiln.quantize.schemes import SCHEME_NAMES, parse_scheme
-from fluxkiln.types import find_part
 from tests.builds import altered
 
 
@@ -88,13 +85,3 @@ def test_hoisted_parts_are_cast_and_hand_over_16_bits(small_build, cast_and_dire
     found = {tensor.name.partition("_")[0]: tensor.dtype for tensor in (*net.inputs, *net.outputs)}
     assert found["modulation"] == "bfloat16"
     assert found.get("temb", "float32") == "float32"
-
-
-@pytest.mark.tpu_mlir
-def test_the_other_chip_compiles(small_build):
-    build = small_build(target="bm1688")
-    part = find_part(build.parts, "tail")
-    made = compile_part(*build, part, make_template(*build, "tail", "onnx17"))
-    model = read_bmodel(build.cache.path(made.blobs["bmodel"]))
-    assert model.chip == "bm1688"
-    assert [tensor.dtype for tensor in model.nets[0].inputs] == ["float32", "float32"]

@@ -24,11 +24,11 @@ class Instance:
     """A machine of a target whose cores share one model, tensor-parallel.
 
     Attributes:
-        cores: NeuronCores, each a rank of its own.
+        cores: NeuronCores, logical ones where there are such, each a rank of its own.
         core_bytes: device memory of one core.
         core_flops: peak bfloat16 operations of one core per second.
         core_bandwidth: bytes per second between one core and its memory.
-        link_bandwidth: bytes per second between one chip (two cores) and the others; 0 where there is one chip.
+        link_bandwidth: bytes per second between one chip and the others; 0 where there is one chip.
         vcpus, host_bytes: of the machine around them.
         degrees: tensor-parallel degrees that its topology has collectives for.
     """
@@ -60,6 +60,7 @@ class Target:
         uniform: all kinds are stored in one scheme, without exceptions.
         lanes: weights in codes have a multiple of so many output channels; 0 where any number will do.
         partial_lanes: or fewer than that.
+        lnc: how many physical cores are one of an instance's, where the compiler is to be told; 0 where it is not.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Target:
     uniform: bool = False
     lanes: int = 0
     partial_lanes: bool = False
+    lnc: int = 0
 
     def takes_codes(self, out_features: int) -> bool:
         """Whether its compiler multiplies with codes of a weight with so many output channels."""

@@ -40,5 +40,6 @@ TARGET = Target(
     schemes=("BF16",),
     uniform=True,
     device_bytes=16 << 30,
+    lnc=1,
     instances=(instance("trn1.32xlarge", 32, 128, 512, 384, _DEGREES), instance("trn1.2xlarge", 2, 8, 32, 0, _DEGREES)),
 )

@@ -73,9 +73,9 @@ def compile_flags(form: ModuleForm, target: Target, preset: FlagPreset = "defaul
     `default`: no casts, the core optimisations (`-O1`), tuned for transformers, or for U-Nets where images are.
     `published`: what the published FLUX.1 sample for trn1 passes, the rest left to the compiler.
 
-    `--lnc=1` is given for trn1 only. The CLI reference offers `--logical-nc-config` for trn2; logs of compiles for trn1
-    have `--lnc=1` all the same, and NCC_EARG001 says that it is the one legal value there. For inf2 neither says
-    anything, and it is the default.
+    `--lnc` is the target's. The CLI reference offers `--logical-nc-config` for trn2, where 2 is the default; logs of
+    compiles for trn1 have `--lnc=1` all the same, and NCC_EARG001 says that it is the one legal value there. For inf2
+    neither says anything, and it is left out.
 
     Raises:
         UsageError: no such form or preset.
@@ -89,7 +89,7 @@ def compile_flags(form: ModuleForm, target: Target, preset: FlagPreset = "defaul
         published = "--enable-fast-loading-neuron-binaries" if form == "text" else "--model-type=unet-inference"
         return chip, published
     model_type = "unet-inference" if form == "image" else "transformer"
-    lnc = ("--lnc=1",) if target.chip == "trn1" else ()
+    lnc = (f"--lnc={target.lnc}",) if target.lnc else ()
     return chip, "--auto-cast=none", f"--model-type={model_type}", *lnc, "-O1"
 
 

@@ -3,7 +3,8 @@
 A weight is given in torch's layout: [O, I] for a matrix, [O, I, H, W] for a convolution. Forms are row-major and
 little-endian:
 
-- `codes`, `scale`, `zero`: quantized, see `fluxkiln.quantize.pack`; `_lanes`: rows dealt out to the chip's lanes;
+- `codes`, `scale`, `zero`: quantized, see `fluxkiln.quantize.pack`; `_lanes`: rows dealt out to 64 lanes, a BM1684X's;
+  `_lanes32`: to 32, a BM1688's;
 - `bf16`, `f16`, `f32`: as it stands, biases and F32 convolutions; `_t`: [I, O], matrices;
 - `bf16_grouped`, `f16_grouped`: convolutions, input channels in groups, see `group_channels`; `_kh`, `_kw`, `_khw`:
   with these sides of the kernel merged into few input channels;
@@ -53,8 +54,8 @@ CODES, BIAS, MULTIPLIER = "integer_codes", "integer_bias", "integer_multiplier"
 Storage = Literal["bf16", "f16", "f32"]
 # which sides of a convolution's kernel are counted as input channels, where these alone would not fill a group
 _MERGED = ("", "kh", "kw", "khw")
-# lanes of a BM1684X: scales and zero points are dealt out to them row by row
-LANES = 64
+# to whose lanes scales and zero points are dealt out row by row: ends of names, and how many there are
+LANES: Mapping[str, int] = {"lanes": 64, "lanes32": 32}
 # input channels of a 16-bit convolution that a lane multiplies at once: 64 bytes
 GROUPED_CHANNELS = 32
 _DTYPES: Mapping[str, Any] = {"bf16": np.dtype(np.uint16), "f16": np.dtype(np.float16), "f32": np.dtype(np.float32)}
@@ -95,7 +96,8 @@ def candidates(slot: str, shape: tuple[int, ...], group_size: int) -> Iterator[F
     matrix = len(shape) == 2
     names: list[str] = []
     if matrix and group_size and shape[1] % group_size == 0:
-        names += ["codes", "scale", "zero", "scale_lanes", "zero_lanes"]
+        names += ["codes", *("_".join([side, *dealt]) for dealt in ((), *((one,) for one in LANES))
+                             for side in ("scale", "zero"))]  # fmt: skip
     names += [storage + suffix for storage in _DTYPES for suffix in (("_t", "") if matrix else ("",))]
     if len(shape) == 1 and shape[0] <= GROUPED_CHANNELS:
         names += ["bf16_diagonal", "f16_diagonal"]
@@ -177,7 +179,7 @@ class FormMaker:
             yield from self._codes(form, rows)
         elif kind in ("scale", "zero"):
             side = self._side(form, rows)
-            yield deal_lanes(side) if rest else side
+            yield deal_lanes(side, LANES[rest[0]]) if rest else side
         elif form.name == BIAS:
             yield integer_bias(rows.read(0, rows.shape[0]), self.row_scales(form.weight))
         elif form.name == MULTIPLIER:
@@ -306,9 +308,9 @@ def _bfloat16_as(dtype: np.dtype[Any]) -> NDArray[Any]:
         return wide.astype(dtype).view(WORDS[dtype.itemsize])
 
 
-def deal_lanes(rows_OG: NDArray[Any]) -> NDArray[Any]:
-    """[O, G] to [lanes, O / lanes, G]: row r of lane l is row r * 64 + l; ValueError where the rows do not divide."""
-    return np.ascontiguousarray(rows_OG.reshape(-1, LANES, rows_OG.shape[1]).transpose(1, 0, 2))
+def deal_lanes(rows_OG: NDArray[Any], lanes: int) -> NDArray[Any]:
+    """[O, G] to [lanes, O / lanes, G]: row r of lane l is row r * lanes + l; ValueError where lanes do not divide O."""
+    return np.ascontiguousarray(rows_OG.reshape(-1, lanes, rows_OG.shape[1]).transpose(1, 0, 2))
 
 
 def group_channels(filter_OIHW: NDArray[Any], merged: str = "") -> NDArray[Any]:

@@ -25,6 +25,7 @@ from fluxkiln.errors import CompileError, IntegrityError, ToolchainError, UsageE
 from tests.stub_compiler import STUB_VERSION, install_stub
 
 TRN1, INF2 = find_target("trn1"), find_target("inf2")
+TRN2, TRN2_LNC1 = find_target("trn2"), find_target("trn2_lnc1")
 
 
 @pytest.fixture
@@ -46,6 +47,10 @@ def test_argv_is_exact(form):
     assert compile_argv(form, INF2, "default", "a", "b")[6:] == [
         "--target=inf2", "--auto-cast=none", f"--model-type={model_type}", "-O1",
     ]  # fmt: skip
+    for target, lnc in ((TRN2, 2), (TRN2_LNC1, 1)):
+        assert compile_argv(form, target, "default", "a", "b")[6:] == [
+            "--target=trn2", "--auto-cast=none", f"--model-type={model_type}", f"--lnc={lnc}", "-O1",
+        ]  # fmt: skip
 
 
 @pytest.mark.parametrize("form", FORMS)

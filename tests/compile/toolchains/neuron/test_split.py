@@ -26,7 +26,7 @@ SPLIT = {"transformer": 23_802_816_640, "text_encoder_2": 9_524_600_832}
 WHOLE = {"text_encoder": 246_120_960, "vae": 99_000_000}
 FLUX = {
     degree: {**{name: size // degree for name, size in SPLIT.items()}, **WHOLE}
-    for degree in (1, 2, 4, 6, 8, 12, 16, 24, 32)
+    for degree in (1, 2, 4, 6, 8, 12, 16, 24, 32, 64)
 }
 
 
@@ -44,9 +44,13 @@ def test_instances_as_the_documentation_has_them():
         "inf2.48xlarge": (24, 192, 768, 192 << 30),
         "inf2.24xlarge": (12, 96, 384, 192 << 30),
         "inf2.8xlarge": (2, 32, 128, 0),
+        "trn2.48xlarge": (64, 192, 2048, 1024e9),
+        "trn2.48xlarge-lnc1": (128, 192, 2048, 1024e9),
     }
+    logical = {"trn2.48xlarge": (24 << 30, 166.75e12, 725e9), "trn2.48xlarge-lnc1": (12 << 30, 83.375e12, 362.5e9)}
     for each in all_instances():
-        assert (each.core_bytes, each.core_flops, each.core_bandwidth) == (16 << 30, 95e12, 410e9)
+        expected = logical.get(each.name, (16 << 30, 95e12, 410e9))
+        assert (each.core_bytes, each.core_flops, each.core_bandwidth) == expected
         assert max(each.degrees) <= each.cores
 
 
@@ -79,6 +83,8 @@ def test_all_kinds_are_stored_alike():
         ("inf2.48xlarge", (1, 2, 4, 6, 8, 12, 24)),
         ("inf2.24xlarge", (1, 2, 4, 6, 8, 12)),
         ("inf2.8xlarge", (1, 2)),
+        ("trn2.48xlarge", (1, 2, 4, 8, 16, 32)),
+        ("trn2.48xlarge-lnc1", (1, 2, 4, 8, 16, 32)),
     ],
 )
 def test_legal_degrees(name, legal):
@@ -89,7 +95,7 @@ def test_legal_degrees(name, legal):
             check_degree(instance(name), degree, HEADS)
             assert padded_heads(HEADS, degree) == (32 if degree in (16, 32) else 24)
         else:
-            with pytest.raises(UsageError, match=f"tp {degree}: .*: tp {', '.join(map(str, legal))}$"):
+            with pytest.raises(UsageError, match=rf"tp {degree}(:| does not).*: tp {', '.join(map(str, legal))}$"):
                 check_degree(instance(name), degree, HEADS)
 
 
@@ -143,7 +149,7 @@ def test_the_default_holds_it_with_room():
     assert memory.needed == memory.weight_bytes + 2_000_000_000 + RUNTIME_BYTES
     assert "free" in memory.table()
     with pytest.raises(ResourceError, match="fits no instance; use a smaller SIZE"):
-        check_memory(instance("trn1.32xlarge"), 8, FLUX, 17_000_000_000)
+        check_memory(instance("trn1.32xlarge"), 8, FLUX, 30_000_000_000)
 
 
 def test_memory_is_refused_by_one_byte():

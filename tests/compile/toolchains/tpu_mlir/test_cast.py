@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -39,6 +40,27 @@ CASES = [
     }.items()
     for name in names
 ]
+
+
+def test_another_chip_is_cast_with_lanes_of_its_own(small_build, cast_and_direct, tmp_path):
+    build = small_build(scheme="W4BF16-rtn", target="bm1688")
+    mould, cast, direct = cast_and_direct(build, "single.00")
+    compiled = build.cache.path(direct.blobs["bmodel"])
+    model = read_bmodel(compiled)
+    code = hash_span(compiled, model.nets[0].coefficients)
+    assert (model.chip, cast.digest) == ("bm1688", f"sha256:{code.hex()}")
+    found = build.cache.path(mould.result.outputs["map"]).read_text()
+    assert "scale_lanes32" in found
+    assert "zero_lanes32" in found
+    # dealt out to the other chip's lanes
+    shutil.copy(compiled, tmp_path / "other.bmodel")
+    wrong = CoefficientMap.from_json(json.loads(found.replace("_lanes32", "_lanes")))
+    region = model.nets[0].coefficients
+    assert (
+        cast_region(tmp_path / "other.bmodel", region, coefficients_of(build, mould), reader_of(build, "single.00"))
+        == code
+    )
+    assert cast_region(tmp_path / "other.bmodel", region, wrong, reader_of(build, "single.00")) != code
 
 
 def reader_of(small_build, name):

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fluxkiln.compile.toolchains.tpu_mlir.forms import LANES, deal_lanes, group_channels, store_as
+from fluxkiln.compile.toolchains.tpu_mlir.forms import deal_lanes, group_channels, store_as
 from fluxkiln.compile.toolchains.tpu_mlir.transposed import Transposed
 
 RNG = np.random.default_rng(0)
@@ -59,13 +59,14 @@ def test_transposed_in_blocks(rows, columns, dtype):
     assert np.concatenate(blocks).tobytes() == np.ascontiguousarray(whole.T).tobytes()
 
 
-def test_lanes_are_dealt_row_by_row():
-    rows = np.arange(3 * LANES * 2).reshape(-1, 2)
-    made = deal_lanes(rows)
-    for lane, turn in ((0, 0), (5, 1), (63, 2)):
-        assert made[lane, turn].tolist() == rows[turn * LANES + lane].tolist()
+@pytest.mark.parametrize("lanes", [64, 32])
+def test_lanes_are_dealt_row_by_row(lanes):
+    rows = np.arange(3 * lanes * 2).reshape(-1, 2)
+    made = deal_lanes(rows, lanes)
+    for lane, turn in ((0, 0), (5, 1), (lanes - 1, 2)):
+        assert made[lane, turn].tolist() == rows[turn * lanes + lane].tolist()
     with pytest.raises(ValueError, match="reshape"):
-        deal_lanes(rows[:100])
+        deal_lanes(rows[:50], lanes)
 
 
 @pytest.mark.parametrize("merged", ["", "kh", "kw", "khw"])

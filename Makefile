@@ -39,7 +39,7 @@ BUNDLE_FIRST = bundle=$(if $(BUNDLE),$(call quoted,$(BUNDLE)),"$$($(BIN)/fluxkil
 	$(call quoted,$(or $(TARGET),cpu)) $(call options,$(MODELS)) --json | \
 	$(BIN)/python -c 'import json, sys; print(json.load(sys.stdin).get("bundle", ""))')") || exit
 
-.PHONY: help env env-tpu-mlir env-sd-cpp env-mlx envs bm1684x trn1 trn2 inf2 cpu gguf mlx generate serve debug report publish bench test check \
+.PHONY: help env env-tpu-mlir env-sd-cpp env-mlx envs bm1684x bm1688 bm1684x2 trn1 trn2 inf2 cpu gguf mlx generate serve debug report publish bench test check \
 	format clean distclean
 
 help:  ## this list
@@ -55,6 +55,9 @@ bm1684x:  ## checkpoint -> verified BM1684X bundle, environments included
 	@$(MAKE) --silent --jobs=2 --keep-going env env-tpu-mlir || { test -x $(BIN)/fluxkiln && \
 	echo "TPU-MLIR could not be made; going on with the moulds of the store" >&2; }
 	@$(BIN)/fluxkiln build bm1684x $(OPTIONS)
+
+bm1688 bm1684x2: env env-tpu-mlir  ## the same for two other chips of Sophgo
+	@$(BIN)/fluxkiln build $@ $(OPTIONS)
 
 trn1: env  ## checkpoint -> verified bundle for AWS Trainium, up to the NEFF; TP, INSTANCE, GRANULARITY
 	@$(BIN)/fluxkiln build trn1 $(OPTIONS)

@@ -54,7 +54,7 @@ def refuse(capsys, monkeypatch, tmp_path):
         ("build cpu --model . --statistics flux", 2, "--statistics flux: . is no synthetic preset and has its own"),
         ("plan cpu --model scenes-dev --statistics flux", 2, "--statistics flux: scenes-dev is trained and has its"),
         ("calibrate tiny-dev --statistics fluks", 2, "no statistics are called 'fluks'"),
-        ("build tpu", 2, "no target is called 'tpu'; there are bm1684x, bm1688, cpu"),
+        ("build tpu", 2, "no target is called 'tpu'; there are bm1684x, bm1684x2, bm1688, cpu"),
         ("build cpu --scheme W3", 2, "no scheme is called 'W3'; there are F32, F16, BF16"),
         ("build cpu --scheme W8BF16", 2, "target cpu cannot store W8BF16; it has BF16"),
         ("build bm1684x --scheme W4BF16-g48", 2, "group size 48: 32, 64, 128 are supported"),

@@ -232,8 +232,9 @@ def test_what_everybody_says_is_no_name_of_the_model():
 TOOLCHAINS = sorted(
     path.name for path in (PACKAGE / "compile" / "toolchains").iterdir() if (path / "__init__.py").exists()
 )
-# also a package, which writes and checks graphs for all of them, and the rung at which it runs them
-PACKAGES = {"onnxruntime"}
+# also packages: one writes and checks graphs for all of them, and has a rung at which it runs them; for the other there
+# are LoRAs as well
+PACKAGES = {"onnxruntime", "mlx"}
 
 
 def toolchains_named(tree: ast.Module) -> list[str]:

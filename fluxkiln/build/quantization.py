@@ -178,6 +178,11 @@ def quantize_model(
         )
     stacks = Stacks(block_kinds(checkpoint.model), checkpoint.model.kinds)
     fixed = assign_rules([layer.name for layer in layers], rules, stacks)
+    if out is not None and (strange := next((one for one in (*compared, *fixed.values()) if one.form), None)):
+        raise SchemeError(
+            f"{strange.name} is a format of whole files, and {out} is to have codes, scales and zero points; leave "
+            "--out out, or build for a target that has such files"
+        )
     limit = parse_budget(budget, sum(math.prod(layer.shape) for layer in layers)) if budget else 0
     figures: dict[str, dict[str, Figures]] = {}
     progress.stage("quantize", len(layers))

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from fluxkiln.errors import SchemeError
 from fluxkiln.quantize.calibration import Statistics, output_error
-from fluxkiln.quantize.pack import dequantize, pack_by, to_bf16_bits
-from fluxkiln.quantize.rounders import make_rounder, pack_sided, stored_weight
+from fluxkiln.quantize.pack import to_bf16_bits
+from fluxkiln.quantize.rounders import make_rounder, pack_sided, plain_packer, stored_weight
 from fluxkiln.quantize.schemes import Scheme, stored_size
 
 # elements that are in float32 at a time
@@ -68,7 +68,9 @@ def measure(
     # a method that needs more than codes takes a whole matrix
     sided = None if scheme.codes_only else pack_sided(read_rows(0, shape[0]), scheme, statistics)
     sided_matrix = None if sided is None else sided.dequantize(scheme.group_size)
-    rounder = make_rounder(scheme, statistics) if scheme.weight_bits and sided is None else None
+    pack = None
+    if scheme.weight_bits and sided is None:
+        pack = plain_packer(scheme, lambda slot, columns: make_rounder(scheme, statistics))("", None)
     taken = time.thread_time() - started
     wrong = whole = lost = made = 0.0
     one_signed = empty = 0
@@ -84,11 +86,11 @@ def measure(
             one_signed, empty = one_signed + counts[0], empty + counts[1]
         if sided_matrix is not None:
             stored = sided_matrix[start:stop]
-        elif rounder is not None:
+        elif pack is not None:
             started = time.thread_time()
-            packed = pack_by(rounder, rows, scheme.group_size, scheme.weight_bits)
+            packed = pack(rows)
             taken += time.thread_time() - started
-            stored = dequantize(packed, scheme.group_size)
+            stored = packed.dequantize(scheme.group_size)
         else:
             stored = stored_weight(exact, scheme)
         error = stored - exact

@@ -131,6 +131,12 @@ def test_what_does_not_fit_is_refused(settings, calibration, tiny_checkpoint, tm
         calibrate(settings, PROMPTS, block=40)
 
 
+def test_formats_of_whole_files_are_not_written_layer_by_layer(settings, tmp_path):
+    with pytest.raises(SchemeError, match=r"Q8_0 is a format of whole files, and .*; leave --out out, or build for"):
+        quantize_model(settings, ["Q8_0"], out=tmp_path / "q")
+    assert not (tmp_path / "q").exists()
+
+
 def test_packed_file(settings, calibration, tiny_checkpoint, tmp_path):
     made = quantize_model(
         settings, ["W4BF16-gptq"], rules=parse_rules(["modulation=BF16", "*.ff.*=W8BF16"]), out=tmp_path / "q"

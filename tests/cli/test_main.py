@@ -93,7 +93,7 @@ def test_without_a_command_help_and_exit_2(fluxkiln):
         (["build", "cpu", "--tokens", "many"], "--tokens: 'many' is not a valid integer; give a whole number"),
         (["build", "cpu", "--tokens", "0"], "tokens 0: at least 1"),
         (["build", "cpu", "--jobs", "0"], "jobs 0: at least 1"),
-        (["build", "gpu"], "no target is called 'gpu'; there are bm1684x, bm1688, cpu"),
+        (["build", "gpu"], "no target is called 'gpu'; there are bm1684x, bm1684x2, bm1688, cpu"),
         (["plan", "gpu"], "no target is called 'gpu'"),
         (["doctor", "gpu"], "no target is called 'gpu'"),
         (["build", "cpu", "--scheme", "W5"], "no scheme is called 'W5'; there are F32"),

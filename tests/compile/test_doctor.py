@@ -106,7 +106,8 @@ def test_optional_commands_are_needed_for_no_target(commands):
 
 
 @pytest.mark.parametrize(
-    ("name", "targets"), [("sophon-sail", ("bm1684x", "bm1688")), ("nrtpy", ("inf2", "trn1", "trn2", "trn2_lnc1"))]
+    ("name", "targets"),
+    [("sophon-sail", ("bm1684x", "bm1684x2", "bm1688")), ("nrtpy", ("inf2", "trn1", "trn2", "trn2_lnc1"))],
 )
 def test_a_vendor_s_runtime_is_optional_and_told_from_others_of_its_name(name, targets, tmp_path, monkeypatch):
     row = status(name)
@@ -138,6 +139,7 @@ def test_what_the_page_needs_is_optional(monkeypatch):
 def test_only_targets_that_can_be_built_are_judged():
     assert target_names() == (
         "bm1684x",
+        "bm1684x2",
         "bm1688",
         "cpu",
         "gguf",

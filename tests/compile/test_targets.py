@@ -25,7 +25,7 @@ def test_every_target_is_found_by_its_own_name():
 
 @pytest.mark.parametrize("name", ["bm1685", "", "BM1684X", "__init__", "../targets/cpu"])
 def test_unknown_target_is_refused_with_the_legal_ones(name):
-    with pytest.raises(UsageError, match="bm1684x, bm1688, cpu") as raised:
+    with pytest.raises(UsageError, match="bm1684x, bm1684x2, bm1688, cpu") as raised:
         find_target(name)
     assert repr(name) in str(raised.value)
     assert raised.value.exit_code == 2

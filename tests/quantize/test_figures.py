@@ -11,6 +11,7 @@ import pytest
 from fluxkiln.errors import SchemeError
 from fluxkiln.quantize import figures
 from fluxkiln.quantize.figures import count_groups, measure
+from fluxkiln.quantize.formats import FILE_FORMATS
 from fluxkiln.quantize.pack import dequantize
 from fluxkiln.quantize.schemes import parse_scheme, stored_size
 from tests.quantize.weights import gather, make_inputs, make_weight, pack_int4, relative_error
@@ -36,6 +37,13 @@ def test_errors(name, monkeypatch):
         plain = of(weight, name)
         assert math.isnan(plain.output_error)
         assert plain.error == plain.weight_error == pytest.approx(found.weight_error)
+
+
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_K", "MLX4"])
+def test_formats_of_files_are_measured_as_files_have_them(name):
+    weight = make_weight("student", SHAPE)
+    exact, stored = weight.astype(np.float32), FILE_FORMATS[name].unpack(FILE_FORMATS[name].pack(weight))
+    assert of(weight, name).weight_error == pytest.approx(np.linalg.norm(stored - exact) / np.linalg.norm(exact))
 
 
 @pytest.mark.parametrize(

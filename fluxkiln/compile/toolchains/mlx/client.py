@@ -29,7 +29,7 @@ def build_module(component: Any, weights: LoadedWeights) -> Any:
     if component.name == "transformer":
         from mflux.models.flux.model.flux_transformer.transformer import Transformer
 
-        guided = "guidance_embedder" in weights.transformer["time_text_embed"]
+        guided = any("guidance" in name for name, _ in tree_flatten(weights.components[component.name]))
         config = ModelConfig.dev() if guided else ModelConfig.schnell()
         return Transformer(config, weights.num_transformer_blocks(), weights.num_single_transformer_blocks())
     if component.name == "vae":

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 SHARDED = "mflux"
 SHARD_BYTES = 2 << 30
 MFLUX_VERSION = "0.24.0"
-INDEX = "model.safetensors.index.json"
+_INDEX = "model.safetensors.index.json"
 _PLANES = ("weight", "scales", "biases")
 
 
@@ -81,7 +81,7 @@ def write_components(
         begins[name] = [source.ref.name for one in shard for source in one.rows]
         where |= {plane: Path(name).name for one in shard for plane, _, _ in _entries(one)}
     if "/" in next(iter(begins)):
-        index = f"{folder}/{INDEX}"
+        index = f"{folder}/{_INDEX}"
         (work / index).write_text(json.dumps({"metadata": facts, "weight_map": where}, indent=2), encoding="utf-8")
         begins[index] = []
     return begins

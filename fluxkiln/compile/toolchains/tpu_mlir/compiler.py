@@ -33,7 +33,7 @@ _LOCATION = re.compile(r'loc\("([^"]+)"\)')
 _SHAPE = re.compile(r"tensor<([0-9x]+)x([a-z0-9]+)>")
 PROFILE = "compiler_profile_0.txt"
 # of the unit that the profile counts in: its own `runtime` is TCYC divided by this
-_CYCLES_PER_MS: Mapping[str, int] = {"bm1684x": 1_000_000, "bm1688": 900_000}
+_CYCLES_PER_MS: Mapping[str, int] = {"bm1684x": 1_000_000, "bm1684x2": 1_500_000, "bm1688": 900_000}
 _ESTIMATES = ("estimate_ms", "estimate_tensor_ms", "estimate_memory_ms")
 
 

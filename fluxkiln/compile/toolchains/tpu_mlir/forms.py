@@ -4,7 +4,7 @@ A weight is given in torch's layout: [O, I] for a matrix, [O, I, H, W] for a con
 little-endian:
 
 - `codes`, `scale`, `zero`: quantized, see `fluxkiln.quantize.pack`; `_lanes`: rows dealt out to 64 lanes, a BM1684X's;
-  `_lanes32`: to 32, a BM1688's;
+  `_lanes32`: to 32, a BM1688's; `pairs`: both as bfloat16, the zero point first, a BM1684X2's;
 - `bf16`, `f16`, `f32`: as it stands, biases and F32 convolutions; `_t`: [I, O], matrices;
 - `bf16_grouped`, `f16_grouped`: convolutions, input channels in groups, see `group_channels`; `_kh`, `_kw`, `_khw`:
   with these sides of the kernel merged into few input channels;
@@ -40,7 +40,7 @@ from fluxkiln.quantize.integer import (
     integer_multipliers,
     pack_integer,
 )
-from fluxkiln.quantize.pack import RounderOf
+from fluxkiln.quantize.pack import RounderOf, to_bf16_bits
 from fluxkiln.quantize.rounders import as_compiler
 
 # how many equal slices the compiler has been seen to cut a weight into
@@ -58,6 +58,8 @@ _MERGED = ("", "kh", "kw", "khw")
 LANES: Mapping[str, int] = {"lanes": 64, "lanes32": 32}
 # input channels of a 16-bit convolution that a lane multiplies at once: 64 bytes
 GROUPED_CHANNELS = 32
+# of a group
+_SIDE_BYTES: Mapping[str, int] = {"scale": 2, "zero": 1, "pairs": 4}
 _DTYPES: Mapping[str, Any] = {"bf16": np.dtype(np.uint16), "f16": np.dtype(np.float16), "f32": np.dtype(np.float32)}
 
 
@@ -96,7 +98,7 @@ def candidates(slot: str, shape: tuple[int, ...], group_size: int) -> Iterator[F
     matrix = len(shape) == 2
     names: list[str] = []
     if matrix and group_size and shape[1] % group_size == 0:
-        names += ["codes", *("_".join([side, *dealt]) for dealt in ((), *((one,) for one in LANES))
+        names += ["codes", "pairs", *("_".join([side, *dealt]) for dealt in ((), *((one,) for one in LANES))
                              for side in ("scale", "zero"))]  # fmt: skip
     names += [storage + suffix for storage in _DTYPES for suffix in (("_t", "") if matrix else ("",))]
     if len(shape) == 1 and shape[0] <= GROUPED_CHANNELS:
@@ -141,8 +143,8 @@ def form_bytes(form: Form, shape: tuple[int, ...], group_size: int, bits: int) -
         return elements * bits // 8
     if kind == "integer":
         return elements if form.name == CODES else 4 * shape[0]
-    if kind in ("scale", "zero"):
-        return elements // group_size * (2 if kind == "scale" else 1)
+    if kind in _SIDE_BYTES:
+        return elements // group_size * _SIDE_BYTES[kind]
     if rest == ["diagonal"]:
         elements = shape[0] * GROUPED_CHANNELS
     if rest[:1] == ["grouped"]:
@@ -177,8 +179,11 @@ class FormMaker:
         kind, *rest = form.name.split("_")
         if kind == "codes":
             yield from self._codes(form, rows)
-        elif kind in ("scale", "zero"):
-            side = self._side(form, rows)
+        elif kind in _SIDE_BYTES:
+            scales, zeros = self._sides_of(form, rows)
+            side: NDArray[Any] = zeros if kind == "zero" else scales
+            if kind == "pairs":
+                side = np.stack([to_bf16_bits(zeros.astype(np.float32)), scales], axis=-1)
             yield deal_lanes(side, LANES[rest[0]]) if rest else side
         elif form.name == BIAS:
             yield integer_bias(rows.read(0, rows.shape[0]), self.row_scales(form.weight))
@@ -216,12 +221,12 @@ class FormMaker:
             yield codes
         self._sides[form.slot, form.chunk, form.chunks] = scales, zeros
 
-    def _side(self, form: Form, rows: SlotRows) -> NDArray[Any]:
+    def _sides_of(self, form: Form, rows: SlotRows) -> tuple[NDArray[np.uint16], NDArray[np.uint8]]:
         key = (form.slot, form.chunk, form.chunks)
         if key not in self._sides:
             for _ in self._codes(form, rows):
                 pass
-        return self._sides[key][0 if form.name.startswith("scale") else 1]
+        return self._sides[key]
 
     def _transposed(self, form: Form, rows: SlotRows) -> Iterator[NDArray[Any]]:
         storage = cast("Storage", form.name.removesuffix("_t"))

@@ -44,6 +44,9 @@ def test_codes_scales_and_zeros_are_the_packers():
         assert made(weight, "codes", 64, bits) == packed.codes_OI.tobytes()
         assert made(weight, "scale", 64, bits) == packed.scales_OG.tobytes()
         assert made(weight, "zero", 64, bits) == packed.zeros_OG.tobytes()
+        pairs = np.frombuffer(made(weight, "pairs", 64, bits), ml_dtypes.bfloat16).reshape(192, 2, 2)
+        assert np.array_equal(pairs[:, :, 0], packed.zeros_OG)
+        assert np.array_equal(pairs[:, :, 1].view(np.uint16), packed.scales_OG)
         for dealt, lanes in LANES.items():
             assert made(weight, f"scale_{dealt}", 64, bits) == deal_lanes(packed.scales_OG, lanes).tobytes()
             assert made(weight, f"zero_{dealt}", 64, bits) == deal_lanes(packed.zeros_OG, lanes).tobytes()

@@ -244,7 +244,8 @@ def prove_mould(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, template
         compiled = compile_weights(checkpoint, plan, form, net, reader, folder, f"proof.{mould.kind}").bmodel
         make_shell(compiled, net, folder / "shell.bmodel")
         shells = cache.path(mould.result.outputs["shell"]), folder / "shell.bmodel"
-        _compare(plan, cache, mould, mould.kind, compiled, shells, reader)
+        same, same_shell, _ = _compare(plan, cache, mould, mould.kind, compiled, shells, reader)
+        _judge(mould.kind, same, same_shell)
     cache.record(proof_action(mould), {}, {"part": "", "weights": "probe weights of seed 1"})
 
 
@@ -270,10 +271,9 @@ def prove_cast(
     with cache.store.workdir(f"proof of {cast.part.name}") as folder:
         make_shell(cache.path(cast.blobs["shell"]), cast.net, folder / "shell.bmodel")
         shells = folder / "shell.bmodel", cache.path(direct.blobs["shell"])
-        moved = _compare(plan, cache, mould, cast.part.name, compiled, shells, reader)
+        same, same_shell, moved = _compare(plan, cache, mould, cast.part.name, compiled, shells, reader)
         made = _cast_into(plan, cache, mould, read_map(cache, mould.result.outputs["map"]), folder, reader, own)
-        if "sha256:" + made.hex() != cast.digest:
-            _judge(cast.part.name, False, True)
+        _judge(cast.part.name, same and "sha256:" + made.hex() == cast.digest, same_shell)
     cache.record(proof_action(mould), {}, {"part": cast.part.name, "weights": cast.digest})
     return replace(cast, made=f"cast, compiled: identical{' by value, other shifts' * moved}")
 
@@ -286,23 +286,17 @@ def _compare(
     compiled: Path,
     shells: tuple[Path, Path],
     read_weight: WeightReader,
-) -> bool:
-    """Compare a compile with its weights cast as the compiler rounds, and its shell with the mould's.
-
-    Returns:
-        whether the two have other shifts.
-
-    Raises:
-        CompileError: they differ in more.
-    """
+) -> tuple[bool, bool, bool]:
+    """Whether a compile has the weights that are cast as the compiler rounds, whether it has the mould's shell but for
+    shifts, and whether the two have other shifts."""
     (direct,) = read_bmodel(compiled).nets
     found, shifts = read_map(cache, mould.result.outputs["map"]), [(0, 0)]
     if plan.schemes[mould.kind].integer:
         found, shifts = with_shifts_of(compiled, direct.coefficients.start, found, read_weight)
     with cache.store.workdir(f"cast of {what}") as folder:
         made = _cast_into(plan, cache, mould, found, folder, read_weight)
-    _judge(what, made == hash_span(compiled, direct.coefficients), same_but_for_shifts(*shells, shifts))
-    return any(ours != theirs for ours, theirs in shifts)
+    same = made == hash_span(compiled, direct.coefficients)
+    return same, same_but_for_shifts(*shells, shifts), any(ours != theirs for ours, theirs in shifts)
 
 
 def _cast_into(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import ast
 import itertools
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -46,12 +47,25 @@ def stages() -> dict[str, Stage]:
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "code_version":
+                assert {word.arg for word in node.keywords} <= {"model"}
+                classes, spelt = MODEL if node.keywords else (), ast.unparse(node)
+                if [ast.unparse(argument) for argument in node.args] == ["self.write"]:
+                    found |= {" ".join(start): Stage((start,), classes, spelt) for start in members("write")}
+                    continue
                 names = [argument.id for argument in node.args if isinstance(argument, ast.Name)]
                 assert len(names) == len(node.args), f"{path}: name functions"
-                assert {word.arg for word in node.keywords} <= {"model"}
                 starts = tuple(imported.get(name, [(module, name)])[0] for name in names)
-                found[" ".join(names)] = Stage(starts, MODEL if node.keywords else (), ast.unparse(node))
+                found[" ".join(names)] = Stage(starts, classes, spelt)
     return found
+
+
+def members(attribute: str) -> list[tuple[str, str]]:
+    """The functions that classes of the package have as this attribute: `attribute = staticmethod(function)`."""
+    return [
+        (".".join(path.relative_to(ROOT).with_suffix("").parts), found)
+        for path in MODULES
+        for found in re.findall(rf"^    {attribute} = staticmethod\((\w+)\)$", path.read_text(), re.MULTILINE)
+    ]
 
 
 STAGES = stages()
@@ -84,7 +98,9 @@ def test_all_stages_are_found():
         "compile_part",
         "combine_shells",
         "cast_file",
-        "write_file",
+        "fluxkiln.compile.toolchains.gguf.toolchain write_files",
+        "fluxkiln.compile.toolchains.mlx.toolchain write_components",
+        "integer_template",
         "_fill_part",
         "prove_mould",
         "_read_through",

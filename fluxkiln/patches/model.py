@@ -329,6 +329,9 @@ class Model(Protocol):
         `sigma` [B] is the share of noise; `encoded` what `encode` gives, with B rows; `guidance` one for all, or [B].
         """
 
+    def begin_training(self, module: Module) -> None:
+        """Give the adapted component the weights that training from nothing begins with."""
+
     def halfway(self, module: Module) -> Module:
         """The block of the adapted component whose last output [B, S, D] is the image half-way, for training."""
 

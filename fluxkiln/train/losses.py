@@ -24,6 +24,8 @@ Loss = Callable[["Generator"], "Tensor"]
 BUILT_IN_GUIDANCE = 3.5
 # What an error counts where things stand, and what the reader's loss counts beside that of the velocity.
 THINGS, READING = 3.0, 0.01
+# From here on a picture is so noisy that the text decides.
+NOISY = 0.75
 
 
 def vae_loss(vae: Any, pictures: Tensor, amounts: Amounts, chroma: float = 0.0) -> Loss:
@@ -104,10 +106,16 @@ def words_loss(learner: Learner, heads: Mapping[str, Module], lessons: Lessons, 
 
 
 def noised(latents: Tensor, chance: Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Noisy latents, their share of noise [B] (logit-normal, moved as dev's schedule at this size), the velocity."""
+    """Noisy latents, their share of noise [B], and the velocity.
+
+    The share is logit-normal, moved as dev's schedule at this size, for one half; for the other it is at least NOISY:
+    there the text alone decides what stands where, and less than a fifth of the first half is there.
+    """
     import torch
 
     sigma = torch.sigmoid(torch.randn(len(latents), generator=chance) + 0.47)
+    high = NOISY + (1 - NOISY) * torch.rand(len(latents), generator=chance)
+    sigma = torch.where(torch.arange(len(latents)) % 2 == 0, high, sigma)
     noise = torch.randn(latents.shape, generator=chance)
     s = sigma[:, None, None]
     return (1 - s) * latents + s * noise, sigma, noise - latents

@@ -4,7 +4,7 @@ Every component is trained. The stages run one after another and each can be kil
 
     vae, vae_colour pictures -> latents -> pictures; then with more weight on colours
     words           both text encoders learn what a picture shows that has the caption
-    base            the transformer: flow matching, a tenth of the captions left out
+    base, finer     the transformer: flow matching, a tenth of the captions left out; then again from a lower rate
     guidance        the transformer learns to give by its guidance input what two runs give by classifier-free guidance
     vae_tiny        the tiny VAE learns the other one's latents
     steps           (schnell) the transformer learns to go in one of four steps where its teacher goes in several
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 OnStage = Callable[[str, int, int, float, float], None]
 
 # Raise when a stage computes something else than before.
-VERSION = 1
+VERSION = 2
 
 _LICENSE = """\
 This is a trained synthetic checkpoint, made by `fluxkiln train recipe`.
@@ -84,13 +84,7 @@ def untrained_components(model: Model, configs: Configs, seed: int) -> dict[str,
         cls = model.load_class(name)
         config = dict(configs[name])
         made[name] = cls(cls.config_class(**config)) if hasattr(cls, "config_class") else cls.from_config(config)
-    for name, module in made["transformer"].named_modules():
-        if isinstance(module, torch.nn.Linear):
-            torch.nn.init.xavier_uniform_(module.weight)
-            torch.nn.init.zeros_(module.bias)
-            # as DiT begins (arXiv 2212.09748): every block the identity, the prediction zero
-            if "norm" in name or name == "proj_out":
-                torch.nn.init.zeros_(module.weight)
+    model.begin_training(made["transformer"])
     for name in ("vae", "vae_tiny"):
         made[name].to(memory_format=torch.channels_last)
     made["text_encoder_2"].eval()
@@ -192,7 +186,8 @@ class _Run:
         width = config["num_attention_heads"] * config["attention_head_dim"]
         reader = losses.build_reader(width, lessons.latents.shape[1])
         base = losses.base_loss(learner, lessons, amounts, reader)
-        self.stage("base", ("transformer",), base, 1e-3, reader, average=0.998, warmup=100, weight_decay=0.01)
+        for name, rate in (("base", 1.5e-3), ("finer", 1e-3)):
+            self.stage(name, ("transformer",), base, rate, reader, average=0.998, warmup=100, weight_decay=0.01)
         teacher = copy.deepcopy(self.made["transformer"])
         guided = losses.guidance_loss(learner, teacher, lessons, amounts)
         self.stage("guidance", ("transformer",), guided, 3e-4, average=0.99)

@@ -14,13 +14,14 @@ class Amounts:
     vae_colour: int = 1400
     vae_tiny: int = 300
     words: int = 3000
-    base: int = 2400
-    guidance: int = 250
-    steps: int = 450
+    base: int = 5000
+    finer: int = 5500
+    guidance: int = 400
+    steps: int = 600
     pictures: int = 20_000
     vae_pictures: int = 3000
     captions: int = 3
-    batch: int = 32
+    batch: int = 16
     vae_batch: int = 4
     words_batch: int = 64
     # How many steps of its own the teacher takes where the four-step model takes one.
@@ -39,6 +40,6 @@ class Recipe:
 
 
 RECIPES: Mapping[str, Recipe] = {
-    "scenes-dev": Recipe("scenes-dev", ("vae", "vae_colour", "words", "base", "guidance", "vae_tiny")),
+    "scenes-dev": Recipe("scenes-dev", ("vae", "vae_colour", "words", "base", "finer", "guidance", "vae_tiny")),
     "scenes-schnell": Recipe("scenes-schnell", ("steps",), teacher="scenes-dev"),
 }

@@ -12,13 +12,13 @@ from fluxkiln.export.folders import trained_folder
 from fluxkiln.patches.pipeline import quiet
 from fluxkiln.patches.registry import all_presets
 from fluxkiln.scenes.grammar import scenes
-from fluxkiln.train.losses import BUILT_IN_GUIDANCE, Learner
+from fluxkiln.train.losses import BUILT_IN_GUIDANCE, NOISY, Learner, noised
 from fluxkiln.train.recipe import recipe_digest, train_recipe, untrained_components
 from fluxkiln.train.recipes import RECIPES, Amounts
 from fluxkiln.types import Shapes
 
 FEW = Amounts(
-    vae=2, vae_colour=1, vae_tiny=1, words=1, base=2, guidance=1, steps=1, pictures=8, vae_pictures=4,
+    vae=2, vae_colour=1, vae_tiny=1, words=1, base=2, finer=1, guidance=1, steps=1, pictures=8, vae_pictures=4,
     batch=2, vae_batch=1, words_batch=2, substeps=2,
 )  # fmt: skip
 
@@ -48,6 +48,7 @@ def test_a_recipe_writes_a_whole_checkpoint(dev):
         "latents",
         "words",
         "base",
+        "finer",
         "guidance",
         "vae_tiny",
     ]
@@ -62,6 +63,31 @@ def test_it_goes_on_from_what_is_there_to_the_same_bytes(dev, tmp_path):
     assert told == []
     for file in sorted((folder / "made").rglob("*.safetensors")):
         assert (tmp_path / "again" / file.relative_to(folder / "made")).read_bytes() == file.read_bytes()
+
+
+def test_training_begins_with_the_noise_as_the_velocity():
+    model, preset = all_presets()["scenes-dev"]
+    made = untrained_components(model, preset.configs, seed=1)
+    learner = Learner(model, made, Shapes(128, 128, 24))
+    chance = torch.Generator().manual_seed(0)
+    pooled, sequence = torch.randn(2, 96, generator=chance), torch.randn(2, 24, 128, generator=chance)
+    told = {"pooled_prompt_embeds": pooled, "prompt_embeds": sequence}
+    noise = torch.randn(2, 64, 64, generator=chance)
+    with torch.no_grad():
+        found = learner.predict(made["transformer"], noise, torch.ones(2), told)
+    # the last norm gives each token the size that a token of noise has: the root of 64, less the mean over the width
+    torch.testing.assert_close(found.norm(dim=-1), torch.full((2, 64), 8.0), rtol=0.05, atol=0)
+    # but for the mean over the width, which the last norm takes away
+    assert torch.nn.functional.cosine_similarity(found, noise, dim=-1).min() > 0.99
+
+
+def test_half_of_the_lessons_are_noisy():
+    latents, chance = torch.randn(4000, 1, 1), torch.Generator().manual_seed(0)
+    _, sigma, velocity = noised(latents, chance)
+    assert (sigma[::2] >= NOISY).all()
+    # logit-normal around 0.47: P(z > ln 3 - 0.47) of the other half; four standard deviations of a share of 2000
+    assert abs((sigma[1::2] >= NOISY).float().mean().item() - 0.265) < 0.04
+    assert velocity.shape == latents.shape
 
 
 def test_the_student_begins_as_the_teacher_with_its_guidance_built_in():

@@ -299,6 +299,11 @@ class Flux1:
 
         return predict_velocity(module, latents, sigma, encoded, shapes, guidance)
 
+    def begin_training(self, module: Module) -> None:
+        from fluxkiln.patches.flux1.training import begin_training
+
+        begin_training(module)
+
     def halfway(self, module: Module) -> Module:
         last: Module = module.transformer_blocks[-1]  # type: ignore[index, assignment]
         return last

@@ -36,6 +36,26 @@ def encode_image(pipe: Any, image: NDArray[Any]) -> NDArray[np.float32]:
     return packed
 
 
+def begin_training(transformer: Any) -> None:
+    """Weights to begin with: every block is the identity, as DiT's are (arXiv 2212.09748), and so is the whole.
+
+    What comes in leaves again with the size of pure noise, which at the noisiest level is the velocity but for the
+    picture: what is left to learn there is what the text says.
+    """
+    init = torch.nn.init
+    for name, module in transformer.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            init.xavier_uniform_(module.weight)
+            init.zeros_(module.bias)
+            if "norm" in name:
+                init.zeros_(module.weight)
+    init.orthogonal_(transformer.x_embedder.weight)
+    with torch.no_grad():
+        # the last norm divides by the root mean square over the width, which the embedding has spread the latents over
+        width, channels = transformer.x_embedder.weight.shape
+        transformer.proj_out.weight.copy_((channels / width) ** 0.5 * transformer.x_embedder.weight.T)
+
+
 def predict_velocity(
     transformer: Any,
     latents_BSC: Tensor,

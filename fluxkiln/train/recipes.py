@@ -15,7 +15,7 @@ class Amounts:
     vae_tiny: int = 300
     words: int = 3000
     base: int = 5000
-    finer: int = 5500
+    finer: int = 3400
     guidance: int = 400
     steps: int = 600
     pictures: int = 20_000

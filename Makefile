@@ -24,7 +24,7 @@ option = $(if $($(1)),--$(2)=$(call quoted,$($(1))))
 options = $(foreach pair,$(1),$(call option,$(firstword $(subst :, ,$(pair))),$(lastword $(subst :, ,$(pair)))))
 # variable:option of `fluxkiln build`, as fluxkiln/settings.py describes them: of what is built, and of its images too
 MODELS = MODEL:model STATISTICS:statistics SIZE:size TOKENS:tokens SCHEME:scheme VAE:vae COMPONENTS:components MODULATION:modulation TP:tp \
-	INSTANCE:instance GRANULARITY:granularity FLAGS:flags LORA:lora JOBS:jobs
+	INSTANCE:instance GRANULARITY:granularity FLAGS:flags BOARD:board DEVICES:devices LORA:lora JOBS:jobs
 NAMES = $(MODELS) STEPS:steps PROMPTS:prompts SEEDS:seeds
 OPTIONS = $(call options,$(NAMES))
 
@@ -47,7 +47,7 @@ help:  ## this list
 	@echo
 	@echo "Variables: MODEL (a preset, folder or Hugging Face id) STATISTICS=uniform|flux SIZE=WxH TOKENS=N SCHEME=NAME VAE=kl|tiny COMPONENTS=A,B"
 	@echo "  LORA=FILE[:STRENGTH] MODULATION=inline|hoisted JOBS=N STEPS=N PROMPTS=FILE SEEDS=A,B-C"
-	@echo "  INSTANCE=NAME TP=N GRANULARITY=block|group:N|whole FLAGS=default|published (trn1, inf2)"
+	@echo "  INSTANCE=NAME TP=N GRANULARITY=block|group:N|whole FLAGS=default|published (trn1, inf2) BOARD=NAME DEVICES=N (bm1684x, bm1688)"
 	@echo "Of images: BUNDLE=folder, or TARGET=cpu and the variables above for the build that is made first"
 
 # Where TPU-MLIR cannot be made, imported moulds do: the build says what it lacks.

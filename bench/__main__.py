@@ -21,6 +21,7 @@ NAMES = (
     "export",
     "pages",
     "formulations",
+    "nets",
     "schemes",
     "registry",
     "hostile",

@@ -21,6 +21,8 @@ DEFAULT_MODEL = "tiny-dev"
 DEFAULT_PROMPT = "a small kiln by a river at night"
 DEFAULT_STATISTICS = "uniform"
 STORE_VARIABLE = "FLUXKILN_STORE"
+VAES: tuple[Literal["kl", "tiny"], ...] = ("kl", "tiny")
+MODULATIONS: tuple[Literal["hoisted", "inline"], ...] = ("hoisted", "inline")
 MOST_SEEDS = 256
 # Of jobs, tokens, steps and cores: more than any machine or model takes.
 MOST_COUNT = 10_000
@@ -52,6 +54,23 @@ def parse_size(text: str) -> tuple[int, int]:
 
     Shapes(height, width, tokens=1)
     return width, height
+
+
+_UNITS = {
+    f"{prefix}{unit}": base**power
+    for unit, base in (("B", 1000), ("iB", 1024))
+    for power, prefix in enumerate(("", "k", "M", "G", "T"))
+}
+
+
+def parse_bytes(text: str) -> int:
+    """`16GiB` -> 17179869184, `12.9GB` -> 12900000000; UsageError when it is no size of a memory, or one of 0."""
+    units = {name.lower(): factor for name, factor in _UNITS.items()}
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([a-z]+)", text.strip().lower())
+    size = round(float(match[1]) * units.get(match[2], 0)) if match else 0
+    if not size:
+        raise UsageError(f"{text[:80]!r} is no size of a memory; write a number and GB, GiB, MB or MiB: 16GiB say")
+    return size
 
 
 def parse_loras(texts: Iterable[str]) -> tuple[tuple[Path, float], ...]:
@@ -184,6 +203,7 @@ class Settings:
         size: width and height.
         loras: files and strengths, fused into the transformer before anything else.
         instance, tp_degree, granularity, flags: of a target that cuts the model over cores.
+        board, device_memory, devices: of a target whose chips hold whole parts; bytes of one chip, and how many.
         seed, steps, prompt: of the recorded reference run.
         prompts, seeds: whole images besides it: each of one with each of the other. `prompt` or `seed` stands in for
             the one that is empty; none where both are.
@@ -237,6 +257,17 @@ class Settings:
     flags: Literal["default", "published"] = _option(
         "default", "trn1, trn2, inf2: the compiler's flags, ours or those of the published sample.", "default|published"
     )
+    board: str | None = _option(
+        None,
+        "bm1684x, bm1688: the board or card, SE7-32 say; `fluxkiln plan` lists them. Default: its first.",
+        "NAME",
+    )
+    device_memory: int | None = _option(
+        None, "Memory that a chip gives to models, 16GiB say. Default: the board's.", "SIZE", parse=parse_bytes, make=""
+    )
+    devices: int | None = _option(
+        None, "Most chips that the transformer is cut over. Default: the board's; without a board, 8.", "N", kind=int
+    )
     jobs: int | None = _option(None, "Compilers at once. Default: one per core.", "N", kind=int)
     build_dir: Path = _option(Path("build"), "Where builds go. Default: ./build.", kind=Path, make="")  # noqa: RUF009
     store: Path | None = _option(  # noqa: RUF009
@@ -267,9 +298,9 @@ class Settings:
     )
 
     def __post_init__(self) -> None:
-        if self.vae not in ("kl", "tiny"):
+        if self.vae not in VAES:
             raise UsageError(f"no VAE is called {self.vae!r}; there are kl (the checkpoint's own) and tiny (taef1)")
-        if self.modulation not in ("inline", "hoisted"):
+        if self.modulation not in MODULATIONS:
             raise UsageError(f"no form of the transformer is called {self.modulation!r}; there are inline, hoisted")
         if self.flags not in ("default", "published"):
             raise UsageError(f"no preset of compiler flags is called {self.flags!r}; there are default, published")
@@ -280,6 +311,7 @@ class Settings:
             ("tokens", self.tokens),
             ("steps", self.steps),
             ("tp", self.tp_degree),
+            ("devices", self.devices),
         ):
             if value is not None and value < 1:
                 raise UsageError(f"{name} {value}: at least 1 is needed; leave the option out for the default")

@@ -11,7 +11,8 @@ import pytest
 from click.testing import CliRunner
 
 from fluxkiln.cli.options import settings_options
-from fluxkiln.settings import DEFAULT_PROMPT, OPTIONS, Settings, read_settings
+from fluxkiln.errors import UsageError
+from fluxkiln.settings import DEFAULT_PROMPT, OPTIONS, Settings, parse_bytes, read_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
@@ -31,6 +32,9 @@ GIVEN = {
     "tp_degree": ("2", 2),
     "granularity": ("group:2", "group:2"),
     "flags": ("published", "published"),
+    "board": ("SE7-32", "SE7-32"),
+    "device_memory": ("1.5GiB", 3 << 29),
+    "devices": ("3", 3),
     "jobs": ("3", 3),
     "build_dir": ("there", Path("there")),
     "store": ("shared", Path("shared")),
@@ -178,3 +182,17 @@ def test_a_table_that_says_otherwise_is_seen(old, new, seen):
     table = variables_table()
     assert old in table
     assert table_differences(table.replace(old, new)) == seen
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("16GiB", 16 << 30), ("12.5 GB", 12_500_000_000), ("7615mib", 7615 << 20), ("1TB", 10**12), ("900B", 900)],
+)
+def test_sizes_of_memory(text, size):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "16", "GiB", "0GB", "-1GB", "16 parsecs", "1e9GB", "16GiB 2", "9" * 12 + "B"])
+def test_a_memory_that_is_none(text):
+    with pytest.raises(UsageError, match="is no size of a memory; write a number and GB, GiB, MB or MiB"):
+        parse_bytes(text)

@@ -7,6 +7,7 @@ stages that need them, so that a build in which nothing changed costs a few hund
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 import time
@@ -21,7 +22,7 @@ from fluxkiln.artifacts.bundle import heal_bundle
 from fluxkiln.artifacts.code import code_version
 from fluxkiln.artifacts.intact import read_manifest
 from fluxkiln.artifacts.store import open_store
-from fluxkiln.build.plan import check_resources, plan_build
+from fluxkiln.build.plan import Form, check_resources, plan_build
 from fluxkiln.build.prepared import (
     Prepared,
     choose_components,
@@ -36,20 +37,31 @@ from fluxkiln.build.prepared import (
 from fluxkiln.compile.plan import Plan
 from fluxkiln.compile.targets import Target, find_target
 from fluxkiln.compile.toolchain import toolchain_of
-from fluxkiln.errors import CheckpointError, FluxkilnError, ShapeError, UsageError
+from fluxkiln.errors import CheckpointError, FluxkilnError, ResourceError, ShapeError, UsageError
 from fluxkiln.export.checkpoint import Checkpoint, open_checkpoint
-from fluxkiln.export.fingerprint import DigestMemo, digest_tensors, file_states, fingerprint, scan_finite
+from fluxkiln.export.fingerprint import (
+    DigestMemo,
+    digest_tensors,
+    file_states,
+    fingerprint,
+    scan_finite,
+    unread_bytes,
+)
 from fluxkiln.export.lora import fuse_once, fused_folder
 from fluxkiln.export.lora_file import digest_lora
+from fluxkiln.export.source import find_stand_in
 from fluxkiln.files import build_lock
 from fluxkiln.patches.registry import all_presets
 from fluxkiln.progress import STEP_BYTES, Laps, OnBytes, Progress, Silent, count_bytes
 from fluxkiln.quantize.schemes import parse_scheme
-from fluxkiln.settings import DEFAULT_STATISTICS, OPTIONS, Settings
+from fluxkiln.settings import DEFAULT_STATISTICS, MODULATIONS, OPTIONS, VAES, Settings
 from fluxkiln.types import Shapes, check_steps
 
 if TYPE_CHECKING:
     from fluxkiln.build.finish import BuildResult
+
+# Bytes of a checkpoint that a plan reads to say what the store has of it: some seconds.
+MOST_READ = 2 << 30
 
 
 def build(settings: Settings, progress: Progress | None = None) -> BuildResult:
@@ -112,11 +124,46 @@ def _folder_locked(prepared: Prepared) -> Iterator[None]:
 
 
 def plan(settings: Settings) -> dict[str, Any]:
-    """The jobs of a build without running them, with memory estimates and which of them the store has already.
+    """What a build needs and takes, without running any of it: see `plan_build`.
 
-    Nothing is written: a checkpoint that is not there yet, synthetic or with LoRAs in it, is planned from its shapes.
+    Nothing is written or fetched, and no large checkpoint is read: what is not there yet, synthetic, with LoRAs in it
+    or on the Hub, is planned from its shapes.
     """
-    return plan_build(outline(settings) if unwritten_bytes(settings) else prepare(settings))
+    from fluxkiln.export.synth import synthesized_bytes
+
+    stand_in, download = find_stand_in(settings.model), 0
+    if stand_in is not None:
+        settings = replace(settings, model=stand_in.name)
+        download = synthesized_bytes(stand_in.name, choose_components(model_of(settings), settings))
+    unread = stand_in is not None or unwritten_bytes(settings) or _unread_bytes(settings) > MOST_READ
+    prepared = outline(settings) if unread else prepare(settings)
+    return plan_build(prepared, _forms(prepared), download)
+
+
+def _unread_bytes(settings: Settings) -> int:
+    """Of the settings' checkpoint, which is there."""
+    if settings.loras:  # to name what is fused it has been read
+        return 0
+    chosen = choose_components(model_of(settings), settings)
+    checkpoint = open_checkpoint(find_root(settings, settings.components and chosen), chosen)
+    return unread_bytes(checkpoint, open_memo(settings))
+
+
+def _forms(prepared: Prepared) -> Iterator[Form]:
+    """Each form of a build for devices that hold whole parts: with either VAE and either modulation."""
+    settings, parts = prepared.settings, prepared.plan.parts
+    if not prepared.plan.target.boards:
+        return
+    decoders = VAES if any(part.traits.convolutional for part in parts) else (settings.vae,)
+    ways = MODULATIONS if any(part.traits.each_step for part in parts) else (settings.modulation,)
+    for vae, modulation in itertools.product(decoders, ways):
+        try:
+            other = _prepared(replace(settings, vae=vae, modulation=modulation), prepared.checkpoint)
+            with suppress(ResourceError):  # what does not fit is told by its figures
+                toolchain_of(other.plan.target).check(other.checkpoint, other.plan, other.cache)
+            yield Form(vae, modulation, other)
+        except FluxkilnError as error:
+            yield Form(vae, modulation, None, str(error))
 
 
 def prepare(settings: Settings, progress: Progress | None = None) -> Prepared:
@@ -162,11 +209,11 @@ def outline(settings: Settings) -> Prepared:
 
 def _prepared(settings: Settings, checkpoint: Checkpoint) -> Prepared:
     """What is fixed for a build, but for what depends on the bytes of the checkpoint."""
-    target = find_target(settings.target)
+    target = _target_of(settings)
     _, schemes = target.parse_schemes(settings.scheme, checkpoint.model.kinds)
     shapes = choose_shapes(settings, checkpoint)
     layout = toolchain_of(target).lay_out(settings, target, checkpoint)
-    _refuse_unused(settings, layout is not None, bool(toolchain_of(target).proven))
+    _refuse_unused(settings, layout is not None, bool(toolchain_of(target).proven), bool(target.boards))
     parts = chosen_parts(settings, checkpoint, split=layout is not None)
     check_steps(parts, reference_steps(settings, checkpoint))
     folder = settings.build_dir.absolute() / target.name / _name(settings, target, checkpoint, shapes).lower()
@@ -179,10 +226,19 @@ def _prepared(settings: Settings, checkpoint: Checkpoint) -> Prepared:
     return Prepared(settings, checkpoint, plan, cache, folder.name, "")
 
 
-def _refuse_unused(settings: Settings, cut: bool, proving: bool) -> None:
-    """Raise UsageError for settings of targets that cut the model, where the target does not, and of proofs where
-    nothing is cast."""
+def _target_of(settings: Settings) -> Target:
+    """The target on the devices that the settings name; UsageError where it has none."""
+    target = find_target(settings.target)
+    given = settings.board, settings.device_memory, settings.devices
+    return target.on_board(*given) if target.boards and any(given) else target
+
+
+def _refuse_unused(settings: Settings, cut: bool, proving: bool, boards: bool) -> None:
+    """Raise UsageError for settings of targets that cut the model, where the target does not, of proofs where nothing
+    is cast, and of boards where it has none."""
     rules = {} if proving else {"prove": "casts nothing"}
+    if not boards:
+        rules |= dict.fromkeys(("board", "device_memory", "devices"), "is not planned for boards")
     if not cut:
         names = ("instance", "tp_degree", "granularity", "flags")
         rules |= dict.fromkeys(names, "does not cut the model over cores")

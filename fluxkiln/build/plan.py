@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.build.budget import replayed_shapes
+from fluxkiln.build.durations import SOURCE, estimate_seconds
 from fluxkiln.compile.plan import Job, Plan
 from fluxkiln.compile.process import available_memory
 from fluxkiln.compile.templates import count_elements
@@ -26,44 +27,76 @@ from fluxkiln.settings import Settings
 if TYPE_CHECKING:
     from fluxkiln.build.prepared import Prepared
 
-# 0.1 s of quantization per 50 million weights and 3 s of starting a compiler, measured on two cores
-COMPILE_SECONDS, COMPILE_SECONDS_PER_WEIGHT = 3.0, 1e-7
-CAST_SECONDS, CAST_SECONDS_PER_WEIGHT = 0.2, 4e-9
-TRACE_SECONDS, RECORD_SECONDS, CALL_SECONDS = 1.5, 8.0, 1.0
 # What is in a bundle besides binaries: tokenizers, configs, host constants; and the report.
 SMALL_FILES = 20 << 20
 # The chip's kernel module, which every bmodel brings along whatever its weights.
 KERNEL_BYTES = 6 << 20
 
 
-def plan_build(prepared: Prepared) -> dict[str, Any]:
-    """Jobs in the order of their stages, and what they need in all, as plain JSON.
+@dataclass(frozen=True, slots=True)
+class Form:
+    """One of the forms that a build may have: which VAE and modulation, and the build; or why there is none."""
 
-    `totals`: numbers of jobs and of those still to do, and estimates for these of peak memory, disk and seconds.
-    `devices`: what every file takes on its device, by its weights alone where its moulds have yet to be made.
-    `refused`: why a build would not start, or empty.
+    vae: str
+    modulation: str
+    prepared: Prepared | None
+    why: str = ""
+
+
+def plan_build(prepared: Prepared, forms: Iterable[Form] = (), download: int = 0) -> dict[str, Any]:
+    """What a build needs and takes, as plain JSON.
+
+    Args:
+        forms: of it, its own among them. download: bytes of a checkpoint that is not on this machine.
+
+    Returns:
+        `jobs` in the order of their stages; `totals`: how many, how many to do, estimates for these of peak memory and
+        disk; `seconds`: as `durations.estimate_seconds`, and their `source`; `devices`: what every file takes on its
+        device (see `Toolchain.devices`); `forms`: the same in short of each; `refused`: why a build would not start.
     """
     jobs = list_jobs(prepared)
     todo = [job for job in jobs if not job.in_store]
-    try:
-        check_resources(prepared)
-        refused = ""
-    except ResourceError as error:
-        refused = str(error)
     return {
         "name": prepared.name,
         "target": prepared.plan.target.name,
-        "jobs": [{name: value for name, value in asdict(job).items() if name != "weights"} for job in jobs],
+        "scheme": (prepared.settings.scheme or prepared.plan.target.schemes[0]),
+        "shapes": asdict(prepared.plan.shapes),
+        "jobs": [job.to_json() for job in jobs],
         "totals": {
             "jobs": len(jobs),
             "to_do": len(todo),
             "memory_peak_bytes": peak_memory(todo, prepared.settings),
             "disk_bytes": disk_bytes(prepared, todo),
-            "seconds": round(estimate_seconds(prepared, todo)),
+            "download_bytes": download,
         },
-        "devices": toolchain_of(prepared.plan.target).devices(prepared.checkpoint, prepared.plan, prepared.cache),
-        "refused": refused,
+        "seconds": {**estimate_seconds(prepared, jobs), "source": SOURCE, "workers": _workers(prepared.settings)},
+        "devices": _devices(prepared),
+        "forms": [_form(form) for form in forms],
+        "refused": refusal(prepared),
     }
+
+
+def _devices(prepared: Prepared) -> dict[str, Any]:
+    return toolchain_of(prepared.plan.target).devices(prepared.checkpoint, prepared.plan, prepared.cache)
+
+
+def _form(form: Form) -> dict[str, Any]:
+    """VAE and modulation; the peak of the fullest device while it is loaded as it has to be, and the estimate."""
+    told: dict[str, Any] = {"vae": form.vae, "modulation": form.modulation, "why": form.why}
+    if form.prepared is not None and (devices := _devices(form.prepared)):
+        load = devices["load"]
+        told |= {"load": load, "peak": max(devices["peaks"][load or list(devices["peaks"])[-1]])}
+        told |= {"origin": devices["origin"], "estimate": devices.get("estimate")}
+    return told
+
+
+def refusal(prepared: Prepared) -> str:
+    """Why a build would not start; empty where it would."""
+    try:
+        check_resources(prepared)
+    except ResourceError as error:
+        return str(error)
+    return ""
 
 
 def list_jobs(prepared: Prepared) -> list[Job]:
@@ -183,24 +216,6 @@ def peak_memory(todo: Iterable[Job], settings: Settings) -> int:
     for job in todo:
         (pooled if job.stage in ("mould", "compile", "cast", "shard") else alone).append(job.memory_bytes)
     return max(TRACE_MEMORY * bool(pooled) + _most(pooled, settings), *alone)
-
-
-def estimate_seconds(prepared: Prepared, todo: Iterable[Job]) -> float:
-    """A guess from times measured on two cores."""
-    settings, pooled, alone = prepared.settings, 0.0, 0.0
-    for job in todo:
-        if job.stage in ("mould", "compile"):
-            pooled += COMPILE_SECONDS + COMPILE_SECONDS_PER_WEIGHT * job.weights
-        elif job.stage in ("cast", "link", "shard"):
-            pooled += CAST_SECONDS + CAST_SECONDS_PER_WEIGHT * job.weights
-        elif job.stage in ("template", "lower"):
-            alone += TRACE_SECONDS
-        elif job.stage == "record":
-            alone += RECORD_SECONDS
-        elif job.stage == "verify":
-            steps = {"transformer": prepared.steps}
-            alone += CALL_SECONDS * sum(steps.get(part.component, 1) for part in prepared.plan.parts)
-    return alone + pooled / min(_workers(settings), 2)
 
 
 def _most(claims: list[int], settings: Settings) -> int:

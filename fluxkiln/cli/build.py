@@ -1,19 +1,18 @@
-"""`fluxkiln build`, `plan`, `compile` where the compiler is elsewhere, `doctor`: what is missing for a target."""
+"""`fluxkiln build`, `compile` where the compiler is elsewhere, `doctor`: what is missing for a target."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from fluxkiln.cli.options import PATH, SettingsFor, TargetCommand, settings_options, store_options
 from fluxkiln.cli.output import Output, count_text, json_option, open_progress, parity_text, path_text, seconds_text
-from fluxkiln.errors import ResourceError, ToolchainError, UsageError
+from fluxkiln.errors import ToolchainError, UsageError
 from fluxkiln.settings import MOST_COUNT, Settings
-from fluxkiln.verify.report.page import size as size_text
 
 if TYPE_CHECKING:
     from fluxkiln.compile.toolchain import Toolchain
@@ -53,51 +52,6 @@ def build_command(output: Output, settings_for: SettingsFor, target: str) -> Non
             "time": seconds_text(result.seconds),
         }
     )
-
-
-@click.command(cls=TargetCommand)
-@click.argument("target")
-@settings_options
-@json_option
-@click.pass_obj
-def plan_command(output: Output, settings_for: SettingsFor, target: str) -> None:
-    """Show the jobs of a build and their memory; build nothing.
-
-    What the store holds already is marked. With --json, the list can feed another scheduler.
-    """
-    settings = settings_for(target)
-    from fluxkiln.build.make import plan as make_plan
-
-    planned = make_plan(settings)
-    output.document(planned)
-    jobs = planned["jobs"]
-    columns = list(dict.fromkeys(key for job in jobs for key in job))
-    names = [">" * _is_bytes(column) + column.replace("_", " ") for column in columns]
-    output.table(names, [[_cell(column, job.get(column)) for column in columns] for job in jobs])
-    output.line()
-    output.facts({name.replace("_", " "): _cell(name, value) for name, value in planned.get("totals", {}).items()})
-    if devices := planned.get("devices"):
-        texts, sizes = ("file", "device", "phase"), ("weights", "instructions", "runtime", "total")
-        rows = [
-            [*(file[name] for name in texts), *(size_text(file[name]) for name in sizes)] for file in devices["files"]
-        ]
-        output.line()
-        output.table((*texts, *(">" + name for name in sizes)), rows)
-        output.line()
-        budget = {"a device gives to models": size_text(devices["budget"])}
-        output.facts({way: ", ".join(map(size_text, peaks)) for way, peaks in devices["peaks"].items()} | budget)
-    if planned.get("refused"):
-        raise ResourceError(planned["refused"])
-
-
-def _is_bytes(name: str) -> bool:
-    return name.split("_")[-1] in ("memory", "bytes", "size")
-
-
-def _cell(name: str, value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: ""}[value]
-    return size_text(value) if _is_bytes(name) and isinstance(value, int | float) else str(value)
 
 
 @click.command()

@@ -28,7 +28,10 @@ INTERRUPTED_CODE = 130
 # Command -> module of this package, and what `--help` says about it without importing that.
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "build": ("build", "Build a verified bundle for TARGET, from checkpoint to report."),
-    "plan": ("build", "Show the jobs of a build and their memory; build nothing."),
+    "plan": (
+        "plan",
+        "Say whether a build fits, how fast its images come, how long it takes; build nothing.",
+    ),
     "compile": ("build", "Complete a bundle for trn1 or inf2 where the compiler is."),
     "mould": ("store", "Make moulds, and carry them to machines without the compiler."),
     "doctor": ("build", "Show every tool, its version, and what is missing for which target."),

@@ -107,7 +107,8 @@ class Made:
 class Job:
     """One job of a build. `what` is a part, a kind or a file; `weights` how many numbers it works on.
 
-    `estimate_ms` is how long the compiler expects one run of a mould of the store to take on the chip.
+    `estimate_ms` is how long the compiler expects one run of a mould of the store to take on the chip, `seconds` how
+    long the job itself took where it was measured.
     """
 
     stage: str
@@ -118,6 +119,7 @@ class Job:
     in_store: bool
     weights: int = 0
     estimate_ms: float | None = None
+    seconds: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if name != "weights"}

@@ -110,6 +110,7 @@ class Toolchain(Protocol):
         compiler_stages: stages of actions in which the compiler runs; travelling: those whose results `mould export`
             carries to machines that have no compiler; proven: those of them that a proof vouches for, made where they
             are used.
+        call_seconds: about what running a part at all its rungs costs verification, whatever the part's size.
         largest_part: bytes of float32 weights of the largest part that its rungs execute; 0 for any.
         converts: weights are stored in the arithmetic of their scheme; else all but codes are as the checkpoint has
             them.
@@ -130,6 +131,7 @@ class Toolchain(Protocol):
     any_shapes: bool = False
     resumable: bool = False
     largest_part: int = 0
+    call_seconds: float = 0.05
 
     # Before anything is made.
 
@@ -157,7 +159,14 @@ class Toolchain(Protocol):
         """What `make` will do, and which of it the store has."""
 
     def devices(self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> dict[str, Any]:
-        """What every file will take on its device, for `plan`; empty where that is not planned."""
+        """What every file will take on its device, for `plan`; empty where that is not planned.
+
+        `files`: `file`, `device`, `phase`, bytes of `weights`, `instructions`, `runtime` and in `total`, None for what
+        is not known; `budget` of a device and how many `devices` there may be; `peaks`: way to load -> bytes on each
+        device, the least where something is not known; `load`: the way that fits with the fewest loads, None if none
+        does; `origin` of the figures: `weights` alone, `shapes`, `measured` nets, `compiled` ones; maybe an `estimate`:
+        `steps`, `step_ms`, `once_ms`, `image_ms`, None for what is not known.
+        """
         return {}
 
     # Making and judging.

@@ -127,6 +127,13 @@ def file_states(checkpoint: Checkpoint) -> dict[Path, FileState]:
     return {file: _state_of(file) for file in sorted(files)}
 
 
+def unread_bytes(checkpoint: Checkpoint, memo: DigestMemo) -> int:
+    """Bytes of a checkpoint's tensors that no memo tells the digest of; errors as `file_states`."""
+    states = file_states(checkpoint)
+    refs = (ref for refs in checkpoint.tensors.values() for ref in refs.values())
+    return sum(ref.nbytes for ref in refs if memo.lookup(ref, states[ref.file]) is None)
+
+
 def check_states(checkpoint: Checkpoint) -> None:
     """Raise CheckpointError when a weight file is not what it was when the checkpoint's bytes were read.
 

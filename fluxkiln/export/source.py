@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -60,6 +61,30 @@ def resolve_model(
     return _download(match["repository"], match["revision"])
 
 
+def find_stand_in(spec: str) -> Preset | None:
+    """The preset with the shapes of a Hugging Face model that is not on this machine; None for all other models.
+
+    Raises:
+        UsageError: a model of Hugging Face that is not here, and no preset has its shapes.
+    """
+    presets, match = all_presets(), _HUB_ID.fullmatch(spec)
+    if match is None or spec in presets or Path(spec).expanduser().exists():
+        return None
+    from huggingface_hub import errors, snapshot_download
+
+    with suppress(errors.LocalEntryNotFoundError, errors.HFValidationError):
+        snapshot_download(match["repository"], revision=match["revision"], local_files_only=True)
+        return None
+    found = next((one for _, one in presets.values() if one.hub and one.hub == match["repository"]), None)
+    if found is None:
+        known = ", ".join(f"{one.hub} (as {name})" for name, (_, one) in presets.items() if one.hub)
+        raise UsageError(
+            f"{spec} is not on this machine, and a plan fetches nothing; give a folder, or a model of the same shapes: "
+            f"{known}"
+        )
+    return found
+
+
 def hub_patterns() -> list[str]:
     """The diffusers layout without the single-file copies of the same weights that repositories also hold."""
     weights = ("config.json", "*.safetensors", "*.safetensors.index.json")
@@ -70,7 +95,7 @@ def hub_patterns() -> list[str]:
 
 def generator_digest(preset: Preset, statistics: str = DEFAULT_STATISTICS) -> str:
     """Short key of what `synthesize` writes for `preset` with its default seed."""
-    left_out = ("trained", "steps")
+    left_out = ("trained", "steps", "hub")
     fields = {name: value for name, value in asdict(replace(preset, trained=None)).items() if name not in left_out}
     model, _ = all_presets()[preset.name]
     made_from = [model.generator, fields]

@@ -40,7 +40,8 @@ class Preset:
     """A synthetic model: the config of every component, the size it is built at by default.
 
     `steps` are the denoising steps of a build's reference run. `trained` is the folder of its checkpoint where it has
-    weights that mean something; they ship with the model.
+    weights that mean something; they ship with the model. `hub` is the Hugging Face id of the model whose shapes it
+    has.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Preset:
     configs: Mapping[str, Config]
     trained: Path | None = None
     steps: int = 2
+    hub: str = ""
 
 
 @dataclass(frozen=True, slots=True)

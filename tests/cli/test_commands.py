@@ -297,13 +297,3 @@ def test_build_that_misses_a_gate(fluxkiln, monkeypatch):
     assert (run.code, run.err) == (3, "error: double.01 at simulator; see report.html\n")
     found = run.document["error"]
     assert (found["kind"], found["bundle"], found["report"]) == ("ParityError", "b/bundle", "b/report.html")
-
-
-def test_plan(fluxkiln, monkeypatch):
-    jobs = [{"stage": "mould", "part": "double", "scheme": "W4BF16", "memory": 2_500_000_000, "stored": False}]
-    planned = {"jobs": jobs, "totals": {"jobs": 1, "peak_memory": 2_500_000_000}}
-    monkeypatch.setattr("fluxkiln.build.make.plan", lambda settings: planned)
-    assert fluxkiln("plan", "cpu", "--json").document == planned
-    lines = [line.split() for line in fluxkiln("plan", "cpu").out.splitlines()]
-    assert lines[1] == ["mould", "double", "W4BF16", "2.50", "GB", "no"]
-    assert lines[-1] == ["peak", "memory", "2.50", "GB"]

@@ -85,3 +85,22 @@ def test_hoisted_parts_are_cast_and_hand_over_16_bits(small_build, cast_and_dire
     found = {tensor.name.partition("_")[0]: tensor.dtype for tensor in (*net.inputs, *net.outputs)}
     assert found["modulation"] == "bfloat16"
     assert found.get("temb", "float32") == "float32"
+
+
+def test_boards_are_data_and_the_first_is_the_default():
+    target = find_target("bm1684x")
+    assert target.device_bytes == target.boards[0].chip_bytes == (7615 + 2360 + 2360) << 20
+    assert target.on_board(None, None, None) == target
+    card = target.on_board("sc7-hp75", None, None)
+    assert (card.devices, card.device_bytes) == (3, next(b.chip_bytes for b in target.boards if b.name == "SC7-HP75"))
+    own = target.on_board("SE7-32", 5 << 30, 2)
+    assert (own.devices, own.device_bytes) == (2, 5 << 30)
+    for name in target_names():
+        boards = find_target(name).boards
+        assert len({board.name.lower() for board in boards}) == len(boards)
+        assert all(board.source and board.chips and board.chip_bytes > 1 << 30 for board in boards)
+
+
+def test_an_unknown_board_is_refused_with_the_list():
+    with pytest.raises(UsageError, match="no board with a bm1684x is called 'SE5'; there are SE7-32, SM7, AIRBOX"):
+        find_target("bm1684x").on_board("SE5", None, None)

@@ -15,7 +15,7 @@ from huggingface_hub import errors
 
 from fluxkiln.errors import CheckpointError, ResourceError, UsageError
 from fluxkiln.export.checkpoint import open_checkpoint, read_tensor
-from fluxkiln.export.source import generator_digest, resolve_model
+from fluxkiln.export.source import find_stand_in, generator_digest, resolve_model
 from fluxkiln.export.synth import synthesize
 from fluxkiln.patches.flux1.presets import PRESETS
 
@@ -172,3 +172,24 @@ def test_a_preset_wins_over_a_folder_of_its_name(tmp_path, monkeypatch):
     assert resolve_model("tiny-dev", tmp_path / "cache") != Path("tiny-dev")
     assert resolve_model("./tiny-dev", tmp_path / "cache") == Path("tiny-dev")
     shutil.rmtree(tmp_path / "cache")
+
+
+def test_models_of_the_hub_that_are_not_here_have_a_stand_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    here = []
+
+    def fake(repository, revision, local_files_only):
+        assert local_files_only, "a plan fetches nothing"
+        if repository not in here:
+            raise errors.LocalEntryNotFoundError("not here")
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fake)
+    found = {name: find_stand_in(f"black-forest-labs/FLUX.1-{name}") for name in ("dev", "schnell")}
+    assert {name: preset.name for name, preset in found.items()} == {"dev": "full-dev", "schnell": "full-schnell"}
+    with pytest.raises(UsageError, match=r"some-org/x is not on this machine, .*FLUX.1-dev \(as full-dev\)"):
+        find_stand_in("some-org/x")
+    here.append("some-org/x")
+    assert find_stand_in("some-org/x") is None
+    Path("a/folder").mkdir(parents=True)
+    assert find_stand_in("a/folder") is find_stand_in("tiny-dev") is find_stand_in("no model") is None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from fluxkiln.errors import SchemeError, UsageError
@@ -45,6 +45,22 @@ class Instance:
 
 
 @dataclass(frozen=True, slots=True)
+class Board:
+    """A machine or card of a target whose chips hold whole parts.
+
+    Attributes:
+        chips: that one host has of it.
+        chip_bytes: memory that one chip gives to models.
+        source: where that figure comes from, for people.
+    """
+
+    name: str
+    chips: int
+    chip_bytes: int
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
     """A chip and how to build for it.
 
@@ -55,7 +71,9 @@ class Target:
         schemes: legal block schemes, the default first.
         narrow: what passes between blocks comes and goes in 16 bits (`Kind.narrow_inputs`, `narrow_outputs`).
         float_norms: its norms and SiLU take float32, so what they alone read does not come in 16 bits.
-        device_bytes: memory that a device gives to models.
+        boards: that it is on, the default first; none where a model is not planned for devices.
+        device_bytes: memory that a device gives to models; the default board's where there are boards.
+        devices: the most that a model is spread over: as many as one host has, unless a board is named.
         instances: machines that a model is split for, the default first; none where a device holds whole parts.
         uniform: all kinds are stored in one scheme, without exceptions.
         lanes: weights in codes have a multiple of so many output channels; 0 where any number will do.
@@ -70,12 +88,34 @@ class Target:
     schemes: tuple[str, ...]
     narrow: bool = False
     float_norms: bool = False
+    boards: tuple[Board, ...] = ()
     device_bytes: int = 0
+    devices: int = 8
     instances: tuple[Instance, ...] = ()
     uniform: bool = False
     lanes: int = 0
     partial_lanes: bool = False
     lnc: int = 0
+
+    def __post_init__(self) -> None:
+        if self.boards and not self.device_bytes:
+            object.__setattr__(self, "device_bytes", self.boards[0].chip_bytes)
+
+    def on_board(self, name: str | None, device_bytes: int | None, devices: int | None) -> Target:
+        """The target on a board, the default where none is named, with other figures than the board's where given.
+
+        Raises:
+            UsageError: no such board.
+        """
+        known = {board.name.lower(): board for board in self.boards}
+        if name is not None and name.lower() not in known:
+            names = ", ".join(board.name for board in self.boards)
+            raise UsageError(
+                f"no board with a {self.name} is called {name!r}; there are {names}: name one, or give --device-memory "
+                "and --devices"
+            )
+        board = known[name.lower()] if name is not None else Board("", self.devices, self.device_bytes, "")
+        return replace(self, device_bytes=device_bytes or board.chip_bytes, devices=devices or board.chips)
 
     def takes_codes(self, out_features: int) -> bool:
         """Whether its compiler multiplies with codes of a weight with so many output channels."""

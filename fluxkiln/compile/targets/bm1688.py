@@ -1,6 +1,6 @@
-"""Sophgo BM1688, through TPU-MLIR."""
+"""Sophgo BM1688, through TPU-MLIR. Of a board's memory models get what Sophgo's samples of language models set."""
 
-from fluxkiln.compile.targets import Target
+from fluxkiln.compile.targets import Board, Target
 
 TARGET = Target(
     name="bm1688",
@@ -10,7 +10,10 @@ TARGET = Target(
     schemes=("W4BF16", "W8BF16", "BF16", "F16", "F32"),
     narrow=True,
     float_norms=True,
-    device_bytes=16 << 30,
+    boards=(
+        Board("SE9-16", 1, (10240 + 3072) << 20, "10240 + 3072 MiB (NPU, VPP), as Sophgo's samples set it"),
+        Board("SE9-8", 1, (6800 + 40) << 20, "6800 + 40 MiB (NPU, VPP), as Sophgo's samples set it"),
+    ),
     # of other weights TPU-MLIR 1.30.2 leaves the last rows in BF16, without a word, and fewer rows make it fail
     lanes=32,
 )  # fmt: skip

@@ -76,6 +76,25 @@ class CoreMemory:
         """Whether a core holds it."""
         return self.needed <= self.instance.core_bytes
 
+    def to_json(self) -> dict[str, Any]:
+        """See `compile.toolchain.Toolchain.devices`; what activations and the runtime take are estimates."""
+        sizes = [(name, held, 0) for name, held in self.weights.items()]
+        sizes += [("activations", 0, self.activations), ("runtime, programs, DMA rings", 0, RUNTIME_BYTES)]
+        files = [
+            {"file": name, "device": 0, "phase": "each core", "weights": weights, "instructions": 0,
+             "runtime": runtime, "total": weights + runtime}
+            for name, weights, runtime in sizes
+        ]  # fmt: skip
+        way = "everything resident"
+        return {
+            "files": files,
+            "budget": self.instance.core_bytes,
+            "devices": self.degree,
+            "peaks": {way: [self.needed]},
+            "load": way if self.fits else None,
+            "origin": "shapes",
+        }
+
     def table(self) -> str:
         """The arithmetic, line by line, in GB."""
         has = self.instance.core_bytes
@@ -142,6 +161,13 @@ def plan_memory(checkpoint: Checkpoint, plan: Plan) -> CoreMemory:
     legal = {degree for one in all_instances() for degree in legal_degrees(one, heads, widths)}
     weights = {degree: weights_per_core(plan.parts, checkpoint, degree) for degree in {split.degree, *legal}}
     return check_memory(split.instance, split.degree, weights, activations)
+
+
+def core_memory(checkpoint: Checkpoint, plan: Plan) -> CoreMemory:
+    """The same without a refusal."""
+    split, model = plan.layout, checkpoint.model
+    activations = model.activation_bytes(checkpoint.configs, plan.shapes, split.degree)
+    return CoreMemory(split.instance, split.degree, weights_per_core(plan.parts, checkpoint, split.degree), activations)
 
 
 def weights_per_core(parts: tuple[Part, ...], checkpoint: Checkpoint, degree: int) -> dict[str, int]:

@@ -71,6 +71,9 @@ class Neuron(Toolchain):
     def check(self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> None:
         split.plan_memory(checkpoint, plan)
 
+    def devices(self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> dict[str, Any]:
+        return split.core_memory(checkpoint, plan).to_json()
+
     def jobs(self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, settings: Settings) -> list[Job]:
         return [*modules.lower_jobs(checkpoint, plan, cache), *split.shard_jobs(checkpoint, plan, cache)]
 

@@ -22,8 +22,9 @@ PHASES = ("encode", "modulate", "denoise", "decode")
 MODULATION_FILE = "modulation.bmodel"
 # of components; all others are text encoders
 _PHASES = {"transformer": "denoise", "vae": "decode"}
-# A BM1684X system has no more devices behind one host than this.
-MAX_DEVICES = 8
+# Where what a net takes is known from, the surest last: from nothing but its weights, from the table of nets that were
+# measured, from a mould of the store.
+ORIGINS = ("weights", "measured", "compiled")
 # How the files are loaded -> the phases whose files are on the device at once.
 RESIDENT: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "everything resident": (PHASES,),
@@ -38,7 +39,7 @@ _ESTIMATE_LABEL = (
 
 @dataclass(frozen=True, slots=True)
 class FileMemory:
-    """What one file takes on its device, in bytes."""
+    """What one file takes on its device, in bytes; `origin`, of ORIGINS, is that of the net of which least is known."""
 
     file: str
     device: int
@@ -46,6 +47,7 @@ class FileMemory:
     weights: int
     instructions: int
     runtime: int
+    origin: str = ORIGINS[-1]
 
     @property
     def total(self) -> int:
@@ -77,11 +79,16 @@ class DevicePlan:
         return next(fits, None)
 
     def to_json(self) -> dict[str, Any]:
-        """Files, and the peak of every device for each way to load."""
-        rows = [{**asdict(file), "total": file.total} for file in self.files]
+        """Files, and the peak of every device for each way to load. What is not known is None, and a peak whose file
+        has it is the least that it can be."""
+        rows = []
+        for file in self.files:
+            unknown = dict.fromkeys(("instructions", "runtime") if file.origin == ORIGINS[0] else ())
+            rows.append({**asdict(file), **unknown, "total": file.total})
         peaks = {way: [self.peak(device, way) for device in range(self.devices)] for way in RESIDENT}
         peaks["while denoising"] = [self.held(device, ("denoise",)) for device in range(self.devices)]
-        return {"files": rows, "budget": self.budget, "peaks": peaks, "load": self.best_way()}
+        origin = min((file.origin for file in self.files), key=ORIGINS.index)
+        return {"files": rows, "budget": self.budget, "peaks": peaks, "load": self.best_way(), "origin": origin}
 
     def table(self) -> str:
         """The plan as text, in GB."""
@@ -130,7 +137,8 @@ def plan_devices(plan: Plan, groups: Mapping[str, Sequence[Binary]]) -> DevicePl
         largest = max(laid.files, key=lambda file: file.total)
         error = ResourceError(
             f"{largest.file} takes {largest.total / 1e9:.2f} GB, a {plan.target.name} gives "
-            f"{laid.budget / 1e9:.2f} GB to models; choose a smaller SCHEME (W4BF16), SIZE or VAE=tiny"
+            f"{laid.budget / 1e9:.2f} GB to models; choose a smaller SCHEME (W4BF16), SIZE or VAE=tiny, or a board "
+            "with more of it or more chips (--board, --device-memory, --devices)"
         )
         error.details = laid.table()
         raise error
@@ -144,7 +152,8 @@ def lay_files(plan: Plan, groups: Mapping[str, Sequence[Binary]]) -> DevicePlan:
         phase = "modulate" if name == MODULATION_FILE else _PHASES.get(members[0].part.component, "encode")
         stem = name.split(".")
         device = int(stem[1]) if stem[1].isdigit() else 0
-        files.append(FileMemory(name, device, phase, *_memory(members)))
+        origin = min((binary.facts.get("origin", ORIGINS[-1]) for binary in members), key=ORIGINS.index)
+        files.append(FileMemory(name, device, phase, *_memory(members), origin))
     return DevicePlan(tuple(files), plan.target.device_bytes)
 
 
@@ -182,7 +191,7 @@ def _memory(members: Sequence[Binary]) -> tuple[int, int, int]:
 def _fewest_runs(plan: Plan, whole: list[Binary]) -> list[list[Binary]]:
     """A chain of parts on as few devices as hold it, or on all there can be."""
     runs = [whole]
-    for devices in range(1, MAX_DEVICES + 1 if plan.target.device_bytes else 1):
+    for devices in range(1, plan.target.devices + 1 if plan.target.device_bytes else 1):
         runs = split_devices(whole, devices)
         if all(sum(_memory(run)) <= plan.target.device_bytes for run in runs):
             break
@@ -198,9 +207,23 @@ def report_devices(checkpoint: Checkpoint, plan: Plan, binaries: Sequence[Binary
         file["file"]: {what: file[what] for what in ("weights", "instructions", "runtime")} for file in laid["files"]
     }
     devices = {"budget": laid["budget"], "load": laid["load"], "peaks": laid["peaks"]}
+    return {"memory": memory, "devices": devices, "estimate": _report_estimate(*estimate(checkpoint, binaries))}
+
+
+def estimate(checkpoint: Checkpoint, binaries: Sequence[Binary]) -> tuple[dict[str, Any], list[str]]:
+    """`estimate_pipeline` of an image with the model's own number of steps."""
     parts = {binary.part: binary.facts.get("estimate_ms") for binary in binaries}
-    estimate = _report_estimate(*estimate_pipeline(parts, checkpoint.model.steps[checkpoint.variant]))
-    return {"memory": memory, "devices": devices, "estimate": estimate}
+    return estimate_pipeline(parts, checkpoint.model.steps[checkpoint.variant])
+
+
+def plan_files(checkpoint: Checkpoint, plan: Plan, binaries: Sequence[Binary]) -> dict[str, Any]:
+    """`DevicePlan.to_json`; `devices` it may be spread over, and the compiler's `estimate` as `estimate_pipeline`."""
+    laid = lay_files(plan, group_parts(plan, binaries))
+    values, _ = estimate(checkpoint, binaries)
+    told = {name: values[name] for name in ("steps", "step_ms", "once_ms", "image_ms")}
+    if any(binary.facts.get("origin") == ORIGINS[0] for binary in binaries):  # the sum would be too small
+        told |= {"image_ms": None, "once_ms": None}
+    return {**laid.to_json(), "devices": plan.target.devices, "estimate": told}
 
 
 def estimate_pipeline(parts: Mapping[Part, float | None], steps: int) -> tuple[dict[str, Any], list[str]]:

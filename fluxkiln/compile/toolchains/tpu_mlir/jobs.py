@@ -7,7 +7,7 @@ come from the shapes of the checkpoint's tensors, and everything that follows fr
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -21,6 +21,7 @@ from fluxkiln.compile.tensors import part_bytes, part_refs, search_memory
 from fluxkiln.compile.toolchain import TRACE_MEMORY
 from fluxkiln.compile.toolchains.tpu_mlir.cast import CAST_MEMORY, cast_file, part_action
 from fluxkiln.compile.toolchains.tpu_mlir.devices import file_of, group_parts, plan_devices
+from fluxkiln.compile.toolchains.tpu_mlir.measured import find_measured
 from fluxkiln.compile.toolchains.tpu_mlir.moulds import (
     Mould,
     cast_part,
@@ -56,11 +57,12 @@ def plan_jobs(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, settings: 
         weights = count_elements(template.slots if template else part_refs(checkpoint, plan, parts[0]))
         scheme, memory = plan.schemes[kind].name, compile_memory(weights)
         spent: Any = mould.result.facts.get("estimate_ms") if mould else None
-        made.append(Job("mould", f"mould {kind}", kind, scheme, memory, mould is not None, weights, spent))
+        takes = (find_measured(checkpoint, plan, kind) or {}).get("seconds")
+        made.append(Job("mould", f"mould {kind}", kind, scheme, memory, mould is not None, weights, spent, takes))
         proven = [proof_part(parts, settings.seed)] * (settings.prove or needs_proof(cache, mould))
         for part in parts if mould and not mould.castable else proven:
             in_store = _is_compiled(checkpoint, plan, cache, part, template)
-            made.append(Job("compile", part.name, kind, scheme, memory, in_store, weights))
+            made.append(Job("compile", part.name, kind, scheme, memory, in_store, weights, None, takes))
         for part in parts:
             binary = _find_binary(checkpoint, plan, cache, part, template, mould)
             in_store = binary is not None and cache.lookup(part_action(checkpoint, plan, cache, binary).key) is not None
@@ -71,13 +73,20 @@ def plan_jobs(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, settings: 
 
 
 def planned_binaries(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> list[Binary]:
-    """Every part with the facts of its mould, or with nothing but its weights."""
-    moulds = {kind: _find_mould(checkpoint, plan, cache, kind)[1] for kind in plan.kinds()}
+    """Every part with the facts of its mould, of a net that was measured, or with nothing but its weights; `origin` of
+    `devices.ORIGINS` says which."""
+    known: dict[str, Mapping[str, Any]] = {}
+    for kind in plan.kinds():
+        if mould := _find_mould(checkpoint, plan, cache, kind)[1]:
+            known[kind] = mould.result.facts
+        elif net := find_measured(checkpoint, plan, kind):
+            known[kind] = {**net, "origin": "measured"}
     planned = []
     for part in plan.parts:
-        mould = moulds[part.kind]
-        unknown = {"weight_bytes": part_bytes(checkpoint, plan, part), "instruction_bytes": 0, "runtime_bytes": 0}
-        facts = mould.result.facts if mould else unknown
+        facts = known.get(part.kind) or {
+            "weight_bytes": part_bytes(checkpoint, plan, part), "instruction_bytes": 0, "runtime_bytes": 0,
+            "origin": "weights",
+        }  # fmt: skip
         planned.append(Binary(part, net_name(part), plan.scheme(part), facts, "planned"))
     return planned
 

@@ -74,6 +74,16 @@ class TpuMlir(Toolchain):
     compiler_stages = ("mould", "compile", "combine")
     travelling = ("template", "mould", "proof", "combine")
     proven = ("mould",)
+    call_seconds = 1.5
+
+    def label(self, settings: Settings) -> str:
+        memory = f"{settings.device_memory >> 20}mib" if settings.device_memory else ""
+        chips = f"{settings.devices}chips" if settings.devices else ""
+        return "".join(f"-{one}" for one in (settings.board, memory, chips) if one)
+
+    def facts(self, settings: Settings, plan: Plan) -> dict[str, Any]:
+        given = settings.board or settings.device_memory or settings.devices
+        return {"devices": {"bytes": plan.target.device_bytes, "most": plan.target.devices}} if given else {}
 
     def tools(self, plan: Plan) -> dict[str, str]:
         env = environment.installed()
@@ -98,10 +108,14 @@ class TpuMlir(Toolchain):
         return plan_jobs(checkpoint, plan, cache, settings)
 
     def devices(self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> dict[str, Any]:
-        from fluxkiln.compile.toolchains.tpu_mlir.devices import group_parts, lay_files
+        from fluxkiln.compile.toolchains.tpu_mlir import measured
+        from fluxkiln.compile.toolchains.tpu_mlir.devices import plan_files
         from fluxkiln.compile.toolchains.tpu_mlir.jobs import planned_binaries
 
-        return lay_files(plan, group_parts(plan, planned_binaries(checkpoint, plan, cache))).to_json()
+        return {
+            **plan_files(checkpoint, plan, planned_binaries(checkpoint, plan, cache)),
+            "measured": measured.describe(),
+        }
 
     def make(
         self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, settings: Settings, progress: Progress, laps: Laps

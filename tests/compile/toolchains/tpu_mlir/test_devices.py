@@ -27,7 +27,7 @@ def binary(part, weights=GB, instructions=0, runtime=0):
 
 
 def plan_of(budget):
-    return SimpleNamespace(target=SimpleNamespace(name="chip", device_bytes=budget))
+    return SimpleNamespace(target=SimpleNamespace(name="chip", device_bytes=budget, devices=8))
 
 
 def plan(budget, binaries):

@@ -1,0 +1,99 @@
+"""The screen of `fluxkiln plan`: a verdict first, and what is not known called so."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+
+from fluxkiln.build.make import plan
+from fluxkiln.settings import Settings
+
+WEIGHTS = 7_000_000
+
+
+@pytest.fixture
+def planned(tmp_path):
+    """The plan of a build of which nothing is known but weights."""
+    return plan(Settings("bm1684x", "full-dev", tokens=504, build_dir=tmp_path / "build"))
+
+
+@pytest.fixture
+def show(fluxkiln, monkeypatch):
+    def run(planned, *arguments):
+        monkeypatch.setattr("fluxkiln.build.make.plan", lambda settings: planned)
+        return fluxkiln("plan", "bm1684x", *arguments)
+
+    return run
+
+
+def facts(out: str) -> dict[str, str]:
+    pairs = (line.split(None, 1) for line in out.splitlines() if line[:1].isalpha())
+    return {pair[0]: pair[1] for pair in pairs if len(pair) == 2}
+
+
+def test_json_is_the_whole_plan(show, planned):
+    assert show(planned, "--json").document == planned
+
+
+def test_the_verdict_comes_first_and_the_jobs_are_asked_for(show, planned):
+    out = show(planned).out
+    assert out.splitlines()[2].startswith("verdict  ")
+    assert "mould double" not in out
+    assert "mould double" in show(planned, "--jobs-list").out
+    assert len(out.splitlines()) <= 40, "one screen"
+
+
+def test_what_is_not_known_is_called_unknown_with_the_command_that_finds_it(show, planned):
+    found = facts(show(planned).out)
+    assert found["verdict"].startswith("not known yet: weights alone take ")
+    assert found["speed"] == "unknown"
+    assert "`fluxkiln mould build bm1684x --model tiny-dev`" in found["figures"]
+    assert "0 B" not in show(planned).out
+
+
+def test_what_is_known_is_a_verdict_with_the_speed(show, planned):
+    known = copy.deepcopy(planned)
+    estimate = {"steps": 28, "step_ms": 6090.0, "once_ms": 4000.0, "image_ms": 174_520.0}
+    for file in known["devices"]["files"]:
+        file |= {"instructions": 5_000_000, "runtime": WEIGHTS, "origin": "compiled"}
+    known["devices"] |= {"origin": "compiled", "estimate": estimate}
+    for form in known["forms"]:
+        form |= {"origin": "compiled", "estimate": estimate}
+    found = facts(show(known).out)
+    assert found["verdict"].startswith("fits: ")
+    assert found["speed"].startswith("about 6.09 s a step, an image of 28 steps about 2 min 55 s, by the compiler's")
+    assert "unknown" not in show(known).out
+
+
+def test_a_refusal_is_the_verdict_and_the_exit_code(show, planned):
+    run = show({**planned, "refused": "it does not fit; take another board"})
+    assert facts(run.out)["verdict"] == "no: it does not fit; take another board"
+    assert run.code == 1
+
+
+def test_forms_are_compared_and_the_own_is_marked(show, planned):
+    rows = [line for line in show(planned).out.splitlines() if line.startswith(("kl", "tiny")) and "hoist" in line]
+    assert len(rows) == 2
+    assert [row.endswith("this one") for row in rows] == [True, False]
+
+
+def test_boards(fluxkiln, tmp_path):
+    run = fluxkiln("plan", "bm1684x", "--board", "SE5")
+    assert (run.code, "there are SE7-32, SM7, AIRBOX" in run.err) == (2, True)
+    run = fluxkiln("plan", "bm1684x", "--device-memory", "much")
+    assert (run.code, "'much' is no size of a memory" in run.err) == (2, True)
+    run = fluxkiln("plan", "cpu", "--board", "SE7-32")
+    assert (run.code, "target cpu is not planned for boards; leave it out" in run.err) == (2, True)
+
+
+def test_chips_are_an_option(fluxkiln):
+    one, three = (
+        fluxkiln("plan", "bm1684x", "--model", "full-dev", "--scheme", "BF16", "--board", board)
+        for board in ("SE7-32", "SC7-HP75")
+    )
+    assert one.code == 1
+    assert "transformer.bmodel takes" in one.err
+    assert three.code == 0
+    assert "transformer.1.bmodel" in three.out
+    assert "on the fullest of" in three.out

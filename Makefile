@@ -5,6 +5,8 @@ SHELL := /bin/bash
 .DELETE_ON_ERROR:
 
 VENV := .venv
+# torch of the default index brings CUDA along, several GB that nothing here uses; this index has it without
+CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 TPU_MLIR := $(or $(FLUXKILN_TPU_MLIR),.venv-tpu-mlir)
 SD_CPP := $(or $(FLUXKILN_SD_CPP),.venv-sd-cpp)
 MLX := $(or $(FLUXKILN_MLX),.venv-mlx)
@@ -138,7 +140,11 @@ $(VENV_MADE): pyproject.toml constraints.txt
 	@if sha256sum --check --status $@ 2>/dev/null; then touch $@; exit; fi; set -e; \
 	echo "main environment: making it in $(VENV) with $(PYTHON)" >&2; \
 	test -e $@ || { rm -rf $(VENV); $(PYTHON) -m venv $(VENV); }; \
-	$(BIN)/python -m pip install -q --no-compile -c constraints.txt -e '.[dev,trn1,train]'; \
+	cpu=$$($(BIN)/python -c 'import sys, urllib.request as r; r.urlopen(sys.argv[1] + "/torch/", timeout=10)' \
+		$(CPU_INDEX) 2>/dev/null && echo $(CPU_INDEX)) || true; \
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt $${cpu:+--extra-index-url $$cpu} -e '.[dev,trn1,train]'; \
+	$(BIN)/python -c 'import importlib.metadata as m; v = m.version("torch"); \
+		print("torch", v + (", without CUDA" if "+cpu" in v else ": no index offered its CPU build, so it brings CUDA; CPU_INDEX=URL names one"))' >&2; \
 	$(BIN)/python -m compileall -qq -j 0 -x /tests/ $(VENV)/lib fluxkiln || true; \
 	sha256sum $^ > $@; \
 	echo "main environment: ready" >&2

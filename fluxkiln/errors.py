@@ -90,6 +90,8 @@ class IntegrityError(FluxkilnError):
 
 
 class ToolchainError(FluxkilnError):
-    """A compiler or interpreter that is not installed or is the wrong one."""
+    """A compiler or interpreter that is not installed or is the wrong one. `result` is that of a build that was made
+    all the same, but for what that compiler makes."""
 
     exit_code = 5
+    result: object = None

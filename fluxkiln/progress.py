@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 # What a job says that had nothing to do; such jobs tell nothing about how long the others take.
@@ -17,8 +17,9 @@ OnBytes = Callable[[int, int], None]
 class Progress(Protocol):
     """Told of stages and of the jobs in them, from any thread."""
 
-    def stage(self, name: str, total: int) -> None:
-        """`total` jobs of stage `name` are to be done; called again, the total changes."""
+    def stage(self, name: str, total: int | Sequence[float]) -> None:
+        """`total` jobs of stage `name` are to be done, or as many as there are costs, in any unit, in the order that
+        they end in; called again, the total changes."""
 
     def done(self, stage: str, what: str, how: str) -> None:
         """One job of a stage is done: what it was and how (`compiled in 2.1 s`, `from the store`)."""
@@ -49,7 +50,7 @@ class Laps:
 class Silent:
     """Says nothing."""
 
-    def stage(self, name: str, total: int) -> None:
+    def stage(self, name: str, total: int | Sequence[float]) -> None:
         pass
 
     def done(self, stage: str, what: str, how: str) -> None:

@@ -218,7 +218,10 @@ class Settings:
         "uniform|flux",
     )
     size: tuple[int, int] | None = _option(
-        None, "Image size in pixels, multiples of 16. Default: the model's own, 1024x1024.", "WxH", parse=parse_size
+        None,
+        "Image size in pixels, multiples of 16; one number is a square. Default: the model's own, 1024x1024.",
+        "WxH",
+        parse=parse_size,
     )
     tokens: int | None = _option(
         None, "Text tokens. Default: the most the model takes (dev 512, schnell 256).", "N", kind=int

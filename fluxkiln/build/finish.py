@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln import __version__
+from fluxkiln.artifacts.about import describe_weights
 from fluxkiln.artifacts.actions import Action
 from fluxkiln.artifacts.bundle import write_bundle
 from fluxkiln.artifacts.code import package_version
 from fluxkiln.artifacts.intact import read_bundle
 from fluxkiln.artifacts.modelpack import store_bundle
 from fluxkiln.artifacts.store import Blob, legal_tag
+from fluxkiln.build.budget import name_shapes
 from fluxkiln.build.prepared import Prepared, choose_components, lora_facts
 from fluxkiln.compile.bundle import CONFIGS, HOST_CONSTANTS
 from fluxkiln.compile.executor import bind_net
@@ -25,7 +27,7 @@ from fluxkiln.compile.opener import open_bundle
 from fluxkiln.compile.plan import Binary, Made
 from fluxkiln.compile.templates import host_constants
 from fluxkiln.compile.toolchain import toolchain_of
-from fluxkiln.errors import FluxkilnError, ParityError
+from fluxkiln.errors import FluxkilnError, ParityError, ToolchainError
 from fluxkiln.progress import FROM_STORE, Laps, Progress
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class BuildResult:
-    """What a build did and where it is."""
+    """What a build did and where it is. `paints`: executors of this package make images from its bundle."""
 
     name: str
     target: str
@@ -49,6 +51,7 @@ class BuildResult:
     timings: Mapping[str, float] = field(default_factory=dict)
     parts: Mapping[str, str] = field(default_factory=dict)
     parity: Mapping[str, Any] = field(default_factory=dict)
+    paints: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """The result as plain JSON."""
@@ -124,9 +127,19 @@ def finished_result(prepared: Prepared, laps: Laps) -> BuildResult | None:
         return None
     if failure := facts["parity"].get("failure"):
         raise _with_places(ParityError(f"{failure} (as found by the build that made {prepared.plan.bundle})"), prepared)
-    if facts.get("missing"):
-        toolchain_of(prepared.plan.target).refuse_incomplete(facts["missing"], prepared.plan.bundle)
-    return _result(prepared, facts, laps, nothing_to_do=True)
+    result = _result(prepared, facts, laps, nothing_to_do=True)
+    refuse_incomplete(prepared, facts.get("missing", ""), result)
+    return result
+
+
+def refuse_incomplete(prepared: Prepared, missing: str, result: BuildResult) -> None:
+    """Raise ToolchainError, with the result, for a bundle that lacks what is `missing` here."""
+    if missing:
+        try:
+            toolchain_of(prepared.plan.target).refuse_incomplete(missing, prepared.plan.bundle)
+        except ToolchainError as error:
+            error.result = result
+            raise
 
 
 def finish_bundle(prepared: Prepared, made: Made, progress: Progress, laps: Laps) -> BuildResult:
@@ -135,7 +148,7 @@ def finish_bundle(prepared: Prepared, made: Made, progress: Progress, laps: Laps
 
     store, work = prepared.cache.store, prepared.plan.folder / "work"
     parity: Parity | None = None
-    summary: dict[str, Any] = {"verified": False}
+    summary: dict[str, Any] = {"verified": False, "about": {"weights": _weights(prepared)}}
     if prepared.settings.verify:
         from fluxkiln.build.verification import verify
 
@@ -247,6 +260,7 @@ def _write_report(prepared: Prepared, made: Made, parity: Parity, laps: Laps) ->
             **parity.facts,
         },
     }
+    facts["about"] = about = _about(prepared, parity, facts)
     if pipeline:
         facts["images"] = compare_pictures(parity.recording.image, pipeline.image, parity.pipeline_rung)
     if parity.runs:
@@ -262,7 +276,31 @@ def _write_report(prepared: Prepared, made: Made, parity: Parity, laps: Laps) ->
         "rows": len(rows),
         "failed_rows": sum(not row.passed for row in rows),
         "rungs": list(dict.fromkeys(row.rung for row in rows)),
+        "about": about,
     }
+
+
+def _weights(prepared: Prepared) -> str:
+    licence = prepared.checkpoint.licence
+    return describe_weights(licence.read_bytes() if licence else b"", prepared.checkpoint.name)
+
+
+def _about(prepared: Prepared, parity: Parity, facts: Mapping[str, Any]) -> dict[str, str]:
+    """What the comparisons are about, for people: whose weights, what ran, which size; how fast an image would be."""
+    toolchain, shapes = toolchain_of(prepared.plan.target), prepared.plan.shapes
+    at = {row.at for row in parity.ladder.rows}
+    top = max(at, key=lambda rung: rung.order, default=None)
+    ran = f"{top.name}: {top.meaning}" if top else "nothing"
+    where = "".join(f"; {what}: {value}" for what, value in parity.facts.items())
+    found = {
+        "weights": _weights(prepared),
+        "ran": f"{ran}; {toolchain.unproven}" if toolchain.unproven else ran,
+        "size": f"{name_shapes(shapes)}, {prepared.steps} step{'s' * (prepared.steps != 1)}{where}",
+    }
+    values = facts.get("estimate", {}).get("values", {})
+    if image := values.get("image_ms"):
+        found["speed"] = f"an image of {values['steps']} steps: about {image / 1000:.3g} s by the compiler's estimate"
+    return found
 
 
 def _part_row(binary: Binary) -> dict[str, Any]:
@@ -322,7 +360,8 @@ def _part_entry(binary: Binary, file: str) -> dict[str, Any]:
 
 
 def _result(prepared: Prepared, facts: Mapping[str, Any], laps: Laps, nothing_to_do: bool) -> BuildResult:
-    counts = prepared.cache.counts
+    counts, model = prepared.cache.counts, prepared.checkpoint.model
+    whole = choose_components(model, prepared.settings) == model.components
     return BuildResult(
         name=prepared.name,
         target=prepared.plan.target.name,
@@ -336,6 +375,7 @@ def _result(prepared: Prepared, facts: Mapping[str, Any], laps: Laps, nothing_to
         cache=prepared.cache.summary(),
         parts=facts["parts"],
         parity=facts["parity"],
+        paints=whole and bool(toolchain_of(prepared.plan.target).executors),
     )
 
 

@@ -72,7 +72,7 @@ def build(settings: Settings, progress: Progress | None = None) -> BuildResult:
         CompileError: a compile failed or a cast is wrong. ResourceError: disk or memory ran out, or the same build
         runs already. ParityError: a gate was missed; bundle and report are written all the same.
     """
-    from fluxkiln.build.finish import finish_bundle, finished_result
+    from fluxkiln.build.finish import finish_bundle, finished_result, refuse_incomplete
 
     if settings.force and settings.verify:
         raise UsageError("--force lets --no-verify replace a bundle that was verified; leave it out, or add that")
@@ -91,8 +91,7 @@ def build(settings: Settings, progress: Progress | None = None) -> BuildResult:
         toolchain = toolchain_of(prepared.plan.target)
         made = toolchain.make(prepared.checkpoint, prepared.plan, prepared.cache, settings, progress, laps)
         result = finish_bundle(prepared, made, progress, laps)
-        if made.missing:
-            toolchain.refuse_incomplete(made.missing, prepared.plan.bundle)
+        refuse_incomplete(prepared, made.missing, result)
         return result
 
 

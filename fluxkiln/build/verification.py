@@ -23,6 +23,7 @@ from fluxkiln.build.samples import judge_scenes, sample_runs
 from fluxkiln.compile.plan import Made, Plan
 from fluxkiln.compile.rungs import onnxruntime_rung, rungs_below, stored_rung
 from fluxkiln.compile.templates import find_template, pipeline_files, prepare_template
+from fluxkiln.compile.tensors import part_cost
 from fluxkiln.compile.toolchain import OpenRungs, toolchain_of
 from fluxkiln.digests import digest_json
 from fluxkiln.export.checkpoint import Checkpoint, expect_tensors
@@ -178,7 +179,10 @@ def replay(prepared: Prepared, plan: Plan, recording: Recording, opened: OpenRun
     plan, rungs = replace(plan, parts=opened.parts), opened.rungs
     calls = [(part, step) for part in plan.parts for step in range(len(recording.calls[part.name]))]
     complete = is_complete(checkpoint, plan)
-    progress.stage("verify", len(calls) + complete)
+    weighed = {part: part_cost(checkpoint, plan, part) for part in plan.parts}
+    costs = [weighed[part] for part, _ in calls]
+    # of all rungs that a part has run at, the whole pipeline runs at one
+    progress.stage("verify", [*costs, *[sum(costs) / len(rungs)] * complete])
     toolchain = toolchain_of(plan.target)
     ladder = Ladder(toolchain.rungs, toolchain.gates)
     *_, top = rungs

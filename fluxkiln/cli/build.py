@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import click
 
@@ -15,6 +16,8 @@ from fluxkiln.errors import ToolchainError, UsageError
 from fluxkiln.settings import MOST_COUNT, Settings
 
 if TYPE_CHECKING:
+    from fluxkiln.build.finish import BuildResult
+    from fluxkiln.compile.doctor import Tool
     from fluxkiln.compile.toolchain import Toolchain
 
 
@@ -30,11 +33,27 @@ def build_command(output: Output, settings_for: SettingsFor, target: str) -> Non
     already is not made again.
     """
     settings = settings_for(target)
+    incomplete: ToolchainError | None = None
     with open_progress() as progress:
         from fluxkiln.build.make import build as run_build
 
-        result = run_build(settings, progress)
-    output.document(result.to_json())
+        try:
+            result = run_build(settings, progress)
+        except ToolchainError as error:
+            if error.result is None:
+                raise
+            incomplete, result = error, cast("BuildResult", error.result)
+    told = {"kind": "ToolchainError", "message": str(incomplete), "exit_code": ToolchainError.exit_code}
+    output.document({**result.to_json(), **({"error": told} if incomplete else {})})
+    _show_result(output, result)
+    if incomplete is not None:
+        raise incomplete
+
+
+def _show_result(output: Output, result: BuildResult) -> None:
+    """What was built and what can be done with it."""
+    from fluxkiln.artifacts.about import read_about
+
     if result.nothing_to_do:
         output.line("nothing to do: this build is finished and nothing of it has changed")
     parts = Counter(result.parts.values())
@@ -42,14 +61,19 @@ def build_command(output: Output, settings_for: SettingsFor, target: str) -> Non
     compiler = f"ran {count_text(runs, 'time')}" if runs else "not started: all of it was in the store"
     # Targets without a compiler link their parts.
     compiled = any(made.startswith(("cast", "compiled")) for made in parts)
+    bundle = path_text(result.bundle)
     output.facts(
         {
-            "bundle": path_text(result.bundle),
+            "bundle": bundle,
             "report": path_text(result.report) if result.report else "",
             "parity": parity_text(result.parity),
+            **read_about(result.parity),
             "parts": "; ".join(f"{count} {made}" for made, count in parts.most_common()),
             "compiler": compiler if compiled and not result.nothing_to_do else "",
             "time": seconds_text(result.seconds),
+            "look": f"fluxkiln inspect {shlex.quote(bundle)}",
+            "paint": f'fluxkiln generate --bundle {shlex.quote(bundle)} "..."' if result.paints else "",
+            "publish": f"fluxkiln publish {shlex.quote(bundle)} HOST/REPO:TAG",
         }
     )
 
@@ -106,6 +130,14 @@ def _toolchain(bundle: Path) -> Toolchain:
     return toolchain_of(find_target(read_manifest(bundle).target))
 
 
+def _readiness(target: str, missing: list[Tool]) -> str:
+    """Whether all of a target's builds can be made, or all but what the missing tools make."""
+    if not missing:
+        return f"ready: fluxkiln build {target}"
+    lacking, made = ", ".join(tool.name for tool in missing), [tool.makes for tool in missing]
+    return f"ready for all but {', '.join(made)}: {lacking} missing" if all(made) else f"not ready: {lacking} missing"
+
+
 @click.command(cls=TargetCommand)
 @click.argument("target", required=False)
 @json_option
@@ -137,13 +169,7 @@ def doctor_command(output: Output, target: str | None) -> None:
         output.line()
         output.facts(remedies)
     output.line()
-    output.facts(
-        {
-            name: f"not ready: {', '.join(lacking)} missing" if lacking else f"ready: fluxkiln build {name}"
-            for name, lacking in missing.items()
-            if target in (None, name)
-        }
-    )
+    output.facts({name: _readiness(name, missing_for(name, statuses)) for name in missing if target in (None, name)})
     if target is not None and missing[target]:
         first = missing_for(target, statuses)[0]
         raise ToolchainError(f"{target} lacks {', '.join(missing[target])}; {first.name}: {first.remedy}")

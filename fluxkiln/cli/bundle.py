@@ -37,6 +37,7 @@ def inspect_command(output: Output, transfers: Transfers, bundle: str, all_parts
     hf://ORG/REPO@REV). Of a published one only manifests are read. A folder is checked as for images: files that were
     found whole before are not read again.
     """
+    from fluxkiln.artifacts.about import read_about
     from fluxkiln.artifacts.manifest import describe_manifest
     from fluxkiln.artifacts.registry.place import looks_like_reference
     from fluxkiln.compile.opener import open_bundle
@@ -60,6 +61,8 @@ def inspect_command(output: Output, transfers: Transfers, bundle: str, all_parts
             "size": f"{size_text(described['size'])} in {count_text(len(manifest.files), 'file')}",
             "licence": f"{manifest.licence.spdx}, text in {manifest.licence.file}",
             "parity": parity_text(manifest.parity),
+            # beside "size", which is the bundle's own here
+            **{name: sentence for name, sentence in read_about(manifest.parity).items() if name != "size"},
             "settings": _shown(manifest.settings),
             "tools": ", ".join(f"{name} {version}" for name, version in manifest.tools.items()),
         }
@@ -131,7 +134,7 @@ def _shown(values: Mapping[str, Any]) -> str:
 
 @click.command(cls=TargetCommand)
 @click.argument("where", metavar="BUILD...", nargs=-1, required=True, type=PATH)
-@click.option("--out", type=PATH, help=f"Where the page goes. Default: {PAGE} beside its {REPORT}, ./{COMPARISON}.")
+@click.option("--out", type=PATH, help=f"Where the page goes. Default: beside the (first) {REPORT}.")
 @settings_options
 @json_option
 @click.pass_obj
@@ -159,7 +162,7 @@ def report_command(output: Output, settings_for: SettingsFor, where: tuple[Path,
         else:
             from fluxkiln.verify.report.comparison import render_comparison
 
-            page, target = render_comparison(documents), out or Path(COMPARISON)
+            page, target = render_comparison(documents), out or sources[0].with_name(COMPARISON)
     except Exception as error:  # whatever a template makes of a document with holes
         named = sources[0] if len(sources) == 1 else f"one of {', '.join(map(str, sources))}"
         raise IntegrityError(

@@ -9,11 +9,13 @@ import signal
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import click
 
 import fluxkiln
+from fluxkiln.cli.interrupt import end_soon
 from fluxkiln.cli.output import Output, json_option, open_streams, say, visible
 from fluxkiln.errors import FluxkilnError, ResourceError, UsageError
 
@@ -119,6 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _quieten_libraries()
         _end_by_interrupt()
     output = Output(as_json="--json" in given)
+    if arguments is None:
+        end_soon(partial(output.error, "Interrupted", INTERRUPTED, INTERRUPTED_CODE))
     try:
         try:
             code = fluxkiln_command.main(given, prog_name="fluxkiln", standalone_mode=False, obj=output)

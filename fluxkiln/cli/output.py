@@ -15,7 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
@@ -193,8 +193,8 @@ def _finite(value: Any) -> Any:
 
 @dataclass(slots=True)
 class StageTally:
-    """Jobs of a stage, done and to be done, `over` if more than were announced; and when the last few that took time
-    were done."""
+    """Jobs of a stage, done and to be done, `over` if more than were announced; when the last few that took time were
+    done; and `costs` of all of them, in order, where they are known."""
 
     total: int
     started: float
@@ -202,10 +202,12 @@ class StageTally:
     stored: int = 0
     over: bool = False
     ends: deque[float] = field(default_factory=lambda: deque(maxlen=9))
+    costs: Sequence[float] = ()
 
-    def announce(self, total: int) -> None:
+    def announce(self, total: int | Sequence[float]) -> None:
         """Another number of jobs than before."""
-        self.total, self.over = max(total, self.done), False
+        self.costs = () if isinstance(total, int) else tuple(total)
+        self.total, self.over = max(total if isinstance(total, int) else len(total), self.done), False
 
     def finish(self, how: str, now: float) -> None:
         """Count a job that is done."""
@@ -226,25 +228,43 @@ class StageTally:
         return self.done >= self.total
 
     def remaining(self, now: float) -> float | None:
-        """Seconds until the last job is done, at the pace of the last few; None before two jobs have taken time."""
+        """Seconds until the last job is done, by the costs of all jobs or at the pace of the last few; None before two
+        jobs have taken time, and where the job that runs takes longer than was foretold."""
         if len(self.ends) < 3 or self.complete:
             return None
         pace = (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1)
-        return max(0.0, pace * (self.total - self.done) - (now - self.ends[-1]))
+        ahead = pace * (self.total - self.done)
+        if done := sum(self.costs[: self.done]):
+            ahead = sum(self.costs[self.done :]) * (self.ends[-1] - self.started) / done
+        left = ahead - (now - self.ends[-1])
+        return left if left > 0 else None
+
+
+def new_tally(total: int | Sequence[float], now: float) -> StageTally:
+    tally = StageTally(0, now)
+    tally.announce(total)
+    return tally
 
 
 class LineProgress:
-    """A line when a stage ends, and at most one per few seconds before: fit for a log."""
+    """A line when a stage ends, one per few seconds before, and inside of it also while no job ends: fit for a log."""
 
     def __init__(self, stream: TextIO | None = None, clock: Clock = time.monotonic, interval: float = 5.0) -> None:
         self._stream, self._clock, self._interval = stream or sys.stderr, clock, interval
         self._stages: dict[str, StageTally] = {}
-        self._last, self._lock = clock(), threading.Lock()
+        self._last, self._lock, self._over = clock(), threading.Lock(), threading.Event()
 
-    def stage(self, name: str, total: int) -> None:
+    def __enter__(self) -> LineProgress:
+        threading.Thread(target=self._wait, name="progress", daemon=True).start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+
+    def stage(self, name: str, total: int | Sequence[float]) -> None:
         with self._lock:
             now = self._clock()
-            tally = self._stages.setdefault(name, StageTally(total, now))
+            tally = self._stages.setdefault(name, new_tally(total, now))
             before = tally.complete
             tally.announce(total)
             # fewer jobs than announced: the last one is done already
@@ -260,13 +280,25 @@ class LineProgress:
                 said = f"{what} {how}" if tally.total == 1 else _summary(tally, now)
                 self._say(f"{stage}: {said}", now)
             elif now - self._last >= self._interval:
-                left = tally.remaining(now)
-                more = f", about {seconds_text(left)} left" if left is not None else ""
-                self._say(f"{stage}: {tally.done}/{tally.total}, {what} {how}{more}", now)
+                self._say(f"{stage}: {tally.done}/{tally.total}, {what} {how}{_left(tally, now)}", now)
 
     def note(self, text: str) -> None:
         with self._lock:
             self._say(text, self._clock())
+
+    def tick(self) -> None:
+        """Say what is waited for, if nothing was said for a while."""
+        with self._lock:
+            now = self._clock()
+            running = [(name, tally) for name, tally in self._stages.items() if not tally.complete]
+            if running and now - self._last >= self._interval:
+                name, tally = running[-1]
+                spent = seconds_text(now - tally.started)
+                self._say(f"{name}: {tally.done}/{tally.total} after {spent}{_left(tally, now)}", now)
+
+    def _wait(self) -> None:
+        while not self._over.wait(0.2 * self._interval):
+            self.tick()
 
     def _say(self, text: str, now: float) -> None:
         self._last = now
@@ -291,7 +323,7 @@ class RichProgress:
         if self._bars is not None:
             self._bars.stop()
 
-    def stage(self, name: str, total: int) -> None:
+    def stage(self, name: str, total: int | Sequence[float]) -> None:
         with self._lock:
             if name in self._stages:
                 tally = self._stages[name]
@@ -312,10 +344,10 @@ class RichProgress:
         with self._lock:
             self._open().console.print(text, markup=False, highlight=False)
 
-    def _add(self, name: str, total: int) -> StageTally:
+    def _add(self, name: str, total: int | Sequence[float]) -> StageTally:
         # Before the task: adding one draws it.
-        self._stages[name] = StageTally(total, self._clock())
-        self._tasks[name] = self._open().add_task(name, total=total, last="")
+        self._stages[name] = new_tally(total, self._clock())
+        self._tasks[name] = self._open().add_task(name, total=self._stages[name].total, last="")
         return self._stages[name]
 
     def _open(self) -> Any:
@@ -331,9 +363,7 @@ class RichProgress:
 
                 def render(self, task: Task) -> Text:
                     shown = seconds_text((task.finished_time if task.finished else task.elapsed) or 0.0)
-                    left = stages[task.description].remaining(clock())
-                    more = f", about {seconds_text(left)} left" if left is not None else ""
-                    return Text(shown + more, style="cyan")
+                    return Text(shown + _left(stages[task.description], clock()), style="cyan")
 
             self._bars = Progress(
                 TextColumn("[bold]{task.description}"),
@@ -350,7 +380,12 @@ class RichProgress:
 
 def open_progress() -> AbstractContextManager[LineProgress | RichProgress]:
     """Progress on stderr in the form it can show; bars end where the block ends."""
-    return RichProgress() if fancy(sys.stderr) else nullcontext(LineProgress())
+    return RichProgress() if fancy(sys.stderr) else LineProgress()
+
+
+def _left(tally: StageTally, now: float) -> str:
+    left = tally.remaining(now)
+    return "" if left is None else f", about {seconds_text(left)} left"
 
 
 def _summary(tally: StageTally, now: float) -> str:

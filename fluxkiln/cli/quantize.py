@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,14 @@ def _settings(model: str, components: str, *, size: str | None, **others: Any) -
     return Settings("cpu", model, size=read_size(size), components=chosen, **others)
 
 
+_LEGEND = """\
+layer: * is any block; of several the largest errors and the summed size are shown. bits: of a weight, scales included.
+weights off, outputs off: error of the layer's weights and of what it puts out, in percent of their own size; - where
+there is no calibration (`fluxkiln calibrate`). compiler's: the same by the compiler's own rounding. one-signed: groups
+of weights with one sign only, which the compiler's rounding destroys.
+"""
+
+
 @click.command()
 @click.argument("model")
 @click.option("--scheme", "schemes", multiple=True, metavar="NAME", help="May be repeated; the first is chosen.")
@@ -95,6 +104,7 @@ def _settings(model: str, components: str, *, size: str | None, **others: Any) -
     "--layer", "rules", multiple=True, metavar="PLACE=SCHEME", help="'single.proj_out=BF16' say. May be repeated."
 )
 @click.option("--per-kind", is_flag=True, help="Spend it on slots, for all blocks alike: BF16 or --scheme, one mould.")
+@click.option("--every-layer", is_flag=True, help="A line for every layer, not one for the same layer of all blocks.")
 @click.option("--out", type=PATH, help="Write the packed layers to this safetensors file.")
 @click.option("--components", metavar="A,B", help="Default: text_encoder_2,transformer.")
 @click.option("--pipeline", is_flag=True, help="Also run the whole pipeline under each scheme, 2 and 8 steps.")
@@ -128,6 +138,7 @@ def quantize_command(
     """
     if pipeline and components:
         raise UsageError("--pipeline needs all components; leave --components out")
+    every_layer = bool(common.pop("every_layer"))
     settings = _settings(model, components or "text_encoder_2,transformer", **common)
     with open_progress() as progress:
         from fluxkiln.build.quantization import BASELINE, measure_effects, quantize_model
@@ -141,24 +152,10 @@ def quantize_command(
             effects = measure_effects(whole, compared, progress=progress)
     found = {**made.to_json(), "pipeline": [asdict(effect) for effect in effects]}
     output.document(found)
-    rows = []
-    for layer in found["layers"]:
-        one, base = layer["schemes"][layer["chosen"]], layer["schemes"][BASELINE]
-        rows.append(
-            (
-                layer["name"], layer["chosen"], f"{one['bits_per_weight']:.3f}", _percent(one["weight_error"]),
-                _percent(base["weight_error"]), _percent(one["output_error"]), _percent(base["output_error"]),
-                size_text(one["size"]), str(base["one_signed_groups"]), _options(layer["schemes"]) if budget else "",
-            )
-        )  # fmt: skip
-    columns = ("layer", "scheme", ">bits", ">weight", ">compiler's", ">output", ">compiler's ", ">size", ">one-signed")
-    if budget:
-        output.table((*columns, "chosen from, bits: error"), rows)
-    else:
-        output.table(columns, [row[:-1] for row in rows])
+    _show_layers(output, found["layers"], BASELINE, bool(budget), every_layer)
     output.line(
-        f"{count_text(len(rows), 'layer')}, {size_text(found['size'])}, {found['bits_per_weight']:.3f} bits a weight, "
-        f"{'with' if made.calibrated else 'without'} calibration, in {seconds_text(made.seconds)}"
+        f"{count_text(len(found['layers']), 'layer')}, {size_text(found['size'])}, {found['bits_per_weight']:.3f} bits "
+        f"a weight, {'with' if made.calibrated else 'without'} calibration, in {seconds_text(made.seconds)}"
     )
     if found["mix"]:
         _show_mix(output, found["mix"])
@@ -171,6 +168,41 @@ def quantize_command(
                 for one in effects
             ],
         )
+
+
+def _show_layers(
+    output: Output, layers: list[dict[str, Any]], baseline: str, chosen_from: bool, every_layer: bool
+) -> None:
+    """A line for each layer, or for the same layer of all blocks where its scheme is the same; then what columns mean.
+
+    Args:
+        baseline: the scheme that all are compared with. chosen_from: what each was chosen from is shown.
+    """
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for layer in layers:
+        name = layer["name"] if every_layer else re.sub(r"\b\d+\b", "*", layer["name"])
+        groups.setdefault((name, layer["chosen"]), []).append(layer)
+    rows = []
+    for (name, chosen), members in groups.items():
+        own, base = ([member["schemes"][one] for member in members] for one in (chosen, baseline))
+        errors = [_worst(found, what) for what in ("weight_error", "output_error") for found in (own, base)]
+        bits, size = own[0]["bits_per_weight"], sum(one["size"] for one in own)
+        one_signed = sum(one["one_signed_groups"] for one in base)
+        others = [_options(members[0]["schemes"]) if len(members) == 1 else "--every-layer"] * chosen_from
+        rows.append(
+            (name, str(len(members)), chosen, f"{bits:.3f}", *errors, size_text(size), str(one_signed), *others)
+        )
+    columns = (
+        "layer", ">layers", "scheme", ">bits", ">weights off", ">compiler's", ">outputs off", ">compiler's ", ">size",
+        ">one-signed", *["chosen from, bits: error"] * chosen_from,
+    )  # fmt: skip
+    output.table(columns, rows)
+    output.line(_LEGEND)
+
+
+def _worst(figures: list[dict[str, Any]], what: str) -> str:
+    known = [one[what] for one in figures if one[what] is not None]
+    return _percent(max(known, default=None))
 
 
 def _show_mix(output: Output, mix: dict[str, Any]) -> None:

@@ -34,7 +34,8 @@ _BUILD_DISK_GB, _BUILD_MEMORY_GB = 5, 6
 class Tool:
     """One line of `fluxkiln doctor`, with the targets that need it.
 
-    `needed_for` is empty for what no build needs; `optional_for` lists targets whose bundles it helps to run.
+    `needed_for` is empty for what no build needs; `optional_for` lists targets whose bundles it helps to run. `makes`
+    is as `ToolStatus` has it.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Tool:
     needed_for: tuple[str, ...]
     remedy: str
     optional_for: tuple[str, ...] = ()
+    makes: str = ""
 
 
 def examine() -> list[Tool]:
@@ -69,7 +71,7 @@ def examine() -> list[Tool]:
     return [
         Tool(
             status.name, status.found, status.version, status.path, targets if status.needed else (),
-            "" if status.found else status.remedy, () if status.needed else targets,
+            "" if status.found else status.remedy, () if status.needed else targets, status.makes,
         )
         for status, targets in rows
     ]  # fmt: skip

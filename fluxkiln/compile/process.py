@@ -67,7 +67,7 @@ def run_tool(argv: Sequence[str], folder: Path, environ: Mapping[str, str], log:
 
 
 def stop_all() -> None:
-    """Stop every tool that runs now, with all it started: after Ctrl-C nothing of ours may go on."""
+    """Stop every tool and worker that runs now, with all it started: after Ctrl-C nothing of ours may go on."""
     with _running_lock:
         processes = list(_running)
     for process in processes:
@@ -128,6 +128,8 @@ class Worker:
             list(argv), cwd=self.folder, env=dict(environ), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=self._log_file, start_new_session=True,
         )  # fmt: skip
+        with _running_lock:
+            _running.add(self._process)
 
     def request(self, request: Mapping[str, Any]) -> dict[str, Any] | int:
         """The answer to a request, or the exit code of a process that ended instead of answering."""
@@ -147,6 +149,8 @@ class Worker:
     def close(self) -> None:
         """End the process; its scratch folder and what it kept go with it."""
         stop(self._process)
+        with _running_lock:
+            _running.discard(self._process)
         for stream in (self._process.stdin, self._process.stdout, self._log_file):
             if stream is not None:
                 with contextlib.suppress(BrokenPipeError):  # a request that the process did not live to read

@@ -135,6 +135,15 @@ def stored_bytes(scheme: Scheme, weights: int) -> int:
     return math.ceil(weights * scheme.bytes_per_weight)
 
 
+def part_cost(checkpoint: Checkpoint, plan: Plan, part: Part) -> float:
+    """About how many multiplications one run of a part takes; as `multiplications`."""
+    use = checkpoint.model.weight_uses(plan.shapes).get(part.component)
+    refs = [ref for ref in part_refs(checkpoint, plan, part) if len(ref.shape) in (2, 4)]
+    if use is None:
+        return 1.0 + sum(math.prod(ref.shape) for ref in refs)
+    return 1.0 + use.times * sum(math.prod(ref.shape) for ref in refs if not ref.name.startswith(use.idle))
+
+
 def multiplications(checkpoint: Checkpoint, shapes: Shapes) -> float:
     """About how many multiplications the costliest component takes: every weight of a block once for every token.
 

@@ -49,7 +49,7 @@ Rungs = dict[str, PartRunner]
 @dataclass(frozen=True, slots=True)
 class ToolStatus:
     """A tool: whether it is usable as it stands, where it lies, what helps if not (`remedy`), and whether builds need
-    it; else it helps to run their bundles."""
+    it; else it helps to run their bundles. `makes` is what alone a build lacks without it, where it makes the rest."""
 
     name: str
     found: bool
@@ -57,6 +57,7 @@ class ToolStatus:
     path: str
     remedy: str
     needed: bool = True
+    makes: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +116,7 @@ class Toolchain(Protocol):
         converts: weights are stored in the arithmetic of their scheme; else all but codes are as the checkpoint has
             them.
         any_shapes: `open_rungs` runs parts of any size at smaller shapes than those of the build.
+        unproven: what its rungs leave open, for reports: that no device ran, say; empty where they leave nothing.
         resumable: a bundle may lack what the compiler makes, and `resume` adds it where there is one.
     """
 
@@ -129,6 +131,7 @@ class Toolchain(Protocol):
     proven: tuple[str, ...] = ()
     converts: bool = True
     any_shapes: bool = False
+    unproven: str = ""
     resumable: bool = False
     largest_part: int = 0
     call_seconds: float = 0.05

@@ -168,6 +168,8 @@ class Model(Protocol):
         constant_inputs: of parts, what the host gives.
         hub_ids: variant -> where it is published. binding_licences: those that bind who passes it on.
         most_tokens: variant -> the most text tokens it takes. steps: variant -> denoising steps of an ordinary image.
+
+    It may have `relatives` as well: class of a pipeline near it that is not compiled -> what that is, what is planned.
     """
 
     api: int

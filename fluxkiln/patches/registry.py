@@ -37,6 +37,9 @@ def model_for(pipeline_class: object, where: str) -> Model:
     for model in all_models():
         if model.pipeline_class == pipeline_class:
             return model
+    for model in all_models():
+        if near := getattr(model, "relatives", {}).get(str(pipeline_class)):
+            raise CheckpointError(f"{where} is for {pipeline_class!r}, {near}")
     known = ", ".join(f"{model.pipeline_class} ({model.title})" for model in all_models())
     raise CheckpointError(
         f"{where} is for {pipeline_class!r}, fluxkiln compiles {known}; give a folder that one of these wrote with "

@@ -38,7 +38,7 @@ class Told(Silent):
         self.announced, self.lines = {}, []
 
     def stage(self, name, total):
-        self.announced[name] = total
+        self.announced[name] = total if isinstance(total, int) else len(total)
 
     def done(self, stage, what, how):
         self.lines.append((stage, what, how))

@@ -9,7 +9,7 @@ import pytest
 from fluxkiln.build.finish import BuildResult
 from fluxkiln.compile.doctor import Tool
 from fluxkiln.compile.targets import target_names
-from fluxkiln.errors import ParityError
+from fluxkiln.errors import ParityError, ToolchainError
 from fluxkiln.export.checkpoint import open_checkpoint
 
 TOOLS = [
@@ -284,6 +284,42 @@ def test_build_for_people(fluxkiln, monkeypatch, tmp_path):
     assert "compiler" not in fluxkiln("build", "cpu").out
     monkeypatch.setattr("fluxkiln.build.make.build", lambda *_: result_of(tmp_path, nothing_to_do=True))
     assert fluxkiln("build", "cpu").out.startswith("nothing to do: ")
+
+
+def test_the_end_of_a_build_says_what_it_is_about_and_how_to_go_on(fluxkiln, monkeypatch, tmp_path):
+    about = {"weights": "random (synthetic)", "ran": "simulator: ...; no board ran", "speed": "about 6 s"}
+    made = result_of(tmp_path, parity={**result_of(tmp_path).parity, "about": about}, paints=True)
+    monkeypatch.setattr("fluxkiln.build.make.build", lambda *_: made)
+    lines = dict(line.split(maxsplit=1) for line in fluxkiln("build", "bm1684x").out.splitlines())
+    assert {name: lines[name] for name in about} == about
+    assert [lines[name].split()[1] for name in ("look", "paint", "publish")] == ["inspect", "generate", "publish"]
+    monkeypatch.setattr("fluxkiln.build.make.build", lambda *_: result_of(tmp_path))
+    assert "paint" not in fluxkiln("build", "gguf").out
+
+
+def test_a_build_without_its_compiler_ends_with_the_summary_of_the_others(fluxkiln, monkeypatch, tmp_path):
+    def build(settings, progress):
+        error = ToolchainError("neuronx-cc is not on PATH. To go on, run `bash compile_neff.sh`")
+        error.result = result_of(tmp_path)
+        raise error
+
+    monkeypatch.setattr("fluxkiln.build.make.build", build)
+    run = fluxkiln("build", "trn1")
+    assert run.code == 5
+    assert "passed: 12 comparisons" in run.out
+    assert run.err == "error: neuronx-cc is not on PATH. To go on, run `bash compile_neff.sh`\n"
+    run = fluxkiln("build", "trn1", "--json")
+    assert (run.code, run.document["name"], run.document["error"]["exit_code"]) == (5, result_of(tmp_path).name, 5)
+    monkeypatch.setattr("fluxkiln.build.make.build", lambda *_: (_ for _ in ()).throw(ToolchainError("nothing")))
+    run = fluxkiln("build", "trn1")
+    assert (run.code, run.out) == (5, "")
+
+
+def test_doctor_knows_what_alone_is_missing(fluxkiln, monkeypatch):
+    missing = Tool("neuronx-cc", False, "", "", ("trn1",), "install it", makes="NEFF")
+    monkeypatch.setattr("fluxkiln.compile.doctor.examine", lambda: [*TOOLS, missing])
+    run = fluxkiln("doctor", "trn1")
+    assert (run.code, "trn1  ready for all but NEFF: neuronx-cc missing" in run.out) == (5, True)
 
 
 def test_build_that_misses_a_gate(fluxkiln, monkeypatch):

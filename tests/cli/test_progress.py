@@ -163,3 +163,31 @@ def test_lines_where_stderr_is_no_terminal(monkeypatch, stream):
     monkeypatch.setenv("TERM", "xterm")
     with open_progress() as progress:
         assert isinstance(progress, RichProgress)
+
+
+def test_what_is_left_knows_what_jobs_cost(clock):
+    """Two cheap parts, then one that costs as much as eight of them."""
+    tally = StageTally(0, 0.0)
+    tally.announce([1.0, 1.0, 8.0])
+    for now in (2.0, 4.0):
+        tally.finish("run", now)
+    assert tally.remaining(4.0) == 16.0
+    assert tally.remaining(19.0) == 1.0
+    assert tally.remaining(20.0) is None, "no line says that nothing is left while work goes on"
+
+
+def test_what_is_waited_for_is_said(lines, stream, clock):
+    lines.stage("verify", 2)
+    clock.now += 4.0
+    lines.tick()
+    assert stream.getvalue() == ""
+    clock.now += 2.0
+    lines.tick()
+    assert stream.getvalue() == "verify: 0/2 after 6.0 s\n"
+    clock.now += 2.0
+    lines.tick()
+    lines.done("verify", "a", "b")
+    lines.done("verify", "a", "b")
+    clock.now += 20.0
+    lines.tick()
+    assert stream.getvalue().splitlines()[1:] == ["verify: 2 done in 8.0 s"]

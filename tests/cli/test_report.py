@@ -20,7 +20,8 @@ def other(built, tmp_path):
 def test_several_builds_on_one_page(fluxkiln, built, other, tmp_path):
     run = fluxkiln("report", built, other)
     assert run.code == 0, run.err
-    page = tmp_path / "work" / "comparison.html"
+    assert list((tmp_path / "work").iterdir()) == [], "nothing is written to where the command is called"
+    page = built / "comparison.html"
     assert "comparison.html: 2 bundles compared" in run.out
     assert run.out.count("Nothing was compared.") == 2
     assert "another" in page.read_text()

@@ -16,9 +16,14 @@ def code_blocks(page: Path, language: str) -> list[str]:
     return [text for found, text in _BLOCK.findall(page.read_text(encoding="utf-8")) if found == language]
 
 
+def without_fences(page: Path) -> str:
+    """The page without its fenced blocks."""
+    return _BLOCK.sub("\n\n", page.read_text(encoding="utf-8"))
+
+
 def sentences(page: Path) -> list[str]:
     """The sentences of a page's prose: no code, tables, headings or pictures; a point of a list ends a sentence."""
-    text = _BLOCK.sub("\n\n", page.read_text(encoding="utf-8"))
+    text = without_fences(page)
     lines = []
     for line in text.splitlines():
         if line.startswith(("    ", "|", "#", "![")) and not line.startswith("    - "):

@@ -193,6 +193,15 @@ def drop_first_entry(folder):
             edit("model_index.json", _class_name="SomePipeline"),
             r"is for 'SomePipeline', fluxkiln compiles FluxPipeline",
         ),
+        (
+            edit("model_index.json", _class_name="FluxFillPipeline"),
+            r"FLUX\.1 Fill, which takes a mask.*is planned yet",
+        ),
+        (edit("model_index.json", _class_name="FluxKontextPipeline"), r"FLUX\.1 Kontext, which takes the tokens of a"),
+        (
+            edit("model_index.json", _class_name="Flux2Pipeline"),
+            r"FLUX\.2, another model; FLUX\.2-klein is planned",
+        ),
         (edit("model_index.json", vae=["diffusers", "AutoencoderTiny"]), r"as vae, FLUX\.1 has AutoencoderKL"),
         (remove("transformer/config.json"), r"transformer/config\.json is missing"),
         (write("vae/config.json", b"\xff"), r"vae/config\.json is not valid JSON"),

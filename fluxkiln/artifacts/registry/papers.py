@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fluxkiln import __version__
+from fluxkiln.artifacts.about import RANDOM, read_about
 from fluxkiln.artifacts.intact import PULLED_FILE
 from fluxkiln.artifacts.manifest import Manifest
 from fluxkiln.artifacts.modelpack import SIGNATURE, parity_word
@@ -30,8 +31,6 @@ PREDICATE_TYPE = "https://slsa.dev/provenance/v1"
 BUILD_TYPE = "urn:fluxkiln:build:v1"
 BUILDER = "urn:fluxkiln:builder"
 
-# The first words of the licence of checkpoints that `fluxkiln synth` writes: random numbers, derived from nothing.
-_SYNTHETIC = b"This is a synthetic checkpoint, written by `fluxkiln synth`"
 # Of the text itself, which is far longer; a title or a note is no licence.
 _LEAST_BYTES = 1000
 # Settings that are about the reference run and not about what is built.
@@ -41,7 +40,7 @@ _SIGNED_NAME = "bundle"
 
 def find_binding(manifest: Manifest, licence: bytes, known: Iterable[BindingLicence]) -> BindingLicence | None:
     """The licence of `known` that a bundle with this licence text is under; random weights are under none."""
-    if licence.startswith(_SYNTHETIC):
+    if licence.startswith(RANDOM):
         return None
     return next((one for one in known if one.spdx == manifest.licence.spdx or one.variant == manifest.variant), None)
 
@@ -113,7 +112,8 @@ def model_card(
     card = environment.get_template("model_card.md.j2").render(
         manifest=manifest,
         title=title,
-        synthetic=licence.startswith(_SYNTHETIC),
+        synthetic=licence.startswith(RANDOM),
+        about=read_about(manifest.parity),
         # A fine-tune that was built from its own hub id is the nearer ancestor.
         base=source if source.count("/") == 1 and not source.startswith(("/", ".")) else base or source,
         licence_name=bound.card_name if bound else "" if spdx == "Apache-2.0" else json.dumps(spdx),

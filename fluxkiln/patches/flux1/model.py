@@ -37,6 +37,8 @@ NON_COMMERCIAL = "LicenseRef-FLUX-1-dev-Non-Commercial"
 # How often a weight of the VAE's decoder is used, on average, for every position of the latents; counted at 1024x1024.
 DECODED = 6.4
 
+_NOT_PLANNED = "text to image is all that is compiled, and no more is planned yet: give FLUX.1-dev or -schnell"
+
 
 class Flux1:
     """FLUX.1, dev and schnell; see `patches.model.Model`."""
@@ -85,6 +87,13 @@ class Flux1:
             "FLUX.1 [dev] Non-Commercial License", r"flux[\s.\d]*\[?dev\]?\s+non-commercial\s+license",
         ),
     )  # fmt: skip
+    relatives: Mapping[str, str] = {
+        "FluxFillPipeline": f"FLUX.1 Fill, which takes a mask and a masked picture as well; {_NOT_PLANNED}",
+        "FluxKontextPipeline": f"FLUX.1 Kontext, which takes the tokens of a picture as well; {_NOT_PLANNED}",
+        "FluxControlPipeline": f"a FLUX.1 of structure (Canny, Depth), which takes a second picture; {_NOT_PLANNED}",
+        "Flux2Pipeline": "FLUX.2, another model; FLUX.2-klein is planned next, give FLUX.1-dev or -schnell until then",
+        "Flux2KleinPipeline": "FLUX.2-klein, which is planned next; give FLUX.1-dev or -schnell until then",
+    }
     most_tokens: Mapping[str, int] = {"dev": 512, "schnell": 256}
     # schnell is distilled to four steps; 28 is what diffusers' example for dev takes
     steps: Mapping[str, int] = {"dev": 28, "schnell": 4}

@@ -119,6 +119,8 @@ def fact_lines(documents: Sequence[_Document]) -> list[Line]:
     asked: tuple[tuple[str, Callable[[_Document], str]], ...] = (
         ("target", lambda document: str(document["target"])),
         ("model", lambda document: str((document.get("model") or {}).get("name", ""))),
+        ("weights", lambda document: str((document.get("about") or {}).get("weights", ""))),
+        ("what ran", lambda document: str((document.get("about") or {}).get("ran", ""))),
         ("shapes", shapes),
         ("schemes", schemes),
         ("images of prompts and seeds", images),

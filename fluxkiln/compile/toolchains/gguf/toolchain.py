@@ -46,6 +46,7 @@ class Gguf(Repacker):
 
     api = API
     name = "gguf"
+    unproven = "no program that loads these files ran"
     rungs = (LOADED, NAMED)
     gates = (NAMED_GATE, LOADED_GATE, *weight_gates(_TURNS))
     write = staticmethod(write_files)

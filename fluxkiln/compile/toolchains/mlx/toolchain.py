@@ -40,6 +40,7 @@ class Mlx(Repacker):
 
     api = API
     name = "mlx"
+    unproven = "no program that loads these files ran"
     rungs = (LOADED, NAMED)
     gates = (NAMED_GATE, LOADED_GATE, *weight_gates(_TURNS))
     write = staticmethod(write_components)

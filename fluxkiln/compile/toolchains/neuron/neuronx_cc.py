@@ -35,6 +35,7 @@ _COMPILER_LOG = "log-neuron-cc.txt"
 _VERSION = re.compile(r"NeuronX Compiler version ([0-9][0-9A-Za-z.+_-]*)")
 # Flags for the compiler come from here alone; frameworks read these from the environment.
 _FRAMEWORK_FLAGS = "NEURON_CC_FLAGS"
+MAKES = "NEFF"
 _SOURCE = "install the Neuron SDK's from the AWS Neuron package index"
 # Errors of the user (E) and of the compiler (I), older codes, and those of the command itself.
 _CODE = re.compile(r"\bNCC_([A-Z]{4}\d{3})\b|\b(E[A-Z]{3}\d{3}|LUR015)\b|\[(F1\d\d)\]")
@@ -86,10 +87,10 @@ def compiler_status() -> ToolStatus:
     if command is None:
         placeholder = installed_version(COMMAND)
         why = f"the package {COMMAND} {placeholder} is PyPI's placeholder, without a compiler: " if placeholder else ""
-        return ToolStatus(COMMAND, False, "", "", why + source)
+        return ToolStatus(COMMAND, False, "", "", why + source, makes=MAKES)
     version = version_line(command)
     remedy = "" if version else f"{command} --version names no version, so it is no compiler: {source}"
-    return ToolStatus(COMMAND, bool(version), version, command, remedy)
+    return ToolStatus(COMMAND, bool(version), version, command, remedy, makes=MAKES)
 
 
 def compile_argv(

@@ -34,6 +34,7 @@ class Neuron(Toolchain):
     compiler_stages = ("neff",)
     largest_part = split.LARGEST_PART
     any_shapes = True
+    unproven = "no Trainium or Inferentia ran"
     resumable = True
     rungs = (
         Rung("split", 5, "the lowered modules of all ranks in float32, executed by XLA on the CPU",

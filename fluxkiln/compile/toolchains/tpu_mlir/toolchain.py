@@ -75,6 +75,7 @@ class TpuMlir(Toolchain):
     travelling = ("template", "mould", "proof", "combine")
     proven = ("mould",)
     call_seconds = 1.5
+    unproven = "no board ran"
 
     def label(self, settings: Settings) -> str:
         memory = f"{settings.device_memory >> 20}mib" if settings.device_memory else ""

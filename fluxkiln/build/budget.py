@@ -16,7 +16,7 @@ from random import Random
 from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.compile.plan import Plan
 from fluxkiln.compile.templates import make_template
-from fluxkiln.compile.tensors import multiplications
+from fluxkiln.compile.tensors import multiplications, part_refs
 from fluxkiln.compile.toolchain import Work, toolchain_of
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.types import SIZE_MULTIPLE, Part, Shapes
@@ -39,21 +39,35 @@ class Limits:
 
 
 LIMITS = Limits()
+# of a picture and of latents there are fewer
+LEAST_CHANNELS = 17
 
 
 def replayed_shapes(checkpoint: Checkpoint, plan: Plan, limits: Limits = LIMITS) -> Shapes:
-    """The shapes at which every part is replayed: those of the build, halved until a step is within the limit."""
+    """The shapes at which every part is replayed: those of the build, halved until a step is within the limit, and the
+    widest convolution within what the toolchain replays in seconds."""
 
     def half(side: int) -> int:
         return max(side // 2 // SIZE_MULTIPLE * SIZE_MULTIPLE, SIZE_MULTIPLE)
 
+    most = toolchain_of(plan.target).most_convolved
     shapes = plan.shapes
-    while multiplications(checkpoint, shapes) > limits.replayed:
+    while multiplications(checkpoint, shapes) > limits.replayed or 0 < most < widest_convolution(
+        checkpoint, plan, shapes
+    ):
         smaller = Shapes(half(shapes.height), half(shapes.width), max(shapes.tokens // 2, 8))
         if smaller == shapes:
             break
         shapes = smaller
     return shapes
+
+
+def widest_convolution(checkpoint: Checkpoint, plan: Plan, shapes: Shapes) -> int:
+    """About how many elements the largest convolution makes: a decoder's last, of fewest channels; 0 without any."""
+    parts = [part for part in plan.parts if part.traits.convolutional]
+    every = (ref.shape for part in parts for ref in part_refs(checkpoint, plan, part))
+    channels = [shape[0] for shape in every if len(shape) == 4 and shape[0] >= LEAST_CHANNELS and shape[-1] > 1]
+    return shapes.height * shapes.width * min(channels, default=0)
 
 
 def executed_parts(

@@ -225,6 +225,10 @@ def _verify_large(
     started, settings = time.perf_counter(), prepared.settings
     checkpoint, plan, cache = prepared.checkpoint, prepared.plan, prepared.cache
     small, toolchain = replace(plan, shapes=recording.shapes), toolchain_of(plan.target)
+    progress.note(
+        f"verify: every part at {name_shapes(small.shapes)}, as {name_shapes(plan.shapes)} would take too long, and "
+        "some of them in full; --no-verify leaves it out"
+    )
     trace_templates(prepared, small, progress)
     ladder, executed = (Ladder(toolchain.rungs, toolchain.gates) for _ in range(2))
     # what executes is left first: then it ends at once when something else has failed

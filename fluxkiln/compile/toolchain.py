@@ -113,6 +113,7 @@ class Toolchain(Protocol):
             are used.
         call_seconds: about what running a part at all its rungs costs verification, whatever the part's size.
         largest_part: bytes of float32 weights of the largest part that its rungs execute; 0 for any.
+        most_convolved: elements of a convolution up to which `open_rungs` runs it in seconds; 0 for any.
         converts: weights are stored in the arithmetic of their scheme; else all but codes are as the checkpoint has
             them.
         any_shapes: `open_rungs` runs parts of any size at smaller shapes than those of the build.
@@ -134,6 +135,7 @@ class Toolchain(Protocol):
     unproven: str = ""
     resumable: bool = False
     largest_part: int = 0
+    most_convolved: int = 0
     call_seconds: float = 0.05
 
     # Before anything is made.

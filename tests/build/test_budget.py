@@ -15,10 +15,12 @@ from fluxkiln.build.budget import (
     multiplications,
     name_shapes,
     replayed_shapes,
+    widest_convolution,
 )
 from fluxkiln.compile.templates import make_template
 from fluxkiln.compile.toolchains.tpu_mlir import toolchain as tpu_mlir
 from fluxkiln.compile.toolchains.tpu_mlir.executors import MOST_MULTIPLICATIONS
+from fluxkiln.compile.toolchains.tpu_mlir.toolchain import MOST_CONVOLVED
 from fluxkiln.patches.flux1.kinds import KINDS, list_parts
 from fluxkiln.types import Shapes
 from tests.builds import altered
@@ -41,6 +43,16 @@ def test_shapes_are_halved_until_a_step_is_within_the_limit(cpu, halvings, expec
     wanted = Shapes(*expected)
     most = multiplications(model.checkpoint, wanted) if halvings < 9 else 1.0
     assert replayed_shapes(model.checkpoint, model.plan, Limits(replayed=most)) == wanted
+
+
+def test_shapes_are_halved_for_what_an_interpreter_convolves_slowly(small_build):
+    chip = small_build(scheme="W4BF16", target="bm1684x")
+    large = altered(chip, shapes=Shapes(height=1024, width=1024, tokens=16))
+    assert widest_convolution(large.checkpoint, large.plan, large.plan.shapes) == 1024 * 1024 * 32 > MOST_CONVOLVED
+    assert replayed_shapes(large.checkpoint, large.plan) == Shapes(height=512, width=512, tokens=8)
+    assert replayed_shapes(chip.checkpoint, chip.plan) == chip.plan.shapes
+    without = replace(large.plan, parts=tuple(part for part in large.plan.parts if not part.traits.convolutional))
+    assert widest_convolution(large.checkpoint, without, large.plan.shapes) == 0
 
 
 def test_the_whole_flux_is_replayed_at_128x128(cpu):

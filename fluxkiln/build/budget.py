@@ -50,11 +50,13 @@ def replayed_shapes(checkpoint: Checkpoint, plan: Plan, limits: Limits = LIMITS)
     def half(side: int) -> int:
         return max(side // 2 // SIZE_MULTIPLE * SIZE_MULTIPLE, SIZE_MULTIPLE)
 
-    most = toolchain_of(plan.target).most_convolved
+    def is_too_much(shapes: Shapes) -> bool:
+        most = toolchain_of(plan.target).most_convolved
+        slow = most and widest_convolution(checkpoint, plan, shapes) > most
+        return bool(slow) or multiplications(checkpoint, shapes) > limits.replayed
+
     shapes = plan.shapes
-    while multiplications(checkpoint, shapes) > limits.replayed or 0 < most < widest_convolution(
-        checkpoint, plan, shapes
-    ):
+    while is_too_much(shapes):
         smaller = Shapes(half(shapes.height), half(shapes.width), max(shapes.tokens // 2, 8))
         if smaller == shapes:
             break

@@ -84,8 +84,7 @@ def _form(form: Form) -> dict[str, Any]:
     """VAE and modulation; the peak of the fullest device while it is loaded as it has to be, and the estimate."""
     told: dict[str, Any] = {"vae": form.vae, "modulation": form.modulation, "why": form.why}
     if form.prepared is not None and (devices := _devices(form.prepared)):
-        load = devices["load"]
-        told |= {"load": load, "peak": max(devices["peaks"][load or list(devices["peaks"])[-1]])}
+        told |= {"load": devices["load"], "peak": max(devices["peaks"][devices["closest"]])}
         told |= {"origin": devices["origin"], "estimate": devices.get("estimate")}
     return told
 

@@ -58,6 +58,7 @@ def plan_command(output: Output, settings_for: SettingsFor, target: str, jobs_li
         "disk": f"about {size_text(totals['disk_bytes'])} to write",
         "memory": f"about {size_text(totals['memory_peak_bytes'])} at most, on the machine that builds",
         "download": size_text(totals["download_bytes"]) if totals["download_bytes"] else "",
+        "this machine": f"cannot build it: {planned['refused']}" if devices and planned["refused"] else "",
         "jobs": f"{totals['jobs']}, {totals['to_do']} to do" + "; --jobs-list shows them" * (not jobs_list),
     })  # fmt: skip
     if devices:
@@ -72,14 +73,15 @@ def plan_command(output: Output, settings_for: SettingsFor, target: str, jobs_li
 
 def _verdict(planned: Mapping[str, Any]) -> str:
     devices = planned["devices"]
-    if planned["refused"]:
-        return f"no: {planned['refused']}"
     if not devices:
-        return "yes: this machine has the room; the target is not planned for the memory of a device"
-    peak, load = max(devices["peaks"][devices["load"]]), devices["load"]
+        return planned["refused"] or "can be built here; the target is not planned for the memory of a device"
+    load = devices["closest"]
+    peak = max(devices["peaks"][load])
     chips = len(devices["peaks"][load])
     spread = f" on the fullest of {chips} chips" if chips > 1 else ""
     taken = f"{size_text(peak)} of {size_text(devices['budget'])}{spread}, {load}"
+    if devices["load"] is None:
+        return f"does not fit: it takes {taken}"
     if devices["origin"] == "weights":
         return f"not known yet: weights alone take {taken}; instructions and run-time memory come on top"
     return f"fits: {taken}"

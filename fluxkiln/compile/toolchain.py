@@ -169,8 +169,9 @@ class Toolchain(Protocol):
         `files`: `file`, `device`, `phase`, bytes of `weights`, `instructions`, `runtime` and in `total`, None for what
         is not known; `budget` of a device and how many `devices` there may be; `peaks`: way to load -> bytes on each
         device, the least where something is not known; `load`: the way that fits with the fewest loads, None if none
-        does; `origin` of the figures: `weights` alone, `shapes`, `measured` nets, `compiled` ones; maybe an `estimate`:
-        `steps`, `step_ms`, `once_ms`, `image_ms`, None for what is not known.
+        does; `closest`: that, or the one that takes least; `origin` of the figures: `weights` alone, `shapes`,
+        `measured` nets or `compiled` ones; maybe an `estimate`: `steps`, `step_ms`, `once_ms`, `image_ms`, None for
+        what is not known.
         """
         return {}
 

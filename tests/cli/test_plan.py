@@ -66,10 +66,15 @@ def test_what_is_known_is_a_verdict_with_the_speed(show, planned):
     assert "unknown" not in show(known).out
 
 
-def test_a_refusal_is_the_verdict_and_the_exit_code(show, planned):
-    run = show({**planned, "refused": "it does not fit; take another board"})
-    assert facts(run.out)["verdict"] == "no: it does not fit; take another board"
-    assert run.code == 1
+def test_a_machine_that_cannot_build_it_says_so(show, planned):
+    run = show({**planned, "refused": "the disk is full; make room"})
+    assert "this machine  cannot build it: the disk is full; make room" in run.out
+    assert (run.code, run.err) == (1, "error: the disk is full; make room\n")
+
+
+def test_what_does_not_fit_is_the_verdict(show, planned):
+    planned["devices"]["load"] = None
+    assert facts(show(planned).out)["verdict"].startswith("does not fit: it takes ")
 
 
 def test_forms_are_compared_and_the_own_is_marked(show, planned):
@@ -87,7 +92,9 @@ def test_boards(fluxkiln, tmp_path):
     assert (run.code, "target cpu is not planned for boards; leave it out" in run.err) == (2, True)
 
 
-def test_chips_are_an_option(fluxkiln):
+def test_chips_are_an_option(fluxkiln, monkeypatch):
+    monkeypatch.setattr("fluxkiln.build.plan.free_bytes", lambda place: 10**15)
+    monkeypatch.setattr("fluxkiln.build.plan.available_memory", lambda: 10**12)
     one, three = (
         fluxkiln("plan", "bm1684x", "--model", "full-dev", "--scheme", "BF16", "--board", board)
         for board in ("SE7-32", "SC7-HP75")

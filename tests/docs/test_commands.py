@@ -119,6 +119,8 @@ def test_reasons_are_for_commands_that_there_are():
 @pytest.mark.parametrize("command", sorted({command for _, command in EVERY if not why_not(command)}))
 def test_the_others_run(command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("fluxkiln.build.plan.free_bytes", lambda place: 10**15)
+    monkeypatch.setattr("fluxkiln.build.plan.available_memory", lambda: 10**12)
     words = shlex.split(command)
     assert words[0] == "fluxkiln", f"say in NOT_RUN why {command!r} is not run"
     assert main(words[1:]) == 0, capsys.readouterr().err

@@ -92,6 +92,7 @@ class CoreMemory:
             "devices": self.degree,
             "peaks": {way: [self.needed]},
             "load": way if self.fits else None,
+            "closest": way,
             "origin": "shapes",
         }
 

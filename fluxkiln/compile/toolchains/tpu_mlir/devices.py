@@ -88,7 +88,11 @@ class DevicePlan:
         peaks = {way: [self.peak(device, way) for device in range(self.devices)] for way in RESIDENT}
         peaks["while denoising"] = [self.held(device, ("denoise",)) for device in range(self.devices)]
         origin = min((file.origin for file in self.files), key=ORIGINS.index)
-        return {"files": rows, "budget": self.budget, "peaks": peaks, "load": self.best_way(), "origin": origin}
+        load = self.best_way()
+        closest = load or list(RESIDENT)[-1]
+        return {
+            "files": rows, "budget": self.budget, "peaks": peaks, "load": load, "closest": closest, "origin": origin
+        }  # fmt: skip
 
     def table(self) -> str:
         """The plan as text, in GB."""

@@ -67,5 +67,5 @@ def _measure(prepared: Prepared, known: dict[tuple[str, ...], dict[str, Any]]) -
         started = time.perf_counter()
         mould = make_mould(checkpoint, plan, cache, template)
         seconds = round(time.perf_counter() - started, 1)
-        facts = {name: mould.result.facts[name] for name in measured.FACTS}
+        facts = {name: mould.result.facts[name] for name in measured.NET_FACTS}
         yield {**dict(zip(measured.KEY, key, strict=True)), **facts, "seconds": seconds}

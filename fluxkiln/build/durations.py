@@ -20,7 +20,7 @@ SOURCE = "rates measured on two cores of an AMD EPYC"
 START = 5.0
 TRACE = {"onnx17": 0.5, "torchscript": 0.5, "onnx23": 1.0, "pt2": 1.0}
 # of a compile that was not measured itself: `bench full`, `bench tiny`
-COMPILE, COMPILE_PER_WEIGHT = 2.0, 5.7e-8
+COMPILE, COMPILE_PER_WEIGHT, COMPILE_PER_TOKEN = 2.0, 5.7e-8, 1.1e-3
 CAST_PER_WEIGHT, BUNDLE_PER_WEIGHT = 3.4e-9, 2.9e-9
 # to find codes by methods that search: `bench quantize`
 SEARCH_PER_WEIGHT = {"ls": 4e-9, "mse": 4e-9, "svd": 3.3e-8, "awq": 9e-8, "gptq": 1.7e-7}
@@ -55,8 +55,10 @@ def _sum(prepared: Prepared, jobs: list[Job], start: float) -> float:
     return round(start + alone + spread / workers, 1) if jobs else 0.0
 
 
-def _compile(_: Prepared, job: Job) -> float:
-    return job.seconds if job.seconds is not None else COMPILE + COMPILE_PER_WEIGHT * job.weights
+def _compile(prepared: Prepared, job: Job) -> float:
+    if job.seconds is not None:
+        return job.seconds
+    return COMPILE + COMPILE_PER_WEIGHT * job.weights + COMPILE_PER_TOKEN * prepared.plan.shapes.image_tokens
 
 
 def _cast(prepared: Prepared, job: Job) -> float:

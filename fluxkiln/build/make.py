@@ -22,7 +22,7 @@ from fluxkiln.artifacts.bundle import heal_bundle
 from fluxkiln.artifacts.code import code_version
 from fluxkiln.artifacts.intact import read_manifest
 from fluxkiln.artifacts.store import open_store
-from fluxkiln.build.plan import Form, check_resources, plan_build
+from fluxkiln.build.plan import BuildForm, check_resources, plan_build
 from fluxkiln.build.prepared import (
     Prepared,
     choose_components,
@@ -148,7 +148,7 @@ def _unread_bytes(settings: Settings) -> int:
     return unread_bytes(checkpoint, open_memo(settings))
 
 
-def _forms(prepared: Prepared) -> Iterator[Form]:
+def _forms(prepared: Prepared) -> Iterator[BuildForm]:
     """Each form of a build for devices that hold whole parts: with either VAE and either modulation."""
     settings, parts = prepared.settings, prepared.plan.parts
     if not prepared.plan.target.boards:
@@ -160,9 +160,9 @@ def _forms(prepared: Prepared) -> Iterator[Form]:
             other = _prepared(replace(settings, vae=vae, modulation=modulation), prepared.checkpoint)
             with suppress(ResourceError):  # what does not fit is told by its figures
                 toolchain_of(other.plan.target).check(other.checkpoint, other.plan, other.cache)
-            yield Form(vae, modulation, other)
+            yield BuildForm(vae, modulation, other)
         except FluxkilnError as error:
-            yield Form(vae, modulation, None, str(error))
+            yield BuildForm(vae, modulation, None, str(error))
 
 
 def prepare(settings: Settings, progress: Progress | None = None) -> Prepared:

@@ -34,7 +34,7 @@ KERNEL_BYTES = 6 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class BuildForm:
     """One of the forms that a build may have: which VAE and modulation, and the build; or why there is none."""
 
     vae: str
@@ -43,7 +43,7 @@ class Form:
     why: str = ""
 
 
-def plan_build(prepared: Prepared, forms: Iterable[Form] = (), download: int = 0) -> dict[str, Any]:
+def plan_build(prepared: Prepared, forms: Iterable[BuildForm] = (), download: int = 0) -> dict[str, Any]:
     """What a build needs and takes, as plain JSON.
 
     Args:
@@ -80,7 +80,7 @@ def _devices(prepared: Prepared) -> dict[str, Any]:
     return toolchain_of(prepared.plan.target).devices(prepared.checkpoint, prepared.plan, prepared.cache)
 
 
-def _form(form: Form) -> dict[str, Any]:
+def _form(form: BuildForm) -> dict[str, Any]:
     """VAE and modulation; the peak of the fullest device while it is loaded as it has to be, and the estimate."""
     told: dict[str, Any] = {"vae": form.vae, "modulation": form.modulation, "why": form.why}
     if form.prepared is not None and (devices := _devices(form.prepared)):

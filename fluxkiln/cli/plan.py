@@ -16,7 +16,7 @@ from fluxkiln.verify.report.page import size as size_text
 UNKNOWN = "unknown"
 _SPENT = ("step_ms", "image_ms")
 # where what a net takes is known from -> how that is said
-ORIGINS = {
+_ORIGINS = {
     "weights": "of the weights alone; all else is unknown",
     "shapes": "of weights by their shapes; what activations and the runtime take is estimated",
     "measured": "of the same nets, measured before",
@@ -113,7 +113,7 @@ def _speed(estimate: Mapping[str, Any] | None) -> str:
 
 
 def _origin(settings: Settings, devices: Mapping[str, Any]) -> str:
-    found = ORIGINS[devices["origin"]]
+    found = _ORIGINS[devices["origin"]]
     if devices["origin"] == "compiled" or "measured" not in devices:
         return found
     source = f" ({devices['measured']})" if devices["origin"] == "measured" else ""

@@ -19,7 +19,7 @@ from fluxkiln.export.checkpoint import Checkpoint
 
 TABLE = Path(__file__).with_name("measured.json")
 KEY = ("chip", "scheme", "kind", "key")
-FACTS = ("weight_bytes", "instruction_bytes", "runtime_bytes", "estimate_ms")
+NET_FACTS = ("weight_bytes", "instruction_bytes", "runtime_bytes", "estimate_ms")
 
 
 def net_key(checkpoint: Checkpoint, plan: Plan, kind: str) -> tuple[str, str, str, str]:
@@ -36,7 +36,7 @@ def find_measured(checkpoint: Checkpoint, plan: Plan, kind: str) -> Mapping[str,
     return _nets().get(net_key(checkpoint, plan, kind))
 
 
-def describe() -> str:
+def describe_table() -> str:
     """Where the table comes from, for people."""
     return f"`{_table()['command']}`: {_table()['conditions']}"
 

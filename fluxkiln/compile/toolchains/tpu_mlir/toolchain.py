@@ -116,7 +116,7 @@ class TpuMlir(Toolchain):
 
         return {
             **plan_files(checkpoint, plan, planned_binaries(checkpoint, plan, cache)),
-            "measured": measured.describe(),
+            "measured": measured.describe_table(),
         }
 
     def make(

@@ -210,7 +210,7 @@ class Settings:
     """
 
     target: str
-    model: str = _option(DEFAULT_MODEL, f"A synthetic preset, a folder or a Hugging Face id. Default: {DEFAULT_MODEL}.")
+    model: str = _option(DEFAULT_MODEL, f"A preset, a folder or a Hugging Face id. Default: {DEFAULT_MODEL}.")
     statistics: str = _option(
         DEFAULT_STATISTICS,
         "How weights of a synthetic preset are drawn: uniform (the default), or flux, with outliers as published for "

@@ -65,6 +65,7 @@ _STRING = re.compile(r"""["']([\w.-]+)["']""")
 _BY_NAME = re.compile(r"""f["'](\w+(?:\.\w+)*|\{__name__\})\.\{[^{}"']+\}((?:\.\w+)*)["']""")
 _MEMBER = re.compile(r"\b([A-Za-z_]\w*)(?=\.([A-Za-z_]\w*))")
 _CLASS = re.compile(r"(?:@.*\n(?:[ \t)].*\n)*)*class (\w+)[\s\S]*?:\n")
+_NO_SOURCES = ("__pycache__", "trained")
 # under which a module has the statements that run in any case
 _ALWAYS = ""
 
@@ -88,7 +89,10 @@ def code_version(*functions: Callable[..., object], **objects: type) -> str:
 
 @cache
 def package_version(package: Path = PACKAGE) -> str:
-    """A digest over every file of fluxkiln, TOML and templates included; bytecode and hidden files do not count."""
+    """A digest over every file of fluxkiln, TOML and templates included.
+
+    Bytecode and hidden files do not count, nor trained weights, which count by their own digests.
+    """
     return digest_sources({path.relative_to(package).as_posix(): path.read_bytes() for path in _files(package)})
 
 
@@ -301,7 +305,7 @@ def _files(base: Path) -> Iterator[Path]:
     if base.is_file():
         yield base
     for folder, folders, names in os.walk(base):
-        folders[:] = [name for name in folders if name != "__pycache__" and not name.startswith(".")]
+        folders[:] = [name for name in folders if name not in _NO_SOURCES and not name.startswith(".")]
         sources = (name for name in names if not (name.startswith((".", "#")) or name.endswith((".pyc", "~"))))
         yield from (Path(folder, name) for name in sources)
 

@@ -107,8 +107,8 @@ class Made:
 class Job:
     """One job of a build. `what` is a part, a kind or a file; `weights` how many numbers it works on.
 
-    `estimate_ms` is how long the compiler expects one run of a mould of the store to take on the chip, `seconds` how
-    long the job itself took where it was measured.
+    `estimate_ms` is how long the compiler expects one run of a mould of the store to take on the chip, `seconds` what
+    CPU time such a job took where it was measured.
     """
 
     stage: str

@@ -67,7 +67,7 @@ def test_help_says_what_each_command_says(fluxkiln):
 def test_help_names_the_targets_there_are(fluxkiln, monkeypatch, command):
     names = target_names()
     assert {"bm1684x", "bm1688", "cpu", "inf2", "trn1"} <= set(names)
-    assert f"Targets:\n  {', '.join(names)}\n" in fluxkiln(*command.split(), "--help").out
+    assert f"Targets: {', '.join(names)} " in " ".join([*fluxkiln(*command.split(), "--help").out.split(), ""])
     monkeypatch.setattr("fluxkiln.compile.targets.target_names", lambda: ("another", *names))
     assert "Targets:\n  another, " in fluxkiln(*command.split(), "--help").out
 

@@ -1,7 +1,7 @@
 """Nets that were compiled and measured once, shipped as a table: what a plan takes where a build's own moulds are not.
 
 `measured.json`: `command` that wrote it and its `conditions`; `nets`: what `net_key` has of each, the facts of the
-compiled net, and `seconds`, those of one compile.
+compiled net, and `seconds` of CPU time of its compile where they were measured.
 """
 
 from __future__ import annotations

@@ -53,8 +53,8 @@ def measure() -> Figure:
         ("build", "vae", "modulation", "a step", "an image"),
         tuple(rows),
         (
-            "Every kind of net compiled once, one after the other; seconds are those of the CPU. No board ran. The nets "
-            "are in `measured.json`.",
+            "Every kind of net compiled once, one after the other; seconds are those of the CPU. No board ran. The "
+            "nets are in `measured.json`.",
         ),
     )
 

@@ -10,7 +10,8 @@ import importlib.metadata
 import json
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,8 +49,13 @@ def template_action(checkpoint: Checkpoint, plan: Plan, kind: str, graph_format:
             "inputs": specs_to_json(model.part_inputs(kind, configs, plan.shapes)),
             **({"joined": True} if _is_joined(plan, kind, graph_format) else {}),
         },
-        tools={name: importlib.metadata.version(name) for name in EXPORT_TOOLS},
+        tools=dict(_export_tools()),
     )
+
+
+@cache
+def _export_tools() -> Mapping[str, str]:
+    return {name: importlib.metadata.version(name) for name in EXPORT_TOOLS}
 
 
 def find_template(

@@ -116,7 +116,7 @@ def _origin(settings: Settings, devices: Mapping[str, Any]) -> str:
     found = _ORIGINS[devices["origin"]]
     if devices["origin"] == "compiled" or "measured" not in devices:
         return found
-    source = f" ({devices['measured']})" if devices["origin"] == "measured" else ""
+    source = f" by `{devices['measured']['command']}`" if devices["origin"] == "measured" else ""
     command = f"fluxkiln mould build {settings.target} --model {settings.model}"
     return f"{found}{source}; `{command}` (some minutes, same options) finds this build's own"
 

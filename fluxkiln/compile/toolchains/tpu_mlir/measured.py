@@ -36,9 +36,9 @@ def find_measured(checkpoint: Checkpoint, plan: Plan, kind: str) -> Mapping[str,
     return _nets().get(net_key(checkpoint, plan, kind))
 
 
-def describe_table() -> str:
-    """Where the table comes from, for people."""
-    return f"`{_table()['command']}`: {_table()['conditions']}"
+def describe_table() -> dict[str, str]:
+    """Where the table comes from: `command` and `conditions`."""
+    return {name: str(_table()[name]) for name in ("command", "conditions")}
 
 
 @cache

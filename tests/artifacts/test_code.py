@@ -61,11 +61,12 @@ def stages() -> dict[str, Stage]:
 
 def members(attribute: str) -> list[tuple[str, str]]:
     """The functions that classes of the package have as this attribute: `attribute = staticmethod(function)`."""
-    return [
-        (".".join(path.relative_to(ROOT).with_suffix("").parts), found)
-        for path in MODULES
-        for found in re.findall(rf"^    {attribute} = staticmethod\((\w+)\)$", path.read_text(), re.MULTILINE)
-    ]
+    found = []
+    for path in MODULES:
+        text, module = path.read_text(), ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for name in re.findall(rf"^    {attribute} = staticmethod\((\w+)\)$", text, re.MULTILINE):
+            found.append(code._top_level(text)[1].get(name, [(module, name)])[0])
+    return found
 
 
 STAGES = stages()
@@ -99,7 +100,7 @@ def test_all_stages_are_found():
         "combine_shells",
         "cast_file",
         "fluxkiln.compile.toolchains.gguf.toolchain write_files",
-        "fluxkiln.compile.toolchains.mlx.toolchain write_components",
+        "fluxkiln.compile.toolchains.mlx.file write_components",
         "integer_template",
         "_fill_part",
         "prove_mould",

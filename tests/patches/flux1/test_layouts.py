@@ -50,5 +50,5 @@ def test_every_tensor_is_somewhere_once():
 
 
 def test_a_layout_that_there_is_not_is_refused():
-    with pytest.raises(UsageError, match=r"no layout 'bfl' is known for vae; there are bfl for transformer"):
-        MODEL.as_others("bfl", "vae", PRESETS["tiny-dev"].configs)
+    with pytest.raises(UsageError, match=r"no layout 'bfl' is known for text_encoder; there are bfl for transformer"):
+        MODEL.as_others("bfl", "text_encoder", PRESETS["tiny-dev"].configs)

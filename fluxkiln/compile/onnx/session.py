@@ -64,7 +64,7 @@ def open_session(graph: Path, *, threads: int = 0, spin: bool = True, fast: bool
         rewritten = _rewritten(graph, fast)
         return make_session(rewritten or graph, str(graph), threads=threads, spin=spin, weights=graph.parent)
     except CompileError:
-        _check_files(graph)
+        check_files(graph)
         raise
 
 
@@ -124,7 +124,8 @@ def _rewritten(graph: Path, fast: bool) -> bytes | None:
     return serialized
 
 
-def _check_files(graph: Path) -> None:
+def check_files(graph: Path) -> None:
+    """Raise IntegrityError unless a graph is there, and the files that it reads are as long as it takes."""
     if not graph.is_file():
         raise IntegrityError(f"{graph} does not exist; build it again")
     for file, needed in external_files(graph).items():

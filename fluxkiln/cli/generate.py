@@ -29,6 +29,21 @@ THREADS = click.IntRange(0, MOST_THREADS)
 BOARD = click.IntRange(0, MOST_BOARDS)
 
 
+def read_device(ctx: click.Context, param: click.Parameter, value: str | None) -> int | str | None:
+    """The number of a board, or what a runtime calls a device."""
+    if value is None or not value.removeprefix("-").isdecimal():
+        return value if value is None else parse_text(value)
+    return int(BOARD(value, param, ctx))
+
+
+device_option = click.option(
+    "--device",
+    callback=read_device,
+    metavar="N|NAME",
+    help="The number of the board that runs it, or what a runtime calls a device: GPU. Default: 0, or the CPU.",
+)
+
+
 @click.command(cls=BundleCommand)
 @click.argument("prompts", nargs=-1, metavar="PROMPT...")
 @click.option("--bundle", type=PATH, required=True, metavar="DIR", help="A bundle, or the folder of a build.")
@@ -53,7 +68,7 @@ BOARD = click.IntRange(0, MOST_BOARDS)
 @click.option("--size", metavar="WxH", help="Checked against the bundle, which is compiled for one size.")
 @click.option("--tokens", type=int, metavar="N", help="Checked against the bundle, like the size.")
 @click.option("--executor", metavar="NAME", help="What runs the parts, see below. Default: by the bundle.")
-@click.option("--device", type=BOARD, metavar="N", help="The number of the board that runs it. Default: 0.")
+@device_option
 @click.option("--threads", type=THREADS, metavar="N", help="Threads of one operation. Default: all cores.")
 @click.option(
     "--fast",
@@ -76,7 +91,7 @@ def generate_command(
     rows: int | None,
     size: str | None,
     executor: str | None,
-    device: int | None,
+    device: int | str | None,
     threads: int | None,
     fast: bool,
     out: Path,
@@ -204,12 +219,18 @@ def _show(output: Output, bundle: Bundle, facts: Mapping[str, str], document: Ma
 @click.option("--host", metavar="ADDRESS", default="127.0.0.1", help="Where to listen. Default: this machine only.")
 @click.option("--port", type=int, metavar="N", default=PORT, help=f"Default: {PORT}; 0 picks a free one.")
 @click.option("--executor", metavar="NAME", help="What runs the parts, see below. Default: by the bundle.")
-@click.option("--device", type=BOARD, metavar="N", help="The number of the board that runs it. Default: 0.")
+@device_option
 @click.option("--threads", type=THREADS, metavar="N", help="Threads of one operation. Default: all cores.")
 @json_option
 @click.pass_obj
 def serve_command(
-    output: Output, bundle: Path, host: str, port: int, executor: str | None, device: int | None, threads: int | None
+    output: Output,
+    bundle: Path,
+    host: str,
+    port: int,
+    executor: str | None,
+    device: int | str | None,
+    threads: int | None,
 ) -> None:
     """Open a local page to type a prompt and watch the steps.
 

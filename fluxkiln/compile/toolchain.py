@@ -308,8 +308,9 @@ def open_executor(bundle: Bundle, name: str | None = None, **options: Any) -> Ex
 
     Args:
         name: of its toolchain's executors, the default for the bundle if None.
-        options: `threads` of one operation, 0 for what the runtime thinks best; `device`, the number of a board;
-            `fast`: activations of packed weights are rounded to 8 bits. None and False stand for what was not given.
+        options: `threads` of one operation, 0 for what the runtime thinks best; `device`, the number of a board or
+            what a runtime calls one; `fast`: activations of packed weights are rounded to 8 bits. None and False stand
+            for what was not given.
 
     Raises:
         UsageError: it cannot run this bundle, or not so. ToolchainError: its library, device or compiled files are

@@ -119,6 +119,8 @@ def test_options_of_another_executor(tiny_checkpoint, tmp_path):
     bundle = open_bundle(make_bundle(tiny_checkpoint(), tmp_path / "made"))
     with pytest.raises(UsageError, match="--device 0: the executor ort does not use it; leave it out"):
         open_executor(bundle, device=0, threads=1)
+    with pytest.raises(UsageError, match="--device GPU: the executor ort does not use it; leave it out"):
+        open_executor(bundle, device="GPU")
     open_executor(bundle, device=None, threads=1).close()
 
 

@@ -187,7 +187,7 @@ class SailExecutor:
         device: number of the device, as `bm-smi` lists them.
 
     Raises:
-        ToolchainError: the library is not installed, or it finds no such device.
+        UsageError: no number. ToolchainError: the library is not installed, or it finds no such device.
 
     Source: https://github.com/sophgo/sophon-sail, docs/source_en/module_python/sail.Engine.rst, sail.Tensor.rst (16-bit
     values are passed as the uint16 of their bits), docs/source_zh/module_python/0_enum_type/sail.Dtype.rst.
@@ -195,7 +195,9 @@ class SailExecutor:
 
     name = "sail"
 
-    def __init__(self, nets: Mapping[str, Net], device: int = 0) -> None:
+    def __init__(self, nets: Mapping[str, Net], device: int | str = 0) -> None:
+        if isinstance(device, str):
+            raise UsageError(f"--device {device}: boards have numbers, as `bm-smi` lists them; 0 is the first")
         for net in nets.values():
             require_file(net)
         try:

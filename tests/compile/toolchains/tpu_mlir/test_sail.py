@@ -72,6 +72,12 @@ def test_values_pass_as_their_bits(nets, library):
     assert executor.facts["device"] == "BM1684X 0"
 
 
+def test_a_board_has_a_number(nets, library):
+    library()
+    with pytest.raises(UsageError, match="--device GPU: boards have numbers"):
+        SailExecutor(nets, "GPU")
+
+
 @pytest.mark.tpu_mlir
 def test_the_words_of_compiled_nets_are_known(small_build):
     made = small_build()

@@ -31,6 +31,7 @@ from fluxkiln.patches.pipeline import Sampling, run_rows
 from fluxkiln.progress import Progress
 from fluxkiln.types import GraphFormat, Part, PartRunner, Shapes, find_part
 from fluxkiln.verify.ladder import Ladder, compare_outputs, compare_pipeline, let_go, replay_part
+from fluxkiln.verify.report.document import IMAGE_TIME
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -212,14 +213,15 @@ def replay(prepared: Prepared, plan: Plan, recording: Recording, opened: OpenRun
 def _with_pipeline(prepared: Prepared, plan: Plan, parity: Parity, runner: PartRunner, progress: Progress) -> Parity:
     """The parity, whose `seconds` has when it was begun, with the rows of its whole pipeline by the runner of its
     `pipeline_rung`, and with the images of further prompts and seeds."""
-    recording, runs = parity.recording, None
+    recording, runs, image = parity.recording, None, dict[str, float]()
     if parity.pipeline is not None:
+        image = {IMAGE_TIME: parity.pipeline.seconds}
         scheme = next(plan.scheme(part) for part in plan.parts if part.traits.is_block)
         compare_pipeline(parity.ladder, recording, scheme, parity.pipeline_rung, parity.pipeline)
         progress.done("verify", "whole pipeline", f"{recording.steps} steps at {name_shapes(plan.shapes)}")
         runs = sample_runs(prepared, plan, parity.ladder, runner, parity.pipeline_rung, progress)
     spent = time.perf_counter() - parity.seconds["verify"]
-    return replace(parity, runs=runs, seconds={"verify": spent, **recording.seconds})
+    return replace(parity, runs=runs, seconds={"verify": spent, **recording.seconds, **image})
 
 
 def _verify_large(

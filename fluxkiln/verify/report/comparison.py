@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from fluxkiln.errors import UsageError
+from fluxkiln.verify.gates import PIPELINE
 from fluxkiln.verify.report.charts import Cell, at_build_shapes, keep_worst, shade_of, value_of
-from fluxkiln.verify.report.document import FACTS, page_environment, plain, read_rungs
-from fluxkiln.verify.report.page import compact_json, embed_document
+from fluxkiln.verify.report.document import FACTS, IMAGE_TIME, page_environment, plain, read_rungs
+from fluxkiln.verify.report.page import compact_json, embed_document, number, seconds
 
 _Document = Mapping[str, Any]
 
@@ -116,6 +117,20 @@ def fact_lines(documents: Sequence[_Document]) -> list[Line]:
             f"distance {float(near['distance']):.4f}"
         )
 
+    def recorded(document: _Document) -> str:
+        given = document.get("provenance") or {}
+        return ", ".join(f"{name} {given[name]}" for name in ("prompt", "seed") if name in given)
+
+    def painted(document: _Document) -> str:
+        """The recorded run's image by parts: rung, errors and time."""
+        rows = {row["output"]: row for row in document["rows"] if row["part"] == PIPELINE}
+        found = {output: row["vs_reference"] for output, row in rows.items()}
+        told = [f"rung {rows['image']['rung']}"] if "image" in rows else []
+        told += [f"latents off by {number(found['latents']['relative_l2'])}"] if "latents" in found else []
+        told += [f"{number(found['image']['psnr'])} dB"] if "image" in found else []
+        took = [one["seconds"] for one in document.get("timings") or () if one["name"] == IMAGE_TIME]
+        return ", ".join([*told, *map(seconds, took)])
+
     asked: tuple[tuple[str, Callable[[_Document], str]], ...] = (
         ("target", lambda document: str(document["target"])),
         ("model", lambda document: str((document.get("model") or {}).get("name", ""))),
@@ -123,6 +138,8 @@ def fact_lines(documents: Sequence[_Document]) -> list[Line]:
         ("what ran", lambda document: str((document.get("about") or {}).get("ran", ""))),
         ("shapes", shapes),
         ("schemes", schemes),
+        ("recorded run", recorded),
+        ("its image by parts", painted),
         ("images of prompts and seeds", images),
         ("facts of prompts that hold", judged),
         ("comparisons", lambda document: f"{document['summary']['rows']}, {document['summary']['failed']} missed"),

@@ -44,6 +44,8 @@ from fluxkiln.verify.report.charts import (
 from fluxkiln.verify.report.page import FILTERS, compact_json, embed_document, encode_picture, static_rows, word
 
 SCHEMA = "fluxkiln.report/2"
+# of `timings`: the recorded run's image, made by parts at its rung
+IMAGE_TIME = "image by parts"
 SIGNIFICANT_DIGITS = 6
 MAX_HTML_BYTES = 3_000_000
 FEW_ROWS = 300  # in a page that would be larger

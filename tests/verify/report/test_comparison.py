@@ -37,8 +37,8 @@ def documents(recording, pictures):
         "parts": [{"name": "a", "kind": "double", "scheme": "F32", "bytes": 1e6, "device_memory": 1, "made": "cast"}],
         "devices": {"budget": 4e9, "peaks": {"all": [2e9, 3e9]}, "load": "all"},
         "estimate": {"label": "", "entries": {"one step": "6.58 s"}},
-        "timings": [{"name": "verify", "seconds": 3.0}],
-        "tools": {"torch": "2.13.0", "numpy": "2.0"}, "provenance": {"seed": 0},
+        "timings": [{"name": "verify", "seconds": 3.0}, {"name": "image by parts", "seconds": 1.5}],
+        "tools": {"torch": "2.13.0", "numpy": "2.0"}, "provenance": {"prompt": "a kiln", "seed": 0},
         "runs": {
             "rung": "simulator", "steps": 2, "entries": RUNS, "statistics": summarise_runs([Run(**r) for r in RUNS]),
         },
@@ -64,6 +64,13 @@ def test_facts(documents):
     assert facts["schemes"] == ("W4BF16: double; F16: clip", "")
     assert facts["images of prompts and seeds"] == ("2, 34.0 dB in the mean, 33.0 dB at worst", "")
     assert facts["comparisons"][1].endswith("1 missed")
+
+
+def test_one_image_by_every_backend(documents):
+    facts = {line.name: line.cells for line in fact_lines(documents)}
+    assert facts["recorded run"] == ("prompt a kiln, seed 0", "")
+    psnr = next(row for row in documents[0]["rows"] if row["part"] == "pipeline")["vs_reference"]["psnr"]
+    assert facts["its image by parts"] == (f"rung simulator, {psnr:.3g} dB, 1.5 s", "")
 
 
 def test_rungs_that_one_has_not_run(documents):
@@ -101,12 +108,13 @@ def test_costs(documents):
         "most at once on a device": (("size", 3e9), None),
         "one step": (("text", "6.58 s"), None),
         "verify, this build": (("seconds", 3.0), None),
+        "image by parts, this build": (("seconds", 1.5), None),
     }
 
 
 def test_what_differs_is_told_from_what_does_not(documents):
     equal = {line.name: line.equal for line in provenance_lines(documents)}
-    assert equal == {"torch": False, "numpy": True, "seed": False}
+    assert equal == {"torch": False, "numpy": True, "prompt": False, "seed": False}
 
 
 def test_page(documents):

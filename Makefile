@@ -31,7 +31,7 @@ NAMES = $(MODELS) STEPS:steps PROMPTS:prompts SEEDS:seeds
 OPTIONS = $(call options,$(NAMES))
 
 # What is given is text: make does not look for variables and functions of its own in it.
-$(foreach name,PROMPT PART BUNDLE OUT TARGET QUANT REGISTRY ACCEPT_LICENSE SIGN SEED STEP PORT $(foreach pair,$(NAMES),$(firstword $(subst :, ,$(pair)))),\
+$(foreach name,PROMPT PART BUNDLE OUT TARGET QUANT RUNTIME REGISTRY ACCEPT_LICENSE SIGN SEED STEP PORT $(foreach pair,$(NAMES),$(firstword $(subst :, ,$(pair)))),\
 	$(eval override $(name) := $$(value $(name))))
 # These may have lines of their own, which a recipe has not.
 export PROMPT PART
@@ -70,8 +70,8 @@ trn2: env  ## the same for AWS Trainium 2; TARGET=trn2_lnc1 for logical cores of
 inf2: env  ## the same for AWS Inferentia2
 	@$(BIN)/fluxkiln build inf2 $(OPTIONS)
 
-cpu: env  ## checkpoint -> verified ONNX Runtime bundle
-	@$(BIN)/fluxkiln build cpu $(OPTIONS)
+cpu: env  ## checkpoint -> verified bundle for this CPU: RUNTIME=onnxruntime|openvino
+	@$(BIN)/fluxkiln build $(call quoted,$(or $(filter-out onnxruntime,$(RUNTIME)),cpu)) $(OPTIONS)
 
 gguf: env  ## checkpoint -> verified GGUF files: QUANT=Q8_0|Q6_K|Q5_K|Q5_1|Q5_0|Q4_K|Q4_1|Q4_0|BF16|F16
 	@$(BIN)/fluxkiln build gguf $(call option,QUANT,scheme) $(OPTIONS)
@@ -142,7 +142,7 @@ $(VENV_MADE): pyproject.toml constraints.txt
 	test -e $@ || { rm -rf $(VENV); $(PYTHON) -m venv $(VENV); }; \
 	cpu=$$($(BIN)/python -c 'import sys, urllib.request as r; r.urlopen(sys.argv[1] + "/torch/", timeout=10)' \
 		$(CPU_INDEX) 2>/dev/null && echo $(CPU_INDEX)) || true; \
-	$(BIN)/python -m pip install -q --no-compile -c constraints.txt $${cpu:+--extra-index-url $$cpu} -e '.[dev,trn1,train]'; \
+	$(BIN)/python -m pip install -q --no-compile -c constraints.txt $${cpu:+--extra-index-url $$cpu} -e '.[dev,trn1,train,openvino]'; \
 	$(BIN)/python -c 'import importlib.metadata as m; v = m.version("torch"); \
 		print("torch", v + (", without CUDA" if "+cpu" in v else ": no index offered its CPU build, so it brings CUDA; CPU_INDEX=URL names one"))' >&2; \
 	$(BIN)/python -m compileall -qq -j 0 -x /tests/ $(VENV)/lib fluxkiln || true; \

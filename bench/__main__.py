@@ -29,6 +29,7 @@ NAMES = (
     "tiny",
     "wide",
     "generate",
+    "runtimes",
     "full",
     "neuron",
     "sample",

@@ -13,33 +13,35 @@ from fluxkiln.export.source import resolve_model
 SIZE, TOKENS, STEPS = 256, 128, 6
 OVERHEAD, LOADING = 0.03, 2.0
 
-_BUNDLE = """
+BUNDLE = """
 import json, os, sys, time
 from pathlib import Path
+import numpy as np
 from fluxkiln.compile.opener import open_bundle
 from fluxkiln.compile.toolchain import open_executor
 from fluxkiln.generate.painter import Painter
 
-folder, steps = Path(sys.argv[1]), int(sys.argv[2])
+folder, steps, how = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
 import diffusers, onnxruntime, torch, transformers  # the import is not what is measured
 from diffusers import FluxPipeline
 began = time.perf_counter()
 bundle = open_bundle(folder)
 checked = time.perf_counter()
-executor = open_executor(bundle, threads=int(os.environ.get("OMP_NUM_THREADS", "0")))
+executor = open_executor(bundle, threads=int(os.environ.get("OMP_NUM_THREADS", "0")), fast="fast" in how)
 inside = [0.0]
 
 class Timed:
     def __init__(self, session):
         self.session = session
-    def run(self, *arguments):
+    def __getattr__(self, name):
+        found = getattr(self.session, name)
+        return (lambda *arguments: self.timed(found, arguments)) if name in ("run", "infer") else found
+    def timed(self, work, arguments):
         started = time.perf_counter()
         try:
-            return self.session.run(*arguments)
+            return work(*arguments)
         finally:
             inside[0] += time.perf_counter() - started
-    def __getattr__(self, name):
-        return getattr(self.session, name)
 
 with Painter(bundle, executor) as painter:
     opened = time.perf_counter()
@@ -58,20 +60,24 @@ with Painter(bundle, executor) as painter:
     painter.decode(step.latents)
     whole, cpu = time.perf_counter() - start, time.process_time() - cpu
 print(json.dumps({"check": checked - began, "graphs": loaded - opened, "load": loaded - checked, "steps": taken,
-                  "seconds": whole, "cpu": cpu, "overhead": (whole - inside[0]) / whole}))
+                  "seconds": whole, "cpu": cpu, "overhead": (whole - inside[0]) / whole,
+                  "facts": dict(executor.facts), "latents": np.asarray(step.latents, np.float32).tobytes().hex()}))
 """
-_DIFFUSERS = """
+DIFFUSERS = """
 import json, os, sys, time
 import torch
 from diffusers import FluxPipeline
 
-folder, steps, dtype, side, tokens = sys.argv[1], int(sys.argv[2]), getattr(torch, sys.argv[3]), *map(int, sys.argv[4:])
+folder, steps, dtype = sys.argv[1], int(sys.argv[2]), getattr(torch, sys.argv[3])
+side, tokens, how = *map(int, sys.argv[4:6]), sys.argv[6:]
 if "OMP_NUM_THREADS" in os.environ:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 began = time.perf_counter()
 pipe = FluxPipeline.from_pretrained(folder, torch_dtype=dtype)
 pipe.set_progress_bar_config(disable=True)
 loaded = time.perf_counter()
+if "compile" in how:
+    pipe.transformer.compile_repeated_blocks()
 taken, last = [], [0.0]
 
 def after_step(pipe, index, timestep, tensors):
@@ -80,13 +86,20 @@ def after_step(pipe, index, timestep, tensors):
     last[0] = now
     return {}
 
-start, cpu = time.perf_counter(), time.process_time()
+def make(steps):
+    pipe(prompt_embeds=embeds, pooled_prompt_embeds=pooled, height=side, width=side, num_inference_steps=steps,
+         generator=torch.Generator("cpu").manual_seed(0), output_type="np", callback_on_step_end=after_step)
+
 with torch.no_grad():
+    if "compile" in how:
+        embeds, pooled, _ = pipe.encode_prompt("compiling is not what is measured", max_sequence_length=tokens)
+        make(1)
+        taken.clear()
+    start, cpu = time.perf_counter(), time.process_time()
     embeds, pooled, _ = pipe.encode_prompt("a kiln at night, glowing", max_sequence_length=tokens)
     pipe.text_encoder = pipe.text_encoder_2 = None
     last[0] = time.perf_counter()
-    pipe(prompt_embeds=embeds, pooled_prompt_embeds=pooled, height=side, width=side, num_inference_steps=steps,
-         generator=torch.Generator("cpu").manual_seed(0), output_type="np", callback_on_step_end=after_step)
+    make(steps)
 whole, cpu = time.perf_counter() - start, time.process_time() - cpu
 print(json.dumps({"load": loaded - began, "steps": taken, "seconds": whole, "cpu": cpu}))
 """
@@ -103,9 +116,9 @@ def measure() -> Figure:
     bundle = built.document()["bundle"]
     runs: dict[str, tuple[dict[str, Any], int]] = {}
     for name, script, arguments in (
-        ("bundle, ort", _BUNDLE, [bundle, STEPS]),
-        ("diffusers, float32", _DIFFUSERS, [checkpoint, STEPS, "float32", SIZE, TOKENS]),
-        ("diffusers, bfloat16", _DIFFUSERS, [checkpoint, STEPS, "bfloat16", SIZE, TOKENS]),
+        ("bundle, ort", BUNDLE, [bundle, STEPS]),
+        ("diffusers, float32", DIFFUSERS, [checkpoint, STEPS, "float32", SIZE, TOKENS]),
+        ("diffusers, bfloat16", DIFFUSERS, [checkpoint, STEPS, "bfloat16", SIZE, TOKENS]),
     ):
         made = run([sys.executable, "-c", script, *map(str, arguments)])
         runs[name] = made.document(), made.peak_bytes
@@ -145,13 +158,13 @@ def measure() -> Figure:
             f"Graphs opened in {ours['graphs']:.2f} s (aim: {LOADING:g} s); digests of all files checked in "
             f"{ours['check']:.2f} s, once. Time outside of ONNX Runtime's sessions: {100 * ours['overhead']:.1f} % "
             f"(aim: {100 * OVERHEAD:g} %).",
-            f"bfloat16 instructions of this CPU: {', '.join(_bf16_instructions()) or 'none'}. PyTorch multiplies with "
+            f"bfloat16 instructions of this CPU: {', '.join(bf16_instructions()) or 'none'}. PyTorch multiplies with "
             "them at twice the rate of float32; ONNX Runtime's CPU kernels have no bfloat16 arithmetic.",
         ),
     )
 
 
-def _bf16_instructions() -> list[str]:
+def bf16_instructions() -> list[str]:
     """Those of x86 that this CPU says it has."""
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").split()

@@ -25,7 +25,7 @@ HEAVY = {
     "torch", "torchvision", "diffusers", "transformers", "tokenizers", "huggingface_hub", "safetensors", "accelerate",
     "onnx", "onnxruntime", "onnxscript", "onnx_ir", "numba", "numpy", "scipy", "skimage", "PIL", "rich", "jinja2",
     "sentencepiece", "psutil", "gguf", "starlette", "uvicorn", "jax", "jaxlib", "torchax", "ml_dtypes", "peft",
-    "datasets", "mlx",
+    "datasets", "mlx", "openvino",
 }  # fmt: skip
 
 MOST_LINES, MOST_PARAMETERS = 400, 8
@@ -263,7 +263,7 @@ def test_a_toolchain_is_named_in_its_own_folder_alone(name):
 
 
 def test_names_of_toolchains_are_seen():
-    assert TOOLCHAINS == ["gguf", "mlx", "neuron", "onnxruntime", "tpu_mlir"]
+    assert TOOLCHAINS == ["gguf", "mlx", "neuron", "onnxruntime", "openvino", "tpu_mlir"]
     source = 'a == "neuron"\nb = {"tpu_mlir": 1}\nimport_module("fluxkiln.compile.toolchains.onnxruntime")\n"neurons"\n'
     assert len(toolchains_named(ast.parse(source))) == 3
 

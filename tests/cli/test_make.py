@@ -77,6 +77,14 @@ def test_every_variable_arrives_as_its_option(make):
     assert sorted(built[2:]) == sorted([*(words[one.flag] for one in options if one.make == "build"), "--json"])
 
 
+@pytest.mark.parametrize(
+    ("given", "target"),
+    [((), "cpu"), (("RUNTIME=onnxruntime",), "cpu"), (("RUNTIME=openvino",), "openvino"), (("RUNTIME=it's",), "it's")],
+)
+def test_the_runtime_of_a_cpu(make, given, target):
+    assert make("cpu", *given)[2] == [["build", target]]
+
+
 def test_without_a_bundle_the_build_of_the_variables_is_made_first(make):
     _, _, calls = make("generate", "PROMPT=a", "MODEL=my $1 model", "SIZE=64x64", "STEPS=2", "TARGET=bm1684x")
     build, generate = calls

@@ -335,7 +335,7 @@ class Effect:
 def measure_effects(
     settings: Settings, schemes: Sequence[str], steps: Sequence[int] = (2, 8), progress: Progress | None = None
 ) -> list[Effect]:
-    """Run diffusers' own loop with every part in float32 arithmetic and its weights as each scheme stores them.
+    """Run the loop of `generate` with every part in float32 arithmetic and its weights as each scheme stores them.
 
     UsageError: not all components are built. SchemeError: a method without its calibration.
     """

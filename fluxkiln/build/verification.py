@@ -168,7 +168,7 @@ def is_complete(checkpoint: Checkpoint, plan: Plan) -> bool:
 
 
 def run_pipeline(checkpoint: Checkpoint, plan: Plan, sampling: Sampling, runner: PartRunner) -> PipelineResult:
-    """diffusers' own loop with `runner` in place of every model."""
+    """The loop of `fluxkiln generate` with `runner` in place of every model."""
     from fluxkiln.verify.pipeline import run_with_parts
 
     return run_with_parts(checkpoint.model, pipeline_files(checkpoint, plan), plan.shapes, plan.parts, runner, sampling)

@@ -100,8 +100,8 @@ def generate_command(
 ) -> None:
     """Make images from a bundle; no checkpoint is needed.
 
-    diffusers' own pipeline and scheduler run the loop, the bundle's parts are its modules. Each PNG carries its
-    prompt, its seed and the bundle's digest.
+    The loop is that of diffusers' pipeline, in numpy, on the bundle's parts. Each PNG carries its prompt, its seed and
+    the bundle's digest.
     """
     texts = (*map(parse_text, prompts), *(read_prompts(file) if file else ()))
     asked["prompt_2"] = parse_text(asked["prompt_2"]) if asked["prompt_2"] else None

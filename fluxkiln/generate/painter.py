@@ -1,6 +1,6 @@
 """Images from a bundle, in steps that can be used alone: encode, denoise step by step, decode, write as PNG.
 
-diffusers' own FluxPipeline and scheduler run the loop; the modules are the bundle's parts. No checkpoint is needed.
+The published pipeline's loop in numpy, with the bundle's parts as its models; no checkpoint and no torch is needed.
 
     bundle = open_bundle(Path("build/cpu/tiny-dev/bundle"))
     with Painter(bundle, open_executor(bundle)) as painter:
@@ -14,11 +14,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-import queue
-import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +23,7 @@ from fluxkiln import __version__
 from fluxkiln.compile.bundle import Bundle
 from fluxkiln.compile.executor import Executor
 from fluxkiln.errors import ShapeError, UsageError
-from fluxkiln.patches.pipeline import GUIDANCE_SCALE, PartChain, PipelineFiles, quiet
+from fluxkiln.patches.pipeline import GUIDANCE_SCALE, PartChain, Pipeline, PipelineFiles
 from fluxkiln.progress import Laps, Progress, Silent
 from fluxkiln.settings import MOST_SEED
 from fluxkiln.types import Shapes, check_steps
@@ -87,7 +84,7 @@ OnStep = Callable[[Step], "NDArray[Any] | None"]
 
 @dataclass(slots=True)
 class Painter:
-    """diffusers' pipeline on a bundle's parts. One image at a time: the scheduler counts the steps of one.
+    """A model's pipeline on a bundle's parts.
 
     ShapeError: the bundle's constants are for other shapes than its parts.
     """
@@ -96,7 +93,7 @@ class Painter:
     executor: Executor
     laps: Laps = field(default_factory=Laps)
     _chain: PartChain = field(init=False)
-    _pipe: Any = field(init=False)
+    _pipeline: Pipeline = field(init=False)
     # hoisted modulation: a quarter of the transformer's weights, and needed before the first step only; images of the
     # same prompt, steps and guidance have the same
     _once: frozenset[str] = field(init=False)
@@ -104,13 +101,10 @@ class Painter:
 
     def __post_init__(self) -> None:
         bundle = self.bundle
-        constants = bundle.constants
-        bundle.model.check_constants(constants, bundle.manifest.shapes)
         self._once = frozenset(part.name for part in bundle.parts if part.traits.rows)
         self._chain = PartChain(bundle.parts, self._run_part)
-        with quiet():
-            files = PipelineFiles(bundle.folder, bundle.configs, constants)
-            self._pipe = bundle.model.build_pipeline(files, self._chain)
+        files = PipelineFiles(bundle.folder, bundle.configs, bundle.constants)
+        self._pipeline = bundle.model.build_pipeline(files, self._chain, bundle.manifest.shapes)
 
     @property
     def part_seconds(self) -> float:
@@ -122,7 +116,7 @@ class Painter:
 
         A prompt longer than the tokens is cut, as diffusers does, and the notes say how much.
         """
-        return Encoded(*self.bundle.model.encode(self._pipe, self.bundle.manifest.shapes, prompt, prompt_2))
+        return Encoded(*self._pipeline.encode(prompt, prompt_2))
 
     def denoise(
         self,
@@ -134,7 +128,7 @@ class Painter:
         latents: NDArray[Any] | None = None,
         on_step: OnStep | None = None,
     ) -> Generator[Step, None, None]:
-        """Denoise, one step each time the next value is asked for; leaving the loop stops the work.
+        """Denoise, one step each time the next value is asked for.
 
         Args:
             steps, guidance: the model's own by default (28 for dev, 4 for schnell; 3.5).
@@ -144,69 +138,20 @@ class Painter:
         Raises:
             UsageError: more steps than the bundle's modulation holds, or guidance for a model without it.
         """
-        import numpy as np
-        import torch
-
         check_request(self.bundle, Request("", seed, None, steps, guidance))
-        count = steps or default_steps(self.bundle)
-        made: queue.SimpleQueue[Step | BaseException | None] = queue.SimpleQueue()
-        # the pipeline's loop runs in a thread that waits at the end of each step until it is asked to go on
-        turn, leave = threading.Semaphore(0), threading.Event()
-        began = time.perf_counter()
-
-        def as_tensor(array: NDArray[Any]) -> torch.Tensor:
-            return torch.from_numpy(np.array(array, np.float32))
-
-        def after_step(pipe: Any, index: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-            nonlocal began
-            values = tensors["latents"]
-            step = Step(index + 1, count, values.numpy().copy(), time.perf_counter() - began)
-            changed = on_step(step) if on_step else None
-            made.put(step)
-            turn.acquire()
+        count, scale = steps or default_steps(self.bundle), GUIDANCE_SCALE if guidance is None else guidance
+        loop = self._pipeline.denoise(encoded.embeds, steps=count, guidance=scale, seed=seed, latents=latents)
+        changed: NDArray[Any] | None = None
+        for index in range(count):
             began = time.perf_counter()
-            pipe._interrupt = leave.is_set()
-            return {} if changed is None else {"latents": torch.from_numpy(changed).to(values)}
-
-        def run() -> None:
-            turn.acquire()
-            try:
-                if not leave.is_set():
-                    with quiet():
-                        self.bundle.model.denoise(
-                            self._pipe,
-                            {name: as_tensor(array) for name, array in encoded.embeds.items()},
-                            self.bundle.manifest.shapes,
-                            after_step,
-                            steps=count,
-                            guidance=GUIDANCE_SCALE if guidance is None else guidance,
-                            random=torch.Generator("cpu").manual_seed(seed),
-                            latents=None if latents is None else as_tensor(latents),
-                        )
-                made.put(None)
-            except BaseException as error:  # whatever it is, it is raised where the steps are asked for
-                made.put(error)
-
-        thread = threading.Thread(target=run, name="denoise", daemon=True)
-        thread.start()
-        try:
-            while True:
-                turn.release()
-                found = made.get()
-                if isinstance(found, BaseException):
-                    raise found
-                if found is None:
-                    return
-                yield found
-        finally:
-            leave.set()
-            turn.release()
-            thread.join()
+            made = loop.send(changed)
+            step = Step(index + 1, count, made.copy(), time.perf_counter() - began)
+            changed = on_step(step) if on_step else None
+            yield step
 
     def decode(self, latents: NDArray[Any]) -> NDArray[Any]:
         """The image [height, width, 3] uint8 of packed latents [1, S, 4C]."""
-        made: NDArray[Any] = self.bundle.model.decode(self._pipe, self.bundle.manifest.shapes, latents)
-        return (made * 255).round().astype("uint8")
+        return (self._pipeline.decode(latents) * 255).round().astype("uint8")
 
     def close(self) -> None:
         """Close the executor."""
@@ -309,11 +254,10 @@ def paint(
             encoded[request.prompt, request.prompt_2],
             steps=request.steps, guidance=request.guidance, seed=request.seed,
         )  # fmt: skip
-        with closing(steps):  # whoever stops in `on_step` has the loop's thread ended
-            for step in steps:
-                progress.done("denoise", f"image {number + 1}, step {step.index}", f"in {step.seconds:.1f} s")
-                if on_step:
-                    on_step(number, step)
+        for step in steps:
+            progress.done("denoise", f"image {number + 1}, step {step.index}", f"in {step.seconds:.1f} s")
+            if on_step:
+                on_step(number, step)
         finished.append((request, step.latents, time.perf_counter() - began))
     executor.release("transformer")
     laps.lap("denoise")

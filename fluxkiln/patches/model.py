@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
     from fluxkiln.patches.cut import Collectives, Cut, ParallelPart
     from fluxkiln.patches.patch import Patch
-    from fluxkiln.patches.pipeline import OnLatents, PartChain, PipelineFiles, Rendering, Sampling
+    from fluxkiln.patches.pipeline import OnLatents, PartChain, Pipeline, PipelineFiles, Rendering, Sampling
 
 # Of this protocol; raised when a method is added or changes its meaning.
-API = 2
+API = 3
 
 Config = Mapping[str, Any]
 # component and tensor -> its values
@@ -297,24 +297,24 @@ class Model(Protocol):
     def observe(self, pipe: Any, part: Part, put: Put) -> None:
         """Have `put` called each time a part runs in diffusers' pipeline."""
 
-    def build_pipeline(self, files: PipelineFiles, chain: PartChain) -> Any:
-        """diffusers' pipeline with stand-ins for its models that run the parts of `chain`."""
+    def build_pipeline(self, files: PipelineFiles, chain: PartChain, shapes: Shapes) -> Pipeline:
+        """The published pipeline's loop with the parts of `chain` in the place of its models; it needs no torch.
 
-    def check_constants(self, constants: Mapping[str, NDArray[Any]], shapes: Shapes) -> None:
-        """Raise ShapeError when host constants were made for other shapes."""
+        Raises: ShapeError: host constants were made for other shapes. CheckpointError: a broken tokenizer or scheduler.
+        """
+
+    # The published pipeline, `pipe`.
 
     def render(self, pipe: Any, shapes: Shapes, sampling: Sampling, on_latents: OnLatents | None = None) -> Rendering:
         """Run diffusers' pipeline on a prompt; what a component that is None would have made is random numbers."""
 
-    def encode(
-        self, pipe: Any, shapes: Shapes, prompt: str, prompt_2: str | None
-    ) -> tuple[dict[str, NDArray[Any]], tuple[str, ...]]:
-        """A prompt as `denoise` takes it, by diffusers' argument names, and sentences on what was cut of it."""
+    def encode(self, pipe: Any, shapes: Shapes, prompt: str) -> dict[str, NDArray[Any]]:
+        """A prompt as `denoise` takes it, by diffusers' argument names."""
 
     def denoise(
         self, pipe: Any, encoded: Mapping[str, Any], shapes: Shapes, after_step: Callable[..., Any], **sampling: Any
     ) -> None:
-        """Run the loop: `steps`, `guidance`, `random`, `latents`."""
+        """Run the loop: `steps`, `guidance`, `random`, a torch.Generator."""
 
     def decode(self, pipe: Any, shapes: Shapes, latents: NDArray[Any]) -> NDArray[Any]:
         """The image [height, width, 3] in 0..1 of packed latents."""

@@ -1,13 +1,13 @@
-"""A model's pipeline on parts: diffusers' own loop and scheduler, with a part runner in place of the models."""
+"""A model's pipeline on parts: what stands between them, and a part runner in place of the models."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fluxkiln.errors import UsageError
 from fluxkiln.types import Configs, Part, PartRunner
@@ -60,6 +60,30 @@ class Rendering:
     prompt_embeds: NDArray[Any]
     pooled_prompt_embeds: NDArray[Any]
     seconds: float
+
+
+class Pipeline(Protocol):
+    """A model's loop on parts, in numpy, float32. One image at a time."""
+
+    def encode(self, prompt: str, prompt_2: str | None = None) -> tuple[dict[str, NDArray[Any]], tuple[str, ...]]:
+        """A prompt as `denoise` takes it, by diffusers' argument names, and sentences on what was cut of it."""
+
+    def denoise(
+        self,
+        encoded: Mapping[str, NDArray[Any]],
+        *,
+        steps: int,
+        guidance: float,
+        seed: int,
+        latents: NDArray[Any] | None = None,
+    ) -> Generator[NDArray[Any], NDArray[Any] | None, None]:
+        """Packed latents [1, S, 4C] after each step; what is sent in, if anything, takes their place.
+
+        `latents` is what to begin with, the noise of `seed` for None.
+        """
+
+    def decode(self, latents: NDArray[Any]) -> NDArray[Any]:
+        """The image [height, width, 3] in 0..1 of packed latents."""
 
 
 @dataclass(slots=True)

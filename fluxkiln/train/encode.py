@@ -77,7 +77,7 @@ class Encoder:
 
         path = self._place("text", [self.keys["text"], self.shapes.tokens, prompt], "safetensors")
         if not path.is_file():
-            made, _ = self.checkpoint.model.encode(self.pipe, self.shapes, prompt, None)
+            made = self.checkpoint.model.encode(self.pipe, self.shapes, prompt)
             write_durably(path, save({name: torch.from_numpy(np.array(array)) for name, array in made.items()}))
         return path
 

@@ -1,4 +1,4 @@
-"""diffusers' own pipeline, on parts in place of its models, or with the weights of one unit in memory at a time.
+"""A pipeline on parts in place of its models; and diffusers' own, with the weights of one unit in memory at a time.
 
 Streamed models are the published classes, built from their configs. A unit (a block; or what is not inside one) gets
 its weights right before its forward and loses them right after, by forward hooks: nothing upstream is replaced.
@@ -7,6 +7,7 @@ Checked with diffusers 0.42.1 and transformers 5.23.0.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from fluxkiln.errors import CheckpointError, PatchError
 from fluxkiln.export.checkpoint import Checkpoint, TensorReader
 from fluxkiln.patches.model import Model
-from fluxkiln.patches.pipeline import OnLatents, PartChain, PipelineFiles, Rendering, Sampling, quiet
+from fluxkiln.patches.pipeline import OnLatents, PartChain, PipelineFiles, Rendering, Sampling
 from fluxkiln.types import Part, PartRunner, Shapes, check_steps
 
 
@@ -44,7 +45,7 @@ def run_with_parts(
     sampling: Sampling | None = None,
     on_latents: OnLatents | None = None,
 ) -> PipelineResult:
-    """Make an image with `run_part` in place of the torch models, which are not loaded.
+    """Make an image with `run_part` in place of the models, as `fluxkiln generate` does.
 
     Args:
         shapes: the shapes the parts were made for.
@@ -59,12 +60,15 @@ def run_with_parts(
     sampling = sampling or Sampling()
     check_steps(parts, sampling.steps)
     chain = PartChain(parts, run_part)
-    with quiet():
-        model.check_constants(files.constants, shapes)
-        pipe = model.build_pipeline(files, chain)
-    made = model.render(pipe, shapes, sampling, on_latents)
-    fields = (made.latents, made.image, made.prompt_embeds, made.pooled_prompt_embeds, made.seconds)
-    return PipelineResult(*fields, dict(chain.seconds), dict(chain.calls))
+    pipe = model.build_pipeline(files, chain, shapes)
+    start = time.perf_counter()
+    encoded, _ = pipe.encode(sampling.prompt)
+    for latents in pipe.denoise(encoded, steps=sampling.steps, guidance=sampling.guidance_scale, seed=sampling.seed):
+        if on_latents:
+            on_latents(latents)
+    image = pipe.decode(latents)
+    embeds, seconds = (encoded["prompt_embeds"], encoded["pooled_prompt_embeds"]), time.perf_counter() - start
+    return PipelineResult(latents, image, *embeds, seconds, dict(chain.seconds), dict(chain.calls))
 
 
 @dataclass(frozen=True, slots=True)

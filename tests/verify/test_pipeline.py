@@ -14,7 +14,7 @@ from fluxkiln.errors import CheckpointError
 from fluxkiln.export.checkpoint import TensorReader
 from fluxkiln.export.eager import PatchedRunner
 from fluxkiln.patches.flux1.kinds import list_parts
-from fluxkiln.patches.flux1.pipeline import render
+from fluxkiln.patches.flux1.published import render
 from fluxkiln.patches.pipeline import Sampling
 from fluxkiln.types import Shapes
 from fluxkiln.verify import pipeline as streamed_pipeline

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from fluxkiln.patches.cut import Collectives, Cut, ParallelPart
     from fluxkiln.patches.patch import Patch
-    from fluxkiln.patches.pipeline import OnLatents, PartChain, PipelineFiles, Rendering, Sampling
+    from fluxkiln.patches.pipeline import OnLatents, PartChain, Pipeline, PipelineFiles, Rendering, Sampling
 
 NON_COMMERCIAL = "LicenseRef-FLUX-1-dev-Non-Commercial"
 # How often a weight of the VAE's decoder is used, on average, for every position of the latents; counted at 1024x1024.
@@ -261,37 +261,30 @@ class Flux1:
 
         observe_part(pipe, part, put)
 
-    def build_pipeline(self, files: PipelineFiles, chain: PartChain) -> Any:
+    def build_pipeline(self, files: PipelineFiles, chain: PartChain, shapes: Shapes) -> Pipeline:
         from fluxkiln.patches.flux1.pipeline import build_pipeline
 
-        return build_pipeline(files, chain, self.load_pipeline_class())
-
-    def check_constants(self, constants: Mapping[str, NDArray[Any]], shapes: Shapes) -> None:
-        from fluxkiln.patches.flux1.pipeline import check_constants
-
-        check_constants(constants, shapes)
+        return build_pipeline(files, chain, shapes)
 
     def render(self, pipe: Any, shapes: Shapes, sampling: Sampling, on_latents: OnLatents | None = None) -> Rendering:
-        from fluxkiln.patches.flux1.pipeline import render
+        from fluxkiln.patches.flux1.published import render
 
         return render(pipe, shapes, sampling, on_latents)
 
-    def encode(
-        self, pipe: Any, shapes: Shapes, prompt: str, prompt_2: str | None
-    ) -> tuple[dict[str, NDArray[Any]], tuple[str, ...]]:
-        from fluxkiln.patches.flux1.pipeline import encode
+    def encode(self, pipe: Any, shapes: Shapes, prompt: str) -> dict[str, NDArray[Any]]:
+        from fluxkiln.patches.flux1.published import encode
 
-        return encode(pipe, shapes, prompt, prompt_2)
+        return encode(pipe, shapes, prompt)
 
     def denoise(
         self, pipe: Any, encoded: Mapping[str, Any], shapes: Shapes, after_step: Callable[..., Any], **sampling: Any
     ) -> None:
-        from fluxkiln.patches.flux1.pipeline import denoise
+        from fluxkiln.patches.flux1.published import denoise
 
         denoise(pipe, encoded, shapes, after_step, **sampling)
 
     def decode(self, pipe: Any, shapes: Shapes, latents: NDArray[Any]) -> NDArray[Any]:
-        from fluxkiln.patches.flux1.pipeline import decode
+        from fluxkiln.patches.flux1.published import decode
 
         return decode(pipe, shapes, latents)
 

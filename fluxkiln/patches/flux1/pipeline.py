@@ -1,124 +1,34 @@
-"""diffusers' FluxPipeline (checked with 0.42.1): one whose models are stand-ins that call a part runner, part by part,
-and how any is run on one prompt, all of it, as much of it as is there, or stage by stage.
+"""FLUX.1's loop on parts, as FluxPipeline of diffusers (checked with 0.42.1) runs it on models: prompts to ids, parts
+in their order, the schedule, pixels. numpy throughout: neither torch nor diffusers nor transformers is needed.
 
-Between parts arrays stay numpy; torch tensors are only what the pipeline gives and takes.
+Source: diffusers' pipeline_flux.py and transformer_flux.py. What lies between the parts equals theirs to the bit.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from types import SimpleNamespace
+from collections.abc import Callable, Generator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
-from fluxkiln.errors import PatchError, ShapeError
+from fluxkiln.documents import read_object_file
+from fluxkiln.errors import ShapeError
 from fluxkiln.patches.flux1.inputs import pooled_row
 from fluxkiln.patches.flux1.kinds import CLIP_TOKENS, MODULATION_CHUNKS, modulation_name
-from fluxkiln.patches.flux1.sidecars import load_sidecars
-from fluxkiln.patches.pipeline import OnLatents, PartChain, PipelineFiles, Rendering, Sampling, quiet
+from fluxkiln.patches.flux1.prompts import PromptTokenizer, read_clip_tokenizer, read_t5_tokenizer
+from fluxkiln.patches.flux1.scheduler import noise_levels, take_step, timesteps_of
+from fluxkiln.patches.flux1.schemas import check_configs
+from fluxkiln.patches.noise import normal_noise
+from fluxkiln.patches.pipeline import PartChain, PipelineFiles
 from fluxkiln.types import Part, Shapes
 
-SHOWN_CUT = 160  # characters of what was cut from a prompt
+_Array = NDArray[Any]
+_Arrays = Mapping[str, _Array]
 
 
-def render(pipe: Any, shapes: Shapes, sampling: Sampling, on_latents: OnLatents | None = None) -> Rendering:
-    """Run `pipe`, a `diffusers.FluxPipeline` with None for the models it has not got, on the CPU's random numbers.
-
-    Without an encoder its embedding is normal random numbers for the seed, without a transformer so are the latents
-    that a VAE is given. What is neither given nor made is empty.
-    """
-    random = torch.Generator("cpu").manual_seed(sampling.seed)
-    embeds, pooled, latents = (torch.empty(0) for _ in range(3))
-    image = np.empty((0, 0, 3), np.float32)
-    start = time.perf_counter()
-
-    def after_step(_: Any, __: int, ___: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        nonlocal latents
-        latents = tensors["latents"]
-        if on_latents:
-            on_latents(latents.float().numpy().copy())
-        return {}
-
-    # quiet: a prompt cut to the build's few tokens is meant, and diffusers warns of it
-    with torch.no_grad(), quiet():
-        if pipe.text_encoder is not None:
-            pooled = pipe._get_clip_prompt_embeds(sampling.prompt, device="cpu")
-        if pipe.text_encoder_2 is not None:
-            embeds = pipe._get_t5_prompt_embeds(
-                sampling.prompt, max_sequence_length=shapes.tokens, device="cpu", dtype=torch.float32
-            )
-        elif pipe.transformer is not None:
-            embeds = torch.randn(1, shapes.tokens, pipe.transformer.config.joint_attention_dim, generator=random)
-        if pipe.text_encoder is None and pipe.transformer is not None:
-            pooled = torch.randn(1, pipe.transformer.config.pooled_projection_dim, generator=random)
-        if pipe.transformer is not None:
-            encoded = {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}
-            denoise(
-                pipe, encoded, shapes, after_step, steps=sampling.steps, guidance=sampling.guidance_scale, random=random
-            )
-            if pipe.vae is not None:
-                image = decode(pipe, shapes, latents.numpy())
-        elif pipe.vae is not None:
-            config = pipe.vae.config
-            latents = torch.randn(1, config.latent_channels, *shapes.latent_hw, generator=random)
-            decoded = pipe.vae.decode(latents / config.scaling_factor + config.shift_factor, return_dict=False)[0]
-            image = pipe.image_processor.postprocess(decoded, output_type="np")[0]
-    seconds = time.perf_counter() - start
-    return Rendering(latents.numpy(), image, embeds.numpy(), pooled.numpy(), seconds)
-
-
-def denoise(
-    pipe: Any, encoded: Mapping[str, Any], shapes: Shapes, after_step: Callable[..., dict[str, Any]], *,
-    steps: int, guidance: float, random: Any, latents: Any = None,
-) -> None:  # fmt: skip
-    """Run the loop of `pipe` on encoded prompts.
-
-    Args:
-        encoded: by diffusers' argument names. after_step: diffusers' `callback_on_step_end`, given the latents.
-        random: a torch.Generator.
-    """
-    pipe.set_progress_bar_config(disable=True)
-    pipe(
-        **encoded, height=shapes.height, width=shapes.width, num_inference_steps=steps, guidance_scale=guidance,
-        generator=random, latents=latents, output_type="latent", callback_on_step_end=after_step,
-        callback_on_step_end_tensor_inputs=["latents"],
-    )  # fmt: skip
-
-
-def encode(
-    pipe: Any, shapes: Shapes, prompt: str, prompt_2: str | None
-) -> tuple[dict[str, NDArray[Any]], tuple[str, ...]]:
-    """A prompt as `denoise` takes it, float32, and a sentence for each encoder that does not see all of it."""
-    with torch.no_grad(), quiet():
-        notes = (
-            *_cut_note(pipe.tokenizer, prompt, CLIP_TOKENS, "CLIP"),
-            *_cut_note(pipe.tokenizer_2, prompt_2 or prompt, shapes.tokens, "T5"),
-        )
-        embeds, pooled, _ = pipe.encode_prompt(prompt, prompt_2 or None, max_sequence_length=shapes.tokens)
-    return {"prompt_embeds": embeds.numpy(), "pooled_prompt_embeds": pooled.numpy()}, notes
-
-
-def decode(pipe: Any, shapes: Shapes, latents: NDArray[Any]) -> NDArray[Any]:
-    """The image [height, width, 3] in 0..1 of packed latents [1, S, 4C].
-
-    Source: the end of diffusers' `FluxPipeline.__call__`.
-    """
-    config = pipe.vae.config
-    with torch.no_grad(), quiet():
-        packed = torch.from_numpy(np.array(latents, np.float32))
-        unpacked = pipe._unpack_latents(packed, shapes.height, shapes.width, pipe.vae_scale_factor)
-        image = pipe.vae.decode(unpacked / config.scaling_factor + config.shift_factor)[0]
-        made: NDArray[Any] = pipe.image_processor.postprocess(image, output_type="np")[0]
-    return made
-
-
-def check_constants(host_constants: Mapping[str, NDArray[Any]], shapes: Shapes) -> None:
+def _check_constants(host_constants: _Arrays, shapes: Shapes) -> None:
     """Raise ShapeError when host constants were made for other shapes."""
     lengths = {"rotary_cos": shapes.joint_tokens, "rotary_sin": shapes.joint_tokens, "position_bias": shapes.tokens}
     lengths["position_buckets"] = shapes.tokens
@@ -133,117 +43,126 @@ def check_constants(host_constants: Mapping[str, NDArray[Any]], shapes: Shapes) 
             )
 
 
-def _cut_note(tokenizer: Any, prompt: str, tokens: int, name: str) -> tuple[str, ...]:
-    """What of a prompt a text encoder does not see, as a sentence; nothing where all of it fits."""
-    ids = tokenizer(prompt).input_ids
-    if len(ids) <= tokens:
-        return ()
-    # the last token is the end mark, which the cut prompt has as well
-    lost = ids[tokens - 1 : -1]
-    text = tokenizer.decode(lost, skip_special_tokens=True)
-    shown = text if len(text) <= SHOWN_CUT else f"{text[:SHOWN_CUT]}…"
-    return (f"{name} takes {tokens} tokens and the prompt has {len(ids)}: the last {len(lost)} were cut: {shown!r}",)
+@dataclass(frozen=True, slots=True)
+class FluxParts:
+    """A pipeline of parts; see `patches.pipeline.Pipeline`.
 
+    Attributes:
+        constants: `rotary_cos`, `rotary_sin` [J, K] float32, and T5's `position_bias` [1, H, T, T] float32, or
+            `position_buckets` [T, T] int32 where it is split.
+        scheduler: its config.
+    """
 
-_Array = NDArray[Any]
+    chain: PartChain
+    shapes: Shapes
+    configs: Mapping[str, Mapping[str, Any]]
+    constants: _Arrays
+    scheduler: Mapping[str, Any]
+    clip: PromptTokenizer
+    t5: PromptTokenizer
 
+    def encode(self, prompt: str, prompt_2: str | None = None) -> tuple[dict[str, _Array], tuple[str, ...]]:
+        ids, notes = self.clip.encode(prompt)
+        words, more = self.t5.encode(prompt_2 or prompt)
+        # CLIP is one part; the pooled row is picked here
+        hidden = self._run("clip", input_ids=ids)["last_hidden_state"]
+        pooled = hidden[:, pooled_row(ids, self.configs["text_encoder"])]
+        return {"prompt_embeds": self._encode_words(words), "pooled_prompt_embeds": pooled}, (*notes, *more)
 
-class _StandIn(nn.Module):
-    """A component without parameters: float32, on the CPU."""
-
-    dtype = torch.float32
-    device = torch.device("cpu")
-
-    def __init__(self, component: str, chain: PartChain, config: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.chain = chain
-        self.parts = chain.parts_of(component)
-        self.config = SimpleNamespace(**config)
-
-    def parts_of_kind(self, kind: str) -> tuple[Part, ...]:
-        return tuple(part for part in self.parts if part.kind == kind)
-
-    def run_kind(self, kind: str, **inputs: _Array) -> dict[str, _Array]:
-        """Run the only part of `kind`."""
-        (part,) = self.parts_of_kind(kind)
-        return self.chain.run(part, inputs)
-
-
-class TextEncoder(_StandIn):
-    """CLIP: one part; the pooled row is picked here."""
-
-    def __init__(self, chain: PartChain, config: Mapping[str, Any]) -> None:
-        super().__init__("text_encoder", chain, config)
-        self.pooled_row: Callable[[_Array], int] = lambda input_ids: pooled_row(input_ids, config)
-
-    def forward(self, input_ids: Tensor, **_: Any) -> SimpleNamespace:
-        ids = input_ids.numpy()
-        hidden = _tensor(self.run_kind("clip", input_ids=ids)["last_hidden_state"])
-        return SimpleNamespace(last_hidden_state=hidden, pooler_output=hidden[:, self.pooled_row(ids)])
-
-
-class TextEncoder2(_StandIn):
-    """T5: embedding, blocks, final norm."""
-
-    def __init__(self, chain: PartChain, config: Mapping[str, Any], constants: Mapping[str, _Array]) -> None:
-        super().__init__("text_encoder_2", chain, config)
-        self.constants = constants
-
-    def forward(self, input_ids: Tensor, **_: Any) -> tuple[Tensor]:
-        if self.parts_of_kind("t5"):
-            buckets = self.constants["position_buckets"]
-            made = self.run_kind("t5", input_ids=input_ids.numpy(), position_buckets=buckets)
-            return (_tensor(made["last_hidden_state"]),)
-        hidden = self.run_kind("t5_embed", input_ids=input_ids.numpy())["hidden_states_out"]
-        for part in self.parts_of_kind("t5_block"):
+    def _encode_words(self, ids: _Array) -> _Array:
+        if self._parts_of("t5"):
+            return self._run("t5", input_ids=ids, position_buckets=self.constants["position_buckets"])[
+                "last_hidden_state"
+            ]
+        hidden = self._run("t5_embed", input_ids=ids)["hidden_states_out"]
+        for part in self._parts_of("t5_block"):
             inputs = {"hidden_states": hidden, "position_bias": self.constants["position_bias"]}
             hidden = self.chain.run(part, inputs)["hidden_states_out"]
-        return (_tensor(self.run_kind("t5_final", hidden_states=hidden)["last_hidden_state"]),)
+        return self._run("t5_final", hidden_states=hidden)["last_hidden_state"]
 
-
-class Transformer(_StandIn):
-    """The inline form: head, double blocks, single blocks on the joint sequence, tail on the image tokens."""
-
-    def __init__(self, chain: PartChain, config: Mapping[str, Any], rotary: Mapping[str, _Array]) -> None:
-        defaults = {"guidance_embeds": False}
-        super().__init__("transformer", chain, {**defaults, **config})
-        self.rotary = dict(rotary)
-
-    @contextmanager
-    def cache_context(self, name: str) -> Iterator[None]:
-        """Diffusers marks its calls for caches of block outputs, of which there are none here."""
-        yield
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        pooled_projections: Tensor,
-        timestep: Tensor,
-        guidance: Tensor | None = None,
-        **_: Any,
-    ) -> tuple[Tensor]:
-        # img_ids and txt_ids are among the rest: their embedding is in `rotary`
-        tokens = {"hidden_states": hidden_states.numpy(), "encoder_hidden_states": encoder_hidden_states.numpy()}
+    def denoise(
+        self, encoded: _Arrays, *, steps: int, guidance: float, seed: int, latents: _Array | None = None
+    ) -> Generator[_Array, _Array | None, None]:
+        config = self.configs["transformer"]
+        if latents is None:
+            shape = (1, int(config["in_channels"]) // 4, *self.shapes.latent_hw)
+            latents = pack_latents(normal_noise(shape, seed))
+        latents = np.asarray(latents, np.float32)
+        sigmas = noise_levels(self.scheduler, steps, latents.shape[1])
         times = {
-            "pooled_projections": pooled_projections.numpy(),
-            "timestep": timestep.numpy(),
-            **({} if guidance is None else {"guidance": guidance.numpy()}),
+            "pooled_projections": encoded["pooled_prompt_embeds"],
+            "timestep": timesteps_of(self.scheduler, sigmas),
+            **({"guidance": np.full(steps, guidance, np.float32)} if config.get("guidance_embeds") else {}),
         }
-        return (_tensor(self.denoise(tokens, times)),)
+        velocity = self._prepare(times)
+        for step in range(steps):
+            tokens = {"hidden_states": latents, "encoder_hidden_states": encoded["prompt_embeds"]}
+            latents = take_step(latents, velocity(step, tokens), sigmas, step)
+            changed = yield latents
+            latents = latents if changed is None else np.asarray(changed, np.float32)
 
-    def denoise(self, tokens: Mapping[str, _Array], times: Mapping[str, _Array]) -> _Array:
-        """One step: the velocity [1, S, 4C] of what `head` takes."""
-        head = self.run_kind("head", **tokens, **times)
-        temb = head["temb"]
-        return self.run_blocks(head["hidden_states_out"], head["encoder_hidden_states_out"], lambda _: {"temb": temb})
+    def _prepare(self, times: _Arrays) -> Callable[[int, _Arrays], _Array]:
+        """What computes the velocity [1, S, 4C] of a step, counted from 0, from the tokens of image and text.
 
-    def run_blocks(self, image: _Array, text: _Array, condition: Callable[[Part], Mapping[str, _Array]]) -> _Array:
+        Args:
+            times: the pooled prompt, and a row a step of all else.
+        """
+
+        def at(step: int) -> dict[str, _Array]:
+            return {name: rows if name == "pooled_projections" else rows[step : step + 1]
+                    for name, rows in times.items()}  # fmt: skip
+
+        def inline(step: int, tokens: _Arrays) -> _Array:
+            head = self._run("head", **tokens, **at(step))
+            return self._run_blocks(head, lambda part: {"temb": head["temb"]})
+
+        def hoisted(step: int, tokens: _Arrays) -> _Array:
+            made = self._run("token_embed", **tokens)
+            return self._run_blocks(
+                made, lambda part: {"modulation": modulation[modulation_name(part.name)][step : step + 1]}
+            )
+
+        def split(step: int, tokens: _Arrays) -> _Array:
+            head = self._run("modulated_head", **tokens, **at(step))
+            rows = self._rows_of(head["modulation"])
+            return self._run_blocks(head, lambda part: {"modulation": rows[part.name]})
+
+        def whole(step: int, tokens: _Arrays) -> _Array:
+            return self._run("transformer", **tokens, **at(step), **self._rotary)["sample"]
+
+        if self._parts_of("transformer"):
+            return whole
+        if self._parts_of("modulated_head"):
+            return split
+        if self._parts_of("head"):
+            return inline
+        # all that depends on the time alone, before the first step
+        temb = self._run("time_embed", **times)["temb"]
+        modulation = {
+            part.name: self.chain.run(part, {"temb": temb})["modulation"]
+            for part in self.chain.parts
+            if part.traits.family == "modulation"
+        }
+        return hoisted
+
+    def _rows_of(self, modulation: _Array) -> dict[str, _Array]:
+        """A split model's modulation [1, rows, D] of one step, by the part that takes it."""
+        rows, position = {}, 0
+        for part in self.chain.parts:
+            if part.component == "transformer" and part.traits.cut in MODULATION_CHUNKS:
+                taken = _blocks_of(part) * MODULATION_CHUNKS[part.traits.cut]
+                rows[part.name] = np.ascontiguousarray(modulation[:, position : position + taken])
+                position += taken
+        return rows
+
+    def _run_blocks(self, embedded: _Arrays, condition: Callable[[Part], _Arrays]) -> _Array:
         """Blocks in the order of the parts and the tail, each with what `condition` has for it."""
-        (tail,) = (part for part in self.parts if part.traits.family == "tail")
+        parts = self.chain.parts_of("transformer")
+        (tail,) = (part for part in parts if part.traits.family == "tail")
+        image, text = embedded["hidden_states_out"], embedded["encoder_hidden_states_out"]
         joint: _Array | None = None  # text and image as single blocks pass them on
-        for part in (part for part in self.parts if part.traits.is_block):
-            given = {**condition(part), **self.rotary}
+        for part in (part for part in parts if part.traits.is_block):
+            given = {**condition(part), **self._rotary}
             if part.traits.family == "single":
                 joint = np.concatenate([text, image], axis=1) if joint is None else joint
                 joint = self.chain.run(part, {"hidden_states": joint, **given})["hidden_states_out"]
@@ -256,71 +175,53 @@ class Transformer(_StandIn):
             _, image = _apart(joint, text)
         return self.chain.run(tail, {"hidden_states": image, **condition(tail)})["sample"]
 
+    def decode(self, latents: _Array) -> _Array:
+        (part,) = self.chain.parts_of("vae")
+        config = self.configs[part.folder]
+        # AutoencoderTiny's defaults, which taef1's own config does not repeat
+        scale, shift = config.get("scaling_factor", 1.0), config.get("shift_factor", 0.0)
+        unpacked = unpack_latents(np.asarray(latents, np.float32), self.shapes)
+        image = self.chain.run(part, {"latents": unpacked / scale + shift})["image"][0]
+        made: _Array = np.ascontiguousarray((image * 0.5 + 0.5).clip(0, 1).transpose(1, 2, 0), np.float32)
+        return made
 
-class HoistedTransformer(Transformer):
-    """The hoisted form: all steps' modulation before the first step, then at each step blocks and tail with their row.
+    @property
+    def _rotary(self) -> dict[str, _Array]:
+        return {name: self.constants[name] for name in ("rotary_cos", "rotary_sin")}
 
-    The steps are the scheduler's, which has them before the pipeline's loop begins.
-    """
+    def _parts_of(self, kind: str) -> tuple[Part, ...]:
+        return tuple(part for part in self.chain.parts if part.kind == kind)
 
-    def __init__(
-        self, chain: PartChain, config: Mapping[str, Any], rotary: Mapping[str, _Array], scheduler: Any
-    ) -> None:
-        super().__init__(chain, config, rotary)
-        self.scheduler = scheduler
-        self.timesteps: _Array = np.empty(0, np.float32)
-        self.modulation: dict[str, _Array] = {}
-
-    def denoise(self, tokens: Mapping[str, _Array], times: Mapping[str, _Array]) -> _Array:
-        step = self.scheduler.step_index or 0  # None until its first step is done
-        if step == 0:
-            self._modulate(times)
-        asked, known = times["timestep"].tolist(), self.timesteps[step : step + 1].tolist()
-        if asked != known:
-            raise PatchError(
-                f"step {step} of the pipeline is at {asked}, the scheduler has it at {known}; install the versions "
-                "pinned in constraints.txt"
-            )
-        made = self.run_kind("token_embed", **tokens)
-
-        def condition(part: Part) -> dict[str, _Array]:
-            return {"modulation": self.modulation[modulation_name(part.name)][step : step + 1]}
-
-        return self.run_blocks(made["hidden_states_out"], made["encoder_hidden_states_out"], condition)
-
-    def _modulate(self, times: Mapping[str, _Array]) -> None:
-        """Run what depends on the time alone, one row a step."""
-        # as the pipeline hands them to the model
-        self.timesteps = (self.scheduler.timesteps / 1000).numpy()
-        rows = {"timestep": self.timesteps}
-        if "guidance" in times:
-            rows["guidance"] = np.repeat(times["guidance"], len(self.timesteps))
-        temb = self.run_kind("time_embed", pooled_projections=times["pooled_projections"], **rows)["temb"]
-        self.modulation = {
-            part.name: self.chain.run(part, {"temb": temb})["modulation"]
-            for part in self.parts
-            if part.traits.family == "modulation"
-        }
+    def _run(self, kind: str, **inputs: _Array) -> dict[str, _Array]:
+        """Run the only part of `kind`."""
+        (part,) = self._parts_of(kind)
+        return self.chain.run(part, inputs)
 
 
-class SplitTransformer(Transformer):
-    """The form of a split model: a head with all modulation of the step, parts of one or several blocks, tail."""
+def build_pipeline(files: PipelineFiles, chain: PartChain, shapes: Shapes) -> FluxParts:
+    """The pipeline of these parts; errors as `Model.build_pipeline`."""
+    _check_constants(files.constants, shapes)
+    scheduler = read_object_file(files.root / "scheduler" / "scheduler_config.json")
+    check_configs({"scheduler": scheduler}, str(files.root))
+    clip, t5 = (
+        read_clip_tokenizer(files.root / "tokenizer"),
+        read_t5_tokenizer(files.root / "tokenizer_2", shapes.tokens),
+    )
+    return FluxParts(chain, shapes, files.configs, files.constants, scheduler, clip, t5)
 
-    def denoise(self, tokens: Mapping[str, _Array], times: Mapping[str, _Array]) -> _Array:
-        if self.parts_of_kind("transformer"):
-            return self.run_kind("transformer", **tokens, **times, **self.rotary)["sample"]
-        head = self.run_kind("modulated_head", **tokens, **times)
-        rows, position = {}, 0
-        for part in self.parts:
-            if part.traits.cut in MODULATION_CHUNKS:
-                taken = _blocks_of(part) * MODULATION_CHUNKS[part.traits.cut]
-                rows[part.name] = head["modulation"][:, position : position + taken]
-                position += taken
-        return self.run_blocks(
-            head["hidden_states_out"],
-            head["encoder_hidden_states_out"],
-            lambda part: {"modulation": np.ascontiguousarray(rows[part.name])},
-        )
+
+def pack_latents(latents: _Array) -> _Array:
+    """[1, C, h, w] as tokens [1, S, 4C] of two by two latents each."""
+    _, channels, height, width = latents.shape
+    squares = latents.reshape(1, channels, height // 2, 2, width // 2, 2).transpose(0, 2, 4, 1, 3, 5)
+    return squares.reshape(1, -1, 4 * channels)
+
+
+def unpack_latents(latents: _Array, shapes: Shapes) -> _Array:
+    """[1, C, h, w] of tokens [1, S, 4C]."""
+    height, width = shapes.latent_hw
+    squares = latents.reshape(1, height // 2, width // 2, -1, 2, 2).transpose(0, 3, 1, 4, 2, 5)
+    return squares.reshape(1, -1, height, width)
 
 
 def _apart(joint: _Array, text: _Array) -> tuple[_Array, _Array]:
@@ -333,51 +234,3 @@ def _blocks_of(part: Part) -> int:
     """`double.04-07` holds four blocks, `double.04` and `tail` one."""
     first, dash, last = part.name.partition(".")[2].partition("-")
     return int(last) - int(first) + 1 if dash else 1
-
-
-class Vae(_StandIn):
-    """Either decoder; the pipeline has undone scaling and shift."""
-
-    def __init__(self, chain: PartChain, config: Mapping[str, Any]) -> None:
-        (part,) = chain.parts_of("vae")
-        if part.kind == "tiny_vae_decoder":
-            # AutoencoderTiny registers the first itself; the others are its defaults
-            tiny = {"block_out_channels": config["decoder_block_out_channels"], "scaling_factor": 1.0}
-            config = {**tiny, "shift_factor": 0.0, **config}
-        super().__init__("vae", chain, config)
-        self.part = part
-
-    def decode(self, latents: Tensor, **_: Any) -> tuple[Tensor]:
-        return (_tensor(self.chain.run(self.part, {"latents": latents.numpy()})["image"]),)
-
-
-def build_pipeline(files: PipelineFiles, chain: PartChain, pipeline_class: Any = None) -> Any:
-    """A pipeline with the folder's tokenizers and scheduler, and stand-ins for its models; `FluxPipeline` by default.
-
-    Its constants: `rotary_cos`, `rotary_sin` [J, K] float32, and T5's `position_bias` [1, H, T, T] float32, or
-    `position_buckets` [T, T] int32 where it is split.
-    """
-    from diffusers import FluxPipeline
-
-    configs = files.configs
-    rotary = {name: files.constants[name] for name in ("rotary_cos", "rotary_sin")}
-    sidecars = load_sidecars(files.root, ("text_encoder", "text_encoder_2"))
-    kinds = {part.kind for part in chain.parts}
-    if kinds & {"modulated_head", "transformer"}:
-        transformer: Transformer = SplitTransformer(chain, configs["transformer"], rotary)
-    elif "head" in kinds:
-        transformer = Transformer(chain, configs["transformer"], rotary)
-    else:
-        transformer = HoistedTransformer(chain, configs["transformer"], rotary, sidecars["scheduler"])
-    return (pipeline_class or FluxPipeline)(
-        **sidecars,
-        text_encoder=TextEncoder(chain, configs["text_encoder"]),
-        text_encoder_2=TextEncoder2(chain, configs["text_encoder_2"], files.constants),
-        transformer=transformer,
-        vae=Vae(chain, configs[chain.parts_of("vae")[0].folder]),
-    )
-
-
-def _tensor(array: _Array) -> Tensor:
-    # a copy: a runner's array may be read-only or not aligned
-    return torch.from_numpy(np.array(array, dtype=np.float32))

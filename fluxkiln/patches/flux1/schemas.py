@@ -144,6 +144,11 @@ SCHEMAS: Mapping[str, Any] = {
 }
 
 ROPE_AXES = (16, 56, 56)  # diffusers' default, which FLUX.1's own config does not repeat
+# of the scheduler's config: what no FLUX.1 asks for, and `scheduler.py` does not compute
+OTHER_SCHEDULES = (
+    "invert_sigmas", "shift_terminal", "stochastic_sampling", "use_beta_sigmas", "use_exponential_sigmas",
+    "use_flow_sigmas", "use_karras_sigmas",
+)  # fmt: skip
 _REMEDY = "copy or fetch it again"
 
 
@@ -160,6 +165,11 @@ def check_configs(configs: Configs, where: str) -> None:
         if folder in configs:
             name = f"{where}: {folder}'s config"
             check_schema(configs[folder], schema, name, error=CheckpointError, remedy=_REMEDY)
+    if asked := [key for key in OTHER_SCHEDULES if configs.get("scheduler", {}).get(key)]:
+        raise CheckpointError(
+            f"{where}: scheduler's config asks for {', '.join(asked)}, which no FLUX.1 does and nothing here computes; "
+            "take the scheduler of the published model"
+        )
     for one, first, other, second in _equal(configs):
         if first != second:
             raise CheckpointError(

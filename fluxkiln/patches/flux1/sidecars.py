@@ -1,4 +1,5 @@
-"""What lies beside FLUX.1's weights and runs on the host: the scheduler and two tokenizers."""
+"""What lies beside FLUX.1's weights and runs on the host, as diffusers and transformers read it: the scheduler and two
+tokenizers."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from fluxkiln.errors import CheckpointError
+from fluxkiln.patches.flux1.prompts import held_by
 from fluxkiln.patches.pipeline import quiet
 
 
@@ -20,18 +21,10 @@ def load_sidecars(root: Path, components: Collection[str]) -> dict[str, Any]:
     classes |= {"tokenizer_2": T5TokenizerFast} if "text_encoder_2" in components else {}
     loaded = {}
     for folder, one in classes.items():
-        try:
-            with quiet():
-                loaded[folder] = one.from_pretrained(root / folder, local_files_only=True)
-                if folder != "scheduler":
-                    ids = loaded[folder]("a", max_length=4, padding="max_length", truncation=True)["input_ids"]
-                    if loaded[folder].unk_token_id in ids[: ids.index(loaded[folder].eos_token_id)]:
-                        raise ValueError("it does not know the letter a")
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        except BaseException as error:  # tokenizers panic, which is no Exception
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-            raise CheckpointError(
-                f"{root / folder} does not hold a {one.__name__} ({reason}); copy or fetch it again"
-            ) from error
+        with held_by(root / folder, one.__name__), quiet():
+            loaded[folder] = one.from_pretrained(root / folder, local_files_only=True)
+            if folder != "scheduler":
+                ids = loaded[folder]("a", max_length=4, padding="max_length", truncation=True)["input_ids"]
+                if loaded[folder].unk_token_id in ids[: ids.index(loaded[folder].eos_token_id)]:
+                    raise ValueError("it does not know the letter a")
     return loaded

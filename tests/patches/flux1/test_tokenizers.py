@@ -75,3 +75,87 @@ def test_files_are_the_same_every_time(t5_folder, clip_folder, tmp_path):
 def test_vocabulary_larger_than_the_model(tmp_path, writer):
     with pytest.raises(UsageError, match="has a vocabulary of 200, its tokenizer has"):
         writer(tmp_path, 200)
+
+
+WORDS = (
+    *PROMPTS,
+    "It's a kiln, isn't it? We'll see: they've 12 of 'em, I'd say.",
+    "<|startoftext|>a<|endoftext|> b </s> <pad> <extra_id_3> <unk>",
+    "tab\there\nnew line\r\n  and\u00a0no-break, \u3000wide",
+    "e\u0301 ﬁ Ⅷ İ ß ẞ 😀👩‍🚀 \ufeff \u200b ⁇ ▁ ▁a",
+    "x" * 300,
+    "a kiln at night " * 60,
+)
+
+
+def own_and_theirs(clip_folder, t5_folder):
+    from transformers import CLIPTokenizer, T5TokenizerFast
+
+    from fluxkiln.patches.flux1.prompts import read_clip_tokenizer, read_t5_tokenizer
+
+    yield read_clip_tokenizer(clip_folder), CLIPTokenizer.from_pretrained(clip_folder)
+    for tokens in (16, 512):
+        yield read_t5_tokenizer(t5_folder, tokens), T5TokenizerFast.from_pretrained(t5_folder)
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["published", "saved"])
+def test_ids_without_transformers_are_those_of_transformers(clip_folder, t5_folder, tmp_path, saved):
+    """From the files of a published checkpoint, and from those that transformers writes."""
+    from transformers import CLIPTokenizer, T5TokenizerFast
+
+    if saved:
+        for one, folder in ((CLIPTokenizer, clip_folder), (T5TokenizerFast, t5_folder)):
+            one.from_pretrained(folder).save_pretrained(tmp_path / folder.name)
+        assert not (tmp_path / clip_folder.name / "vocab.json").exists()
+        clip_folder, t5_folder = tmp_path / clip_folder.name, tmp_path / t5_folder.name
+    cut = 0
+    for own, theirs in own_and_theirs(clip_folder, t5_folder):
+        for prompt in (*WORDS, *corpus()[::7]):
+            wanted = theirs(prompt, padding="max_length", max_length=own.tokens, truncation=True).input_ids
+            ids, notes = own.encode(prompt)
+            assert ids.tolist() == [wanted], prompt
+            whole = theirs(prompt).input_ids
+            assert bool(notes) == (len(whole) > own.tokens)
+            if notes:
+                cut += 1
+                lost = theirs.decode(whole[own.tokens - 1 : -1], skip_special_tokens=True)
+                assert f"the prompt has {len(whole)}: the last {len(whole) - own.tokens} were cut: " in notes[0]
+                assert notes[0].endswith(f"{lost[:20]!r}"[:20] + notes[0].partition("were cut: ")[2][20:])
+    assert cut > 4
+
+
+def test_a_pad_token_of_its_own(clip_folder, tmp_path):
+    import json
+    import shutil
+
+    from transformers import CLIPTokenizer
+
+    from fluxkiln.patches.flux1.prompts import read_clip_tokenizer
+
+    folder = shutil.copytree(clip_folder, tmp_path / "clip")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        config = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**config, "pad_token": "!"}))
+    wanted = CLIPTokenizer.from_pretrained(folder)("a", padding="max_length", max_length=77).input_ids
+    assert read_clip_tokenizer(folder).encode("a")[0].tolist() == [wanted]
+    assert wanted[-1] != read_clip_tokenizer(clip_folder).encode("a")[0][0, -1]
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b"[]", b'{"model": {"type": "BPE"}}', b"\xff" * 100])
+def test_broken_ones_are_refused(clip_folder, t5_folder, tmp_path, data):
+    import shutil
+
+    from fluxkiln.errors import CheckpointError
+    from fluxkiln.patches.flux1.prompts import read_clip_tokenizer, read_t5_tokenizer
+
+    for folder, name, read in (
+        (clip_folder, "vocab.json", read_clip_tokenizer),
+        (t5_folder, "tokenizer.json", lambda folder: read_t5_tokenizer(folder, 8)),
+    ):
+        broken = shutil.copytree(folder, tmp_path / folder.name)
+        (broken / name).write_bytes(data)
+        with pytest.raises(CheckpointError, match=r"does not hold a (CLIPTokenizer|T5TokenizerFast)"):
+            read(broken)
+        (broken / name).unlink()
+        with pytest.raises(CheckpointError, match="does not hold a"):
+            read(broken)

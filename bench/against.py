@@ -3,6 +3,7 @@
     python -m bench.against ../other-checkout --target bm1684x --times 5
     python -m bench.against ../other-checkout --cast transformer
     python -m bench.against ../other-checkout --open wide-dev --target cpu
+    python -m bench.against ../other-checkout --open tiny-dev --target cpu --steps 4
 
 Each figure alternates between the two, so that what else the machine does meets both.
 """
@@ -30,7 +31,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--target", default="bm1684x")
     parser.add_argument("--times", type=int, default=5, help="runs of what takes less than a second")
     parser.add_argument("--cast", metavar="COMPONENT", help=f"cast this component of {MODEL} from moulds; nothing else")
-    parser.add_argument("--open", metavar="MODEL", help="open a bundle of it for an image; nothing else")
+    parser.add_argument("--open", metavar="MODEL", help="make an image from a bundle of it; nothing else")
+    parser.add_argument("--steps", type=int, default=1, help="of that image")
     options = parser.parse_args(arguments)
     trees = {"this": ROOT, "other": options.tree.resolve()}
     WORK.mkdir(parents=True, exist_ok=True)
@@ -38,7 +40,7 @@ def main(arguments: list[str]) -> int:
         if options.cast:
             compare_casts(options.cast, trees, Path(folder))
         elif options.open:
-            compare_openings(options.open, options.target, options.times, trees, Path(folder))
+            compare_openings(options.open, options.target, (options.times, options.steps), trees, Path(folder))
         else:
             compare_builds(options.target, options.times, trees, Path(folder))
     return 0
@@ -74,21 +76,26 @@ def compare_casts(component: str, trees: Mapping[str, Path], folder: Path) -> No
     print(f"of which cast: {casts['this'] / casts['other']:.3f} of the time ({casts})", flush=True)
 
 
-def compare_openings(model: str, target: str, times: int, trees: Mapping[str, Path], folder: Path) -> None:
-    """Until a bundle, which was opened before, is checked and its executor there: `check` and `open` of `generate`."""
+def compare_openings(model: str, target: str, asked: tuple[int, int], trees: Mapping[str, Path], folder: Path) -> None:
+    """`generate` as a whole; and until a bundle, which was opened before, is checked and its executor there: `check`
+    and `open` of it. `asked` are how often, and how many steps."""
+    times, steps = asked
     root, bundles = resolve_model(model, WORK / "models"), {}
     for name, tree in trees.items():
         build = fluxkiln("build", target, "--model", str(root), "--build-dir", str(folder / name), "--no-verify")
         run(build, BYTECODE, tree)
         (bundles[name],) = (folder / name / target).glob("*/bundle")
     seconds: dict[str, list[float]] = {name: [] for name in trees}
+    runs: dict[str, list[Run]] = {name: [] for name in trees}
     for _ in range(times + 1):
         for name, tree in trees.items():
-            image = ["x", "--bundle", str(bundles[name]), "--steps", "1", "--out", str(folder / "x.png"), "--json"]
-            made = run(fluxkiln("generate", *image), {**BYTECODE, "XDG_CACHE_HOME": str(folder / "cache")}, tree)
-            seconds[name].append(sum(made.document()["timings"][what] for what in ("check", "open")))
+            image = ["x", "--bundle", str(bundles[name]), "--steps", str(steps), "--out", str(folder / "x.png")]
+            environ = {**BYTECODE, "XDG_CACHE_HOME": str(folder / "cache")}
+            runs[name].append(run(fluxkiln("generate", *image, "--json"), environ, tree))
+            seconds[name].append(sum(runs[name][-1].document()["timings"][what] for what in ("check", "open")))
     # the first one reads every file
     medians = {name: statistics.median(each[1:]) for name, each in seconds.items()}
+    show(f"{model} for {target}, an image of {steps} steps", {name: each[1:] for name, each in runs.items()})
     print(f"{model} for {target}, opened: {medians['this'] / medians['other']:.3f} of the time ({medians})", flush=True)
 
 

@@ -17,7 +17,7 @@ import click
 import fluxkiln
 from fluxkiln.cli.interrupt import end_soon
 from fluxkiln.cli.output import Output, json_option, open_streams, say, visible
-from fluxkiln.errors import FluxkilnError, ResourceError, UsageError
+from fluxkiln.errors import FluxkilnError, ResourceError, ToolchainError, UsageError
 
 TRACEBACK_VARIABLE = "FLUXKILN_TRACEBACK"
 INTERRUPTED = "interrupted; finished work is kept, the same command resumes"
@@ -146,6 +146,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except MemoryError:
         return output.error("ResourceError", OUT_OF_MEMORY, ResourceError.exit_code)
+    except ImportError as error:
+        if (error.name or "fluxkiln").partition(".")[0] == "fluxkiln":
+            return _bug(output, error)
+        return output.error("ToolchainError", _explain_import(error), ToolchainError.exit_code)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return output.error("ResourceError", _disk_full(error), ResourceError.exit_code)
@@ -204,6 +208,16 @@ def _disk_full(error: OSError) -> str:
     return (
         f"the disk is full{where}; free some space or name a folder on a larger one (--build-dir, --store), then run "
         "the same command: finished work is kept"
+    )
+
+
+def _explain_import(error: ImportError) -> str:
+    package = (error.name or "").partition(".")[0]
+    if not isinstance(error, ModuleNotFoundError):
+        return f"{package} cannot be loaded ({error}): it is of another machine or Python; install it again here"
+    return (
+        f"{package} is not installed, and this command needs it: pip install 'fluxkiln[build]'; to make images alone "
+        "'fluxkiln[runtime]' is enough, with 'fluxkiln[ort]' for a bundle of cpu"
     )
 
 

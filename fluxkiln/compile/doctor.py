@@ -20,7 +20,7 @@ KEY_PACKAGES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onn
 # what `fluxkiln serve` is made of
 SERVE_PACKAGES = ("starlette", "uvicorn")
 
-ENVIRONMENT = "`make env`, or `pip install fluxkiln`"
+ENVIRONMENT = "`make env`, or `pip install 'fluxkiln[build]'`"
 # optional programs, and what needs them
 _PROGRAMS = {
     "docker-registry": "the tests that push to a registry",

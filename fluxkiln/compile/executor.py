@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import platform
+import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fluxkiln.compile.plan import Binary
-from fluxkiln.errors import CompileError, UsageError
+from fluxkiln.errors import CompileError, ToolchainError, UsageError
 from fluxkiln.types import Kind, TensorSpec
 
 if TYPE_CHECKING:
@@ -112,6 +116,31 @@ def require_file(net: Net) -> None:
             f"{net.file} does not exist, and part {net.part} is in it: the bundle is without the executor's binaries; "
             "build it again or pull the whole of it"
         )
+
+
+def load_runtime(module: str, needs: str, remedy: str) -> Any:
+    """A vendor's runtime library.
+
+    Args:
+        needs: whose it is and which executor needs it, for the message.
+
+    Raises:
+        ToolchainError: it is not installed, or it was made for another machine or another Python.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        spec = importlib.util.find_spec(module.partition(".")[0])
+        folders = [Path(folder) for folder in spec.submodule_search_locations or ()] if spec is not None else []
+        own = sysconfig.get_config_var("EXT_SUFFIX")
+        names = [path.name for folder in folders for path in sorted(folder.rglob("*.cpython-*.so"))]
+        others = [name for name in names if not name.endswith(own)]
+        reason = (
+            f"what is here, {others[0]}, is for another machine or Python than this one ({platform.machine()}, {own})"
+            if others
+            else f"it is not here ({error})"
+        )
+        raise ToolchainError(f"{needs}, and {reason}; {remedy}") from error
 
 
 def to_bits16(array: NDArray[Any], dtype: str) -> NDArray[Any]:

@@ -13,7 +13,6 @@ errors; of 2026-07). One process holds one runtime with all cores; ranks that wa
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +22,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from fluxkiln.compile.executor import load_runtime
 from fluxkiln.compile.toolchains.neuron.modules import Module
 from fluxkiln.compile.toolchains.neuron.replicas import Array, ReadWeights, dtype_of, module_arguments
 from fluxkiln.compile.toolchains.neuron.split_bundle import SplitBundle, find_compiled
@@ -168,14 +168,12 @@ def _as_float32(array: Array, spec: TensorSpec) -> Array:
 
 
 def _import_nrtpy() -> Any:
-    try:
-        found = importlib.import_module("nrtpy")
-    except ImportError as error:
-        raise ToolchainError(
-            f"executor neuron needs AWS's nrtpy, and it is not here ({error}); install nrtpy and "
-            "aws-neuronx-runtime-lib from the AWS Neuron package index on a Trainium or Inferentia instance, or use "
-            "--executor replicas"
-        ) from error
+    found = load_runtime(
+        "nrtpy",
+        "executor neuron needs AWS's nrtpy",
+        "install nrtpy and aws-neuronx-runtime-lib from the AWS Neuron package index on a Trainium or Inferentia "
+        "instance, or use --executor replicas",
+    )
     if not any(DEVICES.glob("neuron[0-9]*")):
         raise ToolchainError(
             f"{DEVICES}/neuron0 does not exist: this machine has no Neuron device or its driver is not loaded; run on "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fluxkiln.compile.bundle import Bundle
-from fluxkiln.compile.executor import BITS16, Net, check_inputs, find_net, from_bits16, require_file, to_bits16
+from fluxkiln.compile.executor import (
+    BITS16,
+    Net,
+    check_inputs,
+    find_net,
+    from_bits16,
+    load_runtime,
+    require_file,
+    to_bits16,
+)
 from fluxkiln.compile.process import Worker
 from fluxkiln.compile.toolchains.tpu_mlir import environment
 from fluxkiln.compile.toolchains.tpu_mlir.environment import TpuMlirEnv, tpu_mlir_environ
@@ -200,13 +208,11 @@ class SailExecutor:
             raise UsageError(f"--device {device}: boards have numbers, as `bm-smi` lists them; 0 is the first")
         for net in nets.values():
             require_file(net)
-        try:
-            self._sail: Any = importlib.import_module("sophon.sail")
-        except ImportError as error:
-            raise ToolchainError(
-                f"executor sail needs Sophgo's sophon-sail on a machine with a BM1684X, and it is not here ({error}); "
-                "install the wheel of your SDK, or use --executor cmodel for a tiny bundle"
-            ) from error
+        self._sail = load_runtime(
+            "sophon.sail",
+            "executor sail needs Sophgo's sophon-sail on a machine with a BM1684X",
+            "install the wheel of your SDK, or use --executor cmodel for a tiny bundle",
+        )
         count = int(self._sail.get_available_tpu_num())
         if device >= count:
             raise ToolchainError(

@@ -112,6 +112,25 @@ def test_a_file_shared_with_another_component_stays(nets, library, tmp_path):
     assert module.loaded == ["text_encoder_2.bmodel"]
 
 
+def test_a_wheel_of_another_machine_is_named(nets, tmp_path, monkeypatch):
+    package = tmp_path / "sophon"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "sail.cpython-38-aarch64-linux-gnu.so").touch()
+    for name in ("sophon", "sophon.sail"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(
+        ToolchainError, match=r"sail\.cpython-38-aarch64-linux-gnu\.so, is for another machine or Python"
+    ):
+        SailExecutor(nets)
+    monkeypatch.delitem(sys.modules, "sophon")
+    (package / "sail.cpython-38-aarch64-linux-gnu.so").unlink()
+    with pytest.raises(ToolchainError, match="it is not here"):
+        SailExecutor(nets)
+    monkeypatch.delitem(sys.modules, "sophon")
+
+
 def test_what_is_refused(nets, library, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sophon", None)
     with pytest.raises(ToolchainError, match="sophon-sail") as caught:

@@ -156,7 +156,7 @@ def test_every_stage_leaves_the_ground_out():
 @pytest.mark.parametrize(
     ("name", "path"),
     [
-        ("_record", "patches/flux1/pipeline.py"),
+        ("_record", "patches/flux1/published.py"),
         ("_read_through", "export/finite.py"),
         ("part_rounders _stored_beside find_method", "quantize/pack.py"),
         ("part_rounders _stored_beside find_method", "quantize/side_tensors.py"),

@@ -31,6 +31,10 @@ NOT_RUN = {
     r"fluxkiln train .*|fluxkiln judge .*": "minutes to hours of training; tests/train, tests/build/test_judged.py",
     r".*\btoy\b.*|.*tiny-toy.*": "of a distribution that test_adding.py installs, and runs them with",
     r"source \.venv/bin/activate": "of the shell",
+    r"make env": "installs everything; `make` does it first",
+    r"fluxkiln \w+ .*/models/FLUX\.1-dev.*": "trained FLUX.1 weights are gated",
+    r"pip install .*": "installs; tests/generate/test_runtime.py has an environment of the kind",
+    r"fluxkiln generate --bundle flux .*": "on a board or an instance; none is here",
 }
 
 

@@ -32,7 +32,7 @@ CPU = "CPU"
 # layers that multiply, by the names that OpenVINO gives them
 _PRODUCTS = ("FullyConnected", "MatMul", "Convolution", "ScaledDotProductAttention")
 # for people
-_WORDS = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "i8": "8-bit integers", "u8": "8-bit integers"}
+_WORDS = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 
 GATES: tuple[Gate, ...] = (
     Gate("executed", "F32", "part", "*", "relative_l2", 5e-6, "reference",
@@ -109,10 +109,13 @@ def precision(kind: Kind, scheme: Scheme, device: str = CPU) -> str:
 
 
 def precision_used(compiled: Any) -> str:
-    """What the products of a compiled model run in, for people, by what OpenVINO says of its layers."""
+    """What the products of a compiled model give, for people, by what OpenVINO says of its layers.
+
+    Of packed weights it calls the codes' own type the one that a layer runs in.
+    """
     facts = (node.get_rt_info() for node in compiled.get_runtime_model().get_ordered_ops())
-    layers = ({key: one[key].astype(str) for key in ("layerType", "runtimePrecision")} for one in facts)
-    found = sorted({one["runtimePrecision"] for one in layers if one["layerType"] in _PRODUCTS})
+    layers = ({key: one[key].astype(str) for key in ("layerType", "outputPrecisions")} for one in facts)
+    found = sorted({one["outputPrecisions"] for one in layers if one["layerType"] in _PRODUCTS})
     return " and ".join(dict.fromkeys(_WORDS.get(name, name) for name in found))
 
 

@@ -146,6 +146,7 @@ def test_only_targets_that_can_be_built_are_judged():
         "inf2",
         "mlx",
         "mlx_example",
+        "openvino",
         "trn1",
         "trn2",
         "trn2_lnc1",

@@ -12,7 +12,6 @@ import pytest
 from fluxkiln.build.calibration import calibrate
 from fluxkiln.build.finish import build_action
 from fluxkiln.build.make import prepare
-from fluxkiln.compile.onnx.linked import link_parts
 from fluxkiln.compile.plan import BundleFile, Made
 from fluxkiln.compile.rungs import dequantized_rung
 from fluxkiln.compile.templates import make_template
@@ -31,7 +30,7 @@ from fluxkiln.compile.weights import (
 )
 from fluxkiln.errors import CheckpointError, SchemeError
 from fluxkiln.export.bindings import bind_part, weight_reader
-from fluxkiln.progress import Silent
+from fluxkiln.progress import Laps, Silent
 from fluxkiln.quantize.calibration import Sums, open_calibration
 from fluxkiln.quantize.rounders import as_compiler
 from fluxkiln.quantize.schemes import parse_scheme
@@ -242,14 +241,15 @@ def test_onnx_runtime_runs_what_is_dequantized(small_build, calibrated, tiny_rec
     made = one_part(small_build, f"W4BF16-{method}")
     recording = tiny_recording("tiny-dev", "kl", Shapes(height=32, width=32, tokens=16))
     inputs = recording.inputs(NAME, 0)
-    linked = Made((), (), own=link_parts(*made, tmp_path / "onnx"))
-    with toolchain_of(made.target).open_rungs(*made, linked, tmp_path, Silent()) as opened:
+    toolchain = toolchain_of(made.target)
+    linked = toolchain.make(*made, Settings("cpu", "tiny-dev"), Silent(), Laps())
+    with toolchain.open_rungs(*made, linked, tmp_path, Silent()) as opened:
         rungs = opened.rungs
         out = {
             rung: rungs[rung](NAME, inputs)["hidden_states_out"] for rung in ("dequantized", "executed", "onnxruntime")
         }
     base = inputs["hidden_states"]
-    graph = onnx.load(tmp_path / "onnx" / f"{NAME}.onnx", load_external_data=False).graph
+    graph = onnx.load(linked.own[NAME], load_external_data=False).graph
     # norm.linear, q, k, v; and where nothing is left out of the codes, both halves of proj_mlp and of proj_out
     assert sum(node.op_type == "MatMulNBits" for node in graph.node) == 4 + 5 * (not made.plan.schemes["single"].kept)
     assert compare(out["executed"], out["dequantized"], base).relative_l2 <= 2e-3

@@ -21,10 +21,11 @@ from fluxkiln.settings import MODULATIONS, VAES, Settings
 # model, scheme, width and height: what is asked for most comes first
 BUILDS = (
     ("full-dev", "W4BF16", (1024, 1024)),
-    ("full-dev", "BF16", (1024, 1024)),
     ("full-schnell", "W4BF16", (1024, 1024)),
     ("full-dev", "W4BF16", (512, 512)),
     ("full-dev", "W8BF16", (1024, 1024)),
+    ("full-dev", "BF16", (1024, 1024)),
+    ("full-dev", "W4BF16", (768, 1024)),
 )
 
 

@@ -94,7 +94,7 @@ def make_bundle(checkpoint: Checkpoint, folder: Path, modulation: str = "hoisted
         "checkpoint": {"source": checkpoint.name, "fingerprint": "sha256:" + "ab" * 32},
         "licence": {"spdx": "Apache-2.0", "file": "LICENSE"},
         "settings": {"components": list(checkpoint.model.components), "vae": "kl", "modulation": modulation},
-        "parity": {},
+        "parity": {"about": {"weights": "random (synthetic): no kiln"}},
         "tools": {},
         "parts": parts,
     }

@@ -198,6 +198,8 @@ def _paint(
 
 
 def _show(output: Output, bundle: Bundle, facts: Mapping[str, str], document: Mapping[str, Any]) -> None:
+    from fluxkiln.artifacts.about import read_about
+
     images, timings = document["images"], document["timings"]
     steps = sum(image["steps"] for image in images)
     first = Path(images[0]["file"])
@@ -206,6 +208,7 @@ def _show(output: Output, bundle: Bundle, facts: Mapping[str, str], document: Ma
             "images": path_text(first) if len(images) == 1 else f"{path_text(first.parent)} ({len(images)} images)",
             "grid": path_text(Path(document["grid"])) if "grid" in document else "",
             "bundle": f"{bundle.manifest.name} for {bundle.manifest.target}, {bundle.digest}",
+            "weights": read_about(bundle.manifest.parity).get("weights", ""),
             "executor": f"{facts['runtime']}; {facts['device']}",
             "time": ", ".join(f"{name} {seconds_text(seconds)}" for name, seconds in timings.items() if seconds > 0.05),
             "step": f"{seconds_text(timings.get('denoise', 0.0) / max(steps, 1))} on average of {steps}",

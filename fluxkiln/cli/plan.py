@@ -49,6 +49,7 @@ def plan_command(output: Output, settings_for: SettingsFor, target: str, jobs_li
     if devices:
         facts |= {
             **_device(settings, devices["budget"]),
+            "chips": _chips(len(devices["peaks"][devices["closest"]])),
             "speed": _speed(devices.get("estimate")),
             "figures": _origin(settings, devices),
         }
@@ -100,6 +101,10 @@ def _device(settings: Settings, budget: int) -> dict[str, str]:
     default = ", the default" * (not settings.board)
     origin = "as given" if settings.device_memory else f"{board.name}{default}: {board.source}"
     return {"device": f"{size_text(budget)}, {origin}", "boards": f"--board {names}; any other by --device-memory"}
+
+
+def _chips(count: int) -> str:
+    return f"{count}, one after the other: more hold more and are no faster" if count > 1 else ""
 
 
 def _speed(estimate: Mapping[str, Any] | None) -> str:

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fluxkiln.artifacts.about import read_about
 from fluxkiln.documents import SMALL, read_object
 from fluxkiln.errors import FluxkilnError, ResourceError, ToolchainError, UsageError
 from fluxkiln.generate.painter import default_steps, png_bytes
@@ -145,6 +146,7 @@ def describe_studio(studio: Studio) -> dict[str, Any]:
         **asdict(manifest.shapes),
         "digest": studio.bundle.digest,
         "executor": dict(studio.painter.executor.facts),
+        "weights": read_about(manifest.parity).get("weights", "not known"),
         "takes_guidance": studio.bundle.takes_guidance,
         "steps": default_steps(studio.bundle),
         "guidance": GUIDANCE_SCALE,

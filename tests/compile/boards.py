@@ -30,7 +30,7 @@ class SailTensor:
     def __init__(self, handle, shape, dtype, own_sys_data, own_dev_data):
         assert own_sys_data
         assert own_dev_data
-        self.data_type = dtype
+        self.handle, self.data_type = handle, dtype
         self.system, self.device = (np.zeros(shape, _HOST[dtype]) for _ in range(2))
 
     def update_data(self, array):
@@ -49,15 +49,21 @@ class SailTensor:
 
 def sail(graphs, devices=1):
     """A `sophon.sail` whose engines run `graphs`: file -> graph -> (inputs, outputs, function of arrays)."""
-    loaded = []
+    loaded, places, resident = [], {}, []
 
     class Engine:
         def __init__(self, handle):
-            self.file = ""
+            self.file, self.handle = "", handle
+
+        def __del__(self):
+            if self.file in resident:
+                resident.remove(self.file)
 
         def load(self, path):
             self.file = path.rsplit("/", 1)[-1]
             loaded.append(self.file)
+            resident.append(self.file)
+            places[self.file] = self.handle
             return self.file in graphs
 
         def get_input_names(self, graph):
@@ -70,12 +76,13 @@ def sail(graphs, devices=1):
             names, made, work = graphs[self.file][graph]
             if set(inputs) != set(names) or set(outputs) != set(made):
                 raise RuntimeError(f"{graph} has inputs {names} and outputs {made}")
+            assert {tensor.handle for tensor in (*inputs.values(), *outputs.values())} == {self.handle}
             for name, array in zip(made, work(*(inputs[name].device for name in names)), strict=True):
                 outputs[name].device[...] = array
 
     return SimpleNamespace(
         Dtype=Dtype, Tensor=SailTensor, Engine=Engine, Handle=lambda device: device, loaded=loaded,
-        get_available_tpu_num=lambda: devices, __version__="of a test",
+        places=places, resident=resident, get_available_tpu_num=lambda: devices, __version__="of a test",
     )  # fmt: skip
 
 

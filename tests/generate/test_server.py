@@ -241,6 +241,18 @@ def test_the_server(studio):
         assert ask(port, "GET", "/api/reference.png")[0] == 200
 
 
+def test_the_page_says_what_it_is_about(studio):
+    """Whose weights, which size, what runs them."""
+    with served(studio) as port:
+        page = ask(port, "GET", "/")[2].decode()
+        facts, shapes = studio.painter.executor.facts, studio.bundle.manifest.shapes
+        said = page[page.index('<p class="facts">') : page.index("bundle <code")]
+        assert "weights: random (synthetic): no kiln<br>" in said
+        assert f"{shapes.width} × {shapes.height} pixels" in said
+        assert f"{facts['runtime']}, {facts['device']}" in said
+        assert json.loads(ask(port, "GET", "/api/bundle")[2])["weights"] == "random (synthetic): no kiln"
+
+
 def test_what_the_server_refuses(studio):
     with served(studio) as port:
 

@@ -134,6 +134,12 @@ def file_of(part: Part) -> str:
     return f"{part.component}{'_decoder' * part.traits.convolutional}.bmodel"
 
 
+def device_of(file: str) -> int:
+    """The device that a file of the bundle goes to, counted from the first one's: N for `transformer.N.bmodel`."""
+    number = file.split(".")[1]
+    return int(number) if number.isdigit() else 0
+
+
 def plan_devices(plan: Plan, groups: Mapping[str, Sequence[Binary]]) -> DevicePlan:
     """What every file takes, from the facts of its nets; ResourceError, its `details` a table, where no way fits."""
     laid = lay_files(plan, groups)
@@ -154,10 +160,8 @@ def lay_files(plan: Plan, groups: Mapping[str, Sequence[Binary]]) -> DevicePlan:
     files = []
     for name, members in groups.items():
         phase = "modulate" if name == MODULATION_FILE else _PHASES.get(members[0].part.component, "encode")
-        stem = name.split(".")
-        device = int(stem[1]) if stem[1].isdigit() else 0
         origin = min((binary.facts.get("origin", ORIGINS[-1]) for binary in members), key=ORIGINS.index)
-        files.append(FileMemory(name, device, phase, *_memory(members), origin))
+        files.append(FileMemory(name, device_of(name), phase, *_memory(members), origin))
     return DevicePlan(tuple(files), plan.target.device_bytes)
 
 

@@ -23,6 +23,7 @@ from fluxkiln.compile.executor import (
 )
 from fluxkiln.compile.process import Worker
 from fluxkiln.compile.toolchains.tpu_mlir import environment
+from fluxkiln.compile.toolchains.tpu_mlir.devices import device_of
 from fluxkiln.compile.toolchains.tpu_mlir.environment import TpuMlirEnv, tpu_mlir_environ
 from fluxkiln.errors import CompileError, ResourceError, ToolchainError, UsageError
 from fluxkiln.patches.model import WeightUse
@@ -182,7 +183,8 @@ def count_costliest(nets: Mapping[str, Net], uses: Mapping[str, WeightUse], sche
 class SailExecutor:
     """Executor `sail`: nets on a BM1684X board, through Sophgo's SAIL.
 
-    A bmodel is loaded when one of its nets is first run, whole, as SAIL does it.
+    A bmodel is loaded when one of its nets is first run, whole, as SAIL does it. A transformer in several files is on
+    as many chips, which take their turns; what goes from one to the next goes through the host, as between all nets.
 
     Written from the public documentation and not run here, where there is no board. What is used of it:
         sail.get_available_tpu_num() -> int
@@ -192,10 +194,10 @@ class SailExecutor:
         engine.process(graph_name, {input: Tensor}, {output: Tensor})
 
     Args:
-        device: number of the device, as `bm-smi` lists them.
+        device: number of the first device, as `bm-smi` lists them; a bundle for several takes those that follow.
 
     Raises:
-        UsageError: no number. ToolchainError: the library is not installed, or it finds no such device.
+        UsageError: no number. ToolchainError: the library is not installed, or it finds fewer devices.
 
     Source: https://github.com/sophgo/sophon-sail, docs/source_en/module_python/sail.Engine.rst, sail.Tensor.rst (16-bit
     values are passed as the uint16 of their bits), docs/source_zh/module_python/0_enum_type/sail.Dtype.rst.
@@ -214,22 +216,26 @@ class SailExecutor:
             "install the wheel of your SDK, or use --executor cmodel for a tiny bundle",
         )
         count = int(self._sail.get_available_tpu_num())
-        if device >= count:
+        chips = 1 + max(device_of(net.file.name) for net in nets.values())
+        if device + chips > count:
+            several = f"the bundle takes {chips} chips, {device} to {device + chips - 1}" * (chips > 1)
             raise ToolchainError(
-                f"device {device}: sophon-sail sees {count} devices; check `bm-smi` and the driver, or use "
-                "--executor cmodel for a tiny bundle"
+                f"{several or f'device {device}'}: sophon-sail sees {count} devices; check `bm-smi` and the driver, or "
+                "use --executor cmodel for a tiny bundle"
             )
         self.nets = dict(nets)
-        self.device = device
-        self._handle = self._sail.Handle(device)
+        self.device, self.chips = device, chips
+        self._handles = [self._sail.Handle(number) for number in range(device, device + chips)]
+        self._dropped: set[str] = set()
         self._engines: dict[Path, Any] = {}
 
     def __call__(self, part: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         net = find_net(self.nets, part)
         check_inputs(net, inputs)
         engine = self._engine(net)
-        given = {spec.name: self._given(spec, inputs[spec.name]) for spec in net.inputs}
-        made = {spec.name: self._tensor(spec) for spec in net.outputs}
+        handle = self._handle(net)
+        given = {spec.name: self._given(handle, spec, inputs[spec.name]) for spec in net.inputs}
+        made = {spec.name: self._tensor(handle, spec) for spec in net.outputs}
         own_inputs, own_outputs = engine.get_input_names(net.name), engine.get_output_names(net.name)
         try:
             engine.process(
@@ -249,9 +255,10 @@ class SailExecutor:
         return results
 
     def load(self, component: str) -> None:
-        for net in self.nets.values():
-            if net.component == component:
-                self._engine(net)
+        """Load a component's files; where some of its parts run once, only theirs: they go before the others come."""
+        nets = [net for net in self.nets.values() if net.component == component]
+        for net in [net for net in nets if net.kind.rows] or nets:
+            self._engine(net)
 
     def release(self, component: str) -> None:
         """Free a component's files, but for those that hold nets of another one too."""
@@ -260,7 +267,12 @@ class SailExecutor:
             self._engines.pop(file, None)
 
     def drop(self, part: str) -> None:
-        """SAIL loads and frees whole files."""
+        """SAIL frees whole files: that of the part goes with the last of its parts."""
+        self._dropped.add(part)
+        inside = {name for name, net in self.nets.items() if net.file == self.nets[part].file}
+        if inside <= self._dropped:
+            self._dropped -= inside
+            self._engines.pop(self.nets[part].file, None)
 
     def close(self) -> None:
         self._engines.clear()
@@ -268,26 +280,33 @@ class SailExecutor:
     @property
     def facts(self) -> Mapping[str, str]:
         version = getattr(self._sail, "__version__", "")
-        return {"runtime": f"sophon-sail {version}".strip(), "device": f"BM1684X {self.device}"}
+        last, turns = self.device + self.chips - 1, ", one after the other: more chips hold more and are no faster"
+        several = f" to {last}{turns}" * (self.chips > 1)
+        return {"runtime": f"sophon-sail {version}".strip(), "device": f"BM1684X {self.device}{several}"}
+
+    def _handle(self, net: Net) -> Any:
+        """The device that a net's file is on."""
+        return self._handles[device_of(net.file.name)]
 
     def _engine(self, net: Net) -> Any:
         if net.file not in self._engines:
-            engine = self._sail.Engine(self._handle)
+            engine = self._sail.Engine(self._handle(net))
             if engine.load(str(net.file)) is False:
+                number = self.device + device_of(net.file.name)
                 raise ResourceError(
-                    f"sophon-sail cannot load {net.file.name} on device {self.device}; see bm-smi for free memory, and "
-                    "the device plan of `fluxkiln plan`"
+                    f"sophon-sail cannot load {net.file.name} on device {number}; see bm-smi for free memory, and the "
+                    "device plan of `fluxkiln plan`"
                 )
             self._engines[net.file] = engine
         return self._engines[net.file]
 
-    def _given(self, spec: TensorSpec, array: NDArray[Any]) -> Any:
-        tensor, dtype = self._tensor(spec), spec.dtype
+    def _given(self, handle: Any, spec: TensorSpec, array: NDArray[Any]) -> Any:
+        tensor, dtype = self._tensor(handle, spec), spec.dtype
         bits = to_bits16(array, dtype) if dtype in BITS16 else np.ascontiguousarray(array, DTYPES[dtype][1])
         tensor.update_data(bits)
         tensor.sync_s2d()
         return tensor
 
-    def _tensor(self, spec: TensorSpec) -> Any:
+    def _tensor(self, handle: Any, spec: TensorSpec) -> Any:
         dtype = getattr(self._sail.Dtype, DTYPES[spec.dtype][0])
-        return self._sail.Tensor(self._handle, list(spec.shape), dtype, True, True)
+        return self._sail.Tensor(handle, list(spec.shape), dtype, True, True)

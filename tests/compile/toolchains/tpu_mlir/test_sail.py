@@ -100,6 +100,60 @@ def test_files_are_loaded_once_and_released(nets, library):
     assert module.loaded == ["text_encoder_2.bmodel", "vae.bmodel", "text_encoder_2.bmodel"]
 
 
+CUT = {f"transformer.{n}.bmodel": {"single": (["a", "b"], ["c"], add)} for n in range(3)}
+CUT |= {"modulation.bmodel": {"one": (["a"], ["b"], lambda a: (a,)), "two": (["a"], ["b"], lambda a: (a,))}}
+
+
+@pytest.fixture
+def cut(tmp_path, monkeypatch):
+    """A transformer in three files, and its modulation; the executor on a host with five chips, from the second on."""
+    row = (TensorSpec("temb", (1, 2), "float32"),), (TensorSpec("shift", (1, 2), "float32"),)
+    nets = {}
+    for name in CUT:
+        (tmp_path / name).write_bytes(b"bmodel")
+        for net in CUT[name]:
+            part, kind = (f"{net}.{name[12]}", "single_modulated") if net == "single" else (net, "single_modulation")
+            sides = (IN, OUT) if net == "single" else row
+            nets[part] = Net(part, KINDS[kind], tmp_path / name, net, *sides)
+    module = sail(CUT, devices=5)
+    monkeypatch.setitem(sys.modules, "sophon", module)
+    monkeypatch.setitem(sys.modules, "sophon.sail", module)
+    return nets, module
+
+
+def test_files_of_a_cut_transformer_are_on_chips_of_their_own(cut):
+    nets, module = cut
+    executor = SailExecutor(nets, 1)
+    hidden = np.ones((1, 4), np.float32)
+    for number in range(3):
+        made = executor(f"single.{number}", {"hidden_states": hidden, "position_bias": np.array([0.5, 0.5])})
+        hidden = made["hidden_states_out"]
+    np.testing.assert_array_equal(hidden, 4.0)
+    assert module.places == {f"transformer.{number}.bmodel": 1 + number for number in range(3)}
+    assert executor.facts["device"].startswith("BM1684X 1 to 3, one after the other")
+    with pytest.raises(ToolchainError, match="the bundle takes 3 chips, 3 to 5: sophon-sail sees 5 devices"):
+        SailExecutor(nets, 3)
+
+
+def test_what_modulates_is_gone_before_the_transformer_comes(cut):
+    """As the plan of the devices has it: the two need not fit together."""
+    nets, module = cut
+    executor = SailExecutor(nets)
+    executor.load("transformer")
+    assert module.resident == ["modulation.bmodel"]
+    for part in ("one", "two"):
+        executor(part, {"temb": np.ones((1, 2), np.float32)})
+        assert module.resident == ["modulation.bmodel"]
+        executor.drop(part)
+    assert module.resident == []
+    executor("single.0", {"hidden_states": np.ones((1, 4), np.float32), "position_bias": np.zeros(2)})
+    assert module.resident == ["transformer.0.bmodel"]
+    executor.drop("one")
+    executor("one", {"temb": np.ones((1, 2), np.float32)})
+    executor.release("transformer")
+    assert module.resident == []
+
+
 def test_a_file_shared_with_another_component_stays(nets, library, tmp_path):
     from dataclasses import replace
 

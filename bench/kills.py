@@ -21,7 +21,8 @@ from fluxkiln.compile.toolchains.tpu_mlir.environment import default_tpu_mlir_ro
 from fluxkiln.errors import FluxkilnError
 
 FOLDER = WORK / "kills"
-KILLS = 25  # of each work
+KILLS = 30  # of each work that takes seconds
+BUILD_KILLS = {"cpu": 26, "trn1": 14, "bm1684x": 10}
 # A kill comes within the time that the work takes undisturbed, or this at least.
 LEAST_SECONDS = 1.0
 PARTIAL = ".partial"
@@ -35,7 +36,7 @@ class Work:
         command: arguments in a folder; `ends`: exit codes of a success.
         state: what must be the same at the end as without a kill, of a folder.
         prepare: makes the folder ready, once.
-        again: the work begins anew after it ended; else what it made is removed by `forget`.
+        forget: removes what it made, so that it begins anew after it ended.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Work:
     prepare: Callable[[Path], object] = lambda folder: None
     forget: Callable[[Path], object] = lambda folder: None
     ends: tuple[int, ...] = (0,)
+    kills: int = KILLS
 
 
 @dataclass(slots=True)
@@ -62,9 +64,8 @@ def measure() -> Figure:
     outcomes = {}
     for work in works():
         print(f"{time.strftime('%H:%M:%S')} {work.name}", file=sys.stderr, flush=True)
-        outcomes[work.name] = kill(work, KILLS, order)
-        for fault in outcomes[work.name].faults:
-            print(f"{work.name}: {fault}", file=sys.stderr)
+        outcomes[work.name] = kill(work, order)
+        print(f"{work.name}: {outcomes[work.name]}", file=sys.stderr, flush=True)
     rows = [(name, str(one.kills), str(one.finished), str(len(one.faults))) for name, one in outcomes.items()]
     totals = (sum(getattr(one, name) for one in outcomes.values()) for name in ("kills", "finished"))
     rows.append(("all", *map(str, totals), str(sum(len(one.faults) for one in outcomes.values()))))
@@ -102,7 +103,7 @@ def calm_folder(name: str) -> Path:
     return FOLDER / name.replace(" ", "-") / "calm"
 
 
-def kill(work: Work, count: int, order: random.Random) -> Outcome:
+def kill(work: Work, order: random.Random) -> Outcome:
     outcome, calm, folder = Outcome(), calm_folder(work.name), calm_folder(work.name).with_name("killed")
     for one in (calm, folder):
         one.mkdir(parents=True)
@@ -113,7 +114,7 @@ def kill(work: Work, count: int, order: random.Random) -> Outcome:
     if code not in work.ends:
         return Outcome(faults=[f"undisturbed it ends with {code}"])
     wanted = work.state(calm)
-    while outcome.kills < count and outcome.finished < 4 * count:
+    while outcome.kills < work.kills and outcome.finished < 4 * work.kills:
         process = _start(work, folder)
         try:
             process.wait(order.uniform(0.0, takes))
@@ -171,7 +172,9 @@ def _build(target: str, ends: tuple[int, ...] = (0,)) -> Work:
     def command(folder: Path) -> list[str]:
         return ["build", target, "--no-verify", "--build-dir", str(folder)]
 
-    return Work(f"build {target}", command, _bundle_digests, forget=_forget_results, ends=ends)
+    return Work(
+        f"build {target}", command, _bundle_digests, forget=_forget_results, ends=ends, kills=BUILD_KILLS[target]
+    )
 
 
 def _bundle_digests(folder: Path) -> object:

@@ -44,6 +44,8 @@ class DocumentLimits:
 # What a person or a program asks for: a request, a credential, a record of few facts.
 SMALL = DocumentLimits(nbytes=1 << 20, entries=50_000)
 DOCUMENT = DocumentLimits()
+# A row for each part at each rung and step.
+REPORT = DocumentLimits(nbytes=256 << 20, entries=20_000_000)
 
 
 def read_json(

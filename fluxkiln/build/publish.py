@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fluxkiln.artifacts.intact import BUNDLE, read_manifest
+from fluxkiln.artifacts.intact import BUNDLE
 from fluxkiln.artifacts.manifest import MANIFEST_FILE, Manifest, resolve_inside
 from fluxkiln.artifacts.modelpack import (
     CARD,
@@ -57,6 +56,8 @@ from fluxkiln.artifacts.registry.transfer import TRANSFERS, Patience, Stop, each
 from fluxkiln.artifacts.store import Blob
 from fluxkiln.compile.opener import open_bundle
 from fluxkiln.digests import Json, digest_bytes
+from fluxkiln.documents import REPORT as REPORT_LIMITS
+from fluxkiln.documents import read_object
 from fluxkiln.errors import IntegrityError, ParityError, UsageError
 from fluxkiln.files import digest_file
 from fluxkiln.patches.registry import binding_licences, hub_id_of, title_of
@@ -246,12 +247,12 @@ def tag_reference(reference: str, tag: str, transfers: Transfers | None = None) 
     return target, document
 
 
-def read_described(text: str, transfers: Transfers | None = None) -> Manifest:
-    """The bundle's manifest from a folder or a reference."""
+def read_described(text: str, transfers: Transfers | None = None, progress: Progress | None = None) -> Manifest:
+    """The bundle's manifest from a reference, or from a folder, which is checked; errors as `open_bundle`."""
     folder = Path(text)
     for candidate in (folder, folder / BUNDLE):
         if (candidate / MANIFEST_FILE).is_file():
-            return read_manifest(candidate)
+            return open_bundle(candidate, progress).manifest
     return inspect_reference(text, transfers).manifest
 
 
@@ -299,11 +300,9 @@ def _read_report(folder: Path, manifest: Manifest) -> bytes | None:
     if parity_word(manifest.parity) == "unverified" or not path.is_file():
         return None
     data = _read_small(path)
-    try:
-        checkpoint = json.loads(data).get("provenance", {}).get("checkpoint", manifest.checkpoint.fingerprint)
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise IntegrityError(f"{path} is no report ({error}); build the bundle again, or remove it") from error
-    if checkpoint != manifest.checkpoint.fingerprint:
+    provenance = read_object(data, str(path), limits=REPORT_LIMITS).get("provenance", {})
+    known = provenance if isinstance(provenance, Mapping) else {"checkpoint": provenance}
+    if (checkpoint := known.get("checkpoint", manifest.checkpoint.fingerprint)) != manifest.checkpoint.fingerprint:
         raise IntegrityError(
             f"{path} is about the checkpoint {checkpoint}, the bundle was built from "
             f"{manifest.checkpoint.fingerprint}; build it again"

@@ -11,15 +11,14 @@ import click
 from fluxkiln.cli.options import PATH, SettingsFor, TargetCommand, settings_options
 from fluxkiln.cli.output import Output, count_text, json_option, open_progress, parity_text, path_text
 from fluxkiln.cli.registry import inspect_published, transfer_options
-from fluxkiln.documents import DocumentLimits, read_object_file
+from fluxkiln.documents import REPORT as REPORT_LIMITS
+from fluxkiln.documents import read_object_file
 from fluxkiln.errors import IntegrityError, UsageError
 from fluxkiln.verify.report.page import size as size_text
 
 if TYPE_CHECKING:
     from fluxkiln.build.publish import Transfers
 
-# a row for each part at each rung and step
-_REPORT_LIMITS = DocumentLimits(nbytes=256 << 20, entries=20_000_000)
 MANIFEST, REPORT, PAGE, COMPARISON = "manifest.json", "report.json", "report.html", "comparison.html"
 
 
@@ -207,7 +206,7 @@ def _report_file(given: Path, settings_for: SettingsFor) -> Path:
 def _read_report(source: Path) -> dict[str, Any]:
     from fluxkiln.verify.report.document import SCHEMA
 
-    document = read_object_file(source, remedy="run the build again to write it", limits=_REPORT_LIMITS)
+    document = read_object_file(source, remedy="run the build again to write it", limits=REPORT_LIMITS)
     found = document.get("schema")
     if found != SCHEMA:
         raise UsageError(f"{source} has the schema {found!r}, a report has {SCHEMA!r}; give the {REPORT} of a build")

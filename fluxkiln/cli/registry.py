@@ -85,9 +85,9 @@ def publish_command(
 
     folder = _folder(bundle, settings_for)
     parsed = parse_reference(reference, tagged=False)
-    if not parsed.name:
-        reference = str(with_tag(parsed, read_described(str(folder)).target))
     with open_progress() as progress:
+        if not parsed.name:
+            reference = str(with_tag(parsed, read_described(str(folder), progress=progress).target))
         done = publish_bundle(folder, reference, Terms(**terms), transfers=transfers, progress=progress)
     pushed = done.pushed
     output.document(
@@ -228,12 +228,15 @@ def ls_command(output: Output, transfers: Transfers, repository: str) -> None:
 def diff_command(output: Output, transfers: Transfers, one: str, other: str) -> None:
     """Show what changed from one bundle to another.
 
-    That is parts, schemes, tools, parity. Each REF is a reference or a bundle's folder. Only manifests are read.
+    That is parts, schemes, tools, parity. Each REF is a reference or a bundle's folder. Of what is published only
+    manifests are read; a folder is checked as by every other command.
     """
     from fluxkiln.artifacts.manifest import compare_manifests, is_same
     from fluxkiln.build.publish import read_described
 
-    found: dict[str, Any] = compare_manifests(read_described(one, transfers), read_described(other, transfers))
+    with open_progress() as progress:
+        described = (read_described(text, transfers, progress) for text in (one, other))
+        found: dict[str, Any] = compare_manifests(*described)
     output.document({"one": one, "other": other, "same": is_same(found), **found})
     if is_same(found):
         output.line("no difference")

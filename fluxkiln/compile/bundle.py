@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 CONFIGS = "configs.json"
 HOST_CONSTANTS = "host/constants.safetensors"
+# T5's position bias alone has 67 MB at 512 tokens
+MOST_CONSTANTS = 256 << 20
 # of any list of blocks, and far above what models have
 MOST_BLOCKS = 10_000
 _AGAIN = "build or fetch the bundle again"
@@ -50,7 +52,7 @@ class Bundle:
         from safetensors.numpy import load
 
         try:
-            return load(read_listed(self.folder, HOST_CONSTANTS))
+            return load(read_listed(self.folder, HOST_CONSTANTS, MOST_CONSTANTS))
         except SafetensorError as error:
             raise IntegrityError(f"{self.folder / HOST_CONSTANTS} is damaged ({error}); {_AGAIN}") from error
 

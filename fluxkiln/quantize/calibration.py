@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fluxkiln.documents import read_object
 from fluxkiln.errors import CheckpointError, IntegrityError, SchemeError
 from fluxkiln.quantize.sizes import SIZE_BINS, count_sizes
 
@@ -211,7 +212,7 @@ def open_calibration(path: Path, digest: str) -> Calibration:
 
     try:
         with safe_open(path, framework="np") as file:
-            known = json.loads((file.metadata() or {})[METADATA])
+            known = read_object((file.metadata() or {})[METADATA].encode(), str(path))
             names = set(file.keys())
         if known["format"] != FORMAT:
             raise IntegrityError(f"{path} has format {known['format']}, this is {FORMAT}; run fluxkiln calibrate again")

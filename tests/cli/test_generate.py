@@ -229,6 +229,8 @@ def test_no_command_takes_what_another_refuses(fluxkiln, folder, tmp_path, monke
     for command in (
         ["verify", copy], ["inspect", copy], ["generate", "--bundle", copy, "x"],
         ["serve", "--bundle", copy, "--port", "0"], ["publish", copy, f"oci-layout:{tmp_path / 'layout'}:v1"],
+        ["publish", copy, f"oci-layout:{tmp_path / 'layout'}"], ["diff", copy, folder], ["diff", folder, copy],
+        ["judge", copy],
     ):  # fmt: skip
         run = fluxkiln(*command)
         assert run.code == 4, command

@@ -10,13 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from fluxkiln.artifacts.intact import read_manifest
 from fluxkiln.build.make import build
+from fluxkiln.compile.bundle import HOST_CONSTANTS
 from fluxkiln.compile.opener import open_bundle
 from fluxkiln.compile.targets import find_target
 from fluxkiln.compile.toolchain import open_executor, toolchain_of
+from fluxkiln.documents import DOCUMENT
 from fluxkiln.errors import IntegrityError, ToolchainError, UsageError
+from fluxkiln.files import digest_file
 from fluxkiln.generate.painter import Painter, Request, paint
 from fluxkiln.settings import Settings
 from fluxkiln.types import Shapes
@@ -98,6 +102,25 @@ def test_a_damaged_file_is_named(folder, damage, words, known):
         open_bundle(folder)
     assert caught.value.exit_code == 4
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_constants_of_a_large_model_are_read_whole(folder, monkeypatch):
+    """At 512 tokens they have more than any document may have."""
+    constants = folder / HOST_CONSTANTS
+    arrays = {**load_file(constants), "more": np.arange(DOCUMENT.nbytes // 4 + 1000, dtype=np.float32)}
+    save_file(arrays, constants)
+    digest, size = digest_file(constants)
+
+    def change(document):
+        entry = next(file for file in document["files"] if file["path"] == HOST_CONSTANTS)
+        entry.update(sha256=digest.removeprefix("sha256:"), size=size)
+
+    bundle = open_bundle(forge(folder, change))
+    assert set(bundle.constants) == set(arrays)
+    np.testing.assert_array_equal(bundle.constants["more"], arrays["more"])
+    monkeypatch.setattr("fluxkiln.compile.bundle.MOST_CONSTANTS", size - 1)
+    with pytest.raises(IntegrityError, match=f"is larger than {size - 1} bytes, the most that are read of it"):
+        _ = bundle.constants
 
 
 def test_a_link_is_no_file_of_a_bundle(folder, tmp_path):

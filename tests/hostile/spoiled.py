@@ -24,7 +24,7 @@ ODD = st.one_of(
     st.text(max_size=20),
     st.lists(st.sampled_from(NUMBERS), max_size=4),
     st.integers(1, 70).map(lambda depth: json.loads("[" * depth + "]" * depth)),
-)
+).map(copy.deepcopy)  # what is spoiled further is not what the next example begins with
 
 
 def spoiled(seeds: Sequence[bytes], document: bool) -> st.SearchStrategy[bytes]:

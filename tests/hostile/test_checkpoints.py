@@ -68,6 +68,10 @@ def test_configs(folder, replace_file, component, key, value, fault):
         ("_class_name", ABSENT, "object missing required field _class_name"),
         ("shift", -3.0, "expected float > 1e-06"),
         ("use_dynamic_shifting", 1, "expected bool, got int"),
+        ("base_shift", None, "expected float, got null"),
+        ("max_image_seq_len", 256, "shifts the schedule of images by nan, it must be from -80 to 80"),
+        ("max_image_seq_len", 257, "shifts the schedule of images by -165.2 to "),
+        ("max_shift", 1e5, "it must be from -80 to 80; take the scheduler of the published model"),
     ],
 )
 def test_schedulers(folder, replace_file, key, value, fault):

@@ -10,9 +10,9 @@ import socket
 import threading
 import time
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -171,15 +171,30 @@ def retrying(
 
 def each(items: Iterable[_T], work: Callable[[_T], None], stop: Stop, jobs: int) -> None:
     """`work` on every item, `jobs` at a time. Raises what `work` raised first, once all transfers have ended."""
-    with ThreadPoolExecutor(jobs, thread_name_prefix="transfer") as pool:
-        futures = [pool.submit(work, item) for item in items]
+    left, taking, failures = deque(items), threading.Lock(), list[BaseException]()
+
+    def take() -> None:
+        # No future for each: others listed them, there may be a great many, and each would have to be undone.
         try:
-            for future in as_completed(futures):
-                future.result()
+            while not stop.event.is_set():
+                with taking:
+                    if not left:
+                        return
+                    item = left.popleft()
+                work(item)
+        except BaseException as error:
+            failures.append(error)
+            stop.event.set()
+
+    with ThreadPoolExecutor(jobs, thread_name_prefix="transfer") as pool:
+        working = [pool.submit(take) for _ in range(jobs)]
+        try:
+            wait(working)
         except BaseException:
             stop.event.set()
-            pool.shutdown(cancel_futures=True)
             raise
+    if failures:
+        raise failures[0]
 
 
 class Meter:

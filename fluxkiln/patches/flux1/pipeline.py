@@ -6,7 +6,7 @@ Source: diffusers' pipeline_flux.py and transformer_flux.py. What lies between t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from fluxkiln.documents import read_object_file
 from fluxkiln.errors import ShapeError
-from fluxkiln.patches.flux1.inputs import pooled_row
-from fluxkiln.patches.flux1.kinds import CLIP_TOKENS, MODULATION_CHUNKS, modulation_name
+from fluxkiln.patches.flux1.inputs import input_shapes, pooled_row
+from fluxkiln.patches.flux1.kinds import ALL_KINDS, CONSTANT_INPUTS, MODULATION_CHUNKS, modulation_name
 from fluxkiln.patches.flux1.prompts import PromptTokenizer, read_clip_tokenizer, read_t5_tokenizer
 from fluxkiln.patches.flux1.scheduler import noise_levels, take_step, timesteps_of
 from fluxkiln.patches.flux1.schemas import check_configs
@@ -28,18 +28,19 @@ _Array = NDArray[Any]
 _Arrays = Mapping[str, _Array]
 
 
-def _check_constants(host_constants: _Arrays, shapes: Shapes) -> None:
-    """Raise ShapeError when host constants were made for other shapes."""
-    lengths = {"rotary_cos": shapes.joint_tokens, "rotary_sin": shapes.joint_tokens, "position_bias": shapes.tokens}
-    lengths["position_buckets"] = shapes.tokens
-    for name, length in lengths.items():
-        if name not in host_constants:
-            continue
-        found = host_constants[name].shape[-2]
-        if found != length:
+def _check_constants(files: PipelineFiles, parts: Iterable[Part], shapes: Shapes) -> None:
+    """Raise ShapeError when the host's constants are not what the parts take at these shapes."""
+    wanted: dict[str, tuple[int, ...]] = {}
+    for kind in {part.kind for part in parts}:
+        wanted |= input_shapes(ALL_KINDS[kind], files.configs, shapes)
+    for name in CONSTANT_INPUTS:
+        found = files.constants.get(name)
+        here = None if found is None else (found.shape, str(found.dtype))
+        if name in wanted and here != (wanted[name], "int32" if name == "position_buckets" else "float32"):
+            told = f"{here[1]} {list(here[0])}" if here else "not there"
             raise ShapeError(
-                f"{name} is for {found} tokens, {shapes.width}x{shapes.height} with {shapes.tokens} text tokens needs "
-                f"{length} (CLIP's {CLIP_TOKENS} do not count); compute the host constants for these shapes"
+                f"{name} is {told}, {shapes.width}x{shapes.height} with {shapes.tokens} text tokens needs "
+                f"{list(wanted[name])}; compute the host constants for these shapes"
             )
 
 
@@ -200,13 +201,12 @@ class FluxParts:
 
 def build_pipeline(files: PipelineFiles, chain: PartChain, shapes: Shapes) -> FluxParts:
     """The pipeline of these parts; errors as `Model.build_pipeline`."""
-    _check_constants(files.constants, shapes)
+    _check_constants(files, chain.parts, shapes)
     scheduler = read_object_file(files.root / "scheduler" / "scheduler_config.json")
     check_configs({"scheduler": scheduler}, str(files.root))
-    clip, t5 = (
-        read_clip_tokenizer(files.root / "tokenizer"),
-        read_t5_tokenizer(files.root / "tokenizer_2", shapes.tokens),
-    )
+    words = {name: int(files.configs[name]["vocab_size"]) for name in ("text_encoder", "text_encoder_2")}
+    clip = read_clip_tokenizer(files.root / "tokenizer", words["text_encoder"])
+    t5 = read_t5_tokenizer(files.root / "tokenizer_2", words["text_encoder_2"], shapes.tokens)
     return FluxParts(chain, shapes, files.configs, files.constants, scheduler, clip, t5)
 
 

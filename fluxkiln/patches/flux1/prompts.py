@@ -28,23 +28,36 @@ _END_OF_WORD = "</w>"
 
 @dataclass(frozen=True, slots=True)
 class PromptTokenizer:
-    """A text encoder's tokenizer: its name, how many tokens there are to be, and the id that fills up."""
+    """A text encoder's tokenizer.
+
+    Attributes:
+        words: ids that its encoder has a row for, counted from 0. tokens: how many there are to be. pad: fills up.
+    """
 
     name: str
+    folder: Path
     tokenizer: Tokenizer
+    words: int
     tokens: int
     pad: int
 
     def encode(self, prompt: str) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-        """Ids [1, tokens] int64, and a sentence on what of the prompt the encoder does not see; none where it fits."""
+        """Ids [1, tokens] int64, and a sentence on what of the prompt the encoder does not see; none where it fits.
+
+        CheckpointError: the tokenizer fails, or gives ids that its encoder does not know.
+        """
         import numpy as np
 
-        ids, tokens = self.tokenizer.encode(prompt).ids, self.tokens
-        if len(ids) <= tokens:
-            return np.array([ids + [self.pad] * (tokens - len(ids))], np.int64), ()
-        # the last token is the end mark, which the cut prompt has as well
-        kept, lost = [*ids[: tokens - 1], ids[-1]], ids[tokens - 1 : -1]
-        text = self.tokenizer.decode(lost).replace(_END_OF_WORD, " ").strip()
+        tokens = self.tokens
+        with held_by(self.folder, f"tokenizer of {self.name} for every prompt"):
+            ids = self.tokenizer.encode(prompt).ids
+            if odd := [one for one in (*ids, self.pad) if one >= self.words]:
+                raise ValueError(f"it gives the id {odd[0]}, and its encoder has {self.words}")
+            if len(ids) <= tokens:
+                return np.array([ids + [self.pad] * (tokens - len(ids))], np.int64), ()
+            # the last token is the end mark, which the cut prompt has as well
+            kept, lost = [*ids[: tokens - 1], ids[-1]], ids[tokens - 1 : -1]
+            text = self.tokenizer.decode(lost).replace(_END_OF_WORD, " ").strip()
         shown = text if len(text) <= SHOWN_CUT else f"{text[:SHOWN_CUT]}…"
         note = f"{self.name} takes {tokens} tokens and the prompt has {len(ids)}: the last {len(lost)} were cut"
         return np.array([kept], np.int64), (f"{note}: {shown!r}",)
@@ -62,7 +75,7 @@ def held_by(folder: Path, what: str) -> Iterator[None]:
         raise CheckpointError(f"{folder} does not hold a {what} ({reason}); copy or fetch it again") from error
 
 
-def read_clip_tokenizer(folder: Path) -> PromptTokenizer:
+def read_clip_tokenizer(folder: Path, words: int) -> PromptTokenizer:
     """CLIP's, from `vocab.json` and `merges.txt`, or from a `tokenizer.json`; CheckpointError for a broken one."""
     import tokenizers
 
@@ -85,9 +98,9 @@ def read_clip_tokenizer(folder: Path) -> PromptTokenizer:
             tokenizer.normalizer = tokenizers.normalizers.Sequence(
                 [tokenizers.normalizers.NFC(), space, tokenizers.normalizers.Lowercase()]
             )
-            words = tokenizers.pre_tokenizers.Split(tokenizers.Regex(_CLIP_WORDS), "removed", invert=True)
+            split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(_CLIP_WORDS), "removed", invert=True)
             tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-                [words, tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)]
+                [split, tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)]
             )
             tokenizer.decoder = tokenizers.decoders.ByteLevel()
             added = config.get("added_tokens_decoder") or {str(i): one for i, one in enumerate((start, end, pad))}
@@ -96,15 +109,16 @@ def read_clip_tokenizer(folder: Path) -> PromptTokenizer:
             tokenizer.post_processor = tokenizers.processors.RobertaProcessing(
                 last, first, trim_offsets=False, add_prefix_space=False
             )
-        return PromptTokenizer("CLIP", tokenizer, CLIP_TOKENS, _id_of(tokenizer, pad))
+        return PromptTokenizer("CLIP", folder, tokenizer, words, CLIP_TOKENS, _id_of(tokenizer, pad))
 
 
-def read_t5_tokenizer(folder: Path, tokens: int) -> PromptTokenizer:
+def read_t5_tokenizer(folder: Path, words: int, tokens: int) -> PromptTokenizer:
     """T5's, from its `tokenizer.json`; CheckpointError for a broken one, or where there is only `spiece.model`."""
     with held_by(folder, "T5TokenizerFast"):
         config = read_object_file(folder / "tokenizer_config.json")
         tokenizer = _from_file(folder)
-        return PromptTokenizer("T5", tokenizer, tokens, _id_of(tokenizer, _content(config.get("pad_token") or "<pad>")))
+        pad = _id_of(tokenizer, _content(config.get("pad_token") or "<pad>"))
+        return PromptTokenizer("T5", folder, tokenizer, words, tokens, pad)
 
 
 def _from_file(folder: Path) -> Tokenizer:

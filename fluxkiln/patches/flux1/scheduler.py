@@ -23,7 +23,7 @@ def noise_levels(config: Mapping[str, Any], steps: int, image_tokens: int) -> ND
     """
     sigmas: Any = np.linspace(1.0, 1 / steps, steps).astype(np.float32)
     if config.get("use_dynamic_shifting", False):
-        shift = _shift_for(config, image_tokens)
+        shift = shift_for(config, image_tokens)
         if config.get("time_shift_type", "exponential") == "exponential":
             shift = math.exp(shift)
         sigmas = shift / (shift + (1 / sigmas - 1))
@@ -44,7 +44,7 @@ def take_step(latents: NDArray[np.float32], velocity: Any, sigmas: NDArray[np.fl
     return latents + (sigmas[step + 1] - sigmas[step]) * velocity
 
 
-def _shift_for(config: Mapping[str, Any], image_tokens: int) -> float:
+def shift_for(config: Mapping[str, Any], image_tokens: int) -> float:
     """How far the schedule is shifted for an image of this many tokens; mu in diffusers."""
     base, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
     low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)

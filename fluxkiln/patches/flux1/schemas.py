@@ -6,6 +6,7 @@ model that no machine holds. A key that is `NotRequired` has a default upstream.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
@@ -121,10 +122,10 @@ class SchedulerKeys(TypedDict):
     num_train_timesteps: NotRequired[Annotated[int, Meta(ge=1, le=1_000_000)]]
     shift: NotRequired[Factor]
     use_dynamic_shifting: NotRequired[bool]
-    base_shift: NotRequired[Factor | None]
-    max_shift: NotRequired[Factor | None]
-    base_image_seq_len: NotRequired[Annotated[int, Meta(ge=1, le=1 << 24)] | None]
-    max_image_seq_len: NotRequired[Annotated[int, Meta(ge=1, le=1 << 24)] | None]
+    base_shift: NotRequired[Factor]
+    max_shift: NotRequired[Factor]
+    base_image_seq_len: NotRequired[Annotated[int, Meta(ge=1, le=1 << 24)]]
+    max_image_seq_len: NotRequired[Annotated[int, Meta(ge=1, le=1 << 24)]]
     shift_terminal: NotRequired[Fraction | None]
     invert_sigmas: NotRequired[bool]
     stochastic_sampling: NotRequired[bool]
@@ -149,6 +150,8 @@ OTHER_SCHEDULES = (
     "invert_sigmas", "shift_terminal", "stochastic_sampling", "use_beta_sigmas", "use_exponential_sigmas",
     "use_flow_sigmas", "use_karras_sigmas",
 )  # fmt: skip
+# the shift of any image: of one token, and of 8192x8192 pixels; e to the power of it is a float32
+SHIFTED_TOKENS, MOST_SHIFT = (1, 1 << 18), 80.0
 _REMEDY = "copy or fetch it again"
 
 
@@ -170,12 +173,31 @@ def check_configs(configs: Configs, where: str) -> None:
             f"{where}: scheduler's config asks for {', '.join(asked)}, which no FLUX.1 does and nothing here computes; "
             "take the scheduler of the published model"
         )
+    if "scheduler" in configs:
+        _check_shifts(configs["scheduler"], where)
     for one, first, other, second in _equal(configs):
         if first != second:
             raise CheckpointError(
                 f"{where}: {one} is {first} and {other} is {second}, which must be equal; the configs are of different "
                 f"models: {_REMEDY}"
             )
+
+
+def _check_shifts(scheduler: Mapping[str, Any], where: str) -> None:
+    """Raise CheckpointError where a schedule is shifted by what is no number, or by more than one can be."""
+    from fluxkiln.patches.flux1.scheduler import shift_for
+
+    try:
+        shifts = [shift_for(scheduler, tokens) for tokens in SHIFTED_TOKENS]
+    except ZeroDivisionError:
+        shifts = [math.nan]
+    least = 0 if scheduler.get("time_shift_type") == "linear" else -MOST_SHIFT
+    if not all(least < shift < MOST_SHIFT for shift in shifts):
+        told = " to ".join(f"{one:.4g}" for one in shifts)
+        raise CheckpointError(
+            f"{where}: scheduler's config shifts the schedule of images by {told}, it must be from {least:g} to "
+            f"{MOST_SHIFT:g}; take the scheduler of the published model"
+        )
 
 
 def _equal(configs: Configs) -> Iterator[tuple[str, int, str, int]]:

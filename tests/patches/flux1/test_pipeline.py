@@ -247,12 +247,19 @@ def test_tiny_vae_config_may_leave_out_its_defaults(tiny_checkpoint, tiny_record
 @pytest.mark.parametrize("shapes", [Shapes(64, 80, 32), Shapes(64, 64, 16)])
 def test_constants_of_other_shapes_are_refused(tiny, shapes):
     checkpoint, parts, recording = tiny
-    with pytest.raises(ShapeError, match=r"rotary_cos is for 48 tokens, .* needs"):
+    with pytest.raises(ShapeError, match=r"rotary_cos is float32 \[48, 128\], .* needs \["):
         run_with_parts(MODEL, files_of(checkpoint, SHAPES), shapes, parts, Replay(recording))
     files = files_of(checkpoint, shapes)
-    other = {**files.constants, "position_bias": np.zeros((1, 2, 31, 31), np.float32)}
-    with pytest.raises(ShapeError, match="position_bias is for 31 tokens"):
-        run_with_parts(MODEL, replace(files, constants=other), shapes, parts, Replay(recording))
+    for bias, words in (
+        (np.zeros((1, 2, 31, 31), np.float32), r"position_bias is float32 \[1, 2, 31, 31\]"),
+        (files.constants["position_bias"].astype(np.float16), "position_bias is float16"),
+        (None, "position_bias is not there"),
+    ):
+        other = {
+            name: array for name, array in (files.constants | {"position_bias": bias}).items() if array is not None
+        }
+        with pytest.raises(ShapeError, match=words):
+            run_with_parts(MODEL, replace(files, constants=other), shapes, parts, Replay(recording))
 
 
 def test_a_runners_error_comes_through(tiny):

@@ -9,20 +9,21 @@ import pytest
 from fluxkiln.errors import UsageError
 from fluxkiln.patches.flux1.tokenizers import T5_SENTINELS, corpus, write_clip_tokenizer, write_t5_tokenizer
 
+WORDS_OF_CLIP, WORDS_OF_T5 = 768, 384
 PROMPTS = ("A red fox in the forest, oil painting.", "Zebra #9 & <b>naïve</b> 東京", "", "  two   spaces ")
 
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clip")
-    write_clip_tokenizer(folder, vocab_size=768)
+    write_clip_tokenizer(folder, vocab_size=WORDS_OF_CLIP)
     return folder
 
 
 @pytest.fixture(scope="module")
 def t5_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("t5")
-    write_t5_tokenizer(folder, vocab_size=384, max_length=512)
+    write_t5_tokenizer(folder, vocab_size=WORDS_OF_T5, max_length=512)
     return folder
 
 
@@ -65,10 +66,10 @@ def test_prompts_of_different_words_differ(t5_folder, clip_folder):
 
 
 def test_files_are_the_same_every_time(t5_folder, clip_folder, tmp_path):
-    write_t5_tokenizer(tmp_path, vocab_size=384, max_length=512)
+    write_t5_tokenizer(tmp_path, vocab_size=WORDS_OF_T5, max_length=512)
     for name in ("spiece.model", "tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / name).read_bytes() == (t5_folder / name).read_bytes()
-    write_clip_tokenizer(tmp_path, vocab_size=768)
+    write_clip_tokenizer(tmp_path, vocab_size=WORDS_OF_CLIP)
     for name in ("vocab.json", "merges.txt"):
         assert (tmp_path / name).read_bytes() == (clip_folder / name).read_bytes()
 
@@ -95,9 +96,9 @@ def own_and_theirs(clip_folder, t5_folder):
 
     from fluxkiln.patches.flux1.prompts import read_clip_tokenizer, read_t5_tokenizer
 
-    yield read_clip_tokenizer(clip_folder), CLIPTokenizer.from_pretrained(clip_folder)
+    yield read_clip_tokenizer(clip_folder, WORDS_OF_CLIP), CLIPTokenizer.from_pretrained(clip_folder)
     for tokens in (16, 512):
-        yield read_t5_tokenizer(t5_folder, tokens), T5TokenizerFast.from_pretrained(t5_folder)
+        yield read_t5_tokenizer(t5_folder, WORDS_OF_T5, tokens), T5TokenizerFast.from_pretrained(t5_folder)
 
 
 @pytest.mark.parametrize("saved", [False, True], ids=["published", "saved"])
@@ -141,8 +142,8 @@ def test_a_pad_token_of_its_own(clip_folder, tmp_path):
         config = json.loads((folder / name).read_text())
         (folder / name).write_text(json.dumps({**config, "pad_token": "!"}))
     wanted = CLIPTokenizer.from_pretrained(folder)("a", padding="max_length", max_length=77).input_ids
-    assert read_clip_tokenizer(folder).encode("a")[0].tolist() == [wanted]
-    assert wanted[-1] != read_clip_tokenizer(clip_folder).encode("a")[0][0, -1]
+    assert read_clip_tokenizer(folder, WORDS_OF_CLIP).encode("a")[0].tolist() == [wanted]
+    assert wanted[-1] != read_clip_tokenizer(clip_folder, WORDS_OF_CLIP).encode("a")[0][0, -1]
 
 
 @pytest.mark.parametrize("data", [b"", b"{}", b"[]", b'{"model": {"type": "BPE"}}', b"\xff" * 100])
@@ -153,8 +154,8 @@ def test_broken_ones_are_refused(clip_folder, t5_folder, tmp_path, data):
     from fluxkiln.patches.flux1.prompts import read_clip_tokenizer, read_t5_tokenizer
 
     for folder, name, read in (
-        (clip_folder, "vocab.json", read_clip_tokenizer),
-        (t5_folder, "tokenizer.json", lambda folder: read_t5_tokenizer(folder, 8)),
+        (clip_folder, "vocab.json", lambda folder: read_clip_tokenizer(folder, WORDS_OF_CLIP)),
+        (t5_folder, "tokenizer.json", lambda folder: read_t5_tokenizer(folder, WORDS_OF_T5, 8)),
     ):
         broken = shutil.copytree(folder, tmp_path / folder.name)
         (broken / name).write_bytes(data)
@@ -163,3 +164,34 @@ def test_broken_ones_are_refused(clip_folder, t5_folder, tmp_path, data):
         (broken / name).unlink()
         with pytest.raises(CheckpointError, match="does not hold a"):
             read(broken)
+
+
+def test_ids_that_no_encoder_has(t5_folder, clip_folder):
+    from fluxkiln.errors import CheckpointError
+    from fluxkiln.patches.flux1.prompts import read_clip_tokenizer, read_t5_tokenizer
+
+    for read in (
+        lambda words: read_clip_tokenizer(clip_folder, words),
+        lambda words: read_t5_tokenizer(t5_folder, words, 8),
+    ):
+        last = int(read(WORDS_OF_CLIP).encode("a kiln")[0].max())
+        read(last + 1).encode("a kiln")
+        with pytest.raises(CheckpointError, match=rf"it gives the id {last}, and its encoder has {last}"):
+            read(last).encode("a kiln")
+
+
+def test_a_tokenizer_that_fails_at_a_word(t5_folder, tmp_path):
+    import json
+    import shutil
+
+    from fluxkiln.errors import CheckpointError
+    from fluxkiln.patches.flux1.prompts import read_t5_tokenizer
+
+    folder = shutil.copytree(t5_folder, tmp_path / "t5")
+    written = json.loads((folder / "tokenizer.json").read_text())
+    written["model"]["unk_id"] = None
+    (folder / "tokenizer.json").write_text(json.dumps(written))
+    tokenizer = read_t5_tokenizer(folder, WORDS_OF_T5, 8)
+    tokenizer.encode("a")
+    with pytest.raises(CheckpointError, match="tokenizer of T5 for every prompt"):
+        tokenizer.encode("東京")

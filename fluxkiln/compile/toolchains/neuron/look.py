@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from fluxkiln.artifacts.actions import ActionCache
+from fluxkiln.compile.opener import open_bundle
 from fluxkiln.compile.plan import Plan
 from fluxkiln.compile.rungs import STAGE, tell_rung
 from fluxkiln.compile.templates import host_constants
@@ -177,11 +178,12 @@ def see_rank_leaves(part: Part, checkpoint: Checkpoint, inputs: Values, state: V
 def read_shards(
     checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, bundle: Path, progress: Progress
 ) -> Weights:
-    """Each rank's weights as they are shipped; the bundle's may be damaged, that is for the rungs to say."""
+    """Each rank's weights as they are shipped, those of the bundle where it is there; IntegrityError: it is damaged."""
     from fluxkiln.export.shard_files import read_shard
 
     files = [bundle / shard_file(part.name, rank) for rank in range(part.ranks(plan.layout.degree))]
     if all(file.is_file() for file in files):
+        open_bundle(bundle)
         return [list(read_shard(file).values()) for file in files]
     return shard_arrays(cache, shard_weights(checkpoint, plan, cache, progress)[part.name])
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 
-from bench.figure import ROOT, Figure, tree_bytes
+from bench.figure import ROOT, Figure, fluxkiln, tree_bytes
 from bench.lives import FOLDER, SIGNS, Case, Group, run_group, warm_up
 from bench.peers import hostile_registry
 from fluxkiln.artifacts.intact import encode_record
@@ -103,6 +103,7 @@ def make_groups(folder: Path) -> dict[str, Iterator[Case]]:
         ),
         "configs of bundles": _bundles(folder, bundle, "configs.json", draw("configs", 100)),
         "graphs of bundles": _bundles(folder, bundle, "onnx/tail.onnx", draw("graph", 150)),
+        "images from bundles": _images(folder, model, 150),
         "artifacts": _layouts(folder, free, 200),
         "registries": _registries(folder, 200),
         "logins": _logins(folder, 100),
@@ -133,7 +134,12 @@ def _checkpoints(folder: Path, model: Path, files: Iterator[tuple[str, bytes]]) 
 
 
 def _loras(folder: Path, model: Path, count: int) -> Iterator[Case]:
-    for data in draw("lora", count):
+    from fluxkiln.export.checkpoint import open_checkpoint
+    from tests.export.loras import Q, peft, write
+
+    shapes = {name: ref.shape for name, ref in open_checkpoint(model).tensors["transformer"].items()}
+    fitting = write(folder / "fitting.safetensors", peft(shapes, Q, rank=1)).read_bytes()
+    for data in (*draw("lora", count // 2), *draw("lora", count // 2, [fitting])):
         shutil.rmtree(folder / "fused", ignore_errors=True)
         _put(folder / "style.safetensors", data)
         yield Case(["fuse", str(model), str(folder / "fused"), "--lora", str(folder / "style.safetensors")])
@@ -148,6 +154,25 @@ def _bundles(folder: Path, bundle: Path, name: str, spoilt: Sequence[bytes]) -> 
             with suppress(ValueError, AttributeError, TypeError, KeyError, RecursionError):
                 _put_right(copy, name, data)
         yield Case([("verify", "inspect")[number // 2 % 2], str(copy)])
+
+
+def _images(folder: Path, model: Path, count: int) -> Iterator[Case]:
+    """An image from a whole bundle, of which a file that is read on the way was spoiled and all digests put right."""
+    command = ["build", "cpu", "--model", str(model), "--no-verify", "--size", "32x32", "--tokens", "16"]
+    subprocess.run(fluxkiln(*command, "--build-dir", str(folder / "whole")), check=True, capture_output=True)
+    (bundle,) = (folder / "whole" / "cpu").glob("*/bundle")
+    readers = {
+        "host/constants.safetensors": "constants", "tokenizer/vocab.json": "vocabulary",
+        "tokenizer/tokenizer_config.json": "vocabulary", "tokenizer_2/tokenizer.json": "tokenizer",
+        "scheduler/scheduler_config.json": "scheduler",
+    }  # fmt: skip
+    for name, reader in readers.items():
+        for data in draw(reader, count // len(readers), [(bundle / name).read_bytes()]):
+            copy = _linked(bundle, folder / "bundle")
+            _put(copy / name, data)
+            _put_right(copy, name, data)
+            image = ["--steps", "1", "--threads", "1", "--out", str(folder / "x.png")]
+            yield Case(["generate", "a kiln", "--bundle", str(copy), *image])
 
 
 def _put_right(bundle: Path, name: str, data: bytes) -> None:

@@ -21,6 +21,7 @@ from fluxkiln.patches.flux1.model import MODEL
 CORPUS = Path(__file__).with_name("corpus")
 MANIFESTS = Path(__file__).with_name("manifests")
 HOST = "registry.example"
+PROMPT = "Größe of a kiln,  at night 東"
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,18 +242,68 @@ def read_graph(data: bytes, folder: Path) -> None:
 
 def read_request(data: bytes, folder: Path) -> None:
     """A request of the page, up to where the image would be begun."""
-    from fluxkiln.compile.bundle import Bundle, own_parts
-    from fluxkiln.compile.targets import find_target
     from fluxkiln.documents import SMALL, read_object
     from fluxkiln.errors import UsageError
     from fluxkiln.generate.painter import check_request
     from fluxkiln.generate.server import parse_request
 
-    manifest, configs = tiny_manifest(), json.loads(samples("configs")[0])
-    parts = own_parts(manifest, MODEL, configs)
-    bundle = Bundle(folder, manifest, manifest.digest, find_target(manifest.target), MODEL, parts, configs)
+    bundle = tiny_bundle(folder)
     document = read_object(data, "the request", error=UsageError, remedy="send another", limits=SMALL)
     check_request(bundle, parse_request(bundle, document))
+
+
+def read_constants(data: bytes, folder: Path) -> None:
+    """Up to where the parts would be given them."""
+    from fluxkiln.compile.bundle import HOST_CONSTANTS
+    from fluxkiln.patches.flux1.pipeline import check_constants
+    from fluxkiln.patches.pipeline import PipelineFiles
+
+    written(data, folder / HOST_CONSTANTS)
+    bundle = tiny_bundle(folder)
+    files = PipelineFiles(folder, bundle.configs, bundle.constants)
+    check_constants(files, bundle.parts, bundle.manifest.shapes)
+
+
+def read_scheduler(data: bytes, folder: Path) -> None:
+    """Up to the levels of noise of the largest and the smallest image, which are numbers."""
+    import numpy as np
+
+    from fluxkiln.documents import read_object
+    from fluxkiln.patches.flux1.scheduler import noise_levels, timesteps_of
+
+    config = read_object(data, "here")
+    MODEL.check_configs({"scheduler": config}, "here")
+    for steps, tokens in ((1, 1), (28, 4096), (64, 1 << 18)):
+        levels = noise_levels(config, steps, tokens)
+        assert np.isfinite(levels).all()
+        assert np.isfinite(timesteps_of(config, levels)).all()
+
+
+def read_tokenizer(data: bytes, folder: Path) -> None:
+    from fluxkiln.patches.flux1.prompts import read_t5_tokenizer
+
+    written(data, folder / "tokenizer.json")
+    written(b"{}", folder / "tokenizer_config.json")
+    read_t5_tokenizer(folder, 200, 16).encode(PROMPT)
+
+
+def read_vocabulary(data: bytes, folder: Path) -> None:
+    from fluxkiln.patches.flux1.prompts import read_clip_tokenizer
+
+    written(data, folder / "vocab.json")
+    written(b"#version: 0.2\n", folder / "merges.txt")
+    written(b"{}", folder / "tokenizer_config.json")
+    read_clip_tokenizer(folder, 1000).encode(PROMPT)
+
+
+def tiny_bundle(folder: Path) -> Any:
+    """A bundle of which nothing is in its folder."""
+    from fluxkiln.compile.bundle import Bundle, own_parts
+    from fluxkiln.compile.targets import find_target
+
+    manifest, configs = tiny_manifest(), json.loads(samples("configs")[0])
+    parts = own_parts(manifest, MODEL, configs)
+    return Bundle(folder, manifest, manifest.digest, find_target(manifest.target), MODEL, parts, configs)
 
 
 def tiny_manifest() -> Any:
@@ -286,4 +337,8 @@ READERS: Mapping[str, Reader] = {
     "hlo-bundle": Reader(read_split_bundle, document=True),
     "graph": Reader(read_graph),
     "request": Reader(read_request, document=True),
+    "constants": Reader(read_constants),
+    "scheduler": Reader(read_scheduler, document=True),
+    "tokenizer": Reader(read_tokenizer, document=True),
+    "vocabulary": Reader(read_vocabulary, document=True),
 }

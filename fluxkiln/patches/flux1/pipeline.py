@@ -28,7 +28,7 @@ _Array = NDArray[Any]
 _Arrays = Mapping[str, _Array]
 
 
-def _check_constants(files: PipelineFiles, parts: Iterable[Part], shapes: Shapes) -> None:
+def check_constants(files: PipelineFiles, parts: Iterable[Part], shapes: Shapes) -> None:
     """Raise ShapeError when the host's constants are not what the parts take at these shapes."""
     wanted: dict[str, tuple[int, ...]] = {}
     for kind in {part.kind for part in parts}:
@@ -201,7 +201,7 @@ class FluxParts:
 
 def build_pipeline(files: PipelineFiles, chain: PartChain, shapes: Shapes) -> FluxParts:
     """The pipeline of these parts; errors as `Model.build_pipeline`."""
-    _check_constants(files, chain.parts, shapes)
+    check_constants(files, chain.parts, shapes)
     scheduler = read_object_file(files.root / "scheduler" / "scheduler_config.json")
     check_configs({"scheduler": scheduler}, str(files.root))
     words = {name: int(files.configs[name]["vocab_size"]) for name in ("text_encoder", "text_encoder_2")}

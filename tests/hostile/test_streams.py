@@ -15,6 +15,7 @@ from fluxkiln.errors import SchemeError, UsageError
 from fluxkiln.patches.flux1.model import MODEL
 from fluxkiln.quantize.schemes import parse_schemes
 from fluxkiln.settings import Settings
+from tests.eager import make_bundle
 
 
 def shell(line: str, *arguments: bytes, **variables: str) -> subprocess.CompletedProcess[bytes]:
@@ -42,6 +43,15 @@ def test_output_can_be_gone(line, code):
     assert b"Traceback" not in done.stderr
     assert b"bug" not in done.stderr
     assert done.stderr.count(b"\n") <= 1
+
+
+def test_a_finished_check_is_no_failure_when_nobody_reads_it(tiny_checkpoint, tmp_path):
+    bundle = make_bundle(tiny_checkpoint(), tmp_path / "made")
+    for end, code in ((">&-", 0), ("2>&-", 0), ("| head -c 0", 0), ("--json | head -1", 0), (">/dev/full", 1)):
+        done = shell(f'$F verify "$@" {end}', bytes(bundle), XDG_CACHE_HOME=str(tmp_path / "cache"))
+        assert done.returncode == code, (end, done.stderr)
+        assert b"Traceback" not in done.stderr
+        assert done.stderr.count(b"error: ") == code
 
 
 def test_arguments_are_shown_as_text():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fluxkiln.build.make import prepare
+from fluxkiln.build.make import build, prepare
 from fluxkiln.build.verification import record
 from fluxkiln.compile.templates import host_constants
 from fluxkiln.compile.toolchains.neuron.look import (
@@ -26,8 +26,9 @@ from fluxkiln.compile.toolchains.neuron.look import (
 )
 from fluxkiln.compile.toolchains.neuron.modules import lower_modules
 from fluxkiln.compile.toolchains.neuron.rungs import bound_weights
-from fluxkiln.compile.toolchains.neuron.split import shard_file, shard_weights
-from fluxkiln.errors import UsageError
+from fluxkiln.compile.toolchains.neuron.split import shard_file
+from fluxkiln.digests import digest_bytes, digest_json
+from fluxkiln.errors import IntegrityError, ToolchainError, UsageError
 from fluxkiln.patches.flux1.kinds import CUTS
 from fluxkiln.patches.flux1.model import MODEL
 from fluxkiln.patches.parts import Leaf
@@ -37,6 +38,7 @@ from fluxkiln.types import find_part
 from fluxkiln.verify.debug import debug_part
 from fluxkiln.verify.findings import Operation, Tolerance
 from fluxkiln.verify.judgement import match_leaves
+from tests.hostile.forged import forge
 
 pytest.importorskip("jax")
 
@@ -87,19 +89,36 @@ def test_a_sound_part_at_every_rung(prepared):
     assert (found.step, found.facts["ranks"]) == (0, "2")
 
 
-def test_the_shards_of_the_bundle_are_looked_into_where_they_are(prepared, tmp_path):
-    checkpoint, plan, cache = prepared.checkpoint, prepared.plan, prepared.cache
-    for rank, blob in enumerate(shard_weights(checkpoint, plan, cache, Silent())["tail"]):
-        file = tmp_path / "bundle" / shard_file("tail", rank)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(cache.path(blob).read_bytes())
-    assert rank == 1
-    data = bytearray(file.read_bytes())
+def test_the_shards_of_the_bundle_are_looked_into_where_they_are(tiny_checkpoint, tmp_path):
+    """One that was damaged is refused, as by every command; one that says of its bytes what they are is looked into."""
+    settings = Settings(
+        "trn1", str(tiny_checkpoint().root), components=("text_encoder",), steps=1, verify=False,
+        build_dir=tmp_path,
+    )  # fmt: skip
+    with suppress(ToolchainError):  # no neuronx-cc: the rest is there
+        build(settings)
+    prepared = prepare(settings)
+    assert debug_part(prepared, "clip").culprit is None
+    bundle = prepared.plan.bundle
+    label = shard_file("clip", 0)
+    data = bytearray((bundle / label).read_bytes())
     data[-1000] ^= 1  # the last bit of an element
-    file.write_bytes(data)
-    culprit = debug_part(replace(prepared, plan=replace(prepared.plan, folder=tmp_path)), "tail").culprit
-    assert (culprit.rung, culprit.finding.rank) == ("stored", 1)
-    assert culprit.slots[0].startswith("proj_out.")
+    (bundle / label).unlink()
+    (bundle / label).write_bytes(data)
+    with pytest.raises(IntegrityError, match=f"{label}: sha256:"):
+        debug_part(prepared, "clip")
+
+    def change(document):
+        files = {entry["path"]: entry for entry in document["files"]}
+        files[label]["sha256"] = digest_bytes(bytes(data)).removeprefix("sha256:")
+        (part,) = document["parts"]
+        hlo, shard = (f"sha256:{files[path]['sha256']}" for path in (part["file"], label))
+        part["digest"] = digest_json({"hlo": hlo, "shards": [shard]})
+
+    forge(bundle, change)
+    culprit = debug_part(prepared, "clip").culprit
+    assert culprit.rung == "stored"
+    assert len(culprit.slots) == 1
 
 
 def test_a_sound_block_has_no_culprit(looked):

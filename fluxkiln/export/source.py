@@ -14,7 +14,7 @@ from pathlib import Path
 from fluxkiln.errors import CheckpointError, ResourceError, UsageError
 from fluxkiln.export.folders import trained_folder
 from fluxkiln.patches.model import Preset
-from fluxkiln.patches.registry import all_models, all_presets, check_statistics
+from fluxkiln.patches.registry import all_models, all_presets, check_statistics, find_relative
 from fluxkiln.progress import OnBytes
 from fluxkiln.settings import DEFAULT_STATISTICS
 
@@ -40,7 +40,7 @@ def resolve_model(
 
     Raises:
         UsageError: none of the three, or statistics of a model that is not synthetic.
-        CheckpointError: the download failed; one sentence says why, and never shows a token.
+        CheckpointError: a model near one there is; the download failed: one sentence says why, and never shows a token.
         ResourceError: the disk is full.
     """
     check_statistics(spec, statistics)
@@ -58,6 +58,7 @@ def resolve_model(
             f"{spec!r} is no model: neither an existing folder, nor a Hugging Face id (org/name), nor a synthetic "
             f"preset ({', '.join(presets)})"
         )
+    _refuse_relative(match["repository"])
     return _download(match["repository"], match["revision"])
 
 
@@ -77,12 +78,18 @@ def find_stand_in(spec: str) -> Preset | None:
         return None
     found = next((one for _, one in presets.values() if one.hub and one.hub == match["repository"]), None)
     if found is None:
+        _refuse_relative(match["repository"])
         known = ", ".join(f"{one.hub} (as {name})" for name, (_, one) in presets.items() if one.hub)
         raise UsageError(
             f"{spec} is not on this machine, and a plan fetches nothing; give a folder, or a model of the same shapes: "
             f"{known}"
         )
     return found
+
+
+def _refuse_relative(repository: str) -> None:
+    if near := find_relative(repository.partition("/")[2]):
+        raise CheckpointError(f"{repository} is {near}; nothing was fetched")
 
 
 def hub_patterns() -> list[str]:
@@ -134,12 +141,20 @@ def _synthesize_once(
 
 
 def _download(repository: str, revision: str | None) -> Path:
+    """The repository's folder in the cache; what is no model there is, is known by its index before weights come."""
+    from fluxkiln.export.checkpoint import find_model
+
+    find_model(_fetch(repository, revision, ["model_index.json"]))
+    return _fetch(repository, revision, hub_patterns())
+
+
+def _fetch(repository: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import errors, snapshot_download
 
     name = f"{repository}@{revision}" if revision else repository
     page = f"https://huggingface.co/{repository}"
     try:
-        folder = snapshot_download(repository, revision=revision, allow_patterns=hub_patterns())
+        folder = snapshot_download(repository, revision=revision, allow_patterns=patterns)
     except errors.GatedRepoError:
         reason = f"is gated: accept its licence at {page}, then log in with `hf auth login`"
     except errors.RevisionNotFoundError:

@@ -169,7 +169,8 @@ class Model(Protocol):
         hub_ids: variant -> where it is published. binding_licences: those that bind who passes it on.
         most_tokens: variant -> the most text tokens it takes. steps: variant -> denoising steps of an ordinary image.
 
-    It may have `relatives` as well: class of a pipeline near it that is not compiled -> what that is, what is planned.
+    It may have `relatives` as well: class of a pipeline near it that is not compiled, or what names of its
+    repositories begin with -> what that is, what is planned; the longer names first.
     """
 
     api: int

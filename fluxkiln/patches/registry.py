@@ -37,14 +37,20 @@ def model_for(pipeline_class: object, where: str) -> Model:
     for model in all_models():
         if model.pipeline_class == pipeline_class:
             return model
-    for model in all_models():
-        if near := getattr(model, "relatives", {}).get(str(pipeline_class)):
-            raise CheckpointError(f"{where} is for {pipeline_class!r}, {near}")
+    if near := find_relative(str(pipeline_class)):
+        raise CheckpointError(f"{where} is for {pipeline_class!r}, {near}")
     known = ", ".join(f"{model.pipeline_class} ({model.title})" for model in all_models())
     raise CheckpointError(
         f"{where} is for {pipeline_class!r}, fluxkiln compiles {known}; give a folder that one of these wrote with "
         "save_pretrained, a Hugging Face id, or a synthetic preset"
     )
+
+
+def find_relative(name: str) -> str:
+    """What a model near one there is is, by its pipeline's class or its repository's name, and what is planned of it;
+    empty where it is none."""
+    every = (one for model in all_models() for one in getattr(model, "relatives", {}).items())
+    return next((what for begins, what in every if name.lower().startswith(begins.lower())), "")
 
 
 def model_named(name: str, configs: Configs) -> Model:

@@ -102,3 +102,34 @@ def test_what_the_pages_import_is_there(page):
         for module, name in imports(source):
             if module.startswith("fluxkiln"):
                 assert hasattr(importlib.import_module(module), name), f"{module} has no {name}"
+
+
+# what was measured has a unit; what a command measured it with is code
+MEASURED = re.compile(r"(?<![\w.-])\d[\d,.]*\s?(?:s|ms|min|h|GB|MB|kB|%|dB)(?!\w)|\b\d+\s+times as")
+COMMAND = re.compile(r"python -m bench|bench \w+|fluxkiln [a-z]+|make [a-z0-9]+|tests/|--[a-z]+")
+NOT_MEASURED = {"10 %": "an example of what a block may add to its stream"}
+
+
+def figures_alone(page: Path) -> dict[str, list[str]]:
+    """Sections that have figures and name no command that gives them -> the figures."""
+    found = {}
+    for section in re.split(r"^(?=#)", page.read_text(encoding="utf-8"), flags=re.MULTILINE):
+        code = re.findall(r"`([^`]+)`|^    (.*)", section, re.MULTILINE)
+        figures = [one for one in MEASURED.findall(re.sub(r"`[^`]*`", "", section)) if one not in NOT_MEASURED]
+        if figures and not any(COMMAND.search(span or line) for span, line in code):
+            found[section.splitlines()[0]] = figures
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_figures_have_the_command_that_gives_them_beside_them(page):
+    assert figures_alone(page) == {}
+
+
+def test_figures_without_a_command_are_seen(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "# One\n\nIt takes 3.5 s and 39 times as much.\n\n# Two\n\n7 GB, by `python -m bench full`\n\n"
+        "# Three\n\n19 blocks of width 3072, `--size 8` and 4-bit codes.\n\n# Four\n\n| 81 MB |\n\n    not a command\n"
+    )
+    assert figures_alone(page) == {"# One": ["3.5 s", "39 times as"], "# Four": ["81 MB"]}

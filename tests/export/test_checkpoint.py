@@ -195,9 +195,12 @@ def drop_first_entry(folder):
         ),
         (
             edit("model_index.json", _class_name="FluxFillPipeline"),
-            r"FLUX\.1 Fill, which takes a mask.*is planned yet",
+            r"FLUX\.1 Fill, which takes a picture.*is planned yet",
         ),
-        (edit("model_index.json", _class_name="FluxKontextPipeline"), r"FLUX\.1 Kontext, which takes the tokens of a"),
+        (
+            edit("model_index.json", _class_name="FluxKontextPipeline"),
+            r"'FluxKontextPipeline', FLUX\.1 Kontext, which takes a",
+        ),
         (
             edit("model_index.json", _class_name="Flux2Pipeline"),
             r"FLUX\.2, another model; FLUX\.2-klein is planned",

@@ -99,22 +99,64 @@ def test_neither_of_the_three(tmp_path, monkeypatch, spec):
         resolve_model(spec, tmp_path)
 
 
-def test_download_is_cut_to_the_diffusers_layout(tmp_path, monkeypatch):
-    asked = {}
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A repository with the index of a pipeline; what was asked of it."""
+    asked: list[dict[str, object]] = []
 
-    def fake(repository, revision, allow_patterns):
-        asked.update(repository=repository, revision=revision, patterns=allow_patterns)
-        return str(tmp_path)
+    def serve(pipeline):
+        (tmp_path / "model_index.json").write_text(f'{{"_class_name": "{pipeline}"}}')
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fake)
+        def fake(repository, revision, allow_patterns):
+            asked.append({"repository": repository, "revision": revision, "patterns": allow_patterns})
+            return str(tmp_path)
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", fake)
+        return asked
+
+    return serve
+
+
+def test_download_is_cut_to_the_diffusers_layout(tmp_path, hub):
+    asked = hub("FluxPipeline")
     assert resolve_model("some-org/FLUX.1-x@refs/pr/7", tmp_path) == tmp_path
-    assert (asked["repository"], asked["revision"]) == ("some-org/FLUX.1-x", "refs/pr/7")
+    assert {(one["repository"], one["revision"]) for one in asked} == {("some-org/FLUX.1-x", "refs/pr/7")}
     from huggingface_hub.utils import filter_repo_objects
 
     repository = synthesize("tiny-dev", tmp_path / "m")
     files = [str(path.relative_to(repository)) for path in repository.rglob("*") if path.is_file()]
-    kept = set(filter_repo_objects([*files, "flux1-dev.safetensors"], allow_patterns=asked["patterns"]))
+    kept = set(filter_repo_objects([*files, "flux1-dev.safetensors"], allow_patterns=asked[-1]["patterns"]))
     assert kept == set(files)
+
+
+def test_what_is_not_compiled_is_known_before_its_weights_are_fetched(tmp_path, hub):
+    asked = hub("FluxKontextPipeline")
+    with pytest.raises(CheckpointError, match=r"'FluxKontextPipeline', FLUX\.1 Kontext, which takes a picture as well"):
+        resolve_model("some-org/my-model", tmp_path)
+    assert [one["patterns"] for one in asked] == [["model_index.json"]]
+
+
+@pytest.mark.parametrize(
+    ("spec", "what"),
+    [
+        ("black-forest-labs/FLUX.1-Fill-dev", "FLUX.1 Fill, which takes a picture as well; text to image is all"),
+        ("black-forest-labs/FLUX.1-Kontext-dev@main", "FLUX.1 Kontext, which"),
+        ("black-forest-labs/FLUX.1-Depth-dev", "a FLUX.1 of structure"),
+        ("black-forest-labs/FLUX.1-Redux-dev", "FLUX.1 Redux"),
+        ("black-forest-labs/FLUX.2-klein-4B", "FLUX.2-klein, which is planned next"),
+        ("black-forest-labs/FLUX.2-dev", "FLUX.2, another model; FLUX.2-klein is planned next"),
+    ],
+)
+def test_what_is_known_by_its_name_is_refused_by_it(tmp_path, monkeypatch, hub, spec, what):
+    """Gated repositories show their index to nobody who has not accepted their licence."""
+    asked = hub("FluxPipeline")
+    with pytest.raises(CheckpointError, match=re.escape(what)):
+        resolve_model(spec, tmp_path)
+    assert asked == []
+    monkeypatch.undo()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    with pytest.raises(CheckpointError, match=re.escape(what)):
+        find_stand_in(spec)
 
 
 class FakeResponse:

@@ -37,7 +37,11 @@ NON_COMMERCIAL = "LicenseRef-FLUX-1-dev-Non-Commercial"
 # How often a weight of the VAE's decoder is used, on average, for every position of the latents; counted at 1024x1024.
 DECODED = 6.4
 
-_NOT_PLANNED = "text to image is all that is compiled, and no more is planned yet: give FLUX.1-dev or -schnell"
+_MORE_PICTURES = (
+    "which takes a picture as well; text to image is all that is compiled, and no more is planned yet: give FLUX.1-dev "
+    "or -schnell"
+)
+_UNTIL_THEN = "give FLUX.1-dev or -schnell until then"
 
 
 class Flux1:
@@ -88,11 +92,17 @@ class Flux1:
         ),
     )  # fmt: skip
     relatives: Mapping[str, str] = {
-        "FluxFillPipeline": f"FLUX.1 Fill, which takes a mask and a masked picture as well; {_NOT_PLANNED}",
-        "FluxKontextPipeline": f"FLUX.1 Kontext, which takes the tokens of a picture as well; {_NOT_PLANNED}",
-        "FluxControlPipeline": f"a FLUX.1 of structure (Canny, Depth), which takes a second picture; {_NOT_PLANNED}",
-        "Flux2Pipeline": "FLUX.2, another model; FLUX.2-klein is planned next, give FLUX.1-dev or -schnell until then",
-        "Flux2KleinPipeline": "FLUX.2-klein, which is planned next; give FLUX.1-dev or -schnell until then",
+        **dict.fromkeys(("FluxFillPipeline", "FLUX.1-Fill"), f"FLUX.1 Fill, {_MORE_PICTURES}"),
+        **dict.fromkeys(("FluxKontextPipeline", "FLUX.1-Kontext"), f"FLUX.1 Kontext, {_MORE_PICTURES}"),
+        **dict.fromkeys(
+            ("FluxControlPipeline", "FLUX.1-Canny", "FLUX.1-Depth"),
+            f"a FLUX.1 of structure (Canny, Depth), {_MORE_PICTURES}",
+        ),
+        "FLUX.1-Redux": f"FLUX.1 Redux, {_MORE_PICTURES}",
+        **dict.fromkeys(("Flux2KleinPipeline", "FLUX.2-klein"), f"FLUX.2-klein, which is planned next; {_UNTIL_THEN}"),
+        **dict.fromkeys(
+            ("Flux2Pipeline", "FLUX.2"), f"FLUX.2, another model; FLUX.2-klein is planned next, {_UNTIL_THEN}"
+        ),
     }
     most_tokens: Mapping[str, int] = {"dev": 512, "schnell": 256}
     # schnell is distilled to four steps; 28 is what diffusers' example for dev takes

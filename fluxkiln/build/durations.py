@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fluxkiln.build.budget import LIMITS, replayed_shapes
@@ -33,9 +34,11 @@ def estimate_seconds(prepared: Prepared, jobs: Iterable[Job]) -> dict[str, float
 
     Returns:
         `now`, verification included: of the jobs that the store has not; `cold`: of all, `verify`: of those that
-        compare, apart; `with_moulds`: of what is left where no compiler runs, None where there is none.
+        compare, apart; `with_moulds`: of what is left where no compiler runs, None where there is none; `second_size`:
+        of `jobs_of_second_size`.
     """
     jobs, toolchain = list(jobs), toolchain_of(prepared.plan.target)
+    second = jobs_of_second_size(prepared, jobs)
     comparing = [job for job in jobs if job.stage in ("record", "verify")]
     making = [job for job in jobs if job not in comparing]
     casting = [job for job in making if job.stage not in (*toolchain.travelling, *toolchain.compiler_stages)]
@@ -45,7 +48,23 @@ def estimate_seconds(prepared: Prepared, jobs: Iterable[Job]) -> dict[str, float
         "cold": _sum(prepared, making, START),
         "with_moulds": _sum(prepared, casting, START) if toolchain.travelling else None,
         "verify": _sum(prepared, comparing, 0.0),
+        "second_size": _sum(prepared, [job for job in making if job in second], START),
     }
+
+
+def jobs_of_second_size(prepared: Prepared, jobs: Iterable[Job]) -> list[Job]:
+    """What a build of another size has still to do when this one is made: kinds that take the same inputs are there.
+
+    Nothing where no stage depends on inputs: such a bundle has no size.
+    """
+    checkpoint, shapes = prepared.checkpoint, prepared.plan.shapes
+    other, inputs = replace(shapes, width=shapes.width + 16), checkpoint.model.part_inputs
+    shared = {
+        kind for kind in prepared.plan.kinds()
+        if inputs(kind, checkpoint.configs, shapes) == inputs(kind, checkpoint.configs, other)
+    }  # fmt: skip
+    sized = any(job.stage in _OF_KINDS for job in jobs)
+    return [job for job in jobs if sized and not (job.kind in shared and job.stage in _OF_KINDS)]
 
 
 def _sum(prepared: Prepared, jobs: list[Job], start: float) -> float:
@@ -102,6 +121,8 @@ def _is_whole(prepared: Prepared) -> bool:
     return replayed_shapes(prepared.checkpoint, prepared.plan) == prepared.plan.shapes
 
 
+# whose results depend on a kind and its inputs, or are one part compiled for them
+_OF_KINDS = ("template", "lower", "mould", "compile")
 _Rate = Callable[["Prepared", Job], float]
 _ACROSS: dict[str, _Rate] = {
     "mould": _compile,

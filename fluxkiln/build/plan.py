@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.build.budget import replayed_shapes
-from fluxkiln.build.durations import SOURCE, estimate_seconds
+from fluxkiln.build.durations import SOURCE, estimate_seconds, jobs_of_second_size
 from fluxkiln.compile.plan import Job, Plan
 from fluxkiln.compile.process import available_memory
 from fluxkiln.compile.templates import count_elements
@@ -67,6 +67,7 @@ def plan_build(prepared: Prepared, forms: Iterable[BuildForm] = (), download: in
             "to_do": len(todo),
             "memory_peak_bytes": peak_memory(todo, prepared.settings),
             "disk_bytes": disk_bytes(prepared, todo),
+            "second_size_bytes": _second_size_bytes(prepared, jobs),
             "download_bytes": download,
         },
         "seconds": {**estimate_seconds(prepared, jobs), "source": SOURCE, "workers": _workers(prepared.settings)},
@@ -74,6 +75,13 @@ def plan_build(prepared: Prepared, forms: Iterable[BuildForm] = (), download: in
         "forms": [_form(form) for form in forms],
         "refused": refusal(prepared),
     }
+
+
+def _second_size_bytes(prepared: Prepared, jobs: list[Job]) -> int:
+    from fluxkiln.build.prepared import unwritten_bytes
+
+    written = disk_bytes(prepared, jobs_of_second_size(prepared, jobs))
+    return written - unwritten_bytes(prepared.settings) if written else 0  # the checkpoint is there then
 
 
 def _devices(prepared: Prepared) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, cast
 
 import click
 
+from fluxkiln.cli.bundle import bundle_folder
 from fluxkiln.cli.options import PATH, SettingsFor, TargetCommand, settings_options, store_options
 from fluxkiln.cli.output import Output, count_text, json_option, open_progress, parity_text, path_text, seconds_text
 from fluxkiln.errors import ToolchainError, UsageError
@@ -108,6 +109,7 @@ def compile_command(
             names = ", ".join(map(str, found)) or "none"
             raise UsageError(f"{len(found)} bundles below {build_dir} could be completed ({names}); name one")
         (bundle,) = found
+    bundle = bundle_folder(bundle)
     settings = Settings("", build_dir=build_dir, store=store)
     with open_progress() as progress:
         made = _toolchain(bundle).resume(bundle, open_store(settings.store_path.absolute()), jobs, progress)

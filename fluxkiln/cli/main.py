@@ -27,6 +27,13 @@ OUT_OF_MEMORY = (
 # 128 + SIGINT, as shells count it.
 INTERRUPTED_CODE = 130
 
+# module -> what it is installed as, where the names differ
+_DISTRIBUTIONS = {"PIL": "pillow", "google": "protobuf"}
+# extra -> what it brings; all other packages are in `build`
+_EXTRAS = {
+    "runtime": ("PIL", "google", "ml_dtypes", "numpy", "safetensors", "tokenizers"), "ort": ("onnx", "onnxruntime"),
+}  # fmt: skip
+
 # Command -> module of this package, and what `--help` says about it without importing that.
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "build": ("build", "Build a verified bundle for TARGET, from checkpoint to report."),
@@ -215,9 +222,11 @@ def _explain_import(error: ImportError) -> str:
     package = (error.name or "").partition(".")[0]
     if not isinstance(error, ModuleNotFoundError):
         return f"{package} cannot be loaded ({error}): it is of another machine or Python; install it again here"
+    extra = next((extra for extra, packages in _EXTRAS.items() if package in packages), "build")
+    more = "; to make images alone 'fluxkiln[runtime]' is enough, 'fluxkiln[ort]' for a bundle of cpu"
     return (
-        f"{package} is not installed, and this command needs it: pip install 'fluxkiln[build]'; to make images alone "
-        "'fluxkiln[runtime]' is enough, with 'fluxkiln[ort]' for a bundle of cpu"
+        f"{_DISTRIBUTIONS.get(package, package)} is not installed, and this command needs it: pip install "
+        f"'fluxkiln[{extra}]'{more * (extra == 'build')}"
     )
 
 

@@ -57,6 +57,7 @@ def plan_command(output: Output, settings_for: SettingsFor, target: str, jobs_li
         **facts,
         "time": _time(planned["seconds"], totals),
         "disk": f"about {size_text(totals['disk_bytes'])} to write",
+        "second size": _second_size(planned["seconds"], totals),
         "memory": f"about {size_text(totals['memory_peak_bytes'])} at most, on the machine that builds",
         "download": size_text(totals["download_bytes"]) if totals["download_bytes"] else "",
         "this machine": f"cannot build it: {planned['refused']}" if devices and planned["refused"] else "",
@@ -134,6 +135,15 @@ def _time(seconds: Mapping[str, Any], totals: Mapping[str, Any]) -> str:
     return (
         f"about {seconds_text(seconds['now'])} now; in all to make {seconds_text(seconds['cold'])}{moulds}{verify}; by "
         f"{seconds['source']}, here {count_text(seconds['workers'], 'core')}"
+    )
+
+
+def _second_size(seconds: Mapping[str, Any], totals: Mapping[str, Any]) -> str:
+    if not seconds["second_size"]:
+        return ""
+    return (
+        f"a build of its own (--size WIDTHxHEIGHT): about {seconds_text(seconds['second_size'])} to make, "
+        f"{size_text(totals['second_size_bytes'])} to write; what takes no picture is shared"
     )
 
 

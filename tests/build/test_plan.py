@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fluxkiln.build import plan as planning
+from fluxkiln.build.durations import jobs_of_second_size
 from fluxkiln.build.make import build, outline, plan, prepare
 from fluxkiln.build.plan import (
     Job,
@@ -158,6 +159,20 @@ def test_seconds_have_parts(prepared):
     assert seconds["now"] == pytest.approx(seconds["cold"] + seconds["verify"], abs=0.2)
     assert 0 < seconds["with_moulds"] < seconds["cold"]
     assert plan(prepared("cpu").settings)["seconds"]["with_moulds"] is None
+
+
+def test_a_second_size_shares_what_takes_no_picture(prepared):
+    small = prepared("bm1684x")
+    jobs = list_jobs(small)
+    left = jobs_of_second_size(small, jobs)
+    moulds = {job.kind for job in left if job.stage == "mould"}
+    assert moulds == {"token_embed", "double_modulated", "single_modulated", "tail_modulated", "vae_decoder"}
+    assert {job.what for job in left if job.stage == "cast"} == {part.name for part in small.plan.parts}
+    planned = plan(small.settings)
+    assert 0 < planned["seconds"]["second_size"] < planned["seconds"]["cold"]
+    assert 0 < planned["totals"]["second_size_bytes"] < planned["totals"]["disk_bytes"]
+    files = plan(prepared("gguf").settings)
+    assert (files["seconds"]["second_size"], files["totals"]["second_size_bytes"]) == (0.0, 0), "they have no size"
 
 
 # 12 min 31 s were measured with verification (docs/targets.md), 245 s for four components without (docs/benchmarks.md)

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.ran import Run
+from tests.stub_compiler import install_stub
 
 ROOT = Path(__file__).resolve().parents[2]
 # what a build takes and an image does not
@@ -25,7 +26,6 @@ ABSENT = (
 PATIENCE = 900
 # megabytes, on disk, without what runs the parts
 MOST_MEGABYTES = 250
-EXECUTOR = ("onnx", "onnxruntime", "google", "flatbuffers", "sympy", "mpmath", "pip", "setuptools")
 
 
 def python(*arguments: object, folder: Path, executable: str = sys.executable, **variables: str) -> Run:
@@ -88,9 +88,13 @@ def test_an_image_without_what_a_build_takes(bundle, without, tmp_path):
             ("build", "cpu"),
             "torch is not installed, and this command needs it: pip install 'fluxkiln[build]'",
         ),
-        (["tokenizers"], None, "tokenizers is not installed"),
-        (["onnxruntime"], None, "with 'fluxkiln[ort]' for a bundle of cpu"),
-        (["PIL"], None, "PIL is not installed"),
+        (
+            ["tokenizers"],
+            None,
+            "tokenizers is not installed, and this command needs it: pip install 'fluxkiln[runtime]'",
+        ),
+        (["onnxruntime"], None, "onnxruntime is not installed, and this command needs it: pip install 'fluxkiln[ort]'"),
+        (["PIL"], None, "pillow is not installed, and this command needs it: pip install 'fluxkiln[runtime]'"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -192,32 +196,64 @@ def test_there_is_a_wheel_of_everything_for_aarch64(extra, tmp_path):
     assert resolve(extra, ("manylinux_2_28_vax",), tmp_path).code != 0
 
 
-@pytest.mark.thorough
-def test_an_image_in_an_environment_without_torch(bundle, tmp_path):
-    """A real environment, made by pip from this checkout."""
-    environment = tmp_path / "environment"
-    made = python("-m", "venv", environment, folder=tmp_path, PYTHONPATH="")
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """A real environment with the extra `runtime`, made by pip from this checkout; its Python."""
+    folder = tmp_path_factory.mktemp("light")
+    made = python("-m", "venv", folder / "environment", folder=folder, PYTHONPATH="")
     assert made.code == 0, made.err
-    own = str(environment / "bin" / "python")
-    sources = tmp_path / "sources"
+    own, sources = str(folder / "environment" / "bin" / "python"), folder / "sources"
     shutil.copytree(ROOT / "fluxkiln", sources / "fluxkiln", ignore=shutil.ignore_patterns("__pycache__", "*.nb?"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, sources)
-    pip = ("-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", f"{sources}[ort]")
-    installed = python(*pip, folder=tmp_path, executable=own, PYTHONPATH="")
-    assert installed.code == 0, installed.err
-    packages = next((environment / "lib").glob("python*/site-packages"))
-    assert [name for name in ABSENT if (packages / name).exists()] == []
+
+    def install(extra: str) -> str:
+        pip = ("-m", "pip", "install", "-q", "-c", ROOT / "constraints.txt", f"{sources}[{extra}]")
+        installed = python(*pip, folder=folder, executable=own, PYTHONPATH="")
+        assert installed.code == 0, installed.err
+        return own
+
+    install("runtime")
+    return install
+
+
+@pytest.mark.thorough
+def test_an_environment_of_a_board(environment, bundle, tmp_path, monkeypatch):
+    """What docs/your-board.md says of it: small, and `inspect`, `verify`, `pull`, `ls` and `compile --resume` work."""
+    own = environment("runtime")
+    packages = next(Path(own).parent.parent.glob("lib/python*/site-packages"))
+    assert [name for name in (*ABSENT, "onnx", "onnxruntime") if (packages / name).exists()] == []
     assert (packages / "fluxkiln").is_dir()
-    counted = [
-        path.stat().st_size
-        for folder in packages.iterdir() if folder.name.partition("-")[0].partition(".")[0] not in EXECUTOR
-        for path in ([folder] if folder.is_file() else folder.rglob("*")) if path.is_file()
-    ]  # fmt: skip
+    counted = [path.stat().st_size for path in packages.rglob("*") if path.is_file()]
     assert sum(counted) / 1e6 <= MOST_MEGABYTES
-    light = python(
-        "-m", "fluxkiln", *image(bundle, "light.png"), folder=tmp_path, executable=own, PYTHONPATH="",
-    )  # fmt: skip
+
+    def light(*arguments: object) -> Run:
+        return python("-m", "fluxkiln", *arguments, folder=tmp_path, executable=own, PYTHONPATH="")
+
+    other = python("-m", "fluxkiln", "build", "trn1", "--no-verify", "--build-dir", "b", "--json", folder=tmp_path)
+    assert other.code == 5, other.err
+    modules = Path(other.document["bundle"])
+    published = python("-m", "fluxkiln", "publish", modules, "oci-layout:registry:made", folder=tmp_path)
+    assert published.code == 0, published.err
+    install_stub(tmp_path, monkeypatch)
+    for command in (
+        ("ls", "oci-layout:registry"), ("pull", "oci-layout:registry:made", "pulled"), ("inspect", "pulled"),
+        ("verify", "pulled"), ("compile", "--resume", "pulled"), ("verify", "pulled"), ("doctor",), ("--help",),
+    ):  # fmt: skip
+        run = light(*command)
+        assert run.code == 0, (command, run.err)
+    assert {path.suffix for path in (tmp_path / "pulled" / "bundle" / "neff").iterdir()} >= {".neff"}
+    # a bundle of cpu takes the other extra, which is named
+    for command in (("inspect", bundle), ("generate", "--bundle", bundle, "a kiln")):
+        run = light(*command)
+        assert run.code == 5
+        assert "onnx is not installed, and this command needs it: pip install 'fluxkiln[ort]'" in run.err
+
+
+@pytest.mark.thorough
+def test_an_image_in_an_environment_without_torch(environment, bundle, tmp_path):
+    own = environment("ort")
+    light = python("-m", "fluxkiln", *image(bundle, "light.png"), folder=tmp_path, executable=own, PYTHONPATH="")
     assert light.code == 0, light.err
     whole = python("-m", "fluxkiln", *image(bundle, "whole.png"), folder=tmp_path)
     assert whole.code == 0, whole.err

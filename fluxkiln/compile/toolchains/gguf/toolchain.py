@@ -74,7 +74,9 @@ class Gguf(Repacker):
         )
 
     def doctor(self) -> Sequence[ToolStatus]:
-        return (ToolStatus("gguf", True, importlib.metadata.version("gguf"), "", ""),)
+        from fluxkiln.compile.doctor import ENVIRONMENT, package_status
+
+        return (package_status("gguf", ENVIRONMENT),)
 
 
 TOOLCHAIN = Gguf()

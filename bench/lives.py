@@ -58,13 +58,21 @@ def run_group(name: str, cases: Iterator[Case]) -> Group:
     return group
 
 
+def start_case(case: Case, log: Path) -> int:
+    """The process, with a group of its own, of a command in a fork of this one; what it says goes to `log`."""
+    child = os.fork()
+    if not child:
+        _be_command(case, log)
+    with suppress(OSError):  # it was faster, or has ended
+        os.setpgid(child, child)
+    return child
+
+
 def run_case(case: Case) -> tuple[int, float, int, bytes]:
     """Exit code, seconds, peak memory of the process tree, and what was said, of a command in a fork of this one."""
     log = FOLDER / "said"
     began = time.monotonic()
-    child = os.fork()
-    if not child:
-        _be_command(case, log)
+    child = start_case(case, log)
     peak, status = 0, 0
     try:
         while True:
@@ -85,9 +93,10 @@ def _be_command(case: Case, log: Path) -> None:
     """The rest of a forked process' life: what `fluxkiln ARGUMENTS` does."""
     code = 1
     try:
-        os.setsid()
-        (FOLDER / "here").mkdir(exist_ok=True)
-        os.chdir(FOLDER / "here")
+        os.setpgid(0, 0)
+        here = log.with_name("here")
+        here.mkdir(exist_ok=True)
+        os.chdir(here)
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         for number in (1, 2):
             os.dup2(file, number)

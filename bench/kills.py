@@ -82,8 +82,8 @@ def measure() -> Figure:
             "ended with all its processes by SIGKILL, after a time that is drawn from the one that it takes "
             f"undisturbed. Builds are of {COMPONENTS}, three kinds of parts. After every kill each blob of the store "
             "has the digest that it is named by, and what a folder shows under a final name is whole. At the end the "
-            "work is done undisturbed: digests are those of a folder that was never killed, and nothing unfinished is left. A fault "
-            "is whatever is not so.",
+            "work is done undisturbed: digests are those of a folder that was never killed, and nothing unfinished is "
+            "left. A fault is whatever is not so.",
         ),
     )
 

@@ -150,13 +150,11 @@ def read_bundle(
     return Checked(manifest, digest, frozenset(entry.path for entry in todo), states, memo)
 
 
-def read_listed(bundle: Path, path: str, most: int = DOCUMENT.nbytes) -> bytes:
-    """All bytes of a small file of a bundle that was checked; IntegrityError when it cannot be opened or has more."""
-    data = _read_small(bundle, path, most)
+def read_listed(bundle: Path, path: str) -> bytes:
+    """All bytes of a small file of a bundle that was checked; IntegrityError when it cannot be opened."""
+    data = _read_small(bundle, path)
     if data is None:
         raise IntegrityError(f"{bundle / path} does not exist; {_AGAIN}")
-    if len(data) > most:
-        raise IntegrityError(f"{bundle / path} is larger than {most} bytes, the most that are read of it; {_AGAIN}")
     return data
 
 
@@ -202,11 +200,11 @@ def _fault(bundle: Path, entry: FileEntry) -> str:
     return "" if found == entry.sha256 else f"sha256:{found}, the manifest says {entry.digest}"
 
 
-def _read_small(folder: Path, path: str, most: int = DOCUMENT.nbytes) -> bytes | None:
-    """The bytes of a file, one more than `most` where there are more; None where there is none."""
+def _read_small(folder: Path, path: str) -> bytes | None:
+    """The bytes of a document, None where there is none."""
     try:
         with open_beneath(folder, path) as file:
-            data = file.read(most + 1)
+            data = file.read(DOCUMENT.nbytes + 1)
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fluxkiln.artifacts.intact import read_listed
 from fluxkiln.artifacts.manifest import MANIFEST_FILE, Manifest, resolve_inside
 from fluxkiln.compile.executor import Net
 from fluxkiln.compile.targets import Target
-from fluxkiln.errors import FluxkilnError, IntegrityError, UsageError
+from fluxkiln.errors import CheckpointError, FluxkilnError, IntegrityError, UsageError
 from fluxkiln.patches.model import Model
 from fluxkiln.types import Configs, Part
 
@@ -22,6 +21,7 @@ CONFIGS = "configs.json"
 HOST_CONSTANTS = "host/constants.safetensors"
 # T5's position bias alone has 67 MB at 512 tokens
 MOST_CONSTANTS = 256 << 20
+_CONSTANT_DTYPES = ("F32", "I32")
 # of any list of blocks, and far above what models have
 MOST_BLOCKS = 10_000
 _AGAIN = "build or fetch the bundle again"
@@ -47,14 +47,23 @@ class Bundle:
 
     @property
     def constants(self) -> dict[str, NDArray[Any]]:
-        """What the host hands to the parts, by name; read each time that it is asked for."""
-        from safetensors import SafetensorError
-        from safetensors.numpy import load
+        """What the host hands to the parts, by name; read each time that it is asked for.
 
+        Raises: IntegrityError: what is no safetensors file of such numbers, or larger than any host's constants.
+        """
+        from fluxkiln.export.checkpoint import read_tensor
+        from fluxkiln.export.safetensors_header import read_header
+
+        where = self.folder / HOST_CONSTANTS
         try:
-            return load(read_listed(self.folder, HOST_CONSTANTS, MOST_CONSTANTS))
-        except SafetensorError as error:
-            raise IntegrityError(f"{self.folder / HOST_CONSTANTS} is damaged ({error}); {_AGAIN}") from error
+            refs = read_header(where)
+            if (nbytes := sum(ref.nbytes for ref in refs.values())) > MOST_CONSTANTS:
+                raise IntegrityError(f"{where} has {nbytes} bytes of numbers, {MOST_CONSTANTS} are the most; {_AGAIN}")
+            if odd := [f"{name} is {ref.dtype}" for name, ref in refs.items() if ref.dtype not in _CONSTANT_DTYPES]:
+                raise IntegrityError(f"{where}: {odd[0]}, constants are {', '.join(_CONSTANT_DTYPES)}; {_AGAIN}")
+            return {name: read_tensor(ref) for name, ref in refs.items()}
+        except CheckpointError as error:
+            raise IntegrityError(f"{where} is damaged ({error}); {_AGAIN}") from error
 
     @property
     def nets(self) -> dict[str, Net]:

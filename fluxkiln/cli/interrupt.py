@@ -16,7 +16,7 @@ from collections.abc import Callable
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # to clean up behind a KeyboardInterrupt
-SECONDS = 1.5
+SECONDS = 1.0
 
 
 def end_soon(last: Callable[[], int], seconds: float = SECONDS) -> None:

@@ -247,12 +247,13 @@ def new_tally(total: int | Sequence[float], now: float) -> StageTally:
 
 
 class LineProgress:
-    """A line when a stage ends, one per few seconds before, and inside of it also while no job ends: fit for a log."""
+    """A line when a stage ends, and every few seconds before it, also while no job ends or no stage runs: for a log."""
 
     def __init__(self, stream: TextIO | None = None, clock: Clock = time.monotonic, interval: float = 5.0) -> None:
         self._stream, self._clock, self._interval = stream or sys.stderr, clock, interval
         self._stages: dict[str, StageTally] = {}
-        self._last, self._lock, self._over = clock(), threading.Lock(), threading.Event()
+        self._began = self._last = clock()
+        self._lock, self._over = threading.Lock(), threading.Event()
 
     def __enter__(self) -> LineProgress:
         threading.Thread(target=self._wait, name="progress", daemon=True).start()
@@ -291,10 +292,10 @@ class LineProgress:
         with self._lock:
             now = self._clock()
             running = [(name, tally) for name, tally in self._stages.items() if not tally.complete]
-            if running and now - self._last >= self._interval:
-                name, tally = running[-1]
-                spent = seconds_text(now - tally.started)
-                self._say(f"{name}: {tally.done}/{tally.total} after {spent}{_left(tally, now)}", now)
+            if now - self._last >= 0.8 * self._interval:
+                name, tally = running[-1] if running else ("", StageTally(1, self._began))
+                told = f"{name}: {tally.done}/{tally.total}" if name else "still at work"
+                self._say(f"{told} after {seconds_text(now - tally.started)}{_left(tally, now)}", now)
 
     def _wait(self) -> None:
         while not self._over.wait(0.2 * self._interval):

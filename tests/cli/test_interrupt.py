@@ -7,8 +7,12 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE = 900
 
 PROGRAM = """
 import hashlib, os, signal, sys
@@ -70,3 +74,53 @@ def test_signals_that_another_handles_are_left_to_it():
     os.killpg(process.pid, signal.SIGTERM)
     process.communicate(timeout=30)
     assert process.returncode == 130
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """Processes that one has started, and those that they have: pid -> its command line."""
+    found, todo = {}, [pid]
+    while todo:
+        for task in Path(f"/proc/{todo.pop()}/task").glob("*"):
+            try:
+                children = [int(child) for child in (task / "children").read_text().split()]
+                named = {child: Path(f"/proc/{child}/cmdline").read_text().replace("\0", " ") for child in children}
+            except OSError:  # it has ended
+                continue
+            found |= named
+            todo += children
+    return found
+
+
+@pytest.fixture(scope="module")
+def build_dir(tmp_path_factory):
+    """The same for all: what an interrupted build has finished is not made again."""
+    return tmp_path_factory.mktemp("interrupted")
+
+
+@pytest.mark.thorough
+@pytest.mark.tpu_mlir
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("group", [False, True])
+@pytest.mark.parametrize("worker", ["tpuc-opt", "simulator_worker"])
+def test_a_signal_ends_a_build_while_a_worker_computes(build_dir, number, group, worker):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fluxkiln", "build", "bm1684x", "--build-dir", str(build_dir)], text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, process_group=0,
+    )  # fmt: skip
+    until = time.monotonic() + PATIENCE
+    while not any(worker in line for line in descendants(process.pid).values()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    started = descendants(process.pid)
+    sent = time.monotonic()
+    (os.killpg if group else os.kill)(process.pid, number)
+    _, errors = process.communicate(timeout=30)  # minutes are left of it
+    print(f"ended {time.monotonic() - sent:.2f} s after the signal, {len(started)} processes with it")
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == "error: interrupted; finished work is kept, the same command resumes"
+    assert "Traceback" not in errors
+    until = time.monotonic() + 20
+    while any(map(is_running, started)) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert [line for pid, line in started.items() if is_running(pid)] == []

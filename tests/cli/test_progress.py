@@ -1,8 +1,14 @@
 from __future__ import annotations
 
 import io
+import itertools
+import os
+import re
+import subprocess
 import sys
 import threading
+import time
+from pathlib import Path
 
 import pytest
 
@@ -177,17 +183,45 @@ def test_what_is_left_knows_what_jobs_cost(clock):
 
 
 def test_what_is_waited_for_is_said(lines, stream, clock):
+    """Looked at every second, five seconds never pass without a line."""
     lines.stage("verify", 2)
-    clock.now += 4.0
+    clock.now += 3.9
     lines.tick()
     assert stream.getvalue() == ""
-    clock.now += 2.0
+    clock.now += 1.0
     lines.tick()
-    assert stream.getvalue() == "verify: 0/2 after 6.0 s\n"
-    clock.now += 2.0
+    assert stream.getvalue() == "verify: 0/2 after 4.9 s\n"
+    clock.now += 3.0
     lines.tick()
     lines.done("verify", "a", "b")
     lines.done("verify", "a", "b")
-    clock.now += 20.0
+    assert stream.getvalue().splitlines()[1:] == ["verify: 2 done in 7.9 s"]
+    clock.now += 4.0
     lines.tick()
-    assert stream.getvalue().splitlines()[1:] == ["verify: 2 done in 8.0 s"]
+    assert stream.getvalue().splitlines()[2:] == ["still at work after 12 s"], "between two stages too"
+
+
+def test_before_the_first_stage_something_is_said_too(lines, stream, clock):
+    clock.now += 4.5
+    lines.tick()
+    lines.tick()
+    assert stream.getvalue() == "still at work after 4.5 s\n"
+
+
+@pytest.mark.thorough
+@pytest.mark.tpu_mlir
+@pytest.mark.parametrize("target", ["cpu", "bm1684x"])
+def test_a_build_says_what_it_does(target, tmp_path):
+    command = [sys.executable, "-m", "fluxkiln", "build", target, "--build-dir", str(tmp_path)]
+    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    process = subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    said = [(time.monotonic(), line) for line in process.stderr]
+    assert process.wait() == 0, said[-1]
+    times = [when for when, _ in said]
+    print(f"{len(said)} lines, the longest silence {max(b - a for a, b in itertools.pairwise(times)):.1f} s")
+    lines = [line for _, line in said]
+    assert not [line for line in lines if re.search(r"about 0(\.0)? s left", line)]
+    stages = [line.partition(":")[0] for line in lines if " done in " in line]
+    assert {"template", "record"} <= {*stages}
+    assert stages.index("template") < stages.index("record")

@@ -80,6 +80,20 @@ def test_an_image_without_what_a_build_takes(bundle, without, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_bundle_is_plain_files_and_one_that_did_not_arrive_is_named(bundle, tmp_path):
+    paths = [path for path in bundle.rglob("*") if path.is_file()]
+    assert len(paths) > 20
+    assert [path for path in bundle.rglob("*") if path.is_symlink() or path.name.startswith(".")] == []
+    for left_out in ("LICENSE", "host/constants.safetensors", "tokenizer_2/spiece.model"):
+        copied = tmp_path / left_out.replace("/", "-")
+        shutil.copytree(bundle, copied, ignore=lambda folder, names, gone=bundle / left_out: [
+            name for name in names if Path(folder) / name == gone
+        ])  # fmt: skip
+        run = python("-m", "fluxkiln", *image(copied, "x.png"), folder=tmp_path)
+        assert (run.code, len(run.err.splitlines()), left_out in run.err) == (4, 1, True), run.err
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("packages", "command", "extra"),
     [

@@ -220,7 +220,7 @@ class Settings:
     size: tuple[int, int] | None = _option(
         None,
         "Image size in pixels, multiples of 16; one number is a square. Default: the model's own, 1024x1024.",
-        "WxH",
+        "WIDTHxHEIGHT",
         parse=parse_size,
     )
     tokens: int | None = _option(

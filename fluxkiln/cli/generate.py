@@ -65,7 +65,7 @@ device_option = click.option(
     help="Images of each prompt. Default: 1.",
 )
 @click.option("--rows", type=int, metavar="N", help="Write a grid of all images as well, in N rows.")
-@click.option("--size", metavar="WxH", help="Checked against the bundle, which is compiled for one size.")
+@click.option("--size", metavar="WIDTHxHEIGHT", help="Checked against the bundle, which is compiled for one size.")
 @click.option("--tokens", type=int, metavar="N", help="Checked against the bundle, like the size.")
 @click.option("--executor", metavar="NAME", help="What runs the parts, see below. Default: by the bundle.")
 @device_option

@@ -46,7 +46,7 @@ train_command.add_command(recipe_command, "recipe")
 @_option("lora_blocks", int, "N", "Train the last N blocks of the transformer; -1 is all.")
 @_option("learning_rate", float, "X", "After warming up; it falls to 0 by a cosine.")
 @_option("warmup_steps", int, "N", "Steps of the optimizer until the learning rate is reached.")
-@click.option("--resolution", metavar="WxH", help="Of the pictures. Default: a preset's own size, else 512x512.")
+@click.option("--resolution", metavar="WIDTHxHEIGHT", help="Of the pictures. Default: a preset's own, else 512x512.")
 @tokens_option
 @_option("num_augmentations", int, "N", "Random crops of each picture.")
 @_option("guidance", float, "X", "What the transformer is told in training, dev only.")

@@ -201,7 +201,7 @@ class Settings:
 
     Attributes:
         size: width and height.
-        loras: files and strengths, fused into the transformer before anything else.
+        loras: files and strengths, in the checkpoint's weights as they are read.
         instance, tp_degree, granularity, flags: of a target that cuts the model over cores.
         board, device_memory, devices: of a target whose chips hold whole parts; bytes of one chip, and how many.
         seed, steps, prompt: of the recorded reference run.
@@ -238,7 +238,7 @@ class Settings:
     )
     loras: tuple[tuple[Path, float], ...] = _option(
         (),
-        "A LoRA to fuse into the transformer, style.safetensors:0.8 say; again, or after a comma, for another.",
+        "A LoRA to read the weights with, style.safetensors:0.8 say; again, or after a comma, for another.",
         "FILE[:STRENGTH]", flag="lora", parse=parse_loras, several=True,
     )  # fmt: skip
     modulation: Literal["inline", "hoisted"] = _option(

@@ -9,9 +9,9 @@ Shape suffix legend used across the package:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from fluxkiln.errors import ShapeError, UsageError
 
@@ -209,11 +209,22 @@ class TensorSpec:
     dtype: str = "float32"
 
 
+class RowChange(Protocol):
+    """What is done to a tensor's rows when they are read; see `export.change`."""
+
+    def digest(self, stored: str) -> str:
+        """The digest of the changed tensor, from that of the stored one."""
+
+    def apply(self, ref: TensorRef, stored: NDArray[Any], first: int) -> NDArray[Any]:
+        """Rows from `first` on as they are stored -> as they are changed, of the same dtype and shape."""
+
+
 @dataclass(frozen=True, slots=True)
 class TensorRef:
     """Where a checkpoint tensor lies: a byte range of a safetensors file, little-endian, row-major.
 
     `offset` counts from the start of the file, header included; `dtype` is safetensors' own code (`BF16`, `F32`, ...).
+    With a `change` the tensor is what `export.checkpoint` reads, and nowhere in a file.
     """
 
     name: str
@@ -222,6 +233,12 @@ class TensorRef:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    change: RowChange | None = None
+
+    @property
+    def stored(self) -> TensorRef:
+        """The tensor as its file has it."""
+        return replace(self, change=None) if self.change else self
 
 
 @dataclass(frozen=True, slots=True)

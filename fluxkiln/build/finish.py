@@ -20,7 +20,7 @@ from fluxkiln.artifacts.intact import read_bundle
 from fluxkiln.artifacts.modelpack import store_bundle
 from fluxkiln.artifacts.store import Blob, legal_tag
 from fluxkiln.build.budget import name_shapes
-from fluxkiln.build.prepared import Prepared, choose_components, lora_facts
+from fluxkiln.build.prepared import Prepared, choose_components
 from fluxkiln.compile.bundle import CONFIGS, HOST_CONSTANTS
 from fluxkiln.compile.executor import bind_net
 from fluxkiln.compile.opener import open_bundle
@@ -28,6 +28,7 @@ from fluxkiln.compile.plan import Binary, Made
 from fluxkiln.compile.templates import host_constants
 from fluxkiln.compile.toolchain import toolchain_of
 from fluxkiln.errors import FluxkilnError, ParityError, ToolchainError
+from fluxkiln.export.lora import lora_facts
 from fluxkiln.progress import FROM_STORE, Laps, Progress
 
 if TYPE_CHECKING:
@@ -260,6 +261,8 @@ def _write_report(prepared: Prepared, made: Made, parity: Parity, laps: Laps) ->
             **parity.facts,
         },
     }
+    if lines := prepared.lora_lines():
+        facts["loras"] = lines
     facts["about"] = about = _about(prepared, parity, facts)
     if pipeline:
         facts["images"] = compare_pictures(parity.recording.image, pipeline.image, parity.pipeline_rung)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import re
 import time
 from collections.abc import Iterator
@@ -29,7 +30,6 @@ from fluxkiln.build.prepared import (
     chosen_parts,
     find_root,
     model_of,
-    models_folder,
     open_memo,
     reference_steps,
     unwritten_bytes,
@@ -47,7 +47,7 @@ from fluxkiln.export.fingerprint import (
     scan_finite,
     unread_bytes,
 )
-from fluxkiln.export.lora import fuse_once, fused_folder
+from fluxkiln.export.lora import measure_changes, with_loras
 from fluxkiln.export.lora_file import digest_lora
 from fluxkiln.export.source import find_stand_in
 from fluxkiln.files import build_lock
@@ -125,8 +125,8 @@ def _folder_locked(prepared: Prepared) -> Iterator[None]:
 def plan(settings: Settings) -> dict[str, Any]:
     """What a build needs and takes, without running any of it: see `plan_build`.
 
-    Nothing is written or fetched, and no large checkpoint is read: what is not there yet, synthetic, with LoRAs in it
-    or on the Hub, is planned from its shapes.
+    Nothing is written or fetched, and no large checkpoint is read: what is not there yet, synthetic or on the Hub, is
+    planned from its shapes.
     """
     from fluxkiln.export.synth import synthesized_bytes
 
@@ -141,8 +141,6 @@ def plan(settings: Settings) -> dict[str, Any]:
 
 def _unread_bytes(settings: Settings) -> int:
     """Of the settings' checkpoint, which is there."""
-    if settings.loras:  # to name what is fused it has been read
-        return 0
     chosen = choose_components(model_of(settings), settings)
     checkpoint = open_checkpoint(find_root(settings, settings.components and chosen), chosen)
     return unread_bytes(checkpoint, open_memo(settings))
@@ -169,15 +167,12 @@ def prepare(settings: Settings, progress: Progress | None = None) -> Prepared:
     """Check everything that can be checked before the first weight is converted; errors as `build`."""
     progress = progress or Silent()
     chosen = choose_components(model_of(settings), settings)
-    if unwritten_bytes(settings, _read_progress(progress)):
+    if unwritten_bytes(settings):
         check_resources(outline(settings))
     report = count_bytes(progress, "synthesize", "written")
     root = find_root(settings, settings.components and chosen, report)
-    memo, base = open_memo(settings), root
-    if settings.loras:
-        folder = fused_folder(root, settings.loras, models_folder(settings), memo, _read_progress(progress))
-        root = fuse_once(root, settings.loras, folder, count_bytes(progress, "fuse", "written"))
-    prepared = _prepared(settings, open_checkpoint(root, chosen, linked=base))
+    memo = open_memo(settings)
+    prepared = _prepared(settings, with_loras(open_checkpoint(root, chosen), settings.loras))
     checkpoint = prepared.checkpoint
     states = file_states(checkpoint)
     print_ = fingerprint(checkpoint, memo, _read_progress(progress))
@@ -185,7 +180,9 @@ def prepare(settings: Settings, progress: Progress | None = None) -> Prepared:
     memo.save()
     checkpoint = replace(checkpoint, digests=digests, states=states)
     prepared = replace(prepared, fingerprint=print_, checkpoint=checkpoint)
-    _validate(prepared, memo, progress)
+    prepared = replace(prepared, changes=_validate(prepared, memo, progress))
+    for what, how in prepared.lora_lines().items():
+        progress.note(f"{what}: {how}")
     return prepared
 
 
@@ -202,8 +199,10 @@ def outline(settings: Settings) -> Prepared:
     if preset and not preset.trained:
         from fluxkiln.export.synth import unwritten_checkpoint
 
-        return _prepared(settings, unwritten_checkpoint(settings.model, chosen))
-    return _prepared(settings, open_checkpoint(find_root(settings, settings.components and chosen), chosen))
+        checkpoint = unwritten_checkpoint(settings.model, chosen)
+    else:
+        checkpoint = open_checkpoint(find_root(settings, settings.components and chosen), chosen)
+    return _prepared(settings, with_loras(checkpoint, settings.loras))
 
 
 def _prepared(settings: Settings, checkpoint: Checkpoint) -> Prepared:
@@ -293,31 +292,47 @@ def choose_shapes(settings: Settings, checkpoint: Checkpoint) -> Shapes:
     return shapes
 
 
-def _validate(prepared: Prepared, memo: DigestMemo, progress: Progress) -> None:
-    """Groups that fit; shapes against upstream's classes and no NaN or Inf, once per checkpoint."""
-    from fluxkiln.compile.tensors import check_weights
+def _validate(prepared: Prepared, memo: DigestMemo, progress: Progress) -> dict[str, float]:
+    """Groups that fit; shapes against upstream's classes and no NaN or Inf, once per checkpoint.
 
-    checkpoint, cache = prepared.checkpoint, prepared.cache
+    Returns:
+        What LoRAs change in it, see `Prepared`; told as well.
+    """
+    from fluxkiln.compile.tensors import check_weights, part_refs
+
+    checkpoint, plan, cache = prepared.checkpoint, prepared.plan, prepared.cache
     action = Action(
         stage="validate",
         what=checkpoint.name,
         code_version=code_version(_read_through, model=type(checkpoint.model)),
         inputs={"checkpoint": f"sha256:{prepared.fingerprint}"},
     )
-    check_weights(checkpoint, prepared.plan)
-    if cache.lookup(action.key) is None:
+    check_weights(checkpoint, plan)
+    known = cache.lookup(action.key)
+    if known is None:
         started = time.perf_counter()
         progress.stage("validate", 1)
-        _read_through(checkpoint, memo)
-        cache.record(action, {}, {"version": __version__})
+        lengths = _read_through(checkpoint, memo)
+        known = cache.record(action, {}, {"version": __version__, "lengths": lengths})
         tensors = sum(map(len, checkpoint.tensors.values()))
         progress.done("validate", f"{tensors} tensors", f"checked in {time.perf_counter() - started:.1f} s")
+    if not checkpoint.loras:
+        return {}
+    measured: Any = known.facts["lengths"]
+    changes = {}
+    for part in plan.parts:
+        names = (f"{part.folder}/{ref.name}" for ref in part_refs(checkpoint, plan, part) if ref.change)
+        if found := [measured[name] for name in names]:
+            before, added = (math.hypot(*column) for column in zip(*found, strict=True))
+            changes[part.name] = added / before if before else math.inf
+    return changes
 
 
-def _read_through(checkpoint: Checkpoint, memo: DigestMemo) -> None:
+def _read_through(checkpoint: Checkpoint, memo: DigestMemo) -> dict[str, tuple[float, float]]:
     from fluxkiln.export.checkpoint import validate_checkpoint
 
     validate_checkpoint(checkpoint)
     checkpoint.model.load_sidecars(checkpoint.root, checkpoint.configs)
     for refs in checkpoint.tensors.values():
         scan_finite(refs.values(), memo)
+    return measure_changes(checkpoint)

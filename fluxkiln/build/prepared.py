@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.compile.plan import Plan
 from fluxkiln.errors import UsageError
-from fluxkiln.export.checkpoint import Checkpoint, find_model, open_checkpoint
+from fluxkiln.export.checkpoint import Checkpoint, find_model
 from fluxkiln.export.fingerprint import DigestMemo
-from fluxkiln.export.lora import COMPONENT, fused_folder, is_fused, read_record
 from fluxkiln.export.source import resolve_model, synthetic_folder
 from fluxkiln.patches.model import Model
 from fluxkiln.patches.registry import all_presets, check_statistics, pick_components
@@ -25,7 +24,10 @@ FEWEST_STEPS = 2
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A build that has been checked and may start. `name` is that of its folder."""
+    """A build that has been checked and may start. `name` is that of its folder.
+
+    `changes`: part -> the length of what LoRAs add to it, as a share of the length of its changed tensors before.
+    """
 
     settings: Settings
     checkpoint: Checkpoint
@@ -33,6 +35,19 @@ class Prepared:
     cache: ActionCache
     name: str
     fingerprint: str
+    changes: Mapping[str, float] = field(default_factory=dict)
+
+    def lora_lines(self) -> dict[str, str]:
+        """What LoRAs do, for people: of each file what matched and what did not, of each part how much it changes."""
+        told = {}
+        for one in self.checkpoint.loras:
+            missing = one["missing"]
+            more = f" and {len(missing) - 3} more" * (len(missing) > 3)
+            gone = f"; {len(missing)} of its layers are not in what is built: {', '.join(missing[:3])}{more}"
+            told[f"LoRA {one['file']} x {one['strength']:g}"] = (
+                f"changes {one['tensors']} tensors{gone if missing else ', all of its layers were found'}"
+            )
+        return told | {f"{part} changes by": f"{100 * share:.3g} %" for part, share in self.changes.items()}
 
     @property
     def steps(self) -> int:
@@ -56,12 +71,12 @@ def model_of(settings: Settings) -> Model:
 
 
 def models_folder(settings: Settings) -> Path:
-    """Where checkpoints are kept that are written for builds: synthetic ones, and those with LoRAs in them."""
+    """Where synthetic checkpoints are kept that are written for builds."""
     return settings.build_dir / "models"
 
 
 def find_root(settings: Settings, components: tuple[str, ...] | None, progress: OnBytes | None = None) -> Path:
-    """The folder of the settings' checkpoint, its LoRAs not in it; as `resolve_model`."""
+    """The folder of the settings' checkpoint; as `resolve_model`."""
     return resolve_model(settings.model, models_folder(settings), progress, components, settings.statistics)
 
 
@@ -75,11 +90,6 @@ def choose_components(model: Model, settings: Settings) -> tuple[str, ...]:
     is asked for needs those that are left out."""
     known = model.components
     chosen = pick_components(known, settings.components)
-    if settings.loras and model.adapted not in chosen:
-        raise UsageError(
-            f"LoRAs go into the {model.adapted}, and only {', '.join(chosen)} is built; leave out --lora, or add "
-            f"{model.adapted} to --components"
-        )
     if (settings.prompts or settings.seeds) and chosen != known:
         raise UsageError(
             f"prompts and seeds make whole images, and only {', '.join(chosen)} is built; leave --components out"
@@ -99,31 +109,17 @@ def chosen_parts(settings: Settings, checkpoint: Checkpoint, split: bool = False
     return tuple(part for part in every if part.component in chosen)
 
 
-def unwritten_bytes(settings: Settings, reading: OnBytes | None = None) -> int:
-    """Bytes that a build has to write first, at most: of a synthetic checkpoint, of one with LoRAs in it; 0 if none."""
+def unwritten_bytes(settings: Settings) -> int:
+    """Bytes of a synthetic checkpoint that a build has to write first; 0 if none."""
     from fluxkiln.export.synth import synthesized_bytes, with_sisters
 
     model = model_of(settings)
     preset = model.presets.get(settings.model)
+    if not preset or preset.trained:
+        return 0
     components = choose_components(model, settings)
     chosen = settings.components and components
-    folder = (
-        synthetic_folder(preset, settings.statistics, models_folder(settings), chosen)
-        if preset and not preset.trained
-        else None
-    )
-    if preset and folder and not (folder / "model_index.json").is_file():
-        fused = synthesized_bytes(preset.name, (model.adapted,)) if settings.loras else 0
-        return synthesized_bytes(preset.name, with_sisters(model, components)) + fused
-    if not settings.loras:
+    folder = synthetic_folder(preset, settings.statistics, models_folder(settings), chosen)
+    if (folder / "model_index.json").is_file():
         return 0
-    root = find_root(settings, chosen)
-    if is_fused(fused_folder(root, settings.loras, models_folder(settings), open_memo(settings), reading)):
-        return 0
-    return sum(ref.nbytes for ref in open_checkpoint(root, (COMPONENT,)).tensors[COMPONENT].values())
-
-
-def lora_facts(checkpoint: Checkpoint) -> dict[str, Any]:
-    """`lora`: file name, sha256 and strength of each LoRA in a checkpoint, or nothing; for what tells its origin."""
-    record = read_record(checkpoint.root)
-    return {"lora": record["lora"]} if record else {}
+    return synthesized_bytes(preset.name, with_sisters(model, components))

@@ -45,7 +45,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "mould": ("store", "Make moulds, and carry them to machines without the compiler."),
     "doctor": ("build", "Show every tool, its version, and what is missing for which target."),
     "synth": ("model", "Write a synthetic checkpoint: a model's architecture, random weights."),
-    "fuse": ("model", "Write a checkpoint with LoRAs fused into its transformer."),
+    "fuse": ("model", "Write a checkpoint with LoRAs fused into it."),
     "train": ("train", "Train: a LoRA from pictures and prompts, a small model from nothing."),
     "calibrate": ("quantize", "Record what goes into every layer, for the methods that round by it."),
     "quantize": ("quantize", "Compare methods layer by layer, and choose a scheme for each within a budget."),

@@ -53,10 +53,10 @@ def synth_command(
 @json_option
 @click.pass_obj
 def fuse_command(output: Output, model: str, directory: Path, loras: tuple[str, ...], build_dir: Path) -> None:
-    """Write a checkpoint with LoRAs fused into its transformer.
+    """Write a checkpoint with LoRAs fused into it.
 
     MODEL is a synthetic preset, a folder or a Hugging Face id. DIR must be empty or not exist yet; it is there whole at
-    the end or not at all. Files that no LoRA changes are hard links. `fluxkiln build --lora` does this by itself.
+    the end or not at all. Files that no LoRA changes are hard links. `fluxkiln build --lora` needs no such checkpoint.
     """
     chosen = parse_loras(loras)
     from fluxkiln.export.lora import check_loras, fuse_lora
@@ -71,12 +71,15 @@ def fuse_command(output: Output, model: str, directory: Path, loras: tuple[str, 
     output.document(
         {
             "model": str(directory),
-            "lora": [{"file": str(file), "strength": strength} for file, strength in chosen],
+            "lora": [dict(one) for one in fused.loras],
             "tensors": len(fused.tensors),
             "bytes": fused.nbytes,
             "seconds": round(seconds, 3),
         }
     )
+    for one in fused.loras:
+        if one["missing"]:
+            output.line(f"{one['file']}: not in {model}: {', '.join(one['missing'])}")
     output.line(
         f"{directory}: {count_text(len(fused.tensors), 'tensor')} changed, {size_text(fused.nbytes)} written in "
         f"{seconds_text(seconds)}"

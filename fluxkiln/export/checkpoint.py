@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxkiln.errors import CheckpointError
 from fluxkiln.export.contents import REMEDY, Contents, hub_repository, open_contents
-from fluxkiln.export.safetensors_header import read_header, read_into
+from fluxkiln.export.safetensors_header import encode_header, read_header, read_into
 from fluxkiln.files import FileState
 from fluxkiln.patches.model import Model
 from fluxkiln.patches.registry import model_for
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 FLOAT_DTYPES = ("BF16", "F16", "F32")
 # Written by transformers and by diffusers, in this order.
 WEIGHT_STEMS = ("model", "diffusion_pytorch_model")
+_BLOCK_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,8 @@ class Checkpoint:
     `scheduler` as well. Tensors are keyed by their name in the module's `state_dict()`, which is also `TensorRef.name`;
     files are resolved, symlinks of the Hugging Face cache included. `sidecars` are the small files a bundle copies:
     tokenizers and scheduler, by their path below `root`. Once its bytes were read, `digests` are component -> tensor
-    name -> sha256, and `states` weight file -> its size, times and inode then.
+    name -> sha256, and `states` weight file -> its size, times and inode then. `loras` are what `export.lora` put into
+    it: file, sha256, strength, and which layers of the file were not found.
     """
 
     root: Path
@@ -47,20 +50,20 @@ class Checkpoint:
     model: Model
     digests: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     states: Mapping[Path, FileState] = field(default_factory=dict)
+    loras: tuple[Mapping[str, Any], ...] = ()
 
 
-def open_checkpoint(root: Path, components: Collection[str] | None = None, linked: Path | None = None) -> Checkpoint:
+def open_checkpoint(root: Path, components: Collection[str] | None = None) -> Checkpoint:
     """Read `model_index.json`, each component's `config.json` and safetensors headers; no weight data, no torch.
 
     Args:
         root: a folder in the diffusers layout.
         components: those that must be there, all by default; others are not looked at.
-        linked: another checkpoint, whose files this one may link to.
 
     Raises:
         CheckpointError: a checkpoint of no model there is, or a damaged one; the message names the file and the tensor.
     """
-    contents = _open_folder(root, linked)
+    contents = _open_folder(root)
     root = contents.root
     model, index = _read_index(contents)
     configs: dict[str, Mapping[str, Any]] = {}
@@ -95,7 +98,7 @@ def find_model(root: Path) -> Model:
     return _read_index(_open_folder(root))[0]
 
 
-def _open_folder(root: Path, linked: Path | None = None) -> Contents:
+def _open_folder(root: Path) -> Contents:
     if root.is_file():
         raise CheckpointError(
             f"{root} is a file, a checkpoint is a folder in the diffusers layout; convert a single file with its "
@@ -103,7 +106,7 @@ def _open_folder(root: Path, linked: Path | None = None) -> Contents:
         )
     if not root.is_dir():
         raise CheckpointError(f"{root} does not exist; {REMEDY}")
-    return open_contents(root, linked)
+    return open_contents(root)
 
 
 def _read_index(contents: Contents) -> tuple[Model, dict[str, Any]]:
@@ -115,8 +118,55 @@ def read_tensor(ref: TensorRef) -> np.ndarray[Any, Any]:
     """The tensor's values as a fresh array of its own dtype; BF16 as `ml_dtypes.bfloat16`.
 
     Raises:
-        CheckpointError: the file ends before the tensor does, or the dtype has no numpy equivalent.
+        CheckpointError: the file ends before the tensor does, the dtype has no numpy equivalent, or LoRAs make it no
+            number.
     """
+    return ref.change.apply(ref, _read_stored(ref), 0) if ref.change else _read_stored(ref)
+
+
+def read_rows(ref: TensorRef, start: int, stop: int) -> np.ndarray[Any, Any]:
+    """Rows `start` to `stop` of a tensor, as `read_tensor`; nothing else of it is read."""
+    row_bytes = ref.nbytes // ref.shape[0]
+    rows = stop - start
+    stored = _read_stored(
+        replace(
+            ref, shape=(rows, *ref.shape[1:]), offset=ref.offset + start * row_bytes, nbytes=rows * row_bytes
+        )
+    )  # fmt: skip
+    return ref.change.apply(ref, stored, start) if ref.change else stored
+
+
+def read_blocks(ref: TensorRef) -> Iterator[np.ndarray[Any, Any]]:
+    """A tensor some rows at a time, as `read_tensor`."""
+    if not ref.shape:
+        yield read_tensor(ref)
+        return
+    step = max(1, _BLOCK_BYTES * ref.shape[0] // max(1, ref.nbytes))
+    for start in range(0, ref.shape[0], step):
+        yield read_rows(ref, start, min(start + step, ref.shape[0]))
+
+
+def copy_tensors(refs: Iterable[TensorRef], target: Path) -> dict[str, TensorRef]:
+    """Write a safetensors file with just these tensors, as they are read, a block at a time.
+
+    Returns:
+        Where they lie now.
+    """
+    refs = sorted(refs, key=lambda ref: ref.name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("wb") as output:
+        output.write(encode_header((ref.name, ref.dtype, ref.shape) for ref in refs))
+        for block in (block for ref in refs for block in read_blocks(ref)):
+            output.write(bytes_of(block))
+    return read_header(target)
+
+
+def bytes_of(array: np.ndarray[Any, Any]) -> memoryview:
+    """The bytes of a contiguous array."""
+    return array.reshape(-1).view("u1").data
+
+
+def _read_stored(ref: TensorRef) -> np.ndarray[Any, Any]:
     import ml_dtypes
     import numpy as np
 
@@ -131,19 +181,13 @@ def read_tensor(ref: TensorRef) -> np.ndarray[Any, Any]:
     # readinto, not mmap: mapped pages count as resident memory of the process.
     with ref.file.open("rb", buffering=0) as stream:
         stream.seek(ref.offset)
-        read_into(stream, array.reshape(-1).view(np.uint8).data, ref)
+        read_into(stream, bytes_of(array), ref)
     return array
 
 
-def read_rows(ref: TensorRef, start: int, stop: int) -> np.ndarray[Any, Any]:
-    """Rows `start` to `stop` of a tensor, as `read_tensor`; nothing else of it is read."""
-    row_bytes = ref.nbytes // ref.shape[0]
-    rows = stop - start
-    return read_tensor(
-        replace(
-            ref, shape=(rows, *ref.shape[1:]), offset=ref.offset + start * row_bytes, nbytes=rows * row_bytes
-        )
-    )  # fmt: skip
+def matrix_shape(ref: TensorRef) -> tuple[int, int]:
+    """Rows and columns of a tensor as a matrix: [O, I]; a vector is [O, 1]."""
+    return (ref.shape[0], math.prod(ref.shape[1:])) if ref.shape else (1, 1)
 
 
 class TensorReader:

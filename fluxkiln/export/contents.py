@@ -88,14 +88,9 @@ class Contents:
         return file
 
 
-def open_contents(root: Path, linked: Path | None = None) -> Contents:
-    """The contents of a checkpoint's folder.
-
-    Args:
-        linked: the checkpoint whose files it links to, where a program of ours made the links.
-    """
-    homes = [home for one in (root, linked) if one is not None for home in (one.resolve(), *_repository(one))]
-    return Contents(root.absolute(), tuple(homes))
+def open_contents(root: Path) -> Contents:
+    """The contents of a checkpoint's folder."""
+    return Contents(root.absolute(), (root.resolve(), *_repository(root)))
 
 
 def hub_repository(root: Path) -> Path | None:

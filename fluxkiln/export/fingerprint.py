@@ -200,6 +200,20 @@ def _state_of(file: Path) -> FileState:
 def _read_facts(
     refs: Iterable[TensorRef], memo: DigestMemo | None, progress: OnBytes | None
 ) -> dict[TensorRef, TensorFacts]:
+    """What is stored is read; the digest of a changed tensor follows from that of the stored one."""
+    refs = list(refs)
+    facts = _read_stored_facts((ref.stored for ref in refs), memo, progress)
+    return {
+        ref: replace(facts[ref.stored], sha256=ref.change.digest(facts[ref.stored].sha256))
+        if ref.change
+        else facts[ref]
+        for ref in refs
+    }
+
+
+def _read_stored_facts(
+    refs: Iterable[TensorRef], memo: DigestMemo | None, progress: OnBytes | None
+) -> dict[TensorRef, TensorFacts]:
     by_file: dict[Path, list[TensorRef]] = {}
     for ref in refs:
         by_file.setdefault(ref.file, []).append(ref)
@@ -305,7 +319,7 @@ def check_unchanged(states: Mapping[Path, FileState], refs: Iterable[TensorRef])
         if ref.file not in headers:
             headers[ref.file] = {replace(one, name="") for one in read_header(ref.file).values()}
         # a component may call it otherwise than its file
-        if replace(ref, name="") not in headers[ref.file]:
+        if replace(ref.stored, name="") not in headers[ref.file]:
             raise CheckpointError(f"{ref.file} has {ref.name} no longer at byte {ref.offset}; {_AGAIN}")
 
 

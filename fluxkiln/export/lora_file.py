@@ -1,85 +1,60 @@
-"""A LoRA for a transformer, read from any of the forms that people have, as what it adds to which tensor.
+"""A LoRA's file, of any of the forms that people have, as what it does to which tensor of a checkpoint.
 
-Names are converted by diffusers' own converters, as the model calls them. Where these leave
-something out without a word, the file is refused here: a LoRA counts as a whole or not at all.
-
-Shapes: O = out features, I = in features, R = rank.
+The matrices stay in the file (`export.change`) after one look for NaN and Inf.
 """
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fluxkiln.documents import SMALL, check_schema, read_object
 from fluxkiln.errors import CheckpointError, UsageError
+from fluxkiln.export.change import Column, Delta, Factor, Hadamard, Kronecker, LowRank, Piece
+from fluxkiln.export.checkpoint import FLOAT_DTYPES, Checkpoint, matrix_shape, read_blocks
+from fluxkiln.export.lora_places import ROLES, LoraLayer, place_layers
 from fluxkiln.export.safetensors_header import read_header
-from fluxkiln.files import open_regular
-from fluxkiln.patches.model import Model
+from fluxkiln.files import file_state, open_regular
 from fluxkiln.types import TensorRef
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    Tensors = dict[str, Tensor]
 
 METADATA_KEY = "lora_adapter_metadata"
 # What a matrix may be stored as; BOOL and whole numbers are none.
 _DTYPES = ("BF16", "F16", "F32", "F64", "F8_E4M3", "F8_E5M2")
 MOST_PATTERNS = 2000
 _ELSEWHERE = "fuse it with the tool that made it and give that folder as the model"
-# What a tensor's name tells that the file has besides low-rank pairs for the transformer.
+# What a tensor's name tells that nothing here computes.
 _REFUSED = (
-    (r"dora_scale|lora_magnitude_vector", "is a DoRA, which has magnitudes of its own; only LoRA is fused"),
-    (r"\.(lokr|hada|oft|glora)_|lora_mid", "is a LyCORIS adapter, not a LoRA of two matrices; only LoRA is fused"),
-    (r"^(lora_)?te\d?_|^text_encoder", "has layers for the text encoders; only the transformer's are fused"),
-    (r"\.diff(_b)?$", "has whole differences besides low-rank pairs; only pairs are fused"),
-)  # fmt: skip
+    (r"\.(oft|boft|glora|ia3)_", "is an adapter of another kind; LoRA, DoRA, LoHa and LoKr are read"),
+    (r"lora_mid|hada_t\d|lokr_t2", "has factors of convolutions, cut in three; pairs of matrices are read"),
+    (r"\.diff(_b)?$", "has whole differences; only what is made of factors is read"),
+)
 # Names of layers, with what PEFT's patterns have in them. No groups and one repetition: nothing that takes long.
 _PATTERN = re.compile(r"(?:[\w.^$|-]|\\[.d-]|\\d\+){1,200}")
-_DOWN = re.compile(r"\.(lora_A|lora_down|down)\.weight$")
-_UP = re.compile(r"\.(lora_B|lora_up|up)\.weight$")
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """What is added to one tensor: `scale` * up_OR @ down_RI in float32; put in its place instead if it `replaces`.
-
-    A bias and a norm's weight count as [O, 1].
-    """
-
-    tensor: str
-    up_OR: Tensor
-    down_RI: Tensor
-    scale: float = 1.0
-    replaces: bool = False
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.up_OR.shape[0], self.down_RI.shape[1]
+_PEFT, _KOHYA = (".lora_A.weight", ".lora_B.weight"), (".lora_down.weight", ".lora_up.weight")
+_NORM = re.compile(r"\.norm_(added_)?[qk]\.weight$")
 
 
 @dataclass(frozen=True, slots=True)
 class LoraFile:
-    """A LoRA as it was read; `sha256` is of the file's bytes."""
+    """A LoRA as it was read; `sha256` is of the file's bytes. `missing`: its layers that the checkpoint has not."""
 
     file: Path
     sha256: str
     pieces: tuple[Piece, ...]
+    missing: tuple[str, ...] = ()
 
 
 def digest_lora(file: Path) -> str:
     """sha256 of the file's bytes, read once as long as it stays the same; UsageError when there is no such file."""
     try:
-        found = file.stat()
-        state = (found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev)
-        return _digest(file.absolute(), state)
+        return _digest(file.absolute(), tuple(file_state(file)))
     except OSError as error:
         raise UsageError(
             f"--lora {file}: {error.strerror}; give a LoRA's .safetensors file, as FILE or FILE:STRENGTH"
@@ -92,49 +67,59 @@ def _digest(file: Path, state: tuple[int, ...]) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def read_lora(file: Path, model: Model, most: int | None = None) -> LoraFile:
-    """Read, convert and check a LoRA file; tensors become float32.
-
-    Memory: twice 4 bytes for each of the file's numbers, at most.
-
-    Args:
-        most: how many numbers it may have; a low-rank pair has no more than twice what its matrix has.
+def read_lora(file: Path, checkpoint: Checkpoint) -> LoraFile:
+    """Read and check a LoRA file, and find the tensors of a checkpoint that it changes.
 
     Raises:
         UsageError: no such file.
-        CheckpointError: no safetensors file, no LoRA in it, something besides pairs for the model's transformer, names
-            that diffusers cannot convert, a NaN or Inf.
+        CheckpointError: no safetensors file, no LoRA in it, a form that is not computed here, a NaN or Inf; no layer
+            that the checkpoint has, or one of another shape.
     """
     sha256 = digest_lora(file)
     header = read_header(file)
-    names = list(header)
     for pattern, what in _REFUSED:
-        hits = [name for name in names if re.search(pattern, name)]
-        if hits:
+        if hits := [name for name in header if re.search(pattern, name)]:
             raise CheckpointError(f"{file} {what} ({_some(hits)}); {_ELSEWHERE}")
-    if not any(map(_DOWN.search, names)):
+    state = file_state(file)
+    _check_tensors(file, header)
+    layers = list(_layers(file, {name: Factor(ref, state) for name, ref in header.items()}))
+    text, where = _metadata(file), f"{METADATA_KEY} of {file}"
+    told = {name: read_metadata(text, where, name) for name in checkpoint.model.components} if text else {}
+    if any(told.values()) and any("alpha" in layer.tensors for layer in layers):
         raise CheckpointError(
-            f"{file} holds no LoRA: none of its {len(names)} tensors ({_some(names)}) is one of a low-rank pair, "
-            "lora_A.weight or lora_down.weight say; give the file that a LoRA trainer wrote"
+            f"{file} gives alphas twice, as tensors and in its metadata; save the LoRA again with either"
         )
-    _check_tensors(file, header, most)
-    tensors, metadata = _load(file)
-    if not any(".lora_A." in name for name in names):
-        metadata = {}  # PEFT's; the other forms have their alphas in tensors
-    rows = sum(tensor.shape[0] for name, tensor in tensors.items() if _UP.search(name) and tensor.ndim)
-    converted, alphas = _convert(file, model, tensors)
-    placed = sum(tensor.shape[0] for name, tensor in converted.items() if _UP.search(name) and tensor.ndim)
-    if placed != rows:
-        raise CheckpointError(
-            f"{file} has layers with {rows} output rows, and diffusers' converter finds a place for {placed} of them; "
-            f"it mixes forms or has layers that {model.title} has not: {_ELSEWHERE}"
-        )
-    pieces = _pieces(file, converted, alphas, metadata)
-    return LoraFile(file, sha256, tuple(sorted(pieces, key=lambda piece: piece.tensor)))
+    pieces, missing = [], []
+    for layer, places in zip(layers, place_layers(file, layers, checkpoint), strict=True):
+        there = [place for place in places if place[1] in checkpoint.tensors[place[0]]]
+        missing += [] if there else [layer.name]
+        for component, tensor, rows in there:
+            scale = _scale(file, layer, tensor.rpartition(".")[0], told.get(component, {}))
+            # norms as diffusers has those of a control LoRA: whatever the strength
+            replaces = bool(layer.whole) and not layer.whole.endswith(".bias")
+            magnitude = None if layer.whole else layer.tensors.get("magnitude")
+            pieces.append(Piece(component, tensor, layer.delta, rows, scale, replaces, magnitude))
+            _check_fits(file, pieces[-1], checkpoint)
+    if not pieces:
+        raise _no_match(file, missing, checkpoint)
+    return LoraFile(file, sha256, tuple(sorted(pieces, key=lambda one: (one.component, one.tensor))), tuple(missing))
 
 
-def _check_tensors(file: Path, header: Mapping[str, TensorRef], most: int | None) -> None:
-    """What the header alone tells: every tensor holds real numbers, at least one, and all of them not too many."""
+def _no_match(file: Path, missing: list[str], checkpoint: Checkpoint) -> CheckpointError:
+    names = [name.removesuffix(".weight") for refs in checkpoint.tensors.values() for name in refs]
+    wanted = missing[0].removeprefix(f"{checkpoint.model.adapted}.")
+    near = ", ".join(difflib.get_close_matches(wanted, names, 2))
+    return CheckpointError(
+        f"{file} changes nothing: none of its {len(missing)} layers ({_some(missing)}) is in the "
+        f"{', '.join(checkpoint.tensors)} of {checkpoint.name}{f', near are {near}' if near else ''}; it is for "
+        "another model, or for components that are not built"
+    )
+
+
+def _check_tensors(file: Path, header: Mapping[str, TensorRef]) -> None:
+    """Every tensor holds real numbers, at least one, and all of them finite."""
+    import numpy as np
+
     for name, ref in header.items():
         if ref.dtype not in _DTYPES:
             raise CheckpointError(
@@ -142,39 +127,125 @@ def _check_tensors(file: Path, header: Mapping[str, TensorRef], most: int | None
             )
         if not ref.nbytes:
             raise CheckpointError(f"{name} in {file} has the shape {list(ref.shape)}, which is empty; save it again")
-    numbers = sum(math.prod(ref.shape) for ref in header.values())
-    if most is not None and numbers > most:
+        if not all(np.isfinite(block.astype(np.float32)).all() for block in read_blocks(ref)):
+            raise CheckpointError(
+                f"{name} in {file} has a NaN or Inf, weights must be finite; its training diverged: use another"
+            )
+
+
+def _layers(file: Path, factors: Mapping[str, Factor]) -> Iterator[LoraLayer]:
+    found: dict[str, dict[str, Factor]] = {}
+    ends: dict[str, dict[str, str]] = {}
+    for name, factor in factors.items():
+        end = next((end for end in ROLES if name.endswith(end)), "")
+        layer = name.removesuffix(end)
+        if end == ".alpha":
+            layer = layer.split(".lora_")[0]
+        found.setdefault(layer, {})[ROLES.get(end, "whole")] = factor
+        ends.setdefault(layer, {})[ROLES.get(end, "whole")] = end
+    if not any({"down", "hada_w1_a", "lokr_w2", "lokr_w2_a"} & tensors.keys() for tensors in found.values()):
         raise CheckpointError(
-            f"{file} has {numbers} numbers, more than twice as many as what it changes; it is for a larger model: "
-            "give one for this"
+            f"{file} holds no LoRA: none of its {len(factors)} tensors ({_some(list(factors))}) is one of a low-rank "
+            "pair, lora_A.weight or lora_down.weight say; give the file that a LoRA trainer wrote"
+        )
+    for name, tensors in found.items():
+        if "whole" in tensors or "bias" in tensors:
+            whole = name if "whole" in tensors else f"{name}.lora_B.bias"
+            column = Column(tensors.get("whole") or tensors["bias"])
+            yield LoraLayer(name, tensors, column, _PEFT, whole)
+        if tensors.keys() - {"whole", "bias"}:
+            delta = _delta(file, name, tensors)
+            plain = isinstance(delta, LowRank)
+            yield LoraLayer(name, tensors, delta, (ends[name]["down"], ends[name]["up"]) if plain else _KOHYA)
+
+
+def _delta(file: Path, layer: str, tensors: Mapping[str, Factor]) -> Delta:
+    def half(name: str) -> Factor:
+        if name not in tensors:
+            raise CheckpointError(
+                f"{file} has {', '.join(tensors)} of {layer} without its {name}, which is no whole LoRA; fetch it again"
+            )
+        return tensors[name]
+
+    def matrix(name: str) -> Factor | LowRank:
+        return tensors[name] if name in tensors else LowRank(half(f"{name}_a"), half(f"{name}_b"))
+
+    delta: Delta
+    if any(name.startswith("hada") for name in tensors):
+        one, two = (LowRank(half(f"hada_w{n}_a"), half(f"hada_w{n}_b")) for n in (1, 2))
+        delta, pairs = Hadamard(one, two), [one, two]
+    elif any(name.startswith("lokr") for name in tensors):
+        first, second = matrix("lokr_w1"), matrix("lokr_w2")
+        delta, pairs = Kronecker(first, second), [one for one in (first, second) if isinstance(one, LowRank)]
+    else:
+        delta = LowRank(half("up"), half("down"))
+        pairs = [delta]
+    shapes = [factor.shape for name, factor in tensors.items() if name not in ("alpha", "magnitude", "bias")]
+    if (
+        any(len(shape) != 2 for shape in shapes)
+        or any(one.up.shape[1] != one.down.shape[0] for one in pairs)
+        or (isinstance(delta, Hadamard) and delta.first.shape != delta.second.shape)
+    ):
+        raise CheckpointError(
+            f"{file} has {', '.join(str(list(shape)) for shape in shapes)} for {layer}; a pair is [rank, in] and "
+            "[out, rank]: it is damaged or for another model"
+        )
+    numbers = sum(math.prod(shape) for shape in shapes)
+    if numbers > 2 * len(pairs or shapes) * math.prod(delta.shape):
+        raise CheckpointError(
+            f"{file} has {numbers} numbers for {layer}, more than twice as many as what it changes; no LoRA is that "
+            "large: give another"
+        )
+    _check_magnitude(file, layer, delta, tensors.get("magnitude"))
+    return delta
+
+
+def _check_magnitude(file: Path, layer: str, delta: Delta, magnitude: Factor | None) -> None:
+    height = delta.shape[0]
+    if magnitude is not None and magnitude.shape not in ((height,), (height, 1)):
+        raise CheckpointError(
+            f"{file} is a DoRA with magnitudes {list(magnitude.shape)} for {layer}, whose rows are {height}; "
+            f"lengths of columns are not read, only those of rows: {_ELSEWHERE}"
         )
 
 
-def _load(file: Path) -> tuple[Tensors, dict[str, Any]]:
-    """Every tensor in float32, and what PEFT wrote about ranks and alphas."""
-    import torch
+def _check_fits(file: Path, piece: Piece, checkpoint: Checkpoint) -> None:
+    ref = checkpoint.tensors[piece.component][piece.tensor]
+    if piece.replaces and not _NORM.search(piece.tensor):
+        raise CheckpointError(
+            f"{file} has {piece.tensor}, which is no half of a low-rank pair with its other half beside it; only what "
+            f"is made of factors is read: {_ELSEWHERE}"
+        )
+    if matrix_shape(ref) != piece.shape:
+        raise CheckpointError(
+            f"{file} changes {piece.tensor} as {list(piece.shape)}, in {checkpoint.name} it is {list(ref.shape)}; "
+            "it is for another model, or a control LoRA, which needs wider inputs than FluxPipeline has"
+        )
+    if ref.dtype not in FLOAT_DTYPES:
+        raise CheckpointError(
+            f"{piece.tensor} of {checkpoint.name} is stored as {ref.dtype}, LoRAs change "
+            f"{', '.join(FLOAT_DTYPES)}; give a checkpoint in BF16"
+        )
+
+
+def _metadata(file: Path) -> str:
     from safetensors import safe_open
 
-    tensors = {}
-    with safe_open(str(file), framework="pt") as stream:
-        told = (stream.metadata() or {}).get(METADATA_KEY)
-        for name in stream.keys():  # noqa: SIM118
-            tensors[name] = stream.get_tensor(name).to(torch.float32)
-            if not torch.isfinite(tensors[name]).all():
-                raise CheckpointError(
-                    f"{name} in {file} has a NaN or Inf, weights must be finite; its training diverged: use another"
-                )
-    return tensors, read_metadata(told or "{}", f"{METADATA_KEY} of {file}")
+    with safe_open(str(file), framework="np") as stream:
+        if not any(".lora_A." in name for name in stream.keys()):  # noqa: SIM118
+            return ""  # PEFT's; the other forms have their alphas in tensors
+        return str((stream.metadata() or {}).get(METADATA_KEY, ""))
 
 
-def read_metadata(text: str, where: str) -> dict[str, Any]:
-    """What PEFT wrote about a LoRA for the transformer, by PEFT's own names; CheckpointError where it is not legal."""
+def read_metadata(text: str, where: str, component: str = "transformer") -> dict[str, Any]:
+    """What PEFT wrote about a LoRA for a component, by PEFT's own names; CheckpointError where it is not legal."""
     from fluxkiln.export.lora_schema import PeftConfig
 
     remedy = "save the LoRA again"
     data = text.encode(errors="surrogatepass")
     found = read_object(data, where, error=CheckpointError, remedy=remedy, limits=SMALL)
-    config = {key.removeprefix("transformer."): value for key, value in found.items()}
+    own = {key for key in found if key.startswith(f"{component}.") or "." not in key}
+    config = {key.removeprefix(f"{component}."): found[key] for key in own}
     check_schema(config, PeftConfig, where, error=CheckpointError, remedy=remedy)
     patterns = config.get("alpha_pattern") or {}
     if len(patterns) > MOST_PATTERNS:
@@ -187,94 +258,35 @@ def read_metadata(text: str, where: str) -> dict[str, Any]:
     return config
 
 
-def _convert(file: Path, model: Model, tensors: Tensors) -> tuple[Tensors, Mapping[str, Any]]:
-    try:
-        return model.convert_lora(tensors)
-    except Exception as error:  # whatever the converters raise about what they do not know
-        reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(
-            f"{file} has layers that diffusers' converter cannot place in {model.title} ({type(error).__name__}: "
-            f"{reason}); it is for another model or not whole: give the file as its trainer wrote it for {model.title}"
-        ) from error
-
-
-def _pieces(file: Path, converted: Tensors, alphas: Mapping[str, Any], metadata: Mapping[str, Any]) -> list[Piece]:
-    import torch
-
-    names = {name.removeprefix("transformer."): tensor for name, tensor in converted.items()}
-    told = {_layer_of_alpha(name): _number(file, name, alpha) for name, alpha in alphas.items()}
-    # One of the converters hands them through.
-    own = [name for name in names if name.endswith(".alpha")]
-    told |= {_layer_of_alpha(name): _number(file, name, names.pop(name)) for name in own}
-    if told and metadata:
-        raise CheckpointError(
-            f"{file} gives alphas twice, as tensors and in its metadata; save the LoRA again with either"
-        )
-    pieces = []
-    one = torch.ones(1, 1)
-    for name in sorted(names):
-        layer, _, role = name.rpartition(".lora_")
-        if role == "A.weight":
-            up = names.get(f"{layer}.lora_B.weight")
-            pieces.append(_pair(file, layer, names[name], up, told, metadata))
-        elif role == "B.weight" and f"{layer}.lora_A.weight" in names:
-            continue
-        elif role == "B.bias" and f"{layer}.lora_A.weight" in names:
-            scale = _scale(layer, names[f"{layer}.lora_A.weight"].shape[0], told, metadata)
-            pieces.append(Piece(f"{layer}.bias", names[name].reshape(-1, 1), one, scale))
-        elif re.search(r"\.norm_(added_)?[qk]\.weight$", name):
-            # As diffusers does with those of a control LoRA, whatever the strength.
-            pieces.append(Piece(name, names[name].reshape(-1, 1), one, replaces=True))
-        else:
-            raise CheckpointError(
-                f"{file} has {name}, which is no half of a low-rank pair with its other half beside it; only pairs are "
-                f"fused: {_ELSEWHERE}"
-            )
-    return pieces
-
-
-def _pair(
-    file: Path, layer: str, down: Tensor, up: Tensor | None, told: Mapping[str, float], metadata: Mapping[str, Any]
-) -> Piece:
-    if up is None:
-        raise CheckpointError(f"{file} has lora_A of {layer} without its lora_B; it is not whole: fetch it again")
-    if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or not down.shape[0]:
-        raise CheckpointError(
-            f"{file} has lora_A {list(down.shape)} and lora_B {list(up.shape)} for {layer}; a pair is [rank, in] and "
-            "[out, rank]: it is damaged or for another model"
-        )
-    return Piece(f"{layer}.weight", up, down, _scale(layer, down.shape[0], told, metadata))
-
-
-def _scale(layer: str, rank: int, told: Mapping[str, float], metadata: Mapping[str, Any]) -> float:
+def _scale(file: Path, layer: LoraLayer, target: str, metadata: Mapping[str, Any]) -> float:
     """alpha / rank, 1 without an alpha; or as PEFT's own config says.
 
     Source: PEFT, LoraLayer.update_layer and get_pattern_key; its patterns are regular expressions for the end of a
-    layer's name.
+    layer's name. A LoKr of two whole matrices has no rank, and LyCORIS no scale then.
     """
+    ranks = [layer.tensors[name].shape[0] for name in ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b")
+             if name in layer.tensors]  # fmt: skip
+    if not ranks:
+        return 1.0
+    rank = ranks[0]
     if not metadata:
-        return told.get(layer, float(rank)) / rank
+        return (_alpha(file, layer) / rank) if "alpha" in layer.tensors else 1.0
     alpha = metadata.get("lora_alpha", rank)
     for pattern, value in (metadata.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", layer):
+        if re.match(rf"(.*\.)?({pattern})$", target):
             alpha = value
             break
     return float(alpha) / (math.sqrt(rank) if metadata.get("use_rslora") else rank)
 
 
-def _number(file: Path, name: str, alpha: Any) -> float:
-    import torch
-
-    values = torch.as_tensor(alpha).reshape(-1)
-    if values.numel() != 1:
+def _alpha(file: Path, layer: LoraLayer) -> float:
+    values = layer.tensors["alpha"]().reshape(-1)
+    if len(values) != 1:
         raise CheckpointError(
-            f"{file} has {values.numel()} numbers as {name}, an alpha is one; it is damaged, or no LoRA of this kind"
+            f"{file} has {len(values)} numbers as the alpha of {layer.name}, an alpha is one; it is damaged, or no "
+            "LoRA of this kind"
         )
     return float(values[0])
-
-
-def _layer_of_alpha(name: str) -> str:
-    return name.removeprefix("transformer.").split(".lora_")[0].removesuffix(".alpha")
 
 
 def _some(names: list[str]) -> str:

@@ -28,7 +28,6 @@ ITEM_BYTES: Mapping[str, int] = {
     **dict.fromkeys(("U32", "I32", "F32"), 4),
     **dict.fromkeys(("U64", "I64", "F64"), 8),
 }
-_BLOCK_BYTES = 8 << 20
 _REFETCH = "fetch or copy the file again"
 
 
@@ -85,29 +84,6 @@ def read_into(stream: FileIO, view: memoryview, ref: TensorRef) -> None:
         if not count:
             raise CheckpointError(f"{ref.file} ends inside {ref.name}; it was truncated: copy or fetch it again")
         view = view[count:]
-
-
-def copy_tensors(refs: Iterable[TensorRef], target: Path) -> dict[str, TensorRef]:
-    """Write a safetensors file with just these tensors, byte for byte, a block at a time.
-
-    Returns:
-        Where they lie now.
-    """
-    refs = sorted(refs, key=lambda ref: ref.name)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with target.open("wb") as output:
-        output.write(encode_header((ref.name, ref.dtype, ref.shape) for ref in refs))
-        for ref in refs:
-            with ref.file.open("rb") as source:
-                source.seek(ref.offset)
-                left = ref.nbytes
-                while left:
-                    block = source.read(min(left, _BLOCK_BYTES))
-                    if not block:
-                        raise CheckpointError(f"{ref.file} ends inside {ref.name}; {_REFETCH}")
-                    output.write(block)
-                    left -= len(block)
-    return read_header(target)
 
 
 def _parse_header(file: Path, raw: bytes, data_start: int, file_bytes: int) -> dict[str, TensorRef]:

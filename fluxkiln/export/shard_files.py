@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluxkiln.errors import CheckpointError, IntegrityError, ResourceError
 from fluxkiln.export.bindings import Window, window_of
-from fluxkiln.export.checkpoint import FLOAT_DTYPES, Checkpoint, read_tensor
+from fluxkiln.export.checkpoint import FLOAT_DTYPES, Checkpoint, read_rows, read_tensor
 from fluxkiln.export.safetensors_header import ITEM_BYTES, encode_header, read_header, read_into
 from fluxkiln.files import rename_durably
 from fluxkiln.types import Binding, TensorRef, TensorSpec
@@ -196,6 +196,9 @@ class _Spreader:
         import numpy as np
 
         rows, width, item = stop - start, last - first, ITEM_BYTES[ref.dtype]
+        if ref.change:
+            values = read_rows(ref, start, stop).reshape(rows, -1)[:, first:last]
+            return values.astype(ml_dtypes.bfloat16, copy=False).view(np.uint16)
         if rows * width * item > self._read.nbytes:
             self._read = np.empty(rows * width * item, np.uint8)
         raw = self._read[: rows * width * item]

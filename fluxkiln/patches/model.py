@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fluxkiln.patches.pipeline import OnLatents, PartChain, Pipeline, PipelineFiles, Rendering, Sampling
 
 # Of this protocol; raised when a method is added or changes its meaning.
-API = 3
+API = 4
 
 Config = Mapping[str, Any]
 # component and tensor -> its values
@@ -160,7 +160,7 @@ class Model(Protocol):
         stacks: component -> lists of blocks in it, whose weights are read one block at a time, by the kind of block;
             components that are not named are read as a whole. first_is_needed: those whose first block makes what all
             others take.
-        calibrated: components whose linear layers a scheme may quantize. adapted: the one that LoRAs are for.
+        calibrated: components whose linear layers a scheme may quantize. adapted: the one that LoRAs are trained for.
         tied: component -> second names of tensors in its `state_dict()`.
         weight_rules: folder with weights -> how those of a synthetic model are drawn; the first that matches counts.
         statistics: name -> rules that may be asked for in their place.
@@ -170,7 +170,8 @@ class Model(Protocol):
         most_tokens: variant -> the most text tokens it takes. steps: variant -> denoising steps of an ordinary image.
 
     It may have `relatives` as well: class of a pipeline near it that is not compiled, or what names of its
-    repositories begin with -> what that is, what is planned; the longer names first.
+    repositories begin with -> what that is, what is planned; the longer names first. And `lora_prefixes`: what names of
+    a LoRA's layers begin with -> the component that they are of.
     """
 
     api: int
@@ -221,8 +222,8 @@ class Model(Protocol):
     def load_pipeline_class(self) -> Any:
         """diffusers' class of the whole; imports it."""
 
-    def convert_lora(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-        """Tensors of a LoRA file -> the same by diffusers' names, and alphas; whatever diffusers' converters raise."""
+    def convert_lora(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors of a LoRA file -> the same by diffusers' names; whatever diffusers' converters raise."""
 
     # Synthetic checkpoints.
 

@@ -30,7 +30,8 @@ def test_fuse(capsys, tmp_path, tiny_checkpoint, style):
     document = json.loads(capsys.readouterr().out)
     shard = base.tensors["transformer"][f"{LAYER}.weight"].file
     assert document["model"] == str(tmp_path / "out")
-    assert document["lora"] == [{"file": str(style), "strength": 0.5}]
+    (lora,) = document["lora"]
+    assert (lora["file"], lora["strength"], lora["tensors"], lora["missing"]) == (style.name, 0.5, 1, [])
     assert (document["tensors"], document["bytes"]) == (1, shard.stat().st_size)
     assert open_checkpoint(tmp_path / "out").tensors["transformer"].keys() == base.tensors["transformer"].keys()
 

@@ -6,6 +6,8 @@ from safetensors.torch import load_file, save_file
 Q = "transformer_blocks.0.attn.to_q"
 K = "transformer_blocks.0.attn.to_k"
 V = "transformer_blocks.0.attn.to_v"
+CLIP = "text_model.encoder.layers.0.mlp.fc1"
+T5 = "encoder.block.0.layer.0.SelfAttention.q"
 OUT = "single_transformer_blocks.0.proj_out"
 
 

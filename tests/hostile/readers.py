@@ -108,8 +108,10 @@ def read_configs(data: bytes, folder: Path) -> None:
 
 def read_lora(data: bytes, folder: Path) -> None:
     from fluxkiln.export.lora_file import read_lora
+    from fluxkiln.export.synth import unwritten_checkpoint
 
-    read_lora(written(data, folder / "style.safetensors"), MODEL, 1 << 20)
+    checkpoint = unwritten_checkpoint("tiny-dev", ("transformer",))
+    read_lora(written(data, folder / "style.safetensors"), checkpoint)
 
 
 def read_lora_metadata(data: bytes, folder: Path) -> None:

@@ -46,10 +46,12 @@ def in_place_tensor(name: str, ref: TensorRef, folder: Path) -> TensorProto:
     """An initializer that is the checkpoint's own bytes.
 
     Raises:
-        CompileError: the file is not in or below `folder`, or ONNX Runtime does not know its dtype.
+        CompileError: the file is not in or below `folder`, ONNX Runtime does not know its dtype, or LoRAs change it.
     """
     import onnx
 
+    if ref.change:
+        raise CompileError(f"tensor {ref.name} has LoRAs in it, so no file has its bytes; fuse them into a checkpoint")
     if ref.dtype not in READABLE:
         raise CompileError(
             f"tensor {ref.name} is stored as {ref.dtype}, {', '.join(READABLE)} can be read in place; "

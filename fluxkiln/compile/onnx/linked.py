@@ -23,9 +23,8 @@ from fluxkiln.compile.templates import make_template
 from fluxkiln.compile.weights import part_packers
 from fluxkiln.errors import ResourceError, UsageError
 from fluxkiln.export.bindings import bind_part, binding_refs, weight_reader
-from fluxkiln.export.checkpoint import Checkpoint
+from fluxkiln.export.checkpoint import Checkpoint, copy_tensors
 from fluxkiln.export.fingerprint import check_unchanged, shard_states
-from fluxkiln.export.safetensors_header import copy_tensors
 from fluxkiln.files import clone, disk_full_named, partial_directory, write_durably
 from fluxkiln.progress import Progress
 from fluxkiln.quantize.schemes import parse_scheme
@@ -127,8 +126,9 @@ def export_graphs(
 def link_parts(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, folder: Path) -> dict[str, Path]:
     """Part -> an ONNX file in `folder`, its weights in files below `folder`.
 
-    Without quantization the checkpoint's own shards are put there whole. With it a shard would come along for the few
-    parts that stay as they are, so those get files with just their own tensors. The arithmetic is float32 in any case.
+    Without quantization the checkpoint's own shards are put there whole. With it, or with LoRAs in a component, a shard
+    would come along for the few tensors that stay as they are, so parts get files with just their own. The arithmetic
+    is float32 in any case.
     """
     from fluxkiln.compile.onnx.link import link_weights
 
@@ -140,7 +140,8 @@ def link_parts(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, folder: P
         template = make_template(checkpoint, plan, cache, part.kind, "onnx23")
         binding = bind_part(part, template.slots, checkpoint)
         refs = {ref.name: ref for ref in binding_refs(binding, checkpoint)}
-        if whole_shards:
+        changed = any(ref.change for ref in checkpoint.tensors[part.folder].values())
+        if whole_shards and not changed:
             refs = {name: replace(ref, file=_beside(ref.file, checkpoint, folder)) for name, ref in refs.items()}
         elif not plan.scheme(part).weight_bits:
             refs = copy_tensors(refs.values(), folder / WEIGHTS / f"{part.name}.safetensors")

@@ -79,6 +79,13 @@ class Flux1:
     first_is_needed: tuple[str, ...] = ("encoder.block",)
     calibrated: tuple[str, ...] = ("text_encoder_2", "transformer")
     adapted = "transformer"
+    # kohya's, ComfyUI's, peft's; transformers 5 has a CLIP without `text_model`
+    lora_prefixes: Mapping[str, str] = {
+        "lora_transformer_": "transformer",
+        **dict.fromkeys(("lora_te_text_model_", "lora_te1_text_model_"), "text_encoder"),
+        **dict.fromkeys(("text_encoder.text_model.", "text_encoders.clip_l.transformer.text_model."), "text_encoder"),
+        **dict.fromkeys(("lora_te2_", "lora_te3_", "text_encoders.t5xxl.transformer."), "text_encoder_2"),
+    }
     tied: Mapping[str, tuple[str, ...]] = {"text_encoder_2": ("encoder.embed_tokens.weight",)}
     hub_ids: Mapping[str, str] = {
         "dev": "black-forest-labs/FLUX.1-dev",
@@ -156,7 +163,7 @@ class Flux1:
 
         return getattr(diffusers, self.pipeline_class)
 
-    def convert_lora(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+    def convert_lora(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         from fluxkiln.patches.flux1.tensors import convert_lora
 
         return convert_lora(tensors)

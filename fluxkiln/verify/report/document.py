@@ -10,7 +10,8 @@ network, no fonts, no libraries, readable without JavaScript. Keys of the dict, 
     heat: maps of `verify.heat`. runs: of `verify.runs`: several prompts and seeds.
     judged: facts of fixed prompts that hold in the pictures, in percent, and how near these are to the reference's.
     estimate, lowering: label, entries {what: value with its unit}, values for programs.
-    about: `weights`, `ran`, `size` and maybe `speed`: a sentence on each. tools, machine, provenance: what -> text.
+    about: `weights`, `ran`, `size` and maybe `speed`: a sentence on each. loras: what matched, and how much each part
+    changes, tools, machine, provenance: what -> text.
 `build_report` adds schema, rows, gates, rungs (fields of `gates.Rung`, and whether rows compare it), kinds (component,
 name in a comparison, what its blocks are called if it updates a residual stream), summary and verdict.
 """
@@ -52,7 +53,7 @@ FEW_ROWS = 300  # in a page that would be larger
 MAX_IMAGE_BYTES = 200_000
 FACTS = frozenset(
     {"title", "target", "reference", "model", "shapes", "schemes", "parts", "images", "timings", "memory", "estimate"}
-    | {"devices", "lowering", "heat", "runs", "judged", "about"}
+    | {"devices", "lowering", "heat", "runs", "judged", "about", "loras"}
     | {"tools", "machine", "provenance"}
 )
 MEASURES: tuple[tuple[Measure, str], ...] = (

@@ -14,10 +14,14 @@ from fluxkiln.compile.toolchains.tpu_mlir.bmodel import read_bmodel
 from fluxkiln.compile.toolchains.tpu_mlir.cast import cast_file
 from fluxkiln.compile.toolchains.tpu_mlir.moulds import cast_part, make_mould
 from fluxkiln.errors import CheckpointError
+from fluxkiln.export.checkpoint import open_checkpoint
+from fluxkiln.export.fingerprint import digest_tensors, file_states
+from fluxkiln.export.lora import fuse_lora, with_loras
 from fluxkiln.files import FileState
 from fluxkiln.progress import Silent
 from tests.builds import altered
 from tests.compile.bmodels import check_codes
+from tests.export.loras import peft, write
 
 pytestmark = pytest.mark.tpu_mlir
 NAME = "blocks.bmodel"
@@ -102,3 +106,32 @@ def test_a_shard_that_changes_ends_the_build(blocks):
     with pytest.raises(CheckpointError, match=r"changed while the build read it, and a build is of one checkpoint"):
         cast_file(*changed, NAME, parts, Silent())
     assert cast_file(*small_build, NAME, parts, Silent())[0].blob
+
+
+def test_a_lora_casts_the_parts_that_it_changes(blocks, tmp_path):
+    """Straight from the base checkpoint, with the bytes that the fused one gives; another strength casts them again."""
+    small_build, parts, _ = blocks
+    cast_file(*small_build, NAME, parts, Silent())
+    layer = "single_transformer_blocks.1.proj_mlp"
+    out, width = small_build.checkpoint.tensors["transformer"][f"{layer}.weight"].shape
+    style = write(tmp_path / "style.safetensors", peft({f"{layer}.weight": (out, width)}, layer))
+
+    def with_digests(checkpoint):
+        digests = {name: digest_tensors(refs.values()) for name, refs in checkpoint.tensors.items()}
+        return replace(checkpoint, digests=digests, states=file_states(checkpoint))
+
+    def cast(checkpoint):
+        told, changed = Told(), replace(small_build, checkpoint=with_digests(checkpoint))
+        _, binaries = cast_file(*changed, NAME, parts, told)
+        return {what for what, how in told.how.items() if how == "cast"}, {one.net: one.digest for one in binaries}
+
+    plain, half, whole = (
+        cast(with_loras(small_build.checkpoint, loras)) for loras in ((), ((style, 0.5),), ((style, 1.0),))
+    )
+    assert (plain[0], half[0], whole[0]) == (set(), {"single.01"}, {"single.01"})
+    assert len({one[1]["single_01"] for one in (plain, half, whole)}) == 3
+    assert plain[1] | {"single_01": half[1]["single_01"]} == half[1]
+    fuse_lora(small_build.checkpoint.root, [(style, 0.5)], tmp_path / "fused")
+    _, fused = cast(open_checkpoint(tmp_path / "fused"))
+    assert fused == half[1]
+    assert cast(with_loras(small_build.checkpoint, ((style, 0.5),)))[0] == set()

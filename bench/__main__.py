@@ -31,6 +31,7 @@ NAMES = (
     "generate",
     "runtimes",
     "full",
+    "lora",
     "neuron",
     "sample",
     "scenes",

@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from bench.figure import ROOT, WORK, Figure, Run, fluxkiln, gigabytes, ratio, run
@@ -70,14 +70,16 @@ def build_from_moulds(component: str, folder: Path, moulds: Path, tree: Path = R
     return warm
 
 
-def build(component: str, folder: Path, environ: dict[str, str] | None = None, tree: Path = ROOT) -> Run:
-    """One build of one component in a folder of its own."""
+def build(
+    component: str, folder: Path, environ: dict[str, str] | None = None, tree: Path = ROOT, more: Sequence[str] = ()
+) -> Run:
+    """One build of one component in a folder of its own; of options that come twice, those of `more` count."""
     arguments = ["--model", MODEL, "--scheme", SCHEME, "--size", SIZE, "--tokens", TOKENS, "--components", component]
     # the checkpoint is shared, the store is not
     folder.mkdir(exist_ok=True)
     (folder / "models").symlink_to(WORK / "models")
     folders = ["--build-dir", str(folder), "--store", str(folder / "store")]
-    return run(fluxkiln("build", "bm1684x", *arguments, "--no-verify", *folders, "--json"), environ, tree)
+    return run(fluxkiln("build", "bm1684x", *arguments, "--no-verify", *folders, *more, "--json"), environ, tree)
 
 
 def copy_plainly(refs: Iterable[TensorRef], written: int, target: Path) -> float:

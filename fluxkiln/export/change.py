@@ -36,7 +36,7 @@ _FACTORS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Factor:
+class LoraTensor:
     """A tensor of a LoRA's file, read when it is needed; CheckpointError where the file is not what it was."""
 
     ref: TensorRef
@@ -54,7 +54,7 @@ class Factor:
 
 
 @lru_cache(maxsize=_FACTORS)
-def _read_factor(factor: Factor) -> Values:
+def _read_factor(factor: LoraTensor) -> Values:
     import numpy as np
 
     file = factor.ref.file
@@ -72,8 +72,8 @@ def _read_factor(factor: Factor) -> Values:
 class LowRank:
     """up_OR @ down_RI."""
 
-    up: Factor
-    down: Factor
+    up: LoraTensor
+    down: LoraTensor
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -111,8 +111,8 @@ class Hadamard:
 class Kronecker:
     """LoKr: every number of one matrix times the whole other one."""
 
-    first: Factor | LowRank
-    second: Factor | LowRank
+    first: LoraTensor | LowRank
+    second: LoraTensor | LowRank
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -129,7 +129,7 @@ class Kronecker:
 class Column:
     """Of a bias, or of a norm's weight: a tensor that counts as [O, 1]."""
 
-    values: Factor
+    values: LoraTensor
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -158,7 +158,7 @@ class Piece:
     rows: Rows
     scale: float = 1.0
     replaces: bool = False
-    magnitude: Factor | None = None
+    magnitude: LoraTensor | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -17,9 +17,9 @@ from typing import Any
 
 from fluxkiln.documents import SMALL, check_schema, read_object
 from fluxkiln.errors import CheckpointError, UsageError
-from fluxkiln.export.change import Column, Delta, Factor, Hadamard, Kronecker, LowRank, Piece
+from fluxkiln.export.change import Column, Delta, Hadamard, Kronecker, LoraTensor, LowRank, Piece
 from fluxkiln.export.checkpoint import FLOAT_DTYPES, Checkpoint, matrix_shape, read_blocks
-from fluxkiln.export.lora_places import ROLES, LoraLayer, place_layers
+from fluxkiln.export.lora_places import LORA_ROLES, LoraLayer, place_layers
 from fluxkiln.export.safetensors_header import read_header
 from fluxkiln.files import file_state, open_regular
 from fluxkiln.types import TensorRef
@@ -82,7 +82,7 @@ def read_lora(file: Path, checkpoint: Checkpoint) -> LoraFile:
             raise CheckpointError(f"{file} {what} ({_some(hits)}); {_ELSEWHERE}")
     state = file_state(file)
     _check_tensors(file, header)
-    layers = list(_layers(file, {name: Factor(ref, state) for name, ref in header.items()}))
+    layers = list(_layers(file, {name: LoraTensor(ref, state) for name, ref in header.items()}))
     text, where = _metadata(file), f"{METADATA_KEY} of {file}"
     told = {name: read_metadata(text, where, name) for name in checkpoint.model.components} if text else {}
     if any(told.values()) and any("alpha" in layer.tensors for layer in layers):
@@ -133,16 +133,16 @@ def _check_tensors(file: Path, header: Mapping[str, TensorRef]) -> None:
             )
 
 
-def _layers(file: Path, factors: Mapping[str, Factor]) -> Iterator[LoraLayer]:
-    found: dict[str, dict[str, Factor]] = {}
+def _layers(file: Path, factors: Mapping[str, LoraTensor]) -> Iterator[LoraLayer]:
+    found: dict[str, dict[str, LoraTensor]] = {}
     ends: dict[str, dict[str, str]] = {}
     for name, factor in factors.items():
-        end = next((end for end in ROLES if name.endswith(end)), "")
+        end = next((end for end in LORA_ROLES if name.endswith(end)), "")
         layer = name.removesuffix(end)
         if end == ".alpha":
             layer = layer.split(".lora_")[0]
-        found.setdefault(layer, {})[ROLES.get(end, "whole")] = factor
-        ends.setdefault(layer, {})[ROLES.get(end, "whole")] = end
+        found.setdefault(layer, {})[LORA_ROLES.get(end, "whole")] = factor
+        ends.setdefault(layer, {})[LORA_ROLES.get(end, "whole")] = end
     if not any({"down", "hada_w1_a", "lokr_w2", "lokr_w2_a"} & tensors.keys() for tensors in found.values()):
         raise CheckpointError(
             f"{file} holds no LoRA: none of its {len(factors)} tensors ({_some(list(factors))}) is one of a low-rank "
@@ -159,15 +159,15 @@ def _layers(file: Path, factors: Mapping[str, Factor]) -> Iterator[LoraLayer]:
             yield LoraLayer(name, tensors, delta, (ends[name]["down"], ends[name]["up"]) if plain else _KOHYA)
 
 
-def _delta(file: Path, layer: str, tensors: Mapping[str, Factor]) -> Delta:
-    def half(name: str) -> Factor:
+def _delta(file: Path, layer: str, tensors: Mapping[str, LoraTensor]) -> Delta:
+    def half(name: str) -> LoraTensor:
         if name not in tensors:
             raise CheckpointError(
                 f"{file} has {', '.join(tensors)} of {layer} without its {name}, which is no whole LoRA; fetch it again"
             )
         return tensors[name]
 
-    def matrix(name: str) -> Factor | LowRank:
+    def matrix(name: str) -> LoraTensor | LowRank:
         return tensors[name] if name in tensors else LowRank(half(f"{name}_a"), half(f"{name}_b"))
 
     delta: Delta
@@ -200,7 +200,7 @@ def _delta(file: Path, layer: str, tensors: Mapping[str, Factor]) -> Delta:
     return delta
 
 
-def _check_magnitude(file: Path, layer: str, delta: Delta, magnitude: Factor | None) -> None:
+def _check_magnitude(file: Path, layer: str, delta: Delta, magnitude: LoraTensor | None) -> None:
     height = delta.shape[0]
     if magnitude is not None and magnitude.shape not in ((height,), (height, 1)):
         raise CheckpointError(

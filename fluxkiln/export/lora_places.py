@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fluxkiln.errors import CheckpointError
-from fluxkiln.export.change import Delta, Factor
+from fluxkiln.export.change import Delta, LoraTensor
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.patches.model import Model
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     Rows = NDArray[np.intp]
 
 # How a tensor's name ends -> what it is of its layer.
-ROLES: Mapping[str, str] = {
+LORA_ROLES: Mapping[str, str] = {
     **dict.fromkeys((".lora_A.weight", ".lora_down.weight", ".down.weight"), "down"),
     **dict.fromkeys((".lora_B.weight", ".lora_up.weight", ".up.weight"), "up"),
     **dict.fromkeys((".lora_magnitude_vector", ".lora_magnitude_vector.weight", ".dora_scale"), "magnitude"),
@@ -47,21 +47,21 @@ class LoraLayer:
     """
 
     name: str
-    tensors: Mapping[str, Factor]
+    tensors: Mapping[str, LoraTensor]
     delta: Delta
     ends: tuple[str, str]
     whole: str = ""
 
 
 # a component, a tensor of it, and for each of its rows that of the layer
-Place = tuple[str, str, "Rows"]
+LayerPlace = tuple[str, str, "Rows"]
 
 
-def place_layers(file: Path, layers: list[LoraLayer], checkpoint: Checkpoint) -> list[list[Place]]:
+def place_layers(file: Path, layers: list[LoraLayer], checkpoint: Checkpoint) -> list[list[LayerPlace]]:
     """Where each layer goes; nowhere for what the checkpoint and the converters do not know."""
     import numpy as np
 
-    places: list[list[Place]] = [[] for _ in layers]
+    places: list[list[LayerPlace]] = [[] for _ in layers]
     others = []
     for number, layer in enumerate(layers):
         component, tensor = _find(layer, checkpoint)
@@ -111,14 +111,14 @@ def _converted(
                 stand_ins[layer.name + ends[0]] = torch.ones((2, 1), dtype=torch.float64).expand(2, width)
                 stand_ins[layer.name + ends[1]] = torch.stack((rows, rows), 1)
         for name, tensor in _convert(file, checkpoint.model, stand_ins).items():
-            end = next((end for end in ROLES if name.endswith(end)), "")
+            end = next((end for end in LORA_ROLES if name.endswith(end)), "")
             codes = tensor.reshape(tensor.shape[0], -1)[:, 0].to(torch.int64).numpy()
             found = np.unique(codes >> _ROW_BITS)
-            if ROLES.get(end) == "down" or len(found) != 1 or int(found[0]) not in placed:
+            if LORA_ROLES.get(end) == "down" or len(found) != 1 or int(found[0]) not in placed:
                 continue
             placed[int(found[0])] += len(codes)
             tensor_name = name.removeprefix(f"{checkpoint.model.adapted}.").removesuffix(end)
-            tensor_name += {"up": ".weight", "bias": ".bias"}.get(ROLES.get(end, ""), "")
+            tensor_name += {"up": ".weight", "bias": ".bias"}.get(LORA_ROLES.get(end, ""), "")
             yield tensor_name, int(found[0]), codes & ((1 << _ROW_BITS) - 1)
     for number, count in placed.items():
         if count not in (0, layers[number].delta.shape[0]):

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar
 
 from fluxkiln.errors import ShapeError, UsageError
 
-DEFAULT_MODEL = "tiny-dev"
+DEFAULT_MODEL = "scenes-dev"
 DEFAULT_PROMPT = "a small kiln by a river at night"
 DEFAULT_STATISTICS = "uniform"
 STORE_VARIABLE = "FLUXKILN_STORE"

@@ -35,7 +35,7 @@ RECIPE = "recipe.json"
 JUDGED = 24
 JUDGED_SHOWN = 8
 # steps of an image that is judged: enough to see what stands where
-MOST_JUDGED_STEPS = 8
+MOST_JUDGED_STEPS = 4
 
 
 def sample_runs(

@@ -17,6 +17,11 @@ from fluxkiln.errors import ParityError
 
 # Elements converted to float64 at a time: three such pieces and their difference stay within 32 MB.
 _CHUNK = 1 << 20
+# Significant bits of BF16, F16 and F32.
+_PRECISIONS = (8, 11, 24)
+# Of the root mean square of what a block adds. Two roundings err by 0.4 of a step, so by a tenth of it where an element
+# counts half; and by no more than a tenth in the weighted norm of any channel, half of what its gate grants.
+HALF_WEIGHT = 0.25
 
 AnyArray = NDArray[np.generic]
 FloatArray = NDArray[np.float64]
@@ -30,9 +35,12 @@ class Metrics:
     relative_l2: ||actual - expected|| / ||expected||; infinite when only `expected` is zero.
     max_abs: the largest |actual - expected|. It is the same number for the delta, so it is there once.
     worst_channel: over the channels (last axis), the largest error norm divided by the root mean square of the
-        channels' expected norms (of the delta, when there is a base). One wrong scale or one bias put in the wrong
-        place moves a single channel, which the norms over the whole array dilute.
-    delta_cosine, delta_relative_l2: the same for actual - base against expected - base; None without a base.
+        channels' expected norms (of the delta, weighted, when there is a base). One wrong scale or one bias put in the
+        wrong place moves a single channel, which the norms over the whole array dilute.
+    delta_cosine: of actual - base and expected - base, weighted by how finely the stream is stored, see `_weights`;
+        None without a base.
+    delta_relative_l2: ||actual - expected|| / ||expected - base||, every element alike; None without a base.
+    delta_weight: the mean of those weights; 1 where every element was stored finely enough to tell of its delta.
     psnr (dB), ssim: of images only, None otherwise.
     noise_ratio: of a comparison with the rung before: how far the array is from the reference, divided by how far that
         rung is; what a step adds to the noise that a dtype brings along. None in a comparison with the reference.
@@ -45,6 +53,7 @@ class Metrics:
     finite: bool
     delta_cosine: float | None = None
     delta_relative_l2: float | None = None
+    delta_weight: float | None = None
     psnr: float | None = None
     ssim: float | None = None
     noise_ratio: float | None = None
@@ -71,7 +80,7 @@ def compare(actual: AnyArray, expected: AnyArray, base: AnyArray | None = None) 
     """Compare an output with the expected one, and what both add to the residual input `base`.
 
     Args:
-        actual, expected: any shape, any real dtype; memory-mapped arrays are read once, piece by piece.
+        actual, expected: any shape, any real dtype; memory-mapped arrays are read piece by piece, twice with a base.
         base: the residual input both outputs update, of the same shape, or None.
 
     Raises ParityError: the shapes differ or the arrays are empty; the message names both shapes.
@@ -80,21 +89,26 @@ def compare(actual: AnyArray, expected: AnyArray, base: AnyArray | None = None) 
     if mismatch:
         raise ParityError(mismatch)
     channels = expected.shape[-1] if expected.ndim else 1
-    whole, delta = np.zeros(4), np.zeros(4)
+    whole, delta, weighted = np.zeros(4), np.zeros(4), np.zeros(4)
     error_C, size_C = np.zeros(channels), np.zeros(channels)
-    max_abs = 0.0
+    max_abs = weight = 0.0
+    scale = None if base is None else _coarsest(actual, expected, base)
     with np.errstate(invalid="ignore", over="ignore"):
         for a, e, b in _chunks(actual, expected, base, channels):
             difference = a - e
             whole += _products(a, e, difference)
             max_abs = max(max_abs, float(np.abs(difference).max()))
-            if b is not None:
+            if b is not None and scale is not None:
+                root = np.sqrt(_weights(e, *scale))
+                weight += float(np.square(root).sum())
                 a, e = a - b, e - b
                 delta += _products(a, e, difference)
+                a, e, difference = root * a, root * e, root * difference
+                weighted += _products(a, e, difference)
             error_C += np.square(difference).sum(axis=0)
             size_C += np.square(e).sum(axis=0)
     # A NaN or infinity in any element makes one of the sums of squares NaN or infinite.
-    if not (np.isfinite(whole).all() and np.isfinite(delta).all()):
+    if not (np.isfinite(whole).all() and np.isfinite(delta).all() and np.isfinite(weighted).all()):
         return failed_metrics(has_delta=base is not None)
     return Metrics(
         cosine=_cosine(whole),
@@ -102,8 +116,9 @@ def compare(actual: AnyArray, expected: AnyArray, base: AnyArray | None = None) 
         max_abs=max_abs,
         worst_channel=_ratio(math.sqrt(error_C.max()), math.sqrt(size_C.mean())),
         finite=True,
-        delta_cosine=None if base is None else _cosine(delta),
+        delta_cosine=None if base is None else _cosine(weighted),
         delta_relative_l2=None if base is None else _ratio(*np.sqrt(delta[2:])),
+        delta_weight=None if base is None else weight / expected.size,
     )
 
 
@@ -155,13 +170,38 @@ def gain_of(difference: AnyArray) -> int:
 def failed_metrics(has_delta: bool, is_image: bool = False) -> Metrics:
     """The metrics of a comparison that could not be made: NaN everywhere, passes no gate."""
     delta, image = (math.nan if has_delta else None), (math.nan if is_image else None)
-    return Metrics(math.nan, math.nan, math.nan, math.nan, False, delta, delta, image, image)
+    return Metrics(math.nan, math.nan, math.nan, math.nan, False, delta, delta, delta, image, image)
 
 
 def _products(actual: FloatArray, expected: FloatArray, difference: FloatArray) -> FloatArray:
     """Of pieces: actual with expected, and each of the three with itself; the error's before the size's."""
     pairs = ((actual, expected), (actual, actual), (difference, difference), (expected, expected))
     return np.array([np.vdot(*pair) for pair in pairs])
+
+
+def _coarsest(actual: AnyArray, expected: AnyArray, base: AnyArray) -> tuple[int, float]:
+    """Significant bits of the format that the values of `actual` fit, and the step of a stream that counts half."""
+    used, delta, channels = 0, 0.0, expected.shape[-1] if expected.ndim else 1
+    with np.errstate(invalid="ignore", over="ignore"):
+        for a, e, b in _chunks(actual, expected, base, channels):
+            used |= int(np.bitwise_or.reduce(a.astype(np.float32).view(np.uint32), axis=None))
+            delta += float(np.square(e - (e if b is None else b)).sum())
+    bits = next(bits for bits in _PRECISIONS if used % (1 << (24 - bits)) == 0)
+    return bits, HALF_WEIGHT * math.sqrt(delta / expected.size)
+
+
+def _weights(e_RC: FloatArray, bits: int, half: float) -> FloatArray:
+    """How much elements of a residual stream can tell of what a block adds to them: 1 / (1 + (step / half)^2).
+
+    Trained transformers have a few massive channels. Two neighbouring numbers of BF16 may be further apart there than
+    all that the block adds, so what is found there is the format's rounding, of which the block's arithmetic has no
+    part. The weights follow from the expected values alone: no result can weigh itself.
+
+    Args:
+        e_RC: a piece of the expected stream. bits: of the format it is stored in. half: the step that counts half.
+    """
+    step_RC = np.where(e_RC == 0.0, 0.0, np.ldexp(1.0, np.frexp(e_RC)[1] - bits))
+    return np.asarray(1.0 / (1.0 + np.square(step_RC / half)) if half > 0.0 else np.ones_like(e_RC))
 
 
 def _cosine(sums: FloatArray) -> float:

@@ -65,4 +65,4 @@ def test_the_reference_run_takes_as_many_steps_as_its_picture_needs(prepared):
     assert prepared.steps == 2
     assert replace(prepared, settings=replace(prepared.settings, steps=3)).steps == 3
     trained = replace(prepared, checkpoint=replace(prepared.checkpoint, name="scenes-dev"))
-    assert trained.steps == all_presets()["scenes-dev"][1].steps == 8
+    assert trained.steps == all_presets()["scenes-dev"][1].steps == 4

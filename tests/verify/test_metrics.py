@@ -3,6 +3,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
+from ml_dtypes import bfloat16
 
 from fluxkiln.errors import ParityError
 from fluxkiln.verify import metrics
@@ -41,6 +42,72 @@ def test_full_output_flatters_and_delta_does_not(arrays):
     assert got.delta_relative_l2 == 1.0
 
 
+def stored(array):
+    return array.astype(bfloat16).astype(np.float32)
+
+
+@pytest.fixture
+def stream():
+    """A stream with three massive channels, in BF16: (truth, what a block reads, the two as arrays of one delta)."""
+    rng = np.random.default_rng(3)
+    base = rng.standard_normal((88, 128)).astype(np.float32)
+    base[:, [5, 40, 77]] *= 400
+    return base, rng.standard_normal(base.shape).astype(np.float32)
+
+
+def test_rounding_of_massive_channels_is_no_error_of_the_block(stream):
+    base, delta = stream
+    expected = base + delta
+    actual = stored(stored(base) + delta)
+    got = compare(actual, expected, base)
+    plain = np.vdot(actual - base, delta) / np.linalg.norm(actual - base) / np.linalg.norm(delta)
+    assert plain < 0.995
+    assert got.delta_cosine > 0.9997
+    # three of 128 channels say nothing
+    assert 0.95 < got.delta_weight < 0.98
+    assert got.worst_channel < 0.12
+    # and what is not weighted has all of it
+    assert got.delta_relative_l2 == pytest.approx(np.linalg.norm(actual - expected) / np.linalg.norm(delta), rel=1e-6)
+    assert got.delta_relative_l2 > 0.1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda delta: delta * 0.0,
+        lambda delta: np.roll(delta, 1, axis=0),
+        lambda delta: delta + 0.06 * np.roll(delta, 1, axis=1),
+    ],
+)
+def test_an_error_below_that_rounding_is_found(stream, change):
+    base, delta = stream
+    wrong = stored(stored(base) + change(delta))
+    assert compare(wrong, base + delta, base).delta_cosine < 0.999
+
+
+def test_one_wrong_channel_beside_massive_ones_is_found(stream):
+    base, delta = stream
+    expected = base + delta
+    delta = delta.copy()
+    delta[:, 17] *= 1.3
+    assert compare(stored(stored(base) + delta), expected, base).worst_channel > 0.25
+
+
+def test_a_stream_that_is_too_coarse_everywhere_does_not_pass(stream):
+    base, delta = stream
+    base = base * 50
+    assert compare(stored(stored(base) + delta), base + delta, base).delta_cosine < 0.998
+
+
+def test_no_result_weighs_itself(stream):
+    base, delta = stream
+    wrong = stored(stored(base) + delta)
+    wrong[:, 17] *= 400  # as if it were one of those that say nothing
+    assert compare(wrong, base + delta, base).worst_channel > 100
+    # a float32 result is stored finely everywhere
+    assert compare(base + delta * np.float32(1.01), base + delta, base).delta_weight == pytest.approx(1.0, abs=1e-6)
+
+
 def test_worst_channel_sees_what_the_norm_dilutes():
     expected = np.random.default_rng(0).standard_normal((64, 3072)).astype(np.float32)
     actual = expected.copy()
@@ -54,7 +121,7 @@ def test_chunks_do_not_change_the_result(arrays, monkeypatch):
     whole = compare(*arrays)
     monkeypatch.setattr(metrics, "_CHUNK", 40)
     pieces = compare(*arrays)
-    for name in ("cosine", "relative_l2", "max_abs", "worst_channel", "delta_cosine", "delta_relative_l2"):
+    for name in ("cosine", "relative_l2", "max_abs", "worst_channel", "delta_cosine", "delta_relative_l2", "delta_weight"):
         assert getattr(pieces, name) == pytest.approx(getattr(whole, name), rel=1e-13), name
 
 
@@ -96,7 +163,7 @@ def test_one_bad_element_spoils_every_number(arrays, bad, side):
     arrays[side][1, 2, 3] = bad
     got = compare(*arrays)
     assert not got.finite
-    for name in ("cosine", "relative_l2", "max_abs", "worst_channel", "delta_cosine", "delta_relative_l2"):
+    for name in ("cosine", "relative_l2", "max_abs", "worst_channel", "delta_cosine", "delta_relative_l2", "delta_weight"):
         assert math.isnan(getattr(got, name)), name
 
 

@@ -60,7 +60,7 @@ def test_tensors_of_a_part_by_name_are_those_it_holds(prepared, vae, modulation)
 
 
 def test_statistics_have_a_folder_of_their_own(tmp_path):
-    settings = Settings("cpu", build_dir=tmp_path / "build")
+    settings = Settings("cpu", "tiny-dev", build_dir=tmp_path / "build")
     assert outline(settings).name == "tiny-dev-bf16-32x32-16"
     drawn = replace(settings, statistics="flux")
     assert outline(drawn).name == "tiny-dev-flux-bf16-32x32-16"

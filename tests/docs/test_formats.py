@@ -50,7 +50,8 @@ def fluxkiln(*arguments: object, folder: Path) -> Run:
 
 def build(target: str, folder: Path, *arguments: object) -> Path:
     """tiny-dev's bundle at its smallest, moved to where neither checkpoint nor store is."""
-    run = fluxkiln("build", target, "--no-verify", "--build-dir", folder / "build", "--json", *arguments, folder=folder)
+    given = ("--model", "tiny-dev", "--no-verify", "--build-dir", folder / "build", "--json", *arguments)
+    run = fluxkiln("build", target, *given, folder=folder)
     assert run.code == 0, run.err
     bundle = folder / "bundle"
     Path(run.document["bundle"]).rename(bundle)

@@ -41,9 +41,8 @@ def python(*arguments: object, folder: Path, executable: str = sys.executable, *
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cpu")
-    run = python(
-        "-m", "fluxkiln", "build", "cpu", "--no-verify", "--build-dir", folder / "build", "--json", folder=folder
-    )
+    given = ("--model", "tiny-dev", "--no-verify", "--build-dir", folder / "build", "--json")
+    run = python("-m", "fluxkiln", "build", "cpu", *given, folder=folder)
     assert run.code == 0, run.err
     return Path(run.document["bundle"])
 

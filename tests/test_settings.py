@@ -175,7 +175,7 @@ def test_the_documentation_lists_the_variables_that_are_described():
         ("`VAE`", "`VEA`", ["VAE is in one place only", "VEA is in one place only"]),
         ("`JOBS`", "`JOBS`, `LNC`", ["LNC is in one place only"]),
         ("`inline`", "`outline`", ["MODULATION may be inline"]),
-        ("`tiny-dev` |", "`wide-dev` |", ["MODEL is tiny-dev by default"]),
+        ("`scenes-dev` |", "`wide-dev` |", ["MODEL is scenes-dev by default"]),
     ],
 )
 def test_a_table_that_says_otherwise_is_seen(old, new, seen):

@@ -40,10 +40,10 @@ class Metrics:
     delta_cosine: of actual - base and expected - base, weighted by how finely the stream is stored, see `_weights`;
         None without a base.
     delta_relative_l2: ||actual - expected|| / ||expected - base||, every element alike; None without a base.
-    delta_weight: the mean of those weights; 1 where every element was stored finely enough to tell of its delta.
     psnr (dB), ssim: of images only, None otherwise.
     noise_ratio: of a comparison with the rung before: how far the array is from the reference, divided by how far that
         rung is; what a step adds to the noise that a dtype brings along. None in a comparison with the reference.
+    delta_weight: the mean of those weights; 1 where every element was stored finely enough to tell of its delta.
     """
 
     cosine: float
@@ -53,10 +53,10 @@ class Metrics:
     finite: bool
     delta_cosine: float | None = None
     delta_relative_l2: float | None = None
-    delta_weight: float | None = None
     psnr: float | None = None
     ssim: float | None = None
     noise_ratio: float | None = None
+    delta_weight: float | None = None
 
 
 def explain_mismatch(actual: AnyArray, expected: AnyArray, base: AnyArray | None = None) -> str | None:
@@ -170,7 +170,7 @@ def gain_of(difference: AnyArray) -> int:
 def failed_metrics(has_delta: bool, is_image: bool = False) -> Metrics:
     """The metrics of a comparison that could not be made: NaN everywhere, passes no gate."""
     delta, image = (math.nan if has_delta else None), (math.nan if is_image else None)
-    return Metrics(math.nan, math.nan, math.nan, math.nan, False, delta, delta, delta, image, image)
+    return Metrics(math.nan, math.nan, math.nan, math.nan, False, delta, delta, image, image, None, delta)
 
 
 def _products(actual: FloatArray, expected: FloatArray, difference: FloatArray) -> FloatArray:

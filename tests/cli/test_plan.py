@@ -48,7 +48,7 @@ def test_what_is_not_known_is_called_unknown_with_the_command_that_finds_it(show
     found = facts(show(planned).out)
     assert found["verdict"].startswith("not known yet: weights alone take ")
     assert found["speed"] == "unknown"
-    assert "`fluxkiln mould build bm1684x --model tiny-dev`" in found["figures"]
+    assert "`fluxkiln mould build bm1684x --model scenes-dev`" in found["figures"]
     assert "0 B" not in show(planned).out
 
 

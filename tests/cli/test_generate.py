@@ -74,6 +74,7 @@ def test_one_image_into_one_file(generate, tmp_path):
     assert run.code == 0, run.err
     assert (tmp_path / "work/pictures/one.png").is_file()
     assert "peak memory" in run.out
+    assert "weights      random (synthetic): no kiln" in run.out
     again = generate("a kiln", "--steps", 1, "--out", "pictures/two.png")
     assert again.code == 0
     one, two = ((tmp_path / "work/pictures" / name).read_bytes() for name in ("one.png", "two.png"))

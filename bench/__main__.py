@@ -16,6 +16,7 @@ NAMES = (
     "quantize",
     "outliers",
     "blocks",
+    "smoothing",
     "cast",
     "trace",
     "export",

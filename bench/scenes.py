@@ -16,7 +16,7 @@ from fluxkiln.settings import Settings
 # a folder that `fluxkiln train recipe scenes-dev` made, where none ships
 MODEL, TARGET = os.environ.get("FLUXKILN_SCENES", "scenes-dev"), "bm1684x"
 PROMPTS, STEPS = 200, 8
-SCHEMES = ("BF16", "W8BF16", "W4BF16-rtn", "W4BF16-ls", "W4BF16-gptq", "W4BF16-awq", "W4BF16-svd")
+SCHEMES = ("BF16", "W8BF16", "W8A8", "W4BF16-rtn", "W4BF16-ls", "W4BF16-gptq", "W4BF16-awq", "W4BF16-svd")
 # of captions that the model was trained on, none of which is judged
 CALIBRATED, CALIBRATION_SEED = 16, 1
 
@@ -53,6 +53,6 @@ def measure() -> Figure:
             f"stored weights compute in float32. diffusers in float32 has {own:.1f} % of the facts right, guessing "
             f"{found['chance']:.1f} %. PSNR, SSIM and the distance in the judge's features are against diffusers' "
             "pictures from the same noise, means over all.",
-            f"gptq, awq and svd saw {CALIBRATED} captions of the training set.",
+            f"W8A8, gptq, awq and svd saw {CALIBRATED} captions of the training set. W8A8 rounds inputs as well.",
         ),
     )

@@ -19,6 +19,7 @@ from fluxkiln.compile.templates import make_template
 from fluxkiln.compile.tensors import multiplications, part_refs
 from fluxkiln.compile.toolchain import Work, toolchain_of
 from fluxkiln.export.checkpoint import Checkpoint
+from fluxkiln.quantize.schemes import Scheme
 from fluxkiln.types import SIZE_MULTIPLE, Part, Shapes
 
 
@@ -77,15 +78,15 @@ def executed_parts(
 ) -> tuple[Part, ...]:
     """The parts of a large model that are executed at the shapes of the build, in the order they run.
 
-    Of parts that there are many of, those of some blocks, any but the same for the same seed: kinds that share blocks
-    share the choice. Of the rest, all that are within the limit.
+    Of parts that there are many of, those of some blocks of each scheme, any but the same for the same seed: kinds
+    that share blocks share the choice. Of the rest, all that are within the limit.
     """
-    by_kind: dict[str, list[Part]] = {}
+    by_kind: dict[tuple[str, Scheme], list[Part]] = {}
     for part in plan.parts:
-        by_kind.setdefault(part.kind, []).append(part)
+        by_kind.setdefault((part.kind, plan.scheme(part)), []).append(part)
     chosen = set()
-    for kind, parts in by_kind.items():
-        work = count_work(make_template(checkpoint, plan, cache, kind, plan.target.graph_format).path)
+    for (kind, _), parts in by_kind.items():
+        work = count_work(make_template(checkpoint, plan.of(parts[0]), cache, kind, plan.target.graph_format).path)
         if work.multiplications > limits.executed or not toolchain_of(plan.target).can_execute(work):
             continue
         prefixes = sorted({part.prefix for part in parts})

@@ -11,6 +11,7 @@ from fluxkiln.build.budget import LIMITS, replayed_shapes
 from fluxkiln.compile.plan import Job
 from fluxkiln.compile.tensors import multiplications
 from fluxkiln.compile.toolchain import toolchain_of
+from fluxkiln.quantize.schemes import parse_scheme
 
 if TYPE_CHECKING:
     from fluxkiln.build.prepared import Prepared
@@ -81,7 +82,7 @@ def _compile(prepared: Prepared, job: Job) -> float:
 
 
 def _cast(prepared: Prepared, job: Job) -> float:
-    scheme = prepared.plan.schemes[job.kind]
+    scheme = parse_scheme(job.scheme)
     search = SEARCH_PER_WEIGHT.get(scheme.method, 0.0) if scheme.weight_bits else 0.0
     moved = 0.0 if job.stage == "link" else CAST_PER_WEIGHT
     return (moved + search) * job.weights

@@ -69,7 +69,7 @@ class BuildResult:
 def _calibrations(prepared: Prepared) -> dict[str, str]:
     """As `compile.weights.used_calibrations`, which is not imported where no scheme is calibrated."""
     plan = prepared.plan
-    if not any(plan.schemes[kind].calibrated for kind in plan.kinds()):
+    if not any(plan.scheme(part).calibrated for part in plan.parts):
         return {}
     from fluxkiln.compile.weights import used_calibrations
 
@@ -98,7 +98,7 @@ def build_action(prepared: Prepared) -> Action:
             "name": prepared.name,
             "target": plan.target.name,
             "shapes": [plan.shapes.height, plan.shapes.width, plan.shapes.tokens],
-            "schemes": {kind: plan.schemes[kind].name for kind in plan.kinds()},
+            "schemes": plan.scheme_names(),
             "vae": settings.vae,
             "seed": settings.seed,
             "steps": prepared.steps,
@@ -242,7 +242,7 @@ def _write_report(prepared: Prepared, made: Made, parity: Parity, laps: Laps) ->
         "reference": f"diffusers {checkpoint.model.pipeline_class} as published, float32",
         "model": {"name": checkpoint.name, "fingerprint": prepared.fingerprint, "variant": checkpoint.variant},
         "shapes": {**asdict(plan.shapes), "steps": prepared.steps},
-        "schemes": {kind: plan.schemes[kind].name for kind in plan.kinds()},
+        "schemes": plan.scheme_names(),
         "parts": [_part_row(binary) for binary in made.binaries],
         "heat": parity.ladder.maps.to_json(),
         "timings": [

@@ -12,7 +12,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
@@ -122,8 +122,8 @@ def _folder_locked(prepared: Prepared) -> Iterator[None]:
                 folder.rmdir()
 
 
-def plan(settings: Settings) -> dict[str, Any]:
-    """What a build needs and takes, without running any of it: see `plan_build`.
+def plan(settings: Settings, budgets: Iterable[int] = ()) -> dict[str, Any]:
+    """What a build needs and takes, without running any of it: see `plan_build`; of budgets `mixtures`.
 
     Nothing is written or fetched, and no large checkpoint is read: what is not there yet, synthetic or on the Hub, is
     planned from its shapes.
@@ -136,7 +136,12 @@ def plan(settings: Settings) -> dict[str, Any]:
         download = synthesized_bytes(stand_in.name, choose_components(model_of(settings), settings))
     unread = stand_in is not None or unwritten_bytes(settings) or _unread_bytes(settings) > MOST_READ
     prepared = outline(settings) if unread else prepare(settings)
-    return plan_build(prepared, _forms(prepared), download)
+    planned = plan_build(prepared, _forms(prepared), download)
+    if budgets:
+        from fluxkiln.build.mixture import mix_blocks
+
+        planned["mixtures"] = [mix_blocks(prepared, budget).to_json() for budget in budgets]
+    return planned
 
 
 def _unread_bytes(settings: Settings) -> int:
@@ -215,7 +220,7 @@ def _prepared(settings: Settings, checkpoint: Checkpoint) -> Prepared:
     parts = chosen_parts(settings, checkpoint, split=layout is not None)
     check_steps(parts, reference_steps(settings, checkpoint))
     folder = settings.build_dir.absolute() / target.name / _name(settings, target, checkpoint, shapes).lower()
-    plan = Plan(target, shapes, schemes, parts, folder, layout)
+    plan = Plan(target, shapes, schemes, parts, folder, layout, target.block_schemes(settings.scheme, parts))
     if any(scheme.kept for scheme in schemes.values()):
         from fluxkiln.compile.tensors import settle_kept
 

@@ -22,6 +22,7 @@ from fluxkiln.compile.tensors import part_bytes, part_refs, stored_bytes
 from fluxkiln.compile.toolchain import TRACE_MEMORY, toolchain_of
 from fluxkiln.errors import ResourceError
 from fluxkiln.export.checkpoint import Checkpoint
+from fluxkiln.quantize.schemes import parse_scheme
 from fluxkiln.settings import Settings
 
 if TYPE_CHECKING:
@@ -181,13 +182,13 @@ def disk_bytes(prepared: Prepared, todo: Iterable[Job]) -> int:
     total, working = SMALL_FILES + unwritten_bytes(settings), [0]
     for job in todo:
         if job.stage in ("mould", "compile"):
-            stored = stored_bytes(plan.schemes[job.kind], job.weights)
+            stored = stored_bytes(parse_scheme(job.scheme), job.weights)
             # Of a mould instructions and graphs are kept, of a compiled part its weights too, twice: the interpreter's
             # as well. A compile works on four float32 copies.
             total += KERNEL_BYTES + (2 * stored if job.stage == "compile" else 0)
             working.append(16 * job.weights)
         elif job.stage in ("cast", "shard"):
-            total += stored_bytes(plan.schemes[job.kind], job.weights)
+            total += stored_bytes(parse_scheme(job.scheme), job.weights)
         elif job.stage == "combine":
             total += KERNEL_BYTES
     binaries = sum(part_bytes(checkpoint, plan, part) for part in plan.parts)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,9 +154,9 @@ def trace_templates(prepared: Prepared, plan: Plan, progress: Progress) -> None:
     """Make the templates of the rungs below the compiled one, so that tracing them is seen."""
     compiled = plan.target.graph_format == "onnx17"
     formats: dict[GraphFormat, bool] = {"onnx23": compiled, "onnx17": compiled or plan.quantized}
-    context = prepared.checkpoint, plan, prepared.cache
-    for graph_format in (one for one, needed in formats.items() if needed):
-        missing = [kind for kind in plan.kinds() if find_template(*context, kind, graph_format) is None]
+    for graph_format, piece in product([one for one, needed in formats.items() if needed], plan.alike()):
+        context = prepared.checkpoint, piece, prepared.cache
+        missing = [kind for kind in piece.kinds() if find_template(*context, kind, graph_format) is None]
         if missing:
             progress.stage(f"template {graph_format}", len(missing))
         for kind in missing:

@@ -10,7 +10,7 @@ import click
 from fluxkiln.cli.options import SettingsFor, TargetCommand, settings_options
 from fluxkiln.cli.output import Output, count_text, json_option, seconds_text
 from fluxkiln.errors import ResourceError
-from fluxkiln.settings import Settings
+from fluxkiln.settings import Settings, parse_bytes
 from fluxkiln.verify.report.page import size as size_text
 
 UNKNOWN = "unknown"
@@ -26,11 +26,20 @@ _ORIGINS = {
 
 @click.command(cls=TargetCommand)
 @click.argument("target")
+@click.option(
+    "--budget",
+    "budgets",
+    multiple=True,
+    metavar="SIZE",
+    help="bm1684x: mix W8A8 and --scheme so that denoising fits in so much, 7615MiB say. May be repeated.",
+)
 @click.option("--jobs-list", is_flag=True, help="List every job too, and what the store has of it.")
 @settings_options
 @json_option
 @click.pass_obj
-def plan_command(output: Output, settings_for: SettingsFor, target: str, jobs_list: bool) -> None:
+def plan_command(
+    output: Output, settings_for: SettingsFor, target: str, budgets: tuple[str, ...], jobs_list: bool
+) -> None:
     """Say whether a build fits, how fast its images come, how long it takes; build nothing.
 
     Nothing is fetched and no large checkpoint is read. With --json, the list of jobs can feed another scheduler.
@@ -38,7 +47,7 @@ def plan_command(output: Output, settings_for: SettingsFor, target: str, jobs_li
     settings = settings_for(target)
     from fluxkiln.build.make import plan as make_plan
 
-    planned = make_plan(settings)
+    planned = make_plan(settings, tuple(map(parse_bytes, budgets)))
     output.document(planned)
     devices: Mapping[str, Any] = planned["devices"]
     totals, shapes = planned["totals"], planned["shapes"]
@@ -67,6 +76,8 @@ def plan_command(output: Output, settings_for: SettingsFor, target: str, jobs_li
         _show_files(output, devices)
     if planned["forms"]:
         _show_forms(output, settings, planned["forms"])
+    if mixtures := planned.get("mixtures"):
+        _show_mixtures(output, mixtures)
     if jobs_list:
         _show_jobs(output, planned["jobs"])
     if planned["refused"]:
@@ -173,6 +184,21 @@ def _show_forms(output: Output, settings: Settings, forms: list[Mapping[str, Any
         rows.append([form["vae"], form["modulation"], peak, load, *spent, own])
     output.line()
     output.table(("vae", "modulation", ">on the device", "loaded", ">a step", ">an image", ""), rows)
+
+
+def _show_mixtures(output: Output, mixtures: list[Mapping[str, Any]]) -> None:
+    rows = [
+        (
+            size_text(one["budget"]),
+            f"{one['large']} of {one['blocks']}",
+            size_text(one["bytes"]),
+            UNKNOWN if one["step_ms"] is None else seconds_text(one["step_ms"] / 1000),
+            one["scheme"],
+        )
+        for one in mixtures
+    ]
+    output.line()
+    output.table((">budget", ">blocks in W8A8", ">while denoising", ">a step", "--scheme"), rows)
 
 
 def _show_jobs(output: Output, jobs: list[Mapping[str, Any]]) -> None:

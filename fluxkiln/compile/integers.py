@@ -18,17 +18,18 @@ from numpy.typing import NDArray
 from fluxkiln.artifacts.actions import Action, ActionCache, run_action
 from fluxkiln.artifacts.code import code_version
 from fluxkiln.compile.onnx.filled import weight_matmuls
+from fluxkiln.compile.onnx.gated import gated_slots
 from fluxkiln.compile.onnx.products import replace_nodes
 from fluxkiln.compile.onnx.runner import Filling
 from fluxkiln.compile.plan import Plan
 from fluxkiln.compile.templates import specs_from_json, specs_to_json
-from fluxkiln.compile.weights import part_packers
+from fluxkiln.compile.weights import part_packers, part_weights
 from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.quantize.integer import INPUT_SCALE, LEVELS, OUTPUT_SCALE, IntegerWeight
 from fluxkiln.quantize.rounders import stored_weight
 from fluxkiln.quantize.schemes import Scheme
-from fluxkiln.quantize.side_tensors import RECIPROCALS, SCALES, side_slot, split_slot
+from fluxkiln.quantize.side_tensors import GAINS, RECIPROCALS, SCALES, side_slot, split_slot
 from fluxkiln.types import TRANSPOSED, Part, Template, TensorSpec
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def fill_integers(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: 
     """The part's template in integers, and what fills its slots: codes, scales and reciprocals of weights in codes."""
     scheme, reader = plan.scheme(part), weight_reader(bind_part(part, template.slots, checkpoint), checkpoint)
     made, biases = _find_form(cache, template, scheme)
-    packer_of = part_packers(checkpoint, plan, cache, part)
+    packer_of, held = part_packers(checkpoint, plan, cache, part), part_weights(checkpoint, plan, cache, part, template)
     known: dict[str, NDArray[Any]] = {}
 
     def packed(slot: str) -> NDArray[np.int8]:
@@ -54,6 +55,8 @@ def fill_integers(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: 
         assert found.beside.divisors is not None
         known[side_slot(slot, SCALES)] = found.packed.scales_O
         known[side_slot(slot, RECIPROCALS)] = 1 / found.beside.divisors
+        if found.beside.gains is not None:
+            known[side_slot(slot, GAINS)] = found.beside.gains
         return found.packed.codes_OI
 
     def read(slot: str) -> NDArray[Any]:
@@ -64,7 +67,7 @@ def fill_integers(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: 
             return known[slot]
         if side_slot(slot, SCALES) in (spec.name for spec in made.slots):
             return packed(slot)
-        return reader(slot) if slot in biases else stored_weight(reader(slot), scheme)
+        return held(slot) if slot in biases else stored_weight(reader(slot), scheme)
 
     return Filling(made, read)
 
@@ -104,6 +107,7 @@ def integer_template(template: Template, scheme: Scheme, target: Path) -> tuple[
     graph, activations = model.graph, {spec.name for spec in template.inputs}
     vectors = {spec.name for spec in template.slots if len(spec.shape) == 1}
     coded = {one.output: one for one in weight_matmuls(template.path, activations) if scheme.in_codes(one.slot)}
+    gated = {slot for slots, _ in gated_slots(template.path, activations, scheme) for slot in slots}
     readers: dict[str, list[NodeProto]] = {}
     for node in graph.node:
         for name in node.input:
@@ -163,7 +167,11 @@ def integer_template(template: Template, scheme: Scheme, target: Path) -> tuple[
         multipliers = emit("Mul", [scales, "to_products"], f"{own}/multipliers")
         rounded = emit("Round", [emit("Mul", [wide, multipliers], f"{own}/steps")], f"{own}/rounded")
         clipped = emit("Clip", [rounded, "lowest_product", "highest_product"], f"{own}/clipped")
-        emit("Mul", [clipped, "of_products"], output)
+        if one.slot in gated:
+            gains = slot_beside(one.slot, GAINS, rows)
+            emit("Mul", [emit("Mul", [clipped, "of_products"], f"{own}/products"), gains], output)
+        else:
+            emit("Mul", [clipped, "of_products"], output)
     replace_nodes(graph, nodes)
     graph.initializer.extend(make_tensor(name, 1, [], [value]) for name, value in _NUMBERS.items())
     graph.input.extend(make_tensor_value_info(spec.name, 1, spec.shape) for spec in slots.values())

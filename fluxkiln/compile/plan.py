@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ class Plan:
     """What is built for which target, of which parts, at which shapes.
 
     Attributes:
-        schemes: kind -> how its weights are stored.
+        schemes: kind -> how its weights are stored; exceptions: name of a part -> how its own are, where otherwise.
         layout: how the target's toolchain spreads a model over cores, a value of its own; None where it does not.
         folder: of the build; logs and unfinished files go below it.
     """
@@ -29,6 +29,7 @@ class Plan:
     parts: tuple[Part, ...]
     folder: Path
     layout: Any = None
+    exceptions: Mapping[str, Scheme] = field(default_factory=dict)
 
     @property
     def logs(self) -> Path:
@@ -43,14 +44,46 @@ class Plan:
     @property
     def quantized(self) -> bool:
         """Whether any part has quantized weights."""
-        return any(self.schemes[part.kind].weight_bits for part in self.parts)
+        return any(self.scheme(part).weight_bits for part in self.parts)
 
     def kinds(self) -> tuple[str, ...]:
         """The kinds of the parts, each once, in the order they run."""
         return tuple(list_kinds(self.parts))
 
     def scheme(self, part: Part) -> Scheme:
-        return self.schemes[part.kind]
+        return self.exceptions.get(part.name, self.schemes[part.kind])
+
+    def scheme_names(self) -> dict[str, str]:
+        """Kind -> the name of its scheme, and part -> that of its own, where it has one."""
+        own = {part.name: self.scheme(part).name for part in self.parts if part.name in self.exceptions}
+        return {kind: self.schemes[kind].name for kind in self.kinds()} | own
+
+    def of(self, part: Part) -> Plan:
+        """The plan for a part: its kind has its scheme."""
+        if part.name not in self.exceptions:
+            return self
+        return replace(self, schemes={**self.schemes, part.kind: self.scheme(part)}, exceptions={})
+
+    def each_kind(self) -> Iterator[tuple[Plan, str]]:
+        """Every kind in every scheme that parts of it have: a piece of `alike`, and a kind that is in it."""
+        return ((piece, kind) for piece in self.alike() for kind in piece.kinds())
+
+    def alike(self) -> tuple[Plan, ...]:
+        """The plan in as few pieces as it takes to have one scheme for all parts of a kind; itself where they have."""
+        if not self.exceptions:
+            return (self,)
+        pieces: list[tuple[dict[str, Scheme], list[Part]]] = []
+        for part in self.parts:
+            scheme = self.scheme(part)
+            fitting = (piece for piece in pieces if piece[0].get(part.kind, scheme) == scheme)
+            if (piece := next(fitting, None)) is None:
+                pieces.append(piece := ({}, []))
+            piece[0][part.kind] = scheme
+            piece[1].append(part)
+        return tuple(
+            replace(self, schemes={**self.schemes, **schemes}, parts=tuple(parts), exceptions={})
+            for schemes, parts in pieces
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -143,7 +143,7 @@ class Repacker(Toolchain):
 
         def fill(name: str) -> Filling:
             part = find_part(plan.parts, name)
-            template = make_template(checkpoint, plan, cache, part.kind, plan.target.graph_format)
+            template = make_template(checkpoint, plan.of(part), cache, part.kind, plan.target.graph_format)
             binding = bind_part(part, template.slots, checkpoint)
             return Filling(template, read_slots(binding, readers[part.folder]))
 

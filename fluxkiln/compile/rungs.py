@@ -93,7 +93,7 @@ def onnxruntime_rung(
 
     def fill(name: str) -> Filling:
         part = find_part(plan.parts, name)
-        template = make_template(checkpoint, plan, cache, part.kind, "onnx23")
+        template = make_template(checkpoint, plan.of(part), cache, part.kind, "onnx23")
         return Filling(template, weight_reader(bind_part(part, template.slots, checkpoint), checkpoint))
 
     return TemplateRunner(fill, threads=threads, keep=keep)
@@ -110,7 +110,7 @@ def dequantized_rung(
 
     def fill(name: str) -> Filling:
         part = find_part(plan.parts, name)
-        template, scheme = make_template(checkpoint, plan, cache, part.kind, "onnx17"), plan.scheme(part)
+        template, scheme = make_template(checkpoint, plan.of(part), cache, part.kind, "onnx17"), plan.scheme(part)
         if scheme.integer:
             return fill_integers(checkpoint, plan, cache, part, template)
         matmuls = weight_matmuls(template.path, {spec.name for spec in template.inputs})

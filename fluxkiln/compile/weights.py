@@ -7,7 +7,7 @@ comparison with what was cast and the interpreter all ask for it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from fluxkiln.artifacts.actions import Action, ActionCache, run_action
 from fluxkiln.artifacts.code import code_version
 from fluxkiln.compile.onnx.filled import weight_matmuls
+from fluxkiln.compile.onnx.gated import gated_slots
 from fluxkiln.compile.plan import Plan
 from fluxkiln.compile.templates import make_template, weights_digest
 from fluxkiln.digests import digest_json
@@ -32,7 +33,8 @@ from fluxkiln.quantize.methods import Source, find_method
 from fluxkiln.quantize.pack import Rounder, RounderOf
 from fluxkiln.quantize.rounders import as_compiler, make_rounder, pack_sided, plain_packer
 from fluxkiln.quantize.schemes import Scheme
-from fluxkiln.quantize.side_tensors import PackerOf, SidedWeight, SideTensors, split_slot
+from fluxkiln.quantize.side_tensors import GAINS, PackerOf, SidedWeight, SideTensors, side_slot, split_slot
+from fluxkiln.quantize.smoothing import find_gains
 from fluxkiln.types import Part, SlotBinding, Template, TensorRef, WeightReader
 
 # rows of the weights of one input that what stands beside their codes may be chosen by
@@ -91,8 +93,8 @@ def used_calibrations(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) ->
 
 def check_methods(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> None:
     """Raise SchemeError before anything is compiled, where a method cannot be had for lack of calibration."""
-    for kind in plan.kinds():
-        part_calibration(checkpoint, plan, cache, next(part for part in plan.parts if part.kind == kind))
+    for part in {(part.kind, plan.scheme(part)): part for part in reversed(plan.parts)}.values():
+        part_calibration(checkpoint, plan, cache, part)
 
 
 def part_rounders(
@@ -121,7 +123,9 @@ def part_statistics(
     """What calibration knows of the slots of a part's template; errors as `part_rounders`."""
     calibration, component = part_calibration(checkpoint, plan, cache, part), part.folder
     assert calibration is not None
-    binding = bind_part(part, make_template(checkpoint, plan, cache, part.kind, graph_format).slots, checkpoint)
+    binding = bind_part(
+        part, make_template(checkpoint, plan.of(part), cache, part.kind, graph_format).slots, checkpoint
+    )
     slots = {slot.slot: slot for slot in binding.slots}
     return CalibratedSlots(plan.scheme(part), component, checkpoint.tensors[component], calibration, slots)
 
@@ -157,6 +161,11 @@ class CalibratedSlots:
                 f"products of {name} reach {largest:.4g} in the calibration, {self.scheme.name} holds {THRESHOLD:g}; "
                 "leave it out of the codes (W8A8,KIND.WEIGHT=BF16)"
             )
+
+    def gains(self, slots: Iterable[str]) -> NDArray[Any]:
+        """Of the products of these slots, which are added up: [O]."""
+        names = dict.fromkeys(self.channels(slot, None)[0] for slot in slots)
+        return find_gains(np.max([self.calibration.outputs(self.component, name) for name in names], axis=0))
 
     def channels(self, slot: str, columns: tuple[int, int] | None) -> tuple[str, int, int]:
         """The tensor of the checkpoint that a slot is cut from, and its first and last input channel."""
@@ -225,7 +234,7 @@ def part_packers(
     beside: dict[Any, SideTensors] = {}
     if scheme.how.of_input or graph_format == "onnx17":
         arrays = _stored_beside(
-            checkpoint, plan, cache, part, make_template(checkpoint, plan, cache, part.kind, "onnx17")
+            checkpoint, plan, cache, part, make_template(checkpoint, plan.of(part), cache, part.kind, "onnx17")
         )
         slots = dict.fromkeys(split_slot(name)[0] for name in arrays)
         beside = {slot: found for slot in slots if (found := SideTensors.of_slot(arrays, slot)) is not None}
@@ -275,13 +284,18 @@ def _stored_beside(
     def produce(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
         scheme, plain = plan.scheme(part), weight_reader(binding, checkpoint)
         known = part_statistics(checkpoint, plan, cache, part)
+        found: dict[str, Any] = {}
+        activations = {spec.name for spec in template.inputs}
+        for gated, biases in gated_slots(template.path, activations, scheme) if scheme.integer else ():
+            gains = known.gains(gated).astype(ml_dtypes.bfloat16)
+            found |= {side_slot(slot, GAINS): gains.view(np.uint16) for slot in gated}
+            found |= {bias: (plain(bias) / gains).astype(ml_dtypes.bfloat16).view(np.uint16) for bias in biases}
         inputs: dict[str, list[str]] = {}
-        for one in weight_matmuls(template.path, {spec.name for spec in template.inputs}):
+        for one in weight_matmuls(template.path, activations):
             if scheme.in_codes(one.slot):
                 inputs.setdefault(one.source, []).append(one.slot)
-            if scheme.in_codes(one.slot) and scheme.integer:
+            if scheme.in_codes(one.slot) and scheme.integer and side_slot(one.slot, GAINS) not in found:
                 known.check_products(one.slot)
-        found: dict[str, Any] = {}
         for slots in inputs.values():
             sources = [Source(partial(plain, slot), known.statistics(slot, None)) for slot in slots]
             for slot, beside in zip(slots, scheme.find_beside(sources, MOST_ROWS), strict=True):

@@ -20,7 +20,7 @@ from fluxkiln.quantize.formats import FILE_FORMATS
 from fluxkiln.quantize.methods import Method, Source, find_method, method_names
 from fluxkiln.quantize.side_tensors import SideTensors, side_shape, split_slot
 from fluxkiln.quantize.smoothing import METHOD as SMOOTHING
-from fluxkiln.types import Kind
+from fluxkiln.types import Kind, Part
 
 Arithmetic = Literal["F32", "F16", "BF16"]
 # what a scheme without a method means: of the methods without calibration the one that leaves least, where that shows
@@ -30,6 +30,7 @@ _NO_METHOD = DEFAULT_METHODS[0]
 GROUP_SIZES = (32, 64, 128)
 DEFAULT_GROUP_SIZE = 64
 _KEPT = "bf16:"
+_BLOCKS = re.compile(r"(?P<family>\w+)\.(?P<first>\d+)(-(?P<last>\d+))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,7 +301,8 @@ def parse_schemes(
 
     An exception is for a family of kinds (a block in either form, the modulation) or one kind, and a later one
     overrides an earlier one; or for some weights of one, `single.proj_out=BF16`, with a shell pattern (`Scheme.keeps`),
-    and then it is added to what was said before: those of a block's modulation are in the block.
+    and then it is added to what was said before: those of a block's modulation are in the block. Those of single blocks
+    are of `block_schemes`.
 
     Raises:
         SchemeError: a scheme or kind that does not exist.
@@ -315,10 +317,12 @@ def parse_schemes(
         families[one.family] = (*families.get(one.family, ()), one.name)
     places: set[str] = set()
     for exception in exceptions:
-        place, name = parse_exception(exception, "a kind of part, or KIND.PATTERN for some weights of one")
+        place, name = parse_exception(exception, "a kind of part, KIND.PATTERN for some weights of one, or KIND.03-07")
         if place in places:
             raise SchemeError(f"scheme {text!r}: {place} is given twice; say once how it is stored")
         places.add(place)
+        if _BLOCKS.fullmatch(place):
+            continue  # see `block_schemes`
         kind, dot, pattern = place.partition(".")
         if kind not in schemes and kind not in families:
             known = ", ".join(dict.fromkeys([*schemes, *families]))
@@ -348,6 +352,29 @@ def parse_schemes(
                 )
             schemes |= dict.fromkeys(named, found)
     return blocks, schemes
+
+
+def block_schemes(text: str | None, parts: Iterable[Part]) -> dict[str, Scheme]:
+    """`W8A8,double.00-03=W4BF16`: the schemes of single blocks among the parts, by their names.
+
+    SchemeError: there is no such block, or it is given twice.
+    """
+    found: dict[str, Scheme] = {}
+    blocks = [part for part in parts if part.traits.is_block]
+    for exception in (text or "").split(","):
+        place, _, name = (piece.strip() for piece in exception.partition("="))
+        if not (numbers := _BLOCKS.fullmatch(place)):
+            continue
+        family, first, last = numbers["family"], int(numbers["first"]), int(numbers["last"] or numbers["first"])
+        there = [part.name for part in blocks if part.name.partition(".")[0] == family]
+        chosen = [one for one in there if first <= int(one.partition(".")[2]) <= last]
+        if len(chosen) != last - first + 1 or not chosen:
+            known = f"its blocks are {there[0]} to {there[-1]}" if there else f"there are no blocks called {family}"
+            raise SchemeError(f"scheme {text!r}: {place} is not there; {known}")
+        if twice := next((one for one in chosen if one in found), None):
+            raise SchemeError(f"scheme {text!r}: {twice} is given twice; say once how it is stored")
+        found |= dict.fromkeys(chosen, parse_scheme(name))
+    return found
 
 
 def check_groups(scheme: Scheme, slot: str, in_features: int) -> None:

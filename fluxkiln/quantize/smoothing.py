@@ -1,9 +1,9 @@
 """How W8A8 finds its numbers: input channels are divided by s_i, and the weight's multiplied, so that 8 bits fit both.
 
-s = sizes^a / weights^(1 - a), and all of it times a number that puts the limit of the input's 8 bits where a quantile
-of its sizes is. Exponent and quantile are those that leave the least output error, as the recorded sizes know it: what
-is rounded and what is cut off of the input, by the weight that it meets, and what is rounded of the weight, by the
-input. Weights that have one input in common share it.
+s = sizes^a / weights^(1 - a), and all of it times a number with which the largest input that was seen fits 8 bits. The
+exponent is the one that leaves the least output error, as the recorded sizes know it: what is rounded of the input, by
+the weight that it meets, and what is rounded of the weight, by the input. Nothing is cut off on purpose: what is cut
+off of one token adds up, what is rounded does not (`docs/numerics.md`). Weights that have one input in common share s.
 
 Source: Xiao et al., SmoothQuant (arXiv 2211.10438), equation 4; the choice is our own.
 """
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 # what a channel may become that was not seen: as a share of the median channel, and of its own largest
 LEAST, BEYOND = 0.5, 1.25
+# how much larger than seen a product may become that a gate is multiplied by; and the least gain, as a power of two
+ROOM, LEAST_GAIN = 4.0, -4
 EXPONENTS = (0.4, 0.5, 0.6, 0.65, 0.7, 0.75, 0.8, 0.9)
-QUANTILES = (0.999, 0.9997, 0.9999, 0.99997, 1.0)
 
 
 def smooth(sources: Sequence[Source], group_size: int, bits: int, rank: int, most_rows: int) -> Iterator[SideTensors]:
@@ -44,22 +45,17 @@ def smooth(sources: Sequence[Source], group_size: int, bits: int, rank: int, mos
     assert statistics.sizes is not None
     most = most_rows // len(sources)
     sampled = [(weight := source.read())[:: -(-len(weight) // most) if most else 1] for source in sources]
-    divisors = find_smoothing(np.concatenate(sampled).astype(np.float32), statistics.sizes, statistics.count)
+    divisors = find_smoothing(np.concatenate(sampled).astype(np.float32), statistics.sizes)
     return (SideTensors(divisors) for _ in sources)
 
 
 def find_smoothing(
-    weight_OI: NDArray[Any],
-    sizes_IB: NDArray[Any],
-    count: int,
-    exponents: Sequence[float] = EXPONENTS,
-    quantiles: Sequence[float] = QUANTILES,
+    weight_OI: NDArray[Any], sizes_IB: NDArray[Any], exponents: Sequence[float] = EXPONENTS
 ) -> NDArray[Any]:
     """Float32 [I], of an input whose sizes were counted; what it is divided by has its limit at `integer.THRESHOLD`.
 
-    They are reciprocals of bfloat16 numbers, since a chip multiplies. Inputs to come are believed to be larger than the
-    `count` rows that were seen: a channel is taken for at least LEAST of the median one, and for one row more, in which
-    every channel is BEYOND its largest.
+    They are reciprocals of bfloat16 numbers, since a chip multiplies. Inputs to come may be larger than those that were
+    seen: a channel is taken for at least LEAST of the median one, and for BEYOND its largest.
 
     Raises:
         SchemeError: none leaves a finite error.
@@ -70,42 +66,41 @@ def find_smoothing(
     from fluxkiln.quantize.pack import bf16_to_float32, to_bf16_bits
     from fluxkiln.quantize.sizes import largest, middles
 
-    inputs, weights = largest(sizes_IB), np.abs(weight_OI).max(0)
-    inputs = np.maximum(inputs, LEAST * np.median(inputs))
+    seen, weights = largest(sizes_IB), np.abs(weight_OI).max(0)
+    inputs: NDArray[Any] = BEYOND * np.maximum(seen, LEAST * np.median(seen))
     weights = np.maximum(weights, max(float(weights.max()) * 1e-4, 1e-12))
-    seen = sizes_IB.astype(np.float64) / sizes_IB.sum(1, keepdims=True)
-    shares = np.concatenate([seen, np.full((len(seen), 1), 1 / count)], axis=1)
-    values = np.concatenate([np.broadcast_to(middles(), seen.shape), BEYOND * inputs[:, None]], axis=1)
-    squares = (shares * np.square(values)).sum(1)
+    shares = sizes_IB.astype(np.float64) / sizes_IB.sum(1, keepdims=True)
+    squares = (shares * np.square(middles())).sum(1)
     meets = np.square(weight_OI).sum(0, dtype=np.float64)
     best, found = np.inf, None
     for exponent in exponents:
         divisors = inputs**exponent / weights ** (1 - exponent)
-        scaled_IB = values / divisors[:, None]
-        limits = _quantiles(scaled_IB, shares, quantiles)
-        steps = np.abs(weight_OI * divisors).max(1) / LEVELS
-        rounded = float(np.square(steps, dtype=np.float64).sum() / 12 * (squares / divisors**2).sum())
-        for limit in limits:
-            lost_IB = np.maximum(scaled_IB - limit, 0) ** 2 + np.square(limit / LEVELS) / 12
-            lost = float((np.einsum("ib,ib->i", lost_IB, shares) * np.square(divisors) * meets).sum()) + rounded
-            if lost < best:
-                best, found = lost, divisors * (limit / THRESHOLD)
+        step = float((inputs / divisors).max()) / LEVELS
+        rows = np.abs(weight_OI * divisors).max(1) / LEVELS
+        of_inputs = step**2 * (np.square(divisors, dtype=np.float64) * meets).sum()
+        of_weights = np.square(rows, dtype=np.float64).sum() * (squares / np.square(divisors)).sum()
+        if (lost := float(of_inputs + of_weights)) < best:
+            best, found = lost, divisors * (step * LEVELS / THRESHOLD)
     if found is None:
         raise SchemeError("no channel scale leaves a finite error: the weight or its calibration is not finite")
     reciprocals: NDArray[Any] = np.reciprocal(bf16_to_float32(to_bf16_bits(1 / found)))
     return reciprocals
 
 
-def _quantiles(values_IB: NDArray[Any], shares_IB: NDArray[Any], quantiles: Sequence[float]) -> list[float]:
-    """Of values that have these shares of their channels, all channels together."""
+def find_gains(largest_O: NDArray[Any]) -> NDArray[Any]:
+    """Powers of two, float32 [O], of products as large as this at most: divided by them they leave room.
+
+    What is small already is made larger by so much only that its multipliers fit. Not all are equal: a compiler makes
+    something else of a product with one number than of a product with a vector.
+    """
     import numpy as np
 
-    held = shares_IB > 0
-    values, shares = values_IB[held], shares_IB[held]
-    order = np.argsort(values)
-    summed = np.cumsum(shares[order])
-    places = np.searchsorted(summed, np.array(quantiles) * summed[-1])
-    return [float(values[order[min(place, order.size - 1)]]) for place in places]
+    from fluxkiln.quantize.integer import THRESHOLD
+
+    exponents = np.ceil(np.log2(np.maximum(largest_O, 1e-30) / (THRESHOLD / ROOM)))
+    found: NDArray[Any] = np.exp2(np.maximum(exponents, LEAST_GAIN)).astype(np.float32)
+    found[0] *= 2 if (found == found[0]).all() else 1
+    return found
 
 
 METHOD = Method(rtn.METHOD.rounder, calibrated=True, roles=(RECIPROCALS,), side_tensors=smooth)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 
@@ -21,7 +22,7 @@ def planned(tmp_path):
 @pytest.fixture
 def show(fluxkiln, monkeypatch):
     def run(planned, *arguments):
-        monkeypatch.setattr("fluxkiln.build.make.plan", lambda settings: planned)
+        monkeypatch.setattr("fluxkiln.build.make.plan", lambda settings, budgets: planned)
         return fluxkiln("plan", "bm1684x", *arguments)
 
     return run
@@ -104,3 +105,13 @@ def test_chips_are_an_option(fluxkiln, monkeypatch):
     assert three.code == 0
     assert "transformer.1.bmodel" in three.out
     assert "on the fullest of" in three.out
+
+
+def test_mixtures_are_shown_with_what_a_build_takes(show, planned):
+    mixture = {
+        "budget": 7_984_906_240, "scheme": "W4BF16,single.00-37=W8A8", "large": 38, "blocks": 57,
+        "bytes": 7_900_000_000, "step_ms": 4900.0,
+    }  # fmt: skip
+    text = show({**planned, "mixtures": [mixture, {**mixture, "step_ms": None}]}, "--budget", "7615MiB").out
+    assert re.search(r"7.98 GB +38 of 57 +7.90 GB +4.9 s +W4BF16,single.00-37=W8A8", text)
+    assert re.search(r"7.90 GB +unknown ", text)

@@ -59,7 +59,7 @@ def test_weights_are_packed_row_by_row_as_they_are_whole(small_build, calibrated
             Form(slot, "codes"), SlotRows(whole.shape, lambda a, b, slot=slot: weights.read_rows(slot, a, b))
         )
         assert codes.tobytes() == found.packed.codes_OI.tobytes()
-        down, up, reciprocals = (weights.beside.get(side_slot(slot, role)) for role in ROLES)
+        down, up, reciprocals, _ = (weights.beside.get(side_slot(slot, role)) for role in ROLES)
         if reciprocals is None:
             assert down.view(np.uint16).tobytes() == found.beside.down.tobytes()
             assert up.view(np.uint16).tobytes() == found.beside.up.tobytes()
@@ -168,7 +168,7 @@ class _Spoilt:
         if role == RECIPROCALS:
             return np.random.default_rng(0).permutation(beside[slot])[start:stop]
         if role:
-            down, up, _ = (beside.get(side_slot(base, role)) for role in ROLES)
+            down, up, *_ = (beside.get(side_slot(base, role)) for role in ROLES)
             swapped = up.T if role == DOWN else down.T
             return (swapped if swapped.shape == beside[slot].shape else beside[slot])[start:stop]
         return self.sound(slot)[start:stop]

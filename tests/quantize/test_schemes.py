@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from fluxkiln.errors import SchemeError
-from fluxkiln.patches.flux1.kinds import KINDS
+from fluxkiln.patches.flux1.kinds import KINDS, make_part
 from fluxkiln.quantize.schemes import (
     GROUP_SIZES,
     SCHEME_NAMES,
     Scheme,
+    block_schemes,
     check_groups,
     form_group,
     parse_scheme,
@@ -254,3 +257,32 @@ def test_the_weights_of_a_block_are_in_either_form_of_it():
 def test_weights_that_cannot_be_left_out(text, clue):
     with pytest.raises(SchemeError, match=clue):
         parse_schemes(text, "BF16", KINDS)
+
+
+PARTS = [make_part(f"double.{index:02d}", "double_modulated", "") for index in range(3)]
+PARTS += [make_part("double_modulation.00", "double_modulation", ""), make_part("single.00", "single_modulated", "")]
+
+
+def test_blocks_may_have_schemes_of_their_own():
+    text = "W8A8,double.00-01=W4BF16-gptq, single.00=BF16,single.proj_out=BF16"
+    assert {name: scheme.name for name, scheme in block_schemes(text, PARTS).items()} == {
+        "double.00": "W4BF16-gptq", "double.01": "W4BF16-gptq", "single.00": "BF16",
+    }  # fmt: skip
+    assert block_schemes(None, PARTS) == block_schemes("W4BF16", PARTS) == {}
+    _, schemes = parse_schemes(text, "W4BF16", KINDS)
+    assert schemes["double_modulated"].name == "W8A8"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("W8A8,double.02-03=BF16", "double.02-03 is not there; its blocks are double.00 to double.02"),
+        ("W8A8,double.02-01=BF16", "double.02-01 is not there"),
+        ("W8A8,triple.00=BF16", "triple.00 is not there; there are no blocks called triple"),
+        ("W8A8,double.00-01=BF16,double.01=W4BF16", "double.01 is given twice"),
+        ("W8A8,double.00=W3", "no scheme is called 'W3'"),
+    ],
+)
+def test_blocks_that_are_not_there(text, message):
+    with pytest.raises(SchemeError, match=re.escape(message)):
+        block_schemes(text, PARTS)

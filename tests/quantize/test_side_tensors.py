@@ -14,7 +14,7 @@ from fluxkiln.quantize.methods.svd import find_branch
 from fluxkiln.quantize.pack import bf16_to_float32, dequantize
 from fluxkiln.quantize.rounders import pack_sided
 from fluxkiln.quantize.schemes import parse_scheme
-from fluxkiln.quantize.side_tensors import DOWN, RECIPROCALS, ROLES, UP, SideTensors, side_slot, split_slot
+from fluxkiln.quantize.side_tensors import DOWN, GAINS, RECIPROCALS, ROLES, UP, SideTensors, side_slot, split_slot
 from tests.quantize.weights import gather, make_inputs, make_weight, relative, relative_error
 
 WIDTH = 256
@@ -28,7 +28,9 @@ def pack(method, weight, statistics=STATISTICS):
 
 
 def test_names_of_slots():
-    assert [split_slot(side_slot(SLOT, role)) for role in ROLES] == [(SLOT, role) for role in (DOWN, UP, RECIPROCALS)]
+    assert [split_slot(side_slot(SLOT, role)) for role in ROLES] == [
+        (SLOT, role) for role in (DOWN, UP, RECIPROCALS, GAINS)
+    ]
     assert split_slot(SLOT) == (SLOT, "")
     scheme = parse_scheme("W4BF16-svd-bf16:proj_out")
     assert scheme.in_codes(SLOT)

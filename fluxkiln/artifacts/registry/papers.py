@@ -149,12 +149,15 @@ def provenance_statement(manifest: Manifest, manifest_digest: str, report_digest
     tools: list[Json] = [
         {"name": name, "uri": f"pkg:generic/{name}@{found}"} for name, found in sorted(manifest.tools.items())
     ]
+    schemes: dict[str, dict[str, None]] = {}
+    for part in manifest.parts:
+        schemes.setdefault(part.kind, {})[part.scheme] = None
     external: Json = {
         "name": manifest.name,
         "target": manifest.target,
         "variant": manifest.variant,
         "shapes": asdict(manifest.shapes),
-        "schemes": {part.kind: part.scheme for part in manifest.parts},
+        "schemes": {kind: ", ".join(names) for kind, names in schemes.items()},
         **{name: value for name, value in manifest.settings.items() if name not in _INTERNAL},
     }
     # A bundle that does not name the fluxkiln that built it has the one that publishes it.

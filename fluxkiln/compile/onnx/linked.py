@@ -137,7 +137,7 @@ def link_parts(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, folder: P
     whole_shards = not any(scheme.weight_bits for scheme in plan.schemes.values())
     linked = {}
     for part in plan.parts:
-        template = make_template(checkpoint, plan, cache, part.kind, "onnx23")
+        template = make_template(checkpoint, plan.of(part), cache, part.kind, "onnx23")
         binding = bind_part(part, template.slots, checkpoint)
         refs = {ref.name: ref for ref in binding_refs(binding, checkpoint)}
         changed = any(ref.change for ref in checkpoint.tensors[part.folder].values())

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 
 from fluxkiln.errors import SchemeError, UsageError
 from fluxkiln.plugins import find_plugins
-from fluxkiln.quantize.schemes import Scheme, parse_schemes
-from fluxkiln.types import GraphFormat, Kind
+from fluxkiln.quantize.schemes import Scheme, block_schemes, parse_schemes
+from fluxkiln.types import GraphFormat, Kind, Part
 
 GROUP = "fluxkiln.targets"
 
@@ -138,10 +138,19 @@ class Target:
                 legal = " or ".join(self.schemes)
                 raise SchemeError(f"scheme {text!r}: target {self.name} stores all kinds alike; use {legal}")
             schemes = dict.fromkeys(schemes, blocks)
-        for scheme in (blocks, *schemes.values()):
+        self._check_schemes((blocks, *schemes.values()))
+        return blocks, schemes
+
+    def block_schemes(self, text: str | None, parts: Iterable[Part]) -> dict[str, Scheme]:
+        """The schemes of single blocks, by the names of these; see `quantize.schemes.block_schemes`, and above."""
+        found = block_schemes(text, parts)
+        self._check_schemes(found.values())
+        return found
+
+    def _check_schemes(self, schemes: Iterable[Scheme]) -> None:
+        for scheme in schemes:
             if scheme.name.split("-")[0] not in self.schemes:
                 raise SchemeError(f"target {self.name} cannot store {scheme.name}; it has {', '.join(self.schemes)}")
-        return blocks, schemes
 
 
 @cache

@@ -49,7 +49,7 @@ def open_linked(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Pa
     from fluxkiln.compile.onnx.runner import Filling
     from fluxkiln.compile.onnx.values import quantized_regions
 
-    scheme, template = plan.scheme(part), make_template(checkpoint, plan, cache, part.kind, "onnx23")
+    scheme, template = plan.scheme(part), make_template(checkpoint, plan.of(part), cache, part.kind, "onnx23")
     if not scheme.weight_bits:
         return open_part(checkpoint, plan, part, template, inputs, None)
     reader = weight_reader(bind_part(part, template.slots, checkpoint), checkpoint)

@@ -120,7 +120,7 @@ def part_action(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, binary: 
 
 def cast_source(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part) -> tuple[WeightReader, RounderOf]:
     """What a part is cast of: its weights, and what rounds them."""
-    template = make_template(checkpoint, plan, cache, part.kind, plan.target.graph_format)
+    template = make_template(checkpoint, plan.of(part), cache, part.kind, plan.target.graph_format)
     reader = part_weights(checkpoint, plan, cache, part, template)
     return reader, part_rounders(checkpoint, plan, cache, part)
 
@@ -131,7 +131,7 @@ def read_map(cache: ActionCache, blob: Blob) -> CoefficientMap:
 
 
 def _binding(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part) -> Binding:
-    template = make_template(checkpoint, plan, cache, part.kind, plan.target.graph_format)
+    template = make_template(checkpoint, plan.of(part), cache, part.kind, plan.target.graph_format)
     return bind_part(part, template.slots, checkpoint)
 
 

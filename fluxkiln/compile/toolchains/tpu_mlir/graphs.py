@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fluxkiln.compile.onnx.filled import weight_matmuls
+from fluxkiln.compile.onnx.gated import Gated, both_orders, find_gated, has_one_row
 from fluxkiln.compile.onnx.runner import MOST_SCORES
 from fluxkiln.errors import CompileError
 from fluxkiln.quantize.schemes import Scheme
-from fluxkiln.quantize.side_tensors import DOWN, RECIPROCALS, UP, check_rank, side_slot
+from fluxkiln.quantize.side_tensors import DOWN, GAINS, RECIPROCALS, UP, check_rank, side_slot
 from fluxkiln.types import TRANSPOSED, Template, TensorSpec
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ def add_side_tensors(template: Template, scheme: Scheme, target: Path) -> Templa
     Every matmul y = x W^T whose weight is in codes gets the slots of `fluxkiln.quantize.side_tensors`, and the
     operations that use them. Matmuls of one x share the product by reciprocals and its slot, called after the first of
     them: the compiler would merge two that happened to be equal, and what it compiles must not depend on the weights.
-    A branch is added behind the product and before its bias, under the name that the product had.
+    A branch is added behind the product and before its bias, under the name that the product had. Of integers the rows
+    that products are multiplied by are multiplied by their gains, and what lies between is called otherwise.
 
     Raises:
         CompileError: a weight has no shape. SchemeError: a rank that a weight does not have.
@@ -79,6 +81,9 @@ def add_side_tensors(template: Template, scheme: Scheme, target: Path) -> Templa
             _add_branch(model.graph, node, down, up)
         if RECIPROCALS in shapes:
             _scale_input(model.graph, node, side_slot(slot, RECIPROCALS), scaled)
+    for one in list(find_gated(model, activations)) if scheme.integer else ():
+        if all(map(scheme.in_codes, one.slots)):
+            _scale_gate(model.graph, one)
     RemoveUnusedNodesPass()(model)
     ir.save(model, target)
     digest = "sha256:" + hashlib.sha256(target.read_bytes()).hexdigest()
@@ -132,26 +137,28 @@ def _scale_input(graph: ir.Graph, node: ir.Node, slot: str, scaled: dict[ir.Valu
     node.replace_input_with(0, scaled[source])
 
 
+def _scale_gate(graph: ir.Graph, gated: Gated) -> None:
+    """Have products that a row is multiplied by be smaller, and the row larger, by gains called after the first."""
+    import onnx_ir as ir
+
+    slot, shape = _weight(gated.products[0])
+    gains = _slot(graph, side_slot(slot, GAINS), shape[:1])
+    row = ir.Node("", "Mul", [gated.row, gains], name=f"{gated.gate.outputs[0].name}_gains")
+    row.outputs[0].name = row.name
+    graph.insert_before(gated.gate, row)
+    gated.gate.replace_input_with(list(gated.gate.inputs).index(gated.row), row.outputs[0])
+    for value in gated.values:
+        value.name = f"{value.name}_ungated"
+
+
 def _find_rows(value: ir.Value) -> tuple[ir.Node, ir.Value, ir.Value, ir.Value] | None:
     """The addition that makes x s + t, with x, s and t, where s and t have one row; None for any other value."""
     plus = value.producer()
-    for shift, product in _orders(plus, "Add"):
-        for rows, norm in _orders(product.producer(), "Mul"):
-            if _has_one_row(shift) and _has_one_row(rows) and plus is not None:
+    for shift, product in both_orders(plus, "Add"):
+        for rows, norm in both_orders(product.producer(), "Mul"):
+            if has_one_row(shift) and has_one_row(rows) and plus is not None:
                 return plus, norm, rows, shift
     return None
-
-
-def _orders(node: ir.Node | None, operation: str) -> list[tuple[ir.Value, ir.Value]]:
-    """The two operands of such an operation, in both orders."""
-    if node is None or node.op_type != operation:
-        return []
-    first, second = node.inputs
-    return [(first, second), (second, first)] if first is not None and second is not None else []
-
-
-def _has_one_row(value: ir.Value) -> bool:
-    return value.shape is not None and len(value.shape) > 1 and value.shape[-2] == 1
 
 
 def _weight(node: ir.Node) -> tuple[str, tuple[int, int]]:

@@ -41,15 +41,16 @@ from fluxkiln.compile.weights import check_methods
 from fluxkiln.errors import CompileError
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.progress import FROM_STORE, Laps, Progress
+from fluxkiln.quantize.schemes import Scheme
 from fluxkiln.settings import Settings
 from fluxkiln.types import Part, Template
 
 
-def plan_jobs(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, settings: Settings) -> list[Job]:
+def plan_jobs(checkpoint: Checkpoint, whole: Plan, cache: ActionCache, settings: Settings) -> list[Job]:
     """Templates, moulds, proofs, parts without a mould, combined shells, casts."""
     templates, made, cast = [], [], []
     known: dict[Part, Binary] = {}
-    for kind in plan.kinds():
+    for plan, kind in whole.each_kind():
         template, mould = _find_mould(checkpoint, plan, cache, kind)
         what = f"{kind} {plan.target.graph_format}"
         templates.append(Job("template", what, kind, "", TRACE_MEMORY, template is not None))
@@ -69,21 +70,21 @@ def plan_jobs(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, settings: 
             memory = search_memory(checkpoint, plan, part) + CAST_MEMORY
             cast.append(Job("cast", part.name, kind, scheme, memory, in_store, weights))
             known |= {part: binary} if binary is not None else {}
-    return [*templates, *made, *_combine_jobs(plan, cache, known), *cast]
+    return [*templates, *made, *_combine_jobs(whole, cache, known), *cast]
 
 
 def planned_binaries(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> list[Binary]:
     """Every part with the facts of its mould, of a net that was measured, or with nothing but its weights; `origin` of
     `devices.ORIGINS` says which."""
-    known: dict[str, Mapping[str, Any]] = {}
-    for kind in plan.kinds():
-        if mould := _find_mould(checkpoint, plan, cache, kind)[1]:
-            known[kind] = mould.result.facts
-        elif net := find_measured(checkpoint, plan, kind):
-            known[kind] = {**net, "origin": "measured"}
+    known: dict[tuple[str, Scheme], Mapping[str, Any]] = {}
+    for piece, kind in plan.each_kind():
+        if mould := _find_mould(checkpoint, piece, cache, kind)[1]:
+            known[kind, piece.schemes[kind]] = mould.result.facts
+        elif net := find_measured(checkpoint, piece, kind):
+            known[kind, piece.schemes[kind]] = {**net, "origin": "measured"}
     planned = []
     for part in plan.parts:
-        facts = known.get(part.kind) or {
+        facts = known.get((part.kind, plan.scheme(part))) or {
             "weight_bytes": part_bytes(checkpoint, plan, part), "instruction_bytes": 0, "runtime_bytes": 0,
             "origin": "weights",
         }  # fmt: skip
@@ -137,11 +138,18 @@ def make_files(
     That proves the mould, not the checkpoint: it is not repeated for a mould of the store, unless `settings.prove` asks
     for it.
     """
-    parts, proofs = compile_parts(checkpoint, plan, cache, settings, progress)
-    groups = group_parts(plan, parts)
+    parts: dict[str, Binary] = {}
+    proofs: list[tuple[Binary, Mould]] = []
+    check_methods(checkpoint, plan, cache)
+    for piece in plan.alike():
+        compiled, unproven = compile_parts(checkpoint, piece, cache, settings, progress)
+        parts |= {binary.part.name: binary for binary in compiled}
+        proofs += unproven
+    made = [parts[part.name] for part in plan.parts]
+    groups = group_parts(plan, made)
     plan_devices(plan, groups)
     laps.lap("compile")
-    progress.stage("cast", len(parts))
+    progress.stage("cast", len(made))
     binaries: dict[str, Binary] = {}
     files = []
     for name, members in groups.items():
@@ -149,9 +157,11 @@ def make_files(
         files.append(file)
         binaries |= {binary.part.name: binary for binary in finished}
     for direct, mould in proofs:
-        binaries[direct.part.name] = prove_cast(binaries[direct.part.name], direct, checkpoint, plan, cache, mould)
+        binaries[direct.part.name] = prove_cast(
+            binaries[direct.part.name], direct, checkpoint, plan.of(direct.part), cache, mould
+        )
     laps.lap("cast")
-    if not proofs and not any(binary.made == "compiled" for binary in parts):
+    if not proofs and not any(binary.made == "compiled" for binary in made):
         progress.note("every part was cast from a mould of the store, without a compiler")
     return Made(tuple(binaries[part.name] for part in plan.parts), tuple(files))
 
@@ -160,6 +170,26 @@ def prove_moulds(
     checkpoint: Checkpoint, plan: Plan, cache: ActionCache, settings: Settings, progress: Progress
 ) -> list[Mould]:
     """The mould of every kind, each proven with other probe weights, and the combined shells of their files."""
+    found: list[Mould] = []
+    casts: dict[str, Binary] = {}
+    for piece in plan.alike():
+        made = _prove_alike(checkpoint, piece, cache, settings, progress)
+        found += made.values()
+        casts |= {part.name: cast_part(piece, part, made[part.kind]) for part in piece.parts}
+    if all(mould.castable for mould in found):
+        groups = group_parts(plan, [casts[part.name] for part in plan.parts])
+        plan_devices(plan, groups)
+        progress.stage("combine", len(groups))
+        for name, members in groups.items():
+            combine_shells(plan, cache, name, members)
+            progress.done("combine", name, f"{len(members)} nets")
+    return found
+
+
+def _prove_alike(
+    checkpoint: Checkpoint, plan: Plan, cache: ActionCache, settings: Settings, progress: Progress
+) -> dict[str, Mould]:
+    """The proven moulds of a plan with one scheme a kind."""
     with JobPool[Any](settings.jobs) as pool:
         templates, futures = submit_moulds(pool, checkpoint, plan, cache, progress)
         proofs: list[Future[Any]] = []
@@ -180,21 +210,14 @@ def prove_moulds(
             proofs.append(pool.submit(f"proof of {kind}", memory, prove))
         for proof in proofs:
             proof.result()
-    if all(mould.castable for mould in made.values()):
-        groups = group_parts(plan, [cast_part(plan, part, made[part.kind]) for part in plan.parts])
-        plan_devices(plan, groups)
-        progress.stage("combine", len(groups))
-        for name, members in groups.items():
-            combine_shells(plan, cache, name, members)
-            progress.done("combine", name, f"{len(members)} nets")
-    return list(made.values())
+    return made
 
 
 def compile_parts(
     checkpoint: Checkpoint, plan: Plan, cache: ActionCache, settings: Settings, progress: Progress
 ) -> tuple[tuple[Binary, ...], list[tuple[Binary, Mould]]]:
-    """What the compiler has to do: moulds, the parts that have none, and proofs (a part with its mould)."""
-    check_methods(checkpoint, plan, cache)
+    """What the compiler has to do for a plan with one scheme a kind: moulds, the parts that have none, and proofs (a
+    part with its mould)."""
     by_kind = {kind: [part for part in plan.parts if part.kind == kind] for kind in plan.kinds()}
     compiled: dict[str, Future[Any]] = {}
     made: dict[str, Mould] = {}

@@ -47,14 +47,16 @@ from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.progress import Progress
 from fluxkiln.quantize.side_tensors import split_slot
 from fluxkiln.types import Part
-from fluxkiln.verify.findings import Advice, Operation, PartFindings, Record, RungFindings, Values
+from fluxkiln.verify.findings import Advice, Operation, PartFindings, Record, RungFindings, Tolerance, Values
 from fluxkiln.verify.judgement import BF16, F16, F32, Shares, judge_stored, tolerance_of
 from fluxkiln.verify.ladder import Ladder, gate_scheme
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_TOLERANCES = {"F32": F32, "F16": F16, "*": BF16}
+# In W8A8 an input that bfloat16 puts on the other side of a step moves its products: 1.1 % and a channel by 3.2 % were
+# measured, a shift that is off by one is 50 %.
+_TOLERANCES = {"F32": F32, "F16": F16, "W8A8": Tolerance(3e-2, 0.1, 0.1), "*": BF16}
 _FORGET = "forget the mould (`fluxkiln cache gc --results`)"
 _ADVICE = Advice(
     keep_sinusoids="keep Sin, Cos and all that feeds them in F32 through the quantize table (f32_table, "
@@ -181,7 +183,7 @@ def look(
     checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, record: Record, progress: Progress
 ) -> PartFindings:
     """See `Toolchain.look`."""
-    call, env = record(), environment.installed()
+    call, env, plan = record(), environment.installed(), plan.of(part)
     small = replace(plan, shapes=call.shapes)
     progress.stage(STAGE, 3)
     opened = open_stored(checkpoint, small, cache, part, call.inputs)

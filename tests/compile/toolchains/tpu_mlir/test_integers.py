@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from fluxkiln.build.calibration import calibrate
+from fluxkiln.build.calibration import DEFAULT_PROMPTS, calibrate
 from fluxkiln.build.make import prepare
 from fluxkiln.compile.integers import integer_template
 from fluxkiln.compile.onnx.filled import weight_matmuls
 from fluxkiln.compile.plan import BundleFile, Made
+from fluxkiln.compile.rungs import look_below
 from fluxkiln.compile.templates import make_template
 from fluxkiln.compile.toolchains.tpu_mlir import cast as own_cast
 from fluxkiln.compile.toolchains.tpu_mlir import integers
 from fluxkiln.compile.toolchains.tpu_mlir.cast import read_map
+from fluxkiln.compile.toolchains.tpu_mlir.executors import Simulator
 from fluxkiln.compile.toolchains.tpu_mlir.forms import (
     BIAS,
     CODES,
@@ -34,20 +37,23 @@ from fluxkiln.compile.toolchains.tpu_mlir.integers import (
     set_multipliers,
 )
 from fluxkiln.compile.toolchains.tpu_mlir.moulds import compile_part, make_mould, prove_cast
+from fluxkiln.compile.toolchains.tpu_mlir.rungs import check_lowered, lay_out_lowered, open_stored
 from fluxkiln.compile.toolchains.tpu_mlir.toolchain import TOOLCHAIN
 from fluxkiln.compile.weights import part_statistics, part_weights
 from fluxkiln.errors import CompileError, SchemeError
+from fluxkiln.export.bindings import bind_part, weight_reader
+from fluxkiln.progress import Silent
 from fluxkiln.quantize.calibration import Calibration
 from fluxkiln.quantize.integer import INPUT_SCALE, OUTPUT_SCALE, integer_multipliers, pack_integer
-from fluxkiln.quantize.side_tensors import RECIPROCALS, split_slot
-from fluxkiln.settings import Settings
+from fluxkiln.quantize.side_tensors import GAINS, RECIPROCALS, side_slot, split_slot
+from fluxkiln.settings import Settings, read_prompts
 from fluxkiln.types import Shapes, find_part
 from fluxkiln.verify.gates import first_bad_rung
 from fluxkiln.verify.metrics import compare
 from tests.builds import Build, altered, chip_ladder, opened_rungs
 from tests.quantize.weights import make_weight
 
-NAME = "single.00"
+NAME, OTHER = "single.00", "single.01"
 SHAPES = Shapes(height=32, width=32, tokens=16)
 WEIGHT, BIAS_VALUES = make_weight("student", (96, 64)), make_weight("gaussian", (96,))
 TOP = """    %0 = "top.None"() : () -> none loc(#loc)
@@ -151,6 +157,12 @@ def prepared(tiny_checkpoint, tmp_path_factory):
     return make
 
 
+def made_settings(made):
+    """Settings of a build of the whole checkpoint, with the same store."""
+    folder = made.plan.folder.parents[1]
+    return Settings("bm1684x", str(made.checkpoint.root), scheme="W8A8", build_dir=folder, store=made.cache.store.root)
+
+
 def template_of(made):
     return make_template(*made, made.parts[0].kind, "onnx17")
 
@@ -169,15 +181,17 @@ def test_scales_of_channels_go_into_the_modulation(prepared, tmp_path):
     form = add_side_tensors(template, scheme, tmp_path / "sided.onnx")
     graph = onnx.load(form.path).graph
     added = [spec.name for spec in form.slots[len(template.slots) :]]
-    assert len(added) == 3  # q, k, v and the MLP's inputs; attention's; the GELU's
+    assert [split_slot(slot)[1] for slot in added] == [RECIPROCALS] * 3 + [GAINS]
+    # q, k, v and the MLP's inputs; attention's; the GELU's; the products that are gated
     readers = {slot: [node for node in graph.node if slot in node.input] for slot in added}
-    assert [len(nodes) for nodes in readers.values()] == [2, 1, 1]
-    rows = {node.input[0] for node in readers[added[0]]}
+    assert [len(nodes) for nodes in readers.values()] == [2, 1, 1, 1]
+    rows = {node.input[0] for slot in (added[0], added[-1]) for node in readers[slot]}
+    assert len(rows) == 3
     shapes = {value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim] for value in graph.value_info}
     assert all(shapes[name][-2] == 1 for name in rows)
     plain = sum(one.op_type == "Mul" for one in onnx.load(template.path).graph.node)
-    # two of rows and two of tokens; the modulation's own product is replaced
-    assert sum(one.op_type == "Mul" for one in graph.node) == plain + 2 + 2
+    # three of rows and two of tokens; the modulation's own product is replaced
+    assert sum(one.op_type == "Mul" for one in graph.node) == plain + 3 + 2
 
 
 def test_the_graph_in_integers_has_every_product(prepared, tmp_path):
@@ -196,13 +210,13 @@ def test_the_graph_in_integers_has_every_product(prepared, tmp_path):
 
 @pytest.fixture(scope="module")
 def calibrated(prepared):
-    """The store of these builds gets a calibration of a step."""
+    """The store of these builds gets a calibration."""
     made = prepared()
     settings = Settings(
         "bm1684x", str(made.checkpoint.root), build_dir=made.plan.folder.parents[1],
-        store=made.cache.store.root, steps=1,
+        store=made.cache.store.root, steps=2,
     )  # fmt: skip
-    return calibrate(settings, ("a cat",), block=64)
+    return calibrate(settings, read_prompts(DEFAULT_PROMPTS)[:4], block=64)
 
 
 def test_a_build_wants_a_calibration(prepared):
@@ -231,6 +245,28 @@ def test_what_a_product_cannot_hold_is_refused(prepared, calibrated, monkeypatch
         known.check_products("attn.to_q.weight__t")
 
 
+def test_what_a_gate_takes_over_is_not_refused(prepared, calibrated, monkeypatch):
+    """Products that are multiplied by a row may be of any size: the row is larger by a power of two."""
+    made = prepared()
+    known = part_statistics(*made, made.parts[0])
+    slots = ("proj_out.weight__s1.0.256__t", "proj_out.weight__s1.256.1280__t")
+    monkeypatch.setattr(Calibration, "outputs", lambda *_: np.array([0.0, 1.0, 63.0, 65.0, 5000.0], np.float32))
+    np.testing.assert_array_equal(known.gains(slots), [2**-4, 2**-4, 1, 2, 128])
+    monkeypatch.undo()
+    weights, plain = part_weights(*made, made.parts[0], template_of(made)), bound(made)
+    gains = weights(side_slot(slots[0], GAINS)).astype(np.float32)
+    assert gains.tobytes() == weights(side_slot(slots[1], GAINS)).astype(np.float32).tobytes()
+    assert set(np.frexp(gains)[0]) == {0.5}
+    np.testing.assert_array_equal(weights("proj_out.bias").astype(np.float32) * gains, plain("proj_out.bias"))
+    rest = weights(slots[0]).astype(np.float32) * gains[:, None]
+    rest *= weights(side_slot(slots[0], RECIPROCALS)).astype(np.float32)
+    np.testing.assert_allclose(rest, plain(slots[0]).astype(np.float32), rtol=2**-7)
+
+
+def bound(made):
+    return weight_reader(bind_part(made.parts[0], template_of(made).slots, made.checkpoint), made.checkpoint)
+
+
 @pytest.fixture(scope="module")
 def compiled(prepared, calibrated, cast_alone):
     made = prepared()
@@ -254,10 +290,17 @@ def test_the_chip_computes_in_these_integers(compiled, record_parts, tmp_path, m
         ladder = chip_ladder()
         TOOLCHAIN.read_back(ladder, *made, Made((binary,), files))
         assert first_bad_rung(ladder.rows) == {}
-        # the controls: an input's limit at twice its size, and channel scales in other places
+        # the controls: an input's limit at twice its size, another block's channel scales, half a gate
+        # without its gains
         sound = part_weights(*made, part, template_of(made))
-        for spoil in (lambda array: array * 2, np.random.default_rng(0).permutation):
-            monkeypatch.setattr(own_cast, "part_weights", lambda *_, spoil=spoil: _Spoilt(sound, spoil))
+        other = part_weights(*made, find_part(prepare(made_settings(made)).plan.parts, OTHER), template_of(made))
+        for role, spoil in (
+            (RECIPROCALS, lambda slot: sound(slot).astype(np.float32) * 2),
+            (RECIPROCALS, other),
+            (GAINS, lambda slot: np.where(np.arange(len(sound(slot))) % 2, 1, sound(slot).astype(np.float32))),
+        ):
+            spoilt = _Spoilt(sound, role, spoil)
+            monkeypatch.setattr(own_cast, "part_weights", lambda *_, spoilt=spoilt: spoilt)
             rungs["interpreter"].close()
             wrong = rungs["interpreter"](NAME, inputs)["hidden_states_out"]
             assert compare(wrong, out["dequantized"], base).delta_cosine < 0.999
@@ -281,18 +324,18 @@ def replace_shifts(coefficients, step):
 
 
 class _Spoilt:
-    """Weights as they are, with what inputs are multiplied by changed."""
+    """Weights as they are, with what stands beside them in one role changed."""
 
-    def __init__(self, sound, spoil):
-        self.sound, self.spoil = sound, spoil
+    def __init__(self, sound, role, spoil):
+        self.sound, self.role, self.spoil = sound, role, spoil
 
     def __call__(self, slot):
         return self.read_rows(slot, 0, None)
 
     def read_rows(self, slot, start, stop):
         found = self.sound(slot)
-        if split_slot(slot)[1] == RECIPROCALS:
-            found = self.spoil(found.astype(np.float32)).astype(found.dtype)
+        if split_slot(slot)[1] == self.role:
+            found = np.asarray(self.spoil(slot)).astype(found.dtype)
         return found[start:stop]
 
 
@@ -314,3 +357,27 @@ def test_products_of_8_bits_end_a_compile(prepared, calibrated, monkeypatch):
     monkeypatch.setattr(integers, "_WIDE", "output_transpose = false")
     with pytest.raises(CompileError, match="of them hand on 16, W8A8 asks for all"):
         make_mould(*made, template_of(made))
+
+
+@pytest.mark.tpu_mlir
+def test_debug_names_a_shift_that_is_off_by_one(compiled, record_parts, tpu_mlir, tmp_path):
+    made, _, binary = compiled
+    (part,), folder = made.parts, tmp_path / "lowered"
+    opened = open_stored(*made, part, record_parts("tiny-dev", made.parts, SHAPES).inputs(NAME, 0))
+    below = look_below(opened, made.checkpoint, Silent())
+    assert [(rung.rung, rung.culprit) for rung in below] == [("onnxruntime", None), ("dequantized", None)]
+    lay_out_lowered(*made, binary, folder, lean=False)
+    lowered = folder / "lowered.mlir"
+    with Simulator(tpu_mlir, "bm1684x", tmp_path / "log") as simulator:
+        sound = check_lowered(opened, lowered, simulator)
+        assert sound.culprit is None
+        assert len(sound.findings) > 20
+        text = lowered.read_text()
+        product = next(integers._PRODUCT.finditer(text))
+        moved = re.sub(r"rshifts = \[(\d+)", lambda found: f"rshifts = [{int(found[1]) + 1}", product[0])
+        assert moved != product[0]
+        lowered.write_text(text.replace(product[0], moved))
+        culprit = check_lowered(opened, lowered, simulator).culprit
+    place = dict(integers._LOCATION.findall(text))[product["loc"]]
+    assert culprit is not None
+    assert place.rpartition("_")[0] == culprit.finding.value

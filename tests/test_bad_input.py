@@ -50,7 +50,7 @@ def refuse(capsys, monkeypatch, tmp_path):
     ("arguments", "code", "sentence"),
     [
         ("build cpu --model tiny-deb", 2, "'tiny-deb' is no model: neither an existing folder"),
-        ("build cpu --model tiny-dev --statistics fluks", 2, "no statistics are called 'fluks'; tiny-dev has uniform, flux"),
+        ("build cpu --model tiny-dev --statistics fluks", 2, "no statistics are called 'fluks'; tiny-dev has uniform"),
         ("build cpu --model . --statistics flux", 2, "--statistics flux: . is no synthetic preset and has its own"),
         ("plan cpu --model scenes-dev --statistics flux", 2, "--statistics flux: scenes-dev is trained and has its"),
         ("calibrate tiny-dev --statistics fluks", 2, "no statistics are called 'fluks'"),

@@ -229,7 +229,7 @@ class StageTally:
 
     def remaining(self, now: float) -> float | None:
         """Seconds until the last job is done, by the costs of all jobs or at the pace of the last few; None before two
-        jobs have taken time, and where the job that runs takes longer than was foretold."""
+        jobs have taken time, and where less than a second is left of what was foretold."""
         if len(self.ends) < 3 or self.complete:
             return None
         pace = (self.ends[-1] - self.ends[0]) / (len(self.ends) - 1)
@@ -237,7 +237,7 @@ class StageTally:
         if done := sum(self.costs[: self.done]):
             ahead = sum(self.costs[self.done :]) * (self.ends[-1] - self.started) / done
         left = ahead - (now - self.ends[-1])
-        return left if left > 0 else None
+        return left if left >= 1 else None
 
 
 def new_tally(total: int | Sequence[float], now: float) -> StageTally:

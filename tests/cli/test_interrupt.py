@@ -104,8 +104,9 @@ def build_dir(tmp_path_factory):
 @pytest.mark.parametrize("worker", ["tpuc-opt", "simulator_worker"])
 def test_a_signal_ends_a_build_while_a_worker_computes(build_dir, number, group, worker):
     process = subprocess.Popen(
-        [sys.executable, "-m", "fluxkiln", "build", "bm1684x", "--build-dir", str(build_dir)], text=True,
+        [sys.executable, "-m", "fluxkiln", "build", "bm1684x", "--model", "tiny-dev", "--build-dir", str(build_dir)],
         env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, process_group=0,
+        text=True,
     )  # fmt: skip
     until = time.monotonic() + PATIENCE
     while not any(worker in line for line in descendants(process.pid).values()):

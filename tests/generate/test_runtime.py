@@ -244,7 +244,8 @@ def test_an_environment_of_a_board(environment, bundle, tmp_path, monkeypatch):
     def light(*arguments: object) -> Run:
         return python("-m", "fluxkiln", *arguments, folder=tmp_path, executable=own, PYTHONPATH="")
 
-    other = python("-m", "fluxkiln", "build", "trn1", "--no-verify", "--build-dir", "b", "--json", folder=tmp_path)
+    given = ("build", "trn1", "--model", "tiny-dev", "--no-verify", "--build-dir", "b", "--json")
+    other = python("-m", "fluxkiln", *given, folder=tmp_path)
     assert other.code == 5, other.err
     modules = Path(other.document["bundle"])
     published = python("-m", "fluxkiln", "publish", modules, "oci-layout:registry:made", folder=tmp_path)

@@ -9,6 +9,10 @@ from fluxkiln.errors import ParityError
 from fluxkiln.verify import metrics
 from fluxkiln.verify.metrics import compare, compare_images, gain_of
 
+_FIGURES = (
+    "cosine", "relative_l2", "max_abs", "worst_channel", "delta_cosine", "delta_relative_l2", "delta_weight",
+)  # fmt: skip
+
 
 @pytest.fixture
 def arrays():
@@ -121,7 +125,7 @@ def test_chunks_do_not_change_the_result(arrays, monkeypatch):
     whole = compare(*arrays)
     monkeypatch.setattr(metrics, "_CHUNK", 40)
     pieces = compare(*arrays)
-    for name in ("cosine", "relative_l2", "max_abs", "worst_channel", "delta_cosine", "delta_relative_l2", "delta_weight"):
+    for name in _FIGURES:
         assert getattr(pieces, name) == pytest.approx(getattr(whole, name), rel=1e-13), name
 
 
@@ -163,7 +167,7 @@ def test_one_bad_element_spoils_every_number(arrays, bad, side):
     arrays[side][1, 2, 3] = bad
     got = compare(*arrays)
     assert not got.finite
-    for name in ("cosine", "relative_l2", "max_abs", "worst_channel", "delta_cosine", "delta_relative_l2", "delta_weight"):
+    for name in _FIGURES:
         assert math.isnan(getattr(got, name)), name
 
 

@@ -36,6 +36,7 @@ from fluxkiln.files import (
     write_durably,
 )
 
+FOLDERS = ("blobs/sha256", "actions", "tmp", "locks")
 LAYOUT_VERSION = "1.0.0"
 INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
@@ -255,7 +256,7 @@ class Store:
         if (self.root / "index.json").exists():
             return
         with disk_full_named(self.root):
-            for folder in ("blobs/sha256", "actions", "tmp", "locks"):
+            for folder in FOLDERS:
                 (self.root / folder).mkdir(parents=True, exist_ok=True)
         with self.index_locked():
             if not (self.root / "index.json").exists():

@@ -20,7 +20,7 @@ from typing import Protocol, TypeAlias, TypeVar
 
 from fluxkiln.artifacts.modelpack import MAX_DOCUMENT_BYTES, Document, Layer
 from fluxkiln.artifacts.registry.transfer import PIECE_BYTES, Arrival, Departure, Stop
-from fluxkiln.artifacts.store import Blob, Store, open_store
+from fluxkiln.artifacts.store import FOLDERS, Blob, Store, open_store
 from fluxkiln.digests import DIGEST
 from fluxkiln.errors import IntegrityError, RegistryError, UsageError
 
@@ -320,7 +320,9 @@ def open_layout(path: Path, *, write: bool, stop: Stop) -> LayoutPlace:
     Raises UsageError: there is no layout and nothing to be written, or there is something else.
     """
     if not (path / "oci-layout").is_file():
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        # a process that was killed may have left the first of these
+        begun = {folder.partition("/")[0] for folder in FOLDERS}
+        if path.exists() and not (path.is_dir() and {one.name for one in path.iterdir()} <= begun):
             raise UsageError(f"{path} is no OCI image layout: it has no file oci-layout; name another folder")
         if not write:
             raise UsageError(

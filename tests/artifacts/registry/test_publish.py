@@ -18,7 +18,7 @@ from fluxkiln.artifacts.registry import distribution
 from fluxkiln.artifacts.registry.distribution import quarantine_of
 from fluxkiln.artifacts.registry.place import LayoutPlace
 from fluxkiln.artifacts.registry.transfer import Arrival
-from fluxkiln.artifacts.store import Store
+from fluxkiln.artifacts.store import FOLDERS, Store
 from fluxkiln.build.publish import (
     Terms,
     inspect_reference,
@@ -314,6 +314,19 @@ def test_folders_that_are_no_layout_are_refused(build, tmp_path):
     with pytest.raises(UsageError, match="makes one"):
         pull_bundle(f"oci-layout:{tmp_path / 'none'}:v1", tmp_path / "out")
     assert not (tmp_path / "none").exists()
+
+
+def test_a_layout_that_was_just_begun_is_gone_on_with(build, tmp_path):
+    """Killed between its first folder and the file that names it a layout."""
+    folder = build()
+    for count in range(1, len(FOLDERS) + 1):
+        place = tmp_path / str(count)
+        for name in FOLDERS[:count]:
+            (place / name).mkdir(parents=True)
+        with pytest.raises(UsageError, match="makes one"):
+            pull_bundle(f"oci-layout:{place}:v1", tmp_path / "out")
+        publish_bundle(folder, f"oci-layout:{place}:v1")
+        pull_bundle(f"oci-layout:{place}:v1", tmp_path / "out")
 
 
 def test_described_from_a_folder_or_a_reference(build, layout):

@@ -59,10 +59,8 @@ class Plan:
         return {kind: self.schemes[kind].name for kind in self.kinds()} | own
 
     def of(self, part: Part) -> Plan:
-        """The plan for a part: its kind has its scheme."""
-        if part.name not in self.exceptions:
-            return self
-        return replace(self, schemes={**self.schemes, part.kind: self.scheme(part)}, exceptions={})
+        """The piece of `alike` that a part is in: there its kind has its scheme, and its mould's net a name."""
+        return next((piece for piece in self.alike() if part in piece.parts), self)
 
     def each_kind(self) -> Iterator[tuple[Plan, str]]:
         """Every kind in every scheme that parts of it have: a piece of `alike`, and a kind that is in it."""

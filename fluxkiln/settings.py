@@ -201,6 +201,7 @@ class Settings:
 
     Attributes:
         size: width and height.
+        recording: parts, kinds or components whose calls travel with the bundle; see `verify.carried`.
         loras: files and strengths, in the checkpoint's weights as they are read.
         instance, tp_degree, granularity, flags: of a target that cuts the model over cores.
         board, device_memory, devices: of a target whose chips hold whole parts; bytes of one chip, and how many.
@@ -295,6 +296,11 @@ class Settings:
     verify: bool = _option(
         True, "Build and compare nothing.", flag="no-verify", kind=bool, parse=operator.not_, make=""
     )
+    recording: tuple[str, ...] = _option(
+        (),
+        "Put inputs and outputs of these parts into the bundle, for `fluxkiln parity`: all, or parts or kinds.",
+        "all|A,B", flag="with-recording", parse=parse_names, make="",
+    )  # fmt: skip
     force: bool = _option(False, "With --no-verify: replace a bundle that was verified.", kind=bool, make="")
     prove: bool = _option(
         False, "Compile one part of each cast kind again, also for moulds of the store.", kind=bool, make=""
@@ -307,6 +313,10 @@ class Settings:
             raise UsageError(f"no form of the transformer is called {self.modulation!r}; there are inline, hoisted")
         if self.flags not in ("default", "published"):
             raise UsageError(f"no preset of compiler flags is called {self.flags!r}; there are default, published")
+        if self.recording and not self.verify:
+            raise UsageError(
+                "--with-recording keeps what verification compares, which --no-verify leaves out; drop either"
+            )
         if (self.prompts or self.seeds) and not self.verify:
             raise UsageError("prompts and seeds are for verification, which --no-verify leaves out; drop either")
         for name, value in (

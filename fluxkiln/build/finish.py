@@ -104,6 +104,7 @@ def build_action(prepared: Prepared) -> Action:
             "steps": prepared.steps,
             "prompt": settings.prompt,
             "verify": settings.verify,
+            **({"recording": list(settings.recording)} if settings.recording else {}),
             **({"prompts": list(settings.prompts)} if settings.prompts else {}),
             **({"seeds": list(settings.seeds)} if settings.seeds else {}),
             **toolchain_of(plan.target).facts(settings, plan),
@@ -158,6 +159,14 @@ def finish_bundle(prepared: Prepared, made: Made, progress: Progress, laps: Laps
         summary = _write_report(prepared, made, parity, laps)
         laps.lap("verify")
     sources = _bundle_files(prepared, made, work)
+    if parity is not None and parity.carried is not None:
+        estimates = {binary.part.name: binary.facts.get("estimate_ms") for binary in made.binaries}
+        known = {name: float(spent) for name, spent in estimates.items() if spent}
+        sources |= parity.carried.finish(prepared.fingerprint, known)
+        progress.note(
+            f"{len(parity.carried.names)} of {len(made.binaries)} parts take their recording along, "
+            f"{parity.carried.nbytes / 1e6:.1f} MB"
+        )
     manifest = _manifest(prepared, made, summary)
     progress.stage("bundle", 1)
     written = write_bundle(

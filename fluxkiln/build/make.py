@@ -219,6 +219,10 @@ def _prepared(settings: Settings, checkpoint: Checkpoint) -> Prepared:
     _refuse_unused(settings, layout is not None, bool(toolchain_of(target).proven), bool(target.boards))
     parts = chosen_parts(settings, checkpoint, split=layout is not None)
     check_steps(parts, reference_steps(settings, checkpoint))
+    if settings.recording:
+        from fluxkiln.verify.carried import carried_parts
+
+        carried_parts(parts, settings.recording)
     folder = settings.build_dir.absolute() / target.name / _name(settings, target, checkpoint, shapes).lower()
     plan = Plan(target, shapes, schemes, parts, folder, layout, target.block_schemes(settings.scheme, parts))
     if any(scheme.kept for scheme in schemes.values()):

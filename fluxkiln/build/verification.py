@@ -31,6 +31,7 @@ from fluxkiln.export.checkpoint import Checkpoint, expect_tensors
 from fluxkiln.patches.pipeline import Sampling, run_rows
 from fluxkiln.progress import Progress
 from fluxkiln.types import GraphFormat, Part, PartRunner, Shapes, find_part
+from fluxkiln.verify.carried import Carried, carried_parts
 from fluxkiln.verify.ladder import Ladder, compare_outputs, compare_pipeline, let_go, replay_part
 from fluxkiln.verify.report.document import IMAGE_TIME
 
@@ -53,7 +54,7 @@ class Parity:
 
     `pipeline` is the image made by parts at the rung `pipeline_rung`, None where not all components are built. `facts`
     says at which other shapes a large model was verified. `runs` are whole images of further prompts and seeds,
-    `judged` what pictures of drawn scenes show.
+    `judged` what pictures of drawn scenes show. `carried` is what travels with the bundle.
     """
 
     ladder: Ladder
@@ -64,6 +65,7 @@ class Parity:
     facts: Mapping[str, str] = field(default_factory=dict)
     runs: Mapping[str, Any] | None = None
     judged: Mapping[str, Any] | None = None
+    carried: Carried | None = None
 
 
 def record(prepared: Prepared, limits: Limits = LIMITS) -> Recording:
@@ -191,6 +193,7 @@ def replay(prepared: Prepared, plan: Plan, recording: Recording, opened: OpenRun
     progress.stage("verify", [*costs, *[sum(costs) / len(rungs)] * complete])
     toolchain = toolchain_of(plan.target)
     ladder = Ladder(toolchain.rungs, toolchain.gates)
+    ladder.carried = _carried(prepared, plan, recording, progress) if plan.shapes == prepared.plan.shapes else None
     *_, top = rungs
     below = {rung: runner for rung, runner in rungs.items() if rung != top}
     with ThreadPoolExecutor(1, "below") as lower, ThreadPoolExecutor(1, "top") as upper:
@@ -207,8 +210,24 @@ def replay(prepared: Prepared, plan: Plan, recording: Recording, opened: OpenRun
             lower.shutdown(wait=False, cancel_futures=True)
             upper.shutdown(wait=False, cancel_futures=True)
             raise
-    parity = Parity(ladder, recording, pipeline, top, {"verify": started}, opened.facts)
+    carried = ladder.carried
+    parity = Parity(ladder, recording, pipeline, top, {"verify": started}, opened.facts, carried=carried)
     return _with_pipeline(prepared, plan, parity, rungs[top], progress)
+
+
+def _carried(prepared: Prepared, plan: Plan, recording: Recording, progress: Progress) -> Carried | None:
+    """What collects the recording that travels with the bundle, of those of the plan's parts that were asked for."""
+    parts = tuple(
+        part for part in plan.parts if part in carried_parts(prepared.plan.parts, prepared.settings.recording)
+    )
+    if not parts:
+        return None
+    calls = [call for part in parts for call in recording.calls[part.name]]
+    read = {file for call in calls for side in call.values() for file in side.values()}
+    made = [file for call in calls for file in call["outputs"].values()]
+    size = sum((recording.root / file).stat().st_size for file in (*read, *made))
+    progress.note(f"--with-recording: {len(parts)} parts add about {size / 1e6:.1f} MB to the bundle")
+    return Carried(parts, prepared.plan.folder / "carried")
 
 
 def _with_pipeline(prepared: Prepared, plan: Plan, parity: Parity, runner: PartRunner, progress: Progress) -> Parity:
@@ -248,6 +267,7 @@ def _verify_large(
             prompt = filling_prompt(settings.prompt, plan.shapes.tokens, settings.seed)
             sampling = Sampling(1, settings.seed, prompt)
             true = record_run(prepared, folder / "executed", chosen, plan.shapes, sampling, only=True)
+            executed.carried = _carried(prepared, replace(plan, parts=chosen), true, progress)
         # a thread of its own: the interpreter is another process, which keeps one core busy
         compiled = {part.name: upper.submit(replay_part, top, true, part) for part in chosen}
         try:
@@ -271,7 +291,8 @@ def _verify_large(
         f"compiled form executed at {name_shapes(plan.shapes)}": ", ".join(part.name for part in chosen) or "none",
         f"compiled form not executed, {'too large' if able else 'no compiler here'}": ", ".join(left_out) or "none",
     }
-    parity = Parity(ladder, recording, pipeline, PIPELINE_RUNG, {"verify": started}, facts)
+    carried = executed.carried
+    parity = Parity(ladder, recording, pipeline, PIPELINE_RUNG, {"verify": started}, facts, carried=carried)
     return _with_pipeline(prepared, small, parity, onnxruntime_rung(checkpoint, small, cache, 0), progress)
 
 

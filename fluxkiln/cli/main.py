@@ -57,6 +57,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "inspect": ("bundle", "Show what a bundle is made of, in a folder or in a registry."),
     "report": ("bundle", "Write a build's report.html again, or a page that compares several builds."),
     "verify": ("bundle", "Compare every file of a bundle with the digest its manifest gives."),
+    "parity": ("parity", "Replay a bundle's recording on its device and judge what comes out."),
     "debug": ("debug", "Find the first operation inside a part that leaves its tolerance."),
     "publish": ("registry", "Publish a bundle to a registry: a folder, an OCI registry or the Hub."),
     "pull": ("registry", "Fetch a bundle from a registry and check every byte."),

@@ -60,6 +60,11 @@ RUNGS: tuple[Rung, ...] = (
 )  # fmt: skip
 
 
+# What a device, or whatever executes a bundle elsewhere, makes of a recording that came with the bundle.
+DEVICE = Rung("device", 20, "the bundle's own parts, where they are executed",
+              "the runtime, its driver, or the device", STORED, series=2)  # fmt: skip
+
+
 def rung_table(own: Iterable[Rung]) -> dict[str, Rung]:
     """The rungs of a ladder by name, bottom to top: those above and a toolchain's own."""
     return {rung.name: rung for rung in sorted((*RUNGS, *own), key=lambda rung: rung.order)}

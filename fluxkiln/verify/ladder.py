@@ -21,6 +21,7 @@ from fluxkiln.verify.metrics import AnyArray, Metrics, compare, compare_images, 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from fluxkiln.verify.carried import Carried
     from fluxkiln.verify.pipeline import PipelineResult
     from fluxkiln.verify.reference import Recording
 
@@ -30,6 +31,8 @@ class Ladder:
 
     Args:
         rungs, gates: those that a toolchain adds to the ones of every ladder.
+
+    `carried` is told of every call that is compared, if there is one.
     """
 
     def __init__(self, rungs: Iterable[Rung] = (), gates: Iterable[Gate] = ()) -> None:
@@ -37,6 +40,7 @@ class Ladder:
         self.gates = gate_table(gates)
         self.rows: list[Row] = []
         self.maps = WorstMaps()
+        self.carried: Carried | None = None
 
     def absorb(self, other: Ladder) -> None:
         """Take over what was compared on another ladder."""
@@ -216,6 +220,8 @@ def compare_outputs(
         base = inputs[residual[output]] if output in residual else None
         rungs = [(rung, outputs[output].reshape(reference.shape)) for rung, outputs in made.items()]
         ladder.compare(label or part.name, part.traits, output, shown, reference, base, rungs, gate_scheme(scheme))
+    if ladder.carried is not None:
+        ladder.carried.take(recording, part, step, made)
 
 
 def compare_pipeline(ladder: Ladder, recording: Recording, scheme: Scheme, rung: str, pipeline: PipelineResult) -> None:

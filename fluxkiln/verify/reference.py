@@ -36,7 +36,9 @@ RENDERED = ("latents", "image", "prompt_embeds", "pooled_prompt_embeds")
 class Recording:
     """A recorded reference run. Arrays are read when asked for; float32, token ids int64.
 
-    `calls` has one entry for each time a part ran: `steps` of them for the transformer, one for the rest.
+    `calls` has one entry for each time a part ran: `steps` of them for the transformer, one for the rest. In one that
+    travels with a bundle, `below` has the rung at which each part's `below` outputs were made, and `estimates` the
+    compiler's of a run, in milliseconds; `fingerprint` is the checkpoint's.
     """
 
     root: Path
@@ -49,6 +51,9 @@ class Recording:
     kinds: Mapping[str, str]
     calls: Mapping[str, tuple[Call, ...]]
     rendered: Mapping[str, str]
+    below: Mapping[str, str] = field(default_factory=dict)
+    estimates: Mapping[str, float] = field(default_factory=dict)
+    fingerprint: str = ""
 
     def inputs(self, part: str, step: int = 0) -> dict[str, NDArray[Any]]:
         """What `part` was given in `step`, by its kind's input names; guidance only where the model takes it."""
@@ -57,6 +62,10 @@ class Recording:
     def outputs(self, part: str, step: int = 0) -> dict[str, NDArray[Any]]:
         """What `part` made of it, by its kind's output names."""
         return self._read_all(part, step, "outputs")
+
+    def made_below(self, part: str, step: int = 0) -> dict[str, NDArray[Any]]:
+        """What `part` made of its inputs at the rung `below`."""
+        return self._read_all(part, step, "below")
 
     @property
     def latents(self) -> NDArray[Any]:
@@ -84,7 +93,7 @@ class Recording:
 
         try:
             array: NDArray[Any] = np.load(self.root / file, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError, EOFError, MemoryError) as error:
             raise IntegrityError(f"{self.root / file} cannot be read ({error}); record the reference again") from error
         return array
 
@@ -146,7 +155,7 @@ def record_reference(
         "seconds": {"load": loaded - start, "run": made.seconds},
         "kinds": {part.name: part.kind for part in parts},
         "calls": {part.name: recorder.calls[part.name] for part in parts},
-        "rendered": {name: recorder.store(getattr(made, name)) for name in RENDERED},
+        "rendered": {name: store_array(destination, getattr(made, name)) for name in RENDERED},
     }
     write_durably(destination / INDEX, json.dumps(index, indent=1).encode() + b"\n")
     return read_recording(destination)
@@ -166,15 +175,20 @@ def view_recording(recording: Recording, model: Model, parts: tuple[Part, ...]) 
 
 def read_recording(path: Path) -> Recording:
     """Open the recording in the folder `path`. IntegrityError: there is none, or it was not finished."""
+    from fluxkiln.verify.recording_schema import RecordingIndex
+
     try:
-        index = read_object_file(path / INDEX, remedy="record the reference again")
+        index = read_object_file(path / INDEX, RecordingIndex, remedy="record the reference again")
         if index["format"] != _FORMAT:
             raise IntegrityError(f"{path / INDEX} has format {index['format']}, this is {_FORMAT}; record it again")
         return Recording(
             root=path,
             shapes=Shapes(**index["shapes"]),
             calls={part: tuple(calls) for part, calls in index["calls"].items()},
-            rendered={name: index["rendered"][name] for name in RENDERED},
+            rendered=index["rendered"],
+            below=index.get("below", {}),
+            estimates=index.get("estimates", {}),
+            fingerprint=index.get("fingerprint", ""),
             **{name: index[name] for name in ("steps", "seed", "prompt", "guidance_scale", "seconds", "kinds")},
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -194,33 +208,34 @@ class _Recorder:
                 f"{', '.join([*kind.inputs, *kind.outputs])}"
             )
         files = {
-            "inputs": {name: self.store(inputs[name]) for name in kind.inputs if name in inputs},
-            "outputs": {name: self.store(outputs[name]) for name in kind.outputs},
+            "inputs": {name: store_array(self.root, inputs[name]) for name in kind.inputs if name in inputs},
+            "outputs": {name: store_array(self.root, outputs[name]) for name in kind.outputs},
         }
         self.calls.setdefault(part.name, []).append(files)
 
-    def store(self, tensor: Any) -> str:
-        """Write a tensor or array under its digest; returns the file's path below the folder."""
-        import numpy as np
 
-        array = np.ascontiguousarray(tensor if isinstance(tensor, np.ndarray) else tensor.detach().cpu().numpy())
-        if array.dtype != np.int64:
-            array = array.astype(np.float32, copy=False)
-        digest = hashlib.sha256(f"{array.dtype.str} {array.shape}\n".encode())
-        digest.update(array.reshape(-1).view("u1").data)
-        file = f"tensors/{digest.hexdigest()}.npy"
-        path = self.root / file
-        if path.exists():
-            return file
-        unfinished = path.with_suffix(".partial")
-        try:
-            with unfinished.open("wb") as stream:
-                np.save(stream, array, allow_pickle=False)
-            unfinished.replace(path)
-        except OSError as error:
-            unfinished.unlink(missing_ok=True)
-            raise ResourceError(
-                f"{path} cannot be written: {error.strerror}; a recording holds every part's inputs and outputs in "
-                "float32: free some space or choose another folder"
-            ) from error
+def store_array(root: Path, tensor: Any) -> str:
+    """Write a tensor or array under its digest; returns the file's path below the folder."""
+    import numpy as np
+
+    array = np.ascontiguousarray(tensor if isinstance(tensor, np.ndarray) else tensor.detach().cpu().numpy())
+    if array.dtype != np.int64:
+        array = array.astype(np.float32, copy=False)
+    digest = hashlib.sha256(f"{array.dtype.str} {array.shape}\n".encode())
+    digest.update(array.reshape(-1).view("u1").data)
+    file = f"tensors/{digest.hexdigest()}.npy"
+    path = root / file
+    if path.exists():
         return file
+    unfinished = path.with_suffix(".partial")
+    try:
+        with unfinished.open("wb") as stream:
+            np.save(stream, array, allow_pickle=False)
+        unfinished.replace(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise ResourceError(
+            f"{path} cannot be written: {error.strerror}; a recording holds every part's inputs and outputs in "
+            "float32: free some space or choose another folder"
+        ) from error
+    return file

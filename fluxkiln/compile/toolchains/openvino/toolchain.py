@@ -35,9 +35,9 @@ _PRODUCTS = ("FullyConnected", "MatMul", "Convolution", "ScaledDotProductAttenti
 _WORDS = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 
 GATES: tuple[Gate, ...] = (
-    Gate("executed", "F32", "part", "*", "relative_l2", 5e-6, "reference",
+    Gate("executed|device", "F32", "part", "*", "relative_l2", 5e-6, "reference",
          "float32 by OpenVINO's kernels: 4.4e-7 was measured, 1.6e-6 through the convolutions of a VAE"),
-    Gate("executed", "*", "part", "*", "relative_l2", 6e-3, "previous",
+    Gate("executed|device", "*", "part", "*", "relative_l2", 6e-3, "previous",
          "the same weights in 8 significant bits (3.9e-3 a rounding): 2.5e-3 was measured of a block; what embeds the "
          "timestep is float32, in bfloat16 it would be off by 0.4"),
 )  # fmt: skip

@@ -39,12 +39,12 @@ RUNGS: tuple[Rung, ...] = (
     Rung("simulator", 10, "the compiled binary on the chip's simulator",
          "code generation, or coefficients cast into the wrong place", STORED, series=5),
 )  # fmt: skip
-_COMPILED = "interpreter|simulator"
+_COMPILED = "interpreter|simulator|device"
 
 GATES: tuple[Gate, ...] = (
     Gate("stored", "*", "*", "*", "max_abs", 0.0, "reference",
          "a cast writes the very bytes that the scheme makes of the checkpoint's weights, and no other"),
-    Gate("interpreter", "F32", "part", "*", "relative_l2", 5e-6, "reference",
+    Gate("interpreter|device", "F32", "part", "*", "relative_l2", 5e-6, "reference",
          "float32 by yet other kernels, which sum in another order, as ONNX Runtime's do"),
     Gate("simulator", "F32", "part", "*", "relative_l2", 1e-6, "reference",
          "float32 weights and arithmetic on the chip: 5e-8 was measured on a block"),

@@ -111,7 +111,7 @@ def test_command(bundle, capsys, tmp_path, monkeypatch):
 
 
 def test_refused(bundle, settings, tmp_path, capsys):
-    with pytest.raises(UsageError, match="--parts single.00: the recording has none of it; it has double.00"):
+    with pytest.raises(UsageError, match=r"--parts single.00: the recording has none of it; it has double.00"):
         choose_replayed(bundle, open_carried(bundle), ["single.00"])
     with pytest.raises(UsageError, match="--with-recording doubel: no part is called so, and no kind; give all"):
         plan(replace(settings, recording=("doubel",)))

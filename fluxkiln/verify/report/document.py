@@ -4,7 +4,8 @@ The HTML is a pure function of the dict, so it can be made again from a stored `
 network, no fonts, no libraries, readable without JavaScript. Keys of the dict, all but the first two optional:
     title, target: strings. reference: what the reference is, in words.
     model: name, fingerprint, variant. shapes: height, width, tokens, steps. schemes: part or kind -> scheme.
-    parts: list of name, kind, scheme, bytes, device_memory, estimate_ms, made (`cast`, `compiled`, ...).
+    parts: list of name, kind, scheme, bytes, device_memory, estimate_ms, made (`cast`, `compiled`, ...), maybe
+    measured_ms.
     images: see `compare_pictures`. timings: list of name, seconds. memory: file -> {what: bytes}.
     devices: budget in bytes, peaks {way to load: bytes on each device}, load (the way that fits).
     heat: maps of `verify.heat`. runs: of `verify.runs`: several prompts and seeds.

@@ -44,6 +44,7 @@ GIVEN = {
     "prompts": ("prompts.txt", ("one", "two")),
     "seeds": ("0-1,3", (0, 1, 3)),
     "verify": (None, False),
+    "recording": ("double, tail", ("double", "tail")),
     "force": (None, True),
     "prove": (None, True),
 }  # fmt: skip

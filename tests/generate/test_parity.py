@@ -23,7 +23,7 @@ from fluxkiln.verify.reference import read_recording
 def settings(tmp_path_factory):
     return Settings(
         "cpu", "tiny-dev", size=(32, 32), tokens=16, components=("transformer",), scheme="W4BF16",
-        recording=("double", "tail"), build_dir=tmp_path_factory.mktemp("build"),
+        recording=("double_modulated", "tail"), build_dir=tmp_path_factory.mktemp("build"),
     )  # fmt: skip
 
 

@@ -45,7 +45,7 @@ class Neuron(Toolchain):
              "a shard, or what bfloat16 loses between the ranks", series=5),
     )  # fmt: skip
     gates = (
-        Gate("split|replicas|device", "*", "*", "ranks", "max_abs", 0.0, "reference",
+        Gate("split|replicas", "*", "*", "ranks", "max_abs", 0.0, "reference",
              "every rank holds the same activations after a reduction, to the bit, or they would drift apart"),
         Gate("split", "*", "part", "*", "relative_l2", 5e-6, "reference",
              "float32 on every rank; partial sums are added in another order than one rank adds them in"),

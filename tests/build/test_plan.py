@@ -200,6 +200,7 @@ def test_every_form_is_planned_for_devices_alone(prepared):
     assert not any(form["why"] for form in forms)
     alone = plan(prepared("bm1684x", components=("text_encoder",)).settings)["forms"]
     assert len(alone) == 1
+    assert alone[0]["estimate"]["step_ms"] is alone[0]["estimate"]["image_ms"] is None, "no image without the others"
 
 
 def test_a_form_that_there_is_not_says_why(prepared):

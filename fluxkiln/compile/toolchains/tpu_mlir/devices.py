@@ -219,9 +219,11 @@ def report_devices(checkpoint: Checkpoint, plan: Plan, binaries: Sequence[Binary
 
 
 def estimate(checkpoint: Checkpoint, binaries: Sequence[Binary]) -> tuple[dict[str, Any], list[str]]:
-    """`estimate_pipeline` of an image with the model's own number of steps."""
+    """`estimate_pipeline` of an image with the model's own number of steps; not of one that lacks a component."""
     parts = {binary.part: binary.facts.get("estimate_ms") for binary in binaries}
-    return estimate_pipeline(parts, checkpoint.model.steps[checkpoint.variant])
+    values, missing = estimate_pipeline(parts, checkpoint.model.steps[checkpoint.variant])
+    whole = {part.component for part in parts} == {*checkpoint.model.components}
+    return (values if whole else {**values, "image_ms": None}), missing
 
 
 def plan_files(checkpoint: Checkpoint, plan: Plan, binaries: Sequence[Binary]) -> dict[str, Any]:
@@ -242,9 +244,9 @@ def estimate_pipeline(parts: Mapping[Part, float | None], steps: int) -> tuple[d
         steps: denoising steps.
 
     Returns:
-        `once_ms` of the parts that run once an image; `step_ms` and `image_ms`, None when a part of the step has no
-        estimate: the sum would be too small; `by_kind`: how many `parts` of it have an estimate, and their summed `ms`.
-        Then the names of the parts that have none.
+        `once_ms` of the parts that run once an image; `step_ms` and `image_ms`, None when there is no part of the step
+        or one has no estimate: the sum would be too small; `by_kind`: how many `parts` of it have an estimate, and
+        their summed `ms`. Then the names of the parts that have none.
     """
     spent = {False: 0.0, True: 0.0}
     by_kind: dict[str, dict[str, Any]] = {}
@@ -255,7 +257,8 @@ def estimate_pipeline(parts: Mapping[Part, float | None], steps: int) -> tuple[d
             known["parts"] += 1
             known["ms"] += ms
     missing = [part for part, ms in parts.items() if ms is None]
-    step = None if any(part.traits.each_step for part in missing) else spent[True]
+    stepped = [part for part in parts if part.traits.each_step]
+    step = None if not stepped or {*stepped} & {*missing} else spent[True]
     image = None if step is None else spent[False] + steps * step
     values = {"steps": steps, "step_ms": step, "once_ms": spent[False], "image_ms": image, "by_kind": by_kind}
     return values, [part.name for part in missing]

@@ -99,6 +99,8 @@ def test_a_part_without_an_estimate_is_named_and_not_0():
     assert step["step_ms"] is None
     assert step["image_ms"] is None
     assert "single" not in step["by_kind"]
+    decoder, missing = estimate_pipeline({part("vae_decoder"): 1318.0}, steps=28)
+    assert (decoder["once_ms"], decoder["step_ms"], decoder["image_ms"], missing) == (1318.0, None, None, [])
 
 
 def test_hoisted_modulation_is_paid_once():

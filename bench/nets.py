@@ -16,6 +16,7 @@ from fluxkiln.compile.toolchains.tpu_mlir import measured
 from fluxkiln.compile.toolchains.tpu_mlir.devices import estimate
 from fluxkiln.compile.toolchains.tpu_mlir.jobs import planned_binaries
 from fluxkiln.compile.toolchains.tpu_mlir.moulds import make_mould
+from fluxkiln.quantize.schemes import parse_scheme
 from fluxkiln.settings import MODULATIONS, VAES, Settings
 
 # model, scheme, width and height: what is asked for most comes first
@@ -26,6 +27,7 @@ BUILDS = (
     ("full-dev", "BF16", (1024, 1024)),
     ("full-dev", "W8BF16", (1024, 1024)),
     ("full-dev", "W4BF16", (768, 1024)),
+    ("full-dev", "W8A8", (1024, 1024)),
 )
 
 
@@ -34,6 +36,8 @@ def measure() -> Figure:
     nets = {(*(net[name] for name in measured.KEY),): net for net in table["nets"]}
     before, rows = conditions(), []
     for modulation, (model, scheme, size), vae in itertools.product(MODULATIONS, BUILDS, VAES):
+        if parse_scheme(scheme).integer and modulation == "inline":
+            continue  # there is no such form
         prepared = outline(
             Settings("bm1684x", model, scheme=scheme, size=size, vae=vae, modulation=modulation, build_dir=WORK)
         )

@@ -54,7 +54,7 @@ def parity_command(
         finally:
             runner.close()
     _, page = write_report(out, build_report(found.ladder, facts))
-    rows = [row for row in found.ladder.rows if row.at.name == "device"]
+    rows = found.ladder.rows
     output.document(
         {
             "bundle": str(opened.folder),

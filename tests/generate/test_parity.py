@@ -68,7 +68,8 @@ def test_replayed(bundle):
     executor = open_executor(bundle, "ort")
     found = replay_bundle(bundle, executor)
     executor.close()
-    rows = [row for row in found.ladder.rows if row.at == DEVICE]
+    rows = found.ladder.rows
+    assert {row.at for row in rows} == {DEVICE}
     assert {row.part for row in rows} == {"double.00", "double.01", "tail"}
     assert {row.step for row in rows} == {0, 1}
     assert all(row.passed and row.previous == "executed" for row in rows)
@@ -100,7 +101,7 @@ def test_command(bundle, capsys, tmp_path, monkeypatch):
     assert document["passed"]
     assert list(document["parts"]) == ["tail"]
     report = json.loads((tmp_path / "parity" / "report.json").read_text())
-    assert {row["rung"] for row in report["rows"]} == {"executed", "device"}
+    assert {(row["rung"], row["previous"]) for row in report["rows"]} == {("device", "executed")}
     assert "measured_ms" in report["parts"][0]
     monkeypatch.setattr(
         "fluxkiln.generate.parity.run_rows",

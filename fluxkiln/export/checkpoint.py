@@ -136,12 +136,12 @@ def read_rows(ref: TensorRef, start: int, stop: int) -> np.ndarray[Any, Any]:
     return ref.change.apply(ref, stored, start) if ref.change else stored
 
 
-def read_blocks(ref: TensorRef) -> Iterator[np.ndarray[Any, Any]]:
-    """A tensor some rows at a time, as `read_tensor`."""
+def read_blocks(ref: TensorRef, most: int | None = None) -> Iterator[np.ndarray[Any, Any]]:
+    """A tensor some rows at a time, `most` bytes and at least a row, as `read_tensor`."""
     if not ref.shape:
         yield read_tensor(ref)
         return
-    step = max(1, _BLOCK_BYTES * ref.shape[0] // max(1, ref.nbytes))
+    step = max(1, (most or _BLOCK_BYTES) * ref.shape[0] // max(1, ref.nbytes))
     for start in range(0, ref.shape[0], step):
         yield read_rows(ref, start, min(start + step, ref.shape[0]))
 

@@ -160,6 +160,7 @@ def pull_bundle(
     *,
     verify_key: Path | None = None,
     require_signature: bool = False,
+    most: int | None = None,
     transfers: Transfers | None = None,
     progress: Progress | None = None,
 ) -> Pulled:
@@ -168,10 +169,11 @@ def pull_bundle(
     Args:
         verify_key: public key in PEM; the bundle then must be signed with its private half.
         require_signature: refuse what is not signed by that key; without a key nothing can be told, so everything is.
+        most: refuse what has more bytes; by default what no document may name has (`modelpack.MAX_TOTAL_BYTES`).
 
     Raises:
         IntegrityError: bytes that are not what the manifest says, or no valid signature where one must be.
-        UsageError: no such tag, or `destination` is something else than an earlier pull.
+        UsageError: no such tag, it is larger than `most`, or `destination` is something else than an earlier pull.
         RegistryError, ResourceError: see `pull`.
     """
     transfers = transfers or Transfers()
@@ -181,6 +183,11 @@ def pull_bundle(
     check_replaceable(destination)
     with _open(source, transfers, write=False) as (place, stop):
         found = look_up(place, source.name)
+        if most is not None and found.document.size > most:
+            raise UsageError(
+                f"{source} has {found.document.size} bytes, at most {most} were allowed; give --max-size more, or take "
+                "another bundle"
+            )
         signature = _signature(place, found.document, verify_key)
         state: SignatureState = "unsigned" if signature is None else "verified" if verify_key else "not checked"
         parity = parity_word(found.manifest.parity)

@@ -13,6 +13,7 @@ import click
 from fluxkiln.cli.options import PATH, SettingsFor, TargetCommand, settings_options
 from fluxkiln.cli.output import Output, count_text, json_option, open_progress
 from fluxkiln.errors import UsageError
+from fluxkiln.settings import parse_bytes
 from fluxkiln.verify.report.page import size as size_text
 
 if TYPE_CHECKING:
@@ -118,10 +119,13 @@ def publish_command(
 @click.argument("destination", metavar="DIR", type=PATH)
 @click.option("--verify", "verify_key", type=PATH, metavar="KEY", help="The publisher's public key (PEM).")
 @click.option("--require-signature", is_flag=True, help="Refuse what is not signed by that key.")
+@click.option("--max-size", metavar="SIZE", help="Refuse what is larger, 40GB say, before it comes. Default: 4TiB.")
 @transfer_options
 @json_option
 @click.pass_obj
-def pull_command(output: Output, /, reference: str, destination: Path, verify_key: Path | None, **how: Any) -> None:
+def pull_command(
+    output: Output, /, reference: str, destination: Path, verify_key: Path | None, max_size: str | None, **how: Any
+) -> None:
     """Fetch a bundle from a registry and check every byte.
 
     It comes into DIR/bundle, and beside it its model card, provenance, report and signature. DIR appears when all is
@@ -130,6 +134,7 @@ def pull_command(output: Output, /, reference: str, destination: Path, verify_ke
     """
     from fluxkiln.build.publish import UNSIGNED, pull_bundle
 
+    how["most"] = parse_bytes(max_size) if max_size else None
     with open_progress() as progress:
         done = pull_bundle(reference, destination, verify_key=verify_key, progress=progress, **how)
     document = done.found.document

@@ -42,6 +42,16 @@ def test_publish_and_pull_as_documents(fluxkiln, built, reference, tmp_path):
     assert fluxkiln("inspect", tmp_path / "out").code == 0
 
 
+def test_what_is_larger_than_allowed_is_not_pulled(fluxkiln, built, reference, tmp_path):
+    size = fluxkiln("publish", built, reference, "--json").document["size"]
+    refused = fluxkiln("pull", reference, tmp_path / "out", "--max-size", f"{size - 1}B")
+    assert refused.code == 2
+    assert f"has {size} bytes, at most {size - 1} were allowed; give --max-size more" in refused.error
+    assert not (tmp_path / "out").exists()
+    assert fluxkiln("pull", reference, tmp_path / "out", "--max-size", "much").code == 2
+    assert fluxkiln("pull", reference, tmp_path / "out", "--max-size", f"{size}B").code == 0
+
+
 def test_publish_and_pull_for_people(fluxkiln, built, reference, tmp_path):
     published, pulled = fluxkiln("publish", built, reference), fluxkiln("pull", reference, tmp_path / "out")
     assert "unsigned" in published.out

@@ -6,7 +6,6 @@ Sources: docs.docker.com, `docker login` (config.json, credential stores); conta
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import math
 import os
@@ -85,7 +84,7 @@ def _entry(entry: Mapping[str, Any], path: Path, name: str) -> Credential | None
         return None
     try:
         user, colon, password = base64.b64decode(auth, validate=True).decode().partition(":")
-    except (binascii.Error, UnicodeDecodeError):
+    except ValueError:  # no base64, no ASCII, no UTF-8
         colon = ""
     if not colon:
         raise RegistryError(f"{path} has no usable entry for {name}; log in again: docker login {name}")

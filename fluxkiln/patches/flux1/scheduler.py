@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 TRAINED_STEPS = 1000
 
@@ -21,6 +22,8 @@ def noise_levels(config: Mapping[str, Any], steps: int, image_tokens: int) -> ND
     Args:
         config: `scheduler_config.json`; where a key is missing diffusers' default counts.
     """
+    import numpy as np
+
     sigmas: Any = np.linspace(1.0, 1 / steps, steps).astype(np.float32)
     if config.get("use_dynamic_shifting", False):
         shift = shift_for(config, image_tokens)

@@ -109,6 +109,7 @@ def test_broken_helpers_are_named_and_not_quoted(own_credentials, helper, script
         ({"credHelpers": {"ghcr.io": "gone"}}, "docker-credential-gone is not installed"),
         ({"credHelpers": {"ghcr.io": "../../bin/sh"}}, "no legal name"),
         ({"auths": {"ghcr.io": {"auth": "***"}}}, "no usable entry"),
+        ({"auths": {"ghcr.io": {"auth": "\u0080"}}}, "no usable entry"),
         ({"auths": {"ghcr.io": {"auth": base64.b64encode(b"nocolon").decode()}}}, "no usable entry"),
         ([], "holds a JSON list, no object"),
     ],

@@ -80,12 +80,13 @@ def judge_scenes(
         count: how many of the fixed prompts.
 
     Returns:
-        The report's `judged`; None of a checkpoint that does not paint scenes.
+        The report's `judged`; None of a checkpoint that does not paint scenes, and of parts that are cut over cores:
+        no rung of theirs computes many images.
     """
     from fluxkiln.scenes.adherence import fixed_prompts, judge_images
 
     checkpoint = prepared.checkpoint
-    if not (checkpoint.root / RECIPE).is_file():
+    if not (checkpoint.root / RECIPE).is_file() or plan.layout is not None:
         return None
     asked, steps = fixed_prompts(count), min(most_steps, checkpoint.model.steps[checkpoint.variant])
     pairs = [(prompt.text, seed) for seed, prompt in enumerate(asked)]

@@ -61,6 +61,12 @@ def test_a_checkpoint_that_paints_nothing_is_not_judged(tiny_checkpoint, tmp_pat
     assert judge_scenes(prepared, prepared.plan, Silent()) is None
 
 
+def test_parts_that_are_cut_over_cores_are_not_judged(prepared):
+    cut = prepare(replace(prepared.settings, target="trn1", scheme="BF16"))
+    assert cut.plan.layout is not None
+    assert judge_scenes(cut, cut.plan, Silent()) is None
+
+
 def test_the_reference_run_takes_as_many_steps_as_its_picture_needs(prepared):
     assert prepared.steps == 2
     assert replace(prepared, settings=replace(prepared.settings, steps=3)).steps == 3

@@ -15,6 +15,10 @@ from pathlib import Path
 
 import atheris
 
+# first: numba compiles nothing that is instrumented
+import fluxkiln.export.finite
+import fluxkiln.export.low_rank  # noqa: F401
+
 with atheris.instrument_imports(include=["fluxkiln"], enable_loader_override=False):
     from tests.hostile.readers import READERS, samples, survives
 

@@ -57,6 +57,14 @@ def test_coverage_finds_no_bytes_either(name, tmp_path):
     assert "Done" in done.stderr
 
 
+def test_a_file_whose_name_is_no_text_is_refused(tmp_path):
+    """protobuf gives bytes for a string that is no UTF-8."""
+    data = next(one for one in samples("graph") if b"location" in one)
+    start = data.index(b"location") + len(b"location") + 2  # behind the value's tag and length
+    assert survives("graph", data, tmp_path / "good")
+    assert not survives("graph", data[:start] + b"\xff" + data[start + 1 :], tmp_path / "bad")
+
+
 def test_a_bug_is_seen(monkeypatch):
     """The control: a reader that raises something else fails."""
     monkeypatch.setitem(READERS, "broken", type(READERS["bmodel"])(lambda data, folder: {}[data]))

@@ -108,6 +108,11 @@ class Sidecar:
 
 
 def external_range(tensor: TensorProto) -> tuple[str, int, int]:
-    """File (relative to the graph's folder), offset and length of a tensor that lies outside the graph."""
+    """File (relative to the graph's folder), offset and length of a tensor that lies outside the graph.
+
+    Raises: KeyError, ValueError: it names no file, or no place in one.
+    """
     entries = {entry.key: entry.value for entry in tensor.external_data}
+    if not isinstance(entries["location"], str):  # protobuf gives bytes where they are no UTF-8
+        raise ValueError(f"its file is called {entries['location']!r}")
     return entries["location"], int(entries.get("offset", 0)), int(entries.get("length", 0))

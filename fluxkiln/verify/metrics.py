@@ -92,7 +92,7 @@ def compare(actual: AnyArray, expected: AnyArray, base: AnyArray | None = None) 
     whole, delta, weighted = np.zeros(4), np.zeros(4), np.zeros(4)
     error_C, size_C = np.zeros(channels), np.zeros(channels)
     max_abs = weight = 0.0
-    scale = None if base is None else _coarsest(actual, expected, base)
+    scale = None if base is None else _storage(actual, expected, base)
     with np.errstate(invalid="ignore", over="ignore"):
         for a, e, b in _chunks(actual, expected, base, channels):
             difference = a - e
@@ -179,7 +179,7 @@ def _products(actual: FloatArray, expected: FloatArray, difference: FloatArray) 
     return np.array([np.vdot(*pair) for pair in pairs])
 
 
-def _coarsest(actual: AnyArray, expected: AnyArray, base: AnyArray) -> tuple[int, float]:
+def _storage(actual: AnyArray, expected: AnyArray, base: AnyArray) -> tuple[int, float]:
     """Significant bits of the format that the values of `actual` fit, and the step of a stream that counts half."""
     used, delta, channels = 0, 0.0, expected.shape[-1] if expected.ndim else 1
     with np.errstate(invalid="ignore", over="ignore"):

@@ -47,7 +47,9 @@ def main(arguments: list[str]) -> int:
 
 
 def compare_builds(target: str, times: int, trees: Mapping[str, Path], folder: Path) -> None:
-    builds = {name: ["build", target, "--build-dir", str(folder / name), "--json"] for name in trees}
+    builds = {
+        name: ["build", target, "--model", "tiny-dev", "--build-dir", str(folder / name), "--json"] for name in trees
+    }
     cases = {
         "--help": (times, {name: ["--help"] for name in trees}),
         f"{target}, cold": (1, builds),

@@ -25,7 +25,7 @@ from fluxkiln.errors import FluxkilnError
 FOLDER = WORK / "kills"
 KILLS = 34  # of each work that takes seconds
 BUILD_KILLS = 12
-COMPONENTS = "text_encoder"
+MODEL, COMPONENTS = "tiny-dev", "text_encoder"
 # A kill comes within the time that the work takes undisturbed, or this at least.
 LEAST_SECONDS = 1.0
 PARTIAL = ".partial"
@@ -80,7 +80,7 @@ def measure() -> Figure:
         (
             "Each command is started again and again, in a fork of a process that has imported what it needs, and "
             "ended with all its processes by SIGKILL, after a time that is drawn from the one that it takes "
-            f"undisturbed. Builds are of {COMPONENTS}. After every kill each blob of the store "
+            f"undisturbed. Builds are of {MODEL}'s {COMPONENTS}. After every kill each blob of the store "
             "has the digest that it is named by, and what a folder shows under a final name is whole. At the end the "
             "work is done undisturbed: digests are those of a folder that was never killed, and nothing unfinished is "
             "left. A fault is whatever is not so.",
@@ -178,7 +178,8 @@ def _damage(folder: Path) -> list[str]:
 
 def _build(target: str, ends: tuple[int, ...] = (0,)) -> Work:
     def command(folder: Path) -> list[str]:
-        return ["build", target, "--no-verify", "--components", COMPONENTS, "--build-dir", str(folder)]
+        what = ("--model", MODEL, "--components", COMPONENTS)
+        return ["build", target, *what, "--no-verify", "--build-dir", str(folder)]
 
     return Work(f"build {target}", command, _bundle_digests, forget=_forget_results, ends=ends, kills=BUILD_KILLS)
 

@@ -184,22 +184,34 @@ def replay(prepared: Prepared, plan: Plan, recording: Recording, opened: OpenRun
     sampling = Sampling(prepared.steps, settings.seed, settings.prompt)
     plan, rungs = replace(plan, parts=opened.parts), opened.rungs
     calls = [(part, step) for part in plan.parts for step in range(len(recording.calls[part.name]))]
-    complete = is_complete(checkpoint, plan)
     weighed = {part: part_cost(checkpoint, plan, part) for part in plan.parts}
     costs = [weighed[part] for part, _ in calls]
     floor = sum(costs) / max(len(costs), 1) / LEAST_SHARE  # what a call costs whatever it computes
     costs = [cost + floor for cost in costs]
-    # of all rungs that a part has run at, the whole pipeline runs at one
-    progress.stage("verify", [*costs, *[sum(costs) / len(rungs)] * complete])
+    progress.stage("verify", costs)
     toolchain = toolchain_of(plan.target)
     ladder = Ladder(toolchain.rungs, toolchain.gates)
     ladder.carried = _carried(prepared, plan, recording, progress) if plan.shapes == prepared.plan.shapes else None
     *_, top = rungs
     below = {rung: runner for rung, runner in rungs.items() if rung != top}
+
+    def run_whole() -> PipelineResult:
+        components = list(dict.fromkeys(part.component for part in plan.parts))
+        once = [(part, step) for part, step in calls if not (part.traits.rows and step)]  # with the rows of all steps
+        ordered = sorted(once, key=lambda call: (components.index(call[0].component), call[1]))
+        progress.stage("pipeline", [weighed[part] + floor for part, _ in ordered])
+
+        def run(name: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+            outputs = rungs[top](name, inputs)
+            progress.done("pipeline", name, f"of {prepared.steps} steps at {name_shapes(plan.shapes)}")
+            return outputs
+
+        return run_pipeline(checkpoint, plan, sampling, run)
+
     with ThreadPoolExecutor(1, "below") as lower, ThreadPoolExecutor(1, "top") as upper:
         lower_parts = {part.name: lower.submit(replay_part, below, recording, part) for part in plan.parts}
         upper_parts = {part.name: upper.submit(replay_part, {top: rungs[top]}, recording, part) for part in plan.parts}
-        whole = upper.submit(run_pipeline, checkpoint, plan, sampling, rungs[top]) if complete else None
+        whole = upper.submit(run_whole) if is_complete(checkpoint, plan) else None
         try:
             for part, step in calls:
                 made = {**lower_parts[part.name].result()[step], **upper_parts[part.name].result()[step]}
@@ -238,7 +250,6 @@ def _with_pipeline(prepared: Prepared, plan: Plan, parity: Parity, runner: PartR
         image = {IMAGE_TIME: parity.pipeline.seconds}
         scheme = next(plan.scheme(part) for part in plan.parts if part.traits.is_block)
         compare_pipeline(parity.ladder, recording, scheme, parity.pipeline_rung, parity.pipeline)
-        progress.done("verify", "whole pipeline", f"{recording.steps} steps at {name_shapes(plan.shapes)}")
         runs = sample_runs(prepared, plan, parity.ladder, runner, parity.pipeline_rung, progress)
     spent = time.perf_counter() - parity.seconds["verify"]
     return replace(parity, runs=runs, seconds={"verify": spent, **recording.seconds, **image})
@@ -292,6 +303,8 @@ def _verify_large(
         f"compiled form not executed, {'too large' if able else 'no compiler here'}": ", ".join(left_out) or "none",
     }
     carried = executed.carried
+    if pipeline is not None:
+        progress.done("verify", "whole pipeline", f"1 step at {name_shapes(small.shapes)}")
     parity = Parity(ladder, recording, pipeline, PIPELINE_RUNG, {"verify": started}, facts, carried=carried)
     return _with_pipeline(prepared, small, parity, onnxruntime_rung(checkpoint, small, cache, 0), progress)
 

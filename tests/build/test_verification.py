@@ -10,6 +10,7 @@ import pytest
 
 from fluxkiln.build import verification
 from fluxkiln.build.budget import Limits, executed_parts
+from fluxkiln.build.make import prepare
 from fluxkiln.build.prepared import Prepared
 from fluxkiln.build.verification import record, verify
 from fluxkiln.compile import rungs
@@ -255,6 +256,19 @@ def test_a_small_models_component_is_replayed_alone(small_build, tmp_path):
     assert explain_failure(parity.ladder.rows) == ""
     assert parity.pipeline is None
     assert {row.part for row in parity.ladder.rows} == {part.name for part in parts}
+
+
+@pytest.mark.parametrize("modulation", ["inline", "hoisted"])
+def test_every_call_of_the_whole_pipeline_is_told_as_announced(small_build, tmp_path, modulation):
+    """What is left of it is told by these calls; hoisted modulations run once for all steps."""
+    model, told = small_build(scheme="BF16", target="cpu"), Told()
+    root, store = str(model.checkpoint.root), model.cache.store.root
+    small = prepare(Settings("cpu", root, modulation=modulation, steps=2, build_dir=tmp_path, store=store))
+    parity = verify(small, made_of(small), record(small), tmp_path / "work", told)
+    assert explain_failure(parity.ladder.rows) == ""
+    for stage in ("verify", "pipeline"):
+        assert told.announced[stage] == sum(line[0] == stage for line in told.lines) > len(small.plan.parts)
+    assert told.announced["pipeline"] < told.announced["verify"] or modulation == "inline"
 
 
 def test_a_failure_does_not_wait_for_what_is_executed(large, monkeypatch):

@@ -225,5 +225,5 @@ def test_a_build_says_what_it_does(target, tmp_path):
     lines = [line for _, line in said]
     assert not [line for line in lines if re.search(r"about 0(\.0)? s left", line)]
     stages = [line.partition(":")[0] for line in lines if " done in " in line]
-    assert {"template", "verify"} <= {*stages}
+    assert {"template", "verify", "pipeline"} <= {*stages}
     assert stages.index("template") < stages.index("verify")

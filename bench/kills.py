@@ -127,6 +127,8 @@ def kill(work: Work, order: random.Random) -> Outcome:
             os.killpg(process, signal.SIGKILL)
             os.waitpid(process, 0)
             outcome.kills += 1
+            if work.state(folder) == wanted:  # all was done but the end of the process; some refuse to do it twice
+                work.forget(folder)
         else:
             outcome.finished += 1
             if ended not in work.ends:

@@ -1,31 +1,34 @@
-"""What blocks add, by scheme: of wide-dev, as drawn by default and with the outliers of FLUX.1, and of scenes-dev."""
+"""What blocks add, by scheme: of wide-dev, as drawn by default and with the outliers of FLUX.1, and of scenes-dev.
+
+It fills the table that mixtures are chosen by where a checkpoint's own blocks were not measured.
+"""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from itertools import islice
-from typing import Any
 
 import numpy as np
 
-from bench.figure import WORK, Figure
+from bench.figure import WORK, Figure, conditions
+from fluxkiln.build.block_errors import ERRORS, known_errors, measure_errors, step_blocks
 from fluxkiln.build.calibration import DEFAULT_PROMPTS, calibrate
 from fluxkiln.build.make import prepare
-from fluxkiln.build.verification import record
-from fluxkiln.compile.rungs import dequantized_rung, onnxruntime_rung
+from fluxkiln.progress import Silent
+from fluxkiln.quantize.schemes import parse_scheme
 from fluxkiln.scenes.grammar import scenes
 from fluxkiln.settings import DEFAULT_STATISTICS, Settings, read_prompts
-from fluxkiln.types import Part, PartRunner
-from fluxkiln.verify.reference import Recording
 
 MODELS = (("wide-dev", DEFAULT_STATISTICS), ("wide-dev", "flux"), ("scenes-dev", DEFAULT_STATISTICS))
-SCHEMES = ("W8BF16", "W4BF16-rtn", "W4BF16", "W4BF16-gptq", "W8A8")
+SHIPPED = "wide-dev, flux"
+SCHEMES = ("BF16", "W8BF16", "W4BF16-rtn", "W4BF16", "W4BF16-gptq", "W8A8")
 PROMPTS, STEPS, SEED = 4, 4, 1000
 COMPONENTS = ("text_encoder", "text_encoder_2", "transformer")
 
 
 def measure() -> Figure:
-    columns: dict[str, list[str]] = {}
+    before, columns = conditions(), dict[str, list[str]]()
     for model, statistics in MODELS:
         prompts = read_prompts(DEFAULT_PROMPTS)[:PROMPTS]
         captions = tuple(prompt.text for _, prompt in islice(scenes(1), PROMPTS + 1))
@@ -34,8 +37,12 @@ def measure() -> Figure:
             prompts, settings = captions[1:], replace(settings, prompt=captions[0])
         calibrate(replace(settings, seed=SEED, steps=STEPS), prompts)
         label = model if statistics == DEFAULT_STATISTICS else f"{model}, {statistics}"
-        for kind, errors in block_errors(settings).items():
-            columns[f"{kind}, {label}"] = [f"{error:.4f}" for error in errors]
+        found = block_errors(settings)
+        if label == SHIPPED:
+            table = {"command": "python -m bench blocks", "conditions": before, "model": label, "errors": found}
+            ERRORS.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+        for kind in found[SCHEMES[0]]:
+            columns[f"{kind}, {label}"] = [f"{found[scheme][kind]:.4f}" for scheme in SCHEMES]
     return Figure(
         "Blocks by scheme",
         ("scheme", *columns),
@@ -48,32 +55,18 @@ def measure() -> Figure:
     )
 
 
-def block_errors(settings: Settings) -> dict[str, list[float]]:
-    """Kind of block -> its error in each of SCHEMES."""
-    prepared = prepare(settings)
-    context, recording = (prepared.checkpoint, prepared.cache), record(prepared)
-    squares: dict[str, list[list[float]]] = {}
-    for part in (part for part in prepared.plan.parts if part.traits.is_block and part.component == "transformer"):
-        exact = added(recording, part, onnxruntime_rung(context[0], prepared.plan, context[1]))
-        found = squares.setdefault(part.kind, [[] for _ in SCHEMES])
-        for scheme, errors in zip(SCHEMES, found, strict=True):
-            plan = prepare(replace(settings, scheme=scheme)).plan
-            stored = added(recording, part, dequantized_rung(context[0], plan, context[1]))
-            errors.append(root_mean_square(exact, stored) ** 2)
-    return {kind: [float(np.sqrt(np.mean(one))) for one in found] for kind, found in squares.items()}
-
-
-def added(recording: Recording, part: Part, run: PartRunner) -> list[Any]:
-    """What is added to every residual stream at every step, [1, L, D]."""
-    found, residual = [], dict(part.traits.residual)
-    for step in range(len(recording.calls[part.name])):
-        inputs = recording.inputs(part.name, step)
-        made = run(part.name, inputs)
-        found += [made[name] - inputs[stream] for name, stream in residual.items()]
-    return found
-
-
-def root_mean_square(exact: list[Any], stored: list[Any]) -> float:
-    """Relative error of what is added, over all of it."""
-    squares = [np.square(two - one).sum() / np.square(one).sum() for one, two in zip(exact, stored, strict=True)]
-    return float(np.sqrt(np.mean(squares)))
+def block_errors(settings: Settings) -> dict[str, dict[str, float]]:
+    """Scheme of SCHEMES -> kind of block -> its error."""
+    prepared, schemes = prepare(settings), [parse_scheme(name) for name in SCHEMES]
+    measure_errors(prepared, schemes, Silent())
+    errors, _ = known_errors(prepared, schemes)
+    kinds: dict[str, list[str]] = {}
+    for part in step_blocks(prepared.plan):
+        kinds.setdefault(part.traits.block, []).append(part.name)
+    return {
+        scheme.name: {
+            kind: round(float(np.sqrt(np.mean([errors[name, scheme] ** 2 for name in names]))), 6)
+            for kind, names in kinds.items()
+        }
+        for scheme in schemes
+    }

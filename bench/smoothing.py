@@ -13,9 +13,9 @@ from unittest import mock
 import numpy as np
 import torch
 
-from bench.blocks import added, root_mean_square
 from bench.figure import WORK, Figure
 from bench.formulations import whole_mlp
+from fluxkiln.build.block_errors import added, relative_error
 from fluxkiln.build.calibration import DEFAULT_PROMPTS
 from fluxkiln.build.make import prepare
 from fluxkiln.build.prepared import Prepared
@@ -197,7 +197,7 @@ def _errors(prepared: Prepared) -> dict[str, list[str]]:
             products = _Products(way)
             products.inputs, products.of = known.inputs, known.of
             with _in_place(products):
-                error = root_mean_square(exact, added(judged, part, runner))
+                error = relative_error(exact, added(judged, part, runner))
             squares.setdefault(part.kind, [[] for _ in WAYS])[place].append(error**2)
     return {kind: [f"{math.sqrt(np.mean(one)):.4f}" for one in found] for kind, found in squares.items()}
 

@@ -122,14 +122,20 @@ def _folder_locked(prepared: Prepared) -> Iterator[None]:
                 folder.rmdir()
 
 
-def plan(settings: Settings, budgets: Iterable[int] = ()) -> dict[str, Any]:
-    """What a build needs and takes, without running any of it: see `plan_build`; of budgets `mixtures`.
+def plan(
+    settings: Settings, budgets: Iterable[int] = (), measure: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
+    """What a build needs and takes, without running any of it: see `plan_build`; and `mixtures`, see `find_mixtures`.
 
     Nothing is written or fetched, and no large checkpoint is read: what is not there yet, synthetic or on the Hub, is
-    planned from its shapes.
+    planned from its shapes. To `measure` what blocks lose the checkpoint is read and run.
     """
+    from fluxkiln.build.mixture import find_mixtures, measure_blocks
     from fluxkiln.export.synth import synthesized_bytes
 
+    progress = progress or Silent()
+    if measure:
+        measure_blocks(prepare(settings, progress), progress)
     stand_in, download = find_stand_in(settings.model), 0
     if stand_in is not None:
         settings = replace(settings, model=stand_in.name)
@@ -137,11 +143,7 @@ def plan(settings: Settings, budgets: Iterable[int] = ()) -> dict[str, Any]:
     unread = stand_in is not None or unwritten_bytes(settings) or _unread_bytes(settings) > MOST_READ
     prepared = outline(settings) if unread else prepare(settings)
     planned = plan_build(prepared, _forms(prepared), download)
-    if budgets:
-        from fluxkiln.build.mixture import mix_blocks
-
-        planned["mixtures"] = [mix_blocks(prepared, budget).to_json() for budget in budgets]
-    return planned
+    return {**planned, "mixtures": [one.to_json() for one in find_mixtures(prepared, budgets)]}
 
 
 def _unread_bytes(settings: Settings) -> int:

@@ -52,6 +52,11 @@ class Figures:
         """The output's where it is known, else the weight's."""
         return self.weight_error if math.isnan(self.output_error) else self.output_error
 
+    @property
+    def cost(self) -> float:
+        """What a choice adds up."""
+        return self.error**2
+
 
 def measure(
     read_rows: Callable[[int, int], NDArray[Any]],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from fluxkiln.errors import SchemeError
 from fluxkiln.quantize.figures import Figures
@@ -92,10 +93,23 @@ def parse_budget(text: str, weights: int) -> int:
     return int(value * weights / 8) if match[2].startswith("bit") else int(value * _UNITS[match[2]])
 
 
-def choose(layers: Mapping[str, Sequence[Figures]], budget: int) -> dict[str, Figures]:
-    """For each layer one of its figures, so that all fit the budget and the squared errors add up to little.
+class Candidate(Protocol):
+    """What may be chosen: the bytes that it takes, and what is to be small in sum, a squared error say."""
 
-    Every layer begins with its smallest; the step that takes most squared error off a byte is taken as long as the
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def cost(self) -> float: ...
+
+
+AnyCandidate = TypeVar("AnyCandidate", bound=Candidate)
+
+
+def choose(layers: Mapping[str, Sequence[AnyCandidate]], budget: int) -> dict[str, AnyCandidate]:
+    """For each layer one of its options, so that all fit the budget and their costs add up to little.
+
+    Every layer begins with its smallest; the step that takes most cost off a byte is taken as long as the
     budget has room for it. Steps are along each layer's lower convex hull, so no better mixture has the same bytes but
     for the last step.
 
@@ -133,7 +147,7 @@ def choose_exactly(layers: Mapping[str, Sequence[Figures]], budget: int) -> dict
         rest -= smallest[name].size
         longer = sorted(
             (
-                (size + one.size, error + one.error**2, (*taken, one))
+                (size + one.size, error + one.cost, (*taken, one))
                 for size, error, taken in front
                 for one in options
                 if size + one.size + rest <= budget
@@ -147,9 +161,9 @@ def choose_exactly(layers: Mapping[str, Sequence[Figures]], budget: int) -> dict
     return dict(zip(layers, front[-1][2], strict=True))
 
 
-def _smallest(layers: Mapping[str, Sequence[Figures]], budget: int) -> dict[str, Figures]:
+def _smallest(layers: Mapping[str, Sequence[AnyCandidate]], budget: int) -> dict[str, AnyCandidate]:
     """The smallest option of every layer; SchemeError where even these do not fit."""
-    chosen = {name: min(options, key=lambda one: (one.size, one.error)) for name, options in layers.items()}
+    chosen = {name: min(options, key=lambda one: (one.size, one.cost)) for name, options in layers.items()}
     used = sum(one.size for one in chosen.values())
     if used > budget:
         raise SchemeError(
@@ -159,14 +173,14 @@ def _smallest(layers: Mapping[str, Sequence[Figures]], budget: int) -> dict[str,
     return chosen
 
 
-def _hull(options: Sequence[Figures], first: Figures) -> list[tuple[float, Figures]]:
-    """Steps from `first` on, each with the squared error it takes off a byte; gains fall from step to step."""
-    steps: list[tuple[float, Figures]] = []
+def _hull(options: Sequence[AnyCandidate], first: AnyCandidate) -> list[tuple[float, AnyCandidate]]:
+    """Steps from `first` on, each with the cost it takes off a byte; gains fall from step to step."""
+    steps: list[tuple[float, AnyCandidate]] = []
     here = first
     while True:
-        better = [one for one in options if one.size > here.size and one.error < here.error]
+        better = [one for one in options if one.size > here.size and one.cost < here.cost]
         if not better:
             return steps
-        gains = [((here.error**2 - one.error**2) / (one.size - here.size), one) for one in better]
+        gains = [((here.cost - one.cost) / (one.size - here.size), one) for one in better]
         gain, here = max(gains, key=lambda pair: pair[0])
         steps.append((gain, here))

@@ -22,7 +22,7 @@ def planned(tmp_path):
 @pytest.fixture
 def show(fluxkiln, monkeypatch):
     def run(planned, *arguments):
-        monkeypatch.setattr("fluxkiln.build.make.plan", lambda settings, budgets: planned)
+        monkeypatch.setattr("fluxkiln.build.make.plan", lambda *_: planned)
         return fluxkiln("plan", "bm1684x", *arguments)
 
     return run
@@ -109,9 +109,11 @@ def test_chips_are_an_option(fluxkiln, monkeypatch):
 
 def test_mixtures_are_shown_with_what_a_build_takes(show, planned):
     mixture = {
-        "budget": 7_984_906_240, "scheme": "W4BF16,single.00-37=W8A8", "large": 38, "blocks": 57,
-        "bytes": 7_900_000_000, "step_ms": 4900.0,
+        "budget": 7_984_906_240, "scheme": "W4BF16,single.00-37=W8A8", "blocks": {"W8A8": 38, "W4BF16": 19},
+        "bytes": 7_900_000_000, "step_ms": 4900.0, "error": 0.04567, "errors": "measured there",
     }  # fmt: skip
-    text = show({**planned, "mixtures": [mixture, {**mixture, "step_ms": None}]}, "--budget", "7615MiB").out
-    assert re.search(r"7.98 GB +38 of 57 +7.90 GB +4.9 s +W4BF16,single.00-37=W8A8", text)
-    assert re.search(r"7.90 GB +unknown ", text)
+    unknown = {**mixture, "step_ms": None, "error": None}
+    text = show({**planned, "mixtures": [mixture, unknown]}, "--budget", "7615MiB").out
+    assert re.search(r"7.98 GB +7.90 GB +4.9 s +4.6 % +38 W8A8, 19 W4BF16 +W4BF16,single.00-37=W8A8", text)
+    assert re.search(r"7.90 GB +unknown +unknown ", text)
+    assert "what a block loses was measured there" in text

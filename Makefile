@@ -45,7 +45,7 @@ BUNDLE_FIRST = bundle=$(if $(BUNDLE),$(call quoted,$(BUNDLE)),"$$($(BIN)/fluxkil
 	format clean distclean
 
 help:  ## this list
-	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 15
+	@grep -hE '^[a-z0-9 -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 17
 	@echo
 	@echo "Variables: MODEL (a preset, folder or Hugging Face id) STATISTICS=uniform|flux SIZE=WIDTHxHEIGHT TOKENS=N SCHEME=NAME VAE=kl|tiny COMPONENTS=A,B"
 	@echo "  LORA=FILE[:STRENGTH] MODULATION=inline|hoisted JOBS=N STEPS=N PROMPTS=FILE SEEDS=A,B-C"

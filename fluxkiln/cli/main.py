@@ -109,7 +109,8 @@ def show_version(context: click.Context, _: click.Parameter, wanted: bool) -> No
     cls=Commands,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     epilog="`fluxkiln COMMAND --help` says more. Every command takes --json: one JSON document on stdout. "
-    "Exit codes: 0 ok, 1 failure, 2 usage, 3 parity failed, 4 integrity, 5 missing toolchain.",
+    "Exit codes: 0 ok, 1 failure, 2 usage, 3 parity failed, 4 integrity, 5 missing toolchain, "
+    "130 interrupted.",
 )
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=show_version, help="Show it.")
 @json_option

@@ -103,4 +103,6 @@ class BundleCommand(click.Command):
         known = all_toolchains()  # that of a plug-in's target may have been left out
         targets = [(name, target.toolchain) for name, target in all_targets().items() if target.toolchain in known]
         with formatter.section("Executors, the default of a target first"):
-            formatter.write_dl([(name, ", ".join(known[toolchain].executors)) for name, toolchain in targets])
+            formatter.write_dl(
+                [(name, ", ".join(known[toolchain].executors) or "none: other programs") for name, toolchain in targets]
+            )

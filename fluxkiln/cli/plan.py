@@ -73,7 +73,7 @@ def plan_command(
         "disk": f"about {size_text(totals['disk_bytes'])} to write",
         "second size": _second_size(planned["seconds"], totals),
         "memory": f"about {size_text(totals['memory_peak_bytes'])} at most, on the machine that builds",
-        "download": size_text(totals["download_bytes"]) if totals["download_bytes"] else "",
+        "download": f"{size_text(fetched)}, part of that disk" if (fetched := totals["download_bytes"]) else "",
         "this machine": f"cannot build it: {planned['refused']}" if devices and planned["refused"] else "",
         "jobs": f"{totals['jobs']}, {totals['to_do']} to do" + "; --jobs-list shows them" * (not jobs_list),
     })  # fmt: skip

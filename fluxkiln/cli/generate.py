@@ -64,7 +64,8 @@ device_option = click.option(
     default=1,
     help="Images of each prompt. Default: 1.",
 )
-@click.option("--rows", type=int, metavar="N", help="Write a grid of all images as well, in N rows.")
+@click.option("--rows", "--n-rows", type=int, metavar="N", help="Write a grid of all images as well, in N rows.")
+@click.option("--save-raw", is_flag=True, help="No grid, each image by itself. This is the default.")
 @click.option("--size", metavar="WIDTHxHEIGHT", help="Checked against the bundle, which is compiled for one size.")
 @click.option("--tokens", type=int, metavar="N", help="Checked against the bundle, like the size.")
 @click.option("--executor", metavar="NAME", help="What runs the parts, see below. Default: by the bundle.")
@@ -75,6 +76,14 @@ device_option = click.option(
     is_flag=True,
     help="Packed weights on a CPU: round activations to 8 bits as well, which is not what was verified. Measured "
     "with W4BF16: 0.75 of the time; latents move by 0.3 %, where the weights' rounding moved them by 5.4 %.",
+)
+@click.option(
+    "--quantize",
+    is_flag=True,
+    help="MLX: put plain weights into codes of 4 bits while they are loaded, as its FLUX example does.",
+)
+@click.option(
+    "--no-t5-padding", is_flag=True, help="MLX: text as long as the prompt, not filled up to the bundle's tokens."
 )
 @click.option("--out", type=PATH, default=Path("images"), help="A folder, or one .png file. Default: ./images.")
 @click.option("--save-latents", is_flag=True, help="Write each image's packed latents beside it, as .npy.")
@@ -89,11 +98,14 @@ def generate_command(
     seed: int,
     n_images: int,
     rows: int | None,
+    save_raw: bool,
     size: str | None,
     executor: str | None,
     device: int | str | None,
     threads: int | None,
     fast: bool,
+    quantize: bool,
+    no_t5_padding: bool,
     out: Path,
     save_latents: bool,
     **asked: Any,
@@ -112,6 +124,8 @@ def generate_command(
     count = len(texts) * n_images
     if rows is not None and not 1 <= rows <= count:
         raise UsageError(f"--rows {rows}: there will be {count_text(count, 'image')}; give from 1 to {count}")
+    if save_raw and rows is not None:
+        raise UsageError(f"--save-raw: it writes no grid, and --rows {rows} asks for one; leave one of them out")
     if _is_file(out) and count > 1:
         raise UsageError(f"--out {out}: one file for {count} images; name a folder")
     if not _is_file(out) and out.exists() and not out.is_dir():
@@ -122,14 +136,16 @@ def generate_command(
     from fluxkiln.generate.painter import Painter, Request, check_request
     from fluxkiln.progress import Laps
 
-    requests = [Request(text, seed + number, size=checked, **asked) for text in texts for number in range(n_images)]
+    asked |= {"size": checked, "padded": not no_t5_padding}
+    requests = [Request(text, seed + number, **asked) for text in texts for number in range(n_images)]
+    options = {"threads": threads, "device": device, "fast": fast, "quantize": quantize, "no-t5-padding": no_t5_padding}
     laps = Laps()
     with open_progress() as progress:
         opened = open_bundle(bundle_folder(bundle), progress, whole=True)
         laps.lap("check")
         for request in requests:
             check_request(opened, request)
-        runner = open_executor(opened, executor, threads=threads, device=device, fast=fast)
+        runner = open_executor(opened, executor, **options)
         with Painter(opened, runner, laps) as painter:
             laps.lap("open")
             if (step := getattr(painter.executor, "step_seconds", 0.0)) > 5:

@@ -309,8 +309,9 @@ def open_executor(bundle: Bundle, name: str | None = None, **options: Any) -> Ex
     Args:
         name: of its toolchain's executors, the default for the bundle if None.
         options: `threads` of one operation, 0 for what the runtime thinks best; `device`, the number of a board or
-            what a runtime calls one; `fast`: activations of packed weights are rounded to 8 bits. None and False stand
-            for what was not given.
+            what a runtime calls one; `fast`: activations of packed weights are rounded to 8 bits; `quantize`: weights
+            are packed now; `no-t5-padding`: text may have fewer tokens than the bundle. None and False stand for what
+            was not given.
 
     Raises:
         UsageError: it cannot run this bundle, or not so. ToolchainError: its library, device or compiled files are
@@ -329,8 +330,9 @@ def open_executor(bundle: Bundle, name: str | None = None, **options: Any) -> Ex
     chosen = name or legal[0]
     taken = toolchain.takes.get(chosen, ())
     for option, value in options.items():
-        if option != "fast" and value is not None and option not in taken:
-            raise UsageError(f"--{option} {value}: the executor {chosen} does not use it; leave it out")
+        if option != "fast" and value is not None and value is not False and option not in taken:
+            given = f"--{option}" if value is True else f"--{option} {value}"
+            raise UsageError(f"{given}: the executor {chosen} does not use it; leave it out")
     if options.get("fast") and not ("fast" in taken and any("W" in part.scheme for part in bundle.manifest.parts)):
         schemes = ", ".join(dict.fromkeys(part.scheme for part in bundle.manifest.parts))
         raise UsageError(

@@ -34,7 +34,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One image to make. None: the model's default, or for `prompt_2` the prompt itself."""
+    """One image to make. None: the model's default, or for `prompt_2` the prompt itself.
+
+    Not `padded`, its text has as many tokens as it has; the executor has to take them.
+    """
 
     prompt: str
     seed: int = 0
@@ -43,6 +46,7 @@ class Request:
     guidance: float | None = None
     size: tuple[int, int] | None = None
     tokens: int | None = None
+    padded: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +115,12 @@ class Painter:
         """What the parts took up to now, loading included; the rest of the time is the pipeline's own."""
         return sum(self._chain.seconds.values())
 
-    def encode(self, prompt: str, prompt_2: str | None = None) -> Encoded:
+    def encode(self, prompt: str, prompt_2: str | None = None, padded: bool = True) -> Encoded:
         """Encode a prompt with both text encoders.
 
         A prompt longer than the tokens is cut, as diffusers does, and the notes say how much.
         """
-        return Encoded(*self._pipeline.encode(prompt, prompt_2))
+        return Encoded(*self._pipeline.encode(prompt, prompt_2, padded))
 
     def denoise(
         self,
@@ -233,8 +237,8 @@ def paint(
     for request in wanted:
         check_request(bundle, request)
     laps.lap("other")
-    encoded: dict[tuple[str, str | None], Encoded] = {}
-    prompts = list(dict.fromkeys((request.prompt, request.prompt_2) for request in wanted))
+    encoded: dict[tuple[str, str | None, bool], Encoded] = {}
+    prompts = list(dict.fromkeys((request.prompt, request.prompt_2, request.padded) for request in wanted))
     progress.stage("encode", len(prompts))
     for prompt in prompts:
         encoded[prompt] = painter.encode(*prompt)
@@ -251,7 +255,7 @@ def paint(
     for number, request in enumerate(wanted):
         began = time.perf_counter()
         steps = painter.denoise(
-            encoded[request.prompt, request.prompt_2],
+            encoded[request.prompt, request.prompt_2, request.padded],
             steps=request.steps, guidance=request.guidance, seed=request.seed,
         )  # fmt: skip
         for step in steps:
@@ -267,7 +271,7 @@ def paint(
         image = painter.decode(latents)
         laps.lap("decode")
         progress.done("decode", f"seed {request.seed}", "decoded")
-        notes = encoded[request.prompt, request.prompt_2].notes
+        notes = encoded[request.prompt, request.prompt_2, request.padded].notes
         yield Picture(request, image, latents, seconds + time.perf_counter() - began, notes)
     executor.release("vae")
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from fluxkiln.patches.pipeline import OnLatents, PartChain, Pipeline, PipelineFiles, Rendering, Sampling
 
 # Of this protocol; raised when a method is added or changes its meaning.
-API = 4
+API = 5
 
 Config = Mapping[str, Any]
 # component and tensor -> its values

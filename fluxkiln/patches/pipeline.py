@@ -65,8 +65,13 @@ class Rendering:
 class Pipeline(Protocol):
     """A model's loop on parts, in numpy, float32. One image at a time."""
 
-    def encode(self, prompt: str, prompt_2: str | None = None) -> tuple[dict[str, NDArray[Any]], tuple[str, ...]]:
-        """A prompt as `denoise` takes it, by diffusers' argument names, and sentences on what was cut of it."""
+    def encode(
+        self, prompt: str, prompt_2: str | None = None, padded: bool = True
+    ) -> tuple[dict[str, NDArray[Any]], tuple[str, ...]]:
+        """A prompt as `denoise` takes it, by diffusers' argument names, and sentences on what was cut of it.
+
+        Not `padded`, the longer text has as many tokens as it has, for parts that take any number.
+        """
 
     def denoise(
         self,

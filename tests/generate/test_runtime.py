@@ -121,7 +121,7 @@ def test_what_is_missing_is_named_with_its_extra(bundle, without, packages, comm
 
 @pytest.mark.parametrize(
     "module",
-    ["tpu_mlir.executors", "neuron.device", "neuron.split_bundle", "onnxruntime.toolchain"],
+    ["tpu_mlir.executors", "neuron.device", "neuron.split_bundle", "onnxruntime.toolchain", "mlx.executor"],
 )
 def test_executors_of_devices_are_light(module, tmp_path):
     script = (

@@ -62,9 +62,11 @@ class FluxParts:
     clip: PromptTokenizer
     t5: PromptTokenizer
 
-    def encode(self, prompt: str, prompt_2: str | None = None) -> tuple[dict[str, _Array], tuple[str, ...]]:
+    def encode(
+        self, prompt: str, prompt_2: str | None = None, padded: bool = True
+    ) -> tuple[dict[str, _Array], tuple[str, ...]]:
         ids, notes = self.clip.encode(prompt)
-        words, more = self.t5.encode(prompt_2 or prompt)
+        words, more = self.t5.encode(prompt_2 or prompt, padded)
         # CLIP is one part; the pooled row is picked here
         hidden = self._run("clip", input_ids=ids)["last_hidden_state"]
         pooled = hidden[:, pooled_row(ids, self.configs["text_encoder"])]
@@ -76,8 +78,9 @@ class FluxParts:
                 "last_hidden_state"
             ]
         hidden = self._run("t5_embed", input_ids=ids)["hidden_states_out"]
+        bias = self.constants["position_bias"][..., : ids.shape[1], : ids.shape[1]]
         for part in self._parts_of("t5_block"):
-            inputs = {"hidden_states": hidden, "position_bias": self.constants["position_bias"]}
+            inputs = {"hidden_states": hidden, "position_bias": bias}
             hidden = self.chain.run(part, inputs)["hidden_states_out"]
         return self._run("t5_final", hidden_states=hidden)["last_hidden_state"]
 
@@ -129,7 +132,8 @@ class FluxParts:
             return self._run_blocks(head, lambda part: {"modulation": rows[part.name]})
 
         def whole(step: int, tokens: _Arrays) -> _Array:
-            return self._run("transformer", **tokens, **at(step), **self._rotary)["sample"]
+            rotary = self._rotary_of(tokens["encoder_hidden_states"])
+            return self._run("transformer", **tokens, **at(step), **rotary)["sample"]
 
         if self._parts_of("transformer"):
             return whole
@@ -159,11 +163,12 @@ class FluxParts:
     def _run_blocks(self, embedded: _Arrays, condition: Callable[[Part], _Arrays]) -> _Array:
         """Blocks in the order of the parts and the tail, each with what `condition` has for it."""
         parts = self.chain.parts_of("transformer")
+        rotary = self._rotary_of(embedded["encoder_hidden_states_out"])
         (tail,) = (part for part in parts if part.traits.family == "tail")
         image, text = embedded["hidden_states_out"], embedded["encoder_hidden_states_out"]
         joint: _Array | None = None  # text and image as single blocks pass them on
         for part in (part for part in parts if part.traits.is_block):
-            given = {**condition(part), **self._rotary}
+            given = {**condition(part), **rotary}
             if part.traits.family == "single":
                 joint = np.concatenate([text, image], axis=1) if joint is None else joint
                 joint = self.chain.run(part, {"hidden_states": joint, **given})["hidden_states_out"]
@@ -186,9 +191,10 @@ class FluxParts:
         made: _Array = np.ascontiguousarray((image * 0.5 + 0.5).clip(0, 1).transpose(1, 2, 0), np.float32)
         return made
 
-    @property
-    def _rotary(self) -> dict[str, _Array]:
-        return {name: self.constants[name] for name in ("rotary_cos", "rotary_sin")}
+    def _rotary_of(self, text: _Array) -> dict[str, _Array]:
+        """Rows of text and image. Text has no position, so all its rows are alike: those of tokens that it lacks go."""
+        absent = self.shapes.tokens - text.shape[1]
+        return {name: self.constants[name][absent:] for name in ("rotary_cos", "rotary_sin")}
 
     def _parts_of(self, kind: str) -> tuple[Part, ...]:
         return tuple(part for part in self.chain.parts if part.kind == kind)

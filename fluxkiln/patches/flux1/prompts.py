@@ -41,8 +41,10 @@ class PromptTokenizer:
     tokens: int
     pad: int
 
-    def encode(self, prompt: str) -> tuple[NDArray[np.int64], tuple[str, ...]]:
+    def encode(self, prompt: str, padded: bool = True) -> tuple[NDArray[np.int64], tuple[str, ...]]:
         """Ids [1, tokens] int64, and a sentence on what of the prompt the encoder does not see; none where it fits.
+
+        Not `padded`, there are as many as the prompt has, and `tokens` at most.
 
         CheckpointError: the tokenizer fails, or gives ids that its encoder does not know.
         """
@@ -54,7 +56,7 @@ class PromptTokenizer:
             if odd := [one for one in (*ids, self.pad) if one >= self.words]:
                 raise ValueError(f"it gives the id {odd[0]}, and its encoder has {self.words}")
             if len(ids) <= tokens:
-                return np.array([ids + [self.pad] * (tokens - len(ids))], np.int64), ()
+                return np.array([ids + [self.pad] * ((tokens - len(ids)) * padded)], np.int64), ()
             # the last token is the end mark, which the cut prompt has as well
             kept, lost = [*ids[: tokens - 1], ids[-1]], ids[tokens - 1 : -1]
             text = self.tokenizer.decode(lost).replace(_END_OF_WORD, " ").strip()

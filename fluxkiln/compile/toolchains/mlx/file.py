@@ -31,7 +31,7 @@ from fluxkiln.errors import IntegrityError, SchemeError
 from fluxkiln.export.checkpoint import Checkpoint, read_rows
 from fluxkiln.export.safetensors_header import encode_header, read_header
 from fluxkiln.patches.model import OtherLayout
-from fluxkiln.quantize.formats import FILE_FORMATS
+from fluxkiln.quantize.formats import FILE_FORMATS, Format
 from fluxkiln.types import TensorRef
 
 if TYPE_CHECKING:
@@ -44,9 +44,8 @@ _INDEX = "model.safetensors.index.json"
 _PLANES = ("weight", "scales", "biases")
 
 
-def layout_of(checkpoint: Checkpoint, plan: Plan, folder: str) -> OtherLayout:
+def layout_of(checkpoint: Checkpoint, layout: str, folder: str) -> OtherLayout:
     """How the files of a folder of the checkpoint have its tensors; UsageError where they have no such component."""
-    layout = plan.target.chip
     if layout != SHARDED and folder in checkpoint.model.tokenizers:
         # the publisher's own, found by the names of the published folder
         return OtherLayout(file_names(checkpoint, folder), file=f"{folder}/model.safetensors")
@@ -55,7 +54,7 @@ def layout_of(checkpoint: Checkpoint, plan: Plan, folder: str) -> OtherLayout:
 
 def plan_file(checkpoint: Checkpoint, plan: Plan, folder: str) -> tuple[FileTensor, ...]:
     """The tensors of a folder's files; SchemeError as `plan_tensors`, and for sizes that the program has not."""
-    layout, config = layout_of(checkpoint, plan, folder), checkpoint.configs[folder]
+    layout, config = layout_of(checkpoint, plan.target.chip, folder), checkpoint.configs[folder]
     for key, value in layout.fixed.items():
         if config[key] != value:
             raise SchemeError(
@@ -75,7 +74,7 @@ def write_components(
     sharded = plan.target.chip == SHARDED
     facts = {"quantization_level": _level(tensors), "mflux_version": MFLUX_VERSION} if sharded else {}
     for number, shard in enumerate(_shards(tensors) if sharded else [tensors]):
-        name = f"{folder}/{number}.safetensors" if sharded else layout_of(checkpoint, plan, folder).file
+        name = f"{folder}/{number}.safetensors" if sharded else layout_of(checkpoint, plan.target.chip, folder).file
         (work / name).parent.mkdir(parents=True, exist_ok=True)
         _write_shard(work / name, shard, facts, count)
         begins[name] = [source.ref.name for one in shard for source in one.rows]
@@ -130,11 +129,29 @@ def _level(tensors: Sequence[FileTensor]) -> str:
 
 def read_components(checkpoint: Checkpoint, plan: Plan, folder: str, paths: Mapping[str, Path]) -> FileReader:
     """See `OpenFiles`; IntegrityError where a tensor is missing or has another dtype or shape."""
+    refs = _headers(paths)
+    tensors = {one.name: _reader(one, refs) for one in plan_file(checkpoint, plan, folder)}
+    layout = layout_of(checkpoint, plan.target.chip, folder)
+    return FileReader(checkpoint, folder, layout.tensors, tensors, ", ".join(paths))
+
+
+def planes_of(
+    checkpoint: Checkpoint, plan: Plan, folder: str, paths: Mapping[str, Path]
+) -> dict[str, tuple[Format, list[TensorRef]]]:
+    """Of each of the checkpoint's tensors that is in codes by itself: their format, and where its three planes lie."""
+    refs = _headers(paths)
+    return {
+        one.rows[0].ref.name: (FILE_FORMATS[one.form], [refs[name] for name, _, _ in _entries(one)])
+        for one in plan_file(checkpoint, plan, folder)
+        if one.form in FILE_FORMATS and len(one.rows) == 1
+    }
+
+
+def _headers(paths: Mapping[str, Path]) -> dict[str, TensorRef]:
     refs: dict[str, TensorRef] = {}
     for name, path in paths.items():
         refs |= read_header(path) if name.endswith(".safetensors") else {}
-    tensors = {one.name: _reader(one, refs) for one in plan_file(checkpoint, plan, folder)}
-    return FileReader(checkpoint, folder, layout_of(checkpoint, plan, folder).tensors, tensors, ", ".join(paths))
+    return refs
 
 
 def _reader(one: FileTensor, refs: Mapping[str, TensorRef]) -> ReadRows:

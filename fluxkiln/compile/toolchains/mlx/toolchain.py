@@ -6,16 +6,18 @@ import json
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.compile.bundle import Bundle
 from fluxkiln.compile.executor import Executor
-from fluxkiln.compile.plan import Made, Plan
+from fluxkiln.compile.plan import BundleFile, Made, Plan
 from fluxkiln.compile.repacker import LOADED, LOADED_GATE, NAMED, NAMED_GATE, Repacker, part_folders, weight_gates
 from fluxkiln.compile.toolchain import API, ToolStatus
 from fluxkiln.compile.toolchains.mlx.environment import mlx_environment, run_mlx
+from fluxkiln.compile.toolchains.mlx.executor import MlxExecutor
 from fluxkiln.compile.toolchains.mlx.file import (
     SHARDED,
     layout_of,
@@ -23,8 +25,10 @@ from fluxkiln.compile.toolchains.mlx.file import (
     read_components,
     write_components,
 )
-from fluxkiln.errors import UsageError
+from fluxkiln.compile.toolchains.mlx.graphs import GRAPHS_FILE, write_graphs
 from fluxkiln.export.checkpoint import Checkpoint
+from fluxkiln.progress import Laps, Progress
+from fluxkiln.settings import Settings
 
 if TYPE_CHECKING:
     from fluxkiln.compile.named import Numbers
@@ -41,10 +45,22 @@ class Mlx(Repacker):
     api = API
     name = "mlx"
     unproven = "no program that loads these files ran"
+    executors = ("mlx",)
+    takes: Mapping[str, tuple[str, ...]] = {"mlx": ("device", "quantize", "no-t5-padding")}
     rungs = (LOADED, NAMED)
     gates = (NAMED_GATE, LOADED_GATE, *weight_gates(_TURNS))
     write = staticmethod(write_components)
     read = staticmethod(read_components)
+
+    def make(
+        self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, settings: Settings, progress: Progress, laps: Laps
+    ) -> Made:
+        made = super().make(checkpoint, plan, cache, settings, progress, laps)
+        with tempfile.TemporaryDirectory() as root:
+            graphs = write_graphs(checkpoint, plan, cache, Path(root) / "graphs.json")
+            file = BundleFile(GRAPHS_FILE, cache.store.add_file(graphs))
+        laps.lap("graphs")
+        return replace(made, files=(*made.files, file))
 
     def check(self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> None:
         for folder in part_folders(plan):
@@ -57,16 +73,13 @@ class Mlx(Repacker):
             found = None
             if plan.target.chip == SHARDED and mlx_environment().find():
                 found = mflux_rows(checkpoint, plan, folder, made.own[folder])
-            elif stretch := layout_of(checkpoint, plan, folder).stretch:
+            elif stretch := layout_of(checkpoint, plan.target.chip, folder).stretch:
                 found = diffusers_rows(checkpoint, folder, plan_file(checkpoint, plan, folder), stretch)
             if found is not None:
                 compare_rows(ladder, checkpoint, plan, folder, found)
 
     def open_executor(self, bundle: Bundle, name: str | None, options: Mapping[str, Any]) -> Executor:
-        raise UsageError(
-            f"{bundle.folder} has MLX files, which other programs run: give the folder to mflux, or the files to MLX's "
-            "example, as docs/targets.md shows; for an image here use a bundle for cpu"
-        )
+        return MlxExecutor(bundle, options)
 
     def doctor(self) -> Sequence[ToolStatus]:
         env = mlx_environment()

@@ -61,8 +61,8 @@ def write(checkpoint, scheme, root):
     return plan, {name: root / name for name in names}
 
 
-def feed_forwards_exchanged(checkpoint, plan, folder, real=mlx_file.layout_of):
-    found = real(checkpoint, plan, folder)
+def feed_forwards_exchanged(checkpoint, layout, folder, real=mlx_file.layout_of):
+    found = real(checkpoint, layout, folder)
     other = {".linear1.": ".linear2.", ".linear2.": ".linear1."}
 
     def exchanged(one):

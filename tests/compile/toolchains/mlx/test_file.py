@@ -80,8 +80,8 @@ def test_diffusers_converters_find_every_row(example):
 def altered_layout(change):
     real = mlx_file.layout_of
 
-    def layout_of(checkpoint, plan, folder):
-        found = real(checkpoint, plan, folder)
+    def layout_of(checkpoint, layout, folder):
+        found = real(checkpoint, layout, folder)
         tensors = tuple(change(one) for one in found.tensors)
         return OtherLayout(tensors, found.architecture, found.facts, found.stretch, found.fixed, found.file)
 
@@ -117,8 +117,8 @@ def sharded(small_build, monkeypatch):
     _, schemes = find_target("mlx").parse_schemes("MLX4,single=MLX8", build.checkpoint.model.kinds)
     real = mlx_file.layout_of
 
-    def without_sizes(checkpoint, plan, folder):
-        found = real(checkpoint, plan, folder)
+    def without_sizes(checkpoint, layout, folder):
+        found = real(checkpoint, layout, folder)
         return OtherLayout(found.tensors, found.architecture, found.facts, found.stretch, {}, found.file)
 
     monkeypatch.setattr(mlx_file, "layout_of", without_sizes)

@@ -49,23 +49,38 @@ def synth_command(
 @click.argument("model")
 @click.argument("directory", metavar="DIR", type=PATH)
 @lora_option
+@click.option(
+    "--adapter",
+    metavar="mflux|mlx_example",
+    help="Write no checkpoint: DIR is a file with one LoRA that does what all of them do, for this program.",
+)
 @build_dir_option
 @json_option
 @click.pass_obj
-def fuse_command(output: Output, model: str, directory: Path, loras: tuple[str, ...], build_dir: Path) -> None:
+def fuse_command(
+    output: Output, model: str, directory: Path, loras: tuple[str, ...], adapter: str | None, build_dir: Path
+) -> None:
     """Write a checkpoint with LoRAs fused into it.
 
     MODEL is a synthetic preset, a folder or a Hugging Face id. DIR must be empty or not exist yet; it is there whole at
     the end or not at all. Files that no LoRA changes are hard links. `fluxkiln build --lora` needs no such checkpoint.
     """
     chosen = parse_loras(loras)
-    from fluxkiln.export.lora import check_loras, fuse_lora
+    from fluxkiln.export.adapter import write_adapter
+    from fluxkiln.export.checkpoint import open_checkpoint
+    from fluxkiln.export.lora import check_loras, fuse_lora, with_loras
     from fluxkiln.export.source import resolve_model
 
     check_loras(chosen)
     started = time.perf_counter()
     with open_progress() as progress:
         root = resolve_model(model, build_dir / "models", count_bytes(progress, "synthesize", "written"))
+        if adapter is not None:
+            opened = with_loras(open_checkpoint(root), chosen)
+            layers = write_adapter(directory, opened, adapter)
+            output.document({"adapter": str(directory), "for": adapter, "layers": layers, "lora": list(opened.loras)})
+            output.line(f"{directory}: {count_text(layers, 'layer')} for {adapter}")
+            return
         fused = fuse_lora(root, chosen, directory, count_bytes(progress, "fuse", "written"))
     seconds = time.perf_counter() - started
     output.document(

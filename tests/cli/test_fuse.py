@@ -42,6 +42,16 @@ def test_fuse_without_a_lora(capsys, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_adapter(capsys, tmp_path, tiny_checkpoint, style):
+    given = ["fuse", str(tiny_checkpoint("tiny-dev").root), str(tmp_path / "one.safetensors"), "--lora", f"{style}:0.5"]
+    assert main([*given, "--adapter", "mflux", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["for"], document["layers"]) == ("mflux", 1)
+    assert (tmp_path / "one.safetensors").is_file()
+    assert main([*given, "--adapter", "comfy"]) == 2
+    assert "adapters are written for mflux and mlx_example" in capsys.readouterr().err
+
+
 def test_parse_loras(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a.safetensors", "b c.safetensors", "d:0.5", "e,f"):

@@ -114,8 +114,9 @@ _STACKS = {"transformer_blocks": ("double_blocks", _DOUBLE), "single_transformer
 def mlx_lora(pairs: Mapping[str, Pair]) -> dict[str, Tensor]:
     """A LoRA of diffusers' layers as the MLX example has it: `lora_a` [I, R] and `lora_b` [R, O] of its own layers.
 
-    A layer that joins several has their ranks in sum: the downs side by side, the ups along the diagonal. The example's
-    loader takes any rank. Its scale is 1, so alpha / rank has to be in the ups.
+    A layer that joins several has their ranks in sum: the downs side by side, the ups along the diagonal; a pair of
+    rank 0 stands for a layer without one. The example's loader takes any rank. Its scale is 1, so alpha / rank has to
+    be in the ups.
 
     Source: `LoRALinear` and `Flux` of ml-explore/mlx-examples, flux/flux.
     """
@@ -130,7 +131,7 @@ def mlx_lora(pairs: Mapping[str, Pair]) -> dict[str, Tensor]:
         prefix, joined = _STACKS[stack]
         for layer, members in joined.items():
             here = [layers[member] for member in members if member in layers]
-            if len(here) == len(members):
+            if len(here) == len(members) and any(len(down) for down, _ in here):
                 found[f"{prefix}.{number}.{layer}.lora_a"] = torch.cat([down for down, _ in here]).T.contiguous()
                 found[f"{prefix}.{number}.{layer}.lora_b"] = _along_diagonal([up for _, up in here]).T.contiguous()
     return found

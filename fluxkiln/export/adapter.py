@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 # targets whose programs take adapters: by diffusers' names, and by those of MLX's FLUX example
-LAYOUTS = ("mflux", "mlx_example")
+ADAPTED = ("mflux", "mlx_example")
 _WEIGHT = ".weight"
 _INSTEAD = "fuse it: fluxkiln fuse, or --lora of a build"
 
@@ -35,8 +35,8 @@ def write_adapter(path: Path, checkpoint: Checkpoint, layout: str) -> int:
     """
     from safetensors.torch import save
 
-    if layout not in LAYOUTS:
-        raise UsageError(f"--adapter {layout}: adapters are written for {' and '.join(LAYOUTS)}")
+    if layout not in ADAPTED:
+        raise UsageError(f"--adapter {layout}: adapters are written for {' and '.join(ADAPTED)}")
     if path.exists():
         raise UsageError(f"{path} is there already; name a new file")
     model = checkpoint.model

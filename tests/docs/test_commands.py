@@ -28,6 +28,8 @@ NOT_RUN = {
     r"fluxkiln mould .*": "minutes of compiling; tests/build/test_mould_archive.py",
     r"fluxkiln (build|debug) .*bm1684x.*": "minutes of compiling; tests/build/test_make.py, tests/cli/test_debug.py",
     r"fluxkiln (generate|serve) --bundle build/cpu/.*": "of the bundle of `make cpu`; tests/generate",
+    r"fluxkiln generate --bundle build/mlx_example/.*": "of a bundle for MLX; tests/compile/toolchains/mlx",
+    r"fluxkiln fuse MODEL .*": "of somebody's LoRA; tests/export/test_adapter.py",
     r"fluxkiln train .*|fluxkiln judge .*": "minutes to hours of training; tests/train, tests/build/test_judged.py",
     r".*\btoy\b.*|.*tiny-toy.*": "of a distribution that test_adding.py installs, and runs them with",
     r"source \.venv/bin/activate": "of the shell",

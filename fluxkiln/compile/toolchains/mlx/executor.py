@@ -70,7 +70,7 @@ def as_build(bundle: Bundle) -> tuple[Checkpoint, Plan]:
 
 
 @dataclass(frozen=True, slots=True)
-class Session:
+class LoadedPart:
     """A part that is open: its graph, and its weights and constants as MLX has them."""
 
     graph: Graph
@@ -126,7 +126,7 @@ class MlxExecutor(GraphExecutor):
         arithmetic = "float32" if self.device == self.mx.cpu else "bfloat16 where the scheme has it"
         return {"runtime": f"MLX {self.version}", "device": f"{self.device.name}, {arithmetic}{codes}"}
 
-    def open(self, part: str) -> Session:
+    def open(self, part: str) -> LoadedPart:
         """A part with its weights; errors as a call."""
         found = find_part(self.plan.parts, part)
         graph = self.graphs["kinds"].get(found.kind)
@@ -141,7 +141,7 @@ class MlxExecutor(GraphExecutor):
                 for name, one in graph["constants"].items()
                 if "by_token" not in one
             }
-            return Session(graph, self._weights(found, graph), constants)
+            return LoadedPart(graph, self._weights(found, graph), constants)
 
     def _dtype(self, part: Part) -> Any:
         """Of activations: as OpenVINO's, sines of the timestep need float32, and CPUs compute all in it."""
@@ -186,7 +186,7 @@ class MlxExecutor(GraphExecutor):
             made = made.cut(step.dim, step.start, step.stop) if step.op == "slice" else made
         return made
 
-    def run(self, session: Session, part: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    def run(self, session: LoadedPart, part: str, inputs: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         import numpy as np
 
         mx, graph = self.mx, session.graph

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 GRAPHS_FILE = "host/graphs.json"
-LIMITS = DocumentLimits(nbytes=32 << 20, entries=2_000_000)
+GRAPH_LIMITS = DocumentLimits(nbytes=32 << 20, entries=2_000_000)
 
 
 class Constant(TypedDict):
@@ -36,7 +36,7 @@ class Constant(TypedDict):
     by_token: NotRequired[list[int]]
 
 
-class Input(TypedDict):
+class GraphInput(TypedDict):
     """An activation, and what one text token more adds to each of its axes."""
 
     name: str
@@ -44,7 +44,7 @@ class Input(TypedDict):
     by_token: list[int]
 
 
-class Operation(TypedDict):
+class GraphOperation(TypedDict):
     """An operation of ONNX: its type, the names of what it takes (empty for nothing) and gives, and how."""
 
     type: str
@@ -56,11 +56,11 @@ class Operation(TypedDict):
 class Graph(TypedDict):
     """What a kind computes; `slots` are the names and shapes of its weights."""
 
-    inputs: list[Input]
+    inputs: list[GraphInput]
     outputs: list[str]
     slots: dict[str, list[int]]
     constants: dict[str, Constant]
-    operations: list[Operation]
+    operations: list[GraphOperation]
 
 
 class Graphs(TypedDict):
@@ -79,7 +79,7 @@ def write_graphs(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, path: P
 
 def read_graphs(path: Path) -> Graphs:
     """The document; IntegrityError for another one."""
-    found: Any = read_object_file(path, Graphs, limits=LIMITS)
+    found: Any = read_object_file(path, Graphs, limits=GRAPH_LIMITS)
     return found  # type: ignore[no-any-return]
 
 
@@ -106,7 +106,7 @@ def _graph(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, kind: str) ->
     }
 
 
-def _inputs(specs: Sequence[TensorSpec], less: Sequence[TensorSpec], tokens: int) -> Iterator[Input]:
+def _inputs(specs: Sequence[TensorSpec], less: Sequence[TensorSpec], tokens: int) -> Iterator[GraphInput]:
     for spec, other in zip(specs, less, strict=True):
         added = [(size - before) // max(1, tokens) for size, before in zip(spec.shape, other.shape, strict=True)]
         yield {"name": spec.name, "shape": list(spec.shape), "by_token": added}
@@ -123,7 +123,7 @@ def _constant(array: Any, fewer: Any, tokens: int) -> Constant:
     return made
 
 
-def _read(model: ModelProto) -> tuple[list[Operation], dict[str, Any]]:
+def _read(model: ModelProto) -> tuple[list[GraphOperation], dict[str, Any]]:
     """The operations of a graph, and its constants, each by a name of its own wherever it is used.
 
     Exporters number what they make, and keep one of constants that happen to be equal: at one size, not at another.
@@ -133,7 +133,7 @@ def _read(model: ModelProto) -> tuple[list[Operation], dict[str, Any]]:
 
     stored = {one.name: numpy_helper.to_array(one) for one in model.graph.initializer}
     known = {one.name: one.name for one in (*model.graph.input, *model.graph.output)} | {"": ""}
-    operations, constants = list[Operation](), dict[str, Any]()
+    operations, constants = list[GraphOperation](), dict[str, Any]()
     for node in model.graph.node:
         taken = []
         for name in node.input:

@@ -13,7 +13,7 @@ from typing import Any
 from fluxkiln.errors import CompileError
 
 # attributes, arrays -> an array, or some
-Run = Callable[..., Any]
+Compute = Callable[..., Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class Codes:
         return replace(self, planes=tuple(planes))
 
 
-def known_operations(mx: Any) -> Mapping[str, Run]:
+def known_operations(mx: Any) -> Mapping[str, Compute]:
     """What runs each type of operation. Whole numbers come as lists, or as one where they are one."""
 
     def matmul(how: Any, x: Any, w: Any) -> Any:

@@ -22,7 +22,7 @@ from fluxkiln.settings import DEFAULT_STATISTICS, Settings, read_prompts
 
 MODELS = (("wide-dev", DEFAULT_STATISTICS), ("wide-dev", "flux"), ("scenes-dev", DEFAULT_STATISTICS))
 SHIPPED = "wide-dev, flux"
-SCHEMES = ("BF16", "W8BF16", "W4BF16-rtn", "W4BF16", "W4BF16-gptq", "W8A8")
+SCHEMES = ("BF16", "W8BF16", "W4BF16-rtn", "W4BF16", "W4BF16-gptq", "W8A8", "W8A8-qk")
 PROMPTS, STEPS, SEED = 4, 4, 1000
 COMPONENTS = ("text_encoder", "text_encoder_2", "transformer")
 

@@ -1,7 +1,8 @@
 """A part in the arithmetic of an integer scheme: its template with every product in codes computed as the chip does.
 
 What is not a product in codes is float32 arithmetic, as in the template. So this is the rung that compiled forms of the
-scheme are compared with: an error of the scheme is on both sides.
+scheme are compared with: an error of the scheme is on both sides. Of products of queries and keys the operands are
+rounded to 8 bits; their 16 bits, thousands of steps for a unit of the softmax, round less than float32 to bfloat16.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from fluxkiln.compile.onnx.filled import weight_matmuls
 from fluxkiln.compile.onnx.gated import gated_slots
 from fluxkiln.compile.onnx.products import replace_nodes
 from fluxkiln.compile.onnx.runner import Filling
+from fluxkiln.compile.onnx.scores import find_scores
 from fluxkiln.compile.plan import Plan
 from fluxkiln.compile.templates import specs_from_json, specs_to_json
 from fluxkiln.compile.weights import part_packers, part_weights
@@ -108,6 +110,7 @@ def integer_template(template: Template, scheme: Scheme, target: Path) -> tuple[
     vectors = {spec.name for spec in template.slots if len(spec.shape) == 1}
     coded = {one.output: one for one in weight_matmuls(template.path, activations) if scheme.in_codes(one.slot)}
     gated = {slot for slots, _ in gated_slots(template.path, activations, scheme) for slot in slots}
+    scores = {one.output for one in find_scores(template.path, activations)} if scheme.limit else set()
     readers: dict[str, list[NodeProto]] = {}
     for node in graph.node:
         for name in node.input:
@@ -144,6 +147,13 @@ def integer_template(template: Template, scheme: Scheme, target: Path) -> tuple[
     for node in graph.node:
         if node.output[0] in added:
             continue  # with its product
+        if node.output[0] in scores:
+            for place, operand in enumerate(node.input):
+                steps = emit("Mul", [operand, "to_score_codes"], f"{operand}/steps")
+                clipped = emit(
+                    "Clip", [emit("Round", [steps], f"{operand}/rounded"), "lowest", "highest"], f"{operand}/codes"
+                )
+                node.input[place] = emit("Mul", [clipped, "of_score_codes"], f"{operand}/stored")
         if node.output[0] not in coded:
             nodes.append(node)
             continue
@@ -173,7 +183,8 @@ def integer_template(template: Template, scheme: Scheme, target: Path) -> tuple[
         else:
             emit("Mul", [clipped, "of_products"], output)
     replace_nodes(graph, nodes)
-    graph.initializer.extend(make_tensor(name, 1, [], [value]) for name, value in _NUMBERS.items())
+    numbers = {**_NUMBERS, "to_score_codes": LEVELS / (scheme.limit or 1), "of_score_codes": scheme.limit / LEVELS}
+    graph.initializer.extend(make_tensor(name, 1, [], [value]) for name, value in numbers.items())
     graph.input.extend(make_tensor_value_info(spec.name, 1, spec.shape) for spec in slots.values())
     target.write_bytes(model.SerializeToString(deterministic=True))
     digest = "sha256:" + hashlib.sha256(target.read_bytes()).hexdigest()

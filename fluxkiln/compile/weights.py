@@ -21,6 +21,7 @@ from fluxkiln.artifacts.actions import Action, ActionCache, run_action
 from fluxkiln.artifacts.code import code_version
 from fluxkiln.compile.onnx.filled import weight_matmuls
 from fluxkiln.compile.onnx.gated import gated_slots
+from fluxkiln.compile.onnx.scores import find_scores
 from fluxkiln.compile.plan import Plan
 from fluxkiln.compile.templates import make_template, weights_digest
 from fluxkiln.digests import digest_json
@@ -34,7 +35,7 @@ from fluxkiln.quantize.pack import Rounder, RounderOf
 from fluxkiln.quantize.rounders import as_compiler, make_rounder, pack_sided, plain_packer
 from fluxkiln.quantize.schemes import Scheme
 from fluxkiln.quantize.side_tensors import GAINS, PackerOf, SidedWeight, SideTensors, side_slot, split_slot
-from fluxkiln.quantize.smoothing import find_gains
+from fluxkiln.quantize.smoothing import check_limit, find_gains
 from fluxkiln.types import Part, SlotBinding, Template, TensorRef, WeightReader
 
 # rows of the weights of one input that what stands beside their codes may be chosen by
@@ -290,6 +291,8 @@ def _stored_beside(
             gains = known.gains(gated).astype(ml_dtypes.bfloat16)
             found |= {side_slot(slot, GAINS): gains.view(np.uint16) for slot in gated}
             found |= {bias: (plain(bias) / gains).astype(ml_dtypes.bfloat16).view(np.uint16) for bias in biases}
+        for scores in find_scores(template.path, activations) if scheme.limit else ():
+            check_limit({slot: plain(slot) for slot in scores.norms}, scheme.limit)
         inputs: dict[str, list[str]] = {}
         for one in weight_matmuls(template.path, activations):
             if scheme.in_codes(one.slot):

@@ -9,6 +9,8 @@ y = round((sum(code_x code_w) + bias) multiplier / 2^shift) s_y, in 16 bits;
 bias = round(b / (s_w s_x)); multiplier = round(s_x s_w / s_y 2^shift), to even and the quotient in float32.
 What is rounded otherwise is rounded half away from zero, scales are in float64.
 
+Queries and keys, where they are in 8 bits too, have scales of their own, with which up to a scheme's limit is held.
+
 Source: TPU-MLIR 1.30.2, found by matching its output byte for byte.
 """
 
@@ -25,8 +27,8 @@ from fluxkiln.errors import SchemeError
 
 # the largest numbers in an input's codes and in a product's
 THRESHOLD = 256.0
-LEVELS = 127
-INPUT_SCALE, OUTPUT_SCALE = THRESHOLD / LEVELS, THRESHOLD / (LEVELS * 257)
+LEVELS, WIDE_LEVELS = 127, 127 * 257
+INPUT_SCALE, OUTPUT_SCALE = THRESHOLD / LEVELS, THRESHOLD / WIDE_LEVELS
 LARGEST_MULTIPLIER = 2**31 - 1
 
 

@@ -25,11 +25,10 @@ from fluxkiln.types import Kind, Part
 Arithmetic = Literal["F32", "F16", "BF16"]
 # what a scheme without a method means: of the methods without calibration the one that leaves least, where that shows
 DEFAULT_METHODS: Mapping[int, str] = {0: "rtn", 4: "ls", 8: "rtn"}
-# Of what has a way of its own to find codes, or none.
-_NO_METHOD = DEFAULT_METHODS[0]
+_NO_METHOD = DEFAULT_METHODS[0]  # also of what has a way of its own to find codes
 GROUP_SIZES = (32, 64, 128)
 DEFAULT_GROUP_SIZE = 64
-_KEPT = "bf16:"
+_KEPT, _SCORES, DEFAULT_LIMIT = "bf16:", "qk", 6
 _BLOCKS = re.compile(r"(?P<family>\w+)\.(?P<first>\d+)(-(?P<last>\d+))?")
 
 
@@ -49,6 +48,7 @@ class Scheme:
         form: of `quantize.formats`, which then says bits and group size; empty for codes, scales and zero points as
             compilers take them.
         integer: a matmul's inputs are rounded to 8 bits as well, see `quantize.integer`; a scale a row of the weight.
+        limit: of queries and keys whose products are in integers too, see `smoothing.balance`; 0: they are not.
     """
 
     arithmetic: Arithmetic
@@ -60,10 +60,13 @@ class Scheme:
     kept: tuple[str, ...] = ()
     form: str = ""
     integer: bool = False
+    limit: int = 0
 
     def __post_init__(self) -> None:
         if self.form or self.integer:
-            self._check_own_way()
+            if self.method != _NO_METHOD or self.symmetric:
+                left_out = "sym" if self.symmetric else self.method
+                raise SchemeError(f"{self._format} has a way of its own to find codes; leave {left_out} out")
         elif self.weight_bits not in (0, 4, 8):
             raise SchemeError(f"{self.weight_bits}-bit weights: 4, 8 and unquantized are supported")
         elif self.weight_bits and self.group_size not in GROUP_SIZES:
@@ -87,11 +90,6 @@ class Scheme:
                 raise SchemeError(
                     f"{pattern!r} is no pattern of weights; letters, digits and _ . * ? [ ] ! may be in it"
                 )
-
-    def _check_own_way(self) -> None:
-        if self.method != _NO_METHOD or self.symmetric:
-            left_out = "sym" if self.symmetric else self.method
-            raise SchemeError(f"{self._format} has a way of its own to find codes; leave {left_out} out")
 
     def keeps(self, slot: str) -> bool:
         """Whether a slot stays in the scheme's arithmetic though the others of its part are quantized."""
@@ -167,7 +165,7 @@ class Scheme:
         if self.form:
             return self.form
         if self.integer:
-            return "W8A8"
+            return "W8A8" + (f"-{_SCORES}{self.limit if self.limit != DEFAULT_LIMIT else ''}" if self.limit else "")
         group = "" if self.group_size in (0, DEFAULT_GROUP_SIZE) else f"-g{self.group_size}"
         return f"W{self.weight_bits}{self.arithmetic}{group}"
 
@@ -196,7 +194,7 @@ _NAMED: Mapping[str, Scheme] = {
     **{name: Scheme("BF16", one.bits, one.group, form=name) for name, one in FILE_FORMATS.items()},
 }
 SCHEME_NAMES = (
-    *(name for name in _NAMED if name not in FILE_FORMATS),
+    *(name for name in _NAMED if name not in FILE_FORMATS), f"W8A8-{_SCORES}",
     *(f"W4BF16-g{size}" for size in GROUP_SIZES if size != DEFAULT_GROUP_SIZE),
 )  # fmt: skip
 _LEGAL = (
@@ -221,6 +219,8 @@ def parse_scheme(text: str) -> Scheme:
             key, value = "group_size", int(piece[1:])
             if scheme.weight_bits != 4:
                 raise SchemeError(f"scheme {text!r}: only W4BF16 has groups; {_LEGAL}")
+        elif scheme.integer and (limit := re.fullmatch(rf"{_SCORES}([1-9]\d*)?", piece)):
+            key, value = "limit", int(limit[1] or DEFAULT_LIMIT)
         elif re.fullmatch(r"r\d+", piece):
             key, value = "rank", int(piece[1:])
         elif piece in method_names() or piece == "sym":

@@ -10,7 +10,8 @@ Source: Xiao et al., SmoothQuant (arXiv 2211.10438), equation 4; the choice is o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.errors import SchemeError
@@ -101,6 +102,22 @@ def find_gains(largest_O: NDArray[Any]) -> NDArray[Any]:
     found: NDArray[Any] = np.exp2(np.maximum(exponents, LEAST_GAIN)).astype(np.float32)
     found[0] *= 2 if (found == found[0]).all() else 1
     return found
+
+
+def check_limit(norms: Mapping[str, NDArray[Any]], limit: int) -> None:
+    """Raise SchemeError where queries or keys with these weights of norms, slot -> [K], may be larger than `limit`.
+
+    A normalized head has K numbers whose squares add up to K, and rotation keeps the length of a pair: so no number is
+    larger than the largest weight times K^1/2, and no product of a query and a key than the square of that.
+    """
+    import numpy as np
+
+    for slot, weight in norms.items():
+        if (most := float(np.abs(weight).max()) * math.sqrt(len(weight))) > limit:
+            raise SchemeError(
+                f"queries or keys may reach {most:.3g} with {slot}, W8A8-qk{limit} holds {limit}; ask for "
+                f"W8A8-qk{math.ceil(most)} there, or for W8A8"
+            )
 
 
 METHOD = Method(rtn.METHOD.rounder, calibrated=True, roles=(RECIPROCALS,), side_tensors=smooth)

@@ -31,7 +31,7 @@ def test_names_there_and_back(name):
 
 
 def test_names_are_distinct():
-    assert len({parse_scheme(name) for name in SCHEME_NAMES}) == len(SCHEME_NAMES) == 8
+    assert len({parse_scheme(name) for name in SCHEME_NAMES}) == len(SCHEME_NAMES) == 9
 
 
 @pytest.mark.parametrize(
@@ -47,6 +47,8 @@ def test_names_are_distinct():
         ("W4BF16-r8-svd-g32", "W4BF16-g32-svd-r8", "W4BF16-g32-svd-r8"),
         ("W4BF16-awq", "W4BF16-awq", "W4BF16-awq"),
         ("w4bf16-gptq-bf16:B.c+a*", "W4BF16-gptq-bf16:B.c+a*", "W4BF16-bf16:B.c+a*"),
+        ("w8a8-QK6", "W8A8-qk", "W8A8-qk"),
+        ("W8A8-bf16:to_v-qk8", "W8A8-qk8-bf16:to_v", "W8A8-qk8-bf16:to_v"),
         ("W4BF16-bf16:a*+B.c+a*", "W4BF16-bf16:B.c+a*", "W4BF16-bf16:B.c+a*"),
     ],
 )
@@ -89,6 +91,9 @@ def test_default_group_size_may_be_written():
         ("W4BF16-bf16:", "'' is no pattern of weights"),
         ("W8A8-gptq", "W8A8 has a way of its own to find codes; leave gptq out"),
         ("W8A8-g32", "only W4BF16 has groups"),
+        ("W8A8-qk0", "no scheme is called 'W8A8-qk0'"),
+        ("W8A8-qk-qk4", "says two things about its limit"),
+        ("W4BF16-qk", "no scheme is called 'W4BF16-qk'"),
         ("W4BF16-bf16:a;b", "'a;b' is no pattern of weights"),
     ],
 )

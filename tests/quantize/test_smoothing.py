@@ -12,7 +12,7 @@ from fluxkiln.quantize.calibration import Statistics
 from fluxkiln.quantize.integer import INPUT_SCALE, LEVELS, THRESHOLD, pack_integer
 from fluxkiln.quantize.methods import Source
 from fluxkiln.quantize.sizes import count_sizes
-from fluxkiln.quantize.smoothing import find_gains, find_smoothing, smooth
+from fluxkiln.quantize.smoothing import check_limit, find_gains, find_smoothing, smooth
 from tests.quantize.weights import gather, make_inputs, make_weight
 
 WEIGHT = make_weight("student", (96, 192)).astype(np.float32)
@@ -80,3 +80,21 @@ def test_a_channel_that_was_small_so_far_may_become_as_large_as_others():
     found = find_smoothing(WEIGHT, sizes)
     assert (np.abs(others / found)[:, 5] < THRESHOLD).mean() > 0.9
     assert product_error(found, others) < 0.1
+
+
+def test_no_token_makes_a_query_that_is_larger_than_its_norm_says():
+    random = np.random.default_rng(0)
+    tokens = random.standard_normal((500, 64)) * np.exp(3 * random.standard_normal(64))
+    normed = tokens / np.sqrt(np.mean(np.square(tokens), axis=-1, keepdims=True))
+    weight = np.abs(random.standard_normal(64)) / 4
+    pairs = np.linalg.norm((normed * weight).reshape(500, 32, 2), axis=-1)
+    most = 8 * weight.max()
+    assert 0.4 * most < pairs.max() <= most
+    check_limit({"q": weight}, int(np.ceil(most)))
+
+
+def test_larger_queries_and_keys_are_refused_with_what_holds_them():
+    norms = {"q": np.ones(64), "k": np.full(64, -1.4)}
+    check_limit(norms, 12)
+    with pytest.raises(SchemeError, match=r"may reach 11.2 with k, W8A8-qk8 holds 8; ask for W8A8-qk12 there"):
+        check_limit({**norms, "q": np.zeros(64)}, 8)

@@ -14,7 +14,7 @@ TARGET = Target(
     toolchain="tpu_mlir",
     chip="bm1684x",
     graph_format="onnx17",
-    schemes=("W4BF16", "W8BF16", "W8A8", "BF16", "F16", "F32"),
+    schemes=("W4BF16", "W8BF16", "W8A8", "W8A8-qk", "BF16", "F16", "F32"),
     narrow=True,
     boards=(
         Board("SE7-32", 1, _SAMPLE, "7615 + 2360 + 2360 MiB (NPU, VPU, VPP), as the published FLUX.1 sample sets it"),

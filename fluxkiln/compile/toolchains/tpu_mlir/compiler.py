@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxkiln.compile.onnx.filled import WeightMatMul, weight_matmuls
+from fluxkiln.compile.onnx.scores import find_scores
 from fluxkiln.compile.process import run_tool
 from fluxkiln.compile.toolchains.tpu_mlir import environment
 from fluxkiln.compile.toolchains.tpu_mlir.bmodel import normalise_time, read_bmodel
@@ -101,7 +102,8 @@ def compile_graph(env: TpuMlirEnv, job: CompileJob, folder: Path, log: Path) -> 
         deploy += ["--quant_input"] * job.narrow_inputs + ["--quant_output"] * job.narrow_outputs
     if job.scheme.integer:
         products = set(_lowered_names(matmuls, folder / "top.mlir"))
-        deploy += ask_for_integers(folder, products, job.scheme.arithmetic)
+        scores = {f"{name}_MatMul" for name in _scores(job)}
+        deploy += ask_for_integers(folder, products, scores, job.scheme.limit, job.scheme.arithmetic)
     elif job.scheme.arithmetic != "F32":
         table = dict.fromkeys(f32_table(job.graph), "F32") if job.keep_f32 else {}
         if job.scheme.weight_bits:
@@ -167,6 +169,11 @@ def _lowered_names(matmuls: list[WeightMatMul], top: Path) -> Iterator[str]:
         yield found[0]
 
 
+def _scores(job: CompileJob) -> list[str]:
+    """The products of queries and keys that are to be in integers."""
+    return [one.output for one in find_scores(job.template, job.activations)] if job.scheme.limit else []
+
+
 def _check(job: CompileJob, matmuls: list[WeightMatMul], folder: Path) -> Compiled:
     found = sorted(folder.glob("*_tpu.mlir"))
     if len(found) != 1:
@@ -180,7 +187,7 @@ def _check(job: CompileJob, matmuls: list[WeightMatMul], folder: Path) -> Compil
     normalise_time(bmodel)
     count, quantized = text.count('"tpu.A16MatMul"'), _quantized_weights(text)
     if job.scheme.integer:
-        count, quantized = check_integers(text, len(matmuls), job.net)
+        count, quantized = check_integers(text, len(matmuls), len(_scores(job)), job.scheme.limit, job.net)
     expected = _weight_elements(job.template, matmuls) if job.scheme.weight_bits else 0
     if quantized != expected:
         raise CompileError(

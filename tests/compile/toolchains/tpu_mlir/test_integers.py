@@ -12,30 +12,18 @@ from fluxkiln.build.calibration import DEFAULT_PROMPTS, calibrate
 from fluxkiln.build.make import prepare
 from fluxkiln.compile.integers import integer_template
 from fluxkiln.compile.onnx.filled import weight_matmuls
+from fluxkiln.compile.onnx.scores import find_scores
 from fluxkiln.compile.plan import BundleFile, Made
-from fluxkiln.compile.rungs import look_below
+from fluxkiln.compile.rungs import dequantized_rung, look_below
 from fluxkiln.compile.templates import make_template
 from fluxkiln.compile.toolchains.tpu_mlir import cast as own_cast
 from fluxkiln.compile.toolchains.tpu_mlir import integers
 from fluxkiln.compile.toolchains.tpu_mlir.cast import read_map
 from fluxkiln.compile.toolchains.tpu_mlir.executors import Simulator
 from fluxkiln.compile.toolchains.tpu_mlir.forms import (
-    BIAS,
-    CODES,
     MULTIPLIER,
-    Form,
-    FormMaker,
-    integer_candidates,
-    likely_shifts,
-    whole_rows,
 )
 from fluxkiln.compile.toolchains.tpu_mlir.graphs import add_side_tensors
-from fluxkiln.compile.toolchains.tpu_mlir.integers import (
-    ask_for_integers,
-    check_integers,
-    same_but_for_shifts,
-    set_multipliers,
-)
 from fluxkiln.compile.toolchains.tpu_mlir.moulds import compile_part, make_mould, prove_cast
 from fluxkiln.compile.toolchains.tpu_mlir.rungs import check_lowered, lay_out_lowered, open_stored
 from fluxkiln.compile.toolchains.tpu_mlir.toolchain import TOOLCHAIN
@@ -44,99 +32,15 @@ from fluxkiln.errors import CompileError, SchemeError
 from fluxkiln.export.bindings import bind_part, weight_reader
 from fluxkiln.progress import Silent
 from fluxkiln.quantize.calibration import Calibration
-from fluxkiln.quantize.integer import INPUT_SCALE, OUTPUT_SCALE, integer_multipliers, pack_integer
 from fluxkiln.quantize.side_tensors import GAINS, RECIPROCALS, side_slot, split_slot
 from fluxkiln.settings import Settings, read_prompts
 from fluxkiln.types import Shapes, find_part
 from fluxkiln.verify.gates import first_bad_rung
 from fluxkiln.verify.metrics import compare
 from tests.builds import Build, altered, chip_ladder, opened_rungs
-from tests.quantize.weights import make_weight
 
 NAME, OTHER = "single.00", "single.01"
 SHAPES = Shapes(height=32, width=32, tokens=16)
-WEIGHT, BIAS_VALUES = make_weight("student", (96, 64)), make_weight("gaussian", (96,))
-TOP = """    %0 = "top.None"() : () -> none loc(#loc)
-    %1 = "top.Input"(%arg0) {} : (tensor<1x4xf32>) -> tensor<1x4xf32> loc(#loc1)
-    %2 = "top.Weight"() : () -> tensor<4x4xf32> loc(#loc2)
-    %3 = "top.MatMul"(%1, %2, %0) {output_transpose = false} : (tensor<1x4xf32>) -> tensor<1x4xf32> loc(#loc3)
-    %4 = "top.MatMul"(%3, %2, %0) {output_transpose = false} : (tensor<1x4xf32>) -> tensor<1x4xf32> loc(#loc4)
-#loc1 = loc("x")
-#loc2 = loc("w")
-#loc3 = loc("first")
-#loc4 = loc("second")
-"""
-LOWERED = """    %5 = "tpu.MatMul"(%1, %2, %0, %3, %0) {{multipliers = [1, 2], rshifts = [9, 9]}} : (tensor<1x4x!quant.uniform<i8:bf16, 2.0>>, tensor<4x2xi8>, none, tensor<2xsi32>, none) -> tensor<1x2x!quant.uniform<{0}:f32, 0.5>> loc(#loc5)
-#loc5 = loc("first")
-"""  # noqa: E501  # as the compiler writes it
-
-
-def test_what_the_compiler_is_told(tmp_path):
-    (tmp_path / "top.mlir").write_text(TOP)
-    arguments = ask_for_integers(tmp_path, {"first"}, "BF16")
-    lines = (tmp_path / "top.mlir").read_text().splitlines()
-    assert [line.count("output_int16 = true") for line in lines][3:5] == [1, 0]
-    assert (tmp_path / "table").read_text() == "x BF16\nsecond BF16\n"
-    thresholds = (tmp_path / arguments[arguments.index("--calibration_table") + 1]).read_text()
-    assert thresholds == "".join(f"{name} 256.0 -256.0 256.0\n" for name in ("x", "first", "second"))
-
-
-def test_products_of_8_bits_are_missed():
-    assert check_integers(LOWERED.format("i16"), 1, "net") == (1, 8)
-    with pytest.raises(CompileError, match="1 of 1 matmuls take 8 bits and 0 of them hand on 16"):
-        check_integers(LOWERED.format("i8"), 1, "net")
-    with pytest.raises(CompileError, match="1 of 2 matmuls take 8 bits"):
-        check_integers(LOWERED.format("i16"), 2, "net")
-
-
-def test_the_interpreter_gets_the_multipliers_of_the_weights():
-    made = set_multipliers(LOWERED.format("i16"), {"first_multi_int32": np.array([7, 8], np.int32)})
-    assert made == LOWERED.format("i16").replace("[1, 2]", "[7, 8]")
-    with pytest.raises(CompileError, match="has no first_multi_int32"):
-        set_multipliers(LOWERED.format("i16"), {})
-
-
-def shifted(*numbers: int) -> list[int]:
-    """Bytes as instructions have them: left shifts."""
-    return [-number % 256 for number in numbers]
-
-
-def test_shells_may_differ_in_shifts_alone(tmp_path):
-    (tmp_path / "ours").write_bytes(bytes(shifted(1, 25, 3, 25, 26, 9)))
-
-    def same(*theirs: int) -> bool:
-        (tmp_path / "theirs").write_bytes(bytes(shifted(*theirs)))
-        return same_but_for_shifts(tmp_path / "ours", tmp_path / "theirs", [(25, 24), (25, 25), (26, 23)])
-
-    assert same(1, 24, 3, 25, 23, 9)
-    assert not same(1, 25, 3, 25, 23, 9)
-    assert not same(1, 24, 3, 25, 22, 9)
-    assert not same(1, 24, 3, 25, 23, 8)
-    assert not same(1, 24, 3, 25, 23, 9, 0)
-
-
-def test_forms_of_a_weight():
-    rows = {"w": whole_rows(WEIGHT), "b": whole_rows(BIAS_VALUES)}
-    maker = FormMaker(0, 8, rows_of=rows.__getitem__)
-    bias = maker.make(Form("b", BIAS, weight="w"), rows["b"]).view(np.int32)
-    packed = pack_integer(WEIGHT)
-    np.testing.assert_array_equal(maker.make(Form("w", CODES), rows["w"]).view(np.int8), packed.codes_OI.T.ravel())
-    np.testing.assert_allclose(bias * packed.scales_O * INPUT_SCALE, BIAS_VALUES.astype(float), atol=INPUT_SCALE * 2e-3)
-    multiplier = maker.make(Form("w", MULTIPLIER, shift=25), rows["w"]).view(np.int32)
-    np.testing.assert_allclose(multiplier / 2**25, packed.scales_O * INPUT_SCALE / OUTPUT_SCALE, rtol=1e-5)
-    np.testing.assert_allclose(packed.dequantize(), WEIGHT.astype(np.float32), atol=float(packed.scales_O.max()) / 2)
-    names = [form.name for form in integer_candidates("w", (96, 64), {"w": packed.scales_O})]
-    assert (names[0], set(names[1:]), len(names)) == (CODES, {MULTIPLIER}, 1 + len(likely_shifts(packed.scales_O)))
-    (form,) = integer_candidates("b", (96,), {"w": packed.scales_O, "v": packed.scales_O[:3]})
-    assert form == Form("b", BIAS, weight="w")
-
-
-def test_a_multiplier_that_does_not_fit_is_refused():
-    scales = pack_integer(WEIGHT).scales_O
-    shift = likely_shifts(scales)[-1]
-    assert integer_multipliers(scales, shift, "w").max() > 2**30
-    with pytest.raises(SchemeError, match=r"w needs the multiplier .* at shift \d+, and a multiplier has 32 bits"):
-        integer_multipliers(scales * 2, shift, "w")
 
 
 @pytest.fixture(scope="module")
@@ -381,3 +285,77 @@ def test_debug_names_a_shift_that_is_off_by_one(compiled, record_parts, tpu_mlir
     place = dict(integers._LOCATION.findall(text))[product["loc"]]
     assert culprit is not None
     assert place.rpartition("_")[0] == culprit.finding.value
+
+
+@pytest.mark.parametrize("kind", ["single_modulated", "double_modulated"])
+def test_what_queries_and_keys_are_multiplied_by_is_found(prepared, kind):
+    made = prepared()
+    template = make_template(*made, kind, "onnx17")
+    (found,) = find_scores(template.path, {spec.name for spec in template.inputs})
+    streams = ("", "added_")[: 1 + (kind == "double_modulated")]
+    names = {f"attn.norm_{stream}{role}.weight" for stream in streams for role in "qk"}
+    assert {slot.partition("__")[0] for slot in found.norms} == names
+
+
+@pytest.fixture(scope="module")
+def attended(prepared, calibrated, cast_alone):
+    """The block with queries and keys in integers too."""
+    made = prepared("W8A8-qk")
+    return made, make_mould(*made, template_of(made)), cast_alone(made, NAME)
+
+
+@pytest.mark.tpu_mlir
+def test_queries_and_keys_are_multiplied_in_integers(attended, prepared, record_parts, tmp_path, monkeypatch):
+    made, mould, binary = attended
+    part = made.parts[0]
+    inputs = record_parts("tiny-dev", made.parts, SHAPES).inputs(NAME, 0)
+    base = inputs["hidden_states"]
+    files = (BundleFile("x.bmodel", binary.blobs["bmodel"], (NAME,)),)
+    with opened_rungs(made, (binary,), files, tmp_path) as rungs:
+        out = {rung: runner(NAME, inputs)["hidden_states_out"] for rung, runner in rungs.items()}
+        for rung in ("interpreter", "simulator"):
+            assert compare(out[rung], out["dequantized"], base).delta_cosine >= 0.999
+        with_scores = compare(out["dequantized"], out["onnxruntime"], base)
+        plain = dequantized_rung(*prepared())(NAME, inputs)["hidden_states_out"]
+        assert not np.array_equal(plain, out["dequantized"])
+        without = compare(plain, out["onnxruntime"], base)
+        assert with_scores.delta_relative_l2 < 1.2 * without.delta_relative_l2
+        # the control: norms that make queries and keys larger than their limit
+        sound = part_weights(*made, part, template_of(made))
+        norms = [spec.name for spec in template_of(made).slots if "norm_" in spec.name]
+        spoilt = _Larger(sound, norms)
+        monkeypatch.setattr(own_cast, "part_weights", lambda *_: spoilt)
+        rungs["interpreter"].close()
+        wrong = rungs["interpreter"](NAME, inputs)["hidden_states_out"]
+        assert compare(wrong, out["dequantized"], base).delta_cosine < 0.999
+    monkeypatch.undo()
+    direct = compile_part(*made, part, template_of(made))
+    assert prove_cast(binary, direct, *made, mould).made.startswith("cast, compiled: identical")
+
+
+class _Larger(_Spoilt):
+    """Weights as they are, but for some slots' twice as large."""
+
+    def __init__(self, sound, slots):
+        super().__init__(sound, "", None)
+        self.slots = slots
+
+    def read_rows(self, slot, start, stop):
+        found = self.sound(slot)
+        return (found.astype(np.float32) * (1 + (slot in self.slots))).astype(found.dtype)[start:stop]
+
+
+@pytest.mark.tpu_mlir
+@pytest.mark.thorough
+def test_a_view_without_its_producers_threshold_ends_a_compile(prepared, calibrated, monkeypatch):
+    """The control: views have the limit, what they are views of has that of all other values."""
+    made = prepared("W8A8-qk4")
+    monkeypatch.setattr(integers, "_VIEWS", frozenset())
+    with pytest.raises(CompileError, match="wants its producer's threshold"):
+        make_mould(*made, template_of(made))
+
+
+def test_norms_that_make_more_than_the_limit_are_refused(prepared, calibrated):
+    made = prepared("W8A8-qk1")
+    with pytest.raises(SchemeError, match=r"with attn.norm_.\.weight.*, W8A8-qk1 holds 1; ask for W8A8-qk\d"):
+        part_weights(*made, made.parts[0], template_of(made))

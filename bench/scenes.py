@@ -15,7 +15,7 @@ from fluxkiln.settings import Settings
 
 # a folder that `fluxkiln train recipe scenes-dev` made, where none ships
 MODEL, TARGET = os.environ.get("FLUXKILN_SCENES", "scenes-dev"), "bm1684x"
-PROMPTS, STEPS = 200, 8
+PROMPTS, STEPS = 200, 4
 SCHEMES = ("BF16", "W8BF16", "W8A8", "W4BF16-rtn", "W4BF16-ls", "W4BF16-gptq", "W4BF16-awq", "W4BF16-svd")
 # of captions that the model was trained on, none of which is judged
 CALIBRATED, CALIBRATION_SEED = 16, 1

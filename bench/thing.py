@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from bench.figure import WORK, Figure, fluxkiln, run
-from bench.scenes import MODEL
+from bench.scenes import MODEL, STEPS
 from fluxkiln.build.make import prepare
 from fluxkiln.build.samples import paint_stored
 from fluxkiln.progress import Silent
@@ -24,7 +24,7 @@ from fluxkiln.scenes.judge import read_scenes
 from fluxkiln.settings import Settings
 
 WORD = "sks"
-PICTURES, ASKED, OTHERS, STEPS = 5, 50, 50, 8
+PICTURES, ASKED, OTHERS = 5, 50, 50
 TRAINING = ("--iterations", "600", "--batch-size", "1", "--learning-rate", "1e-3", "--num-augmentations", "1")
 
 

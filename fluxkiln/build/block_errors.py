@@ -20,7 +20,8 @@ from fluxkiln.build.prepared import Prepared
 from fluxkiln.build.verification import record
 from fluxkiln.compile.plan import Plan
 from fluxkiln.compile.rungs import dequantized_rung, onnxruntime_rung
-from fluxkiln.compile.weights import component_digest, used_calibrations
+from fluxkiln.compile.weights import check_methods, component_digest, used_calibrations
+from fluxkiln.errors import SchemeError
 from fluxkiln.progress import Progress
 from fluxkiln.quantize.schemes import Scheme
 from fluxkiln.types import Part, PartRunner
@@ -37,13 +38,15 @@ def step_blocks(plan: Plan) -> list[Part]:
 
 
 def known_errors(prepared: Prepared, schemes: Iterable[Scheme]) -> tuple[dict[tuple[str, Scheme], float], str]:
-    """Block and scheme -> its error, infinite where none is known; and where they come from, all from one place."""
+    """Block and scheme -> its error, infinite where none is known or the block cannot have it; and where all of them
+    come from."""
     blocks = step_blocks(prepared.plan)
     wanted = [(part, scheme) for part in blocks for scheme in schemes]
     if prepared.checkpoint.digests:
         results = [prepared.cache.lookup(_action(prepared, part, scheme).key) for part, scheme in wanted]
         if all(results):
-            errors = [float(str(result.facts["error"])) for result in results if result]
+            measured = [result.facts["error"] for result in results if result]
+            errors = [math.inf if error is None else float(str(error)) for error in measured]
             found = {(part.name, scheme): error for (part, scheme), error in zip(wanted, errors, strict=True)}
             return found, "measured on this checkpoint"
     table = shipped()
@@ -63,6 +66,8 @@ def shipped() -> Mapping[str, Any]:
 def measure_errors(prepared: Prepared, schemes: Sequence[Scheme], progress: Progress) -> None:
     """Run every block in each scheme on the inputs that builds are verified with; the store keeps what it loses.
 
+    A block that cannot have a scheme, whose products are too large say, is noted.
+
     Raises:
         SchemeError: a scheme needs a calibration, and the store has none.
     """
@@ -73,6 +78,9 @@ def measure_errors(prepared: Prepared, schemes: Sequence[Scheme], progress: Prog
     }
     if not any(missing.values()):
         return
+    for scheme in schemes:
+        every = dict.fromkeys((part.name for part in blocks), scheme)
+        check_methods(prepared.checkpoint, replace(plan, parts=tuple(blocks), exceptions=every), cache)
     recording = record(prepared)
     plan = replace(plan, shapes=recording.shapes)
     progress.stage("blocks", len(blocks))
@@ -80,9 +88,13 @@ def measure_errors(prepared: Prepared, schemes: Sequence[Scheme], progress: Prog
         if missing[part]:
             exact = added(recording, part, onnxruntime_rung(prepared.checkpoint, plan, cache, threads=0))
         for scheme in missing[part]:
-            mixed = replace(plan, exceptions={**plan.exceptions, part.name: scheme})
-            stored = added(recording, part, dequantized_rung(prepared.checkpoint, mixed, cache))
-            cache.record(_action(prepared, part, scheme), {}, {"error": relative_error(exact, stored)})
+            mixed, error = replace(plan, exceptions={**plan.exceptions, part.name: scheme}), None
+            try:
+                stored = added(recording, part, dequantized_rung(prepared.checkpoint, mixed, cache))
+                error = relative_error(exact, stored)
+            except SchemeError as refused:
+                progress.note(f"{part.name}: {refused}")
+            cache.record(_action(prepared, part, scheme), {}, {"error": error})
         progress.done("blocks", part.name, f"{len(missing[part])} schemes")
 
 

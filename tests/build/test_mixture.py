@@ -105,7 +105,9 @@ def test_what_blocks_lose_is_measured_and_kept(tiny_checkpoint, tmp_path):
     prepared, schemes = prepare(settings), [parse_scheme(name) for name in ("W4BF16", "W8A8")]
     _, source = known_errors(prepared, schemes)
     assert source == "measured on wide-dev, flux; --measure finds this checkpoint's own"
-    measure_errors(prepared, schemes, Silent())
+    refused = parse_scheme("W8A8-qk1")
+    measure_errors(prepared, [*schemes, refused], Silent())
+    assert {error for (_, scheme), error in known_errors(prepared, [refused])[0].items()} == {np.inf}
     found, source = known_errors(prepared, schemes)
     assert source == "measured on this checkpoint"
     assert len(set(found.values())) == len(found) == 10

@@ -333,6 +333,19 @@ def test_queries_and_keys_are_multiplied_in_integers(attended, prepared, record_
     assert prove_cast(binary, direct, *made, mould).made.startswith("cast, compiled: identical")
 
 
+@pytest.mark.tpu_mlir
+def test_debug_follows_queries_and_keys_in_integers(attended, record_parts, tpu_mlir, tmp_path):
+    made, _, binary = attended
+    opened = open_stored(*made, made.parts[0], record_parts("tiny-dev", made.parts, SHAPES).inputs(NAME, 0))
+    assert [rung.culprit for rung in look_below(opened, made.checkpoint, Silent())] == [None, None]
+    lay_out_lowered(*made, binary, tmp_path / "lowered", lean=False)
+    with Simulator(tpu_mlir, "bm1684x", tmp_path / "log") as simulator:
+        found = check_lowered(opened, tmp_path / "lowered" / "lowered.mlir", simulator)
+    (scores,) = find_scores(template_of(made).path, {spec.name for spec in template_of(made).inputs})
+    assert scores.output in {finding.value for finding in found.findings}
+    assert found.culprit is None
+
+
 class _Larger(_Spoilt):
     """Weights as they are, but for some slots' twice as large."""
 

@@ -98,6 +98,7 @@ report: env  ## write the report of a build again: TARGET=bm1684x
 	@$(BIN)/fluxkiln report $(call quoted,$(or $(TARGET),bm1684x)) $(OPTIONS)
 
 publish: env  ## publish a build: REGISTRY=HOST/REPO:TAG TARGET=bm1684x, or BUNDLE=folder; ACCEPT_LICENSE, SIGN
+	@test -n $(if $(REGISTRY),set,'') || { echo "error: no registry is named; give one: REGISTRY=HOST/REPO:TAG" >&2; exit 2; }
 	@$(BIN)/fluxkiln publish $(call quoted,$(or $(BUNDLE),$(TARGET),bm1684x)) \
 	$(if $(REGISTRY),$(call quoted,$(REGISTRY))) \
 	$(call option,ACCEPT_LICENSE,accept-license) $(call option,SIGN,sign) $(OPTIONS)
@@ -138,7 +139,7 @@ envs:
 $(VENV_MADE): pyproject.toml constraints.txt
 	$(NEED_PYTHON)
 	@if sha256sum --check --status $@ 2>/dev/null; then touch $@; exit; fi; set -e; \
-	echo "main environment: making it in $(VENV) with $(PYTHON)" >&2; \
+	echo "main environment: making it in $(VENV) with $(PYTHON); some minutes, 3 GB, nothing is shown meanwhile" >&2; \
 	test -e $@ || { rm -rf $(VENV); $(PYTHON) -m venv $(VENV); }; \
 	cpu=$$($(BIN)/python -c 'import sys, urllib.request as r; r.urlopen(sys.argv[1] + "/torch/", timeout=10)' \
 		$(CPU_INDEX) 2>/dev/null && echo $(CPU_INDEX)) || true; \

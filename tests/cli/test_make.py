@@ -107,6 +107,13 @@ def test_a_file_of_prompts_stands_for_one(make):
     assert make("generate", "BUNDLE=x", "PROMPTS=list.txt")[2] == [["generate", "--bundle=x", "--prompts=list.txt"]]
 
 
+def test_publish_wants_a_registry(make):
+    code, err, calls = make("publish", "BUNDLE=x")
+    assert (code, calls) == (2, [])
+    assert err.startswith("error: no registry is named; give one: REGISTRY=")
+    assert make("publish", "BUNDLE=x", "REGISTRY=a/b:c")[2] == [["publish", "x", "a/b:c"]]
+
+
 def test_serve(make):
     assert make("serve", "PORT=0", "BUNDLE=x")[2] == [["serve", "--bundle=x", "--port=0"]]
 

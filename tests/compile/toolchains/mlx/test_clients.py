@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -12,11 +15,11 @@ from fluxkiln.compile.toolchains.mlx import file as mlx_file
 from fluxkiln.compile.toolchains.mlx.environment import mlx_environment, run_mlx
 from fluxkiln.compile.toolchains.mlx.file import write_components
 from fluxkiln.compile.toolchains.mlx.toolchain import mflux_rows
-from fluxkiln.export.checkpoint import open_checkpoint
-from fluxkiln.export.synth import synthesize
+from fluxkiln.export.checkpoint import Checkpoint, open_checkpoint
+from fluxkiln.export.synth import find_preset, synthesize
 from fluxkiln.patches.model import Joined, OtherLayout
 from fluxkiln.quantize.formats import FILE_FORMATS
-from fluxkiln.types import Shapes
+from fluxkiln.types import Shapes, TensorRef
 from tests.quantize.formats.test_affine import BITS, sample
 
 pytestmark = pytest.mark.skipif(mlx_environment().find() is None, reason="MLX is not installed: make env-mlx")
@@ -51,13 +54,13 @@ def wide(tmp_path_factory):
     return open_checkpoint(root, components)
 
 
-def write(checkpoint, scheme, root):
+def write(checkpoint, scheme, root, folder="transformer"):
     target = find_target("mlx")
     _, schemes = target.parse_schemes(scheme, checkpoint.model.kinds)
     parts = tuple(part for part in checkpoint.model.list_parts(checkpoint.configs, "kl", "hoisted")
                   if part.folder in checkpoint.tensors)  # fmt: skip
     plan = Plan(target, Shapes(SIDE, SIDE, TOKENS), schemes, parts, root)
-    names = write_components(checkpoint, plan, "transformer", root, int)
+    names = write_components(checkpoint, plan, folder, root, int)
     return plan, {name: root / name for name in names}
 
 
@@ -85,6 +88,51 @@ def test_mflux_finds_every_row(wide, tmp_path, scheme, monkeypatch):
     found = mflux_rows(wide, plan, "transformer", files)
     lost = {name for name, rows in found.items() if not rows.all()}
     assert lost == {name for name in found if ".ff.net." in name or ".ff_context.net." in name}
+
+
+@pytest.fixture
+def headers_alone(monkeypatch):
+    """Files of FLUX.1-dev's sizes without its bytes: names, types and shapes are in their headers."""
+
+    def write_head(path, head, placed, size, count):
+        with path.open("wb") as file:
+            file.write(head)
+            file.truncate(size)
+
+    monkeypatch.setattr(mlx_file, "write_tensors", write_head)
+    model, preset = find_preset("full-dev")
+    tensors = {}
+    for folder in ("text_encoder", "text_encoder_2", "vae"):
+        shapes = model.layout(folder, preset.configs[folder])
+        names = model.state_names(folder, shapes)
+        tensors[folder] = {name: TensorRef(name, Path("none"), "BF16", shapes[stored], 0, 0)
+                           for name, stored in names.items()}  # fmt: skip
+    return Checkpoint(Path("none"), "full-dev", "dev", preset.configs, tensors, {}, None, model)
+
+
+def lost_rows(checkpoint, folder, root):
+    plan, files = write(checkpoint, "MLX4,t5_block=MLX8", root, folder)
+    return sorted(name for name, rows in mflux_rows(checkpoint, plan, folder, files).items() if not rows.all())
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("folder", ["text_encoder", "text_encoder_2", "vae"])
+def test_mflux_finds_every_row_of_the_whole_pipeline(headers_alone, tmp_path, folder):
+    assert lost_rows(headers_alone, folder, tmp_path) == []
+
+
+@pytest.mark.thorough
+def test_a_table_of_positions_in_one_block_alone_is_missed(headers_alone, tmp_path, monkeypatch):
+    """mflux's class has one in every block of T5, and would fill the others with random numbers without a word."""
+    real, name = mlx_file.layout_of, "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+
+    def once(checkpoint, layout, folder):
+        found = real(checkpoint, layout, folder)
+        kept = (one for one in found.tensors if one.sources != (name,) or ".0." in one.name)
+        return replace(found, tensors=tuple(kept))
+
+    monkeypatch.setattr(mlx_file, "layout_of", once)
+    assert lost_rows(headers_alone, "text_encoder_2", tmp_path) == [name]
 
 
 @pytest.mark.thorough

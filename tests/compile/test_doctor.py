@@ -107,7 +107,7 @@ def test_optional_commands_are_needed_for_no_target(commands):
 
 @pytest.mark.parametrize(
     ("name", "targets"),
-    [("sophon-sail", ("bm1684x", "bm1684x2", "bm1688")), ("nrtpy", ("inf2", "trn1", "trn2", "trn2_lnc1"))],
+    [("sophon-sail", ("bm1684x", "bm1684x2", "bm1688", "cv184x")), ("nrtpy", ("inf2", "trn1", "trn2", "trn2_lnc1"))],
 )
 def test_a_vendor_s_runtime_is_optional_and_told_from_others_of_its_name(name, targets, tmp_path, monkeypatch):
     row = status(name)
@@ -142,6 +142,7 @@ def test_only_targets_that_can_be_built_are_judged():
         "bm1684x2",
         "bm1688",
         "cpu",
+        "cv184x",
         "gguf",
         "inf2",
         "mlx",

@@ -71,6 +71,7 @@ class Target:
         schemes: legal block schemes, the default first.
         narrow: what passes between blocks comes and goes in 16 bits (`Kind.narrow_inputs`, `narrow_outputs`).
         float_norms: its norms and SiLU take float32, so what they alone read does not come in 16 bits.
+        narrow_gelus: its GELUs take 16 bits alone, and lose what is small.
         boards: that it is on, the default first; none where a model is not planned for devices.
         device_bytes: memory that a device gives to models; the default board's where there are boards.
         devices: the most that a model is spread over: as many as one host has, unless a board is named.
@@ -88,6 +89,7 @@ class Target:
     schemes: tuple[str, ...]
     narrow: bool = False
     float_norms: bool = False
+    narrow_gelus: bool = False
     boards: tuple[Board, ...] = ()
     device_bytes: int = 0
     devices: int = 8

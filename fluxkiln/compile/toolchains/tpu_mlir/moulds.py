@@ -208,7 +208,7 @@ def compile_weights(
     kind = checkpoint.model.kinds[template.kind]
     job = CompileJob(
         net, graph, template.path, frozenset(activations), plan.schemes[template.kind], plan.target.chip,
-        *plan.target.narrows(kind), rotated=kind.rotated, ordered=kind.ordered,
+        *plan.target.narrows(kind), rotated=kind.rotated, ordered=kind.ordered, narrow_gelus=plan.target.narrow_gelus,
     )  # fmt: skip
     return compile_graph(env, job, work, plan.logs / f"{log_name}.log")
 

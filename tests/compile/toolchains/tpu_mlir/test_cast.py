@@ -42,6 +42,22 @@ CASES = [
 ]
 
 
+def test_a_third_chip_is_one_file_of_data(small_build, cast_and_direct):
+    """Blocks in bfloat16: what is cast has the bytes that the compiler makes for that chip."""
+    build = small_build(scheme="BF16", target="cv184x")
+    _, cast, direct = cast_and_direct(build, "single.00")
+    compiled = build.cache.path(direct.blobs["bmodel"])
+    model = read_bmodel(compiled)
+    assert (model.chip, cast.digest) == ("cv184x", f"sha256:{hash_span(compiled, model.nets[0].coefficients).hex()}")
+
+
+def test_what_its_compiler_cannot_do_is_said(small_build):
+    """Its sines are bfloat16, and those of the timestep may not be."""
+    build = small_build(scheme="BF16", target="cv184x")
+    with pytest.raises(CompileError, match=r"head_00 deploy: the compiler failed .*sin"):
+        make_mould(*build, make_template(*build, "head", "onnx17"))
+
+
 def test_another_chip_is_cast_with_lanes_of_its_own(small_build, cast_and_direct, tmp_path):
     build = small_build(scheme="W4BF16-rtn", target="bm1688")
     mould, cast, direct = cast_and_direct(build, "single.00")

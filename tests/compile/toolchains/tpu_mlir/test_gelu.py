@@ -148,6 +148,32 @@ def test_one_operation_is_exact_where_the_chain_is_not(chip):
 
 
 @pytest.mark.tpu_mlir
+def test_another_chip_is_told_to_compute_it_in_float32(tpu_mlir, tmp_path):
+    """A bm1688 would do it in 16 bits: of what is below -1 a third is lost."""
+    template = write(tmp_path / "template.onnx")
+    fill(template, {"x"}, lambda slot: np.zeros(0), tmp_path / "one.onnx", (fuse_tanh_gelu,))
+    x = torch.linspace(-4, 4, int(np.prod(SHAPE))).reshape(SHAPE).bfloat16().float()
+    exact, small = torch.nn.functional.gelu(x.double(), approximate="tanh").numpy(), x.numpy() < -1
+
+    def off(narrow):
+        (work := tmp_path / str(narrow)).mkdir()
+        job = CompileJob("gelu", tmp_path / "one.onnx", template, frozenset({"x"}), parse_scheme("BF16"), "bm1688",
+                         narrow_gelus=narrow)  # fmt: skip
+        made = compile_graph(tpu_mlir, job, work, work / "log")
+        with Simulator(tpu_mlir, "bm1688", work / "simulator.log") as simulator:
+            y = simulator.run(made.bmodel, {"x": x.numpy()}, ("y",))["y"]
+        return float(np.linalg.norm((y - exact)[small]) / np.linalg.norm(exact[small])), made.lowered.read_text()
+
+    error, text = off(False)
+    assert error <= 1e-4
+    error, narrow = off(True)
+    assert error > 0.1
+    adapter.check_gelus(1, text, "gelu")
+    with pytest.raises(adapter.CompileError, match="gelu: 1 of 1 tanh GELUs are computed in 16 bits, which lose"):
+        adapter.check_gelus(1, narrow, "gelu")
+
+
+@pytest.mark.tpu_mlir
 def test_a_gelu_that_the_compiler_takes_apart_is_caught(chip):
     compiled, _ = chip
     text = compiled["one", "BF16"].lowered.read_text()

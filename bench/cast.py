@@ -33,7 +33,13 @@ def measure() -> Figure:
     for scheme in SCHEMES:
         # the shape has no part in a weight; a small one compiles faster
         settings = Settings(
-            "bm1684x", "wide-dev", size=(64, 64), tokens=64, scheme=scheme, components=("transformer",), build_dir=WORK
+            "bm1684x",
+            "wide-dev",
+            size=((64, 64),),
+            tokens=(64,),
+            scheme=scheme,
+            components=("transformer",),
+            build_dir=WORK,
         )
         if parse_scheme(scheme).calibrated:
             calibrate(settings, (settings.prompt,))

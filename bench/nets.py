@@ -40,7 +40,7 @@ def measure() -> Figure:
         if parse_scheme(scheme).integer and modulation == "inline":
             continue  # there is no such form
         prepared = outline(
-            Settings("bm1684x", model, scheme=scheme, size=size, vae=vae, modulation=modulation, build_dir=WORK)
+            Settings("bm1684x", model, scheme=scheme, size=(size,), vae=vae, modulation=modulation, build_dir=WORK)
         )
         for net in _measure(prepared, nets):
             nets[(*(net[name] for name in measured.KEY),)] = net

@@ -24,7 +24,7 @@ from fluxkiln.build.make import outline
 from fluxkiln.progress import Silent
 from fluxkiln.settings import Settings
 from bench.neuron import DEGREE, MODEL, SIZE, TOKENS
-settings = Settings("trn1", MODEL, size=SIZE, tokens=TOKENS, tp_degree=DEGREE, granularity=sys.argv[2],
+settings = Settings("trn1", MODEL, size=(SIZE,), tokens=(TOKENS,), tp_degree=DEGREE, granularity=sys.argv[2],
                     build_dir=Path(sys.argv[1]))
 made = outline(settings)
 modules = lower_modules(made.checkpoint, made.plan, made.cache, Silent())

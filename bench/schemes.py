@@ -53,7 +53,7 @@ def measure() -> Figure:
 def _images(model: str) -> Iterator[tuple[tuple[str, int], str]]:
     """Scheme and number of steps -> what it does to latents and image."""
     side, tokens, prompts = MODELS[model]
-    settings = Settings("bm1684x", model, size=(side, side), tokens=tokens, build_dir=WORK)
+    settings = Settings("bm1684x", model, size=((side, side),), tokens=(tokens,), build_dir=WORK)
     components = ("text_encoder", "text_encoder_2", "transformer")
     calibrate(
         replace(settings, seed=SEED, steps=4, components=components), read_prompts(DEFAULT_PROMPTS)[:prompts]

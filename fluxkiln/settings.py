@@ -23,7 +23,7 @@ DEFAULT_STATISTICS = "uniform"
 STORE_VARIABLE = "FLUXKILN_STORE"
 VAES: tuple[Literal["kl", "tiny"], ...] = ("kl", "tiny")
 MODULATIONS: tuple[Literal["hoisted", "inline"], ...] = ("hoisted", "inline")
-MOST_SEEDS = 256
+MOST_SEEDS, MOST_SHAPES = 256, 16
 # Of jobs, tokens, steps and cores: more than any machine or model takes.
 MOST_COUNT = 10_000
 MOST_SEED = 2**63 - 1
@@ -54,6 +54,25 @@ def parse_size(text: str) -> tuple[int, int]:
 
     Shapes(height, width, tokens=1)
     return width, height
+
+
+def parse_sizes(text: str) -> tuple[tuple[int, int], ...]:
+    """`1024x1024,768x1344` -> the sizes; as `parse_size`, and UsageError for one that is there twice."""
+    return _each_once("size", text, tuple(map(parse_size, text.split(","))))
+
+
+def parse_tokens(text: str) -> tuple[int, ...]:
+    """`512,256` -> numbers of text tokens; UsageError for what is none, or for one that is there twice."""
+    pieces = [piece.strip() for piece in text.split(",")]
+    if odd := [piece for piece in pieces if not re.fullmatch(r"-?[0-9]{1,9}", piece)]:
+        raise UsageError(f"--tokens {text}: {odd[0]!r} is no whole number; write 512, or 512,256 for several")
+    return _each_once("tokens", text, tuple(map(int, pieces)))
+
+
+def _each_once(name: str, text: str, values: tuple[_T, ...]) -> tuple[_T, ...]:
+    if len(values) > MOST_SHAPES or len(set(values)) < len(values):
+        raise UsageError(f"--{name} {text}: give each once, and at most {MOST_SHAPES}")
+    return values
 
 
 _UNITS = {
@@ -200,7 +219,7 @@ class Settings:
     """What a user asks for; None is for the model or the target to decide.
 
     Attributes:
-        size: width and height.
+        size: widths and heights; tokens: of text. A bundle is for each of the one with each of the other.
         recording: parts, kinds or components whose calls travel with the bundle; see `verify.carried`.
         loras: files and strengths, in the checkpoint's weights as they are read.
         instance, tp_degree, granularity, flags: of a target that cuts the model over cores.
@@ -218,15 +237,16 @@ class Settings:
         "FLUX.1.",
         "uniform|flux",
     )
-    size: tuple[int, int] | None = _option(
+    size: tuple[tuple[int, int], ...] | None = _option(
         None,
-        "Image size in pixels, multiples of 16; one number is a square. Default: the model's own, 1024x1024.",
-        "WIDTHxHEIGHT",
-        parse=parse_size,
-    )
-    tokens: int | None = _option(
-        None, "Text tokens. Default: the most the model takes (dev 512, schnell 256).", "N", kind=int
-    )
+        "Image size in pixels, multiples of 16; one number is a square; several after commas share a bundle's weights. "
+        "Default: the model's own, 1024x1024.",
+        "WIDTHxHEIGHT,...", parse=parse_sizes,
+    )  # fmt: skip
+    tokens: tuple[int, ...] | None = _option(
+        None, "Text tokens, as sizes. Default: the most the model takes (dev 512, schnell 256).", "N,...",
+        parse=parse_tokens,
+    )  # fmt: skip
     scheme: str | None = _option(
         None,
         "How the blocks' weights are stored, W4BF16 or BF16 say; W4BF16,head=F32 for one kind of part otherwise. "
@@ -321,7 +341,7 @@ class Settings:
             raise UsageError("prompts and seeds are for verification, which --no-verify leaves out; drop either")
         for name, value in (
             ("jobs", self.jobs),
-            ("tokens", self.tokens),
+            *(("tokens", count) for count in self.tokens or ()),
             ("steps", self.steps),
             ("tp", self.tp_degree),
             ("devices", self.devices),

@@ -33,6 +33,8 @@ TRANSPOSED = "__t"
 
 Configs = Mapping[str, Mapping[str, Any]]
 SIZE_MULTIPLE = 16
+# behind it stands the size, in names of what is there for one of several
+SIZE_MARK = "@"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +102,20 @@ class Part:
         traits: its kind. prefix: where its tensors start in the component's state dict.
         members: of a model that is cut over ranks, what the part holds in the order it runs: kind of the table of cuts
             and prefix. A part of several has the number of the member in front of its slots: `0.attn.to_q.weight`.
+        sizes: of a build of several sizes those that it is for; its graph is for the first of them. See
+            `patches.sizes`.
     """
 
     name: str
     traits: Kind
     prefix: str = ""
     members: tuple[tuple[str, str], ...] = ()
+    sizes: tuple[Shapes, ...] = ()
+
+    @property
+    def base(self) -> str:
+        """What the part is called at every size: `double.00` for `double.00@768x1344-512`."""
+        return self.name.partition(SIZE_MARK)[0]
 
     @property
     def kind(self) -> str:
@@ -185,6 +195,11 @@ class Shapes:
                 )
         if self.tokens <= 0:
             raise ShapeError(f"{self.tokens} text tokens: at least 1 is needed, 512 is FLUX.1-dev's own number")
+
+    @property
+    def label(self) -> str:
+        """`768x1344-512`: width, height, text tokens."""
+        return f"{self.width}x{self.height}-{self.tokens}"
 
     @property
     def image_tokens(self) -> int:

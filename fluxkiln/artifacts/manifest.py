@@ -197,11 +197,13 @@ def describe_manifest(manifest: Manifest, component_of: Callable[[str], str]) ->
         component_of: kind -> its component.
     """
     kinds: dict[tuple[str, str], dict[str, Any]] = {}
+    known: set[tuple[str, str]] = set()
     for part in manifest.parts:
         empty = {"component": component_of(part.kind), "kind": part.kind, "scheme": part.scheme, "parts": 0, "size": 0}
         group = kinds.setdefault((part.kind, part.scheme), empty)
         group["parts"] += 1
-        group["size"] += part.size
+        group["size"] += part.size * ((part.file, part.digest) not in known)  # those of several sizes share it
+        known.add((part.file, part.digest))
     roles: dict[str, dict[str, int]] = {}
     for file in sorted(manifest.files, key=lambda file: file.role):
         role = roles.setdefault(file.role, {"files": 0, "size": 0})

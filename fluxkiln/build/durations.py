@@ -12,6 +12,7 @@ from fluxkiln.compile.plan import Job
 from fluxkiln.compile.tensors import multiplications
 from fluxkiln.compile.toolchain import toolchain_of
 from fluxkiln.quantize.schemes import parse_scheme
+from fluxkiln.types import Kind
 
 if TYPE_CHECKING:
     from fluxkiln.build.prepared import Prepared
@@ -54,10 +55,12 @@ def estimate_seconds(prepared: Prepared, jobs: Iterable[Job]) -> dict[str, float
 
 
 def jobs_of_second_size(prepared: Prepared, jobs: Iterable[Job]) -> list[Job]:
-    """What a build of another size has still to do when this one is made: kinds that take the same inputs are there.
+    """What one more size takes when this one is made: kinds that take the same inputs are there, and where a bundle may
+    have several the weights are too, but for convolutions'.
 
     Nothing where no stage depends on inputs: such a bundle has no size.
     """
+    several, kinds = toolchain_of(prepared.plan.target).many_sizes, prepared.checkpoint.model.kinds
     checkpoint, shapes = prepared.checkpoint, prepared.plan.shapes
     other, inputs = replace(shapes, width=shapes.width + 16), checkpoint.model.part_inputs
     shared = {
@@ -65,7 +68,15 @@ def jobs_of_second_size(prepared: Prepared, jobs: Iterable[Job]) -> list[Job]:
         if inputs(kind, checkpoint.configs, shapes) == inputs(kind, checkpoint.configs, other)
     }  # fmt: skip
     sized = any(job.stage in _OF_KINDS for job in jobs)
-    return [job for job in jobs if sized and not (job.kind in shared and job.stage in _OF_KINDS)]
+    left = [job for job in jobs if sized and not (job.kind in shared and job.stage in _OF_KINDS)]
+    if not several:
+        return left
+    return [job for job in left if job.stage not in ("cast", "link", "bundle") or _is_sized(kinds.get(job.kind))]
+
+
+def _is_sized(kind: Kind | None) -> bool:
+    """Whether compiled forms of a kind at two sizes have weights of their own."""
+    return kind is not None and kind.convolutional
 
 
 def _sum(prepared: Prepared, jobs: list[Job], start: float) -> float:
@@ -96,7 +107,9 @@ def _verify(prepared: Prepared, _: Job) -> float:
     """Every rung calculates the same; behind it stands what a call of a part costs whatever its size."""
     plan, toolchain = prepared.plan, toolchain_of(prepared.plan.target)
     steps = _steps(prepared)
-    calls = sum(steps if part.component == "transformer" else 1 for part in plan.parts)
+    calls = sum(steps if part.component == "transformer" else 1 for part in plan.at(plan.shapes).parts)
+    # of a further size an image, and a part of each kind
+    calls *= 1 + len(plan.further)
     rungs = 3 + len(toolchain.rungs)
     executed = 0.0
     if not _is_whole(prepared):  # some blocks in full: by the reference, in float32, and as they were compiled

@@ -7,7 +7,7 @@ import os
 import platform
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from fluxkiln.artifacts.modelpack import store_bundle
 from fluxkiln.artifacts.store import Blob, legal_tag
 from fluxkiln.build.budget import name_shapes
 from fluxkiln.build.prepared import Prepared, choose_components
-from fluxkiln.compile.bundle import CONFIGS, HOST_CONSTANTS
+from fluxkiln.compile.bundle import CONFIGS, HOST_CONSTANTS, further_facts
 from fluxkiln.compile.executor import bind_net
 from fluxkiln.compile.opener import open_bundle
 from fluxkiln.compile.plan import Binary, Made
@@ -97,7 +97,7 @@ def build_action(prepared: Prepared) -> Action:
         settings={
             "name": prepared.name,
             "target": plan.target.name,
-            "shapes": [plan.shapes.height, plan.shapes.width, plan.shapes.tokens],
+            "sizes": [list(astuple(shapes)) for shapes in plan.sizes],
             "schemes": plan.scheme_names(),
             "vae": settings.vae,
             "seed": settings.seed,
@@ -152,10 +152,10 @@ def finish_bundle(prepared: Prepared, made: Made, progress: Progress, laps: Laps
     parity: Parity | None = None
     summary: dict[str, Any] = {"verified": False, "about": {"weights": _weights(prepared)}}
     if prepared.settings.verify:
-        from fluxkiln.build.verification import verify
+        from fluxkiln.build.further import verify_sizes
 
         recording = _record(prepared, progress)
-        parity = verify(prepared, made, recording, work, progress)
+        parity = verify_sizes(prepared, made, recording, work, progress)
         summary = _write_report(prepared, made, parity, laps)
         laps.lap("verify")
     sources = _bundle_files(prepared, made, work)
@@ -344,6 +344,7 @@ def _manifest(prepared: Prepared, made: Made, summary: Mapping[str, Any]) -> dic
             "vae": settings.vae,
             "seed": settings.seed,
             "steps": prepared.steps,
+            **further_facts(plan.further),
             "components": list(choose_components(checkpoint.model, settings)),
             **({"modulation": settings.modulation} if plan.layout is None else {"granularity": settings.granularity}),
             **toolchain_of(plan.target).facts(settings, plan),

@@ -12,7 +12,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
@@ -52,6 +52,7 @@ from fluxkiln.export.lora_file import digest_lora
 from fluxkiln.export.source import find_stand_in
 from fluxkiln.files import build_lock
 from fluxkiln.patches.registry import all_presets
+from fluxkiln.patches.sizes import parts_at_sizes
 from fluxkiln.progress import STEP_BYTES, Laps, OnBytes, Progress, Silent, count_bytes
 from fluxkiln.quantize.schemes import parse_scheme
 from fluxkiln.settings import DEFAULT_STATISTICS, MODULATIONS, OPTIONS, VAES, Settings
@@ -216,17 +217,24 @@ def _prepared(settings: Settings, checkpoint: Checkpoint) -> Prepared:
     """What is fixed for a build, but for what depends on the bytes of the checkpoint."""
     target = _target_of(settings)
     _, schemes = target.parse_schemes(settings.scheme, checkpoint.model.kinds)
-    shapes = choose_shapes(settings, checkpoint)
+    shapes, *further = sizes = choose_sizes(settings, checkpoint)
     layout = toolchain_of(target).lay_out(settings, target, checkpoint)
     _refuse_unused(settings, layout is not None, bool(toolchain_of(target).proven), bool(target.boards))
+    if further and not toolchain_of(target).many_sizes:
+        raise UsageError(
+            f"{len(sizes)} sizes: a bundle for {target.name} is of one; give one --size and one --tokens, and build "
+            "once for each"
+        )
     parts = chosen_parts(settings, checkpoint, split=layout is not None)
     check_steps(parts, reference_steps(settings, checkpoint))
     if settings.recording:
         from fluxkiln.verify.carried import carried_parts
 
         carried_parts(parts, settings.recording)
-    folder = settings.build_dir.absolute() / target.name / _name(settings, target, checkpoint, shapes).lower()
-    plan = Plan(target, shapes, schemes, parts, folder, layout, target.block_schemes(settings.scheme, parts))
+    exceptions = target.block_schemes(settings.scheme, parts)
+    folder = settings.build_dir.absolute() / target.name / _name(settings, target, checkpoint, sizes).lower()
+    parts = parts_at_sizes(checkpoint.model, checkpoint.configs, parts, sizes)
+    plan = Plan(target, shapes, schemes, parts, folder, layout, exceptions, tuple(further))
     if any(scheme.kept for scheme in schemes.values()):
         from fluxkiln.compile.tensors import settle_kept
 
@@ -257,7 +265,7 @@ def _refuse_unused(settings: Settings, cut: bool, proving: bool, boards: bool) -
             raise UsageError(f"{given}: target {settings.target} {rules[one.name]}; leave it out")
 
 
-def _name(settings: Settings, target: Target, checkpoint: Checkpoint, shapes: Shapes) -> str:
+def _name(settings: Settings, target: Target, checkpoint: Checkpoint, sizes: Sequence[Shapes]) -> str:
     scheme = settings.scheme or target.schemes[0]
     label = scheme.replace(",", "-").replace("=", "-")
     if not re.fullmatch(r"[\w.-]{1,100}", label):  # long, or with signs in it
@@ -268,7 +276,9 @@ def _name(settings: Settings, target: Target, checkpoint: Checkpoint, shapes: Sh
     forms = "-inline" * (settings.modulation == "inline") + "-tiny-vae" * (settings.vae == "tiny")
     components = choose_components(checkpoint.model, settings)
     chosen = "" if components == checkpoint.model.components else "-" + "-".join(components)
-    size = f"{shapes.width}x{shapes.height}-{shapes.tokens}"
+    size = "_".join(shapes.label for shapes in sizes)
+    if len(size) > 100:
+        size = f"{len(sizes)}-sizes-{hashlib.sha256(size.encode()).hexdigest()[:10]}"
     drawn = "" if settings.statistics == DEFAULT_STATISTICS else f"-{settings.statistics}"
     return f"{checkpoint.name}{drawn}-{label}-{size}{forms}{lora_label(settings)}{chosen}"
 
@@ -281,18 +291,18 @@ def lora_label(settings: Settings) -> str:
     return f"-lora-{hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:8]}"
 
 
-def choose_shapes(settings: Settings, checkpoint: Checkpoint) -> Shapes:
+def choose_sizes(settings: Settings, checkpoint: Checkpoint) -> tuple[Shapes, ...]:
     """Those of the settings; what they leave open is the preset's own, else 1024 x 1024 and all the variant's tokens.
 
     ShapeError: more text tokens than the variant takes. CheckpointError: the tiny VAE is wanted and not there.
     """
     model, variant = checkpoint.model, checkpoint.variant
     preset, limit = model.presets.get(checkpoint.name), model.most_tokens[variant]
-    width, height = settings.size or (preset.size if preset else (1024, 1024))
-    shapes = Shapes(height, width, settings.tokens or (preset.tokens if preset else limit))
-    if shapes.tokens > limit:
+    sides = settings.size or (preset.size if preset else (1024, 1024),)
+    tokens = settings.tokens or (preset.tokens if preset else limit,)
+    if max(tokens) > limit:
         raise ShapeError(
-            f"{shapes.tokens} text tokens: {model.title}-{variant} was trained with at most {limit}; use TOKENS={limit}"
+            f"{max(tokens)} text tokens: {model.title}-{variant} was trained with at most {limit}; use TOKENS={limit}"
         )
     tiny = settings.vae == "tiny" and "vae" in choose_components(model, settings)
     if tiny and "vae_tiny" not in checkpoint.tensors:
@@ -300,7 +310,7 @@ def choose_shapes(settings: Settings, checkpoint: Checkpoint) -> Shapes:
             f"{checkpoint.name} has no folder vae_tiny, --vae tiny needs it; save taef1 there with "
             "AutoencoderTiny.save_pretrained, or leave --vae out"
         )
-    return shapes
+    return tuple(Shapes(height, width, count) for count in tokens for width, height in sides)
 
 
 def _validate(prepared: Prepared, memo: DigestMemo, progress: Progress) -> dict[str, float]:

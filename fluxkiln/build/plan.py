@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 # What is in a bundle besides binaries: tokenizers, configs, host constants; and the report.
 SMALL_FILES = 20 << 20
+# of `Toolchain.devices`: nothing but the weights is known
+ORIGIN_UNKNOWN = "weights"
 # The chip's kernel module, which every bmodel brings along whatever its weights.
 KERNEL_BYTES = 6 << 20
 
@@ -53,7 +55,8 @@ def plan_build(prepared: Prepared, forms: Iterable[BuildForm] = (), download: in
     Returns:
         `jobs` in the order of their stages; `totals`: how many, how many to do, estimates for these of peak memory and
         disk; `seconds`: as `durations.estimate_seconds`, and their `source`; `devices`: what every file takes on its
-        device (see `Toolchain.devices`); `forms`: the same in short of each; `refused`: why a build would not start.
+        device (see `Toolchain.devices`); `further`: what each further size adds to the sizes before it; `forms`: the
+        same in short of each form; `refused`: why a build would not start.
     """
     jobs = list_jobs(prepared)
     todo = [job for job in jobs if not job.in_store]
@@ -73,15 +76,41 @@ def plan_build(prepared: Prepared, forms: Iterable[BuildForm] = (), download: in
         },
         "seconds": {**estimate_seconds(prepared, jobs), "source": SOURCE, "workers": _workers(prepared.settings)},
         "devices": _devices(prepared),
+        "further": _further(prepared),
         "forms": [_form(form) for form in forms],
         "refused": refusal(prepared),
     }
 
 
+def _further(prepared: Prepared) -> list[dict[str, Any]]:
+    """Label of each further size, and what the build takes more than that of the sizes before it: `seconds` to make,
+    `disk_bytes` to write, `device_bytes` of all files, None where that is not known."""
+    plan, told = prepared.plan, list[dict[str, Any]]()
+    before: dict[str, Any] = {}
+    for count in range(1, len(plan.sizes) + 1 if plan.further else 1):
+        one = replace(prepared, plan=plan.first(count))
+        jobs, shapes = list_jobs(one), one.plan.sizes[-1]
+        alone = _devices(replace(prepared, plan=plan.at(shapes)))
+        now = {
+            "seconds": estimate_seconds(one, jobs)["cold"],
+            "disk_bytes": disk_bytes(one, [job for job in jobs if job.stage not in ("record", "verify")]),
+            "device_bytes": sum(file["total"] for file in _devices(one).get("files", ())),
+        }
+        if before:
+            more = {name: value - before[name] for name, value in now.items()}
+            unknown = {"device_bytes": None} if alone.get("origin", ORIGIN_UNKNOWN) == ORIGIN_UNKNOWN else {}
+            told.append({"size": shapes.label, **more, **unknown})
+        before = now
+    return told
+
+
 def _second_size_bytes(prepared: Prepared, jobs: list[Job]) -> int:
     from fluxkiln.build.prepared import unwritten_bytes
 
-    written = disk_bytes(prepared, jobs_of_second_size(prepared, jobs))
+    second = jobs_of_second_size(prepared, jobs)
+    if toolchain_of(prepared.plan.target).many_sizes:
+        return disk_bytes(prepared, [*jobs, *second]) - disk_bytes(prepared, jobs)
+    written = disk_bytes(prepared, second)
     return written - unwritten_bytes(prepared.settings) if written else 0  # the checkpoint is there then
 
 
@@ -115,7 +144,8 @@ def list_jobs(prepared: Prepared) -> list[Job]:
     toolchain = toolchain_of(plan.target)
     jobs = toolchain.jobs(checkpoint, plan, cache, prepared.settings)
     finished = cache.lookup(build_action(prepared).key) is not None
-    weights = count_elements(ref for part in plan.parts for ref in part_refs(checkpoint, plan, part))
+    parts = plan.at(plan.shapes).parts
+    weights = count_elements(ref for part in parts for ref in part_refs(checkpoint, plan, part))
     if prepared.settings.verify:
         largest = max(count_elements(part_refs(checkpoint, plan, part)) for part in plan.parts)
         if toolchain.largest_part:  # the reference runs block by block, and larger parts are not executed
@@ -191,7 +221,7 @@ def disk_bytes(prepared: Prepared, todo: Iterable[Job]) -> int:
             total += stored_bytes(parse_scheme(job.scheme), job.weights)
         elif job.stage == "combine":
             total += KERNEL_BYTES
-    binaries = sum(part_bytes(checkpoint, plan, part) for part in plan.parts)
+    binaries = sum(part_bytes(checkpoint, plan, part) for part in plan.at(plan.shapes).parts)
     stages = {job.stage for job in todo}
     # Graphs lie in the working folder and in the store; a bundle has links to bmodels where it can.
     total += 2 * binaries * ("link" in stages)
@@ -210,7 +240,7 @@ def disk_bytes(prepared: Prepared, todo: Iterable[Job]) -> int:
 def recording_bytes(checkpoint: Checkpoint, plan: Plan, steps: int) -> int:
     """About the bytes of a recorded run: what goes into each part, in float32; most outputs are another's input."""
     total, constants = 0, checkpoint.model.constant_inputs
-    for part in plan.parts:
+    for part in plan.at(plan.shapes).parts:
         calls = steps if part.component == "transformer" else 1
         specs = checkpoint.model.part_inputs(part.kind, checkpoint.configs, plan.shapes)
         total += 4 * calls * count_elements(spec for spec in specs if spec.name not in constants)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -75,7 +75,7 @@ def record(prepared: Prepared, limits: Limits = LIMITS) -> Recording:
     """
     from fluxkiln.verify.reference import view_recording
 
-    checkpoint, plan, settings = prepared.checkpoint, prepared.plan, prepared.settings
+    checkpoint, settings, plan = prepared.checkpoint, prepared.settings, prepared.plan.at(prepared.plan.shapes)
     shapes = replayed_shapes(checkpoint, plan, limits)
     built = {part.component for part in plan.parts}
     every = checkpoint.model.recorded_parts(checkpoint.configs, settings.vae)
@@ -177,27 +177,39 @@ def run_pipeline(checkpoint: Checkpoint, plan: Plan, sampling: Sampling, runner:
     return run_with_parts(checkpoint.model, pipeline_files(checkpoint, plan), plan.shapes, plan.parts, runner, sampling)
 
 
-def replay(prepared: Prepared, plan: Plan, recording: Recording, opened: OpenRungs, progress: Progress) -> Parity:
-    """Replay the recording, at whose shapes the plan is, at every rung of every part; run the whole pipeline, if it is
-    all there, on the top rung. That has a thread of its own: a simulator keeps two cores busy by itself."""
+def replay(
+    prepared: Prepared,
+    plan: Plan,
+    recording: Recording,
+    opened: OpenRungs,
+    progress: Progress,
+    *,
+    only: Collection[Part] | None = None,
+    mark: str = "",
+) -> Parity:
+    """Replay the recording, at whose shapes the plan is, at every rung of every part, or of `only` some; run the whole
+    pipeline, if it is all there, on the top rung. That has a thread of its own: a simulator keeps two cores busy by
+    itself. `mark`: see `Ladder`."""
     started, checkpoint, settings = time.perf_counter(), prepared.checkpoint, prepared.settings
     sampling = Sampling(prepared.steps, settings.seed, settings.prompt)
     plan, rungs = replace(plan, parts=opened.parts), opened.rungs
-    calls = [(part, step) for part in plan.parts for step in range(len(recording.calls[part.name]))]
+    parts = [part for part in plan.parts if only is None or part in only]
+    calls = [(part, step) for part in parts for step in range(len(recording.calls[part.name]))]
+    every = [(part, step) for part in plan.parts for step in range(len(recording.calls[part.name]))]
     weighed = {part: part_cost(checkpoint, plan, part) for part in plan.parts}
     costs = [weighed[part] for part, _ in calls]
     floor = sum(costs) / max(len(costs), 1) / LEAST_SHARE  # what a call costs whatever it computes
     costs = [cost + floor for cost in costs]
     progress.stage("verify", costs)
     toolchain = toolchain_of(plan.target)
-    ladder = Ladder(toolchain.rungs, toolchain.gates)
+    ladder = Ladder(toolchain.rungs, toolchain.gates, mark)
     ladder.carried = _carried(prepared, plan, recording, progress) if plan.shapes == prepared.plan.shapes else None
     *_, top = rungs
     below = {rung: runner for rung, runner in rungs.items() if rung != top}
 
     def run_whole() -> PipelineResult:
         components = list(dict.fromkeys(part.component for part in plan.parts))
-        once = [(part, step) for part, step in calls if not (part.traits.rows and step)]  # with the rows of all steps
+        once = [(part, step) for part, step in every if not (part.traits.rows and step)]  # with the rows of all steps
         ordered = sorted(once, key=lambda call: (components.index(call[0].component), call[1]))
         progress.stage("pipeline", [weighed[part] + floor for part, _ in ordered])
 
@@ -209,8 +221,8 @@ def replay(prepared: Prepared, plan: Plan, recording: Recording, opened: OpenRun
         return run_pipeline(checkpoint, plan, sampling, run)
 
     with ThreadPoolExecutor(1, "below") as lower, ThreadPoolExecutor(1, "top") as upper:
-        lower_parts = {part.name: lower.submit(replay_part, below, recording, part) for part in plan.parts}
-        upper_parts = {part.name: upper.submit(replay_part, {top: rungs[top]}, recording, part) for part in plan.parts}
+        lower_parts = {part.name: lower.submit(replay_part, below, recording, part) for part in parts}
+        upper_parts = {part.name: upper.submit(replay_part, {top: rungs[top]}, recording, part) for part in parts}
         whole = upper.submit(run_whole) if is_complete(checkpoint, plan) else None
         try:
             for part, step in calls:

@@ -39,6 +39,7 @@ def inspect_command(output: Output, transfers: Transfers, bundle: str, all_parts
     from fluxkiln.artifacts.about import read_about
     from fluxkiln.artifacts.manifest import describe_manifest
     from fluxkiln.artifacts.registry.place import looks_like_reference
+    from fluxkiln.compile.bundle import further_sizes
     from fluxkiln.compile.opener import open_bundle
     from fluxkiln.patches.registry import component_of, title_of
 
@@ -56,7 +57,10 @@ def inspect_command(output: Output, transfers: Transfers, bundle: str, all_parts
             "bundle": manifest.name,
             "target": manifest.target,
             "model": f"{title_of(manifest.variant)} from {checkpoint.source}, fingerprint {checkpoint.fingerprint}",
-            "shapes": f"{shapes.width}x{shapes.height}, {count_text(shapes.tokens, 'token')}",
+            "shapes": "; ".join(
+                f"{one.width}x{one.height}, {count_text(one.tokens, 'token')}"
+                for one in (shapes, *further_sizes(manifest))
+            ),
             "size": f"{size_text(described['size'])} in {count_text(len(manifest.files), 'file')}",
             "licence": f"{manifest.licence.spdx}, text in {manifest.licence.file}",
             "parity": parity_text(manifest.parity),

@@ -8,7 +8,7 @@ import click
 
 from fluxkiln.cli.options import SettingsFor, TargetCommand, settings_options
 from fluxkiln.cli.output import Output, json_option, open_progress
-from fluxkiln.errors import ParityError
+from fluxkiln.errors import ParityError, UsageError
 
 if TYPE_CHECKING:
     from fluxkiln.verify.debug import Diagnosis
@@ -36,7 +36,10 @@ def debug_command(output: Output, settings_for: SettingsFor, part: str, target: 
 
     settings = settings_for(target)
     with open_progress() as progress:
-        found = debug_part(prepare(settings, progress), part, step, progress)
+        prepared = prepare(settings, progress)
+        if prepared.plan.further:
+            raise UsageError("debug looks at one size; give one --size and one --tokens")
+        found = debug_part(prepared, part, step, progress)
     output.document(found.to_json())
     _show(output, found, every)
     if culprit := found.culprit:

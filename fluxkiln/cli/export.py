@@ -17,7 +17,7 @@ import click
 from fluxkiln.cli.options import (
     PATH,
     build_dir_option,
-    read_size,
+    read_shape,
     size_option,
     statistics_option,
     tokens_option,
@@ -86,6 +86,7 @@ def export_command(
     names: tuple[str, ...],
     copy: bool,
     size: str | None,
+    tokens: str | None,
     **common: Any,
 ) -> None:
     """Write the template of every kind of part, and how each part fills its slots.
@@ -102,14 +103,14 @@ def export_command(
     ONNX Runtime's constant folding would make a float32 copy of every weight when it opens a graph: turn it off with
     InferenceSession(path, disabled_optimizers=["ConstantFolding"]), and a weight is widened when it is used.
     """
-    from fluxkiln.build.make import choose_shapes
+    from fluxkiln.build.make import choose_sizes
     from fluxkiln.build.prepared import choose_components, chosen_parts, find_root, model_of
     from fluxkiln.export.checkpoint import open_checkpoint
 
     chosen_formats = _parse_formats(formats)
     # of a checkpoint that has not all of them, those that are asked for as a whole
     whole = components if components and not names else None
-    settings = Settings("", model, size=read_size(size), components=whole, **common)
+    settings = Settings("", model, components=whole, **read_shape(size, tokens), **common)
     known_model = model_of(settings)
     _check_kind_names(known_model, kinds, settings)
     linked = bool(components or names)
@@ -123,7 +124,7 @@ def export_command(
     with open_progress() as progress:
         root = find_root(settings, settings.components, count_bytes(progress, "synthesize", "written"))
         checkpoint = open_checkpoint(root, choose_components(known_model, settings))
-        shapes = choose_shapes(settings, checkpoint)
+        (shapes,) = choose_sizes(settings, checkpoint)
         all_parts = chosen_parts(settings, checkpoint)
         if linked:
             files = _choose_graphs(known_model, all_parts, components, names)

@@ -20,6 +20,7 @@ from fluxkiln.verify.report.page import size as size_text
 if TYPE_CHECKING:
     from fluxkiln.compile.bundle import Bundle
     from fluxkiln.generate.painter import Painter, Request
+    from fluxkiln.types import Shapes
 
 PORT = 7860
 MOST_IMAGES, MOST_THREADS, MOST_BOARDS = 10_000, 1024, 1024
@@ -66,8 +67,8 @@ device_option = click.option(
 )
 @click.option("--rows", "--n-rows", type=int, metavar="N", help="Write a grid of all images as well, in N rows.")
 @click.option("--save-raw", is_flag=True, help="No grid, each image by itself. This is the default.")
-@click.option("--size", metavar="WIDTHxHEIGHT", help="Checked against the bundle, which is compiled for one size.")
-@click.option("--tokens", type=int, metavar="N", help="Checked against the bundle, like the size.")
+@click.option("--size", metavar="WIDTHxHEIGHT", help="One of the bundle's sizes. Default: its first.")
+@click.option("--tokens", type=int, metavar="N", help="One of its numbers of text tokens. Default: the first.")
 @click.option("--executor", metavar="NAME", help="What runs the parts, see below. Default: by the bundle.")
 @device_option
 @click.option("--threads", type=THREADS, metavar="N", help="Threads of one operation. Default: all cores.")
@@ -133,7 +134,7 @@ def generate_command(
     checked = read_size(size)
     from fluxkiln.compile.opener import open_bundle
     from fluxkiln.compile.toolchain import open_executor
-    from fluxkiln.generate.painter import Painter, Request, check_request
+    from fluxkiln.generate.painter import Painter, Request, check_request, choose_size
     from fluxkiln.progress import Laps
 
     asked |= {"size": checked, "padded": not no_t5_padding}
@@ -145,6 +146,7 @@ def generate_command(
         laps.lap("check")
         for request in requests:
             check_request(opened, request)
+        opened = opened.at(choose_size(opened, checked, asked["tokens"]))
         runner = open_executor(opened, executor, **options)
         with Painter(opened, runner, laps) as painter:
             laps.lap("open")
@@ -272,8 +274,13 @@ def serve_command(
             ) from error
         with open_progress() as progress:
             opened = open_bundle(bundle_folder(bundle), progress, whole=True)
-            painter = Painter(opened, open_executor(opened, executor, threads=threads, device=device))
-        with Studio(painter, find_reference(opened)) as studio:
+
+            def open_painter(shapes: Shapes) -> Painter:
+                own = opened.at(shapes)
+                return Painter(own, open_executor(own, executor, threads=threads, device=device))
+
+            made = Studio(opened, open_painter, find_reference(opened))
+        with made as studio:
             app = make_app(studio, LOOPBACK if is_loopback(host) else ("*",))
             url = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/"
             output.document({"url": url, "bundle": str(opened.folder), "digest": opened.digest})

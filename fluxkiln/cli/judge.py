@@ -100,6 +100,7 @@ def _images(
     folder = bundle_folder(Path(subject))
     if (folder / "manifest.json").is_file():
         bundle = open_bundle(folder, progress, whole=True)
+        bundle = bundle.at(bundle.shapes)
         for request in requests[:1]:
             check_request(bundle, request)
         with Painter(bundle, open_executor(bundle, executor)) as painter:

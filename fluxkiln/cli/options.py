@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from fluxkiln.errors import UsageError
-from fluxkiln.settings import OPTIONS, Settings, parse_size, read_settings
+from fluxkiln.settings import OPTIONS, Settings, parse_size, parse_sizes, parse_tokens, read_settings
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
@@ -76,6 +76,16 @@ def settings_options(command: _F) -> _F:
 def store_options(command: _F) -> _F:
     """Adds the two options that name a store."""
     return build_dir_option(store_option(command))
+
+
+def read_shape(size: str | None, tokens: str | None) -> dict[str, Any]:
+    """The settings `size` and `tokens` of a command that takes one of each; UsageError for several."""
+    given: dict[str, Any] = {
+        "size": None if size is None else parse_sizes(size), "tokens": None if tokens is None else parse_tokens(tokens)
+    }  # fmt: skip
+    if several := [name for name, values in given.items() if values and len(values) > 1]:
+        raise UsageError(f"--{several[0]}: one at a time here; several are for build, plan and mould build")
+    return given
 
 
 def read_size(text: str | None) -> tuple[int, int] | None:

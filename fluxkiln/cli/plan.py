@@ -57,6 +57,7 @@ def plan_command(
     devices: Mapping[str, Any] = planned["devices"]
     totals, shapes = planned["totals"], planned["shapes"]
     size = f"{shapes['width']}x{shapes['height']}, {shapes['tokens']} text tokens"
+    size += f", and {count_text(len(planned['further']), 'further size')}" * bool(planned["further"])
     output.line(f"{planned['name']} for {planned['target']}: {planned['scheme']}, {size}")
     output.line()
     facts = {"verdict": _verdict(planned)}
@@ -71,7 +72,7 @@ def plan_command(
         **facts,
         "time": _time(planned["seconds"], totals),
         "disk": f"about {size_text(totals['disk_bytes'])} to write",
-        "second size": _second_size(planned["seconds"], totals),
+        "a size more": "" if planned["further"] else _second_size(planned, totals),
         "memory": f"about {size_text(totals['memory_peak_bytes'])} at most, on the machine that builds",
         "download": f"{size_text(fetched)}, part of that disk" if (fetched := totals["download_bytes"]) else "",
         "this machine": f"cannot build it: {planned['refused']}" if devices and planned["refused"] else "",
@@ -79,6 +80,8 @@ def plan_command(
     })  # fmt: skip
     if devices:
         _show_files(output, devices)
+    if planned["further"]:
+        _show_further(output, planned["further"])
     if planned["forms"]:
         _show_forms(output, settings, planned["forms"])
     if mixtures := planned.get("mixtures"):
@@ -154,13 +157,32 @@ def _time(seconds: Mapping[str, Any], totals: Mapping[str, Any]) -> str:
     )
 
 
-def _second_size(seconds: Mapping[str, Any], totals: Mapping[str, Any]) -> str:
-    if not seconds["second_size"]:
+def _second_size(planned: Mapping[str, Any], totals: Mapping[str, Any]) -> str:
+    from fluxkiln.compile.targets import find_target
+    from fluxkiln.compile.toolchain import toolchain_of
+
+    seconds, shapes = planned["seconds"]["second_size"], planned["shapes"]
+    if not seconds:
         return ""
-    return (
-        f"a build of its own (--size WIDTHxHEIGHT): about {seconds_text(seconds['second_size'])} to make, "
-        f"{size_text(totals['second_size_bytes'])} to write; what takes no picture is shared"
-    )
+    takes = f"about {seconds_text(seconds)} to make, {size_text(totals['second_size_bytes'])} to write"
+    if toolchain_of(find_target(planned["target"])).many_sizes:
+        own = f"{shapes['width']}x{shapes['height']}"
+        return f"in the same bundle (--size {own},WIDTHxHEIGHT): {takes}; it tells what each takes on a device"
+    return f"a build of its own (--size WIDTHxHEIGHT): {takes}; what takes no picture is shared"
+
+
+def _show_further(output: Output, further: list[Mapping[str, Any]]) -> None:
+    rows = [
+        (
+            one["size"],
+            seconds_text(max(one["seconds"], 0)),
+            size_text(one["disk_bytes"]),
+            _size(one["device_bytes"]),
+        )
+        for one in further
+    ]
+    output.line()
+    output.table(("further size", ">to make", ">to write", ">on the device"), rows)
 
 
 def _show_files(output: Output, devices: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ import click
 from fluxkiln.cli.options import (
     PATH,
     build_dir_option,
-    read_size,
+    read_shape,
     size_option,
     statistics_option,
     store_option,
@@ -81,11 +81,11 @@ def calibrate_command(
     )
 
 
-def _settings(model: str, components: str, *, size: str | None, **others: Any) -> Settings:
+def _settings(model: str, components: str, *, size: str | None, tokens: str | None, **others: Any) -> Settings:
     chosen = tuple(components.replace(",", " ").split())
     if not chosen:
         raise UsageError(f"no component was asked for; the default is {_COMPONENTS}")
-    return Settings("cpu", model, size=read_size(size), components=chosen, **others)
+    return Settings("cpu", model, components=chosen, **read_shape(size, tokens), **others)
 
 
 _LEGEND = """\

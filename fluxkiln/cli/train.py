@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 
 from fluxkiln.cli.main import NamedCommands
-from fluxkiln.cli.options import PATH, build_dir_option, read_size, store_option, tokens_option
+from fluxkiln.cli.options import PATH, build_dir_option, read_size, store_option
 from fluxkiln.cli.output import Output, json_option, open_progress, path_text, seconds_text
 from fluxkiln.cli.recipe import recipe_command
 from fluxkiln.train.settings import WEIGHTING_SCHEMES, LoraSettings
@@ -47,7 +47,7 @@ train_command.add_command(recipe_command, "recipe")
 @_option("learning_rate", float, "X", "After warming up; it falls to 0 by a cosine.")
 @_option("warmup_steps", int, "N", "Steps of the optimizer until the learning rate is reached.")
 @click.option("--resolution", metavar="WIDTHxHEIGHT", help="Of the pictures. Default: a preset's own, else 512x512.")
-@tokens_option
+@click.option("--tokens", type=int, metavar="N", help="Text tokens. Default: the preset's, or the most it takes.")
 @_option("num_augmentations", int, "N", "Random crops of each picture.")
 @_option("guidance", float, "X", "What the transformer is told in training, dev only.")
 @_option("weighting_scheme", str, "NAME", f"diffusers' sampling of timesteps: {', '.join(WEIGHTING_SCHEMES)}.")

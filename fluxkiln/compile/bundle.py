@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluxkiln.artifacts.manifest import MANIFEST_FILE, Manifest, resolve_inside
 from fluxkiln.compile.executor import Net
 from fluxkiln.compile.targets import Target
-from fluxkiln.errors import CheckpointError, FluxkilnError, IntegrityError, UsageError
+from fluxkiln.errors import CheckpointError, FluxkilnError, IntegrityError, ShapeError, UsageError
 from fluxkiln.patches.model import Model
-from fluxkiln.types import Configs, Part
+from fluxkiln.patches.sizes import as_alone, parts_at_sizes, parts_of_size
+from fluxkiln.types import SIZE_MARK, Configs, Part, Shapes
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -24,6 +25,9 @@ MOST_CONSTANTS = 256 << 20
 _CONSTANT_DTYPES = ("F32", "I32")
 # of any list of blocks, and far above what models have
 MOST_BLOCKS = 10_000
+# of the manifest's settings: the sizes besides its `shapes`
+FURTHER_SIZES = "further_sizes"
+MOST_SIZES = 64
 _AGAIN = "build or fetch the bundle again"
 
 
@@ -33,7 +37,8 @@ class Bundle:
 
     Attributes:
         digest: `sha256:<hex>` of its manifest, which covers all files.
-        parts: the model's own, in the order they run; the manifest has an entry of each.
+        parts: the model's own, in the order they run; the manifest has an entry of each. Behind those of its first size
+            stand those that others take besides.
         configs: each component's `config.json`, keyed by its folder name.
     """
 
@@ -47,7 +52,7 @@ class Bundle:
 
     @property
     def constants(self) -> dict[str, NDArray[Any]]:
-        """What the host hands to the parts, by name; read each time that it is asked for.
+        """What the host hands to the parts of its (first) size, by name; read each time that it is asked for.
 
         Raises: IntegrityError: what is no safetensors file of such numbers, or larger than any host's constants.
         """
@@ -61,9 +66,28 @@ class Bundle:
                 raise IntegrityError(f"{where} has {nbytes} bytes of numbers, {MOST_CONSTANTS} are the most; {_AGAIN}")
             if odd := [f"{name} is {ref.dtype}" for name, ref in refs.items() if ref.dtype not in _CONSTANT_DTYPES]:
                 raise IntegrityError(f"{where}: {odd[0]}, constants are {', '.join(_CONSTANT_DTYPES)}; {_AGAIN}")
-            return {name: read_tensor(ref) for name, ref in refs.items()}
+            own = {name: refs.get(f"{name}{SIZE_MARK}{self.shapes.label}", ref) for name, ref in refs.items()}
+            return {name: read_tensor(ref) for name, ref in own.items() if SIZE_MARK not in name}
         except CheckpointError as error:
             raise IntegrityError(f"{where} is damaged ({error}); {_AGAIN}") from error
+
+    @property
+    def shapes(self) -> Shapes:
+        """Its size; of several the first."""
+        return self.manifest.shapes
+
+    @property
+    def sizes(self) -> tuple[Shapes, ...]:
+        return (self.shapes, *further_sizes(self.manifest))
+
+    def at(self, shapes: Shapes) -> Bundle:
+        """The bundle as it would be for one of its sizes alone; whoever runs it needs to know of no others."""
+        entries = {entry.name: entry for entry in self.manifest.parts}
+        own = parts_of_size(self.parts, shapes)
+        settings = {name: value for name, value in self.manifest.settings.items() if name != FURTHER_SIZES}
+        parts = tuple(replace(entries[part.name], name=part.base) for part in own)
+        manifest = replace(self.manifest, shapes=shapes, settings=settings, parts=parts)
+        return replace(self, manifest=manifest, parts=tuple(map(as_alone, own)))
 
     @property
     def nets(self) -> dict[str, Net]:
@@ -81,10 +105,29 @@ class Bundle:
         return bool(self.configs["transformer"].get("guidance_embeds", False))
 
 
-def own_parts(manifest: Manifest, model: Model, configs: Configs) -> tuple[Part, ...]:
-    """The parts that a model with these configs has in the form that a bundle says it is in.
+def further_facts(further: Sequence[Shapes]) -> dict[str, Any]:
+    """What keys and the manifest's settings say of sizes besides the first, if there are any."""
+    return {FURTHER_SIZES: [asdict(shapes) for shapes in further]} if further else {}
 
-    Raises: KeyError, TypeError, ValueError, UsageError: configs or settings that are not the model's.
+
+def further_sizes(manifest: Manifest) -> tuple[Shapes, ...]:
+    """The sizes of a bundle besides its first; IntegrityError where its settings name none such."""
+    listed: Any = manifest.settings.get(FURTHER_SIZES, [])
+    try:
+        if any(type(side) is not int for one in listed for side in one.values()):
+            raise TypeError("a number that is not whole")
+        found = tuple(Shapes(**one) for one in listed)
+        if len({manifest.shapes, *found}) <= len(found) or len(found) > MOST_SIZES:
+            raise ValueError(f"one of them twice, or more than {MOST_SIZES}")
+    except (AttributeError, TypeError, ValueError, ShapeError) as error:
+        raise IntegrityError(f"{manifest.name}: its {FURTHER_SIZES} are no sizes ({error}); {_AGAIN}") from error
+    return found
+
+
+def own_parts(manifest: Manifest, model: Model, configs: Configs) -> tuple[Part, ...]:
+    """The parts that a model with these configs has in the form and at the sizes that a bundle says it is in.
+
+    Raises: KeyError, TypeError, ValueError, UsageError, IntegrityError: configs or settings that are not the model's.
     """
     form = manifest.settings
     components, vae, granularity = form["components"], form["vae"], form.get("granularity")
@@ -95,7 +138,8 @@ def own_parts(manifest: Manifest, model: Model, configs: Configs) -> tuple[Part,
     )
     if not isinstance(components, list | tuple):
         raise TypeError("components that are no list")
-    return tuple(part for part in every if part.component in components)
+    own = tuple(part for part in every if part.component in components)
+    return parts_at_sizes(model, configs, own, (manifest.shapes, *further_sizes(manifest)))
 
 
 def check_own_parts(manifest: Manifest, model: Model, configs: Configs, folder: Path) -> tuple[Part, ...]:
@@ -109,7 +153,7 @@ def check_own_parts(manifest: Manifest, model: Model, configs: Configs, folder: 
                     raise ValueError(f"{key} {configs[component][key]} in its {component}")
         own = own_parts(manifest, model, configs)
         variant = model.variant(configs)
-        shapes = {kind: model.part_inputs(kind, configs, manifest.shapes) for kind in {part.kind for part in own}}
+        shapes = {part.name: model.part_inputs(part.kind, configs, (*part.sizes, manifest.shapes)[0]) for part in own}
     except (FluxkilnError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise IntegrityError(
             f"{where}: what it says does not go with {CONFIGS} ({type(error).__name__}: {error}); {_AGAIN}"
@@ -127,7 +171,7 @@ def check_own_parts(manifest: Manifest, model: Model, configs: Configs, folder: 
             f"{len(wanted)} in all; {_AGAIN}"
         )
     for part, entry in zip(own, manifest.parts, strict=True):
-        specs = {spec.name: spec.shape for spec in shapes[entry.kind]}
+        specs = {spec.name: spec.shape for spec in shapes[part.name]}
         # what the host gives may be named beside them
         given = {s.name: s.shape for s in entry.inputs if s.name in specs or s.name not in model.constant_inputs}
         # a part of several blocks takes something of each of them along one axis

@@ -46,6 +46,7 @@ class Linker(Toolchain):
 
     # weights stay as the checkpoint has them, but for codes
     converts = False
+    many_sizes = True
 
     def open_graphs(
         self, nets: Mapping[str, Net], schemes: Mapping[str, Scheme], options: Mapping[str, Any], most_open: int = 0
@@ -64,13 +65,14 @@ class Linker(Toolchain):
 
     def jobs(self, checkpoint: Checkpoint, plan: Plan, cache: ActionCache, settings: Settings) -> list[Job]:
         jobs = []
-        for kind in plan.kinds():
-            known = find_template(checkpoint, plan, cache, kind, plan.target.graph_format) is not None
+        for piece, kind in plan.each_kind():
+            known = find_template(checkpoint, piece, cache, kind, plan.target.graph_format) is not None
             jobs.append(Job("template", f"{kind} {plan.target.graph_format}", kind, "", TRACE_MEMORY, known))
         for part in plan.parts:
             # Linking is not a cached action: it takes the time of a copy.
             memory = search_memory(checkpoint, plan, part) + LINK_MEMORY
-            weights = count_elements(part_refs(checkpoint, plan, part))
+            own = part.name == part.base  # those of further sizes are there then
+            weights = count_elements(part_refs(checkpoint, plan, part)) if own else 0
             jobs.append(Job("link", part.name, part.kind, plan.scheme(part).name, memory, False, weights))
         return jobs
 
@@ -80,14 +82,15 @@ class Linker(Toolchain):
         from fluxkiln.compile.onnx.linked import link_parts
 
         context, folder = (checkpoint, plan, cache), plan.folder / "work" / GRAPHS
-        progress.stage("template", len(plan.kinds()))
-        for kind in plan.kinds():
-            prepare_template(*context, kind, plan.target.graph_format, progress, "template")
+        kinds = list(plan.each_kind())
+        progress.stage("template", len(kinds))
+        for piece, kind in kinds:
+            prepare_template(checkpoint, piece, cache, kind, plan.target.graph_format, progress, "template")
         progress.stage("link", len(plan.parts))
         graphs = link_parts(*context, folder)
         binaries = []
         for part in plan.parts:
-            template = make_template(*context, part.kind, plan.target.graph_format)
+            template = make_template(checkpoint, plan.of(part), cache, part.kind, plan.target.graph_format)
             blob = cache.store.add_file(graphs[part.name])
             facts = {
                 "inputs": [[spec.name, spec.dtype, list(spec.shape)] for spec in template.inputs],
@@ -126,7 +129,7 @@ class Linker(Toolchain):
         yield {self.rung(plan): self._open_made(plan, made, 1)}
 
     def _open_made(self, plan: Plan, made: Made, most_open: int) -> GraphExecutor:
-        nets = {binary.part.name: bind_net(binary, made.own[binary.part.name]) for binary in made.binaries}
+        nets = {binary.part.name: bind_net(binary, made.own[binary.net]) for binary in made.binaries}
         return self.open_graphs(nets, {part.name: plan.scheme(part) for part in plan.parts}, {}, most_open)
 
     def check_parts(self, bundle: Bundle, fresh: Collection[str]) -> None:

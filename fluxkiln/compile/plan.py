@@ -9,6 +9,7 @@ from typing import Any
 
 from fluxkiln.artifacts.store import Blob
 from fluxkiln.compile.targets import Target
+from fluxkiln.patches.sizes import as_alone, parts_of_size
 from fluxkiln.quantize.schemes import Scheme
 from fluxkiln.types import Part, Shapes, list_kinds
 
@@ -18,7 +19,8 @@ class Plan:
     """What is built for which target, of which parts, at which shapes.
 
     Attributes:
-        schemes: kind -> how its weights are stored; exceptions: name of a part -> how its own are, where otherwise.
+        shapes: the first size. further: all others; see `Part.sizes`.
+        schemes: kind -> how its weights are stored; exceptions: base of a part -> how its own are, where otherwise.
         layout: how the target's toolchain spreads a model over cores, a value of its own; None where it does not.
         folder: of the build; logs and unfinished files go below it.
     """
@@ -30,6 +32,11 @@ class Plan:
     folder: Path
     layout: Any = None
     exceptions: Mapping[str, Scheme] = field(default_factory=dict)
+    further: tuple[Shapes, ...] = ()
+
+    @property
+    def sizes(self) -> tuple[Shapes, ...]:
+        return (self.shapes, *self.further)
 
     @property
     def logs(self) -> Path:
@@ -51,7 +58,7 @@ class Plan:
         return tuple(list_kinds(self.parts))
 
     def scheme(self, part: Part) -> Scheme:
-        return self.exceptions.get(part.name, self.schemes[part.kind])
+        return self.exceptions.get(part.base, self.schemes[part.kind])
 
     def scheme_names(self) -> dict[str, str]:
         """Kind -> the name of its scheme, and part -> that of its own, where it has one."""
@@ -63,25 +70,40 @@ class Plan:
         return next((piece for piece in self.alike() if part in piece.parts), self)
 
     def each_kind(self) -> Iterator[tuple[Plan, str]]:
-        """Every kind in every scheme that parts of it have: a piece of `alike`, and a kind that is in it."""
+        """Every kind in every scheme and size that parts of it have: a piece of `alike`, and a kind that is in it."""
         return ((piece, kind) for piece in self.alike() for kind in piece.kinds())
 
     def alike(self) -> tuple[Plan, ...]:
-        """The plan in as few pieces as it takes to have one scheme for all parts of a kind; itself where they have."""
-        if not self.exceptions:
+        """The plan in as few pieces as it takes to have one scheme and one size for all parts of a kind; itself where
+        they have."""
+        if not self.exceptions and not self.further:
             return (self,)
-        pieces: list[tuple[dict[str, Scheme], list[Part]]] = []
+        pieces: list[tuple[Shapes, dict[str, Scheme], list[Part]]] = []
         for part in self.parts:
-            scheme = self.scheme(part)
-            fitting = (piece for piece in pieces if piece[0].get(part.kind, scheme) == scheme)
+            scheme, shapes = self.scheme(part), part.sizes[0] if part.sizes else self.shapes
+            fitting = (piece for piece in pieces if piece[0] == shapes and piece[1].get(part.kind, scheme) == scheme)
             if (piece := next(fitting, None)) is None:
-                pieces.append(piece := ({}, []))
-            piece[0][part.kind] = scheme
-            piece[1].append(part)
+                pieces.append(piece := (shapes, {}, []))
+            piece[1][part.kind] = scheme
+            piece[2].append(part)
         return tuple(
-            replace(self, schemes={**self.schemes, **schemes}, parts=tuple(parts), exceptions={})
-            for schemes, parts in pieces
+            replace(
+                self, shapes=shapes, further=(), schemes={**self.schemes, **schemes}, parts=tuple(parts), exceptions={}
+            )
+            for shapes, schemes, parts in pieces
         )
+
+    def first(self, count: int) -> Plan:
+        """The plan of its first sizes."""
+        sizes = self.sizes[:count]
+        kept = ((part, tuple(one for one in part.sizes if one in sizes)) for part in self.parts)
+        parts = tuple(replace(part, sizes=own) for part, own in kept if own)
+        return replace(self, further=sizes[1:], parts=parts)
+
+    def at(self, shapes: Shapes) -> Plan:
+        """The plan of one of the sizes alone."""
+        own = tuple(as_alone(part) for part in parts_of_size(self.parts, shapes))
+        return replace(self, shapes=shapes, further=(), parts=own)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,12 +148,23 @@ class Made:
     Attributes:
         missing: why the bundle is not complete here (a compiler that there is not), or empty.
         own: what its own rungs and report need of it, a value of its own.
+        shapes: the one size that it is of, where it was made for several.
     """
 
     binaries: tuple[Binary, ...]
     files: tuple[BundleFile, ...]
     missing: str = ""
     own: Any = None
+    shapes: Shapes | None = None
+
+    def at(self, shapes: Shapes) -> Made:
+        """What is there for one of several sizes, as `Plan.at` calls the parts; nets keep their names."""
+        by_part = {binary.part: binary for binary in self.binaries}
+        own = [by_part[part] for part in parts_of_size(tuple(by_part), shapes)]
+        bases = {binary.part.name: binary.part.base for binary in own}
+        files = (replace(file, parts=tuple(bases[name] for name in file.parts if name in bases)) for file in self.files)
+        binaries = tuple(replace(one, part=as_alone(one.part)) for one in own)
+        return replace(self, binaries=binaries, files=tuple(files), shapes=shapes)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from fluxkiln.export.bindings import binding_refs
 from fluxkiln.export.checkpoint import Checkpoint, TensorReader
 from fluxkiln.patches.pipeline import PipelineFiles
 from fluxkiln.progress import FROM_STORE, Progress
-from fluxkiln.types import Binding, GraphFormat, Part, Template, TensorRef, TensorSpec
+from fluxkiln.types import SIZE_MARK, Binding, GraphFormat, Part, Shapes, Template, TensorRef, TensorSpec
 
 EXPORT_TOOLS = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnx-ir")
 
@@ -114,13 +114,19 @@ def _template(cache: ActionCache, kind: str, graph_format: GraphFormat, result: 
 
 
 def net_name(part: Part) -> str:
-    """A part's net in the combined file; as long as the mould's own, so that it can be written over it."""
-    return part.name.replace(".", "_") if "." in part.name else f"{part.name}_00"
+    """A part's net in the combined file; at the first size as long as the mould's own, which it is written over."""
+    size = part.name.removeprefix(part.base)
+    return base_net(part) + size.replace(SIZE_MARK, "_").replace("-", "_")
+
+
+def base_net(part: Part) -> str:
+    """What its net is called where it is compiled, whatever its size."""
+    return part.base.replace(".", "_") if "." in part.base else f"{part.base}_00"
 
 
 def mould_net(plan: Plan, kind: str) -> str:
-    """The net of a kind's mould: that of its first part, or of any other, which is as long."""
-    return net_name(next(part for part in plan.parts if part.kind == kind))
+    """The net of a kind's mould, whatever its size: that of its first part, or of any other, which is as long."""
+    return base_net(next(part for part in plan.parts if part.kind == kind))
 
 
 def count_elements(specs: Iterable[TensorSpec | TensorRef]) -> int:
@@ -147,10 +153,26 @@ def specs_from_json(value: Any) -> tuple[TensorSpec, ...]:
 
 
 def host_constants(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
-    """What the host hands to the parts at run time, by name; see `Model.host_constants`."""
-    return checkpoint.model.host_constants(
-        checkpoint.configs, plan.shapes, TensorReader(checkpoint), plan.layout is not None
-    )
+    """What the host hands to the parts at run time, by name; see `Model.host_constants`.
+
+    What is another at a further size stands there once more: `rotary_cos@768x1344-512`.
+    """
+
+    def at(shapes: Shapes) -> dict[str, Any]:
+        return checkpoint.model.host_constants(
+            checkpoint.configs, shapes, TensorReader(checkpoint), plan.layout is not None
+        )
+
+    first = at(plan.shapes)
+    made = dict(first)
+    for shapes in plan.further:
+        own = at(shapes)
+        made |= {
+            f"{name}{SIZE_MARK}{shapes.label}": array
+            for name, array in own.items()
+            if array.shape != first[name].shape or (array != first[name]).any()
+        }
+    return made
 
 
 def pipeline_files(checkpoint: Checkpoint, plan: Plan) -> PipelineFiles:

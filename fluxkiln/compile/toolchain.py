@@ -118,6 +118,7 @@ class Toolchain(Protocol):
             them.
         any_shapes: `open_rungs` runs parts of any size at smaller shapes than those of the build.
         unproven: what its rungs leave open, for reports: that no device ran, say; empty where they leave nothing.
+        many_sizes: `make` takes plans of several sizes, and stores what they have in common once.
         resumable: a bundle may lack what the compiler makes, and `resume` adds it where there is one.
     """
 
@@ -133,6 +134,7 @@ class Toolchain(Protocol):
     converts: bool = True
     any_shapes: bool = False
     unproven: str = ""
+    many_sizes: bool = False
     resumable: bool = False
     largest_part: int = 0
     most_convolved: int = 0

@@ -144,6 +144,7 @@ def describe_studio(studio: Studio) -> dict[str, Any]:
         "target": manifest.target,
         "title": f"{studio.bundle.model.title}-{manifest.variant}",
         **asdict(manifest.shapes),
+        "sizes": [asdict(shapes) for shapes in studio.bundle.sizes],
         "digest": studio.bundle.digest,
         "executor": dict(studio.painter.executor.facts),
         "weights": read_about(manifest.parity).get("weights", "not known"),

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -82,13 +83,14 @@ class Picture:
 
 
 MARGIN = 8  # pixels between the images of a grid
+_NEAREST = 3  # sizes, where one is not there
 # a step may be given other latents, as diffusers' callback_on_step_end may
 OnStep = Callable[[Step], "NDArray[Any] | None"]
 
 
 @dataclass(slots=True)
 class Painter:
-    """A model's pipeline on a bundle's parts.
+    """A model's pipeline on a bundle's parts, of several sizes at the first; `Bundle.at` gives the others.
 
     ShapeError: the bundle's constants are for other shapes than its parts.
     """
@@ -104,7 +106,7 @@ class Painter:
     _known: dict[str, tuple[bytes, dict[str, NDArray[Any]]]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        bundle = self.bundle
+        self.bundle = bundle = self.bundle.at(self.bundle.shapes)
         self._once = frozenset(part.name for part in bundle.parts if part.traits.rows)
         self._chain = PartChain(bundle.parts, self._run_part)
         files = PipelineFiles(bundle.folder, bundle.configs, bundle.constants)
@@ -185,6 +187,33 @@ def default_steps(bundle: Bundle) -> int:
     return bundle.model.steps[bundle.manifest.variant]
 
 
+def choose_size(bundle: Bundle, size: tuple[int, int] | None = None, tokens: int | None = None) -> Shapes:
+    """The first of a bundle's sizes that has this width and height, and so many text tokens, as far as they are given.
+
+    Raises:
+        ShapeError: it has none; the nearest are named.
+    """
+    fitting = [one for one in bundle.sizes if size in (None, (one.width, one.height)) and tokens in (None, one.tokens)]
+    if fitting:
+        return fitting[0]
+    width, height = size or (bundle.shapes.width, bundle.shapes.height)
+    wanted = Shapes(height, width, bundle.shapes.tokens if tokens is None else tokens)
+
+    def distance(one: Shapes) -> float:
+        sides = abs(math.log(one.width / wanted.width)) + abs(math.log(one.height / wanted.height))
+        return sides + abs(math.log(one.tokens / wanted.tokens)) / _NEAREST
+
+    named = [f"{one.width}x{one.height} with {one.tokens} text tokens" for one in sorted(bundle.sizes, key=distance)]
+    several = f"{len(named)} sizes, of which the nearest are " * (len(named) > _NEAREST)
+    asked = f"size {width}x{height}" if size else f"{tokens} text tokens"
+    more = f" with {tokens} text tokens" * bool(size and tokens)
+    options = " ".join([f"--size {width}x{height}"] * bool(size) + [f"--tokens {tokens}"] * bool(tokens))
+    raise ShapeError(
+        f"{asked}{more}: this bundle was compiled for {several}{', '.join(named[:_NEAREST])}; choose one of these, "
+        f"or build one with {options}"
+    )
+
+
 def check_request(bundle: Bundle, request: Request) -> None:
     """Refuse what this bundle cannot make.
 
@@ -192,20 +221,8 @@ def check_request(bundle: Bundle, request: Request) -> None:
         ShapeError: another size or token count than it was compiled for. UsageError: guidance for a model that takes
         none, no steps or too many, a seed that is out of range.
     """
-    shapes, variant = bundle.manifest.shapes, bundle.manifest.variant
-    compiled = f"{shapes.width}x{shapes.height} with {shapes.tokens} text tokens"
-    if request.size is not None and request.size != (shapes.width, shapes.height):
-        width, height = request.size
-        Shapes(height, width, shapes.tokens)
-        raise ShapeError(
-            f"size {width}x{height}: this bundle was compiled for {compiled}; leave the size out, or build one with "
-            f"--size {width}x{height}"
-        )
-    if request.tokens is not None and request.tokens != shapes.tokens:
-        raise ShapeError(
-            f"{request.tokens} text tokens: this bundle was compiled for {compiled}; leave --tokens out, or build one "
-            f"with --tokens {request.tokens}"
-        )
+    variant = bundle.manifest.variant
+    choose_size(bundle, request.size, request.tokens)
     if request.guidance is not None:
         if not bundle.takes_guidance:
             raise UsageError(

@@ -18,12 +18,14 @@ from fluxkiln.generate.painter import (
     Request,
     Step,
     check_request,
+    choose_size,
     default_steps,
     describe_picture,
     paint,
     png_bytes,
 )
 from fluxkiln.patches.pipeline import GUIDANCE_SCALE
+from fluxkiln.settings import parse_size
 from fluxkiln.types import Shapes
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from fluxkiln.verify.reference import Recording
 
 MOST_WAITING, KEPT_JOBS = 8, 32
-MOST_PROMPT, MOST_STEPS, MOST_GUIDANCE = 4000, 1000, 100  # characters; denoising steps
+MOST_PROMPT, MOST_STEPS, MOST_GUIDANCE, MOST_TOKENS = 4000, 1000, 100, 10_000  # characters; denoising steps
 ENDED = ("done", "failed", "cancelled")
 
 
@@ -66,12 +68,17 @@ class Studio:
     """Makes images in one thread, in the order they were asked for.
 
     Args:
+        open_painter: size of the bundle -> its painter. One is open at a time; the first size's at once.
         reference: the recorded run of the bundle's build, to compare with; None where there is none.
         most_waiting: jobs in the queue besides the one that runs.
     """
 
-    def __init__(self, painter: Painter, reference: Recording | None = None, most_waiting: int = MOST_WAITING) -> None:
-        self.painter, self.bundle = painter, painter.bundle
+    def __init__(
+        self, bundle: Bundle, open_painter: Callable[[Shapes], Painter], reference: Recording | None = None,
+        most_waiting: int = MOST_WAITING,
+    ) -> None:  # fmt: skip
+        self.bundle, self._open_painter = bundle, open_painter
+        self.painter = open_painter(bundle.shapes)
         self.reference, self.most_waiting = reference, most_waiting
         self._jobs: dict[str, ImageJob] = {}
         self._waiting: list[ImageJob] = []
@@ -143,7 +150,7 @@ class Studio:
 
     def _make(self, job: ImageJob) -> dict[str, Any]:
         """Run a job; its last event."""
-        began, shapes = time.perf_counter(), self.bundle.manifest.shapes
+        began, shapes = time.perf_counter(), choose_size(self.bundle, job.request.size, job.request.tokens)
         show = Preview(shapes)
 
         def on_step(_: int, step: Step) -> None:
@@ -160,6 +167,9 @@ class Studio:
             )
 
         try:
+            if shapes != self.painter.bundle.shapes:
+                self.painter.close()
+                self.painter = self._open_painter(shapes)
             (picture,) = paint(self.painter, [job.request], on_step=on_step)
         except CancelledError:
             return {"state": "cancelled"}
@@ -220,7 +230,8 @@ class Preview:
 
 
 def parse_request(bundle: Bundle, document: Any) -> Request:
-    """A request from the page's JSON; UsageError: no object, an unknown key, a value of another type or range."""
+    """A request from the page's JSON; UsageError: no object, an unknown key, a value of another type or range.
+    ShapeError: no size."""
     if not isinstance(document, Mapping):
         raise UsageError('the request is no JSON object; send {"prompt": ...}')
 
@@ -239,6 +250,8 @@ def parse_request(bundle: Bundle, document: Any) -> Request:
             lambda it: it is None or ((isinstance(it, float) or is_whole(it)) and abs(it) <= MOST_GUIDANCE),
             f"a number up to {MOST_GUIDANCE}",
         ),
+        "size": (lambda it: it is None or is_short(it), "a text, WIDTHxHEIGHT"),
+        "tokens": (lambda it: it is None or (is_whole(it) and 0 < it <= MOST_TOKENS), f"1 to {MOST_TOKENS}"),
     }
     if unknown := sorted(set(document) - set(known)):
         raise UsageError(f"the request has the unknown key {unknown[0]!r}; it may have {', '.join(known)}")
@@ -255,6 +268,8 @@ def parse_request(bundle: Bundle, document: Any) -> Request:
         (document.get("prompt_2") or "").strip() or None,
         document.get("steps"),
         None if guidance is None else float(guidance),
+        None if document.get("size") is None else parse_size(document["size"]),
+        document.get("tokens"),
     )
 
 
@@ -277,7 +292,8 @@ def is_reference(bundle: Bundle, request: Request, reference: Recording) -> bool
     """Whether a request asks for just what the reference run made."""
     guidance = GUIDANCE_SCALE if request.guidance is None else request.guidance
     return (
-        request.prompt == reference.prompt
+        choose_size(bundle, request.size, request.tokens) == reference.shapes
+        and request.prompt == reference.prompt
         and request.prompt_2 in (None, reference.prompt)
         and request.seed == reference.seed
         and (request.steps or default_steps(bundle)) == reference.steps

@@ -31,11 +31,13 @@ class Ladder:
 
     Args:
         rungs, gates: those that a toolchain adds to the ones of every ladder.
+        mark: ends what rows call a part: of a further size, say.
 
     `carried` is told of every call that is compared, if there is one.
     """
 
-    def __init__(self, rungs: Iterable[Rung] = (), gates: Iterable[Gate] = ()) -> None:
+    def __init__(self, rungs: Iterable[Rung] = (), gates: Iterable[Gate] = (), mark: str = "") -> None:
+        self.mark = mark
         self.rungs = rung_table(rungs)
         self.gates = gate_table(gates)
         self.rows: list[Row] = []
@@ -74,6 +76,7 @@ class Ladder:
 
         Raises UsageError: an unknown rung, or rungs out of order.
         """
+        part += self.mark
         failed = failed_metrics(has_delta=base is not None)
         made: list[Row] = []
 

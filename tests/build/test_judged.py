@@ -22,7 +22,7 @@ def prepared(tiny_checkpoint, tmp_path_factory):
     root = tmp_path_factory.mktemp("scenes")
     shutil.copytree(tiny_checkpoint().root, root / "tiny-dev")
     (root / "tiny-dev" / RECIPE).write_text("{}")
-    given = {"size": (64, 64), "tokens": 24, "scheme": "F32", "build_dir": root / "build"}
+    given = {"size": ((64, 64),), "tokens": (24,), "scheme": "F32", "build_dir": root / "build"}
     return prepare(Settings("cpu", str(root / "tiny-dev"), **given))
 
 

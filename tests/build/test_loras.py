@@ -37,7 +37,7 @@ class Told(Silent):
 def settings(tmp_path_factory):
     folder = tmp_path_factory.mktemp("build")
     return Settings(
-        "cpu", "tiny-dev", size=(32, 32), tokens=16, components=("transformer",), build_dir=folder / "build"
+        "cpu", "tiny-dev", size=((32, 32),), tokens=(16,), components=("transformer",), build_dir=folder / "build"
     )
 
 

@@ -260,7 +260,7 @@ def test_build_hands_its_options_over(fluxkiln, monkeypatch, tmp_path):
     assert run.document["compiler_runs"] == 3
     assert run.err == "compile: head compiled in 2.0 s\n"
     [settings] = seen
-    assert (settings.target, settings.model, settings.size, settings.tokens) == ("cpu", "m", (64, 32), 16)
+    assert (settings.target, settings.model, settings.size, settings.tokens) == ("cpu", "m", ((64, 32),), (16,))
     assert (settings.scheme, settings.vae, settings.jobs) == ("w4bf16-g32", "tiny", 1)
     assert (settings.build_dir, settings.store_path) == (Path("b"), Path("s"))
     assert (settings.seed, settings.steps, settings.prompt, settings.verify) == (7, 3, "a cup", False)

@@ -16,7 +16,7 @@ WEIGHTS = 7_000_000
 @pytest.fixture
 def planned(tmp_path):
     """The plan of a build of which nothing is known but weights."""
-    return plan(Settings("bm1684x", "full-dev", tokens=504, build_dir=tmp_path / "build"))
+    return plan(Settings("bm1684x", "full-dev", tokens=(504,), build_dir=tmp_path / "build"))
 
 
 @pytest.fixture

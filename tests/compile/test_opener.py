@@ -196,7 +196,7 @@ def test_a_build_paints_the_reference(target, executor, tiny_recording, tmp_path
     shapes = Shapes(32, 32, 16)
     recording = tiny_recording("tiny-dev", "kl", shapes)
     settings = Settings(
-        target=target, model="tiny-dev", size=(32, 32), tokens=16, verify=False, build_dir=tmp_path / "build",
+        target=target, model="tiny-dev", size=((32, 32),), tokens=(16,), verify=False, build_dir=tmp_path / "build",
         modulation="inline" if target == "cpu" else "hoisted",
     )  # fmt: skip
     # no neuronx-cc: all the rest is there

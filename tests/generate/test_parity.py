@@ -22,7 +22,7 @@ from fluxkiln.verify.reference import read_recording
 @pytest.fixture(scope="module")
 def settings(tmp_path_factory):
     return Settings(
-        "cpu", "tiny-dev", size=(32, 32), tokens=16, components=("transformer",), scheme="W4BF16",
+        "cpu", "tiny-dev", size=((32, 32),), tokens=(16,), components=("transformer",), scheme="W4BF16",
         recording=("double_modulated", "tail"), build_dir=tmp_path_factory.mktemp("build"),
     )  # fmt: skip
 

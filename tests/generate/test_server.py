@@ -42,7 +42,9 @@ def folder(tiny_checkpoint, tiny_recording, tmp_path_factory):
 def studio(folder, tiny_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     bundle, executor = open_eager(tiny_checkpoint(), folder)
-    with Studio(Painter(bundle, executor), find_reference(bundle), most_waiting=2) as studio:
+    with Studio(
+        bundle, lambda shapes: Painter(bundle.at(shapes), executor), find_reference(bundle), most_waiting=2
+    ) as studio:
         yield studio
 
 

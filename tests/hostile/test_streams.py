@@ -91,7 +91,7 @@ def test_a_legal_tag_stays():
 
 
 @pytest.mark.parametrize(
-    "changes", [{"seed": -1}, {"seed": 10**20}, {"jobs": 10**6}, {"steps": 10**9}, {"tokens": 10**9}]
+    "changes", [{"seed": -1}, {"seed": 10**20}, {"jobs": 10**6}, {"steps": 10**9}, {"tokens": (10**9,)}]
 )
 def test_numbers_that_nobody_means(changes):
     with pytest.raises(UsageError):

@@ -128,16 +128,23 @@ def link_parts(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, folder: P
 
     Without quantization the checkpoint's own shards are put there whole. With it, or with LoRAs in a component, a shard
     would come along for the few tensors that stay as they are, so parts get files with just their own. The arithmetic
-    is float32 in any case.
+    is float32 in any case. Of further sizes there are graphs alone, on the files of the first.
     """
     from fluxkiln.compile.onnx.link import link_weights
+    from fluxkiln.compile.onnx.resized import resize_graph
 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     whole_shards = not any(scheme.weight_bits for scheme in plan.schemes.values())
-    linked = {}
+    linked: dict[str, Path] = {}
+    templates = {}
     for part in plan.parts:
         template = make_template(checkpoint, plan.of(part), cache, part.kind, "onnx23")
+        templates[part.name] = template.path
+        if part.name != part.base:
+            own, target = templates[part.base], folder / f"{part.name}.onnx"
+            linked[part.name] = resize_graph(linked[part.base], own, template.path, target)
+            continue
         binding = bind_part(part, template.slots, checkpoint)
         refs = {ref.name: ref for ref in binding_refs(binding, checkpoint)}
         changed = any(ref.change for ref in checkpoint.tensors[part.folder].values())

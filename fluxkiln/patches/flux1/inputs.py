@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+# of the angles of positions
+THETA = 10000
 T5_BIAS_TABLE = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
 
 
@@ -88,6 +90,23 @@ def make_constants(configs: Configs, shapes: Shapes, read: ReadTensor, split: bo
     return constants
 
 
+def rotary_angles(config: Mapping[str, Any], shapes: Shapes) -> NDArray[Any]:
+    """What `rotary_embedding` has the cosines and sines of [J, K], float64, without torch."""
+    import numpy as np
+
+    from fluxkiln.patches.flux1.schemas import ROPE_AXES
+
+    places = np.zeros((shapes.joint_tokens, 3))
+    rows, columns = np.divmod(np.arange(shapes.image_tokens), shapes.width // 16)
+    places[shapes.tokens :, 1], places[shapes.tokens :, 2] = rows, columns
+    angles = [
+        np.repeat(np.outer(place, 1 / THETA ** (np.arange(0, width, 2) / width)), 2, axis=1)
+        for place, width in zip(places.T, config.get("axes_dims_rope", ROPE_AXES), strict=True)
+    ]
+    joined: NDArray[Any] = np.concatenate(angles, axis=1)
+    return joined
+
+
 def rotary_embedding(config: Mapping[str, Any], shapes: Shapes) -> dict[str, NDArray[Any]]:
     """cos and sin [J, K] float32 of every position, text first, by diffusers' own `FluxPosEmbed` in float64.
 
@@ -102,7 +121,7 @@ def rotary_embedding(config: Mapping[str, Any], shapes: Shapes) -> dict[str, NDA
     rows, columns = shapes.height // 16, shapes.width // 16
     image_ids = FluxPipeline._prepare_latent_image_ids(1, rows, columns, torch.device("cpu"), torch.float32)
     ids = torch.cat([torch.zeros(shapes.tokens, 3), image_ids])
-    cos, sin = FluxPosEmbed(theta=10000, axes_dim=list(config.get("axes_dims_rope", ROPE_AXES)))(ids)
+    cos, sin = FluxPosEmbed(theta=THETA, axes_dim=list(config.get("axes_dims_rope", ROPE_AXES)))(ids)
     return {"rotary_cos": cos.float().numpy(), "rotary_sin": sin.float().numpy()}
 
 

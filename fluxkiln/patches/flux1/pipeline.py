@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fluxkiln.documents import read_object_file
 from fluxkiln.errors import ShapeError
-from fluxkiln.patches.flux1.inputs import input_shapes, pooled_row
+from fluxkiln.patches.flux1.inputs import input_shapes, pooled_row, rotary_angles
 from fluxkiln.patches.flux1.kinds import ALL_KINDS, CONSTANT_INPUTS, MODULATION_CHUNKS, modulation_name
 from fluxkiln.patches.flux1.prompts import PromptTokenizer, read_clip_tokenizer, read_t5_tokenizer
 from fluxkiln.patches.flux1.scheduler import noise_levels, take_step, timesteps_of
@@ -24,12 +24,15 @@ from fluxkiln.patches.noise import normal_noise
 from fluxkiln.patches.pipeline import PartChain, PipelineFiles
 from fluxkiln.types import Part, Shapes
 
+# of tables that diffusers computed: float32 of the same sines, far below what the next position has
+TABLE_ERROR = 1e-5
 _Array = NDArray[Any]
 _Arrays = Mapping[str, _Array]
 
 
 def check_constants(files: PipelineFiles, parts: Iterable[Part], shapes: Shapes) -> None:
-    """Raise ShapeError when the host's constants are not what the parts take at these shapes."""
+    """Raise ShapeError when the host's constants are not what the parts take at these shapes: positions by value, too,
+    as two sizes may have tables of one shape."""
     wanted: dict[str, tuple[int, ...]] = {}
     for kind in {part.kind for part in parts}:
         wanted |= input_shapes(ALL_KINDS[kind], files.configs, shapes)
@@ -42,6 +45,14 @@ def check_constants(files: PipelineFiles, parts: Iterable[Part], shapes: Shapes)
                 f"{name} is {told}, {shapes.width}x{shapes.height} with {shapes.tokens} text tokens needs "
                 f"{list(wanted[name])}; compute the host constants for these shapes"
             )
+    if "rotary_cos" in wanted:
+        angles = rotary_angles(files.configs["transformer"], shapes)
+        for name, table in (("rotary_cos", np.cos(angles)), ("rotary_sin", np.sin(angles))):
+            if not np.allclose(files.constants[name], table, rtol=0, atol=TABLE_ERROR):
+                raise ShapeError(
+                    f"{name} does not have the positions of {shapes.width}x{shapes.height} with {shapes.tokens} text "
+                    "tokens; compute the host constants for these shapes"
+                )
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,7 +56,8 @@ _ALL_REDUCE_PASSES = 2  # a ring moves every byte to all others twice: once to a
 
 @dataclass(frozen=True, slots=True)
 class SplitModel:
-    """What was made at `shapes`: modules by name, part -> the weights of its ranks, and compiled modules if any."""
+    """What was made, at `shapes` first: modules by name, base of a part -> the weights of its ranks, and compiled
+    modules if any."""
 
     shapes: Shapes
     modules: Mapping[str, Module]
@@ -89,7 +90,7 @@ def make(
             files.append(BundleFile(f"neff/{path.name}", store.add_file(path)))
     description = describe(checkpoint, plan, settings, modules, shards)
     files.append(BundleFile(DESCRIPTION, store.add_bytes(description)))
-    binaries = tuple(_binary(plan, part, modules[module_name(part)], shards[part.name]) for part in plan.parts)
+    binaries = tuple(_binary(plan, part, modules[module_name(part)], shards[part.base]) for part in plan.parts)
     missing = "" if neffs else plan.layout.missing
     return Made(binaries, tuple(files), missing, SplitModel(plan.shapes, modules, shards, neffs))
 
@@ -119,6 +120,7 @@ def _binary(plan: Plan, part: Part, module: Module, shards: Sequence[Blob]) -> B
         "weight_bytes": shards[0].size,
         "instruction_bytes": 0,
         "runtime_bytes": 0,
+        "module": module.name,
     }
     digest = digest_json({"hlo": module.digest, "shards": [blob.digest for blob in shards]})
     held = sum(blob.size for blob in shards)
@@ -185,7 +187,8 @@ def report(checkpoint: Checkpoint, plan: Plan, made: Made) -> dict[str, Any]:
     own: SplitModel = made.own
     instance, degree = plan.layout.instance, plan.layout.degree
     modules, neffs, memory = own.modules, own.neffs, plan_memory(checkpoint, plan)
-    step = [modules[module_name(part)] for part in plan.parts if part.component == "transformer"]
+    first = plan.at(plan.shapes).parts
+    step = [modules[module_name(part)] for part in first if part.component == "transformer"]
     reduces = [moved for module in step for moved in module.facts["all_reduce_bytes"]]
     gathers = [moved for module in step for moved in module.facts["all_gather_bytes"]]
     milliseconds = 1e3 * sum(_seconds(plan, module) for module in step)

@@ -20,7 +20,7 @@ from fluxkiln.compile.toolchains.neuron.neff import ModuleForm, ModuleJob, hlo_f
 from fluxkiln.digests import digest_json
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.progress import FROM_STORE, Progress
-from fluxkiln.types import Part, TensorSpec
+from fluxkiln.types import SIZE_MARK, Part, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,15 +78,19 @@ def lower_jobs(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> list[J
     """Of every module, that it is lowered."""
     jobs = []
     for name, part in {module_name(part): part for part in plan.parts}.items():
-        action = _lower_action(checkpoint, plan, part, "bfloat16", part.ranks(plan.layout.degree))
+        action = _lower_action(checkpoint, plan.of(part), part, "bfloat16", part.ranks(plan.layout.degree))
         jobs.append(Job("lower", name, "", "BF16", TRACE_MEMORY, cache.lookup(action.key) is not None))
     return jobs
 
 
 def module_name(part: Part) -> str:
-    """The module that runs a part: `double`, or `double.4x` for one of four blocks; that of all blocks is no group."""
+    """The module that runs a part: `double`, or `double.4x` for one of four blocks; that of all blocks is no group.
+
+    At a further size it is `double.768x1344-512`.
+    """
     group = len({kind for kind, _ in part.members}) == 1 < len(part.members)
-    return module_kind(part) + f".{len(part.members)}x" * group
+    size = part.name.removeprefix(part.base).replace(SIZE_MARK, ".")
+    return module_kind(part) + f".{len(part.members)}x" * group + size
 
 
 def module_kind(part: Part) -> str:
@@ -116,7 +120,7 @@ def lower_modules(
     made = {}
     for name, part in parts.items():
         started = time.perf_counter()
-        made[name] = _lower(checkpoint, plan, cache, part, dtype, part.ranks(degree or plan.layout.degree))
+        made[name] = _lower(checkpoint, plan.of(part), cache, part, dtype, part.ranks(degree or plan.layout.degree))
         spent = f"lowered in {time.perf_counter() - started:.1f} s"
         progress.done(stage, name, FROM_STORE if made[name].hit else spent)
     return made

@@ -48,8 +48,10 @@ def open_rungs(
     if fitting != plan.parts:
         facts["too large to be executed whole"] = ", ".join(p.name for p in plan.parts if p not in fitting)
     plan = replace(plan, parts=fitting)
-    same = plan.shapes == own.shapes
-    modules = own.modules if same else lower_modules(checkpoint, plan, cache, progress, stage="lower small")
+    if plan.shapes == (made.shapes or own.shapes):
+        modules = {module_name(binary.part): own.modules[binary.facts["module"]] for binary in made.binaries}
+    else:
+        modules = lower_modules(checkpoint, plan, cache, progress, stage="lower small")
     exact = lower_modules(checkpoint, plan, cache, progress, "float32", stage="lower float32")
     whole = lower_modules(checkpoint, plan, cache, progress, "bfloat16", 1, stage="lower unsplit")
     counts = {module.ranks for one in (modules, exact, whole) for module in one.values()}
@@ -63,7 +65,7 @@ def open_rungs(
         rungs = {
             "split": rung(exact, partial(bound_weights, checkpoint, dtype="float32")),
             "unsplit": rung(whole, partial(bound_weights, checkpoint)),
-            "replicas": rung(modules, lambda part, _: shard_arrays(cache, own.shards[part.name])),
+            "replicas": rung(modules, lambda part, _: shard_arrays(cache, own.shards[part.base])),
         }
 
         def finish(ladder: Ladder) -> None:

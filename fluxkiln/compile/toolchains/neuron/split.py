@@ -157,18 +157,20 @@ def plan_memory(checkpoint: Checkpoint, plan: Plan) -> CoreMemory:
         ResourceError: too much, with the arithmetic and what would fit.
     """
     split, model, configs = plan.layout, checkpoint.model, checkpoint.configs
-    activations = model.activation_bytes(configs, plan.shapes, split.degree)
+    activations = max(model.activation_bytes(configs, shapes, split.degree) for shapes in plan.sizes)
     heads, widths = model.split_axes(configs)
     legal = {degree for one in all_instances() for degree in legal_degrees(one, heads, widths)}
-    weights = {degree: weights_per_core(plan.parts, checkpoint, degree) for degree in {split.degree, *legal}}
+    parts = plan.at(plan.shapes).parts
+    weights = {degree: weights_per_core(parts, checkpoint, degree) for degree in {split.degree, *legal}}
     return check_memory(split.instance, split.degree, weights, activations)
 
 
 def core_memory(checkpoint: Checkpoint, plan: Plan) -> CoreMemory:
     """The same without a refusal."""
     split, model = plan.layout, checkpoint.model
-    activations = model.activation_bytes(checkpoint.configs, plan.shapes, split.degree)
-    return CoreMemory(split.instance, split.degree, weights_per_core(plan.parts, checkpoint, split.degree), activations)
+    activations = max(model.activation_bytes(checkpoint.configs, shapes, split.degree) for shapes in plan.sizes)
+    weights = weights_per_core(plan.at(plan.shapes).parts, checkpoint, split.degree)
+    return CoreMemory(split.instance, split.degree, weights, activations)
 
 
 def weights_per_core(parts: tuple[Part, ...], checkpoint: Checkpoint, degree: int) -> dict[str, int]:
@@ -301,14 +303,15 @@ def _what_fits(weights: Mapping[int, Mapping[str, int]], activations: int) -> st
 def shard_weights(
     checkpoint: Checkpoint, plan: Plan, cache: ActionCache, progress: Progress, jobs: int | None = None
 ) -> dict[str, tuple[Blob, ...]]:
-    """Part -> the weights of each of its ranks as a safetensors file of the store, from the store or cut now.
+    """Base of a part -> the weights of each of its ranks as a safetensors file of the store, from the store or cut now.
 
     Raises:
         CheckpointError: a shard of the checkpoint went or changed meanwhile. ResourceError: the disk is full.
     """
-    progress.stage("shard", len(plan.parts))
+    parts = plan.at(plan.shapes).parts
+    progress.stage("shard", len(parts))
     slots: dict[tuple[str, int], Any] = {}
-    for part in plan.parts:  # building a module is not for threads: it changes torch's default device
+    for part in parts:  # building a module is not for threads: it changes torch's default device
         alike = part.kind, len(part.members)
         if alike not in slots:
             slots[alike] = split_slots(checkpoint.model, part, checkpoint.configs, part.ranks(plan.layout.degree))
@@ -317,7 +320,7 @@ def shard_weights(
             part.name: pool.submit(
                 _shard_part, checkpoint, plan, cache, part, slots[part.kind, len(part.members)], progress
             )
-            for part in plan.parts
+            for part in parts
         }
         try:
             return {name: future.result() for name, future in futures.items()}
@@ -353,7 +356,7 @@ def shard_jobs(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> list[J
             bool(checkpoint.digests) and cache.lookup(shard_action(checkpoint, plan, part).key) is not None,
             held_elements(checkpoint, part),
         )
-        for part in plan.parts
+        for part in plan.at(plan.shapes).parts
     ]  # fmt: skip
 
 

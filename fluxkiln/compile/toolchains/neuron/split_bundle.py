@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
@@ -83,6 +83,11 @@ class SplitBundle:
     part_modules: Mapping[str, str]
     shards: Mapping[str, tuple[Path, ...]]
 
+    def called(self, names: Mapping[str, str]) -> SplitBundle:
+        """The parts that `names` gives other names: those of one of several sizes."""
+        modules = {name: self.part_modules[own] for name, own in names.items()}
+        return replace(self, part_modules=modules, shards={name: self.shards[own] for name, own in names.items()})
+
     def module_of(self, part: str) -> Module:
         """The module that runs `part`; UsageError with the parts that there are otherwise."""
         if part not in self.part_modules:
@@ -126,8 +131,8 @@ def describe(
                 "name": part.name,
                 "module": module_name(part),
                 "shards": [
-                    {"file": shard_file(part.name, rank), "digest": blob.digest, "size": blob.size}
-                    for rank, blob in enumerate(shards[part.name])
+                    {"file": shard_file(part.base, rank), "digest": blob.digest, "size": blob.size}
+                    for rank, blob in enumerate(shards[part.base])
                 ],
             }
             for part in plan.parts
@@ -171,7 +176,7 @@ def check_description(bundle: Bundle, fresh: Collection[str]) -> None:
         raise _differs(bundle, f"has the parts {', '.join(split.part_modules)}, the manifest has others")
     for part, entry in zip(bundle.parts, bundle.manifest.parts, strict=True):
         module = split.module_of(part.name)
-        shards = [shard_file(part.name, rank) for rank in range(module.ranks)]
+        shards = [shard_file(part.base, rank) for rank in range(module.ranks)]
         paths = [hlo_file(module.name), *shards]
         if module.name != module_name(part) or [module.hlo, *split.shards[part.name]] != [
             bundle.folder / path for path in paths

@@ -34,6 +34,7 @@ class Neuron(Toolchain):
     compiler_stages = ("neff",)
     largest_part = split.LARGEST_PART
     any_shapes = True
+    many_sizes = True
     unproven = "no Trainium or Inferentia ran"
     resumable = True
     rungs = (
@@ -119,7 +120,7 @@ class Neuron(Toolchain):
         from fluxkiln.compile.toolchains.neuron.split_bundle import read_split_bundle, read_weights
 
         chosen = name or self.executors[not (bundle.folder / "neff").is_dir()]
-        described = read_split_bundle(bundle.folder)
+        described = read_split_bundle(bundle.folder).called({part: net.name for part, net in bundle.nets.items()})
         components = {part.name: part.component for part in bundle.parts}
         weights = read_weights(described)
         if chosen == "neuron":

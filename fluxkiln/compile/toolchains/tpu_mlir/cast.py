@@ -32,6 +32,7 @@ from fluxkiln.compile.plan import Binary, BundleFile, Plan
 from fluxkiln.compile.templates import make_template, weights_digest
 from fluxkiln.compile.toolchains.tpu_mlir.bmodel import Span, find_bmodel_net, hash_span, read_bmodel
 from fluxkiln.compile.toolchains.tpu_mlir.coefficients import CoefficientMap, Placement
+from fluxkiln.compile.toolchains.tpu_mlir.devices import find_owners
 from fluxkiln.compile.toolchains.tpu_mlir.forms import FormMaker, SlotRows
 from fluxkiln.compile.toolchains.tpu_mlir.shell import (
     combine_shells,
@@ -78,11 +79,12 @@ def cast_file(
 
     def produce(folder: Path) -> tuple[dict[str, Path | Blob], dict[str, Any]]:
         place = plan.logs.parent / "casting" / name
+        owners = find_owners(binaries)
         made = _fill((checkpoint, plan, cache), shell, binaries, keys, place, action.key, progress, jobs)
         check_states(checkpoint)
         nets = {net.name: net.coefficients for net in read_bmodel(place).nets}
         blob = cache.store.add_file(place, move=True)
-        facts = {net: [made[net], nets[net].start, nets[net].size] for net in made}
+        facts = {net: [made[owner], nets[net].start, nets[net].size] for net, owner in owners.items()}
         for binary in binaries:
             digest, start, size = facts[binary.net]
             where: dict[str, Any] = {"digest": digest, "start": start, "size": size}
@@ -145,11 +147,13 @@ def _fill(
     progress: Progress,
     jobs: int | None,
 ) -> dict[str, str]:
-    """Write the file at `place`, going on where an earlier call was killed; net -> sha256 of its weights."""
+    """Write the file at `place`, going on where an earlier call was killed; net -> sha256 of its weights, of those
+    that share some but the first."""
     journal = _journal(place)
     finished = _read_journal(journal, file_key) if place.is_file() else {}
     sizes = {binary.net: int(binary.facts["weight_bytes"]) for binary in binaries}
-    with disk_full_named(place.parent, sum(sizes.values())):
+    owners = find_owners(binaries)
+    with disk_full_named(place.parent, sum(sizes[owner] for owner in {*owners.values()})):
         if not finished:
             place.parent.mkdir(parents=True, exist_ok=True)
             journal.unlink(missing_ok=True)
@@ -159,7 +163,8 @@ def _fill(
         written = threading.Lock()
 
         # What was hashed last is in memory still, so the last parts come first; the system reads ahead of the threads.
-        order, threads = binaries[::-1], jobs or os.cpu_count() or 1
+        order = [binary for binary in binaries[::-1] if owners[binary.net] == binary.net]
+        threads = jobs or os.cpu_count() or 1
         following = dict(zip((binary.net for binary in order), order[threads:], strict=False))
 
         def fill(binary: Binary) -> tuple[str, str]:
@@ -172,10 +177,14 @@ def _fill(
             else:
                 digest, how = _fill_part(*context, binary, keys[net], place, spans[net])
                 how = how or f"cast in {time.perf_counter() - started:.1f} s"
-            write_check_code(place, net, bytes.fromhex(digest))
+            sharing = [one for one in binaries if owners[one.net] == net]
+            for one in sharing:
+                write_check_code(place, one.net, bytes.fromhex(digest))
             with written, journal.open("a") as file:
                 file.write(json.dumps([net, digest]) + "\n")
             progress.done("cast", binary.part.name, how)
+            for one in sharing[1:]:
+                progress.done("cast", one.part.name, f"has the weights of {binary.part.name}")
             return net, digest
 
         with ThreadPoolExecutor(threads, "cast") as pool:

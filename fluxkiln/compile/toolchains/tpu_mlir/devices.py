@@ -127,6 +127,21 @@ def group_parts(plan: Plan, binaries: Sequence[Binary]) -> dict[str, list[Binary
     return placed
 
 
+def find_owners(binaries: Sequence[Binary]) -> dict[str, str]:
+    """Net -> the first of these nets that has its weights: a part at several sizes whose moulds have the same map.
+
+    Where the moulds are not known it is taken for granted, but of convolutions: there it is not so.
+    """
+    first: dict[object, str] = {}
+    owners = {}
+    for binary in binaries:
+        blob, part = binary.blobs.get("map"), binary.part
+        alike = (part.base, blob.digest) if blob else part.base
+        known = blob is not None or (binary.made == "planned" and not part.traits.convolutional)
+        owners[binary.net] = first.setdefault(alike, binary.net) if known else binary.net
+    return owners
+
+
 def file_of(part: Part) -> str:
     """The file of the bundle that a part's net is in, when its component fits one device."""
     if part.traits.rows:  # once per image, before the loop, for all steps
@@ -147,8 +162,9 @@ def plan_devices(plan: Plan, groups: Mapping[str, Sequence[Binary]]) -> DevicePl
         largest = max(laid.files, key=lambda file: file.total)
         error = ResourceError(
             f"{largest.file} takes {largest.total / 1e9:.2f} GB, a {plan.target.name} gives "
-            f"{laid.budget / 1e9:.2f} GB to models; choose a smaller SCHEME (W4BF16), SIZE or VAE=tiny, or a board "
-            "with more of it or more chips (--board, --device-memory, --devices)"
+            f"{laid.budget / 1e9:.2f} GB to models; choose a smaller SCHEME (W4BF16), SIZE or VAE=tiny, "
+            f"{'fewer sizes, ' * bool(plan.further)}or a board with more of it or more chips (--board, "
+            "--device-memory, --devices)"
         )
         error.details = laid.table()
         raise error
@@ -165,9 +181,14 @@ def lay_files(plan: Plan, groups: Mapping[str, Sequence[Binary]]) -> DevicePlan:
     return DevicePlan(tuple(files), plan.target.device_bytes)
 
 
-def split_devices(parts: list[Binary], devices: int) -> list[list[Binary]]:
-    """Cut a chain of parts into at most `devices` runs whose largest is as small as possible, by measured bytes."""
-    sizes = [sum(_memory([part])[:2]) for part in parts]
+def split_devices(nets: list[Binary], devices: int) -> list[list[Binary]]:
+    """Cut a chain of parts, each at all its sizes, into at most `devices` runs whose largest is as small as possible,
+    by measured bytes."""
+    members: dict[str, list[Binary]] = defaultdict(list)
+    for net in nets:
+        members[net.part.base].append(net)
+    parts = list(members.values())
+    sizes = [sum(_memory(part)[:2]) for part in parts]
     low, high = max(sizes), sum(sizes)
     while low < high:
         middle = (low + high) // 2
@@ -175,23 +196,24 @@ def split_devices(parts: list[Binary], devices: int) -> list[list[Binary]]:
     return _runs(parts, sizes, low)
 
 
-def _runs(parts: list[Binary], sizes: list[int], limit: int) -> list[list[Binary]]:
+def _runs(parts: list[list[Binary]], sizes: list[int], limit: int) -> list[list[Binary]]:
     runs: list[list[Binary]] = [[]]
     used = 0
     for part, size in zip(parts, sizes, strict=True):
         if runs[-1] and used + size > limit:
             runs.append([])
             used = 0
-        runs[-1].append(part)
+        runs[-1] += part
         used += size
     return runs
 
 
 def _memory(members: Sequence[Binary]) -> tuple[int, int, int]:
-    """Weights, instructions, run-time memory of the nets of one file."""
-    weights, instructions, runtime = (
-        [int(binary.facts[name]) for binary in members]
-        for name in ("weight_bytes", "instruction_bytes", "runtime_bytes")
+    """Weights, each once, instructions, run-time memory of the nets of one file."""
+    owners = find_owners(members)
+    weights = [int(binary.facts["weight_bytes"]) for binary in members if owners[binary.net] == binary.net]
+    instructions, runtime = (
+        [int(binary.facts[name]) for binary in members] for name in ("instruction_bytes", "runtime_bytes")
     )
     return sum(weights), sum(instructions), max(runtime)
 
@@ -219,8 +241,10 @@ def report_devices(checkpoint: Checkpoint, plan: Plan, binaries: Sequence[Binary
 
 
 def estimate(checkpoint: Checkpoint, binaries: Sequence[Binary]) -> tuple[dict[str, Any], list[str]]:
-    """`estimate_pipeline` of an image with the model's own number of steps; not of one that lacks a component."""
-    parts = {binary.part: binary.facts.get("estimate_ms") for binary in binaries}
+    """`estimate_pipeline` of an image of the first size with the model's own number of steps; not of one that lacks a
+    component."""
+    first = {binary.part for binary in binaries if binary.part.name == binary.part.base}
+    parts = {binary.part: binary.facts.get("estimate_ms") for binary in binaries if binary.part in first}
     values, missing = estimate_pipeline(parts, checkpoint.model.steps[checkpoint.variant])
     whole = {part.component for part in parts} == {*checkpoint.model.components}
     return (values if whole else {**values, "image_ms": None}), missing

@@ -94,9 +94,9 @@ class Simulator(Worker):
 
 def open_cmodel(bundle: Bundle) -> CmodelExecutor:
     """The simulator on a bundle; ToolchainError without TPU-MLIR, UsageError for a step of more than five minutes."""
-    nets, shapes = bundle.nets, bundle.manifest.shapes
+    nets, uses = bundle.nets, bundle.model.weight_uses
     schemes = {entry.kind: parse_scheme(entry.scheme) for entry in bundle.manifest.parts}
-    work = count_costliest(nets, bundle.model.weight_uses(shapes), schemes)
+    work, shapes = max((count_costliest(bundle.at(one).nets, uses(one), schemes), one) for one in bundle.sizes)
     if work > MOST_MULTIPLICATIONS:
         raise UsageError(
             f"the simulator makes about {SPEED:.0e} multiplications a second, and the costliest component of this "

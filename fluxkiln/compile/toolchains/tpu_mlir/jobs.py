@@ -7,7 +7,7 @@ come from the shapes of the checkpoint's tensors, and everything that follows fr
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -20,7 +20,7 @@ from fluxkiln.compile.templates import count_elements, find_template, net_name, 
 from fluxkiln.compile.tensors import part_bytes, part_refs, search_memory
 from fluxkiln.compile.toolchain import TRACE_MEMORY
 from fluxkiln.compile.toolchains.tpu_mlir.cast import CAST_MEMORY, cast_file, part_action
-from fluxkiln.compile.toolchains.tpu_mlir.devices import file_of, group_parts, plan_devices
+from fluxkiln.compile.toolchains.tpu_mlir.devices import file_of, find_owners, group_parts, plan_devices
 from fluxkiln.compile.toolchains.tpu_mlir.measured import find_measured
 from fluxkiln.compile.toolchains.tpu_mlir.moulds import (
     Mould,
@@ -41,7 +41,6 @@ from fluxkiln.compile.weights import check_methods
 from fluxkiln.errors import CompileError
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.progress import FROM_STORE, Laps, Progress
-from fluxkiln.quantize.schemes import Scheme
 from fluxkiln.settings import Settings
 from fluxkiln.types import Part, Template
 
@@ -50,6 +49,7 @@ def plan_jobs(checkpoint: Checkpoint, whole: Plan, cache: ActionCache, settings:
     """Templates, moulds, proofs, parts without a mould, combined shells, casts."""
     templates, made, cast = [], [], []
     known: dict[Part, Binary] = {}
+    owners = find_owners(planned_binaries(checkpoint, whole, cache))
     for plan, kind in whole.each_kind():
         template, mould = _find_mould(checkpoint, plan, cache, kind)
         what = f"{kind} {plan.target.graph_format}"
@@ -67,29 +67,27 @@ def plan_jobs(checkpoint: Checkpoint, whole: Plan, cache: ActionCache, settings:
         for part in parts:
             binary = _find_binary(checkpoint, plan, cache, part, template, mould)
             in_store = binary is not None and cache.lookup(part_action(checkpoint, plan, cache, binary).key) is not None
-            memory = search_memory(checkpoint, plan, part) + CAST_MEMORY
-            cast.append(Job("cast", part.name, kind, scheme, memory, in_store, weights))
             known |= {part: binary} if binary is not None else {}
+            if owners[net_name(part)] == net_name(part):
+                memory = search_memory(checkpoint, plan, part) + CAST_MEMORY
+                cast.append(Job("cast", part.name, kind, scheme, memory, in_store, weights))
     return [*templates, *made, *_combine_jobs(whole, cache, known), *cast]
 
 
 def planned_binaries(checkpoint: Checkpoint, plan: Plan, cache: ActionCache) -> list[Binary]:
     """Every part with the facts of its mould, of a net that was measured, or with nothing but its weights; `origin` of
     `devices.ORIGINS` says which."""
-    known: dict[tuple[str, Scheme], Mapping[str, Any]] = {}
+    planned: dict[Part, Binary] = {}
     for piece, kind in plan.each_kind():
-        if mould := _find_mould(checkpoint, piece, cache, kind)[1]:
-            known[kind, piece.schemes[kind]] = mould.result.facts
-        elif net := find_measured(checkpoint, piece, kind):
-            known[kind, piece.schemes[kind]] = {**net, "origin": "measured"}
-    planned = []
-    for part in plan.parts:
-        facts = known.get((part.kind, plan.scheme(part))) or {
-            "weight_bytes": part_bytes(checkpoint, plan, part), "instruction_bytes": 0, "runtime_bytes": 0,
-            "origin": "weights",
-        }  # fmt: skip
-        planned.append(Binary(part, net_name(part), plan.scheme(part), facts, "planned"))
-    return planned
+        mould = _find_mould(checkpoint, piece, cache, kind)[1]
+        net = None if mould else find_measured(checkpoint, piece, kind)
+        for part in (part for part in piece.parts if part.kind == kind):
+            facts = mould.result.facts if mould else {**net, "origin": "measured"} if net else {
+                "weight_bytes": part_bytes(checkpoint, plan, part), "instruction_bytes": 0, "runtime_bytes": 0,
+                "origin": "weights",
+            }  # fmt: skip
+            planned[part] = Binary(part, net_name(part), plan.scheme(part), facts, "planned")
+    return [planned[part] for part in plan.parts]
 
 
 def _combine_jobs(plan: Plan, cache: ActionCache, known: dict[Part, Binary]) -> list[Job]:

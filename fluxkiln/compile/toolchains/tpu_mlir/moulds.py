@@ -20,7 +20,7 @@ from fluxkiln.artifacts.actions import Action, ActionCache, ActionResult, run_ac
 from fluxkiln.artifacts.code import code_version
 from fluxkiln.compile.onnx.filled import fill, weight_matmuls
 from fluxkiln.compile.plan import Binary, Plan
-from fluxkiln.compile.templates import mould_net, net_name, weights_digest
+from fluxkiln.compile.templates import base_net, mould_net, net_name, weights_digest
 from fluxkiln.compile.toolchains.tpu_mlir.bmodel import hash_span, read_bmodel
 from fluxkiln.compile.toolchains.tpu_mlir.cast import cast_region, cast_source, read_map
 from fluxkiln.compile.toolchains.tpu_mlir.coefficients import CoefficientMap, Probe, learn_map, probe_reader
@@ -130,7 +130,7 @@ def cast_part(plan: Plan, part: Part, mould: Mould) -> Binary:
 
 def compile_part(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, template: Template) -> Binary:
     """A part compiled with its own weights."""
-    net = net_name(part)
+    net = base_net(part)
 
     def produce(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
         form = compiled_form(plan, template, folder)
@@ -142,7 +142,7 @@ def compile_part(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: P
         return {**outputs, "shell": shell}, dict(compiled.facts)
 
     result = run_action(cache, compile_action(checkpoint, plan, cache, part, template), produce)
-    return Binary(part, net, plan.scheme(part), result.facts, "compiled", result.outputs, hit=result.hit)
+    return Binary(part, net_name(part), plan.scheme(part), result.facts, "compiled", result.outputs, hit=result.hit)
 
 
 def compile_action(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part: Part, template: Template) -> Action:
@@ -153,7 +153,7 @@ def compile_action(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, part:
         settings, calibration = rounding_key(checkpoint, plan, cache, part)
         inputs |= {"method": digest_json(settings), **calibration}
     version = code_version(compile_part, model=type(checkpoint.model))
-    return _compile_action(checkpoint, plan, "compile", version, template, net_name(part), inputs)
+    return _compile_action(checkpoint, plan, "compile", version, template, base_net(part), inputs)
 
 
 def compile_memory(elements: int) -> int:
@@ -269,7 +269,7 @@ def prove_cast(
     compiled = cache.path(direct.blobs["bmodel"])
     reader, own = cast_source(checkpoint, plan, cache, cast.part)
     with cache.store.workdir(f"proof of {cast.part.name}") as folder:
-        make_shell(cache.path(cast.blobs["shell"]), cast.net, folder / "shell.bmodel")
+        make_shell(cache.path(cast.blobs["shell"]), base_net(cast.part), folder / "shell.bmodel")
         shells = folder / "shell.bmodel", cache.path(direct.blobs["shell"])
         same, same_shell, moved = _compare(plan, cache, mould, cast.part.name, compiled, shells, reader)
         made = _cast_into(plan, cache, mould, read_map(cache, mould.result.outputs["map"]), folder, reader, own)

@@ -12,7 +12,7 @@ from typing import Any
 from fluxkiln.artifacts.manifest import PartEntry
 from fluxkiln.compile.bundle import Bundle, refuse_part
 from fluxkiln.compile.templates import net_name
-from fluxkiln.compile.toolchains.tpu_mlir.bmodel import BModel, BmodelNet, hash_span, read_bmodel
+from fluxkiln.compile.toolchains.tpu_mlir.bmodel import BModel, BmodelNet, Span, hash_span, read_bmodel
 from fluxkiln.documents import read_object_file
 from fluxkiln.errors import IntegrityError
 from fluxkiln.types import TensorSpec
@@ -38,16 +38,18 @@ def check_nets(bundle: Bundle, fresh: Collection[str]) -> None:
                 )
             if odd := sorted(nets.keys() ^ {entry.net for entry in entries}):
                 raise refuse_part(bundle, entries[0].name, f"is in {file}: the net {odd[0]} of it is missing or odd")
-            check = partial(_check_net, bundle, model)
-            list(threads.map(check, entries, (nets[entry.net] for entry in entries)))
+            regions = {nets[entry.net].coefficients for entry in entries}
+            hashed = dict(zip(regions, threads.map(partial(hash_span, model.path), regions), strict=True))
+            for entry in entries:
+                _check_net(bundle, model, entry, nets[entry.net], hashed)
 
 
-def _check_net(bundle: Bundle, model: BModel, entry: PartEntry, net: BmodelNet) -> None:
+def _check_net(bundle: Bundle, model: BModel, entry: PartEntry, net: BmodelNet, hashed: Mapping[Span, bytes]) -> None:
     code = net.check_code
     with model.path.open("rb") as file:
         file.seek(code.start)
         stored = f"sha256:{file.read(code.size).hex()}"
-    found = f"sha256:{hash_span(model.path, net.coefficients).hex()}"
+    found = f"sha256:{hashed[net.coefficients].hex()}"
     for what, here, said in (
         ("weights with the digest", found, entry.digest),
         ("the check code", stored, entry.digest),

@@ -32,6 +32,7 @@ from fluxkiln.compile.toolchains.tpu_mlir.bmodel import (
     root_table,
 )
 from fluxkiln.compile.toolchains.tpu_mlir.compiler import combine, require_compiler
+from fluxkiln.compile.toolchains.tpu_mlir.devices import find_owners
 from fluxkiln.compile.toolchains.tpu_mlir.environment import TPU_MLIR_VERSION
 from fluxkiln.errors import CompileError, IntegrityError
 
@@ -40,12 +41,13 @@ _BINARY = struct.Struct("<QQ")  # start, size
 _BLOCK = 1 << 20
 
 
-def make_shell(bmodel: Path, net: str, target: Path) -> None:
+def make_shell(bmodel: Path, net: str, target: Path, owner: str = "") -> None:
     """Write the shell of a single-net bmodel: its net called `net`, a page of that name's own for its coefficients.
 
     Args:
         bmodel: as the compiler wrote it, or a shell, which gets another name.
         net: any name.
+        owner: the net whose page it is instead, as it has the same coefficients: combined they are stored once.
 
     Raises:
         CompileError: several nets, or bytes in the file whose purpose is unknown.
@@ -60,7 +62,7 @@ def make_shell(bmodel: Path, net: str, target: Path) -> None:
         buffer = bytearray(file.read(model.binary.start - HEADER_BYTES))
     _rename(buffer, old, net)
     buffer += b"\0" * (-(HEADER_BYTES + len(buffer)) % PAGE)
-    page = placeholder(net)
+    page = placeholder(owner or net)
     fields = sorted(set(_binary_fields(root_table(bytes(buffer)))))  # tables may be shared
     spans = {place: Span(*_BINARY.unpack_from(buffer, place)) for place in fields}
     weights = spans[old.coefficients_field - HEADER_BYTES]
@@ -95,7 +97,8 @@ def placeholder(net: str) -> bytes:
 
 
 def lay_out(combined: Path, sizes: Mapping[str, int], target: Path) -> dict[str, Span]:
-    """Write `target`: combined shells, and behind them a page-aligned region for each net's coefficients.
+    """Write `target`: combined shells, and behind them a page-aligned region for each net's coefficients. Nets that
+    share a page in the combined shells share a region.
 
     The file has its full length, but no disk blocks for the regions until they are written. Check codes are still the
     placeholders': write each net's with `write_check_code`.
@@ -114,6 +117,7 @@ def lay_out(combined: Path, sizes: Mapping[str, int], target: Path) -> dict[str,
     if sorted(names) != sorted(sizes):
         raise CompileError(f"{combined} has the nets {', '.join(names)}, sizes are given for {', '.join(sizes)}")
     regions: dict[str, Span] = {}
+    shared: dict[Span, Span] = {}
     position = model.binary.stop
     for net in model.nets:
         listed = max((entry.stop for entry in net.entries), default=0)
@@ -122,9 +126,13 @@ def lay_out(combined: Path, sizes: Mapping[str, int], target: Path) -> dict[str,
                 f"net {net.name} lists {listed} bytes of coefficients, its region would have {sizes[net.name]}; "
                 "lay it out with the size of the bmodel its shell was made of"
             )
-        position += -position % PAGE
-        regions[net.name] = Span(position, sizes[net.name])
-        position += sizes[net.name]
+        if net.coefficients not in shared:
+            position += -position % PAGE
+            shared[net.coefficients] = Span(position, sizes[net.name])
+            position += sizes[net.name]
+        regions[net.name] = shared[net.coefficients]
+        if regions[net.name].size != sizes[net.name]:
+            raise CompileError(f"net {net.name} shares its weights with one that has others; forget their moulds")
     shutil.copyfile(combined, target)
     with target.open("r+b") as file:
         file.truncate(position)
@@ -146,10 +154,10 @@ def combine_shells(plan: Plan, cache: ActionCache, name: str, binaries: list[Bin
 
     def produce(folder: Path) -> tuple[dict[str, Path], dict[str, Any]]:
         env = require_compiler(f"the combined shell of {name}")
-        shells = []
+        shells, owners = [], find_owners(binaries)
         for binary in binaries:
             shells.append(folder / f"{binary.net}.bmodel")
-            make_shell(cache.path(binary.blobs["shell"]), binary.net, shells[-1])
+            make_shell(cache.path(binary.blobs["shell"]), binary.net, shells[-1], owners[binary.net])
         target = folder / "combined" / name
         target.parent.mkdir()
         combine(env, plan.target.chip, shells, target, plan.logs / f"{name}.log")
@@ -165,7 +173,11 @@ def combine_action(plan: Plan, name: str, binaries: list[Binary]) -> Action:
         what=f"shell of {name}",
         code_version=code_version(combine_shells),
         inputs={binary.net: binary.blobs["shell"].digest for binary in binaries},
-        settings={"chip": plan.target.chip, "order": [binary.net for binary in binaries]},
+        settings={
+            "chip": plan.target.chip,
+            "order": [binary.net for binary in binaries],
+            "shared": {net: owner for net, owner in find_owners(binaries).items() if net != owner},
+        },
         tools={"tpu_mlir": TPU_MLIR_VERSION},
     )
 

@@ -76,6 +76,7 @@ class TpuMlir(Toolchain):
     proven = ("mould",)
     call_seconds = 1.5
     unproven = "no board ran"
+    many_sizes = True
     most_convolved = MOST_CONVOLVED
 
     def label(self, settings: Settings) -> str:

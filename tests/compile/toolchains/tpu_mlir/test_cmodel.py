@@ -44,7 +44,9 @@ def opened(nets):
     """What the executor is opened on."""
     entries = [SimpleNamespace(kind=kind, scheme=scheme) for kind, scheme in SCHEMES.items()]
     manifest = SimpleNamespace(parts=entries, shapes=SHAPES)
-    return SimpleNamespace(nets=nets, manifest=manifest, model=MODEL, target=SimpleNamespace(chip="bm1684x"))
+    bundle = SimpleNamespace(nets=nets, manifest=manifest, model=MODEL, target=SimpleNamespace(chip="bm1684x"))
+    bundle.sizes, bundle.at = (SHAPES,), lambda shapes: bundle
+    return bundle
 
 
 def test_work_is_weights_times_tokens(nets):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
+from fluxkiln.compile.plan import Binary
+from fluxkiln.compile.templates import net_name
 from fluxkiln.compile.toolchains.tpu_mlir.devices import RESIDENT, group_parts, plan_devices
 from fluxkiln.errors import ResourceError
 from fluxkiln.patches.flux1.kinds import make_part
+from fluxkiln.quantize.schemes import parse_scheme
+from fluxkiln.types import Shapes
 
 GB = 10**9
 PARTS = (
@@ -23,11 +28,11 @@ PARTS = (
 
 def binary(part, weights=GB, instructions=0, runtime=0):
     facts = {"weight_bytes": weights, "instruction_bytes": instructions, "runtime_bytes": runtime}
-    return SimpleNamespace(part=part, facts=facts)
+    return Binary(part, net_name(part), parse_scheme("BF16"), facts, "planned")
 
 
 def plan_of(budget):
-    return SimpleNamespace(target=SimpleNamespace(name="chip", device_bytes=budget, devices=8))
+    return SimpleNamespace(target=SimpleNamespace(name="chip", device_bytes=budget, devices=8), further=())
 
 
 def plan(budget, binaries):
@@ -104,3 +109,18 @@ def test_what_fits_no_device_is_refused_with_the_table(name, file):
     assert "one phase at a time" in caught.value.details
     assert "over 4.000" in caught.value.details
     assert plan(5 * GB, binaries).best_way() is not None
+
+
+def test_a_further_size_takes_instructions_beside_the_weights_of_its_parts():
+    size = Shapes(height=48, width=32, tokens=16)
+    more = [replace(part, name=f"{part.name}@{size.label}", sizes=(size,)) for part in PARTS[2:]]
+    binaries = [binary(part, instructions=10) for part in (*PARTS, *more)]
+    found = {file.file: file for file in plan(9 * GB, binaries).files}
+    transformer, decoder = found["transformer.bmodel"], found["vae_decoder.bmodel"]
+    assert (transformer.weights, transformer.instructions) == (6 * GB, 120)
+    assert (decoder.weights, decoder.instructions) == (2 * GB, 20), "convolutions' are ordered by the picture"
+    # cut over devices, a part stays with its weights
+    groups = group_parts(plan_of(4 * GB), binaries)
+    for name in ("transformer.0.bmodel", "transformer.1.bmodel"):
+        bases = [one.part.base for one in groups[name]]
+        assert all(bases.count(base) == 2 for base in bases), (name, bases)

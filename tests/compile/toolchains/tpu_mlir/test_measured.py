@@ -62,7 +62,7 @@ def test_a_measured_build_is_known(outlined, table):
     assert [file["runtime"] is None for file in part["files"]] == [False] * 4 + [True]
 
 
-@pytest.mark.parametrize("changes", [{"size": (512, 512)}, {"scheme": "W8BF16"}, {"tokens": 256}])
+@pytest.mark.parametrize("changes", [{"size": ((512, 512),)}, {"scheme": "W8BF16"}, {"tokens": (256,)}])
 def test_another_build_has_other_blocks(outlined, changes):
     plain, other = outlined(), outlined(**changes)
     keys = {measured.net_key(one.checkpoint, one.plan, "double_modulated") for one in (plain, other)}

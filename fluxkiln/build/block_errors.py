@@ -33,8 +33,9 @@ ERRORS = Path(__file__).with_name("block_errors.json")
 
 
 def step_blocks(plan: Plan) -> list[Part]:
-    """The blocks that run in every step."""
-    return [part for part in plan.parts if part.traits.is_block and part.traits.each_step]
+    """The blocks that run in every step, each once whatever its sizes."""
+    parts = plan.at(plan.shapes).parts
+    return [part for part in parts if part.traits.is_block and part.traits.each_step]
 
 
 def known_errors(prepared: Prepared, schemes: Iterable[Scheme]) -> tuple[dict[tuple[str, Scheme], float], str]:

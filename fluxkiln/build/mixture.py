@@ -65,7 +65,7 @@ def find_mixtures(prepared: Prepared, budgets: Iterable[int]) -> list[Mixture]:
     if budgets := tuple(budgets):
         return [mix_blocks(prepared, budget) for budget in budgets]
     found = []
-    for budget in DEFAULT_BUDGETS:
+    for budget in DEFAULT_BUDGETS if step_blocks(prepared.plan) else ():
         with suppress(SchemeError, ResourceError):
             found.append(mix_blocks(prepared, budget))
     return [one for one in found if one.step_ms is not None]

@@ -75,7 +75,7 @@ def plan_command(
         "a size more": "" if planned["further"] else _second_size(planned, totals),
         "memory": f"about {size_text(totals['memory_peak_bytes'])} at most, on the machine that builds",
         "download": f"{size_text(fetched)}, part of that disk" if (fetched := totals["download_bytes"]) else "",
-        "this machine": f"cannot build it: {planned['refused']}" if devices and planned["refused"] else "",
+        "refused": f"a build would not start: {planned['refused']}" if devices and planned["refused"] else "",
         "jobs": f"{totals['jobs']}, {totals['to_do']} to do" + "; --jobs-list shows them" * (not jobs_list),
     })  # fmt: skip
     if devices:

@@ -69,7 +69,7 @@ def test_what_is_known_is_a_verdict_with_the_speed(show, planned):
 
 def test_a_machine_that_cannot_build_it_says_so(show, planned):
     run = show({**planned, "refused": "the disk is full; make room"})
-    assert "this machine  cannot build it: the disk is full; make room" in run.out
+    assert "a build would not start: the disk is full; make room" in run.out
     assert (run.code, run.err) == (1, "error: the disk is full; make room\n")
 
 

@@ -5,6 +5,7 @@ Builds do not need it. Run as a module by any Python >= 3.11, with no package in
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -13,11 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from fluxkiln.compile.environment import Environment, Tell
-from fluxkiln.errors import ToolchainError
+from fluxkiln.errors import ToolchainError, UsageError
 
 SD_CPP_VERSION = "0.4.7"
 SD_CPP_ROOT_VARIABLE = "FLUXKILN_SD_CPP"
 _HERE = Path(__file__).resolve().parent
+# tensor of the transformer -> columns that are fixed in stable-diffusion.cpp, and what they are of
+_WIDTHS = (
+    ("vector_in.in_layer.weight", 768, "a pooled prompt"),
+    ("txt_in.weight", 4096, "T5's output"),
+)
 
 
 def sd_cpp_environment() -> Environment:
@@ -56,12 +62,30 @@ def _finish(root: Path, tell: Tell) -> Mapping[str, Any]:
     return {"stable_diffusion_cpp": SD_CPP_VERSION}
 
 
-def run_client(argv: list[str], log: Path) -> None:
-    """Run the client of this folder in the environment, its output in `log`.
+def check_widths(transformer: Path) -> None:
+    """Raise UsageError for a transformer whose widths stable-diffusion.cpp has not; IntegrityError for no GGUF file."""
+    from fluxkiln.compile.toolchains.gguf.file import stored_tensors
+
+    columns = {one.name: int(one.shape[0]) for one in stored_tensors(transformer)}
+    for name, width, what in _WIDTHS:
+        found = columns.get(name, 0)
+        if found != width:
+            raise UsageError(
+                f"{transformer} takes {what} of width {found}, stable-diffusion.cpp has {width} alone; give the file "
+                "to ComfyUI or diffusers, or build a model of FLUX.1's own sizes"
+            )
+
+
+def run_client(asked: Mapping[str, Any], image: Path, log: Path) -> None:
+    """Paint an image with the client of this folder in the environment, its output in `log`.
+
+    Args:
+        asked: files and sampling, see `client.py`.
 
     Raises:
-        ToolchainError: there is no such environment, or the client failed.
+        ToolchainError: there is no such environment, or the client failed. UsageError: as `check_widths`.
     """
+    check_widths(Path(asked["diffusion_model_path"]))
     env = sd_cpp_environment()
     if env.find() is None:
         raise ToolchainError(
@@ -69,7 +93,7 @@ def run_client(argv: list[str], log: Path) -> None:
             "one"
         )
     environ = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    command = [str(env.root / "bin" / "python"), str(_HERE / "client.py"), *argv]
+    command = [str(env.root / "bin" / "python"), str(_HERE / "client.py"), json.dumps(asked), str(image)]
     env.run(command, log, log.parent, environ, "it could not use the files")
 
 

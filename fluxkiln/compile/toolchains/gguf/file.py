@@ -131,6 +131,16 @@ def _plain_tensors(path: Path) -> dict[str, ReadRows]:
     return {name: reader(ref) for name, ref in read_header(path).items()}
 
 
+def stored_tensors(path: Path) -> list[Any]:
+    """What gguf's own reader finds; IntegrityError for no GGUF file, or a damaged one."""
+    import gguf
+
+    try:
+        return list(gguf.GGUFReader(path).tensors)
+    except (ValueError, OSError, IndexError) as error:
+        raise IntegrityError(f"{path} is no GGUF file, or a damaged one ({error}); build or fetch it again") from error
+
+
 def _gguf_tensors(path: Path) -> dict[str, ReadRows]:
     import gguf
     import numpy as np
@@ -142,8 +152,4 @@ def _gguf_tensors(path: Path) -> dict[str, ReadRows]:
 
         return rows
 
-    try:
-        tensors = gguf.GGUFReader(path).tensors
-    except (ValueError, OSError, IndexError) as error:
-        raise IntegrityError(f"{path} is no GGUF file, or a damaged one ({error}); build or fetch it again") from error
-    return {one.name: reader(one) for one in tensors}
+    return {one.name: reader(one) for one in stored_tensors(path)}

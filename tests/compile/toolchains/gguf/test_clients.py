@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -14,7 +13,7 @@ from fluxkiln.compile.toolchains.gguf import environment
 from fluxkiln.compile.toolchains.gguf import file as gguf_file
 from fluxkiln.compile.toolchains.gguf.environment import SD_CPP_ROOT_VARIABLE, run_client, sd_cpp_environment
 from fluxkiln.compile.toolchains.gguf.file import file_name, write_file
-from fluxkiln.errors import ToolchainError
+from fluxkiln.errors import ToolchainError, UsageError
 from fluxkiln.export.checkpoint import open_checkpoint
 from fluxkiln.export.synth import synthesize
 from fluxkiln.patches.model import Joined, OtherLayout
@@ -130,16 +129,44 @@ def test_stable_diffusion_cpp_paints_what_diffusers_paints(root, wide):
     for scheme, least in (("BF16", 55.0), ("Q8_0", 50.0), ("Q4_0", 34.0)):
         path = write(wide, scheme, "transformer", root / f"{scheme}.gguf")
         asked = {"width": SIDE, "height": SIDE, "steps": 1, "guidance": GUIDANCE, "seed": SEED, **files}
-        run_client([json.dumps({**asked, "diffusion_model_path": str(path)}), str(root / "out.png")], root / "log")
+        run_client({**asked, "diffusion_model_path": str(path)}, root / "out.png", root / "log")
         painted = np.asarray(Image.open(root / "out.png").convert("RGB"), np.float32) / 255
         assert -10 * np.log10(np.mean((painted - expected) ** 2)) >= least, scheme
 
 
+def empty(path, widths):
+    """A GGUF file of matrices of one row."""
+    writer = gguf.GGUFWriter(path, "flux")
+    for name, width in widths.items():
+        writer.add_tensor(name, np.zeros((1, width), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return {"diffusion_model_path": str(path)}
+
+
 def test_a_missing_client_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv(SD_CPP_ROOT_VARIABLE, str(tmp_path / "nowhere"))
+    asked = empty(tmp_path / "own.gguf", {"vector_in.in_layer.weight": 768, "txt_in.weight": 4096})
     with pytest.raises(ToolchainError, match=r"is not installed in .*nowhere; make env-sd-cpp builds it") as caught:
-        run_client([], tmp_path / "log")
+        run_client(asked, tmp_path / "out.png", tmp_path / "log")
     assert caught.value.exit_code == 5
+
+
+@pytest.mark.parametrize(
+    ("pooled", "text", "what"),
+    [
+        (64, 4096, "a pooled prompt of width 64, .* has 768 alone"),
+        (768, 128, "T5's output of width 128, .* has 4096 alone"),
+    ],
+)
+def test_widths_that_it_has_not_are_refused(tmp_path, pooled, text, what):
+    """It takes them for granted, and would end without a word."""
+    asked = empty(tmp_path / "own.gguf", {"vector_in.in_layer.weight": pooled, "txt_in.weight": text})
+    with pytest.raises(UsageError, match=f"own.gguf takes {what}; give the file to ComfyUI or diffusers") as caught:
+        run_client(asked, tmp_path / "out.png", tmp_path / "log")
+    assert caught.value.exit_code == 2
 
 
 def test_it_is_not_built_without_a_compiler(tmp_path, monkeypatch):

@@ -6,8 +6,8 @@ little-endian:
 - `codes`, `scale`, `zero`: quantized, see `fluxkiln.quantize.pack`; `_lanes`: rows dealt out to 64 lanes, a BM1684X's;
   `_lanes32`: to 32, a BM1688's; `pairs`: both as bfloat16, the zero point first, a BM1684X2's;
 - `bf16`, `f16`, `f32`: as it stands, biases and F32 convolutions; `_t`: [I, O], matrices;
-- `bf16_grouped`, `f16_grouped`: convolutions, input channels in groups, see `group_channels`; `_kh`, `_kw`, `_khw`:
-  with these sides of the kernel merged into few input channels;
+- `bf16_grouped`, `f16_grouped`: convolutions, input channels in groups of 32, see `group_channels`; `grouped16`,
+  `grouped8`: of as many, other chips'; `_kh`, `_kw`, `_khw`: with these sides of the kernel merged into few of them;
 - `bf16_diagonal`, `f16_diagonal`: a scale per channel, as the 1 x 1 convolution of all channels that multiplies by it;
 - `integer_codes`: int8 [I, O]; `integer_multiplier`, `integer_bias`: int32 [O], see `fluxkiln.quantize.integer`;
 - `constant`: bytes that no weight has a part in (tables, masks, the frequencies of a time embedding).
@@ -56,8 +56,8 @@ Storage = Literal["bf16", "f16", "f32"]
 _MERGED = ("", "kh", "kw", "khw")
 # to whose lanes scales and zero points are dealt out row by row: ends of names, and how many there are
 LANES: Mapping[str, int] = {"lanes": 64, "lanes32": 32}
-# input channels of a 16-bit convolution that a lane multiplies at once: 64 bytes
-GROUPED_CHANNELS = 32
+# input channels of a 16-bit convolution that a lane multiplies at once: ends of names, and how many there are
+GROUPED: Mapping[str, int] = {"": 32, "16": 16, "8": 8}
 # of a group
 _SIDE_BYTES: Mapping[str, int] = {"scale": 2, "zero": 1, "pairs": 4}
 _DTYPES: Mapping[str, Any] = {"bf16": np.dtype(np.uint16), "f16": np.dtype(np.float16), "f32": np.dtype(np.float32)}
@@ -101,10 +101,12 @@ def candidates(slot: str, shape: tuple[int, ...], group_size: int) -> Iterator[F
         names += ["codes", "pairs", *("_".join([side, *dealt]) for dealt in ((), *((one,) for one in LANES))
                              for side in ("scale", "zero"))]  # fmt: skip
     names += [storage + suffix for storage in _DTYPES for suffix in (("_t", "") if matrix else ("",))]
-    if len(shape) == 1 and shape[0] <= GROUPED_CHANNELS:
-        names += ["bf16_diagonal", "f16_diagonal"]
+    if len(shape) == 1:
+        names += [f"{storage}_diagonal{own}" for storage in ("bf16", "f16") for own, width in GROUPED.items()
+                  if shape[0] <= width]  # fmt: skip
     if len(shape) == 4:
-        names += [f"{storage}_grouped{'_' if sides else ''}{sides}" for storage in ("bf16", "f16") for sides in _MERGED]
+        names += [f"{storage}_grouped{own}{'_' if sides else ''}{sides}"
+                  for storage in ("bf16", "f16") for own in GROUPED for sides in _MERGED]  # fmt: skip
     for name in names:
         for axis in (0, 1) if name.endswith("_t") else (0,):
             for chunks in CHUNKS if len(shape) <= 2 and "diagonal" not in name else (1,):
@@ -145,12 +147,11 @@ def form_bytes(form: Form, shape: tuple[int, ...], group_size: int, bits: int) -
         return elements if form.name == CODES else 4 * shape[0]
     if kind in _SIDE_BYTES:
         return elements // group_size * _SIDE_BYTES[kind]
-    if rest == ["diagonal"]:
-        elements = shape[0] * GROUPED_CHANNELS
-    if rest[:1] == ["grouped"]:
-        inner = _unmerged(shape, "".join(rest[1:]))
-        groups = -(-math.prod(shape[1:]) // inner // GROUPED_CHANNELS)
-        elements = shape[0] * groups * GROUPED_CHANNELS * inner
+    if rest and rest[0].startswith("diagonal"):
+        elements = shape[0] * group_width(rest[0])
+    if rest and rest[0].startswith("grouped"):
+        inner, width = _unmerged(shape, "".join(rest[1:])), group_width(rest[0])
+        elements = shape[0] * -(-math.prod(shape[1:]) // inner // width) * width * inner
     return elements * int(_DTYPES[kind].itemsize)
 
 
@@ -198,10 +199,10 @@ class FormMaker:
                 weight = rows.read(start, stop)
                 weight = weight if form.factor == 1.0 else weight.astype(np.float32) * np.float32(form.factor)
                 stored = store_as(weight, cast("Storage", kind))
-                if rest == ["diagonal"]:
-                    yield group_channels(np.diag(stored)[:, :, None, None])
+                if rest and rest[0].startswith("diagonal"):
+                    yield group_channels(np.diag(stored)[:, :, None, None], width=group_width(rest[0]))
                 elif rest:
-                    yield group_channels(stored, "".join(rest[1:]))
+                    yield group_channels(stored, "".join(rest[1:]), group_width(rest[0]))
                 else:
                     yield stored
 
@@ -318,8 +319,13 @@ def deal_lanes(rows_OG: NDArray[Any], lanes: int) -> NDArray[Any]:
     return np.ascontiguousarray(rows_OG.reshape(-1, lanes, rows_OG.shape[1]).transpose(1, 0, 2))
 
 
-def group_channels(filter_OIHW: NDArray[Any], merged: str = "") -> NDArray[Any]:
-    """[O, I, H, W] to [O, groups, H * W, 32]: 32 input channels side by side, padded with zeros to whole groups.
+def group_width(name: str) -> int:
+    """How many channels a group of `grouped`, `diagonal16` and so on has."""
+    return GROUPED[name.removeprefix("grouped").removeprefix("diagonal")]
+
+
+def group_channels(filter_OIHW: NDArray[Any], merged: str = "", width: int = GROUPED[""]) -> NDArray[Any]:
+    """[O, I, H, W] to [O, groups, H * W, width]: input channels side by side, padded with zeros to whole groups.
 
     Where a kernel's height, width or both are merged into the input channels, channel i at (h, w) becomes channel
     i * H + h of a kernel of W, i * W + w of a kernel of H, or (i * H + h) * W + w of a kernel of 1.
@@ -328,10 +334,10 @@ def group_channels(filter_OIHW: NDArray[Any], merged: str = "") -> NDArray[Any]:
     if merged == "kw":
         filter_OIHW = filter_OIHW.transpose(0, 1, 3, 2)
     taps_OCK = filter_OIHW.reshape(out_channels, -1, inner)
-    groups = -(-taps_OCK.shape[1] // GROUPED_CHANNELS)
-    padded = np.zeros((out_channels, groups * GROUPED_CHANNELS, inner), filter_OIHW.dtype)
+    groups = -(-taps_OCK.shape[1] // width)
+    padded = np.zeros((out_channels, groups * width, inner), filter_OIHW.dtype)
     padded[:, : taps_OCK.shape[1]] = taps_OCK
-    return np.ascontiguousarray(padded.reshape(out_channels, groups, GROUPED_CHANNELS, inner).swapaxes(2, 3))
+    return np.ascontiguousarray(padded.reshape(out_channels, groups, width, inner).swapaxes(2, 3))
 
 
 def _unmerged(shape: tuple[int, ...], merged: str) -> int:

@@ -42,6 +42,18 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("chip", "channels"), [("bm1688", 16), ("bm1684x2", 16), ("cv184x", 8)])
+def test_convolutions_of_other_chips_are_cast(small_build, cast_and_direct, chip, channels):
+    """Their input channels are in groups of other widths; the first convolution has 16."""
+    build = small_build(scheme="BF16", target=chip)
+    mould, cast, direct = cast_and_direct(build, "vae_decoder")
+    compiled = build.cache.path(direct.blobs["bmodel"])
+    code = hash_span(compiled, read_bmodel(compiled).nets[0].coefficients)
+    assert cast.digest == f"sha256:{code.hex()}"
+    assert f"f16_grouped{channels}" in build.cache.path(mould.result.outputs["map"]).read_text()
+
+
 def test_a_third_chip_is_one_file_of_data(small_build, cast_and_direct):
     """Blocks in bfloat16: what is cast has the bytes that the compiler makes for that chip."""
     build = small_build(scheme="BF16", target="cv184x")

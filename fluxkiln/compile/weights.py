@@ -160,7 +160,7 @@ class CalibratedSlots:
         if (largest := float(self.calibration.outputs(self.component, name).max())) > THRESHOLD:
             raise SchemeError(
                 f"products of {name} reach {largest:.4g} in the calibration, {self.scheme.name} holds {THRESHOLD:g}; "
-                "leave it out of the codes (W8A8,KIND.WEIGHT=BF16)"
+                f"leave it out of the codes ({self.scheme.base_name},KIND.WEIGHT={self.scheme.arithmetic})"
             )
 
     def gains(self, slots: Iterable[str]) -> NDArray[Any]:

@@ -90,16 +90,16 @@ def test_a_block_that_loses_more_in_it_does_not_get_the_fast_scheme(prepared, er
 
 
 def test_without_estimates_of_time_the_nearest_mixture_is_chosen(prepared):
-    at_another_size = outline(replace(prepared.settings, size=(640, 640)))
+    at_another_size = outline(replace(prepared.settings, size=((640, 640),)))
     made = mix_blocks(at_another_size, 40_000_000_000)
     assert (made.step_ms, made.blocks) == (None, {"W8BF16": 57})
 
 
 def test_what_blocks_lose_is_measured_and_kept(tiny_checkpoint, tmp_path):
-    """A block whose codes are spoilt keeps what it has, and nothing is measured twice."""
+    """A scheme that no block can have loses without end, and nothing is measured twice."""
     settings = Settings(
-        "bm1684x", str(tiny_checkpoint().root), components=("transformer",), build_dir=tmp_path, size=(32, 32),
-        tokens=16,
+        "bm1684x", str(tiny_checkpoint().root), components=("transformer",), build_dir=tmp_path, size=((32, 32),),
+        tokens=(16,),
     )  # fmt: skip
     calibrate(replace(settings, seed=1000), read_prompts(DEFAULT_PROMPTS)[:2])
     prepared, schemes = prepare(settings), [parse_scheme(name) for name in ("W4BF16", "W8A8")]

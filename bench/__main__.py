@@ -32,6 +32,7 @@ NAMES = (
     "generate",
     "runtimes",
     "full",
+    "files",
     "lora",
     "neuron",
     "sample",

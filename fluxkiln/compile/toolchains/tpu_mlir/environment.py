@@ -160,11 +160,14 @@ def tpu_mlir_environ(env: TpuMlirEnv, chip: str = "bm1684x", base: Mapping[str, 
     # The tools start one another by `#!/usr/bin/env python3`: this environment's must come first.
     path = [env.python.parent, package / "bin", package / "python" / "tools"]
     libraries = [simulator, package / "lib", package / "lib" / "capi", package / "lib" / "third_party"]
+    # a BM1684X2 has a runtime of its own, under the name that all programs load
+    runtime = package / "lib" / f"libbmlib_{chip}.so.0"
     modules = [env.stub, package, package / "python", package / "customlayer" / "python"]
     return {
         **kept,
         "PATH": _join(path, kept.get("PATH", os.defpath)),
         "LD_LIBRARY_PATH": _join(libraries, kept.get("LD_LIBRARY_PATH", "")),
+        **({"LD_PRELOAD": str(runtime)} if chip != _CHECK_CHIP and runtime.exists() else {}),
         "PYTHONPATH": _join(modules, ""),
         "PYTHONNOUSERSITE": "1",
         "OMP_NUM_THREADS": kept.get("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1))),

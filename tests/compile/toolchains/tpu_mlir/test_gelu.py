@@ -148,6 +148,22 @@ def test_one_operation_is_exact_where_the_chain_is_not(chip):
 
 
 @pytest.mark.tpu_mlir
+@pytest.mark.parametrize("name", ["bm1688", "bm1684x2"])
+def test_simulators_of_other_chips_run(tpu_mlir, tmp_path, name):
+    """Each with the runtime that is its own: a BM1684X2's ends with another's."""
+    template = write(tmp_path / "template.onnx")
+    fill(template, {"x"}, lambda slot: np.zeros(0), tmp_path / "one.onnx", (fuse_tanh_gelu,))
+    (work := tmp_path / "work").mkdir()
+    job = CompileJob("gelu", tmp_path / "one.onnx", template, frozenset({"x"}), parse_scheme("BF16"), name)
+    made = compile_graph(tpu_mlir, job, work, work / "log")
+    x = np.random.default_rng(0).standard_normal(SHAPE).astype(np.float32)
+    with Simulator(tpu_mlir, name, work / "simulator.log") as simulator:
+        y = simulator.run(made.bmodel, {"x": x}, ("y",))["y"]
+    exact = torch.nn.functional.gelu(torch.from_numpy(x).double(), approximate="tanh").numpy()
+    assert np.linalg.norm(y - exact) <= 1e-5 * np.linalg.norm(exact)
+
+
+@pytest.mark.tpu_mlir
 def test_another_chip_is_told_to_compute_it_in_float32(tpu_mlir, tmp_path):
     """A bm1688 would do it in 16 bits: of what is below -1 a third is lost."""
     template = write(tmp_path / "template.onnx")

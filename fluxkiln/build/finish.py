@@ -25,7 +25,7 @@ from fluxkiln.compile.bundle import CONFIGS, HOST_CONSTANTS, further_facts
 from fluxkiln.compile.executor import bind_net
 from fluxkiln.compile.opener import open_bundle
 from fluxkiln.compile.plan import Binary, Made
-from fluxkiln.compile.templates import host_constants
+from fluxkiln.compile.templates import encoder_facts, host_constants
 from fluxkiln.compile.toolchain import toolchain_of
 from fluxkiln.errors import FluxkilnError, ParityError, ToolchainError
 from fluxkiln.export.lora import lora_facts
@@ -349,6 +349,7 @@ def _manifest(prepared: Prepared, made: Made, summary: Mapping[str, Any]) -> dic
             **({"modulation": settings.modulation} if plan.layout is None else {"granularity": settings.granularity}),
             **toolchain_of(plan.target).facts(settings, plan),
             **lora_facts(checkpoint),
+            **encoder_facts(checkpoint),
             **({"calibrations": calibrations} if calibrations else {}),
         },
         "parity": dict(summary),

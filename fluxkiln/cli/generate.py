@@ -19,7 +19,7 @@ from fluxkiln.verify.report.page import size as size_text
 
 if TYPE_CHECKING:
     from fluxkiln.compile.bundle import Bundle
-    from fluxkiln.generate.painter import Painter, Request
+    from fluxkiln.generate.painter import Painter, Prompt, Request
     from fluxkiln.types import Shapes
 
 PORT = 7860
@@ -86,6 +86,12 @@ device_option = click.option(
 @click.option(
     "--no-t5-padding", is_flag=True, help="MLX: text as long as the prompt, not filled up to the bundle's tokens."
 )
+@click.option("--embeddings", type=PATH, metavar="FILE", help="Prompts that are encoded already. Default: all of them.")
+@click.option("--save-embeddings", type=PATH, metavar="FILE", help="Write what the text encoders made of the prompts.")
+@click.option(
+    "--encoders", type=PATH, metavar="DIR",
+    help="Another bundle with the same text encoders, for cpu say, that encodes the prompts; this one needs none then.",
+)  # fmt: skip
 @click.option("--out", type=PATH, default=Path("images"), help="A folder, or one .png file. Default: ./images.")
 @click.option("--save-latents", is_flag=True, help="Write each image's packed latents beside it, as .npy.")
 @json_option
@@ -107,6 +113,9 @@ def generate_command(
     fast: bool,
     quantize: bool,
     no_t5_padding: bool,
+    embeddings: Path | None,
+    save_embeddings: Path | None,
+    encoders: Path | None,
     out: Path,
     save_latents: bool,
     **asked: Any,
@@ -118,11 +127,16 @@ def generate_command(
     """
     texts = (*map(parse_text, prompts), *(read_prompts(file) if file else ()))
     asked["prompt_2"] = parse_text(asked["prompt_2"]) if asked["prompt_2"] else None
-    if not texts:
+    from fluxkiln.generate.embeddings import read_embeddings
+    from fluxkiln.generate.embeddings import save_embeddings as save
+
+    given = read_embeddings(embeddings) if embeddings else None
+    wanted = [(text, asked["prompt_2"], not no_t5_padding) for text in texts] or list(given.prompts if given else ())
+    if not wanted:
         raise UsageError("there is no prompt; give one, or --prompts FILE with one on each line")
     if n_images < 1:
         raise UsageError(f"--n-images {n_images}: at least 1 is needed")
-    count = len(texts) * n_images
+    count = len(wanted) * n_images
     if rows is not None and not 1 <= rows <= count:
         raise UsageError(f"--rows {rows}: there will be {count_text(count, 'image')}; give from 1 to {count}")
     if save_raw and rows is not None:
@@ -132,24 +146,38 @@ def generate_command(
     if not _is_file(out) and out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file, and no .png; name a folder or a .png file")
     checked = read_size(size)
+    from fluxkiln.compile.bundle import require_pipeline
     from fluxkiln.compile.opener import open_bundle
     from fluxkiln.compile.toolchain import open_executor
     from fluxkiln.generate.painter import Painter, Request, check_request, choose_size
     from fluxkiln.progress import Laps
 
-    asked |= {"size": checked, "padded": not no_t5_padding}
-    requests = [Request(text, seed + number, **asked) for text in texts for number in range(n_images)]
+    asked |= {"size": checked}
+    requests = [
+        Request(text, seed + number, **{**asked, "prompt_2": second, "padded": padded})
+        for text, second, padded in wanted
+        for number in range(n_images)
+    ]
     options = {"threads": threads, "device": device, "fast": fast, "quantize": quantize, "no-t5-padding": no_t5_padding}
     laps = Laps()
     with open_progress() as progress:
-        opened = open_bundle(bundle_folder(bundle), progress, whole=True)
+        opened = open_bundle(bundle_folder(bundle), progress)
+        require_pipeline(opened, encoded=bool(given or encoders))
+        if given:
+            given.check(opened)
         laps.lap("check")
         for request in requests:
             check_request(opened, request)
         opened = opened.at(choose_size(opened, checked, asked["tokens"]))
         runner = open_executor(opened, executor, **options)
-        with Painter(opened, runner, laps) as painter:
+        with Painter(opened, runner, laps, dict(given.prompts) if given else {}) as painter:
             laps.lap("open")
+            origin = given.encoders if given else opened.encoders
+            if encoders:
+                origin = _encode_with(bundle_folder(encoders), painter, wanted, progress)
+            if save_embeddings:
+                painter.known |= {prompt: painter.encode(*prompt) for prompt in wanted}
+                save(save_embeddings, origin, {prompt: painter.known[prompt] for prompt in wanted})
             if (step := getattr(painter.executor, "step_seconds", 0.0)) > 5:
                 progress.note(f"{painter.executor.name} takes about {seconds_text(step)} for a step of the transformer")
             document = _paint(painter, requests, out, rows, save_latents, progress)
@@ -159,6 +187,21 @@ def generate_command(
     document["peak_memory"] = peak_bytes()
     output.document({"bundle": str(opened.folder), "digest": opened.digest, "executor": facts, **document})
     _show(output, opened, facts, document)
+
+
+def _encode_with(folder: Path, painter: Painter, prompts: Sequence[Prompt], progress: Any) -> str:
+    """Have the text encoders of another bundle encode what the painter does not know yet; what they are."""
+    from fluxkiln.compile.opener import open_bundle
+    from fluxkiln.compile.toolchain import open_executor
+    from fluxkiln.generate.embeddings import check_encoders
+    from fluxkiln.generate.painter import Painter, choose_size
+
+    other = open_bundle(folder, progress)
+    check_encoders(painter.bundle, other.encoders, f"--encoders {folder}")
+    own = other.at(choose_size(other, None, painter.bundle.shapes.tokens))
+    with Painter(own, open_executor(own)) as encoder:
+        painter.known |= {one: encoder.encode(*one) for one in prompts if one not in painter.known}
+    return other.encoders
 
 
 def peak_bytes() -> int:

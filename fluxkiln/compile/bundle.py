@@ -28,6 +28,8 @@ MOST_BLOCKS = 10_000
 # of the manifest's settings: the sizes besides its `shapes`
 FURTHER_SIZES = "further_sizes"
 MOST_SIZES = 64
+# of the manifest's settings: see `Bundle.encoders`
+ENCODERS = "encoders"
 _AGAIN = "build or fetch the bundle again"
 
 
@@ -99,6 +101,12 @@ class Bundle:
             )
             for entry in self.manifest.parts
         }  # fmt: skip
+
+    @property
+    def encoders(self) -> str:
+        """A digest of the tensors that encode its prompts, whatever the target; empty where not all text encoders were
+        built."""
+        return str(self.manifest.settings.get(ENCODERS, ""))
 
     @property
     def takes_guidance(self) -> bool:
@@ -188,13 +196,14 @@ def refuse_part(bundle: Bundle, part: str, fault: str) -> IntegrityError:
     return IntegrityError(f"{bundle.folder}: part {part} {fault}; {_AGAIN}")
 
 
-def require_pipeline(bundle: Bundle) -> None:
-    """Raise UsageError unless a bundle has all components of a pipeline."""
+def require_pipeline(bundle: Bundle, encoded: bool = False) -> None:
+    """Raise UsageError unless a bundle has all components of a pipeline; `encoded`: of one that is given embeddings."""
     built = {part.component for part in bundle.parts}
-    if missing := [component for component in bundle.model.components if component not in built]:
+    needed = [name for name in bundle.model.components if not (encoded and name in bundle.model.tokenizers)]
+    if missing := [component for component in needed if component not in built]:
         raise UsageError(
             f"{bundle.folder} has no {', '.join(missing)}: it was built with --components, and an image needs all of "
-            f"{', '.join(bundle.model.components)}; build the whole model"
+            f"{', '.join(needed)}; build the whole model"
         )
 
 

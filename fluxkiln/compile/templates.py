@@ -17,6 +17,7 @@ from typing import Any
 
 from fluxkiln.artifacts.actions import Action, ActionCache, ActionResult, run_action
 from fluxkiln.artifacts.code import code_version
+from fluxkiln.compile.bundle import ENCODERS
 from fluxkiln.compile.plan import Plan
 from fluxkiln.digests import digest_json
 from fluxkiln.export.bindings import binding_refs
@@ -140,6 +141,12 @@ def weights_digest(checkpoint: Checkpoint, binding: Binding) -> str:
     refs = [[ref.name, known[ref.name]] for ref in binding_refs(binding, checkpoint)]
     slots = [[slot.slot, list(slot.sources)] for slot in binding.slots]
     return "sha256:" + hashlib.sha256(json.dumps([refs, slots]).encode()).hexdigest()
+
+
+def encoder_facts(checkpoint: Checkpoint) -> dict[str, str]:
+    """What the manifest's settings say of the text encoders, if all of them are there; see `Bundle.encoders`."""
+    digests = {name: dict(checkpoint.digests.get(name, {})) for name in checkpoint.model.tokenizers}
+    return {ENCODERS: digest_json(digests)} if all(digests.values()) else {}
 
 
 def specs_to_json(specs: Iterable[TensorSpec]) -> list[Any]:

@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+# prompt, second prompt if there is one, and whether the text is padded to all its tokens
+Prompt = tuple[str, str | None, bool]
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """One image to make. None: the model's default, or for `prompt_2` the prompt itself.
@@ -48,6 +52,10 @@ class Request:
     size: tuple[int, int] | None = None
     tokens: int | None = None
     padded: bool = True
+
+    @property
+    def texts(self) -> Prompt:
+        return self.prompt, self.prompt_2, self.padded
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +98,8 @@ OnStep = Callable[[Step], "NDArray[Any] | None"]
 
 @dataclass(slots=True)
 class Painter:
-    """A model's pipeline on a bundle's parts, of several sizes at the first; `Bundle.at` gives the others.
+    """A model's pipeline on a bundle's parts, of several sizes at the first; `Bundle.at` gives the others. `known` are
+    prompts that are encoded already.
 
     ShapeError: the bundle's constants are for other shapes than its parts.
     """
@@ -98,6 +107,7 @@ class Painter:
     bundle: Bundle
     executor: Executor
     laps: Laps = field(default_factory=Laps)
+    known: dict[Prompt, Encoded] = field(default_factory=dict)
     _chain: PartChain = field(init=False)
     _pipeline: Pipeline = field(init=False)
     # hoisted modulation: a quarter of the transformer's weights, and needed before the first step only; images of the
@@ -122,7 +132,8 @@ class Painter:
 
         A prompt longer than the tokens is cut, as diffusers does, and the notes say how much.
         """
-        return Encoded(*self._pipeline.encode(prompt, prompt_2, padded))
+        known = self.known.get((prompt, prompt_2, padded))
+        return known or Encoded(*self._pipeline.encode(prompt, prompt_2, padded))
 
     def denoise(
         self,
@@ -254,8 +265,8 @@ def paint(
     for request in wanted:
         check_request(bundle, request)
     laps.lap("other")
-    encoded: dict[tuple[str, str | None, bool], Encoded] = {}
-    prompts = list(dict.fromkeys((request.prompt, request.prompt_2, request.padded) for request in wanted))
+    encoded: dict[Prompt, Encoded] = {}
+    prompts = list(dict.fromkeys(request.texts for request in wanted))
     progress.stage("encode", len(prompts))
     for prompt in prompts:
         encoded[prompt] = painter.encode(*prompt)
@@ -272,7 +283,7 @@ def paint(
     for number, request in enumerate(wanted):
         began = time.perf_counter()
         steps = painter.denoise(
-            encoded[request.prompt, request.prompt_2, request.padded],
+            encoded[request.texts],
             steps=request.steps, guidance=request.guidance, seed=request.seed,
         )  # fmt: skip
         for step in steps:
@@ -288,7 +299,7 @@ def paint(
         image = painter.decode(latents)
         laps.lap("decode")
         progress.done("decode", f"seed {request.seed}", "decoded")
-        notes = encoded[request.prompt, request.prompt_2, request.padded].notes
+        notes = encoded[request.texts].notes
         yield Picture(request, image, latents, seconds + time.perf_counter() - began, notes)
     executor.release("vae")
 

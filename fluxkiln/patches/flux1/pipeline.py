@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fluxkiln.documents import read_object_file
-from fluxkiln.errors import ShapeError
+from fluxkiln.errors import ShapeError, UsageError
 from fluxkiln.patches.flux1.inputs import input_shapes, pooled_row, rotary_angles
 from fluxkiln.patches.flux1.kinds import ALL_KINDS, CONSTANT_INPUTS, MODULATION_CHUNKS, modulation_name
 from fluxkiln.patches.flux1.prompts import PromptTokenizer, read_clip_tokenizer, read_t5_tokenizer
@@ -62,7 +62,7 @@ class FluxParts:
     Attributes:
         constants: `rotary_cos`, `rotary_sin` [J, K] float32, and T5's `position_bias` [1, H, T, T] float32, or
             `position_buckets` [T, T] int32 where it is split.
-        scheduler: its config.
+        scheduler: its config. clip, t5: None where there are no text encoders.
     """
 
     chain: PartChain
@@ -70,12 +70,17 @@ class FluxParts:
     configs: Mapping[str, Mapping[str, Any]]
     constants: _Arrays
     scheduler: Mapping[str, Any]
-    clip: PromptTokenizer
-    t5: PromptTokenizer
+    clip: PromptTokenizer | None
+    t5: PromptTokenizer | None
 
     def encode(
         self, prompt: str, prompt_2: str | None = None, padded: bool = True
     ) -> tuple[dict[str, _Array], tuple[str, ...]]:
+        if self.clip is None or self.t5 is None:
+            raise UsageError(
+                "there are no text encoders here; give the prompt's embeddings (--embeddings), or a bundle that has "
+                "them (--encoders)"
+            )
         ids, notes = self.clip.encode(prompt)
         words, more = self.t5.encode(prompt_2 or prompt, padded)
         # CLIP is one part; the pooled row is picked here
@@ -221,6 +226,8 @@ def build_pipeline(files: PipelineFiles, chain: PartChain, shapes: Shapes) -> Fl
     check_constants(files, chain.parts, shapes)
     scheduler = read_object_file(files.root / "scheduler" / "scheduler_config.json")
     check_configs({"scheduler": scheduler}, str(files.root))
+    if not {"text_encoder", "text_encoder_2"} <= files.configs.keys():
+        return FluxParts(chain, shapes, files.configs, files.constants, scheduler, None, None)
     words = {name: int(files.configs[name]["vocab_size"]) for name in ("text_encoder", "text_encoder_2")}
     clip = read_clip_tokenizer(files.root / "tokenizer", words["text_encoder"])
     t5 = read_t5_tokenizer(files.root / "tokenizer_2", words["text_encoder_2"], shapes.tokens)

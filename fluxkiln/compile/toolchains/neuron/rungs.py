@@ -49,7 +49,8 @@ def open_rungs(
         facts["too large to be executed whole"] = ", ".join(p.name for p in plan.parts if p not in fitting)
     plan = replace(plan, parts=fitting)
     if plan.shapes == (made.shapes or own.shapes):
-        modules = {module_name(binary.part): own.modules[binary.facts["module"]] for binary in made.binaries}
+        here = {module_name(binary.part): own.modules[binary.facts["module"]] for binary in made.binaries}
+        modules = {**own.modules, **here}  # of a further size by the names that parts have there
     else:
         modules = lower_modules(checkpoint, plan, cache, progress, stage="lower small")
     exact = lower_modules(checkpoint, plan, cache, progress, "float32", stage="lower float32")

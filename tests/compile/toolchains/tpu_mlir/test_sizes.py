@@ -47,7 +47,7 @@ def bundles(settings):
 def test_a_size_is_added_without_a_cast_or_a_compile(bundles):
     _, _, both = bundles
     assert both.compiler_runs == 1, "the shells are combined"
-    assert both.cache["cast"][1] == 0, both.cache
+    assert both.cache["stages"]["cast"]["misses"] == 0, both.cache
 
 
 def test_nets_of_a_part_share_their_weights(bundles, tmp_path, tpu_mlir):

@@ -19,7 +19,7 @@ from fluxkiln.verify.report.page import size as size_text
 
 if TYPE_CHECKING:
     from fluxkiln.compile.bundle import Bundle
-    from fluxkiln.generate.painter import Painter, Prompt, Request
+    from fluxkiln.generate.painter import Painter, Request, Texts
     from fluxkiln.types import Shapes
 
 PORT = 7860
@@ -189,7 +189,7 @@ def generate_command(
     _show(output, opened, facts, document)
 
 
-def _encode_with(folder: Path, painter: Painter, prompts: Sequence[Prompt], progress: Any) -> str:
+def _encode_with(folder: Path, painter: Painter, prompts: Sequence[Texts], progress: Any) -> str:
     """Have the text encoders of another bundle encode what the painter does not know yet; what they are."""
     from fluxkiln.compile.opener import open_bundle
     from fluxkiln.compile.toolchain import open_executor

@@ -15,7 +15,7 @@ from fluxkiln import __version__
 from fluxkiln.compile.bundle import Bundle
 from fluxkiln.documents import SMALL, read_object
 from fluxkiln.errors import CheckpointError, UsageError
-from fluxkiln.generate.painter import Encoded, Prompt
+from fluxkiln.generate.painter import Encoded, Texts
 
 _FORMAT = "fluxkiln.embeddings/1"
 _KEY = "embeddings"
@@ -28,7 +28,7 @@ class Embeddings:
 
     file: Path
     encoders: str
-    prompts: Mapping[Prompt, Encoded]
+    prompts: Mapping[Texts, Encoded]
 
     def check(self, bundle: Bundle) -> None:
         """Raise UsageError unless they are of the encoders of `bundle`, where it is known which these are."""
@@ -44,7 +44,7 @@ def check_encoders(bundle: Bundle, encoders: str, what: str) -> None:
         )
 
 
-def save_embeddings(file: Path, encoders: str, prompts: Mapping[Prompt, Encoded]) -> None:
+def save_embeddings(file: Path, encoders: str, prompts: Mapping[Texts, Encoded]) -> None:
     """Write what text encoders made of prompts."""
     import numpy as np
     from safetensors.numpy import save_file
@@ -74,7 +74,7 @@ def read_embeddings(file: Path) -> Embeddings:
         told = read_object(text.encode(), f"the metadata of {file}", error=UsageError, remedy=_REMEDY, limits=SMALL)
         if told.get("format") != _FORMAT:
             raise UsageError(f"--embeddings {file} has no embeddings of prompts; {_REMEDY}")
-        made: dict[Prompt, Encoded] = {}
+        made: dict[Texts, Encoded] = {}
         for number, (prompt, second, padded) in enumerate(told["prompts"]):
             own = {name.partition(".")[2]: ref for name, ref in refs.items() if name.startswith(f"{number}.")}
             embeds = {name: read_tensor(ref) for name, ref in own.items()}

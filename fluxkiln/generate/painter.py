@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 # prompt, second prompt if there is one, and whether the text is padded to all its tokens
-Prompt = tuple[str, str | None, bool]
+Texts = tuple[str, str | None, bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ class Request:
     padded: bool = True
 
     @property
-    def texts(self) -> Prompt:
+    def texts(self) -> Texts:
         return self.prompt, self.prompt_2, self.padded
 
 
@@ -107,7 +107,7 @@ class Painter:
     bundle: Bundle
     executor: Executor
     laps: Laps = field(default_factory=Laps)
-    known: dict[Prompt, Encoded] = field(default_factory=dict)
+    known: dict[Texts, Encoded] = field(default_factory=dict)
     _chain: PartChain = field(init=False)
     _pipeline: Pipeline = field(init=False)
     # hoisted modulation: a quarter of the transformer's weights, and needed before the first step only; images of the
@@ -265,7 +265,7 @@ def paint(
     for request in wanted:
         check_request(bundle, request)
     laps.lap("other")
-    encoded: dict[Prompt, Encoded] = {}
+    encoded: dict[Texts, Encoded] = {}
     prompts = list(dict.fromkeys(request.texts for request in wanted))
     progress.stage("encode", len(prompts))
     for prompt in prompts:

@@ -72,6 +72,7 @@ class Target:
         narrow: what passes between blocks comes and goes in 16 bits (`Kind.narrow_inputs`, `narrow_outputs`).
         float_norms: its norms and SiLU take float32, so what they alone read does not come in 16 bits.
         narrow_gelus: its GELUs take 16 bits alone, and lose what is small.
+        float_groups: its GroupNorms are told to be in float32; in 16 bits they lose a spread beside a large mean.
         boards: that it is on, the default first; none where a model is not planned for devices.
         device_bytes: memory that a device gives to models; the default board's where there are boards.
         devices: the most that a model is spread over: as many as one host has, unless a board is named.
@@ -90,6 +91,7 @@ class Target:
     narrow: bool = False
     float_norms: bool = False
     narrow_gelus: bool = False
+    float_groups: bool = False
     boards: tuple[Board, ...] = ()
     device_bytes: int = 0
     devices: int = 8

@@ -9,5 +9,6 @@ TARGET = Target(
     graph_format="onnx17",
     schemes=("W4BF16", "W8BF16", "BF16", "F16", "F32"),
     narrow=True,
+    float_groups=True,
     boards=(Board("EVB", 1, 16 << 30, "not published; as much as a BM1688 has"),),
 )

@@ -33,6 +33,8 @@ _DEPLOY = Path(__file__).with_name("deploy.py")
 _LOCATION = re.compile(r'loc\("([^"]+)"\)')
 _SHAPE = re.compile(r"tensor<([0-9x]+)x([a-z0-9]+)>")
 PROFILE = "compiler_profile_0.txt"
+# what a GroupNorm, InstanceNormalization in opset 17, is called when the compiler has found it
+_GROUPED = "InstanceNormalization_r_GroupNorm"
 # of the unit that the profile counts in: its own `runtime` is TCYC divided by this
 _CYCLES_PER_MS: Mapping[str, int] = {"bm1684x": 1_000_000, "bm1684x2": 1_500_000, "bm1688": 900_000}
 _ESTIMATES = ("estimate_ms", "estimate_tensor_ms", "estimate_memory_ms")
@@ -50,7 +52,7 @@ class CompileJob:
         rotated: queries and keys whose rotation must have become one operation each.
         ordered: the template's nodes stand in the order in which the chip is to run them.
         keep_f32: leave sinusoids in F32 (never off but in the test that shows what is lost).
-        narrow_gelus: GELUs in 16 bits, where the chip has no others.
+        narrow_gelus: GELUs in 16 bits, where the chip has no others. float_groups: GroupNorms in float32.
     """
 
     net: str
@@ -65,6 +67,7 @@ class CompileJob:
     ordered: bool = False
     keep_f32: bool = True
     narrow_gelus: bool = False
+    float_groups: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +110,9 @@ def compile_graph(env: TpuMlirEnv, job: CompileJob, folder: Path, log: Path) -> 
         scores = {f"{name}_MatMul" for name in _scores(job)}
         deploy += ask_for_integers(folder, products, scores, job.scheme.limit, job.scheme.arithmetic)
     elif job.scheme.arithmetic != "F32":
-        table = dict.fromkeys(f32_table(job.graph, not job.narrow_gelus), "F32") if job.keep_f32 else {}
+        table = (
+            dict.fromkeys(f32_table(job.graph, not job.narrow_gelus, job.float_groups), "F32") if job.keep_f32 else {}
+        )
         if job.scheme.weight_bits:
             kept = [one for one in every if one not in matmuls]
             table |= dict.fromkeys(_lowered_names(kept, folder / "top.mlir"), job.scheme.arithmetic)
@@ -142,7 +147,7 @@ def combine(env: TpuMlirEnv, chip: str, parts: list[Path], target: Path, log: Pa
     normalise_time(target)
 
 
-def f32_table(graph: Path, gelus: bool = True) -> tuple[str, ...]:
+def f32_table(graph: Path, gelus: bool = True, groups: bool = False) -> tuple[str, ...]:
     """Names, as the compiler gives them, of GELUs, of sinusoids, and all operations between these and inputs.
 
     Some chips would compute a GELU in 16 bits, and 1 + tanh has none of them left where it is small: on a bm1688 36 %
@@ -152,6 +157,10 @@ def f32_table(graph: Path, gelus: bool = True) -> tuple[str, ...]:
 
     model = ir.load(graph)
     names = {f"{node.outputs[0].name}_{node.op_type}" for node in model.graph if gelus and node.op_type == OPERATION}
+    if groups:
+        names |= {
+            f"{node.outputs[0].name}_{_GROUPED}" for node in model.graph if _GROUPED.startswith(f"{node.op_type}_")
+        }
     pending = [node for node in model.graph if node.op_type in F32_ANCESTORS_OF]
     while pending:
         node = pending.pop()

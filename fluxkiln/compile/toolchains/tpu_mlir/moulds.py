@@ -209,6 +209,7 @@ def compile_weights(
     job = CompileJob(
         net, graph, template.path, frozenset(activations), plan.schemes[template.kind], plan.target.chip,
         *plan.target.narrows(kind), rotated=kind.rotated, ordered=kind.ordered, narrow_gelus=plan.target.narrow_gelus,
+        float_groups=plan.target.float_groups,
     )  # fmt: skip
     return compile_graph(env, job, work, plan.logs / f"{log_name}.log")
 

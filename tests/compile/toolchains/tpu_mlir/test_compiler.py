@@ -113,6 +113,14 @@ def test_sinusoids_and_all_that_feeds_them_stay_in_f32(small_build):
     assert sum(name.endswith("_Sin") for name in tables["head"]) == 2
 
 
+def test_norms_of_a_decoder_stay_in_f32_where_they_are_told_to(small_build):
+    graph = make_template(*small_build(), "vae_decoder", "onnx17").path
+    table = f32_table(graph, groups=True)
+    assert table
+    assert all(name.endswith("_InstanceNormalization_r_GroupNorm") for name in table)
+    assert f32_table(graph) == ()
+
+
 @pytest.fixture(scope="module")
 def head(small_build, tpu_mlir, tmp_path_factory):
     """keep_f32 -> temb of the compiled BF16 head at timestep 0.731 and guidance 3.5; None -> the reference's."""

@@ -31,6 +31,7 @@ from fluxkiln.progress import Progress, Silent
 BUNDLE = "bundle"
 PULLED_FILE = "pulled.json"
 _THREADS = 4
+SHOWN = 5  # files of those that are wrong
 # of such a record, over all that it says
 _SEAL = "seal"
 _AGAIN = "build or fetch it again"
@@ -119,7 +120,7 @@ def read_bundle(
         hint: what else helps against files that the manifest does not name.
 
     Raises:
-        IntegrityError: names the first bad file and lists all: missing, of another size or digest, a symbolic link
+        IntegrityError: names the first bad files and counts all: missing, of another size or digest, a symbolic link
             or other special file, or one that the manifest does not name. And as `read_sealed`.
     """
     manifest, digest = read_sealed(bundle)
@@ -142,7 +143,8 @@ def read_bundle(
     named = [f"{entry.path}: {faults[entry.path]}" for entry in manifest.files if entry.path in faults]
     named += [f"{path}: not named by the manifest" for path in sorted(present)]
     if named:
-        more = f"; {len(named) - 1} more: {'; '.join(named[1:])}" if named[1:] else ""
+        shown = [*named[1:SHOWN], *(["..."] if named[SHOWN:] else [])]
+        more = f"; {len(named) - 1} more: {'; '.join(shown)}" if shown else ""
         raise IntegrityError(
             f"{bundle}: {named[0]}{more}. A bundle holds what its manifest says and nothing else: {_AGAIN}"
             f"{hint(manifest) if present else ''}"

@@ -127,6 +127,13 @@ def test_all_damage_is_listed_the_first_first(written):
         read_bundle(written)
 
 
+def test_of_much_damage_the_first_is_named_and_the_rest_counted(written):
+    for number in range(9):
+        (written / f"stray{number}").write_bytes(b"")
+    with pytest.raises(IntegrityError, match=r"stray0: not named .*; 8 more: .*stray4: [^;]*; \.\.\.\. A bundle holds"):
+        read_bundle(written)
+
+
 @pytest.mark.parametrize("data", [b"", b"{}", b'{"schema_version": 2}', b"[]", b" " * (17 << 20)])
 def test_damaged_manifest_is_refused(written, data):
     (written / "manifest.json").write_bytes(data)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
 from fluxkiln.compile.plan import Binary, Plan
@@ -159,9 +160,13 @@ def plan_devices(plan: Plan, groups: Mapping[str, Sequence[Binary]]) -> DevicePl
     """What every file takes, from the facts of its nets; ResourceError, its `details` a table, where no way fits."""
     laid = lay_files(plan, groups)
     if laid.best_way() is None:
-        largest = max(laid.files, key=lambda file: file.total)
+        # the least that has to be there at once, where it is most
+        together = product(range(laid.devices), list(RESIDENT.values())[-1])
+        device, phases = max(together, key=lambda one: laid.held(*one))
+        names = [file.file for file in laid.files if file.device == device and file.phase in phases]
         error = ResourceError(
-            f"{largest.file} takes {largest.total / 1e9:.2f} GB, a {plan.target.name} gives "
+            f"{' and '.join(names)} {'take' if names[1:] else 'takes'} {laid.held(device, phases) / 1e9:.2f} GB"
+            f"{' together' * bool(names[1:])}, a {plan.target.name} gives "
             f"{laid.budget / 1e9:.2f} GB to models; choose a smaller SCHEME (W4BF16), SIZE or VAE=tiny, "
             f"{'fewer sizes, ' * bool(plan.further)}or a board with more of it or more chips (--board, "
             "--device-memory, --devices)"

@@ -111,6 +111,13 @@ def test_what_fits_no_device_is_refused_with_the_table(name, file):
     assert plan(5 * GB, binaries).best_way() is not None
 
 
+def test_files_that_are_needed_at_once_are_refused_together():
+    binaries = [binary(part, weights=3 * GB if part.component.startswith("text") else GB) for part in PARTS]
+    with pytest.raises(ResourceError) as caught:
+        plan(5 * GB, binaries)
+    assert str(caught.value).startswith("text_encoder.bmodel and text_encoder_2.bmodel take 6.00 GB together, a chip")
+
+
 def test_a_further_size_takes_instructions_beside_the_weights_of_its_parts():
     size = Shapes(height=48, width=32, tokens=16)
     more = [replace(part, name=f"{part.name}@{size.label}", sizes=(size,)) for part in PARTS[2:]]

@@ -12,7 +12,7 @@ import click
 
 from fluxkiln.cli.bundle import bundle_folder
 from fluxkiln.cli.options import PATH, BundleCommand, read_size
-from fluxkiln.cli.output import Output, count_text, json_option, open_progress, path_text, seconds_text
+from fluxkiln.cli.output import Output, count_text, json_option, open_progress, parity_text, path_text, seconds_text
 from fluxkiln.errors import ResourceError, ToolchainError, UsageError
 from fluxkiln.settings import MOST_COUNT, MOST_SEED, parse_text, read_prompts
 from fluxkiln.verify.report.page import size as size_text
@@ -165,6 +165,10 @@ def generate_command(
         require_pipeline(opened, encoded=bool(given or encoders))
         if given:
             given.check(opened)
+        if (parity := opened.manifest.parity).get("verified") and not parity.get("passed"):
+            progress.note(
+                f"parity of this bundle {parity_text(parity)}: its images may differ from what diffusers makes"
+            )
         laps.lap("check")
         for request in requests:
             check_request(opened, request)

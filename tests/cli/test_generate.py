@@ -143,6 +143,17 @@ def test_executors_that_are_not_here(fluxkiln, folder, tmp_path, monkeypatch):
     assert "sophon-sail" in run.err
 
 
+@pytest.mark.parametrize("passed", [False, True])
+def test_what_failed_its_parity_is_told_to_who_paints_with_it(generate, fluxkiln, folder, tmp_path, passed):
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    parity = {"verified": True, "passed": passed, "rows": 3, "failed_rows": 1}
+    forge(copy, lambda document: document.update(parity=document["parity"] | parity))
+    run = fluxkiln("generate", "--bundle", copy, "x", "--steps", 1, "--out", "x.png")
+    assert run.code == 0, run.err
+    assert ("parity of this bundle failed: 1 of 3 comparisons" in run.err) is not passed
+
+
 def test_a_port_in_use(fluxkiln, folder):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -110,6 +110,7 @@ def test_all_stages_are_found():
         "_lower",
         "shard_weights _shard_part",
         "_record",
+        "measure_errors",
         "part_rounders _stored_beside find_method",
     }
 

@@ -163,7 +163,9 @@ def test_executors_by_target(folder):
     assert open_executor(bundle).name == "ort"
     with pytest.raises(UsageError, match=r"executor sail: a bundle for cpu is run by ort$"):
         open_executor(bundle, "sail")
-    with pytest.raises(UsageError, match=r"executor cuda.*are neuron, replicas, ort, openvino, cmodel, sail in all"):
+    with pytest.raises(
+        UsageError, match=r"executor cuda.*are mlx, neuron, replicas, ort, openvino, cmodel, sail in all"
+    ):
         open_executor(bundle, "cuda")
     board = replace(bundle, target=find_target("bm1684x"))
     assert toolchain_of(board.target).executors == ("cmodel", "sail")

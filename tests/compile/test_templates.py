@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-import random
 import shutil
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +11,6 @@ import pytest
 from fluxkiln.compile import templates
 from fluxkiln.compile.templates import make_template, net_name, template_action
 from fluxkiln.compile.toolchains.tpu_mlir.cast import cast_file
-from fluxkiln.compile.toolchains.tpu_mlir.devices import split_devices
 from fluxkiln.compile.toolchains.tpu_mlir.moulds import cast_part, compile_memory, make_mould, mould_action, proof_part
 from fluxkiln.patches.flux1.kinds import list_parts
 from fluxkiln.progress import Silent
@@ -111,29 +107,6 @@ def test_depth_and_seed_share_templates_and_shapes_do_not(small_build):
     other_shapes = altered(build, shapes=replace(build.plan.shapes, width=48))
     assert template_action(other_shapes.checkpoint, other_shapes.plan, "single", "onnx17").key != key
     assert template_action(build.checkpoint, build.plan, "single", "onnx23").key != key
-
-
-def fake(size, extra=0):
-    return SimpleNamespace(facts={"weight_bytes": size, "instruction_bytes": extra, "runtime_bytes": 0})
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_devices_are_balanced(seed):
-    """Against all ways to cut the chain."""
-    choose = random.Random(seed)
-    sizes = [choose.randint(1, 100) for _ in range(choose.randint(3, 11))]
-    parts = [fake(size - 1, 1) for size in sizes]
-    runs = split_devices(parts, 3)
-    assert [id(part) for run in runs for part in run] == [id(part) for part in parts]
-    assert 1 <= len(runs) <= 3
-    cuts = itertools.combinations(range(1, len(sizes)), 2)
-    best = min(max(sum(sizes[:a]), sum(sizes[a:b]), sum(sizes[b:])) for a, b in cuts)
-    assert max(sum(part.facts["weight_bytes"] + 1 for part in run) for run in runs) == best
-
-
-def test_few_parts_take_few_devices():
-    assert [len(run) for run in split_devices([fake(5)], 3)] == [1]
-    assert [len(run) for run in split_devices([fake(5), fake(5)], 3)] == [1, 1]
 
 
 def test_proof_is_chosen_by_seed(tiny_checkpoint):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fluxkiln.compile.onnx.external_data import Sidecar, external_range, in_place_tensor
+from fluxkiln.compile.onnx.norms import precise_group_norms
 from fluxkiln.compile.onnx.products import CONTRIB, packed_matmul, replace_nodes
 from fluxkiln.errors import CompileError, IntegrityError
 from fluxkiln.quantize.schemes import Scheme, check_groups
@@ -102,6 +103,7 @@ def link_graph(
             f"bind it to the {template.format} template of its own kind"
         )
     model = onnx.load(template.path)
+    precise_group_norms(model)
     graph = model.graph
     shapes = {spec.name: spec.shape for spec in template.slots}
     activations = [value for value in graph.input if value.name not in shapes]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fluxkiln.compile.onnx.norms import precise_group_norms
 from fluxkiln.compile.onnx.products import CONTRIB, replace_nodes
 from fluxkiln.compile.onnx.session import make_session, run_session
 from fluxkiln.errors import CompileError
@@ -108,6 +109,7 @@ def weights_as_inputs(template: Path) -> tuple[ModelProto, frozenset[str]]:
     from onnx.helper import make_node, make_opsetid
 
     model = onnx.load(template)
+    precise_group_norms(model)
     graph = model.graph
     makers = {output: node for node in graph.node for output in node.output}
     readers: dict[str, list[NodeProto]] = {}

@@ -43,7 +43,7 @@ def make_bundle(tiny_checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("mlx")
 
     def make(scheme="F32", target="mlx_example", **settings):
-        asked = {"size": (SIDE, SIDE), "tokens": TOKENS, "verify": False, "store": folder / "store", **settings}
+        asked = {"size": ((SIDE, SIDE),), "tokens": (TOKENS,), "verify": False, "store": folder / "store", **settings}
         name = "-".join([target, scheme, *map(str, settings.values())])
         made = build(Settings(target, str(tiny_checkpoint().root), scheme=scheme, build_dir=folder / name, **asked))
         return open_bundle(made.bundle)

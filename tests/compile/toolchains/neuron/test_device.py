@@ -141,8 +141,9 @@ def test_every_rank_runs_with_its_own_weights_in_the_modules_order(folder, devic
 
 def test_bundles_run_on_replicas_until_they_are_compiled(folder, device):
     device()
+    parts = [Part(name, Kind(name, at, (), ())) for name, at in COMPONENTS.items()]
     bundle = SimpleNamespace(
-        folder=folder, parts=[Part(name, Kind(name, at, (), ())) for name, at in COMPONENTS.items()]
+        folder=folder, parts=parts, nets={part.name: SimpleNamespace(name=part.name) for part in parts}
     )
     assert TOOLCHAIN.executors == ("neuron", "replicas")
     for name, opened in ((None, "neuron"), ("neuron", "neuron"), ("replicas", "replicas")):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,7 +11,7 @@ import pytest
 
 from fluxkiln.compile.plan import Binary
 from fluxkiln.compile.templates import net_name
-from fluxkiln.compile.toolchains.tpu_mlir.devices import RESIDENT, group_parts, plan_devices
+from fluxkiln.compile.toolchains.tpu_mlir.devices import RESIDENT, group_parts, plan_devices, split_devices
 from fluxkiln.errors import ResourceError
 from fluxkiln.patches.flux1.kinds import make_part
 from fluxkiln.quantize.schemes import parse_scheme
@@ -131,3 +133,27 @@ def test_a_further_size_takes_instructions_beside_the_weights_of_its_parts():
     for name in ("transformer.0.bmodel", "transformer.1.bmodel"):
         bases = [one.part.base for one in groups[name]]
         assert all(bases.count(base) == 2 for base in bases), (name, bases)
+
+
+def chain(*sizes):
+    """Blocks whose nets have a byte of instructions each."""
+    return [binary(make_part(f"double.{at:02d}", "double"), size - 1, 1) for at, size in enumerate(sizes)]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_devices_are_balanced(seed):
+    """Against all ways to cut the chain."""
+    choose = random.Random(seed)
+    sizes = [choose.randint(1, 100) for _ in range(choose.randint(3, 11))]
+    parts = chain(*sizes)
+    runs = split_devices(parts, 3)
+    assert [part for run in runs for part in run] == parts
+    assert 1 <= len(runs) <= 3
+    cuts = itertools.combinations(range(1, len(sizes)), 2)
+    best = min(max(sum(sizes[:a]), sum(sizes[a:b]), sum(sizes[b:])) for a, b in cuts)
+    assert max(sum(part.facts["weight_bytes"] + 1 for part in run) for run in runs) == best
+
+
+def test_few_parts_take_few_devices():
+    assert [len(run) for run in split_devices(chain(5), 3)] == [1]
+    assert [len(run) for run in split_devices(chain(5, 5), 3)] == [1, 1]

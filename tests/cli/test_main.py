@@ -90,7 +90,7 @@ def test_without_a_command_help_and_exit_2(fluxkiln):
         (["build", "cpu", "now"], "got unexpected extra argument (now); the command reads: fluxkiln build"),
         (["build", "cpu", "--sice", "3"], "did you mean --size"),
         (["build", "cpu", "--tokens"], "write --tokens VALUE"),
-        (["build", "cpu", "--tokens", "many"], "--tokens: 'many' is not a valid integer; give a whole number"),
+        (["build", "cpu", "--tokens", "many"], "--tokens many: 'many' is no whole number; write 512"),
         (["build", "cpu", "--tokens", "0"], "tokens 0: at least 1"),
         (["build", "cpu", "--jobs", "0"], "jobs 0: at least 1"),
         (["build", "gpu"], "no target is called 'gpu'; there are bm1684x, bm1684x2, bm1688, cpu"),

@@ -216,10 +216,11 @@ def test_before_the_first_stage_something_is_said_too(lines, stream, clock):
 def test_a_build_says_what_it_does(target, tmp_path):
     command = [sys.executable, "-m", "fluxkiln", "build", target, "--model", "tiny-dev", "--build-dir", str(tmp_path)]
     environ = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    process = subprocess.Popen(command, env=environ, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    said = [(time.monotonic(), line) for line in process.stderr]
-    assert process.wait() == 0, said[-1]
+    how = {"env": environ, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **how) as process:
+        assert process.stderr is not None
+        said = [(time.monotonic(), line) for line in process.stderr]
+    assert process.returncode == 0, said[-1]
     times = [when for when, _ in said]
     print(f"{len(said)} lines, the longest silence {max(b - a for a, b in itertools.pairwise(times)):.1f} s")
     lines = [line for _, line in said]

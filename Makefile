@@ -47,7 +47,7 @@ BUNDLE_FIRST = bundle=$(if $(BUNDLE),$(call quoted,$(BUNDLE)),"$$($(BIN)/fluxkil
 help:  ## this list
 	@grep -hE '^[a-z0-9 -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 17
 	@echo
-	@echo "Variables: MODEL (a preset, folder or Hugging Face id) STATISTICS=uniform|flux SIZE=WIDTHxHEIGHT TOKENS=N SCHEME=NAME VAE=kl|tiny COMPONENTS=A,B"
+	@echo "Variables: MODEL (a preset, folder or Hugging Face id) STATISTICS=uniform|flux SIZE=WIDTHxHEIGHT,... TOKENS=N,... SCHEME=NAME VAE=kl|tiny COMPONENTS=A,B"
 	@echo "  LORA=FILE[:STRENGTH] MODULATION=inline|hoisted JOBS=N STEPS=N PROMPTS=FILE SEEDS=A,B-C"
 	@echo "  INSTANCE=NAME TP=N GRANULARITY=block|group:N|whole FLAGS=default|published (trn1, inf2) BOARD=NAME DEVICES=N (bm1684x, bm1688)"
 	@echo "Of images: BUNDLE=folder, or TARGET=cpu and the variables above for the build that is made first"

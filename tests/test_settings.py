@@ -21,8 +21,8 @@ HEADING = "| variable |"
 GIVEN = {
     "model": ("wide-dev", "wide-dev"),
     "statistics": ("flux", "flux"),
-    "size": ("64x32", (64, 32)),
-    "tokens": ("16", 16),
+    "size": ("64x32,32x48", ((64, 32), (32, 48))),
+    "tokens": ("16,24", (16, 24)),
     "scheme": ("F32", "F32"),
     "vae": ("tiny", "tiny"),
     "components": ("transformer, vae", ("transformer", "vae")),

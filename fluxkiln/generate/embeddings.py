@@ -15,6 +15,7 @@ from fluxkiln import __version__
 from fluxkiln.compile.bundle import Bundle
 from fluxkiln.documents import SMALL, read_object
 from fluxkiln.errors import CheckpointError, UsageError
+from fluxkiln.files import write_durably
 from fluxkiln.generate.painter import Encoded, Texts
 
 _FORMAT = "fluxkiln.embeddings/1"
@@ -47,7 +48,7 @@ def check_encoders(bundle: Bundle, encoders: str, what: str) -> None:
 def save_embeddings(file: Path, encoders: str, prompts: Mapping[Texts, Encoded]) -> None:
     """Write what text encoders made of prompts."""
     import numpy as np
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     tensors = {
         f"{number}.{name}": np.ascontiguousarray(array, np.float32)
@@ -56,13 +57,13 @@ def save_embeddings(file: Path, encoders: str, prompts: Mapping[Texts, Encoded])
     }
     told = {"format": _FORMAT, "fluxkiln": __version__, "encoders": encoders, "prompts": list(prompts)}
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, file, {_KEY: json.dumps(told)})
+    write_durably(file, save(tensors, {_KEY: json.dumps(told)}))
 
 
 def read_embeddings(file: Path) -> Embeddings:
     """What `save_embeddings` wrote; UsageError for anything else, for what is damaged, and for no finite numbers."""
     import numpy as np
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     from fluxkiln.export.checkpoint import read_tensor
     from fluxkiln.export.safetensors_header import read_header
@@ -82,5 +83,5 @@ def read_embeddings(file: Path) -> Embeddings:
                 raise UsageError(f"--embeddings {file}: prompt {number} has no numbers, or none in float32; {_REMEDY}")
             made[str(prompt), None if second is None else str(second), bool(padded)] = Encoded(embeds)
         return Embeddings(file, str(told["encoders"]), made)
-    except (CheckpointError, KeyError, TypeError, ValueError) as error:
+    except (CheckpointError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UsageError(f"--embeddings {file}: {error}; {_REMEDY}") from error

@@ -251,6 +251,18 @@ def read_graph(data: bytes, folder: Path) -> None:
         external_files(graph)
 
 
+def read_mlx_graphs(data: bytes, folder: Path) -> None:
+    from fluxkiln.compile.toolchains.mlx.graphs import read_graphs
+
+    read_graphs(written(data, folder / "graphs.json"))
+
+
+def read_embeddings(data: bytes, folder: Path) -> None:
+    from fluxkiln.generate.embeddings import read_embeddings
+
+    read_embeddings(written(data, folder / "prompts.safetensors"))
+
+
 def read_request(data: bytes, folder: Path) -> None:
     """A request of the page, up to where the image would be begun."""
     from fluxkiln.documents import SMALL, read_object
@@ -347,6 +359,8 @@ READERS: Mapping[str, Reader] = {
     "hlo": Reader(read_hlo),
     "hlo-bundle": Reader(read_split_bundle, document=True),
     "graph": Reader(read_graph),
+    "mlx-graphs": Reader(read_mlx_graphs, document=True),
+    "embeddings": Reader(read_embeddings),
     "request": Reader(read_request, document=True),
     "constants": Reader(read_constants),
     "scheduler": Reader(read_scheduler, document=True),

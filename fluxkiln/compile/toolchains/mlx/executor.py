@@ -134,7 +134,7 @@ class MlxExecutor(GraphExecutor):
             raise CompileError(f"{GRAPHS_FILE} has no graph of {found.kind}; build the bundle again")
         if odd := {one["type"] for one in graph["operations"]} - self.run_by.keys():
             raise CompileError(f"{found.kind} has operations that MLX is not given here: {', '.join(sorted(odd))}")
-        with self.mx.stream(self.device):
+        with _said(part), self.mx.stream(self.device):
             dtype = self._dtype(found)
             constants = {
                 name: _constant(self.mx, one, dtype)
@@ -191,7 +191,7 @@ class MlxExecutor(GraphExecutor):
 
         mx, graph = self.mx, session.graph
         more = self._more_tokens(part, graph, inputs)
-        with mx.stream(self.device):
+        with _said(part), mx.stream(self.device):
             dtype = self._dtype(find_part(self.plan.parts, part))
             values = {**session.weights, **session.constants}
             for name, array in inputs.items():
@@ -224,6 +224,17 @@ class MlxExecutor(GraphExecutor):
                     "token count of the build"
                 )
         return more[0] if more else 0
+
+
+@contextmanager
+def _said(part: str) -> Iterator[None]:
+    """A graph that does not fit its weights, or itself, ends in a sentence: a CompileError."""
+    try:
+        yield
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise CompileError(
+            f"MLX could not run part {part} ({type(error).__name__}: {error}); build or fetch the bundle again"
+        ) from error
 
 
 def _constant(mx: Any, one: Constant, dtype: Any, more: int = 0) -> Any:

@@ -7,6 +7,7 @@ the text tokens have what one token more adds to them, so that a prompt can be r
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from fluxkiln.artifacts.actions import ActionCache
 from fluxkiln.compile.plan import Plan
 from fluxkiln.compile.templates import make_template
 from fluxkiln.documents import DocumentLimits, read_object_file
-from fluxkiln.errors import CompileError
+from fluxkiln.errors import CompileError, IntegrityError
 from fluxkiln.export.checkpoint import Checkpoint
 from fluxkiln.types import TensorSpec
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 GRAPHS_FILE = "host/graphs.json"
+MOST_PLACES = 1 << 24  # of a constant
 GRAPH_LIMITS = DocumentLimits(nbytes=32 << 20, entries=2_000_000)
 
 
@@ -78,8 +80,17 @@ def write_graphs(checkpoint: Checkpoint, plan: Plan, cache: ActionCache, path: P
 
 
 def read_graphs(path: Path) -> Graphs:
-    """The document; IntegrityError for another one."""
+    """The document; IntegrityError for another one, and for a constant that has not the places that it says."""
     found: Any = read_object_file(path, Graphs, limits=GRAPH_LIMITS)
+    for kind, graph in found["kinds"].items():
+        for name, one in graph["constants"].items():
+            places, counts = math.prod(one["shape"]), {len(one["values"]), len(one.get("by_token", one["values"]))}
+            fitting = [{places}] if "by_token" in one else [{places}, {min(places, 1)}]
+            if min(one["shape"], default=0) < 0 or places > MOST_PLACES or counts not in fitting:
+                raise IntegrityError(
+                    f"{path}: constant {name!r} of {kind} has shape {one['shape']} and {sorted(counts)} values; it has "
+                    f"one, or as many as it has places, {MOST_PLACES} at most; build or fetch the bundle again"
+                )
     return found  # type: ignore[no-any-return]
 
 

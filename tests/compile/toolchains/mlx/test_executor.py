@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
 
@@ -15,8 +16,9 @@ from fluxkiln.compile.toolchain import open_executor
 from fluxkiln.compile.toolchains.mlx import executor
 from fluxkiln.compile.toolchains.mlx import file as mlx_file
 from fluxkiln.compile.toolchains.mlx.environment import MLX_ROOT_VARIABLE
+from fluxkiln.compile.toolchains.mlx.graphs import read_graphs
 from fluxkiln.compile.toolchains.mlx.operations import Codes
-from fluxkiln.errors import CompileError, ToolchainError, UsageError
+from fluxkiln.errors import CompileError, IntegrityError, ToolchainError, UsageError
 from fluxkiln.generate.painter import Painter, Request, paint
 from fluxkiln.settings import Settings
 
@@ -161,6 +163,10 @@ def test_what_is_refused(plain, coded, monkeypatch, tmp_path):
     with pytest.raises(CompileError, match=r"modulation is missing or one too many"):
         runner(name, {"hidden_states": np.zeros((1, 16, 256), np.float32)})
     graphs = runner.graphs["kinds"]
+    graphs["tail_modulated"]["operations"][-1]["inputs"][0] = "nowhere"
+    with pytest.raises(CompileError, match=rf"could not run part {name} \(KeyError: 'nowhere'\); build or fetch"):
+        runner(name, {key: np.zeros((1, 16, 256) if key != "modulation" else shape, np.float32)
+                      for key, shape in shapes.items()})  # fmt: skip
     graphs["token_embed"]["operations"][0]["type"] = "Loop"
     with pytest.raises(CompileError, match="token_embed has operations that MLX is not given here: Loop"):
         runner.open("token_embed")
@@ -173,3 +179,14 @@ def test_what_is_refused(plain, coded, monkeypatch, tmp_path):
         ToolchainError, match=r"is not installed .*; pip install mlx, 'mlx\[cpu\]' on Linux, or make env-mlx"
     ):
         open_executor(plain)
+
+
+@pytest.mark.parametrize(
+    "change", [{"shape": [1 << 40]}, {"shape": [-1]}, {"values": [1, 2]}, {"by_token": [1, 2, 3]}, {"values": []}]
+)
+def test_constants_that_cannot_be_are_refused(tmp_path, change):
+    one = {"dtype": "int64", "shape": [3], "values": [7], **change}
+    graph = {"inputs": [], "outputs": [], "slots": {}, "operations": [], "constants": {"c": one}}
+    (tmp_path / "graphs.json").write_text(json.dumps({"tokens": 16, "kinds": {"tail": graph}}))
+    with pytest.raises(IntegrityError, match="constant 'c' of tail has shape"):
+        read_graphs(tmp_path / "graphs.json")
